@@ -1,0 +1,235 @@
+"""Every error that cloudckpt raises, grouped by what the caller does next.
+
+```
+CloudCkptError
+├── OptionsError (ValueError)                       fix the call
+│   └── StateMismatchError                          the state and the checkpoint differ in names or shapes
+├── CheckpointNotFoundError (FileNotFoundError)     start fresh, or fix the step
+├── ConflictError                                   someone else's commit stands
+│   ├── CheckpointExistsError (FileExistsError)
+│   └── FencedError                                 a newer job writes here: stop this one
+├── StorageError                                    the store refused, or could not be reached
+│   ├── AccessDeniedError (PermissionError)
+│   │   └── CredentialsExpiredError                 refreshed once, then raised
+│   ├── TransientError                              worth another try; only ever seen below the retry layer
+│   ├── RetryExhaustedError                         tried until the attempt cap or the deadline
+│   ├── CommitUnknownError                          the write may have landed; nothing was deleted
+│   ├── ObjectNotFoundError (FileNotFoundError)     no object under that key
+│   │   └── BucketNotFoundError
+│   ├── ObjectExistsError (FileExistsError)         a create met an object of somebody else's
+│   └── CreateNotEnforcedError                      the store ignores create-only writes
+├── IntegrityError                                  bytes are wrong: restore an older step
+│   ├── ChecksumError
+│   ├── MissingShardError
+│   └── ManifestError
+│       └── FormatVersionError                      a newer cloudckpt wrote it: upgrade
+├── UnsupportedValueError (TypeError)               a value that the codec refuses
+└── SaveFailedError                                 nothing was committed
+```
+
+Each keeps its facts as attributes, so that a handler never reads the message, and each pickles, because
+errors cross process borders in `torch.distributed` gathers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+__all__ = [
+    "AccessDeniedError",
+    "BucketNotFoundError",
+    "CheckpointExistsError",
+    "CheckpointNotFoundError",
+    "ChecksumError",
+    "CloudCkptError",
+    "CommitUnknownError",
+    "ConflictError",
+    "CreateNotEnforcedError",
+    "CredentialsExpiredError",
+    "FencedError",
+    "FormatVersionError",
+    "IntegrityError",
+    "ManifestError",
+    "MissingShardError",
+    "ObjectExistsError",
+    "ObjectNotFoundError",
+    "OptionsError",
+    "RetryExhaustedError",
+    "SaveFailedError",
+    "StateMismatchError",
+    "StorageError",
+    "TransientError",
+    "UnsupportedValueError",
+    "is_transient",
+]
+
+
+class CloudCkptError(Exception):
+    """The root of all errors of this library."""
+
+
+class OptionsError(CloudCkptError, ValueError):
+    """The call is wrong; nothing was read, written or changed."""
+
+
+class StateMismatchError(OptionsError):
+    """The state to restore into and the checkpoint differ; no tensor of the state was touched.
+
+    Attributes:
+        missing: names that the state has and the checkpoint lacks.
+        unexpected: names that the checkpoint has and the state lacks.
+        mismatched: name → (shape in the state, shape in the checkpoint).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.mismatched = dict(mismatched or {})
+
+
+class CheckpointNotFoundError(CloudCkptError, FileNotFoundError):
+    """No committed checkpoint is there under that step or URL."""
+
+
+class ConflictError(CloudCkptError):
+    """Somebody else's commit stands; ours was not made."""
+
+
+class CheckpointExistsError(ConflictError, FileExistsError):
+    """The step or URL already holds a committed checkpoint; it was not changed."""
+
+
+class FencedError(ConflictError):
+    """A newer job has claimed the root; this one must not commit any more."""
+
+
+class StorageError(CloudCkptError):
+    """The store refused an operation, or could not be reached.
+
+    Attributes:
+        op: the verb (`put`, `create`, `get`, `read`, `head`, `list`, `delete`), or "".
+        key: the object's key below the store's root, or "".
+        attempts: requests made for this operation.
+        elapsed_s: seconds spent on it, waits included.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        op: str = "",
+        key: str = "",
+        attempts: int = 1,
+        elapsed_s: float = 0.0,
+    ) -> None:
+        super().__init__(message)
+        self.op = op
+        self.key = key
+        self.attempts = attempts
+        self.elapsed_s = elapsed_s
+
+
+class AccessDeniedError(StorageError, PermissionError):
+    """The credentials do not allow the operation; asking again does not help."""
+
+
+class CredentialsExpiredError(AccessDeniedError):
+    """The credentials were valid once; the retry layer refreshes them and asks again, once."""
+
+
+class TransientError(StorageError):
+    """A fault that a later attempt may not meet: throttling, a reset, a time-out, a short body.
+
+    The effect of a write that failed so is unknown: it may have landed.
+    """
+
+
+class RetryExhaustedError(StorageError):
+    """Every attempt met a transient fault, until the attempt cap or the deadline."""
+
+
+class CommitUnknownError(StorageError):
+    """A create may or may not have landed and cannot be read back; nothing was deleted."""
+
+
+class ObjectNotFoundError(StorageError, FileNotFoundError):
+    """No object has that key."""
+
+
+class BucketNotFoundError(ObjectNotFoundError):
+    """The bucket itself is missing; cloudckpt never creates one."""
+
+
+class ObjectExistsError(StorageError, FileExistsError):
+    """A create met an existing object, which was left as it is."""
+
+
+class CreateNotEnforcedError(StorageError):
+    """The store overwrote an object that it was told only to create."""
+
+
+class IntegrityError(CloudCkptError):
+    """Bytes on the store are not what a commit recorded.
+
+    Attributes:
+        key: the object that is wrong, relative to the checkpoint.
+    """
+
+    def __init__(self, message: str, *, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class ChecksumError(IntegrityError):
+    """An object's bytes do not have the recorded digest or length."""
+
+
+class MissingShardError(IntegrityError):
+    """A committed checkpoint lacks an object that its manifest or index names."""
+
+
+class ManifestError(IntegrityError):
+    """A manifest or index cannot be decoded, or contradicts its own key or limits."""
+
+
+class FormatVersionError(ManifestError):
+    """A newer version of the format; the bytes may be right, and this library cannot tell."""
+
+
+class UnsupportedValueError(CloudCkptError, TypeError):
+    """A value that the format cannot hold; nothing was written.
+
+    Attributes:
+        key: where the value stands in the state.
+        type_name: its type.
+    """
+
+    def __init__(self, message: str, *, key: str = "", type_name: str = "") -> None:
+        super().__init__(message)
+        self.key = key
+        self.type_name = type_name
+
+
+class SaveFailedError(CloudCkptError):
+    """A save failed on at least one rank, and nothing was committed.
+
+    Attributes:
+        failures: rank → the error met there.
+    """
+
+    def __init__(self, message: str, *, failures: Mapping[int, BaseException] | None = None) -> None:
+        super().__init__(message)
+        self.failures = dict(failures or {})
+
+
+def is_transient(error: BaseException) -> bool:
+    """Tell whether the retry layer may try the same operation again."""
+    return isinstance(error, TransientError)

@@ -1,0 +1,92 @@
+"""The tunable numbers, in one place: sizes, parallelism, patience.
+
+Pure values, validated when they are made; no I/O. Every default that was tuned names its benchmark.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cloudckpt.errors import OptionsError
+
+__all__ = ["KIB", "MIB", "Options", "RetryPolicy"]
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetryPolicy:
+    """How patient one operation on the store is.
+
+    Attributes:
+        max_attempts: requests per operation, at most.
+        deadline_s: seconds per operation, waits included: no attempt starts later than
+            `deadline_s - request_timeout_s`, so the operation ends by `deadline_s`.
+        request_timeout_s: seconds that one request may take, its body included.
+        connect_timeout_s: seconds that one connection attempt may take.
+        backoff_base_s: upper bound of the first wait; it doubles per attempt (full jitter below the bound).
+        backoff_max_s: the bound's own cap.
+    """
+
+    max_attempts: int = 8
+    deadline_s: float = 300.0
+    request_timeout_s: float = 60.0
+    connect_timeout_s: float = 5.0
+    backoff_base_s: float = 0.2
+    backoff_max_s: float = 15.0
+
+    def __post_init__(self) -> None:
+        if self.max_attempts < 1:
+            raise OptionsError(f"max_attempts is {self.max_attempts}; give 1 or more")
+        for name in ("deadline_s", "request_timeout_s", "connect_timeout_s", "backoff_base_s", "backoff_max_s"):
+            if not getattr(self, name) > 0:
+                raise OptionsError(f"{name} is {getattr(self, name)}; give a number of seconds above 0")
+        if self.request_timeout_s > self.deadline_s:
+            raise OptionsError(
+                f"request_timeout_s ({self.request_timeout_s}) is longer than deadline_s ({self.deadline_s}); "
+                "one request would already break the deadline"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a save or a load may use.
+
+    Attributes:
+        shard_bytes: upper bound of one shard object's tensor bytes.
+        block_bytes: bytes per checksum, counted from a shard's first byte.
+        span_bytes: upper bound of one ranged read; a multiple of `block_bytes`.
+        concurrency: requests in flight.
+        memory_budget_bytes: extra host memory that a save or a load may hold at once.
+        signed_payload: sign request bodies (S3). Off, because the digests of the format protect the bytes
+            end to end and hashing every body with SHA-256 costs more than sending it.
+        single_writer: accept a store without create-only writes; the caller promises that no other
+            process writes to the same root.
+        retry: patience of one operation.
+    """
+
+    shard_bytes: int = 64 * MIB
+    block_bytes: int = 4 * MIB
+    span_bytes: int = 8 * MIB
+    concurrency: int = 8
+    memory_budget_bytes: int = 512 * MIB
+    signed_payload: bool = False
+    single_writer: bool = False
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+
+    def __post_init__(self) -> None:
+        for name in ("shard_bytes", "block_bytes", "span_bytes", "concurrency", "memory_budget_bytes"):
+            if getattr(self, name) < 1:
+                raise OptionsError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.span_bytes % self.block_bytes:
+            raise OptionsError(
+                f"span_bytes ({self.span_bytes}) is not a multiple of block_bytes ({self.block_bytes}); "
+                "a ranged read covers whole blocks"
+            )
+        least = max(self.shard_bytes, self.span_bytes)
+        if self.memory_budget_bytes < least:
+            raise OptionsError(
+                f"memory_budget_bytes ({self.memory_budget_bytes}) is smaller than one shard or span ({least}); "
+                "raise the budget or lower shard_bytes"
+            )

@@ -1,0 +1,140 @@
+"""The store seam: object verbs over one root, and the words that they answer with.
+
+A store knows keys and bytes; it knows nothing of tensors, steps, ranks or manifests. Every backend is
+thread-safe, makes exactly one request per verb and item (retries belong to `retrying`, alone), and raises
+only errors of `cloudckpt.errors`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from cloudckpt.errors import OptionsError
+
+__all__ = ["Listing", "ObjectInfo", "Store", "check_key"]
+
+_BAD_SEGMENT = re.compile(r"\A\.{0,2}\Z")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectInfo:
+    """One object: its key below the root, its size, and when the store last wrote it.
+
+    Attributes:
+        modified_s: seconds since 1970, by the store's own clock.
+    """
+
+    key: str
+    size_bytes: int
+    modified_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """All pages of one listing, each part sorted by key.
+
+    Attributes:
+        objects: the objects whose key starts with the prefix (with a delimiter: and has no further one).
+        prefixes: with a delimiter, the common prefixes, each ending with the delimiter.
+    """
+
+    objects: Sequence[ObjectInfo] = field(default_factory=tuple)
+    prefixes: Sequence[str] = field(default_factory=tuple)
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Objects below one root URL. Keys are relative to it, `/`-separated, and pass `check_key`."""
+
+    @property
+    def url(self) -> str:
+        """The root, with its scheme and without credentials or a trailing slash."""
+        ...
+
+    @property
+    def engine(self) -> str:
+        """What moves the bytes: `local`, `obstore` or `fsspec`."""
+        ...
+
+    @property
+    def is_create_atomic(self) -> bool:
+        """Whether `create` stays exclusive when two processes race; if not, only `single_writer` may use it."""
+        ...
+
+    def put(self, key: str, buffers: Sequence[memoryview]) -> None:
+        """Write one object whole, as the concatenation of `buffers`, in one request.
+
+        The buffers (C-contiguous, bytes) are the caller's and must not change until this returns. On return
+        the object is durable. If this raises, no reader sees a part of it (a whole object may be there).
+        """
+        ...
+
+    def create(self, key: str, data: bytes) -> None:
+        """Write one small object if the key is free, in one request.
+
+        Raises:
+            ObjectExistsError: the key is taken; the object there, perhaps our own of a lost reply, is unchanged.
+            TransientError: unknown whether it landed.
+        """
+        ...
+
+    def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
+        """Read the bytes [start, stop) in one request; exactly so many, never fewer.
+
+        `into` (writable, `stop - start` bytes) is filled and returned by an engine that can; another engine
+        returns memory of its own, so the caller uses the returned view.
+
+        Raises:
+            ObjectNotFoundError: no such object.
+            TransientError: fewer or more bytes came than were asked for.
+        """
+        ...
+
+    def read(self, key: str, *, limit_bytes: int) -> bytes:
+        """Read one small object whole, in one request.
+
+        Raises:
+            ObjectNotFoundError: no such object.
+            StorageError: it is larger than `limit_bytes`; no more than that was held in memory.
+        """
+        ...
+
+    def head(self, key: str) -> ObjectInfo:
+        """Describe one object, or raise `ObjectNotFoundError`. Never cached."""
+        ...
+
+    def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
+        """List what starts with `prefix` (a plain string prefix, usually ending in `/`). All pages, never cached.
+
+        An empty result means that there is nothing; a listing that fails raises.
+        """
+        ...
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """Delete objects, in bulk where the store can; a key that is absent counts as deleted.
+
+        Raises:
+            StorageError: at least one is still there; the message names the first and their count.
+        """
+        ...
+
+    def refresh(self) -> None:
+        """Forget credentials and connections, so that the next request resolves them anew."""
+        ...
+
+    def close(self) -> None:
+        """Release connections and threads. Idempotent; no verb may follow."""
+        ...
+
+
+def check_key(key: str) -> str:
+    """Return `key` if a store may use it; refuse what could leave the root or mean two things."""
+    if not key or len(key.encode("utf-8", "surrogatepass")) > 900 or _CONTROL.search(key):
+        raise OptionsError(f"object key {key!r} is empty, longer than 900 bytes, or has control characters")
+    if any(_BAD_SEGMENT.match(segment) for segment in key.split("/")):
+        raise OptionsError(f"object key {key!r} has an empty, '.' or '..' segment")
+    return key
