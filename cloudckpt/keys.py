@@ -1,0 +1,88 @@
+"""Derive every object key from step, epoch, attempt, rank and number; read such keys back, strictly.
+
+Pure names. Nothing that stands in a manifest or an index is ever used as a key: keys are derived here and only
+compared (FORMAT invariant 4). A name that this module would not have written is no name of ours.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from cloudckpt.errors import OptionsError
+
+__all__ = [
+    "EPOCHS_PREFIX",
+    "MANIFEST_NAME",
+    "checkpoint_prefix",
+    "epoch_key",
+    "index_key",
+    "is_attempt",
+    "new_attempt",
+    "parse_checkpoint_prefix",
+    "parse_epoch_key",
+    "shard_key",
+]
+
+EPOCHS_PREFIX = "epochs/"
+MANIFEST_NAME = "manifest.json"
+
+# Ten digits keep keys in step order for every listing; more steps than that would break the order silently.
+_STEP_LIMIT = 10**10
+_EPOCH_LIMIT = 10**10
+_CHECKPOINT = re.compile(r"\Astep-([0-9]{10})-e([0-9]{4,10})/\Z")
+_EPOCH = re.compile(r"\Aepochs/([0-9]{10})\.json\Z")
+_ATTEMPT = re.compile(r"\A[0-9a-f]{16}\Z")
+
+
+def checkpoint_prefix(step: int, epoch: int) -> str:
+    """Return the prefix (with its slash) of the checkpoint that `epoch` saves at `step`."""
+    if not 0 <= step < _STEP_LIMIT:
+        raise OptionsError(f"step {step} is not between 0 and {_STEP_LIMIT - 1}; give the training step")
+    if not 0 <= epoch < _EPOCH_LIMIT:
+        raise OptionsError(f"epoch {epoch} is not between 0 and {_EPOCH_LIMIT - 1}")
+    return f"step-{step:010d}-e{epoch:04d}/"
+
+
+def parse_checkpoint_prefix(prefix: str) -> tuple[int, int] | None:
+    """Return (step, epoch) of a prefix that `checkpoint_prefix` wrote, else None."""
+    match = _CHECKPOINT.match(prefix)
+    if match is None:
+        return None
+    step, epoch = int(match[1]), int(match[2])
+    return (step, epoch) if checkpoint_prefix(step, epoch) == prefix else None
+
+
+def epoch_key(epoch: int) -> str:
+    """Return the key of an epoch's claim."""
+    if not 0 < epoch < _EPOCH_LIMIT:
+        raise OptionsError(f"epoch {epoch} is not between 1 and {_EPOCH_LIMIT - 1}")
+    return f"{EPOCHS_PREFIX}{epoch:010d}.json"
+
+
+def parse_epoch_key(key: str) -> int | None:
+    """Return the epoch of a key that `epoch_key` wrote, else None."""
+    match = _EPOCH.match(key)
+    return int(match[1]) or None if match else None
+
+
+def new_attempt() -> str:
+    """Return a fresh attempt id: 64 random bits, so that no two tries ever share a key."""
+    return secrets.token_hex(8)
+
+
+def is_attempt(text: str) -> bool:
+    """Tell whether `text` has the form of an attempt id."""
+    return _ATTEMPT.match(text) is not None
+
+
+def index_key(attempt: str) -> str:
+    """Return the index's key, relative to its checkpoint."""
+    return f"{attempt}/index.json.zst"
+
+
+def shard_key(attempt: str, rank: int, number: int) -> str:
+    """Return a shard's key, relative to its checkpoint."""
+    if rank < 0 or number < 0:
+        raise OptionsError(f"shard {number} of rank {rank} has no key; both count from 0")
+    return f"{attempt}/r{rank:05d}-{number:04d}.safetensors"

@@ -1,0 +1,226 @@
+"""The manifest: the one small, readable object whose creation makes a checkpoint exist.
+
+A pure value with strict decoding: canonical JSON (indented, for people) that carries the SHA-256 of itself, so
+that no bit of it can change unseen; it names the index by size and SHA-256, and the index names the shards. No
+clock and no store here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Literal, TypeVar
+
+import msgspec
+
+from cloudckpt import codec
+from cloudckpt.codec import JsonValue
+from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError
+from cloudckpt.index import FORMAT_VERSION
+from cloudckpt.keys import is_attempt
+
+__all__ = ["MANIFEST_LIMIT_BYTES", "EpochClaim", "IndexRef", "Manifest", "decode_claim", "digest_of", "metadata_to_json", "metrics_to_json"]
+
+# A manifest is a few KiB; user metadata may make it larger, but it is read in one request and held in memory.
+MANIFEST_LIMIT_BYTES = 4 << 20
+
+_NUMBER_LIMIT = 1 << 53
+_SHA256 = re.compile(r"\A[0-9a-f]{64}\Z")
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+Metric = float | Literal["nan", "inf", "-inf"]
+_Schema = TypeVar("_Schema", bound=msgspec.Struct)
+
+
+def digest_of(data: bytes) -> str:
+    """Return the SHA-256 of `data` in hexadecimal, as `sha256sum` prints it."""
+    return hashlib.sha256(data).hexdigest()
+
+
+class IndexRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The index that a manifest commits: its size and SHA-256; its key follows from the attempt."""
+
+    size_bytes: int
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The record of one decision on one checkpoint.
+
+    Attributes:
+        format_version: of this schema.
+        state: `committed`, or `void`: a sweep decided that the attempt never may commit.
+        step: training step, or None for a checkpoint outside a root.
+        epoch: incarnation of the saving job, 0 outside a root.
+        attempt: which attempt's objects make up the checkpoint.
+        created_at: RFC 3339 in UTC, by the coordinator's clock; for people, never for decisions between jobs.
+        world_size: ranks that saved.
+        total_bytes: bytes of all shards.
+        tensor_count: tensors.
+        shard_count: shards.
+        index: the index object, None when void.
+        metrics: what the caller measured; non-finite ones as text.
+        metadata: the caller's own, in the codec's JSON.
+        environment: versions, platform, device and data path of the job that saved.
+        summary: what the save did: seconds, requests, retries.
+        sha256: of this manifest with the field itself empty.
+    """
+
+    format_version: int
+    state: Literal["committed", "void"]
+    step: int | None
+    epoch: int
+    attempt: str
+    created_at: str
+    world_size: int = 1
+    total_bytes: int = 0
+    tensor_count: int = 0
+    shard_count: int = 0
+    index: IndexRef | None = None
+    metrics: dict[str, Metric] = {}
+    metadata: dict[str, JsonValue] = {}
+    environment: dict[str, str] = {}
+    summary: dict[str, float] = {}
+    sha256: str = ""
+
+    def encode(self) -> bytes:
+        """Return the object's bytes, sealed with their own digest.
+
+        Raises:
+            OptionsError: metrics and metadata make it larger than a manifest may be.
+        """
+        sealed = _bytes(msgspec.structs.replace(self, sha256=digest_of(_bytes(msgspec.structs.replace(self, sha256="")))))
+        if len(sealed) > MANIFEST_LIMIT_BYTES:
+            raise OptionsError(
+                f"the manifest of step {self.step} has {len(sealed)} bytes, more than {MANIFEST_LIMIT_BYTES}; "
+                "move large metadata into the state"
+            )
+        return sealed
+
+    @classmethod
+    def decode(cls, data: bytes, *, key: str) -> Manifest:
+        """Read a manifest back; `key` names it in errors.
+
+        Raises:
+            ManifestError: not a manifest of a known version, or not byte for byte what its writer sealed.
+        """
+        manifest = _decode(data, cls, key)
+        bare = _bytes(msgspec.structs.replace(manifest, sha256=""))
+        if _bytes(manifest) != data or digest_of(bare) != manifest.sha256:
+            raise ManifestError(f"manifest {key} was changed after it was written; restore an older step", key=key)
+        for problem in manifest._problems():
+            raise ManifestError(f"manifest {key} is inconsistent: {problem}; restore an older step", key=key)
+        return manifest
+
+    def _problems(self) -> list[str]:
+        problems = []
+        counts = (self.epoch, self.world_size, self.total_bytes, self.tensor_count, self.shard_count, self.step or 0)
+        if any(not 0 <= count < _NUMBER_LIMIT for count in counts):
+            problems.append("a count is negative or absurd")
+        if not is_attempt(self.attempt):
+            problems.append(f"attempt {self.attempt!r} is no attempt id")
+        if (self.index is not None) != (self.state == "committed"):
+            problems.append(f"its state is {self.state} and its index is {self.index}")
+        if self.index is not None and not (_SHA256.match(self.index.sha256) and 0 < self.index.size_bytes):
+            problems.append("its index has no digest or size")
+        return problems
+
+    def metric_values(self) -> dict[str, float]:
+        """Return the metrics as numbers."""
+        return {
+            name: _NON_FINITE[value] if isinstance(value, str) else value for name, value in self.metrics.items()
+        }
+
+    def metadata_values(self) -> dict[str, object]:
+        """Return the caller's metadata as Python values."""
+        return {name: codec.decode(value, key=f"metadata.{name}") for name, value in self.metadata.items()}
+
+    def created(self) -> datetime:
+        """Return when the coordinator wrote it, by its own clock."""
+        return datetime.fromisoformat(self.created_at).astimezone(UTC)
+
+
+class EpochClaim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who writes to a root from now on, and what that job resumed from.
+
+    Attributes:
+        format_version: of this schema.
+        epoch: the claimed epoch.
+        nonce: random, so that the claimer recognises its own claim after a lost reply.
+        created_at: RFC 3339 in UTC, by the claimer's clock.
+        host: name of the claiming machine, for people.
+        pid: the claiming process, for people.
+        resumed_from: (step, epoch) that the job restored before it claimed, or None.
+    """
+
+    format_version: int
+    epoch: int
+    nonce: str
+    created_at: str
+    host: str
+    pid: int
+    resumed_from: tuple[int, int] | None = None
+
+    def encode(self) -> bytes:
+        """Return the object's bytes."""
+        return _bytes(self)
+
+
+def decode_claim(data: bytes, *, key: str) -> EpochClaim:
+    """Read a claim back, or raise `ManifestError`."""
+    return _decode(data, EpochClaim, key)
+
+
+def metrics_to_json(metrics: Mapping[str, object] | None) -> dict[str, Metric]:
+    """Check metrics and bring them into their JSON form; refuses what is no number."""
+    result: dict[str, Metric] = {}
+    for name, value in (metrics or {}).items():
+        if not isinstance(name, str) or not name:
+            raise OptionsError(f"metric name {name!r} is not a non-empty string")
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as exc:
+            raise OptionsError(f"metric {name!r} is {value!r}; give a number, e.g. float(loss)") from exc
+        result[name] = number if math.isfinite(number) else _non_finite_name(number)
+    return result
+
+
+def _non_finite_name(number: float) -> Literal["nan", "inf", "-inf"]:
+    if math.isnan(number):
+        return "nan"
+    return "inf" if number > 0 else "-inf"
+
+
+def metadata_to_json(metadata: Mapping[str, object] | None) -> dict[str, JsonValue]:
+    """Bring the caller's metadata into the codec's JSON; refuses what the codec refuses."""
+    for name in metadata or {}:
+        if not isinstance(name, str):
+            raise OptionsError(f"metadata key {name!r} is not a string")
+    return {name: codec.encode(value, key=f"metadata.{name}") for name, value in (metadata or {}).items()}
+
+
+def _bytes(value: msgspec.Struct) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
+
+
+class _Version(msgspec.Struct):
+    """The only field that every version of the schemas has."""
+
+    format_version: int
+
+
+def _decode(data: bytes, schema: type[_Schema], key: str) -> _Schema:
+    try:
+        version = msgspec.json.decode(data, type=_Version).format_version
+        if version > FORMAT_VERSION:
+            raise FormatVersionError(
+                f"{key} has format version {version}, and this cloudckpt reads versions up to {FORMAT_VERSION}; "
+                "upgrade cloudckpt to read it",
+                key=key,
+            )
+        return msgspec.json.decode(data, type=schema)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ManifestError(f"{key} cannot be decoded ({exc}); restore an older step", key=key) from exc

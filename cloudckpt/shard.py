@@ -1,0 +1,132 @@
+"""Turn named tensor pieces into the head of one safetensors object, and its bytes into block digests.
+
+Pure values over bytes: knows the safetensors format (8-byte little-endian length, JSON header, then the data
+without holes; https://github.com/huggingface/safetensors#format) and the digest of the format (xxh3-64 of each
+block, blocks counted from the object's first byte, so that the header is covered too).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+import xxhash
+
+from cloudckpt.errors import UnsupportedValueError
+
+__all__ = ["DIGEST_BYTES", "Entry", "block_count", "block_digests", "encode_header", "verify_blocks"]
+
+DIGEST_BYTES = 8
+
+# The data part starts at a multiple of this, so that a reader may map any dtype in place; the format lets a
+# header end in spaces.
+_ALIGNMENT_BYTES = 64
+
+# What safetensors can name. A piece of any other dtype is stored as U8 and its dtype stands in the index only.
+_NAMED_DTYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "uint32": "U32",
+    "int32": "I32",
+    "float32": "F32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float64": "F64",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One piece as a shard's header names it: `nbytes` bytes of `dtype` (torch's name) in row-major `shape`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def encode_header(entries: Sequence[Entry], *, metadata: dict[str, str]) -> bytes:
+    """Return the head of a safetensors object whose data is the entries' bytes, in order, without holes.
+
+    Raises:
+        UnsupportedValueError: a name is no Unicode text.
+    """
+    header: dict[str, object] = {"__metadata__": metadata}
+    stop = 0
+    for entry in entries:
+        start, stop = stop, stop + entry.nbytes
+        header[entry.name] = {"dtype": _dtype_name(entry), "shape": _shape(entry), "data_offsets": [start, stop]}
+    try:
+        text = msgspec.json.encode(header)
+    except UnicodeEncodeError as exc:
+        raise UnsupportedValueError(
+            f"tensor name {exc.object!r} has lone surrogates, which JSON cannot hold; rename it",
+            key=exc.object,
+            type_name="str",
+        ) from exc
+    padding = -(8 + len(text)) % _ALIGNMENT_BYTES
+    return struct.pack("<Q", len(text) + padding) + text + b" " * padding
+
+
+def _dtype_name(entry: Entry) -> str:
+    return _NAMED_DTYPES.get(entry.dtype, "U8")
+
+
+def _shape(entry: Entry) -> list[int]:
+    return list(entry.shape) if entry.dtype in _NAMED_DTYPES else [entry.nbytes]
+
+
+def block_count(size_bytes: int, block_bytes: int) -> int:
+    """Return how many blocks an object of `size_bytes` has; the last may be short."""
+    return -(-size_bytes // block_bytes)
+
+
+def block_digests(buffers: Iterable[memoryview], *, block_bytes: int) -> bytes:
+    """Return the digests, 8 little-endian bytes per block, of the concatenation of `buffers` (bytes views)."""
+    digests = bytearray()
+    block = xxhash.xxh3_64()
+    room = block_bytes
+    for buffer in buffers:
+        start = 0
+        while start < len(buffer):
+            part = buffer[start : start + room]
+            block.update(part)
+            start += len(part)
+            room -= len(part)
+            if room == 0:
+                digests += struct.pack("<Q", block.intdigest())
+                block, room = xxhash.xxh3_64(), block_bytes
+    if room < block_bytes:
+        digests += struct.pack("<Q", block.intdigest())
+    return bytes(digests)
+
+
+def verify_blocks(data: memoryview, digests: bytes, *, first_block: int, block_bytes: int) -> int | None:
+    """Check whole blocks against their digests.
+
+    Args:
+        data: the bytes of consecutive blocks, starting at a block's first byte.
+        digests: the digests of the whole object.
+        first_block: which block `data` starts with.
+        block_bytes: the block size of the object.
+
+    Returns:
+        The number of the first block that differs, or None if all are right.
+    """
+    for number, start in enumerate(range(0, len(data), block_bytes), first_block):
+        expected = digests[number * DIGEST_BYTES : (number + 1) * DIGEST_BYTES]
+        if struct.pack("<Q", xxhash.xxh3_64_intdigest(data[start : start + block_bytes])) != expected:
+            return number
+    return None

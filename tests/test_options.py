@@ -1,0 +1,71 @@
+"""Numbers that cannot work together are refused when they are written down, not in the middle of a save."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.options import KIB, MIB, Options, RetryPolicy
+
+
+def test_the_defaults_are_valid_together() -> None:
+    assert Options() == Options(retry=RetryPolicy())
+
+
+def test_units_are_binary() -> None:
+    assert (KIB, MIB) == (1024, 1_048_576)
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(RetryPolicy)])
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_retry_policy_has_only_positive_numbers(name: str, value: int) -> None:
+    with pytest.raises(OptionsError, match=name):
+        RetryPolicy(**{name: value})
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(RetryPolicy) if f.name.endswith("_s")])
+def test_no_time_of_a_retry_policy_is_nan(name: str) -> None:
+    with pytest.raises(OptionsError, match=name):
+        RetryPolicy(**{name: math.nan})
+
+
+def test_one_request_may_not_outlast_the_deadline() -> None:
+    with pytest.raises(OptionsError, match="request_timeout_s"):
+        RetryPolicy(request_timeout_s=10.0, deadline_s=9.0)
+
+
+def test_one_request_may_take_the_whole_deadline() -> None:
+    assert RetryPolicy(request_timeout_s=9.0, deadline_s=9.0).deadline_s == 9.0
+
+
+@pytest.mark.parametrize("name", ["shard_bytes", "block_bytes", "span_bytes", "concurrency", "memory_budget_bytes"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_sizes_and_counts_are_positive(name: str, value: int) -> None:
+    with pytest.raises(OptionsError, match=name):
+        Options(**{name: value})
+
+
+def test_a_span_covers_whole_blocks() -> None:
+    with pytest.raises(OptionsError, match="whole blocks"):
+        Options(block_bytes=4 * MIB, span_bytes=6 * MIB)
+
+
+@pytest.mark.parametrize("larger", ["shard_bytes", "span_bytes"])
+def test_the_memory_budget_holds_at_least_one_of_each(larger: str) -> None:
+    sizes: dict[str, Any] = {"shard_bytes": 4 * MIB, "span_bytes": 4 * MIB, larger: 16 * MIB}
+
+    with pytest.raises(OptionsError, match="memory_budget_bytes"):
+        Options(**sizes, memory_budget_bytes=16 * MIB - 1)
+    assert Options(**sizes, memory_budget_bytes=16 * MIB).memory_budget_bytes == 16 * MIB
+
+
+@pytest.mark.parametrize("value", [Options(), RetryPolicy()])
+def test_options_do_not_change_once_made(value: Options | RetryPolicy) -> None:
+    name = dataclasses.fields(value)[0].name
+
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, name, 1)
