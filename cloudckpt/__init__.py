@@ -1,0 +1,76 @@
+"""Stream PyTorch checkpoints straight to local disk, S3 or GCS, whole or not at all."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from cloudckpt.catalog import Checkpoint
+from cloudckpt.checkpoint import load, read, save
+from cloudckpt.errors import (
+    AccessDeniedError,
+    BucketNotFoundError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    ChecksumError,
+    CloudCkptError,
+    CommitUnknownError,
+    ConflictError,
+    CreateNotEnforcedError,
+    CredentialsExpiredError,
+    FencedError,
+    FormatVersionError,
+    IntegrityError,
+    ManifestError,
+    MissingShardError,
+    OptionsError,
+    RetryExhaustedError,
+    SaveFailedError,
+    StateMismatchError,
+    StorageError,
+    UnsupportedValueError,
+)
+from cloudckpt.manager import CheckpointManager
+from cloudckpt.options import Options, RetryPolicy
+from cloudckpt.reader import CloudReader
+from cloudckpt.retention import KeepBest, KeepEvery, KeepFor, KeepLast
+from cloudckpt.writer import CloudWriter
+
+try:
+    __version__ = version("cloudckpt")
+except PackageNotFoundError:
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AccessDeniedError",
+    "BucketNotFoundError",
+    "Checkpoint",
+    "CheckpointExistsError",
+    "CheckpointManager",
+    "CheckpointNotFoundError",
+    "ChecksumError",
+    "CloudCkptError",
+    "CloudReader",
+    "CloudWriter",
+    "CommitUnknownError",
+    "ConflictError",
+    "CreateNotEnforcedError",
+    "CredentialsExpiredError",
+    "FencedError",
+    "FormatVersionError",
+    "IntegrityError",
+    "KeepBest",
+    "KeepEvery",
+    "KeepFor",
+    "KeepLast",
+    "ManifestError",
+    "MissingShardError",
+    "Options",
+    "OptionsError",
+    "RetryExhaustedError",
+    "RetryPolicy",
+    "SaveFailedError",
+    "StateMismatchError",
+    "StorageError",
+    "UnsupportedValueError",
+    "load",
+    "read",
+    "save",
+]

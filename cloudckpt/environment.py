@@ -1,0 +1,42 @@
+"""Describe the job that saves, for the record in its manifests: versions, platform, device and data path.
+
+Read once per process and engine; names no credential and no user.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from importlib import metadata
+
+import torch
+
+__all__ = ["environment"]
+
+_PACKAGES = ("cloudckpt", "torch", "numpy", "fsspec", "s3fs", "gcsfs", "obstore", "msgspec", "tenacity", "xxhash")
+
+
+@cache
+def environment(root_url: str, data_path: str) -> dict[str, str]:
+    """Return the environment record of this process for a root and the engine that moves its bytes."""
+    record = {f"package.{name}": version for name in _PACKAGES if (version := _version(name))}
+    record["python"] = f"{platform.python_implementation()} {platform.python_version()}"
+    record["platform"] = platform.platform()
+    record["machine"] = platform.machine()
+    record["device"] = _device()
+    record["root"] = root_url
+    record["data_path"] = data_path
+    return record
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu ({torch.get_num_threads()} threads)"
