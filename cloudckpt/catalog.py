@@ -3,7 +3,7 @@
     commit    manifest created, last        ──▶ the checkpoint exists
     uncommit  manifest deleted, first       ──▶ it does not; its shards go in a later pass
     claim     epochs/NNN.json created       ──▶ older epochs are fenced
-    sweep     `void` manifest created       ──▶ an orphan attempt can never commit; then its objects go
+    void      `void` manifest created       ──▶ an orphan attempt can never commit; then `sweep` removes its objects
 
 Knows keys, manifests and one store; knows nothing of tensors. Keeps FORMAT invariants 2 and 5 to 10. A catalog
 may be used by several threads; it keeps no state but the manifests that it has read, which never change.
@@ -16,7 +16,7 @@ import os
 import platform
 import secrets
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -43,9 +43,9 @@ from cloudckpt.keys import (
     parse_epoch_key,
 )
 from cloudckpt.manifest import MANIFEST_LIMIT_BYTES, EpochClaim, Manifest, decode_claim, digest_of
-from cloudckpt.store.base import ObjectInfo, Store
+from cloudckpt.store.base import Store
 
-__all__ = ["Catalog", "Checkpoint", "Orphan"]
+__all__ = ["Catalog", "Checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -93,16 +93,6 @@ class Checkpoint:
     def order(self) -> tuple[int, int]:
         """(epoch, step): what makes one checkpoint newer than another (FORMAT invariant 10)."""
         return self.epoch, -1 if self.step is None else self.step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Orphan:
-    """Objects of a prefix that never was, or no longer is, a checkpoint."""
-
-    prefix: str
-    object_count: int
-    total_bytes: int
-    age_s: float
 
 
 class Catalog:
@@ -375,56 +365,8 @@ class Catalog:
             raise self.exists_error(prefix)
         self.store.delete([info.key for info in objects])
 
-    # -- sweeping ------------------------------------------------------------------------------------------
-
-    def orphans(self, *, older_than_s: float, spare: Collection[str] = ()) -> list[Orphan]:
-        """Return the prefixes without a commit that no running job can own any more.
-
-        An orphan's epoch is not the highest claimed, and its newest object is older than `older_than_s` by the
-        store's own clock (FORMAT invariant 9).
-        """
-        now_s = self._store_now_s()
-        highest = self.highest_epoch()
-        found = []
-        for prefix in self.prefixes():
-            place = parse_checkpoint_prefix(prefix)
-            if place is None or place[1] >= highest or prefix in spare:
-                continue
-            objects = self.store.list(prefix).objects
-            orphan = self._orphan(prefix, objects, now_s)
-            if orphan is not None and orphan.age_s >= older_than_s:
-                found.append(orphan)
-        return found
-
-    def _orphan(self, prefix: str, objects: Sequence[ObjectInfo], now_s: float) -> Orphan | None:
-        rest = [info for info in objects if info.key != prefix + MANIFEST_NAME]
-        if not rest or (len(rest) < len(objects) and not self._is_void(prefix)):
-            return None
-        return Orphan(
-            prefix=prefix,
-            object_count=len(rest),
-            total_bytes=sum(info.size_bytes for info in rest),
-            age_s=now_s - max(info.modified_s for info in rest),
-        )
-
-    def _is_void(self, prefix: str) -> bool:
-        key = prefix + MANIFEST_NAME
-        try:
-            return Manifest.decode(self.store.read(key, limit_bytes=MANIFEST_LIMIT_BYTES), key=key).state == "void"
-        except (ManifestError, ObjectNotFoundError):
-            return False
-
-    def _store_now_s(self) -> float:
-        """Return the store's clock, as the time that it gives an object written just now."""
-        key = f"{EPOCHS_PREFIX}clock-{secrets.token_hex(8)}"
-        self.store.put(key, [memoryview(b"now")])
-        try:
-            return self.store.head(key).modified_s
-        finally:
-            self.store.delete([key])
-
     def void(self, prefix: str) -> bool:
-        """Decide that the attempt under `prefix` never commits; False if it committed first."""
+        """Decide that no attempt under `prefix` ever commits: create its manifest as `void`. False if one committed."""
         place = parse_checkpoint_prefix(prefix)
         if place is None:
             raise CheckpointNotFoundError(f"{prefix!r} is no checkpoint prefix")
@@ -439,24 +381,16 @@ class Catalog:
         try:
             self.store.create(prefix + MANIFEST_NAME, manifest.encode())
         except ObjectExistsError:
-            return self._is_void(prefix)
+            return self.is_void(prefix)
         return True
 
-    def sweep(self, *, older_than_s: float, dry_run: bool, spare: Collection[str] = ()) -> list[Orphan]:
-        """Remove orphans: void each first, so that a zombie's late commit loses; then delete its other objects.
-
-        The void manifest stays: it is what keeps a zombie from committing to nothing.
-        """
-        removed = []
-        for orphan in self.orphans(older_than_s=older_than_s, spare=spare):
-            if dry_run:
-                removed.append(orphan)
-            elif self.void(orphan.prefix):
-                manifest = orphan.prefix + MANIFEST_NAME
-                keys = [info.key for info in self.store.list(orphan.prefix).objects if info.key != manifest]
-                self.store.delete(keys)
-                removed.append(orphan)
-        return removed
+    def is_void(self, prefix: str) -> bool:
+        """Tell whether a readable `void` manifest stands under `prefix`."""
+        key = prefix + MANIFEST_NAME
+        try:
+            return Manifest.decode(self.store.read(key, limit_bytes=MANIFEST_LIMIT_BYTES), key=key).state == "void"
+        except (ManifestError, ObjectNotFoundError):
+            return False
 
 
 def _few(steps: Sequence[int]) -> str:

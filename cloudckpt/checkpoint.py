@@ -17,21 +17,24 @@ from contextlib import contextmanager
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from cloudckpt import codec
 from cloudckpt.catalog import Catalog, Checkpoint
 from cloudckpt.codec import DTYPES
+from cloudckpt.entry import is_tensor
 from cloudckpt.errors import CheckpointNotFoundError, CloudCkptError, SaveFailedError
 from cloudckpt.index import Index
 from cloudckpt.options import Options
 from cloudckpt.reader import CloudReader, read_index
 from cloudckpt.restore import Saved, plan_restore
-from cloudckpt.state import bind, capture, is_tensor
+from cloudckpt.source import check_tensor
+from cloudckpt.state import bind, capture
 from cloudckpt.store import open_store
 from cloudckpt.tree import Flat, PathElement, unflatten
-from cloudckpt.writer import CloudWriter, Target, check_tensor, refuse_lonely_rank
+from cloudckpt.writer import CloudWriter, Target, refuse_lonely_rank
 
 __all__ = ["load", "load_state", "read", "save", "save_state"]
 
@@ -102,6 +105,7 @@ def load(
             and restored values: load another checkpoint before going on.
     """
     refuse_lonely_rank()
+    bind(state)  # refuses a wrong call before anything is asked of the store
     chosen = options or Options()
     store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=chosen)
     try:
@@ -211,12 +215,26 @@ def save_state(
             # Refused here, before a byte is written, rather than in the middle of the uploads.
             codec.encode(leaf, key=name)
     writer = CloudWriter.to(target, options=options, paths=flat.paths, metrics=metrics, metadata=metadata)
-    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner = _LeafPlanner(flatten_state_dict=False)
     with _plain_errors("save"):
         dcp_save(dict(flat.leaves), storage_writer=writer, planner=planner)
     if writer.checkpoint is None:
         return target.catalog.open(target.prefix)
     return writer.checkpoint
+
+
+class _LeafPlanner(DefaultSavePlanner):
+    """Plans values as they are: the stock planner rebuilds containers, with keys made str and empty dicts dropped."""
+
+    def set_up_planner(
+        self,
+        state_dict: dict[str, object],
+        storage_meta: StorageMeta | None = None,
+        is_coordinator: bool = False,  # noqa: FBT001, FBT002 (DCP's signature)
+    ) -> None:
+        tensors = {name: leaf for name, leaf in state_dict.items() if is_tensor(leaf)}
+        super().set_up_planner(tensors, storage_meta, is_coordinator)
+        self.state_dict = {**self.state_dict, **{name: state_dict[name] for name in state_dict.keys() - tensors.keys()}}
 
 
 def load_state(

@@ -61,7 +61,7 @@ class Fetch:
         return self.span.stop - self.span.start
 
 
-class _Scratch(threading.local):
+class _ReadBuffer(threading.local):
     """A read buffer per pool thread, reused from span to span: fresh pages cost more than the copy.
 
     An engine that answers with memory of its own once is not offered any again: it would only stay empty.
@@ -93,11 +93,11 @@ def download(store: Store, fetches: Sequence[Fetch], *, concurrency: int, budget
         StorageError: the store could not be read.
         In each case no byte of the span at fault was handed on; other spans may have been.
     """
-    scratch = _Scratch()
+    buffer = _ReadBuffer()
 
     def fetch(job: Fetch) -> None:
         try:
-            job.consume(_verified(store, job, scratch))
+            job.consume(_verified(store, job, buffer))
         finally:
             budget.free(job.size_bytes)
 
@@ -106,11 +106,11 @@ def download(store: Store, fetches: Sequence[Fetch], *, concurrency: int, budget
     run_all(work, costs_bytes, concurrency=concurrency, budget=budget, name="cloudckpt-download")
 
 
-def _verified(store: Store, job: Fetch, scratch: _Scratch) -> memoryview:
+def _verified(store: Store, job: Fetch, buffer: _ReadBuffer) -> memoryview:
     shard, span = job.shard, job.span
     bad = None
     for _ in range(_READS_PER_SPAN):
-        data = _get(store, shard, span, scratch)
+        data = _get(store, shard, span, buffer)
         first_block = span.start // shard.block_bytes
         bad = verify_blocks(data, shard.digests, first_block=first_block, block_bytes=shard.block_bytes)
         if bad is None:
@@ -123,9 +123,9 @@ def _verified(store: Store, job: Fetch, scratch: _Scratch) -> memoryview:
     )
 
 
-def _get(store: Store, shard: ShardSource, span: Span, scratch: _Scratch) -> memoryview:
+def _get(store: Store, shard: ShardSource, span: Span, buffer: _ReadBuffer) -> memoryview:
     try:
-        into = scratch.take(span.stop - span.start)
+        into = buffer.take(span.stop - span.start)
         data = store.get(shard.key, start=span.start, stop=span.stop, into=into)
     except ObjectNotFoundError as exc:
         raise MissingShardError(
@@ -133,7 +133,7 @@ def _get(store: Store, shard: ShardSource, span: Span, scratch: _Scratch) -> mem
         ) from exc
     except StorageError as exc:
         raise _explain(store, shard, exc) from exc
-    scratch.note(into, data)
+    buffer.note(into, data)
     return data
 
 

@@ -168,10 +168,10 @@ class Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         places: set[tuple[int, int]] = set()
         for shard in self.shards:
             yield from _shard_problems(shard, self.block_bytes, places)
-        extents = array("q")
+        check = _TensorCheck(self.shards)
         for name, tensor in self.tensors.items():
-            yield from _tensor_problems(name, tensor, self.shards, extents)
-        yield from _overlap_problems(extents)
+            yield from check.problems(name, tensor)
+        yield from check.overlaps()
         for name in self.tensors.keys() & self.values.keys():
             yield f"{_shown(name)} is both a tensor and a value"
         for name, path in self.paths.items():
@@ -212,7 +212,7 @@ def decode_record(data: bytes, schema: type[_Record], *, key: str) -> _Record:
 def _refuse_double_names(data: bytes, canonical: bytes, key: str) -> None:
     """Refuse an object with a name twice, of which one reader takes the first and another the last.
 
-    What encodes to the same bytes again has none; only other text, such as a manifest with its line breaks, is searched.
+    What encodes to the same bytes again has none; only other text, such as an indented manifest, is searched.
     """
 
     def refuse(pairs: list[tuple[str, object]]) -> None:
@@ -266,24 +266,69 @@ def _shard_problems(shard: ShardEntry, block_bytes: int, places: set[tuple[int, 
         yield f"shard {place} has {len(digests)} bytes of digests for {shard.size_bytes} bytes"
 
 
-def _tensor_problems(name: str, tensor: TensorEntry, shards: Sequence[ShardEntry], extents: array[int]) -> Iterator[str]:
-    """Yield what is wrong with a tensor; add (shard, start, stop) of each of its pieces to `extents`."""
-    if tensor.dtype not in DTYPES:
-        yield f"tensor {_shown(name)} has dtype {_shown(tensor.dtype)}, which this PyTorch does not know"
-        return
-    item_bytes = tensor.itemsize_bytes
-    if not _is_shape(tensor.shape, item_bytes):
-        yield f"tensor {_shown(name)} has shape {_shown(tensor.shape)}"
-        return
-    for chunk in tensor.chunks:
-        nbytes = math.prod(chunk.sizes) * item_bytes if _is_inside(chunk, tensor.shape) else -1
-        if nbytes < 0 or not _is_stored(chunk, nbytes, shards):
-            yield f"tensor {_shown(name)} has a piece {_shown(chunk)} that leaves the tensor or its shard"
+class _TensorCheck:
+    """Look at one tensor after the other; remember what their pieces take of the shards."""
+
+    def __init__(self, shards: Sequence[ShardEntry]) -> None:
+        self._shards = shards
+        self._extents = array("q")  # shard, start and stop of each piece
+        chance = random.Random()  # a generator of its own: the global one belongs to the training
+        self._weights = [defaultdict[int, int](lambda: chance.getrandbits(64)) for _ in range(_DIMENSIONS_LIMIT)]
+
+    def problems(self, name: str, tensor: TensorEntry) -> Iterator[str]:
+        """Yield what is wrong with a tensor by itself."""
+        if tensor.dtype not in DTYPES:
+            yield f"tensor {_shown(name)} has dtype {_shown(tensor.dtype)}, which this PyTorch does not know"
             return
-        if nbytes:
-            extents.extend((chunk.shard, chunk.start, chunk.start + nbytes))
-    if not _tiles(tensor):
-        yield f"tensor {_shown(name)} is not tiled by its pieces"
+        item_bytes = tensor.itemsize_bytes
+        if not _is_shape(tensor.shape, item_bytes):
+            yield f"tensor {_shown(name)} has shape {_shown(tensor.shape)}"
+            return
+        for chunk in tensor.chunks:
+            if not (_is_inside(chunk, tensor.shape) and self._is_stored(chunk, item_bytes)):
+                yield f"tensor {_shown(name)} has a piece {_shown(chunk)} that leaves the tensor or its shard"
+                return
+        if not self._tiles(tensor):
+            yield f"tensor {_shown(name)} is not tiled by its pieces"
+
+    def overlaps(self) -> Iterator[str]:
+        """Yield where two pieces, of all tensors together, claim the same byte of a shard."""
+        table = np.asarray(self._extents, dtype=np.int64).reshape(-1, 3)
+        table = table[np.lexsort((table[:, 1], table[:, 0]))]
+        before, after = table[:-1], table[1:]
+        is_twice = (before[:, 0] == after[:, 0]) & (after[:, 1] < before[:, 2])
+        if is_twice.any():
+            place, start, _ = after[np.argmax(is_twice)].tolist()
+            shard = self._shards[place]
+            yield f"two pieces share byte {start} of shard {(shard.rank, shard.number)}"
+
+    def _is_stored(self, chunk: ChunkEntry, item_bytes: int) -> bool:
+        if not 0 <= chunk.shard < len(self._shards) or chunk.start < 8:
+            return False
+        stop = chunk.start + math.prod(chunk.sizes) * item_bytes
+        if stop > self._shards[chunk.shard].size_bytes:
+            return False
+        if stop > chunk.start:
+            self._extents.extend((chunk.shard, chunk.start, stop))
+        return True
+
+    def _tiles(self, tensor: TensorEntry) -> bool:
+        """Tell whether the pieces cover every element exactly once.
+
+        Each coordinate of each axis has a random weight, and a box the product over its axes of (weight of its stop
+        - weight of its start). Where boxes meet the weights cancel: boxes that tile the tensor always add up to the
+        product of the whole. Any others differ from it as polynomials in the weights, so they add up to it by chance
+        only, once in 2**58 tries; and whoever wrote the index could not know the weights. Comparing boxes with each
+        other instead takes hours for a tensor of many columns.
+        """
+        covered = sum(self._measure(chunk.offsets, chunk.sizes) for chunk in tensor.chunks)
+        return covered == self._measure((0,) * len(tensor.shape), tensor.shape)
+
+    def _measure(self, offsets: Sequence[int], sizes: Sequence[int]) -> int:
+        product = 1
+        for weights, start, size in zip(self._weights, offsets, sizes, strict=False):
+            product *= weights[start + size] - weights[start]
+        return product
 
 
 def _is_shape(shape: Sequence[int], item_bytes: int) -> bool:
@@ -300,42 +345,3 @@ def _is_inside(chunk: ChunkEntry, shape: Sequence[int]) -> bool:
         if offset < 0 or size < 0 or offset + size > extent:
             return False
     return True
-
-
-def _is_stored(chunk: ChunkEntry, nbytes: int, shards: Sequence[ShardEntry]) -> bool:
-    if not 0 <= chunk.shard < len(shards) or chunk.start < 8:
-        return False
-    return chunk.start + nbytes <= shards[chunk.shard].size_bytes
-
-
-def _tiles(tensor: TensorEntry) -> bool:
-    """Tell whether the pieces cover every element exactly once.
-
-    Each coordinate of each axis gets a random weight, and a box the product over its axes of (weight of its stop -
-    weight of its start). Where boxes meet the weights cancel: boxes that tile the tensor always add up to the product
-    of the whole. Any others differ from it as polynomials in the weights, so they add up to it by chance only, once in
-    2**58 tries; and whoever wrote the index could not know the weights. Comparing boxes with each other instead
-    would take hours for a tensor of many columns.
-    """
-    chance = random.Random()  # a generator of its own: the global one belongs to the training
-    weights = [defaultdict[int, int](lambda: chance.getrandbits(64)) for _ in tensor.shape]
-    covered = sum(_measure(chunk.offsets, chunk.sizes, weights) for chunk in tensor.chunks)
-    return covered == _measure((0,) * len(tensor.shape), tensor.shape, weights)
-
-
-def _measure(offsets: Sequence[int], sizes: Sequence[int], weights: Sequence[defaultdict[int, int]]) -> int:
-    product = 1
-    for weight, start, size in zip(weights, offsets, sizes, strict=True):
-        product *= weight[start + size] - weight[start]
-    return product
-
-
-def _overlap_problems(extents: array[int]) -> Iterator[str]:
-    """Yield where two pieces claim the same byte of a shard."""
-    table = np.frombuffer(extents, dtype=np.int64).reshape(-1, 3)
-    table = table[np.lexsort((table[:, 1], table[:, 0]))]
-    before, after = table[:-1], table[1:]
-    twice = (before[:, 0] == after[:, 0]) & (after[:, 1] < before[:, 2])
-    if twice.any():
-        shard, start, _ = after[np.argmax(twice)].tolist()
-        yield f"two pieces share byte {start} of shard number {shard}"

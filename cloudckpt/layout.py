@@ -200,9 +200,7 @@ def _entry_name(box: _Box, chunk: Chunk) -> str:
     return f"{chunk.name}[{slices}]"
 
 
-def plan_spans(
-    ranges: Iterable[tuple[int, int]], *, size_bytes: int, block_bytes: int, span_bytes: int
-) -> list[Span]:
+def plan_spans(ranges: Iterable[tuple[int, int]], *, size_bytes: int, block_bytes: int, span_bytes: int) -> list[Span]:
     """Cover the wanted byte ranges of one object with ranged reads of whole blocks.
 
     Ranges that touch the same or neighbouring blocks are read together; no block is read twice; every span but

@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal
+from typing import Literal, Self
 
 from cloudckpt import codec
-from cloudckpt.catalog import Catalog, Checkpoint, Orphan
+from cloudckpt.catalog import Catalog, Checkpoint
 from cloudckpt.checkpoint import load_state, save_state
 from cloudckpt.errors import CheckpointExistsError, CloudCkptError, IntegrityError, MissingShardError, OptionsError
 from cloudckpt.index import Index
@@ -28,6 +28,7 @@ from cloudckpt.resume import capture_rng, restore_rng
 from cloudckpt.retention import KeepBest, RetentionRule, plan
 from cloudckpt.state import bind, capture
 from cloudckpt.store import open_store, probe_create
+from cloudckpt.sweep import Orphan, sweep
 from cloudckpt.writer import Target, refuse_lonely_rank
 
 __all__ = ["CheckpointManager"]
@@ -94,9 +95,7 @@ class CheckpointManager:
             raise OptionsError(f"prune_grace_s is {prune_grace_s}; give 0 or more seconds")
         refuse_lonely_rank()
         self._options = options or Options()
-        self._store = open_store(
-            os.fspath(url), storage_options=storage_options, engine=engine, options=self._options
-        )
+        self._store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=self._options)
         self._catalog = Catalog(self._store)
         self._retention = tuple(retention)
         self._save_every_steps = save_every_steps
@@ -304,7 +303,9 @@ class CheckpointManager:
         try:
             self._prune()
         except CloudCkptError as exc:
-            logger.warning("step %s is saved, but pruning failed and is left to the next save: %s", checkpoint.step, exc)
+            logger.warning(
+                "step %s is saved, but pruning failed and is left to the next save: %s", checkpoint.step, exc
+            )
 
     def _prune(self) -> None:
         """Uncommit what no rule keeps; remove the shards of what was uncommitted a grace time ago."""
@@ -342,7 +343,7 @@ class CheckpointManager:
             older_than_s: spare attempts whose newest object is younger than this, by the store's clock.
         """
         self._refuse_closed()
-        return self._catalog.sweep(older_than_s=older_than_s, dry_run=dry_run)
+        return sweep(self._catalog, older_than_s=older_than_s, dry_run=dry_run)
 
     # -- ending --------------------------------------------------------------------------------------------
 
@@ -358,7 +359,7 @@ class CheckpointManager:
         finally:
             self._store.close()
 
-    def __enter__(self) -> CheckpointManager:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

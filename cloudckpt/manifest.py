@@ -1,8 +1,8 @@
 """The manifest: the one small, readable object whose creation makes a checkpoint exist.
 
-A pure value with strict decoding: canonical JSON (indented, for people) that carries the SHA-256 of itself, so
-that no bit of it can change unseen; it names the index by size and SHA-256, and the index names the shards. No
-clock and no store here.
+A pure value with strict decoding: JSON, indented for people, that ends with the SHA-256 of itself, so that no bit
+of it can change unseen; it names the index by size and SHA-256, and the index names the shards. No clock and no
+store here.
 """
 
 from __future__ import annotations
@@ -12,27 +12,40 @@ import math
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
 
 from cloudckpt import codec
 from cloudckpt.codec import JsonValue
-from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError
-from cloudckpt.index import FORMAT_VERSION
+from cloudckpt.codec.walk import is_text
+from cloudckpt.errors import ManifestError, OptionsError
+from cloudckpt.index import decode_record
 from cloudckpt.keys import is_attempt
 
-__all__ = ["MANIFEST_LIMIT_BYTES", "EpochClaim", "IndexRef", "Manifest", "decode_claim", "digest_of", "metadata_to_json", "metrics_to_json"]
+__all__ = [
+    "MANIFEST_LIMIT_BYTES",
+    "EpochClaim",
+    "IndexRef",
+    "Manifest",
+    "decode_claim",
+    "digest_of",
+    "metadata_to_json",
+    "metrics_to_json",
+]
 
 # A manifest is a few KiB; user metadata may make it larger, but it is read in one request and held in memory.
 MANIFEST_LIMIT_BYTES = 4 << 20
 
 _NUMBER_LIMIT = 1 << 53
 _SHA256 = re.compile(r"\A[0-9a-f]{64}\Z")
+# How every manifest ends, in every version. The seal covers the bytes as they stand, not what they decode to: so
+# damage is told from a newer version, and a later release reads what this one sealed.
+_SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')
+_SEAL_BYTES = len('"sha256": ""\n}\n') + 64
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 Metric = float | Literal["nan", "inf", "-inf"]
-_Schema = TypeVar("_Schema", bound=msgspec.Struct)
 
 
 def digest_of(data: bytes) -> str:
@@ -45,6 +58,10 @@ class IndexRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     size_bytes: int
     sha256: str
+
+    def is_possible(self) -> bool:
+        """Tell whether an object can have this size and digest."""
+        return 0 < self.size_bytes < _NUMBER_LIMIT and _SHA256.match(self.sha256) is not None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,7 +83,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         metadata: the caller's own, in the codec's JSON.
         environment: versions, platform, device and data path of the job that saved.
         summary: what the save did: seconds, requests, retries.
-        sha256: of this manifest with the field itself empty.
+        sha256: of this manifest with the field itself empty; always the last field.
     """
 
     format_version: int
@@ -92,7 +109,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Raises:
             OptionsError: metrics and metadata make it larger than a manifest may be.
         """
-        sealed = _bytes(msgspec.structs.replace(self, sha256=digest_of(_bytes(msgspec.structs.replace(self, sha256="")))))
+        bare = msgspec.structs.replace(self, sha256="")
+        sealed = _bytes(msgspec.structs.replace(self, sha256=digest_of(_bytes(bare))))
         if len(sealed) > MANIFEST_LIMIT_BYTES:
             raise OptionsError(
                 f"the manifest of step {self.step} has {len(sealed)} bytes, more than {MANIFEST_LIMIT_BYTES}; "
@@ -107,32 +125,40 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Raises:
             ManifestError: not a manifest of a known version, or not byte for byte what its writer sealed.
         """
-        manifest = _decode(data, cls, key)
-        bare = _bytes(msgspec.structs.replace(manifest, sha256=""))
-        if _bytes(manifest) != data or digest_of(bare) != manifest.sha256:
+        if len(data) > MANIFEST_LIMIT_BYTES:
+            raise ManifestError(f"manifest {key} has {len(data)} bytes; restore an older step", key=key)
+        if not _is_sealed(data):
             raise ManifestError(f"manifest {key} was changed after it was written; restore an older step", key=key)
-        for problem in manifest._problems():
+        manifest = decode_record(data, cls, key=key)
+        for problem in manifest.problems():
             raise ManifestError(f"manifest {key} is inconsistent: {problem}; restore an older step", key=key)
         return manifest
 
-    def _problems(self) -> list[str]:
+    def problems(self) -> list[str]:
+        """Return what in it contradicts itself or cannot be."""
         problems = []
         counts = (self.epoch, self.world_size, self.total_bytes, self.tensor_count, self.shard_count, self.step or 0)
         if any(not 0 <= count < _NUMBER_LIMIT for count in counts):
             problems.append("a count is negative or absurd")
         if not is_attempt(self.attempt):
-            problems.append(f"attempt {self.attempt!r} is no attempt id")
+            problems.append(f"attempt {self.attempt[:40]!r} is no attempt id")
+        if not self._has_time():
+            problems.append(f"created_at {self.created_at[:40]!r} is no time with an offset")
         if (self.index is not None) != (self.state == "committed"):
-            problems.append(f"its state is {self.state} and its index is {self.index}")
-        if self.index is not None and not (_SHA256.match(self.index.sha256) and 0 < self.index.size_bytes):
+            problems.append(f"its state is {self.state}, and it has {'an' if self.index else 'no'} index")
+        if self.index is not None and not self.index.is_possible():
             problems.append("its index has no digest or size")
         return problems
 
+    def _has_time(self) -> bool:
+        try:
+            return datetime.fromisoformat(self.created_at).utcoffset() is not None and bool(self.created())
+        except (ValueError, OverflowError):
+            return False
+
     def metric_values(self) -> dict[str, float]:
         """Return the metrics as numbers."""
-        return {
-            name: _NON_FINITE[value] if isinstance(value, str) else value for name, value in self.metrics.items()
-        }
+        return {name: _NON_FINITE[value] if isinstance(value, str) else value for name, value in self.metrics.items()}
 
     def metadata_values(self) -> dict[str, object]:
         """Return the caller's metadata as Python values."""
@@ -171,21 +197,30 @@ class EpochClaim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 def decode_claim(data: bytes, *, key: str) -> EpochClaim:
     """Read a claim back, or raise `ManifestError`."""
-    return _decode(data, EpochClaim, key)
+    claim = decode_record(data, EpochClaim, key=key)
+    if any(not 0 <= count < _NUMBER_LIMIT for count in (claim.epoch, claim.pid, *(claim.resumed_from or ()))):
+        raise ManifestError(f"claim {key} is inconsistent: a count is negative or absurd", key=key)
+    return claim
 
 
 def metrics_to_json(metrics: Mapping[str, object] | None) -> dict[str, Metric]:
     """Check metrics and bring them into their JSON form; refuses what is no number."""
     result: dict[str, Metric] = {}
     for name, value in (metrics or {}).items():
-        if not isinstance(name, str) or not name:
-            raise OptionsError(f"metric name {name!r} is not a non-empty string")
-        try:
-            number = float(value)  # type: ignore[arg-type]
-        except (TypeError, ValueError) as exc:
-            raise OptionsError(f"metric {name!r} is {value!r}; give a number, e.g. float(loss)") from exc
+        if not isinstance(name, str) or not name or not is_text(name):
+            raise OptionsError(f"metric name {name!r} is not a non-empty string of Unicode text")
+        number = _number(name, value)
         result[name] = number if math.isfinite(number) else _non_finite_name(number)
     return result
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        if not isinstance(value, str | bytes | bytearray):  # float() would read these too
+            return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError) as exc:  # RuntimeError: a tensor of several elements
+        raise OptionsError(f"metric {name!r} is {value!r}; give a number, e.g. float(loss)") from exc
+    raise OptionsError(f"metric {name!r} is the text {value!r}; give a number")
 
 
 def _non_finite_name(number: float) -> Literal["nan", "inf", "-inf"]:
@@ -197,30 +232,18 @@ def _non_finite_name(number: float) -> Literal["nan", "inf", "-inf"]:
 def metadata_to_json(metadata: Mapping[str, object] | None) -> dict[str, JsonValue]:
     """Bring the caller's metadata into the codec's JSON; refuses what the codec refuses."""
     for name in metadata or {}:
-        if not isinstance(name, str):
-            raise OptionsError(f"metadata key {name!r} is not a string")
+        if not isinstance(name, str) or not is_text(name):
+            raise OptionsError(f"metadata key {name!r} is not a string of Unicode text")
     return {name: codec.encode(value, key=f"metadata.{name}") for name, value in (metadata or {}).items()}
 
 
 def _bytes(value: msgspec.Struct) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
-
-
-class _Version(msgspec.Struct):
-    """The only field that every version of the schemas has."""
-
-    format_version: int
-
-
-def _decode(data: bytes, schema: type[_Schema], key: str) -> _Schema:
     try:
-        version = msgspec.json.decode(data, type=_Version).format_version
-        if version > FORMAT_VERSION:
-            raise FormatVersionError(
-                f"{key} has format version {version}, and this cloudckpt reads versions up to {FORMAT_VERSION}; "
-                "upgrade cloudckpt to read it",
-                key=key,
-            )
-        return msgspec.json.decode(data, type=schema)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise ManifestError(f"{key} cannot be decoded ({exc}); restore an older step", key=key) from exc
+        return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
+    except UnicodeEncodeError as exc:
+        raise OptionsError(f"{exc.object!r} has lone surrogates, which no manifest can hold") from exc
+
+
+def _is_sealed(data: bytes) -> bool:
+    seal = _SEAL.match(data, max(0, len(data) - _SEAL_BYTES))
+    return seal is not None and digest_of(data[: seal.start(1)] + data[seal.end(1) :]) == seal[1].decode()

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 
 from cloudckpt.errors import OptionsError
 
-__all__ = ["KIB", "MIB", "Options", "RetryPolicy"]
+__all__ = ["KIB", "MAX_BLOCK_BYTES", "MIB", "Options", "RetryPolicy"]
 
 KIB = 1024
 MIB = 1024 * KIB
+# A reader holds whole blocks in memory, and an index that it was told to read says how large they are.
+MAX_BLOCK_BYTES = 256 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,7 @@ class Options:
 
     Attributes:
         shard_bytes: upper bound of one shard object's tensor bytes.
-        block_bytes: bytes per checksum, counted from a shard's first byte.
+        block_bytes: bytes per checksum, counted from a shard's first byte; at most 256 MiB.
         span_bytes: upper bound of one ranged read; a multiple of `block_bytes`.
         concurrency: requests in flight.
         memory_budget_bytes: extra host memory that a save or a load may hold at once.
@@ -79,6 +81,8 @@ class Options:
         for name in ("shard_bytes", "block_bytes", "span_bytes", "concurrency", "memory_budget_bytes"):
             if getattr(self, name) < 1:
                 raise OptionsError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.block_bytes > MAX_BLOCK_BYTES:
+            raise OptionsError(f"block_bytes is {self.block_bytes}; give {MAX_BLOCK_BYTES} or less")
         if self.span_bytes % self.block_bytes:
             raise OptionsError(
                 f"span_bytes ({self.span_bytes}) is not a multiple of block_bytes ({self.block_bytes}); "

@@ -3,10 +3,8 @@
     manifest ──▶ index ──▶ DCP Metadata ──▶ planner (resharding) ──▶ read items
     read items ──layout──▶ spans ──download, verified──▶ landings ──▶ target tensors
 
-Every piece in the index is one chunk to DCP, so its planners reshard over pieces and stay untouched. A landing is
-where one read item's bytes go: straight into the target where both sides are dense, else into a buffer of the
-item's size that is copied once it is complete. Bytes land only after their block was verified. No pickle is read:
-a value is decoded by our codec and, for planners that expect one, made into bytes in memory. Keeps FORMAT
+Every piece in the index is one chunk to DCP, so its planners reshard over pieces and stay untouched. No pickle is
+read: a value is decoded by our codec and, for planners that expect one, made into bytes in memory. Keeps FORMAT
 invariants 1 and 12.
 """
 
@@ -15,15 +13,12 @@ from __future__ import annotations
 import io
 import math
 import os
-import threading
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
-import numpy as np
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -47,9 +42,11 @@ from cloudckpt.errors import (
     MissingShardError,
     ObjectNotFoundError,
     OptionsError,
+    StorageError,
 )
-from cloudckpt.index import INDEX_LIMIT_BYTES, ChunkEntry, Index, TensorEntry
+from cloudckpt.index import INDEX_LIMIT_BYTES, ChunkEntry, Index
 from cloudckpt.keys import index_key, shard_key
+from cloudckpt.landing import Landing, Taking, deliver
 from cloudckpt.layout import plan_spans
 from cloudckpt.manifest import digest_of
 from cloudckpt.options import Options
@@ -78,6 +75,14 @@ def read_index(catalog: Catalog, checkpoint: Checkpoint) -> Index:
     except ObjectNotFoundError as exc:
         raise MissingShardError(
             f"index {key}, which the manifest commits, is not on the store; restore an older step", key=key
+        ) from exc
+    except StorageError as exc:
+        size_bytes = catalog.store.head(key).size_bytes
+        if size_bytes <= committed.size_bytes:
+            raise
+        raise ChecksumError(
+            f"index {key} has {size_bytes} bytes, and {committed.size_bytes} were committed; restore an older step",
+            key=key,
         ) from exc
     if len(data) != committed.size_bytes or digest_of(data) != committed.sha256:
         raise ChecksumError(
@@ -222,23 +227,21 @@ class CloudReader(StorageReader):
         future.set_result(None)
         return future
 
-    def _landings(
-        self, plan: LoadPlan, planner: LoadPlanner, index: Index, budget: Budget
-    ) -> dict[int, list[_Landing]]:
+    def _landings(self, plan: LoadPlan, planner: LoadPlanner, index: Index, budget: Budget) -> dict[int, list[Landing]]:
         """Load the values of a plan, and return where its tensors' bytes go, by shard."""
-        landings: dict[int, list[_Landing]] = defaultdict(list)
+        landings: dict[int, list[Landing]] = defaultdict(list)
         pieces = _pieces_by_offset(index, {item.storage_index.fqn for item in plan.items})
-        taking = _Taking(planner, budget)
+        taking = Taking(planner, budget)
         for item in plan.items:
             name = item.storage_index.fqn
             if item.type is LoadItemType.BYTE_IO:
                 _load_value(item, planner, index)
                 continue
             piece = pieces[name, tuple(item.storage_index.offset or ())]
-            landings[piece.shard].append(_Landing(item, taking, index.tensors[name], piece))
+            landings[piece.shard].append(Landing(item, taking, index.tensors[name], piece))
         return landings
 
-    def _fetches(self, index: Index, checkpoint: Checkpoint, shard: int, landings: list[_Landing]) -> list[Fetch]:
+    def _fetches(self, index: Index, checkpoint: Checkpoint, shard: int, landings: list[Landing]) -> list[Fetch]:
         entry = index.shards[shard]
         source = ShardSource(
             key=checkpoint.prefix + shard_key(index.attempt, entry.rank, entry.number),
@@ -254,7 +257,7 @@ class CloudReader(StorageReader):
             span_bytes=max(1, self._options.span_bytes // index.block_bytes) * index.block_bytes,
         )
         starts = [span.start for span in spans]
-        takers: list[list[_Landing]] = [[] for _ in spans]
+        takers: list[list[Landing]] = [[] for _ in spans]
         for landing in landings:
             if landing.start == landing.stop:
                 landing.finish()
@@ -267,7 +270,7 @@ class CloudReader(StorageReader):
             Fetch(
                 shard=source,
                 span=span,
-                consume=partial(_deliver, taking, span.start),
+                consume=partial(deliver, taking, span.start),
                 buffer_bytes=sum(landing.buffer_bytes for landing in taking if landing.start >= span.start),
             )
             for span, taking in zip(spans, takers, strict=True)
@@ -319,118 +322,3 @@ def _load_value(item: ReadItem, planner: LoadPlanner, index: Index) -> None:
     torch.save(codec.decode(index.values[name], key=name), data)
     data.seek(0)
     planner.load_bytes(item, data)
-
-
-def _deliver(landings: Sequence[_Landing], start: int, data: memoryview) -> None:
-    array = np.frombuffer(data, dtype=np.uint8)
-    for landing in landings:
-        landing.accept(array, start)
-
-
-class _Taking:
-    """What the landings of one load share: the planner, whose methods need not be thread-safe, and the budget."""
-
-    def __init__(self, planner: LoadPlanner, budget: Budget) -> None:
-        self.planner = planner
-        self.budget = budget
-        self.lock = threading.Lock()
-        # A stock planner answers with a view of what it holds, as often as it is asked; another may allocate.
-        self.is_stock = isinstance(planner, DefaultLoadPlanner) and (
-            type(planner).resolve_tensor is DefaultLoadPlanner.resolve_tensor
-            and type(planner).lookup_tensor is DefaultLoadPlanner.lookup_tensor
-            and type(planner).transform_tensor is DefaultLoadPlanner.transform_tensor
-        )
-
-
-class _Landing:
-    """Where the bytes of one read item go: [start, stop) of a shard, into a part of one tensor.
-
-    Several pool threads deliver to one landing, each its own bytes; the last one completes it.
-
-    Attributes:
-        buffer_bytes: host memory that it holds, taken from the budget, from its first byte to its last; 0 where the
-            bytes go straight into the target.
-    """
-
-    def __init__(self, item: ReadItem, taking: _Taking, tensor: TensorEntry, piece: ChunkEntry) -> None:
-        self._item = item
-        self._taking = taking
-        self._dtype = DTYPES[tensor.dtype]
-        self._lengths = tuple(item.lengths)
-        self._strides = _dense_strides(piece.sizes)
-        self._target: torch.Tensor | None = None
-        self._into: np.ndarray | None = None
-        count = math.prod(self._lengths)
-        first = sum(at * stride for at, stride in zip(item.storage_offsets, self._strides, strict=True))
-        last = first + sum((size - 1) * stride for size, stride in zip(self._lengths, self._strides, strict=True))
-        self.start = piece.start + first * tensor.itemsize_bytes
-        self.stop = piece.start + (last + 1) * tensor.itemsize_bytes if count else self.start
-        self._is_dense = self.stop - self.start == count * tensor.itemsize_bytes
-        self._missing_bytes = self.stop - self.start
-        is_direct = taking.is_stock and self._is_direct(taking.planner.resolve_tensor(item))
-        self.buffer_bytes = 0 if is_direct else self.stop - self.start
-
-    def _is_direct(self, target: torch.Tensor) -> bool:
-        return self._is_dense and _is_plain(target, self._dtype)
-
-    def accept(self, data: np.ndarray, at: int) -> None:
-        """Take this landing's part of verified bytes that start at byte `at` of the shard."""
-        start, stop = max(at, self.start), min(at + len(data), self.stop)
-        np.copyto(self._open()[start - self.start : stop - self.start], data[start - at : stop - at])
-        with self._taking.lock:
-            self._missing_bytes -= stop - start
-            is_complete = self._missing_bytes == 0
-        if is_complete:
-            self.finish()
-
-    def _open(self) -> np.ndarray:
-        with self._taking.lock:
-            if self._into is None:
-                target = self._resolve()
-                size_bytes = self.stop - self.start
-                self._into = _bytes_of(target) if self._is_direct(target) else np.empty(size_bytes, dtype=np.uint8)
-            return self._into
-
-    def _resolve(self) -> torch.Tensor:
-        target = self._taking.planner.resolve_tensor(self._item).detach()
-        if tuple(target.shape) != self._lengths:
-            raise OptionsError(
-                f"the planner asked for {self._lengths} of {self._item.storage_index.fqn!r} and resolved a target of "
-                f"{tuple(target.shape)}"
-            )
-        self._target = target
-        return target
-
-    def finish(self) -> None:
-        """Copy a buffered item into its target, and tell the planner that the target is complete.
-
-        Called once, when every byte is there (or none is needed).
-        """
-        with self._taking.lock:
-            target = self._target if self._target is not None else self._resolve()
-        if self._into is not None and not self._is_direct(target):
-            source = torch.from_numpy(self._into).view(self._dtype)
-            target.copy_(source.as_strided(self._lengths, self._strides))
-        with self._taking.lock:
-            self._taking.planner.commit_tensor(self._item, target)
-        self._into = self._target = None
-        self._taking.budget.free(self.buffer_bytes)
-
-
-def _dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(sizes[1:]):
-        strides.append(strides[-1] * size)
-    return tuple(reversed(strides)) if sizes else ()
-
-
-def _is_plain(target: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Tell whether the target's memory is on the host and has the bytes of the format."""
-    is_dense = target.layout is torch.strided and target.is_contiguous()
-    is_same = target.dtype == dtype and not target.is_conj() and not target.is_neg()
-    return target.device.type == "cpu" and type(target) is torch.Tensor and is_dense and is_same
-
-
-def _bytes_of(target: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = target.reshape(-1).view(torch.uint8).numpy()
-    return array

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from cloudckpt import codec
 from cloudckpt.codec import JsonValue
@@ -87,11 +88,12 @@ class _Flattening:
     def _holds_tensor(self, value: object, depth: int) -> bool:
         if self._is_tensor(value):
             return True
-        if id(value) in self._without_tensors:
+        contents = _contents(value)
+        if contents is None or id(value) in self._without_tensors:
             return False
         if depth == PATH_LIMIT:
             raise _too_deep(value)
-        found = any(self._holds_tensor(child, depth + 1) for child in _contents(value))
+        found = any(self._holds_tensor(child, depth + 1) for child in contents)
         if not found:
             self._without_tensors[id(value)] = value
         return found
@@ -104,10 +106,10 @@ def _too_deep(value: object) -> UnsupportedValueError:
     )
 
 
-def _contents(value: object) -> Iterable[object]:
+def _contents(value: object) -> Iterable[object] | None:
     if isinstance(value, Mapping):
         return value.values()
-    return value if isinstance(value, list | tuple) else ()
+    return value if isinstance(value, list | tuple) else None
 
 
 def _children(value: object, name: str) -> list[tuple[PathElement, object]]:
@@ -170,7 +172,7 @@ def unflatten(leaves: Mapping[str, object], paths: Mapping[str, Sequence[PathEle
     root = _Node(dict)
     ordered = [name for name in paths if name in leaves] + [name for name in leaves if name not in paths]
     for name in ordered:
-        path = paths.get(name, [name])
+        path: Sequence[PathElement] = paths.get(name, (name,))
         if not 0 < len(path) <= PATH_LIMIT or not isinstance(path[0], str):
             raise _contradiction(name, f"has a path of {len(path)} steps that starts with no name")
         _insert(root, path, leaves[name], name)
@@ -180,7 +182,7 @@ def unflatten(leaves: Mapping[str, object], paths: Mapping[str, Sequence[PathEle
 def _insert(root: _Node, path: Sequence[PathElement], leaf: object, name: str) -> None:
     steps = [_step(element, name) for element in path]
     node = root
-    for (kind, key), (next_kind, _) in zip(steps, steps[1:], strict=False):
+    for (kind, key), (next_kind, _) in pairwise(steps):
         _expect(node, kind, name)
         if key not in node.children:
             node.add(key, _Node(next_kind), name)
@@ -206,13 +208,12 @@ def _step(element: PathElement, name: str) -> tuple[type, object]:
         return dict, element
     if type(element) is int:
         return list, element
-    match element:
-        case {"key": data} if len(element) == 1:
-            key = codec.decode(data, key=name)
-            if is_key(key):
-                return dict, key
-        case {"tuple": place} if len(element) == 1 and type(place) is int:
-            return tuple, place
+    if isinstance(element, dict) and element.keys() == {"key"}:
+        key = codec.decode(element["key"], key=name)
+        if is_key(key):
+            return dict, key
+    if isinstance(element, dict) and element.keys() == {"tuple"} and type(element["tuple"]) is int:
+        return tuple, element["tuple"]
     raise _contradiction(name, f"has a step {repr(element)[:_SHOWN]} in its path that this format does not know")
 
 

@@ -1,10 +1,10 @@
 """Put laid-out shards on a store in parallel, digesting their bytes on the way.
 
-    ShardJob.open() ──▶ [header, view, view, …] ──▶ block digests ──▶ store.put, one request ──▶ Uploaded
+    ShardJob.open(staging) ──▶ [header, view, view, …] ──▶ block digests ──▶ store.put, one request ──▶ Uploaded
 
 Knows bytes, budgets and threads; knows nothing of tensors, steps or manifests. The views are tensor memory
-wherever that is possible, so nothing is copied here. Each job runs on one pool thread. The first fault stops
-what has not begun, waits for what has, and surfaces (FORMAT invariants 4 and 15).
+wherever that is possible, and else lie in the staging memory; nothing is copied here. Each job runs on one pool
+thread. The first fault stops what has not begun, waits for what has, and surfaces (FORMAT invariants 4 and 15).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
+from cloudckpt.scratch import Scratch
 from cloudckpt.shard import block_digests
 from cloudckpt.store.base import Store
 
@@ -31,14 +32,16 @@ class ShardJob:
     Attributes:
         key: where, below the store's root.
         size_bytes: of the whole object.
-        cost_bytes: host memory that it may take while it is in flight.
+        cost_bytes: host memory that it may take while it is in flight, staging included.
+        staging_bytes: host memory that `open` is to be given.
         open: returns its bytes as views, whose memory stays unchanged until the put has returned.
     """
 
     key: str
     size_bytes: int
     cost_bytes: int
-    open: Callable[[], Sequence[memoryview]]
+    staging_bytes: int
+    open: Callable[[memoryview], Sequence[memoryview]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,12 +95,14 @@ def upload(
         CloudCkptError: the first fault, when no put is under way any more. Objects already put stay: they carry an
             attempt id that nothing refers to.
     """
+    scratch = Scratch()
 
     def put(job: ShardJob) -> Uploaded:
         try:
-            buffers = job.open()
-            digests = block_digests(buffers, block_bytes=block_bytes)
-            store.put(job.key, buffers)
+            with scratch.lend(job.staging_bytes) as staging:
+                buffers = job.open(staging)
+                digests = block_digests(buffers, block_bytes=block_bytes)
+                store.put(job.key, buffers)
         finally:
             budget.free(job.cost_bytes)
         return Uploaded(key=job.key, size_bytes=job.size_bytes, digests=digests)

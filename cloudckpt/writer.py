@@ -1,51 +1,43 @@
-"""Write what a DCP save plan names: one of the two rooms that know `torch.distributed.checkpoint`'s types.
+"""Write what a DCP save plan names: the writing one of the rooms that know `torch.distributed.checkpoint`'s types.
 
     SavePlan ──▶ chunks ──layout──▶ shards ──upload──▶ WriteResults ──gathered by DCP──▶ plan == results?
              ──▶ index ──put──▶ manifest ──catalog.commit──▶ committed
 
 `StorageWriter` is implemented directly: DCP's own file-system writer loses the errors of its helper threads and
-overwrites in place. Planners stay DCP's or the user's. Values never meet pickle: the object behind a BYTE_IO item
-is taken from the planner and encoded by our codec. Keeps FORMAT invariants 2, 3 and 4.
+overwrites in place. Planners stay DCP's or the user's; `source` takes the bytes out of them, and `tally` compares
+plan and results. Keeps FORMAT invariants 2, 3 and 4.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
-import math
 import os
-import threading
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeGuard
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from cloudckpt import codec
 from cloudckpt.catalog import Catalog, Checkpoint
-from cloudckpt.codec import DTYPE_NAMES, JsonValue
 from cloudckpt.environment import environment
-from cloudckpt.errors import OptionsError, SaveFailedError, UnsupportedValueError
-from cloudckpt.index import FORMAT_VERSION, ChunkEntry, Index, ShardEntry, TensorEntry
+from cloudckpt.errors import OptionsError
+from cloudckpt.index import FORMAT_VERSION, Index
 from cloudckpt.keys import index_key, new_attempt, shard_key
-from cloudckpt.layout import Chunk, Piece, ShardLayout, lay_out
+from cloudckpt.layout import Chunk, ShardLayout, lay_out
 from cloudckpt.manifest import IndexRef, Manifest, digest_of, metadata_to_json, metrics_to_json
 from cloudckpt.options import Options
+from cloudckpt.source import Source, Staging, check_layout, chunk_of, object_of
 from cloudckpt.store import open_store, probe_create
+from cloudckpt.tally import StoredItem, check_against_plan, stored_items
 from cloudckpt.tree import PathElement
 from cloudckpt.upload import Budget, ShardJob, upload
 
-__all__ = ["CloudWriter", "Target", "check_tensor"]
+__all__ = ["CloudWriter", "Target", "portable_state", "refuse_lonely_rank"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,37 +50,6 @@ class Target:
     prefix: str = ""
     step: int | None = None
     epoch: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _StoredItem:
-    """What one write item became, as it travels to the coordinator.
-
-    Attributes:
-        offsets, sizes: the planned chunk, empty for a value.
-        dtype: torch's name of the tensor's dtype, "" for a value.
-        pieces: (offsets, sizes, shard number, start) of each piece.
-        value: the encoded value of a BYTE_IO item.
-        rank: who wrote it.
-        shards: on a rank's first item only: (number, size, digests) of all its shards.
-    """
-
-    offsets: tuple[int, ...] = ()
-    sizes: tuple[int, ...] = ()
-    dtype: str = ""
-    pieces: tuple[tuple[tuple[int, ...], tuple[int, ...], int, int], ...] = ()
-    value: JsonValue = None
-    rank: int = 0
-    shards: tuple[tuple[int, int, bytes], ...] = ()
-
-
-@dataclass(slots=True)
-class _Totals:
-    """What `finish` adds up for the manifest."""
-
-    tensors: dict[str, TensorEntry] = field(default_factory=dict)
-    values: dict[str, JsonValue] = field(default_factory=dict)
-    shards: list[ShardEntry] = field(default_factory=list)
 
 
 class CloudWriter(StorageWriter):
@@ -254,7 +215,7 @@ class CloudWriter(StorageWriter):
         stored = {id(item): _value_item(item, planner, self._rank) for item in values}
         stored |= self._write_tensors(tensor_items, planner)
         return [
-            WriteResult(index=item.index, size_in_bytes=_nbytes(stored[id(item)]), storage_data=stored[id(item)])
+            WriteResult(index=item.index, size_in_bytes=stored[id(item)].nbytes, storage_data=stored[id(item)])
             for item in plan.items
         ]
 
@@ -262,10 +223,10 @@ class CloudWriter(StorageWriter):
         if self._is_own_store:
             self._close()
 
-    def _write_tensors(self, items: Sequence[WriteItem], planner: SavePlanner) -> dict[int, _StoredItem]:
-        chunks = [_chunk(item) for item in items]
+    def _write_tensors(self, items: Sequence[WriteItem], planner: SavePlanner) -> dict[int, StoredItem]:
+        chunks = [chunk_of(item) for item in items]
         shards = lay_out(chunks, shard_bytes=self._options.shard_bytes, metadata={"cloudckpt": self._attempt})
-        source = _Source(items, planner, shards)
+        source = Source(items, planner, shards)
         target = self._open()
         jobs = [self._job(shard, chunks, source, target.prefix) for shard in shards]
         uploaded = upload(
@@ -278,18 +239,21 @@ class CloudWriter(StorageWriter):
         records = tuple(
             (shard.number, done.size_bytes, done.digests) for shard, done in zip(shards, uploaded, strict=True)
         )
-        return _stored_items(items, chunks, shards, records, self._rank)
+        return stored_items(items, chunks, shards, records, self._rank)
 
-    def _job(self, shard: ShardLayout, chunks: Sequence[Chunk], source: _Source, prefix: str) -> ShardJob:
-        def open_shard() -> list[memoryview]:
-            views = [source.view(chunks[piece.chunk], piece) for piece in shard.pieces]
+    def _job(self, shard: ShardLayout, chunks: Sequence[Chunk], source: Source, prefix: str) -> ShardJob:
+        def open_shard(staging: memoryview) -> list[memoryview]:
+            room = Staging(staging)
+            views = [source.view(chunks[piece.chunk], piece, room) for piece in shard.pieces]
             return [memoryview(shard.header), *(view for view in views if view.nbytes)]
 
+        staging_bytes = Staging.room_for(piece.nbytes for piece in shard.pieces if source.is_staged(piece))
         return ShardJob(
             key=prefix + shard_key(self._attempt, self._rank, shard.number),
             size_bytes=shard.size_bytes,
-            # A transport may copy a body once; staged pieces (device memory, non-contiguous) are one more copy.
-            cost_bytes=shard.size_bytes + sum(piece.nbytes for piece in shard.pieces if source.is_staged(piece)),
+            # A transport may copy a body once.
+            cost_bytes=shard.size_bytes + staging_bytes,
+            staging_bytes=staging_bytes,
             open=open_shard,
         )
 
@@ -303,7 +267,7 @@ class CloudWriter(StorageWriter):
     def _commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> Checkpoint:
         target = self._open()
         paths = _paths_of(metadata) or self._paths
-        totals = _check_against_plan(metadata, results)
+        totals = check_against_plan(metadata, results)
         index = Index(
             format_version=FORMAT_VERSION,
             attempt=self._attempt,
@@ -369,190 +333,8 @@ def refuse_lonely_rank() -> None:
         )
 
 
-def check_layout(name: str, layout: torch.layout, dtype: torch.dtype) -> None:
-    """Raise `UnsupportedValueError` for a tensor that has no dense bytes."""
-    if layout is not torch.strided:
-        raise UnsupportedValueError(
-            f"tensor {name!r} has layout {layout}; save it dense (tensor.to_dense()) or as its parts",
-            key=name,
-            type_name=str(layout),
-        )
-    if dtype not in DTYPE_NAMES:
-        raise UnsupportedValueError(
-            f"tensor {name!r} has dtype {dtype}, which the format cannot hold; save its dequantized values or parts",
-            key=name,
-            type_name=str(dtype),
-        )
-
-
-def check_tensor(name: str, tensor: torch.Tensor) -> None:
-    """Raise `UnsupportedValueError` for a quantized, sparse, nested or meta tensor."""
-    if tensor.is_nested:
-        raise UnsupportedValueError(
-            f"tensor {name!r} is nested; save tensor.unbind() as a list", key=name, type_name="nested tensor"
-        )
-    check_layout(name, tensor.layout, tensor.dtype)
-    if tensor.is_meta:
-        raise UnsupportedValueError(
-            f"tensor {name!r} is on the meta device and has no data; materialize it first", key=name, type_name="meta"
-        )
-
-
-def _chunk(item: WriteItem) -> Chunk:
-    data = item.tensor_data
-    if data is None:
-        raise OptionsError(f"the planner planned tensor {item.index.fqn!r} without its sizes")
-    dtype = data.properties.dtype
-    return Chunk(
-        name=item.index.fqn,
-        dtype=DTYPE_NAMES[dtype],
-        itemsize_bytes=dtype.itemsize,
-        shape=tuple(data.size),
-        offsets=tuple(data.chunk.offsets),
-        sizes=tuple(data.chunk.sizes),
-    )
-
-
-class _Source:
-    """Resolve planned tensors when their first piece is needed, and let go of them after the last."""
-
-    def __init__(self, items: Sequence[WriteItem], planner: SavePlanner, shards: Sequence[ShardLayout]) -> None:
-        self._items = items
-        self._planner = planner
-        self._uses = Counter(piece.chunk for shard in shards for piece in shard.pieces)
-        self._tensors: dict[int, torch.Tensor] = {}
-        self._lock = threading.Lock()
-        self._is_stock = _hands_out_its_own(planner)
-
-    def is_staged(self, piece: Piece) -> bool:
-        """Tell whether the piece's bytes will be copied to the host, or together, before they are sent."""
-        return not self._is_stock or not _has_host_bytes(self._resolve(piece.chunk))
-
-    def view(self, chunk: Chunk, piece: Piece) -> memoryview:
-        """Return the piece's bytes: the tensor's own memory where it is dense on the host."""
-        with self._lock:
-            tensor = self._tensors.get(piece.chunk)
-            if tensor is None:
-                tensor = self._tensors[piece.chunk] = self._resolve(piece.chunk)
-            self._uses[piece.chunk] -= 1
-            if self._uses[piece.chunk] == 0:
-                del self._tensors[piece.chunk]
-        return _piece_view(tensor, chunk, piece)
-
-    def _resolve(self, number: int) -> torch.Tensor:
-        item = self._items[number]
-        tensor = self._planner.resolve_data(item)
-        data = item.tensor_data
-        if not isinstance(tensor, torch.Tensor) or data is None:
-            raise OptionsError(f"the planner resolved {item.index.fqn!r} to a {type(tensor).__name__}, not a tensor")
-        tensor = tensor.detach()
-        check_tensor(item.index.fqn, tensor)
-        if tensor.dtype != data.properties.dtype or tensor.numel() != math.prod(data.chunk.sizes):
-            raise OptionsError(
-                f"the planner planned {item.index.fqn!r} as {data.properties.dtype} {tuple(data.chunk.sizes)} and "
-                f"resolved it to {tensor.dtype} {tuple(tensor.shape)}; a plan must describe what is written"
-            )
-        return tensor
-
-
-def _has_host_bytes(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
-def _piece_view(tensor: torch.Tensor, chunk: Chunk, piece: Piece) -> memoryview:
-    if piece.nbytes == 0:
-        return memoryview(b"")
-    if _has_host_bytes(tensor):
-        return _bytes_view(tensor)[piece.local_start : piece.local_start + piece.nbytes]
-    box = tensor.reshape(chunk.sizes) if tensor.shape != chunk.sizes else tensor
-    for axis, (start, base, size) in enumerate(zip(piece.offsets, chunk.offsets, piece.sizes, strict=True)):
-        box = box.narrow(axis, start - base, size)
-    return _bytes_view(box.resolve_conj().resolve_neg().to("cpu").contiguous())
-
-
-def _bytes_view(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a dense host tensor as bytes; the view keeps the tensor alive."""
-    array: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy()
-    return array.data
-
-
-def _value_item(item: WriteItem, planner: SavePlanner, rank: int) -> _StoredItem:
-    return _StoredItem(value=codec.encode(_object_of(item, planner), key=item.index.fqn), rank=rank)
-
-
-def _object_of(item: WriteItem, planner: SavePlanner) -> object:
-    """Return the object behind a BYTE_IO item, so that no pickle reaches the store.
-
-    A planner of the user's own may change values, and answers with bytes that it has made with torch.save, in this
-    process, just now. Where they are those of the object that it holds, that object is meant; else they are read
-    back here, in memory.
-    """
-    if _hands_out_its_own(planner):
-        found: object = planner.lookup_object(item.index)
-        return found
-    data = planner.resolve_data(item)
-    if not isinstance(data, io.BytesIO):
-        raise OptionsError(f"the planner resolved {item.index.fqn!r} to a {type(data).__name__}, not to bytes")
-    if isinstance(planner, DefaultSavePlanner):
-        found = planner.lookup_object(item.index)
-        if data.getvalue() == _stock_bytes(found):
-            return found
-    data.seek(0)
-    try:
-        loaded: object = torch.load(data, weights_only=True)
-    except Exception as exc:  # the class of what torch.load refuses with is pickle's, which is not imported here
-        raise UnsupportedValueError(
-            f"{item.index.fqn!r}, as the planner gives it, holds more than plain values and tensors ({exc}); let "
-            "resolve_data leave BYTE_IO items as they are",
-            key=item.index.fqn,
-            type_name="bytes",
-        ) from exc
-    return loaded
-
-
-def _hands_out_its_own(planner: SavePlanner) -> TypeGuard[DefaultSavePlanner]:
-    """Tell whether a planner hands out what it holds; others may make a new object each time they are asked."""
-    return isinstance(planner, DefaultSavePlanner) and (
-        type(planner).resolve_data is DefaultSavePlanner.resolve_data
-        and type(planner).transform_object is DefaultSavePlanner.transform_object
-    )
-
-
-def _stock_bytes(value: object) -> bytes:
-    """Return what the stock planner makes of a value; torch writes equal values as equal bytes."""
-    data = io.BytesIO()
-    torch.save(value, data)
-    return data.getvalue()
-
-
-def _stored_items(
-    items: Sequence[WriteItem],
-    chunks: Sequence[Chunk],
-    shards: Sequence[ShardLayout],
-    records: tuple[tuple[int, int, bytes], ...],
-    rank: int,
-) -> dict[int, _StoredItem]:
-    pieces: dict[int, list[tuple[tuple[int, ...], tuple[int, ...], int, int]]] = defaultdict(list)
-    for shard in shards:
-        for piece in shard.pieces:
-            pieces[piece.chunk].append((piece.offsets, piece.sizes, shard.number, piece.start))
-    return {
-        id(item): _StoredItem(
-            offsets=chunk.offsets,
-            sizes=chunk.sizes,
-            dtype=chunk.dtype,
-            pieces=tuple(pieces[number]),
-            rank=rank,
-            shards=records if number == 0 else (),
-        )
-        for number, (item, chunk) in enumerate(zip(items, chunks, strict=True))
-    }
-
-
-def _nbytes(stored: _StoredItem) -> int:
-    if not stored.dtype:
-        return 0
-    return math.prod(stored.sizes) * codec.DTYPES[stored.dtype].itemsize
+def _value_item(item: WriteItem, planner: SavePlanner, rank: int) -> StoredItem:
+    return StoredItem(value=codec.encode(object_of(item, planner), key=item.index.fqn), rank=rank)
 
 
 def _paths_of(metadata: Metadata) -> dict[str, list[PathElement]]:
@@ -561,74 +343,3 @@ def _paths_of(metadata: Metadata) -> dict[str, list[PathElement]]:
     if not isinstance(data, Mapping):
         return {}
     return {name: list(path) for name, path in data.items() if isinstance(path, tuple)}
-
-
-def _check_against_plan(metadata: Metadata, results: list[list[WriteResult]]) -> _Totals:
-    """Compare what was planned with what was written; FORMAT invariant 3."""
-    written: dict[str, list[_StoredItem]] = defaultdict(list)
-    for result in (result for of_rank in results for result in of_rank):
-        written[result.index.fqn].append(result.storage_data)
-    totals = _Totals()
-    ordinals = _collect_shards(written.values(), totals)
-    problems = [
-        f"{name!r} was written and never planned" for name in written.keys() - metadata.state_dict_metadata.keys()
-    ]
-    for name, planned in metadata.state_dict_metadata.items():
-        if isinstance(planned, BytesStorageMetadata):
-            problems += _take_value(name, written[name], totals)
-        else:
-            problems += _take_tensor(name, planned, written[name], ordinals, totals)
-    if problems:
-        raise SaveFailedError(
-            f"the plan and what was written differ, so nothing was committed: {'; '.join(problems[:10])}"
-        )
-    return totals
-
-
-def _collect_shards(items: Iterable[list[_StoredItem]], totals: _Totals) -> dict[tuple[int, int], int]:
-    found = {}
-    for item in (item for of_name in items for item in of_name):
-        for number, size_bytes, digests in item.shards:
-            found[item.rank, number] = ShardEntry(
-                rank=item.rank, number=number, size_bytes=size_bytes, digests=base64.b64encode(digests).decode()
-            )
-    totals.shards = [found[place] for place in sorted(found)]
-    return {place: ordinal for ordinal, place in enumerate(sorted(found))}
-
-
-def _take_value(name: str, written: list[_StoredItem], totals: _Totals) -> list[str]:
-    if len(written) != 1 or written[0].dtype:
-        return [f"value {name!r} was written {len(written)} times"]
-    totals.values[name] = written[0].value
-    return []
-
-
-def _take_tensor(
-    name: str,
-    planned: TensorStorageMetadata,
-    written: list[_StoredItem],
-    ordinals: Mapping[tuple[int, int], int],
-    totals: _Totals,
-) -> list[str]:
-    wanted = Counter((tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in planned.chunks)
-    got = Counter((item.offsets, item.sizes) for item in written)
-    if wanted != got or max(wanted.values(), default=1) > 1:
-        return [f"tensor {name!r}: planned {dict(wanted)}, written {dict(got)}"]
-    dtype = DTYPE_NAMES[planned.properties.dtype]
-    if any(item.dtype != dtype for item in written):
-        return [f"tensor {name!r}: planned as {dtype}, written as {sorted({item.dtype for item in written})}"]
-    for item in written:
-        if sum(math.prod(sizes) for _, sizes, _, _ in item.pieces) != math.prod(item.sizes):
-            return [f"tensor {name!r}: the chunk at {item.offsets} was written in part"]
-    pieces = [(*piece, item.rank) for item in written for piece in item.pieces]
-    if any((rank, number) not in ordinals for _, _, number, _, rank in pieces):
-        return [f"tensor {name!r}: a shard of it was not reported"]
-    totals.tensors[name] = TensorEntry(
-        dtype=dtype,
-        shape=tuple(planned.size),
-        chunks=tuple(
-            ChunkEntry(offsets=offsets, sizes=sizes, shard=ordinals[rank, number], start=start)
-            for offsets, sizes, number, start, rank in sorted(pieces)
-        ),
-    )
-    return []

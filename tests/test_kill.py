@@ -12,7 +12,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -87,30 +88,65 @@ class Record:
     saved_count: int = 0
 
 
-def run_round(url: str, storage_options: dict[str, object], engine: str, delay_s: float, record: Record) -> None:
-    """Start an incarnation, kill it `delay_s` after it has restored, and note what it acknowledged."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "cloudckpt", "s3fs", "obstore"])
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=work, args=(url, storage_options, engine, theirs), daemon=True)
-    child.start()
-    theirs.close()
-    assert ours.poll(60), "the child neither restored nor failed"
-    said, step = ours.recv()
-    assert said == "restored"
-    record.restored.append(step)
-    assert step >= record.acknowledged, f"step {record.acknowledged} was acknowledged and step {step} was restored"
-    time.sleep(delay_s)
-    assert child.pid is not None
-    os.kill(child.pid, signal.SIGKILL)
-    child.join(30)
-    assert child.exitcode == -signal.SIGKILL
-    try:
-        while True:
-            _, record.acknowledged = ours.recv()
+@dataclass(frozen=True)
+class Job:
+    """Where the incarnations work."""
+
+    url: str
+    storage_options: dict[str, object]
+    engine: str
+
+    @contextmanager
+    def start(self, record: Record) -> Iterator[Connection]:
+        """Run one incarnation until it has restored; kill it at the end of the block."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "cloudckpt", "s3fs", "obstore"])
+        ours, theirs = context.Pipe(duplex=False)
+        arguments = (self.url, self.storage_options, self.engine, theirs)
+        child = context.Process(target=work, args=arguments, daemon=True)
+        child.start()
+        theirs.close()
+        try:
+            said, step = receive(ours)
+            assert said == "restored"
+            assert step >= record.acknowledged, f"step {record.acknowledged} was acknowledged, {step} was restored"
+            record.restored.append(step)
+            yield ours
+        finally:
+            assert child.pid is not None
+            os.kill(child.pid, signal.SIGKILL)
+            child.join(30)
+        assert child.exitcode == -signal.SIGKILL
+
+
+def receive(told: Connection) -> tuple[str, int]:
+    """Wait for the child's next word."""
+    assert told.poll(60), "the child neither went on nor failed"
+    said: tuple[str, int] = told.recv()
+    return said
+
+
+def seconds_per_save(job: Job, record: Record) -> float:
+    """Let one incarnation save three times; return the seconds that the last of them took."""
+    with job.start(record) as told:
+        for _ in range(2):
+            record.acknowledged = receive(told)[1]
+        began_s = time.monotonic()
+        record.acknowledged = receive(told)[1]
+        return time.monotonic() - began_s
+
+
+def kill_after(job: Job, saves: int, delay_s: float, record: Record) -> None:
+    """Kill an incarnation `delay_s` after its `saves`-th save (or its restore); note what it acknowledged."""
+    with job.start(record) as told:
+        for _ in range(saves):
+            record.acknowledged = receive(told)[1]
             record.saved_count += 1
-    except EOFError:
-        ours.close()
+        time.sleep(delay_s)
+    with suppress(EOFError):
+        while True:
+            record.acknowledged = told.recv()[1]
+            record.saved_count += 1
 
 
 def orphans(url: str, storage_options: dict[str, object]) -> int:
@@ -123,21 +159,25 @@ def orphans(url: str, storage_options: dict[str, object]) -> int:
         store.close()
 
 
-def kill_often(url: str, storage_options: dict[str, object], engine: str) -> None:
+def kill_often(job: Job) -> None:
     """Kill a save loop `KILLS` times at random moments, and check after each what the next one finds."""
     moments = random.Random(20_231)
     record = Record()
+    save_s = seconds_per_save(job, record)
     for _ in range(KILLS):
-        run_round(url, storage_options, engine, moments.uniform(0.0, 0.25), record)
-    run_round(url, storage_options, engine, 0.0, record)
-    assert record.saved_count >= KILLS // 3, "the loop hardly saved anything, so the kills tested nothing"
-    assert orphans(url, storage_options) >= KILLS // 6, "hardly any kill hit a save"
+        kill_after(job, moments.randrange(3), moments.uniform(0.0, save_s), record)
+    kill_after(job, 0, 0.0, record)
+    assert record.saved_count >= KILLS // 3
+    assert orphans(job.url, job.storage_options) >= KILLS // 6, "hardly any kill hit a save"
 
 
+@pytest.mark.timeout(300)
 def test_a_job_killed_at_random_moments_finds_whole_checkpoints_on_local_disk(tmp_path: Path) -> None:
-    kill_often(str(tmp_path / "root"), {}, "auto")
+    kill_often(Job(str(tmp_path / "root"), {}, "auto"))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(800)
 @pytest.mark.parametrize("engine", ["obstore", "fsspec"])
 def test_a_job_killed_at_random_moments_finds_whole_checkpoints_on_s3(s3_url: FreshPrefix, engine: str) -> None:
-    kill_often(s3_url.url, s3_url.storage_options, engine)
+    kill_often(Job(s3_url.url, s3_url.storage_options, engine))

@@ -23,9 +23,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     # object verbs
     frozenset({"store"}),
     # byte pumps
-    frozenset({"download", "staging", "upload"}),
+    frozenset({"download", "scratch", "staging", "upload"}),
     # what exists
-    frozenset({"catalog"}),
+    frozenset({"catalog", "sweep"}),
     # the rooms that know DCP's types, and the record of the environment that they write
     frozenset({"environment", "landing", "reader", "source", "tally", "writer"}),
     # policy, and the functions for a user without a manager

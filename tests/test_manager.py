@@ -235,7 +235,7 @@ def test_when_no_checkpoint_can_be_read_restore_and_latest_raise_and_never_start
     for prefix in tmp_path.glob("step-*"):
         harm(prefix, "manifest")
     with CheckpointManager(tmp_path) as manager:
-        with pytest.raises(ManifestError, match="2 checkpoints are at .* and none can be read"):
+        with pytest.raises(ManifestError, match=r"2 checkpoints are at .* and none can be read"):
             manager.latest()
         with pytest.raises(ManifestError):
             manager.restore(state_of(0))
@@ -285,7 +285,7 @@ def test_should_save_asks_at_every_interval_and_never_without_one(tmp_path: Path
 
 def test_generators_continue_where_the_checkpoint_saw_them(tmp_path: Path) -> None:
     def draw() -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002, S311
+        return random.random(), float(np.random.rand()), float(torch.rand(()))  # noqa: NPY002
 
     with CheckpointManager(tmp_path) as manager:
         manager.save(1, state_of(1))
@@ -378,7 +378,11 @@ def test_a_manifest_copied_to_another_step_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [({"save_every_steps": 0}, "save_every_steps"), ({"prune_grace_s": -1.0}, "prune_grace_s"), ({"engine": "s3"}, "engine")],
+    [
+        ({"save_every_steps": 0}, "save_every_steps"),
+        ({"prune_grace_s": -1.0}, "prune_grace_s"),
+        ({"engine": "s3"}, "engine"),
+    ],
 )
 def test_wrong_arguments_are_named(tmp_path: Path, arguments: dict[str, object], word: str) -> None:
     with pytest.raises(OptionsError, match=word):

@@ -169,7 +169,7 @@ def _encode_array(walk: Encoder, array: np.ndarray[Any, Any]) -> JsonValue:
 
 def _numpy_name(walk: Encoder, value: np.ndarray[Any, Any] | np.generic) -> str:
     dtype = value.dtype
-    if dtype.hasobject or numpy_dtype(dtype.str) != dtype or dtype.metadata:
+    if numpy_dtype(dtype.str) != dtype or dtype.metadata:
         kinds = "bool, int, float and complex of up to 64 bits a part, text, bytes and times"
         raise walk.refusal(value, f"of numpy's dtypes only {kinds} can, not {str(dtype)[:80]}; convert it")
     return dtype.str

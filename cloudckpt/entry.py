@@ -1,0 +1,104 @@
+"""Say what one object of the state must be able to do to be saved and restored; its kinds are elsewhere.
+
+state        modules, objects with state_dict, tensors, values
+optimizers   optimizers
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.tree import Flat, PathElement, flatten
+
+__all__ = ["Entry", "Misfit", "Place", "is_tensor", "mapping_of"]
+
+
+def is_tensor(value: object) -> bool:
+    """Tell whether a value is stored as a tensor (dense, distributed or sharded)."""
+    return isinstance(value, torch.Tensor | ShardedTensor)
+
+
+@dataclass(slots=True)
+class Misfit:
+    """What of an entry and of a checkpoint does not fit together.
+
+    Attributes:
+        missing: names that the entry has and the checkpoint lacks.
+        unexpected: names that the checkpoint has and the entry lacks.
+        reasons: what else, in words.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a value of the state stands: its path and name, and the container that holds it under `key`."""
+
+    path: list[PathElement]
+    name: str
+    value: object
+    holder: object
+    key: object
+
+
+class Entry(ABC):
+    """One object of the state: how it becomes plain nested state, and takes restored state back."""
+
+    def __init__(self, place: Place) -> None:
+        self.path = place.path
+        self.name = place.name
+
+    @abstractmethod
+    def current(self) -> object:
+        """Return the nested state now; its tensors are the live ones wherever the object shares them."""
+
+    @abstractmethod
+    def load(self, restored: object, live: object) -> None:
+        """Take restored nested state; `live` is what `current` returned, whose tensors were filled in place."""
+
+    def flat(self) -> tuple[object, Flat]:
+        """Return `current` and the names of all that is in it."""
+        live = self.current()
+        flat = flatten({self.name: live}, is_tensor=is_tensor)
+        return live, Flat(flat.leaves, {name: [*self.path, *path[1:]] for name, path in flat.paths.items()})
+
+    @property
+    def follows_checkpoint(self) -> bool:
+        """Whether the checkpoint decides which names the entry has (else the live object does)."""
+        return True
+
+    @property
+    def keeps_shapes(self) -> bool:
+        """Whether a live tensor is restored in place or not at all."""
+        return not self.follows_checkpoint
+
+    def allocate(self, below: Sequence[PathElement], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return a target for a saved tensor that the live state has no place for; `below` is its path in the entry."""
+        return torch.empty(shape, dtype=dtype)
+
+    def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
+        """Compare with the nested state to be restored, whose tensors are not filled yet; change nothing.
+
+        Args:
+            restored: what `load` will be given.
+            dtypes: name → saved dtype, of all tensors in the checkpoint.
+        """
+        return Misfit()
+
+
+def mapping_of(value: object, name: str) -> dict[str, object]:
+    """Return restored state that must be a dict."""
+    if not isinstance(value, dict):
+        raise OptionsError(
+            f"the checkpoint holds a {type(value).__name__} under {name!r}, where a state_dict is expected"
+        )
+    return value

@@ -1,0 +1,60 @@
+"""Check and cut the memory that callers lend to a store: flat views of bytes, in pieces that a socket takes well.
+
+Pure; copies only runs of small buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.options import KIB, MIB
+
+__all__ = ["check_destination", "flat", "joined", "pieces"]
+
+# 64 KiB to 4 MiB were measured on loopback: 1 MiB carries 2.7 GB/s, 64 KiB 2.0, 4 MiB 1.5 (asyncio copies the rest).
+_STEP_BYTES = MIB
+# A system call for each view of a few KiB costs more than copying them: 0.6 GB/s, where joined views carry 1.1.
+_SMALL_BYTES = 64 * KIB
+
+
+def flat(buffers: Sequence[memoryview]) -> list[memoryview]:
+    """Return the buffers that hold anything, as one-dimensional views of bytes."""
+    full = [buffer for buffer in buffers if buffer.nbytes]
+    return [buffer if buffer.format == "B" and buffer.ndim == 1 else buffer.cast("B") for buffer in full]
+
+
+def check_destination(start: int, stop: int, into: memoryview | None) -> memoryview | None:
+    """Return `into` as a view of bytes; refuse a range that is none, and memory that does not fit it."""
+    if not 0 <= start <= stop:
+        raise OptionsError(f"[{start}, {stop}) is no range of bytes")
+    if into is None:
+        return None
+    if into.readonly or into.nbytes != stop - start:
+        raise OptionsError(f"the buffer to read into is read-only or has {into.nbytes} bytes; give {stop - start}")
+    return into if into.format == "B" and into.ndim == 1 else into.cast("B")
+
+
+def joined(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+    """Join runs of small buffers; large ones pass as they are."""
+    small: list[memoryview] = []
+    small_bytes = 0
+    for buffer in buffers:
+        is_small = buffer.nbytes < _SMALL_BYTES
+        if small and (not is_small or small_bytes + buffer.nbytes > _STEP_BYTES):
+            yield memoryview(b"".join(small))
+            small, small_bytes = [], 0
+        if is_small:
+            small.append(buffer)
+            small_bytes += buffer.nbytes
+        else:
+            yield buffer
+    if small:
+        yield memoryview(b"".join(small))
+
+
+def pieces(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+    """Join what is small, and cut what is large."""
+    for buffer in joined(buffers):
+        for start in range(0, buffer.nbytes, _STEP_BYTES):
+            yield buffer[start : start + _STEP_BYTES]

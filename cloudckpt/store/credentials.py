@@ -1,0 +1,108 @@
+"""Hand obstore credentials that are found and renewed as s3fs and gcsfs find and renew theirs.
+
+    verb ──▶ ensure() on the caller's thread ──▶ botocore | google-auth: environment, profile, SSO, web identity,
+                                                  container, instance; renewed before they end
+    obstore ──▶ provider() ──▶ the same, which by then are at hand
+
+A failure thus shows in `ensure`, as the library's own exception, and not inside obstore, which would tell it as text.
+Credentials live in these objects alone: never in a store's configuration, its repr or its pickle. Keeps FORMAT 16.
+Any thread may enter.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Protocol
+
+from botocore.credentials import Credentials as AwsKeys
+from botocore.exceptions import NoCredentialsError, PartialCredentialsError
+
+from cloudckpt.store.redact import remember_secrets
+
+if TYPE_CHECKING:
+    from gcsfs.credentials import GoogleCredentials
+    from obstore.store import GCSCredential, S3Credential
+
+__all__ = ["AwsCredentials", "Credentials", "GcsCredentials"]
+
+# obstore keeps what it was given for so long before it asks again; when to renew is decided below, not there.
+_ASK_AGAIN_S = 60.0
+
+
+class Credentials(Protocol):
+    """What a wire of obstore asks before each request."""
+
+    def ensure(self) -> None:
+        """Find or renew the credentials if needed; raise what the library raises."""
+        ...
+
+
+class AwsCredentials:
+    """The keys of one botocore session, or those that were given."""
+
+    def __init__(self, find: Callable[[], AwsKeys | None]) -> None:
+        """Take how to find the keys; it is called once, at the first `ensure`."""
+        self._find = find
+        self._lock = threading.Lock()
+        self._keys: AwsKeys | None = None
+        self._is_renewed = True
+
+    @classmethod
+    def given(cls, key: str | None, secret: str | None, token: str | None) -> AwsCredentials:
+        """Return credentials that never change."""
+        if not key or not secret:
+            raise PartialCredentialsError(provider="storage_options", cred_var="secret" if key else "key")
+        credentials = cls(lambda: AwsKeys(key, secret, token))
+        credentials._is_renewed = False
+        return credentials
+
+    def ensure(self) -> None:
+        self._frozen()
+
+    def __call__(self) -> S3Credential:
+        key, secret, token = self._frozen()
+        return {
+            "access_key_id": key,
+            "secret_access_key": secret,
+            "token": token,
+            "expires_at": _soon() if self._is_renewed else None,
+        }
+
+    def __repr__(self) -> str:
+        return "AwsCredentials(…)"
+
+    def _frozen(self) -> tuple[str, str, str | None]:
+        with self._lock:
+            if self._keys is None:
+                self._keys = self._find()
+            keys = self._keys
+        if keys is None:
+            raise NoCredentialsError
+        frozen = keys.get_frozen_credentials()  # botocore renews here, well before the end
+        remember_secrets({"secret": frozen.secret_key, "token": frozen.token})
+        return frozen.access_key, frozen.secret_key, frozen.token
+
+
+class GcsCredentials:
+    """The token that gcsfs would send."""
+
+    def __init__(self, credentials: GoogleCredentials) -> None:
+        self._credentials = credentials
+
+    def ensure(self) -> None:
+        self._credentials.maybe_refresh()
+
+    def __call__(self) -> GCSCredential:
+        self.ensure()
+        token: str = self._credentials.credentials.token
+        remember_secrets({"token": token})
+        return {"token": token, "expires_at": _soon()}
+
+    def __repr__(self) -> str:
+        return "GcsCredentials(…)"
+
+
+def _soon() -> datetime:
+    return datetime.now(UTC) + timedelta(seconds=_ASK_AGAIN_S)

@@ -1,0 +1,81 @@
+"""Serve the store's verbs over whatever fsspec can open: S3 by s3fs, GCS by gcsfs, anything else by generic calls.
+
+fsspec's file objects, caches, transactions and retries are never used: they publish half-written objects, answer
+from memory, and multiply requests.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.options import RetryPolicy
+from cloudckpt.store.location import Location
+from cloudckpt.store.wire import Wire
+from cloudckpt.store.wired import WiredStore
+
+__all__ = ["GCS_SCHEMES", "S3_SCHEMES", "FsspecStore", "fsspec_wire"]
+
+S3_SCHEMES = frozenset({"s3", "s3a"})
+GCS_SCHEMES = frozenset({"gs", "gcs"})
+
+
+class FsspecStore(WiredStore):
+    """Objects below one root URL, moved by fsspec's libraries. See `Store` for the verbs."""
+
+    bucket_schemes = S3_SCHEMES | GCS_SCHEMES
+
+    @property
+    def engine(self) -> str:
+        return "fsspec"
+
+    @property
+    def is_create_atomic(self) -> bool:
+        # memory:// lives in one process, where a lock of ours makes it so.
+        return self._location.scheme in S3_SCHEMES | GCS_SCHEMES | {"memory"}
+
+    def _check_options(self) -> None:
+        """Refuse misspelt options of s3fs and gcsfs, which would else fail late, or be ignored."""
+        known = _known_options(self._location.scheme)
+        unknown = sorted(set(self._options) - known) if known else []
+        if unknown:
+            scheme = self._location.scheme
+            raise OptionsError(f"storage_options {unknown} are unknown to fsspec's filesystem for {scheme}://")
+
+    def _connect(self) -> Wire:
+        return fsspec_wire(self._location, self._options, retry=self._retry, signed_payload=self._signed_payload)
+
+
+def fsspec_wire(where: Location, options: Mapping[str, object], *, retry: RetryPolicy, signed_payload: bool) -> Wire:
+    """Connect the wire for a location's scheme; its library is imported here, so that a run pays for what it uses."""
+    if where.scheme in S3_SCHEMES:
+        from cloudckpt.store.wire_s3 import S3Wire
+
+        return S3Wire(where.bucket, options, retry=retry, signed_payload=signed_payload)
+    if where.scheme in GCS_SCHEMES:
+        from cloudckpt.store.wire_gcs import GcsWire
+
+        return GcsWire(where.bucket, options, retry=retry)
+    from cloudckpt.store.wire_any import AnyWire
+
+    return AnyWire(where.scheme, where.bucket, options, retry=retry)
+
+
+def _known_options(scheme: str) -> set[str]:
+    if scheme in S3_SCHEMES:
+        from s3fs import S3FileSystem
+
+        # What s3fs does not know itself it hands to aiobotocore's session, which knows a profile.
+        return _parameters(S3FileSystem) | {"profile", "listings_expiry_time", "max_paths", "use_listings_cache"}
+    if scheme in GCS_SCHEMES:
+        from gcsfs.core import GCSFileSystem
+
+        return _parameters(GCSFileSystem) | {"listings_expiry_time", "max_paths", "use_listings_cache"}
+    return set()
+
+
+def _parameters(kind: type) -> set[str]:
+    # Of the constructor itself: fsspec's metaclass hides its signature.
+    named = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return {each.name for each in named if each.kind is not each.VAR_KEYWORD} - {"self"} | {"skip_instance_cache"}

@@ -1,0 +1,66 @@
+"""Serve the store's verbs by obstore, the fast engine: S3 by default, GCS (its XML API) for whoever asks for it.
+
+It takes fsspec's storage options, with fsspec's meaning, or refuses them. obstore maps both 409 and 412 of a create
+to "already exists"; they are told apart by the status. In a process forked from one that used obstore, where it
+would hang, fsspec's wire does the work.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.store.fsspec import GCS_SCHEMES, S3_SCHEMES, fsspec_wire
+from cloudckpt.store.wire import Wire
+from cloudckpt.store.wired import WiredStore
+
+__all__ = ["ObstoreStore"]
+
+logger = logging.getLogger(__name__)
+
+
+class ObstoreStore(WiredStore):
+    """Objects below one root URL, moved by obstore. See `Store` for the verbs."""
+
+    bucket_schemes = S3_SCHEMES | GCS_SCHEMES
+
+    @property
+    def engine(self) -> str:
+        return "obstore"
+
+    @property
+    def is_create_atomic(self) -> bool:
+        return True
+
+    def _check_options(self) -> None:
+        if self._location.scheme in S3_SCHEMES:
+            from cloudckpt.store.obstore_s3 import S3Options
+
+            S3Options.read(self._options, signed_payload=self._signed_payload)
+        elif self._location.scheme in GCS_SCHEMES:
+            from cloudckpt.store.obstore_gcs import check_gcs_options
+
+            check_gcs_options(self._options)
+        else:
+            raise OptionsError(f'obstore serves s3:// and gs://, not {self._location.scheme}://; pass engine="fsspec"')
+
+    def _connect(self) -> Wire:
+        from cloudckpt.store.wire_obstore import ObstoreWire, is_lost_to_a_fork
+
+        if is_lost_to_a_fork():
+            logger.warning("obstore does not survive a fork: fsspec serves %s in this process", self.url)
+            return self._fsspec_wire()
+        bucket = self._location.bucket
+        if self._location.scheme in S3_SCHEMES:
+            from cloudckpt.store.obstore_s3 import S3Options, s3_client
+
+            options = S3Options.read(self._options, signed_payload=self._signed_payload)
+            client = s3_client(bucket, options, self._retry)
+        else:
+            from cloudckpt.store.obstore_gcs import gcs_client
+
+            client = gcs_client(bucket, self._options, self._retry)
+        return ObstoreWire(client, self._fsspec_wire)
+
+    def _fsspec_wire(self) -> Wire:
+        return fsspec_wire(self._location, self._options, retry=self._retry, signed_payload=self._signed_payload)

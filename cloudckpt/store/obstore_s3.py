@@ -1,0 +1,233 @@
+"""Turn s3fs's storage options into obstore's client of one bucket, with the same meaning or not at all.
+
+Endpoint, region and addressing style come from botocore itself, which is asked where it would send a request; so
+environment, profile, dual stack, FIPS and acceleration count as they do for s3fs.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+from urllib.parse import urlsplit
+
+import botocore
+import botocore.session
+from botocore.awsrequest import AWSRequest, AWSResponse
+from botocore.config import Config
+from obstore.store import S3Store
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.options import RetryPolicy
+from cloudckpt.store.credentials import AwsCredentials, Credentials
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, ObjectStore, S3Config
+
+__all__ = ["ObstoreClient", "S3Options", "client_options", "refuse_rest", "s3_client"]
+
+# Of these, s3fs's file objects and caches take note, and nothing here uses either.
+_INERT = (
+    *("default_block_size", "default_fill_cache", "default_cache_type", "max_concurrency", "fixed_upload_size"),
+    *("local_expiry_check", "use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache"),
+)
+_ENCRYPTION = {
+    "ServerSideEncryption": "server_side_encryption",
+    "SSEKMSKeyId": "sse_kms_key_id",
+    "BucketKeyEnabled": "sse_bucket_key_enabled",
+}
+_ENDPOINT_CONFIG = ("region_name", "use_dualstack_endpoint", "use_fips_endpoint")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObstoreClient:
+    """A store of obstore's, what keeps its credentials fresh, and what each object is given on the way."""
+
+    store: ObjectStore
+    credentials: Credentials | None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class S3Options:
+    """What s3fs's options say, sorted by who needs it."""
+
+    keys: tuple[str | None, str | None, str | None]
+    profile: str | None
+    is_anonymous: bool
+    client: dict[str, object]
+    config: dict[str, object]
+    store: dict[str, str | bool]
+    attributes: dict[str, str]
+    proxies: Mapping[str, str]
+
+    @classmethod
+    def read(cls, options: Mapping[str, object], *, signed_payload: bool) -> S3Options:
+        """Sort the options; refuse what obstore cannot do, by name, before anything is connected."""
+        rest = {name: value for name, value in options.items() if name not in _INERT}
+        client = _mapping(rest, "client_kwargs")
+        config = _mapping(rest, "config_kwargs")
+        s3 = _mapping(config, "s3")
+        signature = config.pop("signature_version", None)
+        if signature not in (None, "s3v4", botocore.UNSIGNED):
+            raise OptionsError(f"config_kwargs['signature_version'] is {signature!r}: obstore signs with s3v4 alone")
+        is_anonymous = bool(rest.pop("anon", False)) or signature is botocore.UNSIGNED
+        signed = bool(s3.pop("payload_signing_enabled", signed_payload))
+        pays = bool(rest.pop("requester_pays", False))
+        found = cls(
+            keys=(
+                _one_of(rest.pop("key", None), rest.pop("username", None), client.pop("aws_access_key_id", None)),
+                _one_of(
+                    rest.pop("secret", None), rest.pop("password", None), client.pop("aws_secret_access_key", None)
+                ),
+                _one_of(rest.pop("token", None), client.pop("aws_session_token", None)),
+            ),
+            profile=_one_of(rest.pop("profile", None)),
+            is_anonymous=is_anonymous,
+            client=_client(rest, client),
+            config={"s3": s3, **{name: config.pop(name) for name in _ENDPOINT_CONFIG if name in config}},
+            store={"unsigned_payload": not signed, "skip_signature": is_anonymous, "request_payer": pays},
+            attributes={},
+            proxies={str(scheme): str(url) for scheme, url in _mapping(config, "proxies").items()},
+        )
+        found._add_object_options(_mapping(rest, "s3_additional_kwargs"))
+        refuse_rest(rest, "storage_options")
+        refuse_rest(client, "client_kwargs")
+        refuse_rest({name: value for name, value in config.items() if value != "when_required"}, "config_kwargs")
+        return found
+
+    def _add_object_options(self, given: dict[str, object]) -> None:
+        for name, setting in _ENCRYPTION.items():
+            if (value := given.pop(name, None)) is not None:
+                self.store[setting] = value if isinstance(value, bool) else str(value)
+        customer_key = given.pop("SSECustomerKey", None)
+        if customer_key is not None:
+            raw = customer_key if isinstance(customer_key, bytes) else str(customer_key).encode()
+            self.store["server_side_encryption"] = "sse-c"
+            self.store["sse_customer_key_base64"] = base64.b64encode(raw).decode()
+            given.pop("SSECustomerAlgorithm", None)
+            given.pop("SSECustomerKeyMD5", None)
+        if (storage_class := given.pop("StorageClass", None)) is not None:
+            self.attributes["Storage-Class"] = str(storage_class)
+        refuse_rest(given, "s3_additional_kwargs")
+
+
+def refuse_rest(rest: Mapping[str, object], where: str) -> None:
+    """Refuse what nobody has taken, by name; its values may be secrets. What is off or empty asks for nothing."""
+    left = sorted(name for name, value in rest.items() if value not in (None, False, "", {}, ()))
+    if left:
+        raise OptionsError(f'{where} {left} cannot be honoured by obstore; leave them out, or pass engine="fsspec"')
+
+
+def s3_client(bucket: str, options: S3Options, retry: RetryPolicy) -> ObstoreClient:
+    """Make the client of one bucket; nothing is sent yet, and credentials are found at the first request."""
+    if bucket.startswith("arn:") or bucket.endswith("--x-s3"):
+        raise OptionsError('access points and directory buckets need engine="fsspec"')
+    session = botocore.session.Session(profile=options.profile)
+    origin, region, is_virtual = _where(session, bucket, options)
+    where = {
+        "endpoint": origin,
+        "region": region,
+        "virtual_hosted_style_request": is_virtual,
+        "conditional_put": "etag",
+    }
+    credentials = _credentials(session, options)
+    store = S3Store(
+        bucket,
+        config=cast("S3Config", {**options.store, **where}),
+        client_options=_transport(session, options, origin, retry),
+        retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=retry.request_timeout_s)},
+        credential_provider=credentials,
+    )
+    return ObstoreClient(store=store, credentials=credentials, attributes=options.attributes)
+
+
+def client_options(origin: str, retry: RetryPolicy) -> ClientConfig:
+    """Return the limits of one request, its body included; plain HTTP only where the caller wrote http://."""
+    return {
+        "timeout": timedelta(seconds=retry.request_timeout_s),
+        "connect_timeout": timedelta(seconds=retry.connect_timeout_s),
+        "allow_http": origin.startswith("http://"),
+    }
+
+
+def _transport(session: botocore.session.Session, options: S3Options, origin: str, retry: RetryPolicy) -> ClientConfig:
+    found = client_options(origin, retry)
+    verify = options.client.get("verify")
+    verify = session.get_config_variable("ca_bundle") if verify is None else verify
+    if verify is False:
+        found["allow_invalid_certificates"] = True
+    elif isinstance(verify, str):
+        found["root_certificate"] = Path(verify).read_bytes()
+    if (proxy := options.proxies.get(urlsplit(origin).scheme)) is not None:
+        found["proxy_url"] = proxy if "://" in proxy else f"http://{proxy}"
+    return found
+
+
+def _credentials(session: botocore.session.Session, options: S3Options) -> AwsCredentials | None:
+    if options.is_anonymous:
+        return None
+    if any(options.keys):
+        return AwsCredentials.given(*options.keys)
+    return AwsCredentials(session.get_credentials)
+
+
+def _where(session: botocore.session.Session, bucket: str, options: S3Options) -> tuple[str, str, bool]:
+    """Ask botocore where it would send a request: origin (with the bucket, if that is in the host), region, style."""
+    client = session.create_client(
+        "s3",
+        # It signs nothing; without keys it would look for some, perhaps on the network.
+        aws_access_key_id="none",
+        aws_secret_access_key="none",  # noqa: S106
+        config=Config(signature_version=botocore.UNSIGNED, **options.config),
+        **options.client,
+    )
+    urls: list[str] = []
+
+    def catch(request: AWSRequest, **_: object) -> AWSResponse:
+        urls.append(str(request.url))
+        return AWSResponse(request.url, 200, {}, _NoBody())
+
+    client.meta.events.register("before-send.s3", catch)
+    client.head_object(Bucket=bucket, Key="-")
+    url = urlsplit(urls[0])
+    is_virtual = (url.hostname or "").startswith(f"{bucket}.")
+    base = url.path.removesuffix("/-") if is_virtual else url.path.removesuffix(f"/{bucket}/-")
+    return f"{url.scheme}://{url.netloc}{base}", str(client.meta.region_name or "us-east-1"), is_virtual
+
+
+class _NoBody:
+    def stream(self, *_: object, **__: object) -> tuple[()]:
+        return ()
+
+
+def _client(rest: dict[str, object], client: dict[str, object]) -> dict[str, object]:
+    """Return what botocore's client is made with, from both places where s3fs takes it."""
+    found: dict[str, object] = {"use_ssl": rest.pop("use_ssl", True)}
+    endpoint_url = rest.pop("endpoint_url", None)
+    if endpoint_url:
+        found["endpoint_url"] = endpoint_url
+    for name in ("endpoint_url", "region_name", "use_ssl", "verify"):
+        if (value := client.pop(name, None)) is not None:
+            found[name] = value
+    return found
+
+
+def _mapping(options: dict[str, object], name: str) -> dict[str, object]:
+    value = options.pop(name, None)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise OptionsError(f"{name} is no mapping")
+    return {str(inner): value[inner] for inner in value}
+
+
+def _one_of(*values: object) -> str | None:
+    """Return the one value that was given under several names."""
+    given = {str(value) for value in values if value}
+    if len(given) > 1:
+        raise OptionsError("storage_options give a key, secret or token twice, under two names; give one")
+    return given.pop() if given else None

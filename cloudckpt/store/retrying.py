@@ -1,0 +1,408 @@
+"""Turn single requests that may fail into operations that end within a deadline: the only retry layer there is.
+
+    verb ──▶ request ──▶ done
+               │ transient        ──▶ wait (full jitter) ──▶ request …       until the attempt cap or the deadline
+               │ expired          ──▶ refresh, once      ──▶ request …
+               ╰ definite         ──▶ raised as it is
+    create ──▶ request ──▶ done
+               ╰ any failure      ──▶ read back ──▶ ours: done │ other: exists │ absent: again │ else: unknown
+
+Keeps FORMAT invariants 6 and 14. Knows no backend. Any thread may enter; each call has a state of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Generic, NoReturn, Self, TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception_type
+
+from cloudckpt.errors import (
+    CommitUnknownError,
+    CredentialsExpiredError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    RetryExhaustedError,
+    StorageError,
+    TransientError,
+    is_transient,
+)
+from cloudckpt.options import KIB, RetryPolicy
+from cloudckpt.store.base import Listing, ObjectInfo, Store, check_key
+from cloudckpt.store.stats import OpStats, Recorder, StoreStats
+
+__all__ = ["RetryingStore"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Another writer's object of about our size is told from ours by one read; only a much larger one needs a second look.
+_READ_BACK_EXCESS_BYTES = 64 * KIB
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Means:
+    """What all calls of one store share."""
+
+    store: Store
+    policy: RetryPolicy
+    clock: Callable[[], float]
+    rng: random.Random
+    recorder: Recorder = field(default_factory=Recorder)
+    refresh_count: int = 0
+    refresh_lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def refresh_since(self, refresh_count: int) -> None:
+        """Refresh, unless another thread has done so since the request that failed had begun."""
+        with self.refresh_lock:
+            if refresh_count == self.refresh_count:
+                self.store.refresh()
+                self.refresh_count += 1
+
+
+class RetryingStore:
+    """A store whose verbs try again: each ends by `policy.deadline_s`, after at most `policy.max_attempts` requests."""
+
+    def __init__(
+        self,
+        store: Store,
+        policy: RetryPolicy,
+        *,
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        """Wrap `store`, which is closed with this one."""
+        self._store = store
+        self._sleep = sleep
+        self._means = _Means(store=store, policy=policy, clock=clock, rng=rng or random.Random())
+        self._is_closed = False
+
+    @property
+    def url(self) -> str:
+        return self._store.url
+
+    @property
+    def engine(self) -> str:
+        return self._store.engine
+
+    @property
+    def is_create_atomic(self) -> bool:
+        return self._store.is_create_atomic
+
+    @property
+    def inner(self) -> Store:
+        """The store below, whose verbs make one request each."""
+        return self._store
+
+    def __repr__(self) -> str:
+        return f"RetryingStore({self.engine}, {self.url!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def put(self, key: str, buffers: Sequence[memoryview]) -> None:
+        check_key(key)
+        size_bytes = sum(buffer.nbytes for buffer in buffers)
+        self._run("put", key, lambda: self._store.put(key, buffers), lambda _: size_bytes)
+
+    def create(self, key: str, data: bytes) -> None:
+        """Create the object, or find out that it was created; see `Store.create`.
+
+        Two writers that create the same bytes cannot be told apart, so `data` must name its writer.
+
+        Raises:
+            ObjectExistsError: another's object stands under that key.
+            CommitUnknownError: it may have landed, and cannot be read back; nothing was deleted.
+            StorageError: it was refused, and nothing landed.
+        """
+        creation = _Creation(self._store, check_key(key), data)
+        try:
+            self._run("create", key, creation.step, lambda _: len(data))
+        except (ObjectExistsError, CommitUnknownError):
+            raise
+        except StorageError as exc:
+            if not creation.is_unknown:
+                raise
+            raise CommitUnknownError(
+                f"create of {key!r} on {self.url} may or may not have landed, and reading it back did not tell "
+                f"({exc}); delete nothing, and look at the store once it answers",
+                op="create",
+                key=key,
+                attempts=exc.attempts,
+                elapsed_s=exc.elapsed_s,
+            ) from exc
+
+    def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
+        check_key(key)
+        return self._run(
+            "get",
+            key,
+            lambda: self._store.get(key, start=start, stop=stop, into=into),
+            lambda view: view.nbytes,
+        )
+
+    def read(self, key: str, *, limit_bytes: int) -> bytes:
+        check_key(key)
+        return self._run("read", key, lambda: self._store.read(key, limit_bytes=limit_bytes), len)
+
+    def head(self, key: str) -> ObjectInfo:
+        check_key(key)
+        return self._run("head", key, lambda: self._store.head(key))
+
+    def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
+        return self._run("list", prefix, lambda: self._store.list(prefix, delimiter=delimiter))
+
+    def delete(self, keys: Sequence[str]) -> None:
+        if keys:
+            names = [check_key(key) for key in keys]
+            self._run("delete", names[0], lambda: self._store.delete(names))
+
+    def refresh(self) -> None:
+        self._store.refresh()
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self._store.close()
+
+    def stats(self) -> StoreStats:
+        """Return what was asked of the store so far; two snapshots subtract."""
+        return self._means.recorder.snapshot()
+
+    def _run(self, op: str, key: str, request: Callable[[], T], size_of: Callable[[T], int] = lambda _: 0) -> T:
+        call = _Call(self._means, op, key, request, size_of)
+        retrying = Retrying(
+            retry=retry_if_exception_type(_AgainError),
+            stop=call.is_over,
+            wait=call.wait_s,
+            before=call.note_state,
+            before_sleep=call.note_retry,
+            retry_error_callback=call.give_up,
+            sleep=self._sleep,
+        )
+        try:
+            return retrying(call.attempt)
+        except StorageError as exc:
+            call.fill(exc)
+            raise
+        finally:
+            call.release()
+
+
+class _AgainError(Exception):
+    """A request failed with `cause`, and another may follow: at once, or after a wait."""
+
+    def __init__(self, cause: StorageError, *, at_once: bool = False) -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.at_once = at_once
+
+
+class _Call(Generic[T]):
+    """One operation: its requests so far, its clock, and what may come next."""
+
+    def __init__(self, means: _Means, op: str, key: str, request: Callable[[], T], size_of: Callable[[T], int]) -> None:
+        self._means = means
+        self._op = op
+        self._key = key
+        self._request = request
+        self._size_of = size_of
+        self._began_s = means.clock()
+        self._requests = 0
+        self._waits = 0
+        self._pause_s = 0.0
+        self._stale_since: int | None = None
+        self._has_refreshed = False
+        self._state: RetryCallState | None = None
+
+    @property
+    def _elapsed_s(self) -> float:
+        return self._means.clock() - self._began_s
+
+    def attempt(self) -> T:
+        """Make one request."""
+        try:
+            self._refresh_if_stale()
+            return self._timed_request()
+        except TransientError as exc:
+            raise _AgainError(exc) from exc
+
+    def _refresh_if_stale(self) -> None:
+        if self._stale_since is not None:
+            self._means.refresh_since(self._stale_since)
+            self._stale_since, self._has_refreshed = None, True
+
+    def _timed_request(self) -> T:
+        refresh_count = self._means.refresh_count
+        self._requests += 1
+        size_bytes = 0
+        began_s = self._means.clock()
+        try:
+            result = self._request()
+            size_bytes = self._size_of(result)
+        except CredentialsExpiredError as exc:
+            if self._has_refreshed:
+                raise
+            self._stale_since = refresh_count
+            raise _AgainError(exc, at_once=True) from exc
+        finally:
+            spent = OpStats(requests=1, bytes=size_bytes, seconds=self._means.clock() - began_s)
+            self._means.recorder.add(self._op, spent)
+        return result
+
+    def wait_s(self, state: RetryCallState) -> float:
+        """Return the pause before the next request: random below a bound that doubles, so that ranks spread out."""
+        if _again(state).at_once:
+            self._pause_s = 0.0
+        else:
+            policy = self._means.policy
+            # The exponent is capped, since 2.0 ** 1024 is no float.
+            bound_s = min(policy.backoff_max_s, policy.backoff_base_s * 2.0 ** min(self._waits, 64))
+            self._pause_s = self._means.rng.uniform(0.0, bound_s)
+            self._waits += 1
+        return self._pause_s
+
+    def is_over(self, state: RetryCallState) -> bool:
+        """Tell whether the requests are used up, or one after the pause could outlast the deadline."""
+        policy = self._means.policy
+        latest_start_s = policy.deadline_s - policy.request_timeout_s
+        return state.attempt_number >= policy.max_attempts or self._elapsed_s + self._pause_s > latest_start_s
+
+    def note_retry(self, state: RetryCallState) -> None:
+        """Count a retry, and say why it is needed."""
+        cause = _again(state).cause
+        # That a key is taken is an answer, and no fault; whose object it is will be seen next.
+        is_fault = not isinstance(cause, ObjectExistsError)
+        self._means.recorder.add(self._op, OpStats(retries=int(is_fault)))
+        logger.log(
+            logging.WARNING if is_fault else logging.DEBUG,
+            "%s of %r: request %d of at most %d failed; the next in %.2f s (%s: %s)",
+            self._op,
+            self._key,
+            self._requests,
+            self._means.policy.max_attempts,
+            self._pause_s,
+            type(cause).__name__,
+            str(cause),  # the error itself holds its stack, and that the caller's memory
+        )
+
+    def give_up(self, state: RetryCallState) -> NoReturn:
+        """End an operation that has used up its requests or its time."""
+        last = _again(state).cause
+        if not is_transient(last):
+            raise last
+        raise RetryExhaustedError(
+            f"{self._op} of {self._key!r} on {self._means.store.url} failed {self._requests} times in "
+            f"{self._elapsed_s:.1f} s; the last time: {last}. See whether the store can be reached and is well, or "
+            "allow more in RetryPolicy (max_attempts, deadline_s)"
+        ) from last
+
+    def fill(self, error: StorageError) -> None:
+        """Write into an error what only this layer knows."""
+        error.op, error.key = self._op, self._key
+        error.attempts, error.elapsed_s = self._requests, self._elapsed_s
+
+    def note_state(self, state: RetryCallState) -> None:
+        """Remember tenacity's own record of this call, for `release`."""
+        self._state = state
+
+    def release(self) -> None:
+        """Break the cycles of record, error and stack, which else keep the caller's memory until a collection."""
+        del self._request, self._size_of
+        if self._state is not None:
+            self._state.outcome = None
+
+
+class _Creation:
+    """One create: whether the next request is the create itself, or a look at what stands there since it failed."""
+
+    def __init__(self, store: Store, key: str, data: bytes) -> None:
+        self._store = store
+        self._key = key
+        self._data = data
+        self._fault: StorageError | None = None
+        self._unreadable: StorageError | None = None
+        self._is_ambiguous = False
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether some request may have landed without our knowing."""
+        return self._is_ambiguous or isinstance(self._fault, ObjectExistsError)
+
+    def step(self) -> None:
+        """Make the next request; return once the object is known to be ours."""
+        if self._fault is None:
+            self._create()
+        else:
+            self._look_after(self._fault)
+
+    def _create(self) -> None:
+        try:
+            self._store.create(self._key, self._data)
+        except (CommitUnknownError, CredentialsExpiredError):
+            raise  # the store has looked itself; or nothing was tried, and a refresh comes first
+        except StorageError as exc:
+            self._fault = exc
+            self._is_ambiguous = self._is_ambiguous or is_transient(exc)
+            raise _AgainError(exc, at_once=True) from exc
+
+    def _look_after(self, fault: StorageError) -> None:
+        try:
+            is_ours = self._is_ours()
+        except ObjectNotFoundError:
+            self._fault = self._unreadable = None
+            error = self._absent_after(fault)
+            raise error from error.__cause__
+        except StorageError:
+            if self.is_unknown:
+                raise
+            raise fault from fault.__cause__  # it was refused, so nothing of ours can be there
+        if not is_ours:
+            raise ObjectExistsError(
+                f"{self._key!r} on {self._store.url} is another writer's; it was left as it is",
+                op="create",
+                key=self._key,
+            ) from fault
+        logger.warning("create of %r had landed although it failed (%s)", self._key, type(fault).__name__)
+
+    def _is_ours(self) -> bool:
+        if self._unreadable is not None:
+            if self._store.head(self._key).size_bytes == len(self._data):
+                raise self._unreadable
+            return False
+        try:
+            found = self._store.read(self._key, limit_bytes=len(self._data) + _READ_BACK_EXCESS_BYTES)
+        except StorageError as exc:
+            if type(exc) is not StorageError:
+                raise
+            self._unreadable = exc  # perhaps too large and no more, which has no type of its own: its size tells
+            raise _AgainError(exc, at_once=True) from exc
+        return found == self._data
+
+    def _absent_after(self, fault: StorageError) -> Exception:
+        if is_transient(fault):
+            return _AgainError(fault)
+        if isinstance(fault, ObjectExistsError):
+            # Some engines say "exists" for a conflict between two requests that both failed.
+            return _AgainError(TransientError(f"the store said that the key is taken, and nothing is there: {fault}"))
+        return fault
+
+
+def _again(state: RetryCallState) -> _AgainError:
+    error = state.outcome.exception() if state.outcome is not None else None
+    if isinstance(error, _AgainError):
+        return error
+    raise RuntimeError("tenacity asked about a request that nobody wants to repeat")

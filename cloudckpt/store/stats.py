@@ -1,0 +1,115 @@
+"""Count what a store is asked: requests, retries, bytes and seconds per verb, as values that subtract.
+
+A snapshot before and one after make the cost of what lay between. `Recorder` is shared by all threads of a store.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+__all__ = ["OpStats", "Recorder", "StoreStats"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpStats:
+    """What one verb cost.
+
+    Attributes:
+        requests: calls of the engine's verb, failed ones and the read-backs of a create included.
+        retries: those among them that an earlier failure made necessary.
+        bytes: payload of the successful ones.
+        seconds: time inside them, summed over threads; waits between them are not in it.
+    """
+
+    requests: int = 0
+    retries: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: OpStats) -> OpStats:
+        return OpStats(
+            requests=self.requests + other.requests,
+            retries=self.retries + other.retries,
+            bytes=self.bytes + other.bytes,
+            seconds=self.seconds + other.seconds,
+        )
+
+    def __sub__(self, other: OpStats) -> OpStats:
+        return OpStats(
+            requests=self.requests - other.requests,
+            retries=self.retries - other.retries,
+            bytes=self.bytes - other.bytes,
+            seconds=self.seconds - other.seconds,
+        )
+
+
+class StoreStats(Mapping[str, OpStats]):
+    """An immutable snapshot: verb → its costs. A verb that was never used costs nothing and is not iterated over."""
+
+    def __init__(self, ops: Mapping[str, OpStats] | None = None) -> None:
+        """Keep a copy of `ops`."""
+        self._ops = dict(ops or {})
+
+    def __getitem__(self, op: str) -> OpStats:
+        return self._ops.get(op, OpStats())
+
+    def __contains__(self, op: object) -> bool:
+        return op in self._ops
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ops)
+
+    def __len__(self) -> int:
+        return len(self._ops)
+
+    def __repr__(self) -> str:
+        return f"StoreStats({self._ops!r})"
+
+    def __sub__(self, earlier: StoreStats) -> StoreStats:
+        return StoreStats({op: self[op] - earlier[op] for op in self if self[op] != earlier[op]})
+
+    @property
+    def total(self) -> OpStats:
+        """All verbs together."""
+        return sum(self.values(), OpStats())
+
+    @property
+    def requests(self) -> int:
+        """Requests of all verbs."""
+        return self.total.requests
+
+    @property
+    def retries(self) -> int:
+        """Retries of all verbs."""
+        return self.total.retries
+
+    @property
+    def bytes(self) -> int:
+        """Payload of all verbs, both ways."""
+        return self.total.bytes
+
+    @property
+    def seconds(self) -> float:
+        """Seconds inside requests, summed over verbs and threads."""
+        return self.total.seconds
+
+
+class Recorder:
+    """The running count behind the snapshots. Any thread may add."""
+
+    def __init__(self) -> None:
+        """Start from nothing."""
+        self._lock = threading.Lock()
+        self._ops: dict[str, OpStats] = {}
+
+    def add(self, op: str, stats: OpStats) -> None:
+        """Add what a request cost."""
+        with self._lock:
+            self._ops[op] = self._ops.get(op, OpStats()) + stats
+
+    def snapshot(self) -> StoreStats:
+        """Return the count so far."""
+        with self._lock:
+            return StoreStats(self._ops)

@@ -1,0 +1,193 @@
+"""Carry verbs to Google Cloud Storage's JSON API, by the session and the credentials of gcsfs.
+
+gcsfs resolves options, credentials and endpoint; its own calls are passed by, because they retry six times whatever
+one says, and forget the status of what they raise. Its plain class is used: the one for zonal buckets asks each
+bucket's kind by gRPC. See `wire` for threads and limits.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import datetime
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from aiohttp import ClientResponse, ClientTimeout
+from gcsfs.core import GCSFileSystem
+from yarl import URL
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.options import RetryPolicy
+from cloudckpt.store.base import ObjectInfo
+from cloudckpt.store.classify import is_absence
+from cloudckpt.store.facts import GarbledReplyError, HttpStatusError
+from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, take
+
+__all__ = ["GcsWire"]
+
+# Deletes go one by one, since emulators and private endpoints have no batches; so many at a time.
+_DELETES_AT_ONCE = 16
+_REFUSED = ("asynchronous", "loop", "version_aware", "requests_timeout", "timeout")
+_OURS = ("skip_instance_cache", "use_listings_cache")
+# Random, so that no object holds it by chance.
+_BOUNDARY = f"cloudckpt-{secrets.token_hex(16)}"
+# Enough of an error body to find the reason in it.
+_ERROR_BYTES = 64 * 1024
+
+
+class GcsWire(OnLoop):
+    """One bucket behind one session of aiohttp."""
+
+    def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy) -> None:
+        super().__init__(retry.request_timeout_s)
+        own = {name: value for name, value in options.items() if name not in _OURS}
+        refused = [name for name in _REFUSED if own.pop(name, None)]
+        if refused:
+            raise OptionsError(f"storage_options {refused} cannot be used with cloudckpt; leave them out")
+        self._fs = GCSFileSystem(
+            **own, asynchronous=True, loop=self.loop, skip_instance_cache=True, use_listings_cache=False
+        )
+        self._objects = f"b/{quote(bucket, safe='')}/o"
+        self._timeout = ClientTimeout(
+            total=None, sock_connect=retry.connect_timeout_s, sock_read=retry.request_timeout_s
+        )
+
+    def put(self, name: str, buffers: Sequence[memoryview]) -> None:
+        with borrowed(buffers) as lent:
+            # "media" is the plain upload in one request: a resumable one would be two, and could be left half done.
+            url = self._url("upload/storage/v1", self._objects, {"uploadType": "media", "name": name})
+            headers = self._headers({"Content-Type": "application/octet-stream"})
+            self.run(self._json("POST", url, headers, GatherBody(lent)))
+
+    def create(self, name: str, data: bytes) -> None:
+        # fake-gcs-server overlooks the precondition of a "media" upload, so that this one is in two parts.
+        url = self._url("upload/storage/v1", self._objects, {"uploadType": "multipart", "ifGenerationMatch": "0"})
+        headers = self._headers({"Content-Type": f'multipart/related; boundary="{_BOUNDARY}"'})
+        self.run(self._json("POST", url, headers, _two_parts(name, data)))
+
+    def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
+        memory = memory_for(start, stop, into)
+        headers = self._headers({"Range": f"bytes={start}-{stop - 1}"})
+        with memory[:] as lent:
+            self.run(self._get(name, start, stop, lent, headers))
+        return memory
+
+    def read(self, name: str, limit_bytes: int) -> bytes:
+        return self.run(self._read(name, limit_bytes, self._headers()))
+
+    def head(self, name: str) -> ObjectInfo:
+        return _described(self.run(self._json("GET", self._object_url(name), self._headers())))
+
+    def page(self, prefix: str, delimiter: str, mark: str) -> Page:
+        asked = {"prefix": prefix, "delimiter": delimiter, "pageToken": mark}
+        query = {name: text for name, text in asked.items() if text}
+        query["fields"] = "items(name,size,updated),prefixes,nextPageToken"
+        url = self._url("storage/v1", self._objects, query)
+        reply = self.run(self._json("GET", url, self._headers()))
+        return Page(
+            objects=[_described(item) for item in reply.get("items", ())],
+            prefixes=list(reply.get("prefixes", ())),
+            mark=str(reply.get("nextPageToken", "")),
+        )
+
+    def delete(self, names: Sequence[str]) -> dict[str, str | Exception]:
+        failed: dict[str, str | Exception] = {}
+        for start in range(0, len(names), _DELETES_AT_ONCE):
+            batch, headers = names[start : start + _DELETES_AT_ONCE], self._headers()
+            raised = self.run_each([self._delete(name, headers) for name in batch])
+            failed.update(
+                {
+                    name: error if isinstance(error, Exception) else TimeoutError("cancelled")
+                    for name, error in zip(batch, raised, strict=True)
+                    if error is not None and not is_absence(error)
+                }
+            )
+        return failed
+
+    def close(self) -> None:
+        if self._fs.session is not None:
+            self.run(self._fs.session.close())
+
+    # ---- requests
+
+    def _url(self, api: str, path: str, query: Mapping[str, str]) -> URL:
+        # `_get_params` adds who pays, where the requester does.
+        text = urlencode(self._fs._get_params(dict(query)), quote_via=quote, safe="")  # noqa: SLF001
+        return URL(f"{self._fs._location}/{api}/{path}" + (f"?{text}" if text else ""), encoded=True)  # noqa: SLF001
+
+    def _object_url(self, name: str, api: str = "storage/v1", **query: str) -> URL:
+        return self._url(api, f"{self._objects}/{quote(name, safe='')}", query)
+
+    def _headers(self, headers: Mapping[str, str] | None = None) -> dict[str, str]:
+        """Return the headers of a request, authorised; a token that is near its end is renewed here, off the loop."""
+        authorised: dict[str, str] = self._fs._get_headers(headers)  # noqa: SLF001
+        return authorised
+
+    @asynccontextmanager
+    async def _reply(
+        self, method: str, url: URL, headers: Mapping[str, str], data: GatherBody | bytes | None = None
+    ) -> AsyncIterator[ClientResponse]:
+        session = await self._fs._set_session()  # noqa: SLF001
+        session._retry_connection = False  # noqa: SLF001 - aiohttp would repeat a request by itself
+        async with session.request(method, url, headers=headers, timeout=self._timeout, data=data) as reply:
+            if reply.status >= HTTPStatus.MULTIPLE_CHOICES:
+                raise _status_error(reply.status, await reply.content.read(_ERROR_BYTES))
+            yield reply
+
+    async def _json(
+        self, method: str, url: URL, headers: Mapping[str, str], data: GatherBody | bytes | None = None
+    ) -> dict[str, Any]:
+        async with self._reply(method, url, headers, data) as reply:
+            return _parsed(await reply.read())
+
+    async def _get(self, name: str, start: int, stop: int, memory: memoryview, headers: Mapping[str, str]) -> None:
+        url = self._object_url(name, "download/storage/v1", alt="media")
+        async with self._reply("GET", url, headers) as reply:
+            length_bytes = reply.content_length if reply.content_length is not None else stop - start
+            check_range(reply.headers.get("Content-Range", ""), length_bytes, start, stop)
+            await fill(memory, reply.content.iter_any())
+
+    async def _read(self, name: str, limit_bytes: int, headers: Mapping[str, str]) -> bytes:
+        url = self._object_url(name, "download/storage/v1", alt="media")
+        async with self._reply("GET", url, headers) as reply:
+            return await take(reply.content.iter_any(), reply.content_length, limit_bytes)
+
+    async def _delete(self, name: str, headers: Mapping[str, str]) -> None:
+        async with self._reply("DELETE", self._object_url(name), headers):
+            pass
+
+
+def _two_parts(name: str, data: bytes) -> bytes:
+    """Return the body of a multipart upload: what the object is called, and its bytes."""
+    start = f"--{_BOUNDARY}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps({'name': name})}\r\n"
+    middle = f"--{_BOUNDARY}\r\nContent-Type: application/octet-stream\r\n\r\n"
+    return (start + middle).encode() + data + f"\r\n--{_BOUNDARY}--".encode()
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    try:
+        answer = json.loads(body)
+    except ValueError as exc:
+        raise GarbledReplyError(f"{len(body)} bytes that are no JSON") from exc
+    if not isinstance(answer, dict):
+        raise GarbledReplyError("JSON, but no object")
+    return answer
+
+
+def _status_error(status: int, body: bytes) -> HttpStatusError:
+    """Read the reason and the message out of an error body of the JSON API, if it is one."""
+    try:
+        error = json.loads(body)["error"]
+        reasons = error.get("errors") or [{}]
+        return HttpStatusError(status, str(reasons[0].get("reason", "")), str(error.get("message", "")))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return HttpStatusError(status)
+
+
+def _described(item: Mapping[str, Any]) -> ObjectInfo:
+    moment = datetime.fromisoformat(item["updated"])
+    return ObjectInfo(key=item["name"], size_bytes=int(item.get("size", 0)), modified_s=moment.timestamp())

@@ -1,0 +1,223 @@
+"""Serve the store's verbs over a wire: keys to names, ranges checked, every failure one of our errors.
+
+    verb ──▶ ask (our errors) ──▶ lease ──▶ wire (fsspec's or obstore's)
+
+Owns the wire's life: it is connected at the first verb, replaced by `refresh`, and closed by its last user. Knows
+keys and bytes. Keeps FORMAT 14 and 16. Any thread may enter, and so may a forked child: it gets a wire of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NoReturn, TypeVar
+
+from cloudckpt.errors import OptionsError, StorageError
+from cloudckpt.options import RetryPolicy
+from cloudckpt.store.base import Listing, ObjectInfo
+from cloudckpt.store.buffers import check_destination, flat
+from cloudckpt.store.classify import ask, deletion_error
+from cloudckpt.store.location import parse_location
+from cloudckpt.store.redact import hide_in_logs, remember_secrets
+from cloudckpt.store.wire import Page, Wire
+
+__all__ = ["WiredStore"]
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+# A forked child must not close, not even by collecting garbage, what its parent still uses.
+_inherited: list[object] = []
+
+
+class _Lease:
+    """A wire, and how many verbs are on it: one that was replaced is closed by its last user."""
+
+    def __init__(self, wire: Wire) -> None:
+        self.wire = wire
+        self.pid = os.getpid()
+        self.users = 0
+        self.is_retired = False
+
+
+def _close(wire: Wire) -> None:
+    """Close a wire that nobody uses any more; that it fails must not hide what the last verb brought."""
+    try:
+        wire.close()
+    except Exception as exc:  # noqa: BLE001 - the peer may be gone, and there is nothing left to save
+        logger.debug("closing a connection failed: %s", type(exc).__name__)
+
+
+class WiredStore(ABC):
+    """Objects below one root URL, moved over a `Wire` that a subclass connects. See `Store` for the verbs."""
+
+    # Schemes whose URL must name a bucket.
+    bucket_schemes: frozenset[str]
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        storage_options: Mapping[str, object] | None = None,
+        retry: RetryPolicy | None = None,
+        signed_payload: bool = False,
+    ) -> None:
+        """Check the options; nothing is connected before the first verb.
+
+        Args:
+            url: the root. Everything after the scheme is taken literally.
+            storage_options: what fsspec's filesystem for the scheme takes.
+            retry: gives the time limits of a request; repeating one is not done here.
+            signed_payload: hash and sign request bodies (S3).
+        """
+        if "::" in url:
+            raise OptionsError("chained URLs (a::b) stack filesystems, whose writes are not atomic; give a plain one")
+        self._location = parse_location(url, needs_bucket=url.partition("://")[0].lower() in self.bucket_schemes)
+        self._options = dict(storage_options or {})
+        self._retry = retry or RetryPolicy()
+        self._signed_payload = signed_payload
+        self._lock = threading.Lock()
+        self._lease: _Lease | None = None
+        self._is_closed = False
+        remember_secrets(self._options)
+        self._check_options()
+
+    @property
+    def url(self) -> str:
+        return self._location.url
+
+    @property
+    @abstractmethod
+    def engine(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def is_create_atomic(self) -> bool: ...
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.url!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a store holds credentials and connections; open another from its URL")
+
+    def put(self, key: str, buffers: Sequence[memoryview]) -> None:
+        name, full = self._location.path(key), flat(buffers)
+        self._ask("put", key, lambda wire: wire.put(name, full))
+
+    def create(self, key: str, data: bytes) -> None:
+        name = self._location.path(key)
+        self._ask("create", key, lambda wire: wire.create(name, data))
+
+    def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
+        name, into = self._location.path(key), check_destination(start, stop, into)
+        if start == stop:
+            return memoryview(b"") if into is None else into
+        return self._ask("get", key, lambda wire: wire.get(name, start, stop, into))
+
+    def read(self, key: str, *, limit_bytes: int) -> bytes:
+        name = self._location.path(key)
+        return self._ask("read", key, lambda wire: wire.read(name, limit_bytes))
+
+    def head(self, key: str) -> ObjectInfo:
+        name = self._location.path(key)
+        found = self._ask("head", key, lambda wire: wire.head(name))
+        return ObjectInfo(key=key, size_bytes=found.size_bytes, modified_s=found.modified_s)
+
+    def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
+        if delimiter not in ("", "/"):
+            raise OptionsError(f"delimiter {delimiter!r} is unknown to a store; give '/' or none")
+        objects: list[ObjectInfo] = []
+        prefixes: list[str] = []
+        for page in self._pages(prefix, delimiter):
+            objects += page.objects
+            prefixes += page.prefixes
+        return self._location.listing(objects, prefixes)
+
+    def delete(self, keys: Sequence[str]) -> None:
+        names = {self._location.path(key): key for key in keys}
+        if not names:
+            return
+        failed = self._ask("delete", keys[0], lambda wire: wire.delete(list(names)))
+        if failed:
+            raise deletion_error(
+                {names.get(name, name): cause for name, cause in failed.items()}, asked=len(names), url=self.url
+            )
+
+    def refresh(self) -> None:
+        self._notice_fork()
+        with self._lock:
+            lease, self._lease = self._lease, None
+            is_idle = lease is not None and not lease.users
+            if lease is not None:
+                lease.is_retired = True
+        if lease is not None and is_idle:
+            _close(lease.wire)
+
+    def close(self) -> None:
+        self._is_closed = True
+        self.refresh()
+
+    def _pages(self, prefix: str, delimiter: str) -> Iterator[Page]:
+        start, mark = self._location.path_prefix(prefix), ""
+        while True:
+            page = self._page(prefix, start, delimiter, mark)
+            yield page
+            if not page.mark:
+                return
+            if page.mark == mark:
+                raise StorageError(f"listing {prefix!r} in {self.url} goes round in circles", op="list", key=prefix)
+            mark = page.mark
+
+    def _page(self, prefix: str, start: str, delimiter: str, mark: str) -> Page:
+        return self._ask("list", prefix, lambda wire: wire.page(start, delimiter, mark))
+
+    # ---- connections
+
+    def _ask(self, op: str, key: str, call: Callable[[Wire], T]) -> T:
+        def once() -> T:
+            with self._leased() as wire:
+                return call(wire)
+
+        return ask(once, op=op, key=key, url=self.url)
+
+    @contextmanager
+    def _leased(self) -> Iterator[Wire]:
+        lease = self._take()
+        try:
+            yield lease.wire
+        finally:
+            with self._lock:
+                lease.users -= 1
+                is_last = lease.is_retired and not lease.users
+            if is_last:
+                _close(lease.wire)
+
+    def _take(self) -> _Lease:
+        if self._is_closed:
+            raise OptionsError(f"the store of {self.url} is closed; open another")
+        self._notice_fork()
+        with self._lock:
+            if self._lease is None:
+                self._lease = _Lease(self._connect())
+                hide_in_logs()
+            self._lease.users += 1
+            return self._lease
+
+    def _notice_fork(self) -> None:
+        """In a forked child, forget the parent's wire; its sockets are not ours, and its lock may have been held."""
+        if self._lease is not None and self._lease.pid != os.getpid():
+            _inherited.append(self._lease)
+            self._lease, self._lock = None, threading.Lock()
+
+    @abstractmethod
+    def _connect(self) -> Wire:
+        """Return a new wire; raise OptionsError, or what the library raises."""
+
+    @abstractmethod
+    def _check_options(self) -> None:
+        """Refuse options that cannot be honoured; connect to nothing."""
