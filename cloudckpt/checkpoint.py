@@ -272,7 +272,7 @@ def _fill(tensors: dict[str, object], reader: CloudReader, *, no_dist: bool) -> 
 def _plain_errors(what: str) -> Iterator[None]:
     """Give back the error behind DCP's `CheckpointException`, and hide its remark on single processes.
 
-    `CheckpointException` is a BaseException, and wraps KeyboardInterrupt and SystemExit too.
+    `CheckpointException` is a BaseException, and wraps KeyboardInterrupt, SystemExit and their like too.
     """
     try:
         with warnings.catch_warnings():
@@ -286,7 +286,7 @@ def _plain_errors(what: str) -> Iterator[None]:
 def _unwrapped(failures: Mapping[int, BaseException], what: str) -> BaseException:
     """Choose what to raise: the one error that all ranks met, or a `SaveFailedError` with each rank's own."""
     for error in failures.values():
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if not isinstance(error, Exception):
             return error
     only = next(iter(failures.values()))
     if what == "load" or (len(failures) == 1 and isinstance(only, CloudCkptError)):

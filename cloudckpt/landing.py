@@ -146,5 +146,6 @@ def _is_plain(target: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 def _bytes_of(target: torch.Tensor) -> np.ndarray:
-    array: np.ndarray = target.reshape(-1).view(torch.uint8).numpy()
+    # Not reshape(-1): one element of a wider tensor is contiguous, whatever its stride is.
+    array: np.ndarray = target.as_strided((target.numel(),), (1,)).view(torch.uint8).numpy()
     return array

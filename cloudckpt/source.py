@@ -165,7 +165,8 @@ def _piece_view(tensor: torch.Tensor, chunk: Chunk, piece: Piece, room: Staging)
 
 def _bytes_view(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a dense host tensor as bytes; the view keeps the tensor alive."""
-    array: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy()
+    # Not reshape(-1): one element of a wider tensor is contiguous, whatever its stride is.
+    array: np.ndarray = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
     return array.data
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -187,9 +188,10 @@ class CloudWriter(StorageWriter):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Refuse what the format cannot hold, before a byte is written."""
-        for item in plan.items:
-            if item.tensor_data is not None:
-                check_layout(item.index.fqn, item.tensor_data.properties.layout, item.tensor_data.properties.dtype)
+        with self._closing_after_a_fault():
+            for item in plan.items:
+                if item.tensor_data is not None:
+                    check_layout(item.index.fqn, item.tensor_data.properties.layout, item.tensor_data.properties.dtype)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -198,11 +200,8 @@ class CloudWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Upload this rank's chunks as shards, encode its values; return when all of it is durable."""
-        try:
+        with self._closing_after_a_fault():
             results = self._write(plan, planner)
-        except BaseException:
-            self._close_own()
-            raise
         if not self._is_coordinator:
             self._close_own()
         future: Future[list[WriteResult]] = Future()
@@ -222,6 +221,15 @@ class CloudWriter(StorageWriter):
     def _close_own(self) -> None:
         if self._is_own_store:
             self._close()
+
+    @contextmanager
+    def _closing_after_a_fault(self) -> Iterator[None]:
+        """Close a store of our own when this rank fails: nothing more will be called."""
+        try:
+            yield
+        except BaseException:
+            self._close_own()
+            raise
 
     def _write_tensors(self, items: Sequence[WriteItem], planner: SavePlanner) -> dict[int, StoredItem]:
         chunks = [chunk_of(item) for item in items]

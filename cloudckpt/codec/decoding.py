@@ -35,7 +35,7 @@ __all__ = ["Decoder"]
 
 _T = TypeVar("_T")
 _INT = re.compile(r"-?0x[1-9a-f][0-9a-f]*")
-_DEVICE = re.compile(r"[a-z]{1,32}(?::([0-9]{1,3}))?", re.ASCII)
+_DEVICE = re.compile(r"[a-z]{1,32}(?::([0-9]{1,3}))?")
 _NUMPY_ITEM = {"b": bool, "i": int, "u": int, "f": float, "c": complex, "m": int, "M": int}
 
 

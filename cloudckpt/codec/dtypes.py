@@ -32,8 +32,7 @@ _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16:
 # Long doubles are missing on purpose: the same name means other bytes on other processors.
 _NUMPY_NAME = re.compile(
     r"\|b1|\|[iu]1|[<>][iu][248]|[<>]f[248]|[<>]c(?:8|16)|\|[SV][1-9][0-9]{0,6}|[<>]U[1-9][0-9]{0,6}"
-    r"|[<>][mM]8(?:\[(?:[1-9][0-9]{0,8})?(?:Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?",
-    re.ASCII,
+    r"|[<>][mM]8(?:\[(?:[1-9][0-9]{0,8})?(?:Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?"
 )
 _MAX_DIMS = 64  # both numpy 2 and torch's iterators stop there
 _MAX_EXTENT_BYTES = 2**62  # an empty array may still claim dimensions whose strides overflow 64 bits

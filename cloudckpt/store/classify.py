@@ -122,11 +122,11 @@ _BY_TYPE: dict[str, _Verdict] = {
     "obstore.exceptions.UnauthenticatedError": _EXPIRED,
     "obstore.exceptions.UnknownConfigurationKeyError": _OPTIONS,
     # the kinds of obstore's HTTP client, as `facts` names them
-    "obstore.HttpError.Connect": _AGAIN,
-    "obstore.HttpError.Request": _AGAIN,
-    "obstore.HttpError.Timeout": _AGAIN,
-    "obstore.HttpError.Interrupted": _AGAIN,
-    "obstore.HttpError.Decode": _AGAIN,
+    "obstore.HttpError:Connect": _AGAIN,
+    "obstore.HttpError:Request": _AGAIN,
+    "obstore.HttpError:Timeout": _AGAIN,
+    "obstore.HttpError:Interrupted": _AGAIN,
+    "obstore.HttpError:Decode": _AGAIN,
     "obstore.InvalidListResponse": _AGAIN,
     "obstore.BareRedirect": _REGION,
     "obstore.InvalidCertificate": _TLS,
@@ -187,7 +187,7 @@ def classify(exc: BaseException, *, op: str, key: str, url: str) -> CloudCkptErr
     facts = facts_of(exc)
     verdict = _verdict(facts, op)
     reply = f"{facts.status} {facts.code}".strip() if facts.status else facts.code
-    what = reply or (str(exc) if isinstance(exc, BodyLengthError | ObjectSizeError) else type(exc).__name__)
+    what = reply or (str(exc) if isinstance(exc, BodyLengthError | ObjectSizeError) else _short(facts.types[0]))
     message = f"{op} of {key!r} in {url} failed ({what}): {verdict.advice}"
     error = (
         verdict.error(message, op=op, key=key) if issubclass(verdict.error, StorageError) else verdict.error(message)
@@ -242,6 +242,10 @@ def _status_verdict(status: int, op: str) -> _Verdict:
         return _BY_STATUS[status]
     # Proxies in front of stores have codes of their own up there (520 to 530 and others).
     return _AGAIN if status >= 512 else _UNKNOWN
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _shorn(exc: BaseException, facts: Facts) -> str:

@@ -141,5 +141,5 @@ def _obstore_facts(text: str) -> Facts:
         return Facts(types=("obstore.InvalidCertificate",))
     kind, other = _KIND_LINE.search(debug), _OTHER_LINE.search(debug)
     if kind is not None:
-        return Facts(types=(f"obstore.HttpError.{kind.group(1)}",))
+        return Facts(types=(f"obstore.HttpError:{kind.group(1)}",))
     return Facts(types=(f"obstore.{other.group(1)}",)) if other else Facts()

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from datetime import timedelta
 
 import fsspec.asyn
-from gcsfs.core import GCSFileSystem
 from obstore.store import GCSStore
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.credentials import GcsCredentials
 from cloudckpt.store.obstore_s3 import ObstoreClient, client_options, refuse_rest
+from cloudckpt.store.wire_gcs import gcs_filesystem
 
 __all__ = ["check_gcs_options", "gcs_client"]
 
@@ -36,7 +36,7 @@ def gcs_client(bucket: str, options: Mapping[str, object], retry: RetryPolicy) -
     """Make the client of one bucket; credentials are found here, and nothing is sent to the store yet."""
     honoured = {name: value for name, value in options.items() if name in _HONOURED}
     # Never connected: it only reads the options.
-    reader = GCSFileSystem(**honoured, asynchronous=True, loop=fsspec.asyn.get_loop(), skip_instance_cache=True)
+    reader = gcs_filesystem(honoured, fsspec.asyn.get_loop())
     origin: str = reader._location  # noqa: SLF001 - also what STORAGE_EMULATOR_HOST says
     if reader.credentials.credentials is None:
         # obstore would ask the metadata server, and write as the instance's own account.

@@ -367,6 +367,8 @@ class _Creation:
             error = self._absent_after(fault)
             raise error from error.__cause__
         except StorageError:
+            # An answer that we cannot place says nothing about the effect; only a refusal that we know does.
+            self._is_ambiguous = self._is_ambiguous or type(fault) is StorageError
             if self.is_unknown:
                 raise
             raise fault from fault.__cause__  # it was refused, so nothing of ours can be there

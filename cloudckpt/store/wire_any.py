@@ -19,6 +19,7 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
+from cloudckpt.store.redact import hide
 from cloudckpt.store.wire import OnLoop, Page
 
 __all__ = ["AnyWire"]
@@ -40,7 +41,8 @@ class AnyWire:
                 url, **{**options, "skip_instance_cache": True, "use_listings_cache": False}
             )
         except (ValueError, ImportError) as exc:
-            raise OptionsError(f"fsspec cannot open {scheme}:// URLs here: {exc}") from exc
+            # Not chained: what it says may repeat an option.
+            raise OptionsError(f"fsspec cannot open {scheme}:// URLs here: {hide(str(exc))}") from None
         self._root = root.rstrip("/") + "/"
         self._loop = OnLoop(retry.request_timeout_s) if self._fs.async_impl else None
         self._makes_directories = scheme in _WITH_DIRECTORIES

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from asyncio import AbstractEventLoop
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
@@ -25,9 +26,10 @@ from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.classify import is_absence
 from cloudckpt.store.facts import GarbledReplyError, HttpStatusError
+from cloudckpt.store.redact import hide
 from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, take
 
-__all__ = ["GcsWire"]
+__all__ = ["GcsWire", "gcs_filesystem"]
 
 # Deletes go one by one, since emulators and private endpoints have no batches; so many at a time.
 _DELETES_AT_ONCE = 16
@@ -48,9 +50,7 @@ class GcsWire(OnLoop):
         refused = [name for name in _REFUSED if own.pop(name, None)]
         if refused:
             raise OptionsError(f"storage_options {refused} cannot be used with cloudckpt; leave them out")
-        self._fs = GCSFileSystem(
-            **own, asynchronous=True, loop=self.loop, skip_instance_cache=True, use_listings_cache=False
-        )
+        self._fs = gcs_filesystem(own, self.loop)
         self._objects = f"b/{quote(bucket, safe='')}/o"
         self._timeout = ClientTimeout(
             total=None, sock_connect=retry.connect_timeout_s, sock_read=retry.request_timeout_s
@@ -159,6 +159,17 @@ class GcsWire(OnLoop):
     async def _delete(self, name: str, headers: Mapping[str, str]) -> None:
         async with self._reply("DELETE", self._object_url(name), headers):
             pass
+
+
+def gcs_filesystem(options: Mapping[str, object], loop: AbstractEventLoop) -> GCSFileSystem:
+    """Let gcsfs read its options and find credentials, which may ask Google's services; it connects to no bucket."""
+    try:
+        return GCSFileSystem(
+            **options, asynchronous=True, loop=loop, skip_instance_cache=True, use_listings_cache=False
+        )
+    except (ValueError, TypeError, KeyError) as exc:
+        # Not chained: what it says may repeat a token.
+        raise OptionsError(f"gcsfs cannot use these storage_options: {hide(str(exc))}") from None
 
 
 def _two_parts(name: str, data: bytes) -> bytes:

@@ -97,7 +97,7 @@ class S3Wire(OnLoop):
                 use_listings_cache=False,
             )
         except KeyError as exc:  # so it says that a name and its synonym were both given
-            raise OptionsError(f"s3fs refuses the storage_options: {exc}") from exc
+            raise OptionsError(f"s3fs cannot use these storage_options: {exc}") from exc
         self._client: _Client | None = None
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:

@@ -1,0 +1,190 @@
+"""Break every single request of a job's life, in every way, and look at what the next job finds.
+
+A life: open, restore, save several steps under retention, close. It runs once to count its requests; then once per
+request and per way of breaking it. The next incarnation must find a whole checkpoint, no older than the newest that
+was acknowledged, whatever happened (FORMAT invariants 1, 2, 4, 5, 7 and 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+import torch
+
+from cloudckpt import CheckpointManager, CloudCkptError, CommitUnknownError, KeepLast, Options, RetryPolicy
+from cloudckpt.keys import MANIFEST_NAME
+from cloudckpt.options import KIB
+from cloudckpt.store import RetryingStore
+from cloudckpt.store.probe import forget_probes
+from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, denied, refused, transient
+
+OPTIONS = Options(shard_bytes=4 * KIB, block_bytes=KIB, span_bytes=2 * KIB, concurrency=1, memory_budget_bytes=64 * KIB)
+PATIENCE = RetryPolicy(max_attempts=3, deadline_s=60, request_timeout_s=1)
+STEPS = 4
+CRASHES = [FaultKind.CRASH_BEFORE, FaultKind.CRASH_HALFWAY, FaultKind.CRASH_AFTER]
+# A refusal by the credentials has no effect, so it never is a lost acknowledgement.
+ERRORS = [
+    *[(FaultKind.BEFORE, error) for error in (transient, denied, refused)],
+    *[(FaultKind.LOST_ACK, error) for error in (transient, refused)],
+]
+
+
+def tensor_of(step: int) -> torch.Tensor:
+    return torch.arange(3_000, dtype=torch.float32) * (step + 1)
+
+
+def state_of(step: int) -> dict[str, object]:
+    return {"w": tensor_of(step), "count": torch.tensor(step), "config": {"step": step}}
+
+
+@pytest.fixture
+def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FaultStore]]:
+    """Let managers open the store that was pushed last."""
+    pushed: list[FaultStore] = []
+
+    def open_pushed(*_: object, **__: object) -> RetryingStore:
+        return RetryingStore(pushed[-1], PATIENCE, sleep=lambda _: None)
+
+    monkeypatch.setattr("cloudckpt.manager.open_store", open_pushed)
+    forget_probes()
+    yield pushed
+    forget_probes()
+
+
+@contextmanager
+def manager_on(client: FaultStore, clients: list[FaultStore]) -> Iterator[CheckpointManager]:
+    clients.append(client)
+    forget_probes()
+    with CheckpointManager(
+        "memory://bucket/root", options=OPTIONS, retention=[KeepLast(2)], prune_grace_s=0, save_rng=False
+    ) as manager:
+        yield manager
+
+
+def live(client: FaultStore, clients: list[FaultStore], acknowledged: list[int], unknown: list[int]) -> None:
+    """Be one incarnation: restore, save a few steps, note which saves were acknowledged or may have happened."""
+    with manager_on(client, clients) as manager:
+        state = state_of(0)
+        restored = manager.restore(state)
+        first = 0 if restored is None or restored.step is None else restored.step + 1
+        for step in range(first, first + STEPS):
+            try:
+                manager.save(step, state_of(step))
+            except CommitUnknownError:
+                unknown.append(step)
+                raise
+            acknowledged.append(step)
+
+
+def check_next(bucket: Bucket, clients: list[FaultStore], acknowledged: list[int], possible: list[int]) -> None:
+    """Be the next incarnation: what is restored is whole and new enough, and every listed checkpoint is loadable.
+
+    Steps in `possible` may have been committed without an acknowledgement; no other may.
+    """
+    with manager_on(FaultStore(bucket), clients) as manager:
+        state = state_of(9_999)
+        restored = manager.restore(state)
+        newest = max(acknowledged, default=-1)
+        found = -1 if restored is None or restored.step is None else restored.step
+        assert found in {newest, *possible}
+        assert found >= newest
+        listed = [checkpoint.step for checkpoint in manager.checkpoints()]
+        assert len(listed) >= min(2, len(acknowledged)), "retention left fewer than it keeps"
+        for step in listed:
+            assert step is not None
+            state = state_of(9_999)
+            manager.restore(state, step=step)
+            assert torch.equal(state["w"], tensor_of(step))  # type: ignore[arg-type]
+            assert state["config"] == {"step": step}
+        assert len({key for key in bucket.raw_list() if key.endswith(MANIFEST_NAME)}) == len(listed)
+
+
+def count_requests(clients: list[FaultStore], lives_before: int) -> int:
+    client = FaultStore(bucket_after(clients, lives_before))
+    live(client, clients, [], [])
+    return client.op_count
+
+
+def bucket_after(clients: list[FaultStore], lives: int) -> Bucket:
+    bucket = Bucket()
+    for _ in range(lives):
+        live(FaultStore(bucket), clients, [], [])
+    return bucket
+
+
+@pytest.mark.parametrize("lives_before", [0, 1], ids=["first-job", "second-job"])
+@pytest.mark.parametrize("kind", CRASHES)
+def test_a_crash_at_any_request_loses_nothing_that_was_acknowledged(
+    clients: list[FaultStore], kind: FaultKind, lives_before: int
+) -> None:
+    fired = 0
+    for number in range(1, count_requests(clients, lives_before) + 1):
+        bucket = bucket_after(clients, lives_before)
+        acknowledged = [lives_before * STEPS - 1] if lives_before else []
+        client = FaultStore(bucket)
+        fault = client.crash_at(number, kind)
+        with suppress(Crash):
+            live(client, clients, acknowledged, [])
+        fired += fault.fired
+        # The manifest may have been created in the moment of the crash.
+        check_next(bucket, clients, acknowledged, [max(acknowledged, default=-1) + 1])
+    assert fired > 30
+
+
+@pytest.mark.parametrize("times", [1, None], ids=["once", "for-ever"])
+@pytest.mark.parametrize(("kind", "error"), ERRORS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_an_error_in_any_request_is_survived_or_fails_cleanly(
+    clients: list[FaultStore], kind: FaultKind, error: object, times: int | None
+) -> None:
+    fired = 0
+    for number in range(1, count_requests(clients, 0) + 1):
+        bucket = Bucket()
+        client = FaultStore(bucket)
+        fault = client.inject(kind=kind, error=error, skip=number - 1, times=times)
+        acknowledged: list[int] = []
+        unknown: list[int] = []
+        with suppress(CloudCkptError):
+            live(client, clients, acknowledged, unknown)
+        fired += fault.fired
+        check_next(bucket, clients, acknowledged, unknown)
+    assert fired > 30
+
+
+def test_a_late_commit_of_a_zombie_never_becomes_the_latest(clients: list[FaultStore]) -> None:
+    bucket = Bucket()
+    zombie = FaultStore(bucket)
+    with manager_on(zombie, clients) as manager:
+        manager.save(0, state_of(0))
+        zombie.inject(kind=FaultKind.LATE, verbs=["create"], key=MANIFEST_NAME, times=None)
+        with pytest.raises(CommitUnknownError):
+            manager.save(1, state_of(1))
+    with manager_on(FaultStore(bucket), clients) as manager:
+        restored = manager.restore(state_of(9))
+        assert restored is not None
+        assert restored.step == 0
+        manager.save(1, {**state_of(1), "config": {"step": "new"}})
+        bucket.deliver_late()
+        latest = manager.latest()
+        assert latest is not None
+        assert (latest.epoch, latest.step) == (2, 1)
+        state = state_of(9)
+        manager.restore(state)
+        assert state["config"] == {"step": "new"}
+
+
+def test_a_save_of_one_small_shard_costs_four_requests_and_its_restore_four(clients: list[FaultStore]) -> None:
+    bucket = Bucket()
+    with manager_on(FaultStore(bucket), clients) as manager:
+        state = {"w": torch.zeros(10)}
+        manager.save(0, state)
+        client = clients[-1]
+        before = client.op_count
+        manager.save(1, state)
+        saved = [op.verb for op in client.trace[before:]]
+    assert saved == ["put", "put", "list", "create", "list"], "shard, index, fence, manifest; then retention's listing"
+    client = FaultStore(bucket)
+    with manager_on(client, clients) as manager:
+        manager.restore(state)
+    assert [op.verb for op in client.trace] == ["list", "read", "read", "get"]
