@@ -237,10 +237,8 @@ class LocalTree:
 
     def _remove_below(self, parents: Sequence[str], name: str) -> bool:
         with suppress(*ABSENT), self.directory(parents) as fd:
-            is_gone = self._remove_directory(fd, name) or self._clear_below(fd, name, until_object=True)[1]
-            if is_gone:
-                self._disk.sync_directory(fd)
-            return is_gone
+            # Not made durable: an empty directory that a power cut brings back holds no object.
+            return self._remove_directory(fd, name) or self._clear_below(fd, name, until_object=True)[1]
         return True
 
     def _remove_directory(self, fd: int, name: str) -> bool:

@@ -35,7 +35,7 @@ class AnyWire:
     """One root of one filesystem."""
 
     def __init__(self, scheme: str, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy) -> None:
-        url = f"{scheme}://{bucket}"
+        url = f"{scheme}://{bucket}/"  # without the slash, file:// is the working directory
         try:
             self._fs, root = fsspec.core.url_to_fs(
                 url, **{**options, "skip_instance_cache": True, "use_listings_cache": False}

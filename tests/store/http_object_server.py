@@ -1,0 +1,295 @@
+"""Serve objects over real sockets, in the S3 and the GCS dialects, and break every reply that a test names.
+
+It shows what the engines do when a store or a network misbehaves: statuses with error bodies, resets at every
+point of an exchange, stalls, short and flipped bodies, acknowledgements that get lost after the write landed.
+It records each request, so that a test can count them. One thread per connection; the dialects know nothing of
+sockets, and the sockets nothing of dialects.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from email.utils import formatdate
+from enum import StrEnum, auto
+from typing import Self
+from urllib.parse import parse_qsl, urlsplit
+
+from tests.store.http_dialects import ObjectSpace, Reply, Request, error_reply
+
+__all__ = ["Fault", "FaultKind", "ObjectServer"]
+
+
+class FaultKind(StrEnum):
+    """Where an exchange breaks."""
+
+    STATUS = auto()  # an error status, before any effect
+    EARLY_STATUS = auto()  # the same, and a close, with the body of the request unread
+    RESET_IN_REQUEST = auto()  # reset after the head of the request, its body unread
+    RESET_BEFORE_REPLY = auto()  # reset after the whole request, without an effect
+    LOST_ACK = auto()  # the effect happens, then the connection is reset
+    LOST_ACK_STALL = auto()  # the effect happens, then nothing is ever said
+    STALL = auto()  # no effect, and no reply
+    RESET_IN_REPLY = auto()  # head and half of the body, then a reset
+    STALL_IN_REPLY = auto()  # head and half of the body, then silence
+    SHORT_HONEST = auto()  # Content-Length tells the whole, half comes, then a clean close
+    SHORT_MATCHING = auto()  # half comes, and Content-Length says half
+    LONG_MATCHING = auto()  # one byte more than asked, and Content-Length agrees
+    FLIPPED_BYTE = auto()  # the first byte is inverted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """One way to break a reply. `body` replaces the error body made from `status` and `code`."""
+
+    kind: FaultKind = FaultKind.STATUS
+    status: int = 503
+    code: str = "SlowDown"
+    message: str = "as the test asked"
+    body: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Injection:
+    fault: Fault
+    matches: Callable[[Request], bool]
+    times: int  # below 0: for ever
+
+
+class ObjectServer(ObjectSpace):
+    """Buckets and objects in memory behind 127.0.0.1; use it as a context manager.
+
+    Attributes:
+        requests: every request, in order of arrival.
+    """
+
+    def __init__(self, *, buckets: tuple[str, ...] = ("bucket",), page_size: int = 1000) -> None:
+        super().__init__(buckets=buckets, page_size=page_size)
+        self.requests: list[Request] = []
+        self._injections: list[_Injection] = []
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._connections: set[socket.socket] = set()
+        self._threads: list[threading.Thread] = []
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port: int = self._listener.getsockname()[1]
+
+    @property
+    def endpoint(self) -> str:
+        """The URL to give to a client."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self._spawn(self._accept)
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._closing.set()
+        _shut(self._listener)  # a close alone does not wake accept()
+        self._listener.close()
+        with self._lock:
+            open_connections = list(self._connections)
+        for connection in open_connections:
+            _shut(connection)
+        for thread in self._threads:
+            thread.join(timeout=10)
+
+    def inject(
+        self,
+        fault: Fault,
+        *,
+        method: str | None = None,
+        times: int = 1,
+        when: Callable[[Request], bool] | None = None,
+    ) -> None:
+        """Break the next `times` requests (below 0: all) that have `method` and meet `when`."""
+
+        def matches(request: Request) -> bool:
+            return (method is None or request.method == method) and (when is None or when(request))
+
+        with self._lock:
+            self._injections.append(_Injection(fault, matches, times))
+
+    def reset(self) -> None:
+        """Forget objects, requests and faults; connections stay."""
+        with self._lock:
+            self._injections.clear()
+        self.objects.clear()
+        self.buckets = {"bucket"}
+        self.fail_delete_of.clear()
+        self.requests.clear()
+
+    def count(self, method: str | None = None) -> int:
+        """Tell how many requests (with that method) came."""
+        return sum(method is None or request.method == method for request in self.requests)
+
+    # ---- sockets
+
+    def _spawn(self, target: Callable[..., None], *args: object) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True, name="object-server")
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while not self._closing.is_set():
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self._lock:
+                self._connections.add(connection)
+            self._spawn(self._serve, connection)
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            while self._exchange(connection):
+                pass
+        except OSError:
+            pass  # the client hung up, or the server closes
+        finally:
+            with self._lock:
+                self._connections.discard(connection)
+            connection.close()
+
+    def _exchange(self, connection: socket.socket) -> bool:
+        """Serve one request; tell whether the connection may carry another."""
+        head = _read_head(connection)
+        if head is None:
+            return False
+        request, early = head
+        length_bytes = int(request.headers.get("content-length", 0))
+        fault = self._take_fault(request)
+        if fault is not None and fault.kind is FaultKind.RESET_IN_REQUEST:
+            self.requests.append(request)
+            return _reset(connection)
+        if fault is not None and fault.kind is FaultKind.EARLY_STATUS:
+            return self._hang_up(connection, request, fault)
+        if request.headers.get("expect", "").lower() == "100-continue":
+            connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = _read_body(connection, early, length_bytes)
+        if body is None:
+            return False
+        request = replace(request, body=body)
+        self.requests.append(request)
+        if fault is None:
+            return _send(connection, request, self.handle(request))
+        return self._misbehave(connection, request, fault)
+
+    def _hang_up(self, connection: socket.socket, request: Request, fault: Fault) -> bool:
+        """Reply at once; the body stays unread, so that closing resets the connection under the sender."""
+        self.requests.append(request)
+        _send(connection, request, _fault_reply(request, fault))
+        time.sleep(0.2)
+        return False
+
+    def _take_fault(self, request: Request) -> Fault | None:
+        with self._lock:
+            for injection in self._injections:
+                if injection.times != 0 and injection.matches(request):
+                    injection.times -= 1
+                    return injection.fault
+        return None
+
+    def _misbehave(self, connection: socket.socket, request: Request, fault: Fault) -> bool:
+        if fault.kind is FaultKind.STATUS:
+            return _send(connection, request, _fault_reply(request, fault))
+        if fault.kind is FaultKind.RESET_BEFORE_REPLY:
+            return _reset(connection)
+        if fault.kind is FaultKind.STALL:
+            return self._stall(connection)
+        reply = self.handle(request)
+        if fault.kind is FaultKind.LOST_ACK:
+            return _reset(connection)
+        if fault.kind is FaultKind.LOST_ACK_STALL:
+            return self._stall(connection)
+        return self._spoil(connection, request, reply, fault.kind)
+
+    def _spoil(self, connection: socket.socket, request: Request, reply: Reply, kind: FaultKind) -> bool:
+        body, half = bytes(reply.body), len(reply.body) // 2
+        if kind is FaultKind.FLIPPED_BYTE:
+            return _send(connection, request, replace(reply, body=bytes(byte ^ 0xFF for byte in body[:1]) + body[1:]))
+        if kind is FaultKind.SHORT_MATCHING:
+            return _send(connection, request, replace(reply, body=body[:half]))
+        if kind is FaultKind.LONG_MATCHING:
+            return _send(connection, request, replace(reply, body=body + b"\0"))
+        connection.sendall(_head_bytes(reply) + body[:half])
+        if kind is FaultKind.RESET_IN_REPLY:
+            time.sleep(0.05)  # let the half arrive: a reset discards what the peer has not read yet
+            return _reset(connection)
+        if kind is FaultKind.STALL_IN_REPLY:
+            return self._stall(connection)
+        return False
+
+    def _stall(self, connection: socket.socket) -> bool:
+        """Say nothing until the client hangs up or the server closes."""
+        while not self._closing.is_set():
+            readable, _, _ = select.select([connection], [], [], 0.05)
+            if readable and not connection.recv(65536):
+                break
+        return False
+
+
+def _read_head(connection: socket.socket) -> tuple[Request, bytes] | None:
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = connection.recv(65536)
+        if not piece:
+            return None
+        data += piece
+    head, _, early = data.partition(b"\r\n\r\n")
+    first, *lines = head.decode("latin-1").split("\r\n")
+    method, target, _ = first.split(" ", 2)
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    url = urlsplit(target)
+    query = dict(parse_qsl(url.query, keep_blank_values=True))
+    return Request(method=method, path=url.path, query=query, headers=headers), early
+
+
+def _read_body(connection: socket.socket, early: bytes, length_bytes: int) -> bytearray | None:
+    body = bytearray(length_bytes)
+    body[: len(early)] = early
+    view, filled = memoryview(body), len(early)
+    while filled < length_bytes:
+        count = connection.recv_into(view[filled:])
+        if not count:
+            return None
+        filled += count
+    return body
+
+
+def _head_bytes(reply: Reply) -> bytes:
+    lines = [f"HTTP/1.1 {reply.status} {'OK' if reply.status < 300 else 'Error'}"]
+    headers = {"Content-Length": str(len(reply.body)), "Date": formatdate(usegmt=True), **reply.headers}
+    lines.extend(f"{name}: {value}" for name, value in headers.items())
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def _send(connection: socket.socket, request: Request, reply: Reply) -> bool:
+    connection.sendall(_head_bytes(reply))
+    if request.method != "HEAD" and reply.body:
+        connection.sendall(reply.body)
+    return request.headers.get("connection", "").lower() != "close"
+
+
+def _reset(connection: socket.socket) -> bool:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return False  # the caller closes, and a zero linger turns that into a reset
+
+
+def _shut(connection: socket.socket) -> None:
+    with suppress(OSError):  # it was closed already
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+def _fault_reply(request: Request, fault: Fault) -> Reply:
+    reply = error_reply(request, fault.status, fault.code, fault.message)
+    body = reply.body if fault.body is None else fault.body
+    return replace(reply, body=body, headers={**reply.headers, **fault.headers})

@@ -1,0 +1,141 @@
+"""The probe refuses every store that would let two jobs commit over each other, and asks each bucket once."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cloudckpt.errors import AccessDeniedError, CreateNotEnforcedError, RetryExhaustedError, StorageError
+from cloudckpt.options import RetryPolicy
+from cloudckpt.store.base import Store
+from cloudckpt.store.local import LocalStore
+from cloudckpt.store.probe import forget_probes, probe_create
+from cloudckpt.store.retrying import RetryingStore
+from tests.store.fault_store import Bucket, FaultKind, FaultStore, denied
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_known_yet() -> Iterator[None]:
+    forget_probes()
+    yield
+    forget_probes()
+
+
+@pytest.fixture(params=["raw", "retrying"])
+def layer(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def over(inner: FaultStore, layer: str) -> Store:
+    if layer == "raw":
+        return inner
+    return RetryingStore(inner, RetryPolicy(), sleep=lambda _: None, rng=random.Random(0))
+
+
+def test_a_store_that_refuses_to_overwrite_passes_and_keeps_nothing(layer: str) -> None:
+    inner = FaultStore()
+    probe_create(over(inner, layer))
+    assert inner.bucket.raw_list() == []
+    assert {op.verb for op in inner.trace} - {"read"} == {"create", "delete"}
+
+
+def test_a_store_that_overwrites_is_refused_and_cleaned(layer: str) -> None:
+    inner = FaultStore(Bucket(enforces_create=False))
+    with pytest.raises(CreateNotEnforcedError, match=r"memory://bucket/root.*single_writer=True"):
+        probe_create(over(inner, layer))
+    assert inner.bucket.raw_list() == []
+
+
+def test_an_engine_that_cannot_refuse_is_refused_without_a_request(layer: str) -> None:
+    inner = FaultStore(is_create_atomic=False)
+    with pytest.raises(CreateNotEnforcedError, match="memory engine cannot"):
+        probe_create(over(inner, layer))
+    assert inner.op_count == 0
+
+
+@pytest.mark.parametrize("bucket", [Bucket(enforces_create=False), Bucket()])
+def test_a_single_writer_needs_no_proof(bucket: Bucket) -> None:
+    inner = FaultStore(bucket, is_create_atomic=bucket.enforces_create)
+    probe_create(inner, single_writer=True)
+    assert inner.op_count == 0
+
+
+@pytest.mark.parametrize("kind", [FaultKind.BEFORE, FaultKind.LOST_ACK])
+@pytest.mark.parametrize("enforces_create", [True, False])
+@pytest.mark.parametrize("skip", [0, 1, 2])
+def test_faults_on_the_way_do_not_change_the_answer(kind: FaultKind, enforces_create: bool, skip: int) -> None:
+    inner = FaultStore(Bucket(enforces_create=enforces_create))
+    inner.inject(kind=kind, skip=skip)
+    store = over(inner, "retrying")
+    if enforces_create:
+        probe_create(store)
+    else:
+        with pytest.raises(CreateNotEnforcedError):
+            probe_create(store)
+
+
+@pytest.mark.parametrize("enforces_create", [True, False])
+def test_a_store_that_never_answers_the_question_is_not_passed(enforces_create: bool) -> None:
+    inner = FaultStore(Bucket(enforces_create=enforces_create))
+    inner.inject(verbs=["create"], skip=1, times=None)
+    with pytest.raises(StorageError, match="nobody knows"):
+        probe_create(over(inner, "retrying"))
+
+
+def test_a_bucket_is_asked_once_whatever_the_root() -> None:
+    for root in ("a", "b", "a/b"):
+        inner = FaultStore(url=f"s3://bucket/{root}")
+        probe_create(inner)
+        assert bool(inner.op_count) == (root == "a")
+
+
+@pytest.mark.parametrize("url", ["s3://other/a", "gs://bucket/a", "file:///bucket", "memory://bucket/b"])
+def test_another_bucket_is_asked_for_itself(url: str) -> None:
+    for known in ("s3://bucket/a", "file:///bucket/a", "memory://bucket/a"):
+        probe_create(FaultStore(url=known))
+    inner = FaultStore(url=url)
+    probe_create(inner)
+    assert inner.op_count > 0
+
+
+def test_a_refusal_is_not_remembered() -> None:
+    bucket = Bucket(enforces_create=False)
+    with pytest.raises(CreateNotEnforcedError):
+        probe_create(FaultStore(bucket))
+    bucket.enforces_create = True
+    probe_create(FaultStore(bucket))
+
+
+def test_a_store_that_cannot_be_asked_is_an_error_and_is_asked_again() -> None:
+    inner = FaultStore()
+    inner.inject(verbs=["create"], error=denied)
+    with pytest.raises(AccessDeniedError):
+        probe_create(inner)
+    probe_create(inner)
+
+
+def test_an_unreachable_store_is_an_error() -> None:
+    inner = FaultStore()
+    inner.inject(times=None)
+    with pytest.raises(StorageError) as caught:
+        probe_create(over(inner, "retrying"))
+    assert not isinstance(caught.value, CreateNotEnforcedError | RetryExhaustedError)
+
+
+def test_a_job_without_the_right_to_delete_passes_and_is_told(layer: str, caplog: pytest.LogCaptureFixture) -> None:
+    inner = FaultStore()
+    inner.inject(verbs=["delete"], error=denied, times=None)
+    with caplog.at_level(logging.WARNING, "cloudckpt.store.probe"):
+        probe_create(over(inner, layer))
+    (left,) = inner.bucket.raw_list()
+    assert left.startswith("probe-")
+    assert left in caplog.records[-1].getMessage()
+
+
+def test_a_disk_passes(tmp_path: Path) -> None:
+    probe_create(LocalStore(str(tmp_path)))
+    assert list(tmp_path.iterdir()) == []

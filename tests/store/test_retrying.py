@@ -1,0 +1,606 @@
+"""Laws of the one retry layer: caps and deadlines for every fault, and a create that never lies.
+
+Time and chance are the tests' own, so a deadline of minutes passes at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import logging
+import pickle
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cloudckpt.errors import (
+    AccessDeniedError,
+    BucketNotFoundError,
+    CommitUnknownError,
+    CredentialsExpiredError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    OptionsError,
+    RetryExhaustedError,
+    StorageError,
+    TransientError,
+)
+from cloudckpt.options import RetryPolicy
+from cloudckpt.store.base import Store
+from cloudckpt.store.retrying import RetryingStore
+from cloudckpt.store.stats import OpStats, StoreStats
+from tests.store.fault_store import Bucket, Crash, Fault, FaultKind, FaultStore, Op, denied, expired, refused
+
+POLICY = RetryPolicy(max_attempts=6, deadline_s=100.0, request_timeout_s=10.0, backoff_base_s=1.0, backoff_max_s=8.0)
+
+
+@dataclass
+class Time:
+    """A clock that moves only by sleeping, and by the requests that take time."""
+
+    now_s: float = 1000.0
+    sleeps_s: list[float] = field(default_factory=list)
+    request_s: float = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        self.sleeps_s.append(seconds)
+        self.now_s += seconds
+
+    def request(self, op: Op) -> None:
+        self.now_s += self.request_s
+
+
+@pytest.fixture
+def time() -> Time:
+    return Time()
+
+
+@pytest.fixture
+def inner(time: Time) -> FaultStore:
+    return FaultStore(hook=time.request)
+
+
+def retrying(inner: Store, time: Time, policy: RetryPolicy = POLICY, seed: int = 0) -> RetryingStore:
+    return RetryingStore(inner, policy, sleep=time.sleep, clock=lambda: time.now_s, rng=random.Random(seed))
+
+
+@pytest.fixture
+def store(inner: FaultStore, time: Time) -> RetryingStore:
+    inner.bucket.raw_put("there", b"12345")
+    return retrying(inner, time)
+
+
+VERBS: dict[str, Callable[[RetryingStore], Any]] = {
+    "put": lambda store: store.put("new", [memoryview(b"abc"), memoryview(b"de")]),
+    "get": lambda store: bytes(store.get("there", start=1, stop=4)),
+    "read": lambda store: store.read("there", limit_bytes=9),
+    "head": lambda store: store.head("there").size_bytes,
+    "list": lambda store: [info.key for info in store.list("th").objects],
+    "delete": lambda store: store.delete(["there", "absent"]),
+    "create": lambda store: store.create("new", b"abcde"),
+}
+RESULTS = {"put": None, "get": b"234", "read": b"12345", "head": 5, "list": ["there"], "delete": None, "create": None}
+IDEMPOTENT = [verb for verb in VERBS if verb != "create"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+class TestEveryVerb:
+    def test_one_request_is_enough_when_all_is_well(
+        self, store: RetryingStore, inner: FaultStore, time: Time, verb: str
+    ) -> None:
+        assert VERBS[verb](store) == RESULTS[verb]
+        assert [op.verb for op in inner.trace] == [verb]
+        assert time.sleeps_s == []
+
+    @pytest.mark.parametrize("kind", [FaultKind.BEFORE, FaultKind.LOST_ACK])
+    def test_a_transient_fault_is_survived(
+        self, store: RetryingStore, inner: FaultStore, verb: str, kind: FaultKind
+    ) -> None:
+        fault = inner.inject(kind=kind, verbs=[verb], times=2)
+        assert VERBS[verb](store) == RESULTS[verb]
+        assert fault.fired >= 1
+        if verb in ("put", "create"):
+            assert inner.bucket.raw_get("new") == b"abcde"
+
+    def test_a_fault_for_ever_ends_at_the_cap(self, store: RetryingStore, inner: FaultStore, verb: str) -> None:
+        inner.inject(times=None)
+        with pytest.raises(StorageError) as caught:
+            VERBS[verb](store)
+        assert inner.op_count == POLICY.max_attempts
+        assert caught.value.attempts == POLICY.max_attempts
+        assert caught.value.op == verb
+
+    def test_a_fault_for_ever_ends_by_the_deadline(
+        self, inner: FaultStore, time: Time, store: RetryingStore, verb: str
+    ) -> None:
+        store = retrying(inner, time, RetryPolicy(max_attempts=10**6, deadline_s=100.0, request_timeout_s=10.0))
+        time.request_s = 10.0
+        inner.inject(times=None)
+        began_s = time.now_s
+        with pytest.raises(StorageError) as caught:
+            VERBS[verb](store)
+        assert 50.0 < time.now_s - began_s <= 100.0
+        assert caught.value.elapsed_s == time.now_s - began_s
+
+    def test_a_definite_refusal_is_not_repeated(self, store: RetryingStore, inner: FaultStore, verb: str) -> None:
+        inner.inject(verbs=[verb], error=denied, times=None)
+        with pytest.raises(AccessDeniedError) as caught:
+            VERBS[verb](store)
+        assert [op.verb for op in inner.trace].count(verb) == 1
+        assert (caught.value.op, caught.value.key) == (verb, inner.trace[0].key)
+
+    def test_expired_credentials_are_refreshed_once_and_the_request_repeated(
+        self, store: RetryingStore, inner: FaultStore, time: Time, verb: str
+    ) -> None:
+        inner.inject(error=expired, times=None, until_refresh=True)
+        assert VERBS[verb](store) == RESULTS[verb]
+        assert inner.refresh_count == 1
+        assert [op.verb for op in inner.trace] == [verb, verb]
+        assert time.sleeps_s == [0.0]
+
+    def test_credentials_that_stay_expired_are_an_error_after_one_refresh(
+        self, store: RetryingStore, inner: FaultStore, verb: str
+    ) -> None:
+        inner.inject(error=expired, times=None)
+        with pytest.raises(CredentialsExpiredError):
+            VERBS[verb](store)
+        assert inner.refresh_count == 1
+        assert [op.verb for op in inner.trace] == [verb, verb]
+
+    def test_a_crash_passes_through(self, store: RetryingStore, inner: FaultStore, verb: str) -> None:
+        inner.crash_at(1)
+        with pytest.raises(Crash):
+            VERBS[verb](store)
+        assert inner.op_count == 1
+
+    def test_an_error_that_is_none_of_ours_passes_through(
+        self, store: RetryingStore, inner: FaultStore, verb: str
+    ) -> None:
+        inner.inject(error=lambda op: ZeroDivisionError(op.verb), times=None)  # type: ignore[arg-type, return-value]
+        with pytest.raises(ZeroDivisionError):
+            VERBS[verb](store)
+        assert inner.op_count == 1
+
+
+class TestExhaustion:
+    def test_the_error_says_what_how_often_how_long_and_what_to_do(
+        self, store: RetryingStore, inner: FaultStore, time: Time
+    ) -> None:
+        inner.inject(times=None)
+        with pytest.raises(RetryExhaustedError, match=r"get of 'there' on memory://bucket/root failed 6 times in") as c:
+            store.get("there", start=0, stop=1)
+        error = c.value
+        assert (error.op, error.key, error.attempts, error.elapsed_s) == ("get", "there", 6, time.now_s - 1000.0)
+        assert "injected into get of 'there'" in str(error)
+        assert "RetryPolicy" in str(error)
+        assert isinstance(error.__cause__, TransientError)
+        again = pickle.loads(pickle.dumps(error))
+        assert (str(again), again.attempts) == (str(error), 6)
+
+    def test_the_layers_own_signals_do_not_show(self, store: RetryingStore, inner: FaultStore) -> None:
+        inner.inject(times=None)
+        with pytest.raises(RetryExhaustedError) as caught:
+            store.head("there")
+        seen: BaseException | None = caught.value
+        chain = []
+        while seen is not None:
+            chain.append(type(seen))
+            seen = seen.__cause__
+        assert chain == [RetryExhaustedError, TransientError]
+
+    def test_no_request_starts_that_could_outlast_the_deadline(self, inner: FaultStore, time: Time) -> None:
+        policy = RetryPolicy(max_attempts=99, deadline_s=30.0, request_timeout_s=10.0, backoff_base_s=0.001)
+        starts_s: list[float] = []
+        inner.hook = lambda op: (starts_s.append(time.now_s - 1000.0), time.sleep(6.0))  # type: ignore[assignment, func-returns-value]
+        inner.inject(times=None)
+        with pytest.raises(RetryExhaustedError):
+            retrying(inner, time, policy).head("there")
+        assert len(starts_s) == 4
+        assert max(starts_s) <= 20.0
+
+    def test_a_policy_without_room_for_a_second_request_makes_one(self, inner: FaultStore, time: Time) -> None:
+        policy = RetryPolicy(max_attempts=9, deadline_s=10.0, request_timeout_s=10.0)
+        inner.inject(times=None)
+        with pytest.raises(RetryExhaustedError):
+            retrying(inner, time, policy).head("there")
+        assert inner.op_count == 1
+
+    def test_waits_are_random_below_a_bound_that_doubles_up_to_its_cap(self, inner: FaultStore) -> None:
+        bounds_s = [1.0, 2.0, 4.0, 8.0, 8.0]
+        waits_s = []
+        for seed in range(200):
+            time = Time()
+            inner.faults = [Fault(times=None)]
+            with pytest.raises(RetryExhaustedError):
+                retrying(inner, time, seed=seed).head("there")
+            waits_s.append(time.sleeps_s)
+        for bound_s, column in zip(bounds_s, zip(*waits_s, strict=True), strict=True):
+            assert all(0.0 <= wait_s <= bound_s for wait_s in column)
+            assert min(column) < 0.1 * bound_s
+            assert max(column) > 0.9 * bound_s
+
+    def test_many_attempts_do_not_overflow_the_back_off(self, inner: FaultStore, time: Time) -> None:
+        policy = RetryPolicy(max_attempts=3000, deadline_s=1e9, request_timeout_s=1.0, backoff_max_s=1.0)
+        inner.inject(times=None)
+        with pytest.raises(RetryExhaustedError):
+            retrying(inner, time, policy).head("there")
+        assert inner.op_count == 3000
+
+
+class TestRefresh:
+    def test_threads_whose_requests_expired_together_refresh_once(self, time: Time) -> None:
+        barrier = threading.Barrier(8)
+        inner = FaultStore(hook=lambda op: barrier.wait(10) if op.number <= 8 else None)  # type: ignore[arg-type, return-value]
+        inner.bucket.raw_put("there", b"12345")
+        inner.inject(error=expired, times=None, until_refresh=True)
+        store = retrying(inner, time)
+        with ThreadPoolExecutor(8) as pool:
+            sizes = list(pool.map(lambda _: store.head("there").size_bytes, range(8)))
+        assert sizes == [5] * 8
+        assert inner.refresh_count == 1
+
+    def test_a_refresh_that_fails_for_a_moment_is_tried_again(self, inner: FaultStore, time: Time) -> None:
+        failures = [TransientError("the metadata service is busy")]
+        refresh = inner.refresh
+
+        def flaky() -> None:
+            if failures:
+                raise failures.pop()
+            refresh()
+
+        inner.refresh = flaky  # type: ignore[method-assign]
+        inner.bucket.raw_put("there", b"12345")
+        inner.inject(error=expired, times=None, until_refresh=True)
+        assert retrying(inner, time).head("there").size_bytes == 5
+
+    def test_an_expiry_after_another_fault_is_still_refreshed(self, store: RetryingStore, inner: FaultStore) -> None:
+        inner.inject()
+        inner.inject(error=expired, until_refresh=True, times=None)
+        assert store.head("there").size_bytes == 5
+        assert inner.refresh_count == 1
+
+
+class TestCreate:
+    """FORMAT invariant 6."""
+
+    def create(self, store: RetryingStore) -> None:
+        store.create("manifest", b"ours")
+
+    def verbs(self, inner: FaultStore) -> list[str]:
+        return [op.verb for op in inner.trace]
+
+    def test_a_lost_acknowledgement_is_a_success(self, store: RetryingStore, inner: FaultStore) -> None:
+        inner.inject(kind=FaultKind.LOST_ACK, verbs=["create"])
+        self.create(store)
+        assert self.verbs(inner) == ["create", "read"]
+
+    def test_our_own_object_of_a_request_repeated_below_us_is_a_success(
+        self, store: RetryingStore, inner: FaultStore
+    ) -> None:
+        inner.bucket.raw_put("manifest", b"ours")
+        self.create(store)
+        assert self.verbs(inner) == ["create", "read"]
+
+    @pytest.mark.parametrize("other", [b"", b"their", b"ours and more", b"x" * 10, b"their larger one" * 10**5])
+    def test_anothers_object_stands(self, store: RetryingStore, inner: FaultStore, other: bytes) -> None:
+        inner.bucket.raw_put("manifest", other)
+        with pytest.raises(ObjectExistsError, match="another writer's") as caught:
+            self.create(store)
+        assert inner.bucket.raw_get("manifest") == other
+        assert caught.value.attempts == inner.op_count <= 3
+
+    def test_a_fault_that_left_nothing_is_tried_again(self, store: RetryingStore, inner: FaultStore) -> None:
+        inner.inject(verbs=["create"], times=2)
+        self.create(store)
+        assert self.verbs(inner) == ["create", "read", "create", "read", "create"]
+        assert inner.bucket.raw_get("manifest") == b"ours"
+
+    def test_the_read_back_is_tried_again(self, store: RetryingStore, inner: FaultStore) -> None:
+        inner.inject(kind=FaultKind.LOST_ACK, verbs=["create"])
+        inner.inject(verbs=["read"], times=3)
+        self.create(store)
+        assert self.verbs(inner) == ["create", "read", "read", "read", "read"]
+
+    def test_the_read_back_follows_at_once_and_another_create_after_a_wait(
+        self, store: RetryingStore, inner: FaultStore, time: Time
+    ) -> None:
+        inner.inject(verbs=["create"])
+        self.create(store)
+        assert len(time.sleeps_s) == 2
+        assert time.sleeps_s[0] == 0.0 < time.sleeps_s[1]
+
+    def test_absent_at_the_end_is_unknown_because_it_may_still_land(
+        self, store: RetryingStore, inner: FaultStore
+    ) -> None:
+        inner.inject(kind=FaultKind.LATE, verbs=["create"], times=None)
+        with pytest.raises(CommitUnknownError, match="delete nothing") as caught:
+            self.create(store)
+        assert (caught.value.op, caught.value.key, caught.value.attempts) == ("create", "manifest", 6)
+        assert inner.bucket.raw_list() == ["there"]
+        inner.bucket.deliver_late()
+        assert inner.bucket.raw_get("manifest") == b"ours"
+
+    @pytest.mark.parametrize("error", [denied, refused, expired])
+    def test_unreadable_after_a_doubtful_create_is_unknown(
+        self, store: RetryingStore, inner: FaultStore, error: Callable[[Op], StorageError]
+    ) -> None:
+        inner.inject(kind=FaultKind.LOST_ACK, verbs=["create"])
+        inner.inject(verbs=["read", "head"], error=error, times=None)
+        with pytest.raises(CommitUnknownError):
+            self.create(store)
+        assert inner.bucket.raw_get("manifest") == b"ours"
+
+    def test_taken_and_unreadable_is_unknown(self, store: RetryingStore, inner: FaultStore) -> None:
+        inner.bucket.raw_put("manifest", b"ours?")
+        inner.inject(verbs=["read"], error=denied, times=None)
+        with pytest.raises(CommitUnknownError):
+            self.create(store)
+
+    def test_one_of_our_size_that_cannot_be_read_is_unknown(self, store: RetryingStore, inner: FaultStore) -> None:
+        inner.bucket.raw_put("manifest", b"size")
+        inner.inject(verbs=["read"], error=refused, times=None)
+        with pytest.raises(CommitUnknownError):
+            self.create(store)
+
+    @pytest.mark.parametrize(
+        ("error", "kind"),
+        [
+            (denied, AccessDeniedError),
+            (refused, StorageError),
+            (lambda op: BucketNotFoundError("no such bucket", op=op.verb), BucketNotFoundError),
+        ],
+    )
+    def test_a_definite_refusal_is_raised_as_it_is(
+        self,
+        store: RetryingStore,
+        inner: FaultStore,
+        error: Callable[[Op], StorageError],
+        kind: type[StorageError],
+    ) -> None:
+        inner.inject(verbs=["create"], error=error, times=None)
+        with pytest.raises(kind) as caught:
+            self.create(store)
+        assert type(caught.value) is kind
+        assert self.verbs(inner) == ["create", "read"]
+
+    def test_a_definite_refusal_does_not_wait_for_a_read_back_that_fails(
+        self, store: RetryingStore, inner: FaultStore
+    ) -> None:
+        inner.inject(verbs=["create"], error=refused, times=None)
+        inner.inject(verbs=["read"], times=None)
+        with pytest.raises(StorageError) as caught:
+            self.create(store)
+        assert type(caught.value) is StorageError
+        assert self.verbs(inner) == ["create", "read"]
+
+    def test_a_definite_refusal_after_a_doubtful_request_is_unknown(
+        self, store: RetryingStore, inner: FaultStore
+    ) -> None:
+        inner.inject(kind=FaultKind.LATE, verbs=["create"])
+        inner.inject(verbs=["create"], error=denied, times=None)
+        with pytest.raises(CommitUnknownError) as caught:
+            self.create(store)
+        assert isinstance(caught.value.__cause__, AccessDeniedError)
+
+    def test_a_conflict_of_two_requests_that_both_failed_is_tried_again(
+        self, store: RetryingStore, inner: FaultStore
+    ) -> None:
+        inner.inject(verbs=["create"], error=lambda op: ObjectExistsError("409 conflict", op=op.verb))
+        self.create(store)
+        assert self.verbs(inner) == ["create", "read", "create"]
+
+    def test_taken_but_never_there_is_exhausted_and_not_unknown(self, store: RetryingStore, inner: FaultStore) -> None:
+        inner.inject(verbs=["create"], error=lambda op: ObjectExistsError("409 conflict", op=op.verb), times=None)
+        with pytest.raises(RetryExhaustedError, match="409 conflict"):
+            self.create(store)
+
+    def test_what_the_store_itself_calls_unknown_is_not_read_back(
+        self, store: RetryingStore, inner: FaultStore
+    ) -> None:
+        inner.inject(
+            kind=FaultKind.LOST_ACK, verbs=["create"], error=lambda op: CommitUnknownError("not durable", op=op.verb)
+        )
+        with pytest.raises(CommitUnknownError, match="not durable"):
+            self.create(store)
+        assert self.verbs(inner) == ["create"]
+
+    def test_without_a_request_left_to_look_a_doubtful_create_is_unknown(self, inner: FaultStore, time: Time) -> None:
+        inner.inject(verbs=["create"])
+        with pytest.raises(CommitUnknownError):
+            self.create(retrying(inner, time, RetryPolicy(max_attempts=1)))
+        assert inner.op_count == 1
+
+    def test_an_empty_object_can_be_created_and_recognised(self, store: RetryingStore, inner: FaultStore) -> None:
+        inner.inject(kind=FaultKind.LOST_ACK, verbs=["create"])
+        store.create("empty", b"")
+        assert inner.bucket.raw_get("empty") == b""
+
+    @given(
+        faults=st.lists(
+            st.tuples(
+                st.sampled_from([FaultKind.BEFORE, FaultKind.LOST_ACK, FaultKind.LATE]),
+                st.sampled_from(["create", "read", "head"]),
+                st.sampled_from(["transient", "denied", "refused", "expired"]),
+                st.integers(0, 3),
+            ),
+            max_size=6,
+        ),
+        theirs=st.sampled_from([None, b"", b"their", b"t" * 10**5]),
+        theirs_at=st.integers(1, 6),
+    )
+    def test_whatever_happens_the_answer_is_true(
+        self, faults: list[tuple[FaultKind, str, str, int]], theirs: bytes | None, theirs_at: int
+    ) -> None:
+        time, bucket = Time(), Bucket()
+        errors = {"denied": denied, "refused": refused, "expired": expired}
+
+        def come_between(op: Op) -> None:
+            if op.number == theirs_at and theirs is not None:
+                other = FaultStore(bucket)
+                if "manifest" not in bucket.objects:
+                    other.create("manifest", theirs)
+
+        inner = FaultStore(bucket, hook=come_between)
+        for kind, verb, error, skip in faults:
+            more = {"error": errors[error]} if error in errors else {}
+            # An effect goes with a fault that leaves it open, and with no definite refusal.
+            inner.inject(kind=FaultKind.BEFORE if more else kind, verbs=[verb], skip=skip, **more)
+        outcome: BaseException | None = None
+        try:
+            retrying(inner, time).create("manifest", b"ours")
+        except StorageError as exc:
+            outcome = exc
+        there = bucket.objects["manifest"].data if "manifest" in bucket.objects else None
+        bucket.deliver_late()
+        finally_there = bucket.objects["manifest"].data if "manifest" in bucket.objects else None
+        if outcome is None:
+            assert there == b"ours"
+        elif isinstance(outcome, ObjectExistsError):
+            assert there == theirs
+        elif not isinstance(outcome, CommitUnknownError):
+            assert finally_there != b"ours"
+        assert inner.op_count <= POLICY.max_attempts
+        assert time.now_s - 1000.0 <= POLICY.deadline_s
+
+
+class TestArguments:
+    @pytest.mark.parametrize("key", ["", "/a", "a/../b", "a//b"])
+    @pytest.mark.parametrize("verb", ["put", "create", "get", "read", "head", "delete"])
+    def test_a_bad_key_reaches_no_store(self, store: RetryingStore, inner: FaultStore, verb: str, key: str) -> None:
+        calls: dict[str, Callable[[], object]] = {
+            "put": lambda: store.put(key, []),
+            "create": lambda: store.create(key, b""),
+            "get": lambda: store.get(key, start=0, stop=1),
+            "read": lambda: store.read(key, limit_bytes=1),
+            "head": lambda: store.head(key),
+            "delete": lambda: store.delete(["there", key]),
+        }
+        with pytest.raises(OptionsError):
+            calls[verb]()
+        assert inner.op_count == 0
+
+    def test_deleting_nothing_asks_nothing(self, store: RetryingStore, inner: FaultStore) -> None:
+        store.delete([])
+        assert inner.op_count == 0
+
+    def test_bytes_are_read_into_the_callers_memory(self, store: RetryingStore) -> None:
+        into = bytearray(3)
+        view = store.get("there", start=1, stop=4, into=memoryview(into))
+        assert view.obj is into
+        assert into == b"234"
+
+    @pytest.mark.parametrize("faults", [0, 1, 6])
+    def test_the_callers_memory_is_let_go_at_once(self, store: RetryingStore, inner: FaultStore, faults: int) -> None:
+        inner.inject(times=faults)
+        memory = bytearray(100)
+        gc.disable()
+        try:
+            with suppress(RetryExhaustedError):
+                store.put("a", [memoryview(memory)])
+            memory.extend(b"a buffer that somebody still looks at cannot grow")
+        finally:
+            gc.enable()
+
+    def test_what_the_store_is_shows_through(self, store: RetryingStore, inner: FaultStore) -> None:
+        assert (store.url, store.engine, store.is_create_atomic) == (inner.url, "memory", True)
+        assert store.inner is inner
+        assert repr(store) == "RetryingStore(memory, 'memory://bucket/root')"
+        assert isinstance(store, Store)
+
+    def test_leaving_the_with_block_closes_once(self, inner: FaultStore, time: Time) -> None:
+        closes = itertools.count()
+        inner.close = lambda: next(closes)  # type: ignore[method-assign, assignment, return-value]
+        with retrying(inner, time) as store:
+            store.list()
+        store.close()
+        assert next(closes) == 1
+
+    def test_a_refresh_can_be_asked_for(self, store: RetryingStore, inner: FaultStore) -> None:
+        store.refresh()
+        assert inner.refresh_count == 1
+
+
+class TestLog:
+    def test_each_retry_is_one_warning_with_its_reason(
+        self, store: RetryingStore, inner: FaultStore, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        inner.inject(times=2)
+        with caplog.at_level(logging.DEBUG, "cloudckpt"):
+            store.head("there")
+        first, second = (record.getMessage() for record in caplog.records)
+        assert {record.levelno for record in caplog.records} == {logging.WARNING}
+        assert first.startswith("head of 'there': request 1 of at most 6 failed; the next in ")
+        assert second.startswith("head of 'there': request 2 of at most 6 failed; the next in ")
+        assert first.endswith("(TransientError: injected into head of 'there')")
+
+    def test_success_and_a_taken_key_warn_of_nothing(
+        self, store: RetryingStore, inner: FaultStore, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        inner.bucket.raw_put("manifest", b"theirs")
+        with caplog.at_level(logging.INFO, "cloudckpt"):
+            store.head("there")
+            with pytest.raises(ObjectExistsError):
+                store.create("manifest", b"ours")
+            with pytest.raises(ObjectNotFoundError):
+                store.head("absent")
+        assert caplog.records == []
+
+    def test_a_create_that_had_landed_says_so(
+        self, store: RetryingStore, inner: FaultStore, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        inner.inject(kind=FaultKind.LOST_ACK, verbs=["create"])
+        store.create("manifest", b"ours")
+        assert "had landed" in caplog.records[-1].getMessage()
+
+
+class TestStats:
+    def test_requests_retries_bytes_and_seconds_are_counted_per_verb(
+        self, store: RetryingStore, inner: FaultStore, time: Time
+    ) -> None:
+        time.request_s = 0.5
+        inner.inject(verbs=["get"], times=2)
+        store.put("a", [memoryview(b"123"), memoryview(b"45")])
+        store.get("a", start=1, stop=4)
+        store.read("a", limit_bytes=9)
+        store.create("b", b"xy")
+        assert dict(store.stats()) == {
+            "put": OpStats(requests=1, bytes=5, seconds=0.5),
+            "get": OpStats(requests=3, retries=2, bytes=3, seconds=1.5),
+            "read": OpStats(requests=1, bytes=5, seconds=0.5),
+            "create": OpStats(requests=1, bytes=2, seconds=0.5),
+        }
+
+    def test_read_backs_are_requests_of_the_create(self, store: RetryingStore, inner: FaultStore) -> None:
+        inner.inject(verbs=["create"])
+        store.create("b", b"xy")
+        assert dict(store.stats()) == {"create": OpStats(requests=3, retries=2, bytes=2)}
+
+    def test_snapshots_do_not_change_and_subtract(self, store: RetryingStore) -> None:
+        store.head("there")
+        before = store.stats()
+        store.head("there")
+        store.read("there", limit_bytes=9)
+        after = store.stats()
+        assert dict(before) == {"head": OpStats(requests=1)}
+        assert dict(after - before) == {"head": OpStats(requests=1), "read": OpStats(requests=1, bytes=5)}
+        spent = after - before
+        assert (spent.requests, spent.retries, spent.bytes, spent.seconds) == (2, 0, 5, 0.0)
+        assert dict(after - after) == {}
+
+    def test_a_verb_that_was_not_used_costs_nothing(self) -> None:
+        assert StoreStats()["put"] == OpStats()
+        assert StoreStats().total == OpStats()
+        assert "put" not in StoreStats()
+
+    def test_no_request_of_any_thread_is_lost(self, store: RetryingStore) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda _: [store.head("there") for _ in range(100)], range(8)))
+        assert store.stats()["head"].requests == 800
