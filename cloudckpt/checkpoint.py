@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
@@ -209,9 +210,11 @@ def save_state(
 ) -> Checkpoint:
     """Save captured state to a target through DCP; raises as `save` does."""
     for name, leaf in flat.leaves.items():
+        if isinstance(leaf, ShardedTensor):
+            continue  # its local shards are looked at when they are resolved
         if isinstance(leaf, torch.Tensor):
             check_tensor(name, leaf)
-        elif not is_tensor(leaf):
+        else:
             # Refused here, before a byte is written, rather than in the middle of the uploads.
             codec.encode(leaf, key=name)
     writer = CloudWriter.to(target, options=options, paths=flat.paths, metrics=metrics, metadata=metadata)

@@ -199,8 +199,9 @@ def capture(entries: Sequence[Entry]) -> Flat:
     flat = Flat()
     for entry in entries:
         _, own = entry.flat()
-        for name in own.leaves.keys() & flat.leaves.keys():
-            raise OptionsError(f"two entries of the state are both named {name!r}; rename one of the keys")
+        twice = next((name for name in own.leaves if name in flat.leaves), None)
+        if twice is not None:
+            raise OptionsError(f"two entries of the state are both named {twice!r}; rename one of the keys")
         flat.leaves.update(own.leaves)
         flat.paths.update(own.paths)
     return flat

@@ -83,7 +83,13 @@ EXACT: dict[str, list[object]] = {
     "tuple": [(), (1, (2.0, ("x",))), [(), [()]]],
     "range and slice": [range(0), range(10, -5, -3), range(2**70), slice(None), slice(1, None, -2)],
     "set": [set(), {1, 2.5, "a", None, (1, 2)}, frozenset({frozenset(), b"x"}), {True, 0, "0"}],
-    "dict": [{1: "a", "1": "b", 2.5: "c", None: "d", (1, (2,)): "e"}, {False: 1}, {b"k": {2: {}}}, {"\udc80": 1}],
+    "dict": [
+        {1: "a", "1": "b", 2.5: "c", None: "d", (1, (2,)): "e"},
+        {False: 1},
+        {b"k": {2: {}}},
+        {"\udc80": 1},
+        {np.str_("a"): 1},
+    ],
     "tag-like dict": [{"$": 1}, {"$tuple": [1]}, {"$$tuple": [1]}, {"$dict": 1, "a": 2}, {"$int": {"$int": "0x1"}}],
     "OrderedDict": [OrderedDict(), OrderedDict([("b", 1), ("a", OrderedDict({3: 4}))])],
     "Counter": [Counter(), Counter({30: 1, 80: 2}), Counter("aba")],
@@ -425,6 +431,12 @@ class Stateful:
         return {}
 
 
+def nested_tensor() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch calls it a prototype
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])  # type: ignore[no-any-return]
+
+
 REFUSED: list[tuple[Callable[[], object], str, str]] = [
     (lambda: lambda: 0, "function", "leave it out"),
     (lambda: len, "builtin_function_or_method", "leave it out"),
@@ -435,6 +447,7 @@ REFUSED: list[tuple[Callable[[], object], str, str]] = [
     (lambda: Colour.RED, "Colour", r"\.value"),
     (lambda: Point(1, 2), "Point", "_asdict"),
     (lambda: Text("a"), "Text", r"`str\(value\)`"),
+    (nested_tensor, "torch.Tensor", "dense"),
     (Rows, "Rows", r"`list\(value\)`"),
     (lambda: defaultdict(int), "collections.defaultdict", r"`dict\(value\)`"),
     (lambda: deque([1]), "collections.deque", r"`list\(value\)`"),
@@ -496,6 +509,7 @@ def test_a_refusal_names_the_place_and_the_type_and_says_what_to_do(
         ({1: 1, Opaque(): 2}, "top{key 1}"),
         ({1: {(0, Opaque())}}, "top[1]{key 0}[1]"),
         (OrderedDict(a=slice(Opaque())), "top.a[1]"),
+        ({"a": 1, Text("b"): 2}, "top{key 1}"),
         (Opaque(), "top"),
     ],
 )
@@ -603,6 +617,7 @@ def test_the_largest_inline_value_is_kept(make: Callable[[int], object]) -> None
 
 TENSOR = {"dtype": "float32", "shape": [2], "data": "AACAPwAAAEA="}
 ARRAY = {"dtype": "<f4", "shape": [2], "order": "C", "data": "AACAPwAAAEA="}
+NOTHING = {"dtype": "<f4", "shape": [0], "order": "C", "data": ""}  # right for every dtype, so the dtype is at fault
 FOREIGN: list[Json] = [
     *(2**53, -(2**64), math.inf, math.nan, "\ud800", (1,), b"x", object(), {1: 2}, {"\ud800": 1}),
     *({"$nope": 1}, {"$": 1}, {"$tuple": [1], "a": 1}, {"a": 1, "$tuple": [1]}, {"$tuple": 1}, {"$tuple": {}}),
@@ -631,11 +646,15 @@ FOREIGN: list[Json] = [
     *({"$torch.tensor": {**TENSOR, "shape": shape, "data": ""}} for shape in ([0, 2**62], [0, -1], [0] * 65)),
     *({"$torch.tensor": {**TENSOR, "dtype": name}} for name in ("float64", "object", "quint8", 1, "__class__")),
     *({"$torch.tensor": fields} for fields in ({}, {**TENSOR, "extra": 1}, {"dtype": "bool"}, [], None)),
-    *({"$numpy.ndarray": {**ARRAY, "dtype": name}} for name in ("f4", "=f4", "|O8", "O", "<f16", "float32", "|V0")),
-    *({"$numpy.ndarray": {**ARRAY, "dtype": name}} for name in ("<M8[0s]", "<M8[1s]", "i4,f4", "(2,)<f4", "<U0", "T")),
-    *({"$numpy.ndarray": {**ARRAY, "dtype": name}} for name in ("|V9999999", "<f8", ["<f4"], None, "<i\u0664", "<b1")),
+    *({"$numpy.ndarray": {**NOTHING, "dtype": name}} for name in ("f4", "=f4", "|O8", "O", "<f16", "float32", "|V0")),
+    *(
+        {"$numpy.ndarray": {**NOTHING, "dtype": name}}
+        for name in ("<M8[0s]", "<M8[1s]", "i4,f4", "(2,)<f4", "<U0", "T")
+    ),
+    *({"$numpy.ndarray": {**NOTHING, "dtype": name}} for name in ("|V99999999", ["<f4"], None, "<i\u0664", "<b1")),
     *({"$numpy.ndarray": {**ARRAY, "order": order}} for order in ("K", "A", "", None, 1, ["C"])),
     *({"$numpy.ndarray": {**ARRAY, "shape": shape}} for shape in ([1], [2**62, 4], [-1, -2], [2, 2**63], [1] * 65)),
+    {"$numpy.ndarray": {**ARRAY, "dtype": "<f8"}},
     {"$numpy.ndarray": {"dtype": "<U1", "shape": [1], "order": "C", "data": "AAARAA=="}},
     *({"$numpy.scalar": parts} for parts in ([], ["<f4"], ["<f4", 0.1], ["<f4", 1e300], ["<f4", 1], ["<f4", "1"])),
     *({"$numpy.scalar": parts} for parts in (["|i1", 128], ["|u1", -1], ["|i1", True], ["|b1", 1], [">f4", 1.0])),

@@ -121,7 +121,7 @@ class Decoder(Walk):
         """Return a shape and the bytes of its elements, neither more nor fewer."""
         shape = tuple(self.expect(dim, int) for dim in self.parts(shape_data))
         size_bytes = extent_bytes(shape, itemsize_bytes)
-        if size_bytes is None or size_bytes > MAX_INLINE_BYTES:
+        if size_bytes is None:
             raise self.error("has a shape that cannot be")
         raw = self.payload(data)
         if len(raw) != size_bytes:
@@ -168,7 +168,7 @@ def _decode_tagged(walk: Decoder, data: dict[str, Any]) -> object:
 
 def _decode_int(walk: Decoder, data: object) -> int:
     text = walk.expect(data, str)
-    if len(text) > len("-0x") + MAX_INT_DIGITS or not _INT.fullmatch(text):
+    if not _INT.fullmatch(text):
         raise walk.error("has a malformed int")
     value = int(text, 16)
     if abs(value) <= MAX_PLAIN_INT or value.bit_length() > 4 * MAX_INT_DIGITS:
