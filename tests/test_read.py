@@ -1,0 +1,138 @@
+"""`read` returns a checkpoint, or the part of it that was asked for, without any model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import cloudckpt
+from cloudckpt import CheckpointManager, CheckpointNotFoundError, ManifestError, Options
+from cloudckpt.options import KIB
+from cloudckpt.store import RetryingStore, open_store
+
+CUT = Options(shard_bytes=256, block_bytes=64, span_bytes=128, memory_budget_bytes=8 * KIB)
+
+
+def equal(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and type(one) is type(other):
+        return len(one) == len(other) and all(equal(*pair) for pair in zip(one, other, strict=True))
+    return one == other and type(one) is type(other)
+
+
+@pytest.fixture
+def state() -> dict[str, object]:
+    return {
+        "model": {"embed.weight": torch.arange(12.0).reshape(3, 4), "head": {"w": torch.ones(40), "b": torch.zeros(2)}},
+        "model_ema": torch.full((3,), 9.0),
+        "list": [torch.tensor(0), "one", torch.tensor(2), {"deep": (torch.tensor(3), 4)}],
+        "config": {"lr": 0.5, "betas": (0.9, 0.99)},
+        "epoch": 3,
+    }
+
+
+@pytest.fixture
+def url(tmp_path: Path, state: dict[str, object]) -> Path:
+    cloudckpt.save(state, tmp_path / "c", options=CUT)
+    return tmp_path / "c"
+
+
+def test_without_keys_everything_is_read(url: Path, state: dict[str, object]) -> None:
+    assert equal(cloudckpt.read(url), state)
+
+
+def test_an_exact_name_reads_one_tensor(url: Path) -> None:
+    found = cloudckpt.read(url, "model.embed.weight")
+    assert equal(found, {"model": {"embed.weight": torch.arange(12.0).reshape(3, 4)}})
+
+
+def test_a_name_reads_all_that_lies_below_it_and_no_neighbour(url: Path, state: dict[str, object]) -> None:
+    assert equal(cloudckpt.read(url, "model"), {"model": state["model"]})
+    assert equal(cloudckpt.read(url, ["model.head"]), {"model": {"head": {"w": torch.ones(40), "b": torch.zeros(2)}}})
+
+
+def test_a_glob_reads_all_names_that_match(url: Path) -> None:
+    assert equal(cloudckpt.read(url, "model*.b"), {"model": {"head": {"b": torch.zeros(2)}}})
+    assert set(cloudckpt.read(url, "model*")) == {"model", "model_ema"}
+    assert set(cloudckpt.read(url, "model.[!h]*")["model"]) == {"embed.weight"}  # type: ignore[call-overload]
+
+
+def test_several_keys_are_read_together_each_name_once_in_the_order_saved(url: Path, state: dict[str, object]) -> None:
+    found = cloudckpt.read(url, ["epoch", "config", "ep*"])
+    assert list(found) == ["config", "epoch"]
+    assert equal(found, {"config": state["config"], "epoch": 3})
+
+
+@pytest.mark.parametrize("keys", ["nothing", ["epoch", "nothing"], "model.head.w.x", "embed*", ""])
+def test_a_key_that_matches_nothing_is_an_error_that_says_what_is_there(url: Path, keys: str | list[str]) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"is named .*; it holds config"):
+        cloudckpt.read(url, keys)
+
+
+def test_no_keys_at_all_read_nothing(url: Path) -> None:
+    assert cloudckpt.read(url, []) == {}
+
+
+def test_a_part_of_a_list_keeps_the_places_of_what_was_read(url: Path) -> None:
+    assert equal(cloudckpt.read(url, "list.2"), {"list": {2: torch.tensor(2)}})
+    assert equal(cloudckpt.read(url, ["list.0", "list.3.deep.1"]), {"list": {0: torch.tensor(0), 3: {"deep": {1: 4}}}})
+    assert equal(cloudckpt.read(url, "list.3"), {"list": {3: {"deep": (torch.tensor(3), 4)}}})
+
+
+def test_a_part_is_read_by_fetching_that_part_alone(
+    url: Path, state: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[RetryingStore] = []
+
+    def remembered(*arguments: object, **options: object) -> RetryingStore:
+        opened.append(open_store(*arguments, **options))  # type: ignore[arg-type]
+        return opened[-1]
+
+    monkeypatch.setattr("cloudckpt.checkpoint.open_store", remembered)
+    cloudckpt.read(url, "model.head.b", options=CUT)
+    cloudckpt.read(url, "epoch", options=CUT)
+    cloudckpt.read(url, options=CUT)
+    fetched_bytes = [store.stats()["get"].bytes for store in opened]
+    # Eight bytes lie in one block, or in two where a block's edge cuts through them; values are in the index.
+    assert fetched_bytes[0] in (CUT.block_bytes, 2 * CUT.block_bytes)
+    assert fetched_bytes[1] == 0
+    assert fetched_bytes[2] >= 280
+
+
+def test_what_is_read_is_new_memory(url: Path) -> None:
+    one, other = cloudckpt.read(url, "model_ema"), cloudckpt.read(url, "model_ema")
+    one["model_ema"].zero_()  # type: ignore[union-attr]
+    assert equal(other, {"model_ema": torch.full((3,), 9.0)})
+
+
+def test_a_checkpoint_below_a_root_is_read_by_its_url_without_the_library_s_own_entries(tmp_path: Path) -> None:
+    model = nn.Linear(2, 3)
+    with CheckpointManager(tmp_path / "root") as manager:
+        saved = manager.save(7, {"model": model, "epoch": 1})
+    found = cloudckpt.read(saved.url)
+    assert set(found) == {"model", "epoch"}
+    assert equal(found["model"], {"weight": model.weight.detach(), "bias": model.bias.detach()})
+    assert set(cloudckpt.read(saved.url, "cloudckpt.rng")) == {"cloudckpt.rng"}
+
+
+def test_a_root_is_not_a_checkpoint(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path / "root") as manager:
+        manager.save(7, {"epoch": 1})
+    with pytest.raises(CheckpointNotFoundError, match="cloudckpt ls"):
+        cloudckpt.read(tmp_path / "root")
+
+
+def test_a_manifest_of_another_place_is_refused(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path / "root") as manager:
+        saved = manager.save(7, {"t": torch.ones(2)})
+    copied = tmp_path / "root" / "step-0000000008-e0001"
+    (tmp_path / "root" / saved.prefix).rename(copied)
+    with CheckpointManager(tmp_path / "root") as manager, pytest.raises(ManifestError, match="it was copied there"):
+        manager.restore({"t": torch.zeros(2)}, step=8)
+    assert equal(cloudckpt.read(copied), {"t": torch.ones(2)}), "by its own URL a copied checkpoint is whole"
