@@ -1,0 +1,256 @@
+"""Turn a socket into HTTP requests with readable bodies, and answers into bytes on it.
+
+Just enough of HTTP/1.1 for S3 clients: keep-alive, `Expect: 100-continue`, bodies with a length, chunked bodies,
+and the `aws-chunked` framing inside either. Bodies go by whole `recv` and `sendfile` calls, which run without the
+interpreter lock. Knows nothing of S3's verbs. One thread per connection.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+from urllib.parse import parse_qsl, unquote
+
+__all__ = ["Answer", "Connection", "Link", "Reader", "Request", "body_reader"]
+
+_HEAD_LIMIT_BYTES = 64 * 1024
+_SLICE_BYTES = 256 * 1024
+_SOCKET_BYTES = 256 * 1024
+_REASONS = {
+    200: "OK",
+    204: "No Content",
+    206: "Partial Content",
+    400: "Bad Request",
+    404: "Not Found",
+    411: "Length Required",
+    412: "Precondition Failed",
+    416: "Range Not Satisfiable",
+    501: "Not Implemented",
+    507: "Insufficient Storage",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """What the network between client and store adds; zero means nothing.
+
+    Attributes:
+        latency_s: waited once per request.
+        bytes_per_s: upper bound per connection and direction.
+    """
+
+    latency_s: float = 0.0
+    bytes_per_s: float = 0.0
+
+    def slice_bytes(self, length_bytes: int) -> int:
+        """How much to move in one call: all of it, unless the pace must be kept."""
+        return min(length_bytes, _SLICE_BYTES) if self.bytes_per_s else length_bytes
+
+    def wait_for(self, begun_s: float, moved_bytes: int) -> None:
+        """Sleep until `moved_bytes` may have passed since `begun_s`."""
+        if self.bytes_per_s:
+            due_s = begun_s + moved_bytes / self.bytes_per_s
+            time.sleep(max(0.0, due_s - time.monotonic()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One request's head: method, decoded path, query and lower-case headers."""
+
+    method: str
+    path: str
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One answer: status and headers, and a body as bytes or as `(offset, length)` pieces of a file.
+
+    Attributes:
+        length_bytes: what `Content-Length` says where no body is sent (HEAD).
+    """
+
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    pieces: Iterable[tuple[int, int]] = ()
+    length_bytes: int | None = None
+
+
+class Reader(Protocol):
+    """Bytes that come in order."""
+
+    def line(self) -> bytes:
+        """Read up to and without the next CRLF."""
+        ...
+
+    def fill(self, view: memoryview) -> None:
+        """Read exactly as many bytes as `view` has room for."""
+        ...
+
+    def finish(self) -> None:
+        """Read what follows the payload, so that the next request starts at its own head."""
+        ...
+
+
+class Connection:
+    """One client's connection; reads requests and writes answers, in turn."""
+
+    def __init__(self, sock: socket.socket, link: Link) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # What is in flight then stays in the processor's cache; the kernel's own choice (megabytes) costs a third.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SOCKET_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+        self._sock = sock
+        self._link = link
+        self._ahead = bytearray()
+
+    def request(self) -> Request | None:
+        """Read the next request's head; None when the client has gone."""
+        while (end := self._ahead.find(b"\r\n\r\n")) < 0:
+            more = self._sock.recv(_HEAD_LIMIT_BYTES)
+            if not more or len(self._ahead) > _HEAD_LIMIT_BYTES:
+                return None
+            self._ahead += more
+        head = bytes(self._ahead[:end]).decode("latin-1")
+        del self._ahead[: end + 4]
+        return _parse_head(head)
+
+    def invite_body(self) -> None:
+        """Tell a client that asked first (`Expect: 100-continue`) to send its body."""
+        self._sock.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def line(self) -> bytes:
+        """Read up to and without the next CRLF."""
+        while (end := self._ahead.find(b"\r\n")) < 0:
+            more = self._sock.recv(_HEAD_LIMIT_BYTES)
+            if not more:
+                raise ConnectionError("the client left inside a body")
+            self._ahead += more
+        line = bytes(self._ahead[:end])
+        del self._ahead[: end + 2]
+        return line
+
+    def fill(self, view: memoryview) -> None:
+        """Read exactly as many bytes as `view` has room for."""
+        done = min(len(view), len(self._ahead))
+        view[:done] = self._ahead[:done]
+        del self._ahead[:done]
+        begun_s, step = time.monotonic(), self._link.slice_bytes(len(view))
+        while done < len(view):
+            # WAITALL makes it one call per body: the kernel, not Python, waits for the rest.
+            got = self._sock.recv_into(view[done : done + step], 0, socket.MSG_WAITALL)
+            if not got:
+                raise ConnectionError("the client left inside a body")
+            done += got
+            self._link.wait_for(begun_s, done)
+
+    def finish(self) -> None:
+        """Nothing follows a payload of a known length."""
+
+    def answer(self, answer: Answer, *, file: int) -> None:
+        """Send one answer; `file` is what its pieces point into."""
+        pieces = list(answer.pieces)
+        sent_bytes = sum(length for _, length in pieces) + len(answer.body)
+        length = sent_bytes if answer.length_bytes is None else answer.length_bytes
+        self._sock.sendall(_head_of(answer, length) + answer.body)
+        begun_s, sent = time.monotonic(), 0
+        for start, length in pieces:
+            self._send_piece(file, start, start + length)
+            sent += length
+            self._link.wait_for(begun_s, sent)
+
+    def _send_piece(self, file: int, start: int, stop: int) -> None:
+        begun_s, at = time.monotonic(), start
+        step = self._link.slice_bytes(stop - start)
+        while at < stop:
+            at += os.sendfile(self._sock.fileno(), file, at, min(step, stop - at))
+            self._link.wait_for(begun_s, at - start)
+
+
+class _Chunks:
+    """The content of `size[;extension] CRLF data CRLF … 0 CRLF trailers CRLF`: HTTP's chunks and S3's alike."""
+
+    def __init__(self, source: Reader) -> None:
+        self._source = source
+        self._left = 0
+
+    def line(self) -> bytes:
+        line, byte = bytearray(), bytearray(1)
+        while not line.endswith(b"\r\n"):
+            self.fill(memoryview(byte))
+            line += byte
+        return bytes(line[:-2])
+
+    def fill(self, view: memoryview) -> None:
+        while len(view):
+            if not self._left:
+                self._next_chunk()
+            step = min(len(view), self._left)
+            self._source.fill(view[:step])
+            view, self._left = view[step:], self._left - step
+            if not self._left:
+                self._source.line()
+
+    def finish(self) -> None:
+        if self._left or self._next_size():
+            raise ConnectionError("a chunked body is longer than announced")
+        while self._source.line():
+            pass
+        self._source.finish()
+
+    def _next_chunk(self) -> None:
+        self._left = self._next_size()
+        if not self._left:
+            raise ConnectionError("a chunked body ended early")
+
+    def _next_size(self) -> int:
+        return int(self._source.line().split(b";")[0], 16)
+
+
+def body_reader(request: Request, connection: Connection) -> tuple[Reader, int]:
+    """Return what reads the request's payload, and the payload's length.
+
+    Raises:
+        ConnectionError: the head does not tell the length; what follows cannot be read.
+    """
+    reader: Reader = connection
+    is_chunked = "chunked" in request.headers.get("transfer-encoding", "")
+    if is_chunked:
+        reader = _Chunks(reader)
+    if _is_aws_chunked(request.headers):
+        reader = _Chunks(reader)
+    default = None if is_chunked else "0"
+    length = request.headers.get("x-amz-decoded-content-length") or request.headers.get("content-length", default)
+    if length is None:
+        raise ConnectionError("a body of unknown length")
+    return reader, int(length)
+
+
+def _is_aws_chunked(headers: Mapping[str, str]) -> bool:
+    streaming = headers.get("x-amz-content-sha256", "").startswith("STREAMING-")
+    return streaming or "aws-chunked" in headers.get("content-encoding", "")
+
+
+def _parse_head(head: str) -> Request:
+    start, *lines = head.split("\r\n")
+    method, target, _ = start.split(" ", 2)
+    path, _, query = target.partition("?")
+    headers = (line.partition(":") for line in lines)
+    return Request(
+        method=method,
+        path=unquote(path),
+        query=dict(parse_qsl(query, keep_blank_values=True)),
+        headers={name.strip().lower(): value.strip() for name, _, value in headers},
+    )
+
+
+def _head_of(answer: Answer, length_bytes: int) -> bytes:
+    lines = [f"HTTP/1.1 {answer.status} {_REASONS.get(answer.status, 'Unknown')}", f"Content-Length: {length_bytes}"]
+    lines += [f"{name}: {value}" for name, value in answer.headers.items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
