@@ -58,7 +58,7 @@ class Checkpoint:
     """One committed checkpoint.
 
     Attributes:
-        step: training step, or None for a checkpoint outside a root.
+        step: training step, -1 for a checkpoint outside a root.
         epoch: incarnation of the job that saved it, 0 outside a root.
         attempt: which attempt's objects make it up.
         url: its prefix; `cloudckpt.load(state, url)` reads it.
@@ -71,7 +71,7 @@ class Checkpoint:
         manifest: the manifest itself.
     """
 
-    step: int | None
+    step: int
     epoch: int
     attempt: str
     url: str
@@ -92,7 +92,7 @@ class Checkpoint:
     @property
     def order(self) -> tuple[int, int]:
         """(epoch, step): what makes one checkpoint newer than another (FORMAT invariant 10)."""
-        return self.epoch, -1 if self.step is None else self.step
+        return self.epoch, self.step
 
 
 class Catalog:
@@ -138,7 +138,7 @@ class Catalog:
 
     def _remember(self, manifest: Manifest, data: bytes, prefix: str) -> Checkpoint:
         checkpoint = Checkpoint(
-            step=manifest.step,
+            step=-1 if manifest.step is None else manifest.step,
             epoch=manifest.epoch,
             attempt=manifest.attempt,
             url=self._url(prefix),
@@ -274,7 +274,7 @@ class Catalog:
                 created_at=self._now(),
                 host=platform.node(),
                 pid=os.getpid(),
-                resumed_from=None if resumed_from is None else (resumed_from.step or 0, resumed_from.epoch),
+                resumed_from=None if resumed_from is None else (resumed_from.step, resumed_from.epoch),
             )
             try:
                 self.store.create(epoch_key(epoch), claim.encode())
@@ -300,7 +300,7 @@ class Catalog:
             claim = decode_claim(self.store.read(key, limit_bytes=_CLAIM_LIMIT_BYTES), key=key)
         except (StorageError, ManifestError):
             return ""
-        return f" (host {claim.host}, process {claim.pid}, at {claim.created_at})"
+        return f" (host {claim.host!r}, process {claim.pid}, at {claim.created_at})"
 
     def _now(self) -> str:
         return self._clock().astimezone(UTC).isoformat(timespec="milliseconds")

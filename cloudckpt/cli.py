@@ -159,7 +159,7 @@ def _print_checkpoints(checkpoints: list[Checkpoint], url: str) -> None:
         table.add_column(column, justify="right" if is_number else "left", no_wrap=column != "metrics")
     for checkpoint in checkpoints:
         table.add_row(
-            "-" if checkpoint.step is None else str(checkpoint.step),
+            "-" if checkpoint.step < 0 else str(checkpoint.step),
             str(checkpoint.epoch or "-"),
             f"{checkpoint.created_at:%Y-%m-%d %H:%M:%S}",
             f"{checkpoint.total_bytes:,}",

@@ -56,9 +56,9 @@ class Fetch:
     buffer_bytes: int = 0
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes of the span."""
-        return self.span.stop - self.span.start
+    def cost_bytes(self) -> int:
+        """Host memory while the span is read: an engine may gather the body in pieces, and then join them."""
+        return 2 * (self.span.stop - self.span.start)
 
 
 class _ReadBuffer(threading.local):
@@ -99,9 +99,9 @@ def download(store: Store, fetches: Sequence[Fetch], *, concurrency: int, budget
         try:
             job.consume(_verified(store, job, buffer))
         finally:
-            budget.free(job.size_bytes)
+            budget.free(job.cost_bytes)
 
-    costs_bytes = [job.size_bytes + job.buffer_bytes for job in fetches]
+    costs_bytes = [job.cost_bytes + job.buffer_bytes for job in fetches]
     work = [partial(fetch, job) for job in fetches]
     run_all(work, costs_bytes, concurrency=concurrency, budget=budget, name="cloudckpt-download")
 

@@ -10,6 +10,7 @@ manager belongs to one thread.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -59,7 +60,7 @@ class CheckpointManager:
     ```
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (keyword-only options, each of its own kind)
         self,
         url: str | os.PathLike[str],
         *,
@@ -282,7 +283,7 @@ class CheckpointManager:
         rated = [
             (sign * value, checkpoint)
             for checkpoint in self.checkpoints()
-            if (value := checkpoint.metrics.get(metric)) is not None and value == value
+            if (value := checkpoint.metrics.get(metric)) is not None and not math.isnan(value)
         ]
         if not rated:
             return None
@@ -310,9 +311,9 @@ class CheckpointManager:
     def _prune(self) -> None:
         """Uncommit what no rule keeps; remove the shards of what was uncommitted a grace time ago."""
         if self._retention:
-            existing = {(found.epoch, found.step or 0): found for found in self._catalog.all()}
+            existing = {found.order: found for found in self._catalog.all()}
             # Our own newest is never in question, even when a newer epoch has checkpoints of its own by now.
-            protected = {(self._epoch, self._newest_own.step or 0)} if self._newest_own else set()
+            protected = {self._newest_own.order} if self._newest_own else set()
             removed = plan(list(existing.values()), self._retention, protected=protected).remove
             if removed:
                 # A newer job may be restoring what we would remove.

@@ -218,7 +218,7 @@ def _number(name: str, value: object) -> float:
     try:
         if not isinstance(value, str | bytes | bytearray):  # float() would read these too
             return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError, RuntimeError) as exc:  # RuntimeError: a tensor of several elements
+    except (TypeError, ValueError, OverflowError, RuntimeError) as exc:  # RuntimeError: a tensor without data
         raise OptionsError(f"metric {name!r} is {value!r}; give a number, e.g. float(loss)") from exc
     raise OptionsError(f"metric {name!r} is the text {value!r}; give a number")
 

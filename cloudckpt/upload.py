@@ -127,23 +127,37 @@ def run_all(
     """
     futures: list[Future[_Result]] = []
     faults: list[BaseException] = []
+    is_stopping = threading.Event()
 
     def note_end(future: Future[_Result]) -> None:
-        if not future.cancelled() and (fault := future.exception()) is not None:
+        fault = None if future.cancelled() else future.exception()
+        if fault is not None and not isinstance(fault, _StoppedError):
             faults.append(fault)
+            is_stopping.set()
         budget.end()
 
     with ThreadPoolExecutor(max(1, min(concurrency, len(work))), thread_name_prefix=name) as pool:
         try:
             for call, cost_bytes in zip(work, costs_bytes, strict=True):
                 budget.admit(cost_bytes)
-                if faults:
+                if is_stopping.is_set():
                     break  # a budget serves one call, so nobody misses these bytes
-                futures.append(pool.submit(call))
+                futures.append(pool.submit(_begin, call, is_stopping))
                 futures[-1].add_done_callback(note_end)
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
+            is_stopping.set()
             pool.shutdown(wait=True, cancel_futures=True)
     if faults:
         raise faults[0]
     return [future.result() for future in futures]
+
+
+def _begin(call: Callable[[], _Result], is_stopping: threading.Event) -> _Result:
+    if is_stopping.is_set():
+        raise _StoppedError
+    return call()
+
+
+class _StoppedError(Exception):
+    """A job that had not begun when another failed."""

@@ -33,7 +33,7 @@ from cloudckpt.layout import Chunk, ShardLayout, lay_out
 from cloudckpt.manifest import IndexRef, Manifest, digest_of, metadata_to_json, metrics_to_json
 from cloudckpt.options import Options
 from cloudckpt.source import Source, Staging, check_layout, chunk_of, object_of
-from cloudckpt.store import open_store, probe_create
+from cloudckpt.store import RetryingStore, Store, StoreStats, open_store, probe_create
 from cloudckpt.tally import StoredItem, check_against_plan, stored_items
 from cloudckpt.tree import PathElement
 from cloudckpt.upload import Budget, ShardJob, upload
@@ -122,6 +122,7 @@ class CloudWriter(StorageWriter):
         self._rank = 0
         self._is_coordinator = False
         self._began_s = 0.0
+        self._stats_before = StoreStats()
         self._world_size = 1
         self.checkpoint: Checkpoint | None = None
 
@@ -160,6 +161,7 @@ class CloudWriter(StorageWriter):
         self._rank = int(str(kwargs.get("rank") or 0))
         self._is_coordinator = is_coordinator
         target = self._open()
+        self._stats_before = _stats(target.catalog.store)
         if is_coordinator and target.step is None:
             probe_create(target.catalog.store, single_writer=self._options.single_writer)
             if target.catalog.is_taken(target.prefix):
@@ -285,14 +287,18 @@ class CloudWriter(StorageWriter):
             paths=paths,
             shards=tuple(totals.shards),
         )
+        key = target.prefix + index_key(self._attempt)
+        # What a reader would refuse (chunks of a planner's that overlap, say) must not be committed.
+        index.check(key=key)
         data = index.encode()
-        target.catalog.store.put(target.prefix + index_key(self._attempt), [memoryview(data)])
+        target.catalog.store.put(key, [memoryview(data)])
         return target.catalog.commit(self._manifest(target, index, data), prefix=target.prefix)
 
     def _manifest(self, target: Target, index: Index, data: bytes) -> Manifest:
         store = target.catalog.store
         total_bytes = sum(shard.size_bytes for shard in index.shards)
         elapsed_s = time.monotonic() - self._began_s
+        spent = _stats(store) - self._stats_before
         return Manifest(
             format_version=FORMAT_VERSION,
             state="committed",
@@ -308,7 +314,12 @@ class CloudWriter(StorageWriter):
             metrics=self._metrics,
             metadata=self._metadata,
             environment=environment(store.url, store.engine),
-            summary={"seconds": round(elapsed_s, 4), "bytes_per_s": round(total_bytes / max(elapsed_s, 1e-9), 1)},
+            summary={
+                "seconds": round(elapsed_s, 4),
+                "bytes_per_s": round(total_bytes / max(elapsed_s, 1e-9), 1),
+                "requests": float(spent.requests),
+                "retries": float(spent.retries),
+            },
         )
 
     def __getstate__(self) -> dict[str, object]:
@@ -339,6 +350,10 @@ def refuse_lonely_rank() -> None:
             f"WORLD_SIZE is {world_size} and no process group exists; call torch.distributed.init_process_group() "
             "before saving or restoring"
         )
+
+
+def _stats(store: Store) -> StoreStats:
+    return store.stats() if isinstance(store, RetryingStore) else StoreStats()
 
 
 def _value_item(item: WriteItem, planner: SavePlanner, rank: int) -> StoredItem:

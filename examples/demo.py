@@ -105,7 +105,7 @@ def _train(job: Job, kills: Sequence[Kill]) -> list[Segment]:
 
 
 def _list_checkpoints(target: Target, run_name: str) -> str:
-    command = [sys.executable, "-c", "from cloudckpt.cli import app; app()", "ls", target.root(run_name)]
+    command = [sys.executable, "-m", "cloudckpt", "ls", target.root(run_name)]
     environment = {**os.environ, **target.environment, "COLUMNS": "120"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

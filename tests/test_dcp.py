@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -277,6 +278,32 @@ class CountingPlanner(DefaultSavePlanner):
 def test_a_planner_may_change_values_on_save(tmp_path: Path) -> None:
     dcp.save({"n": 41}, storage_writer=CloudWriter(tmp_path / "c"), planner=CountingPlanner())
     assert cloudckpt.read(tmp_path / "c") == {"n": 42}
+
+
+def test_a_planner_of_the_user_s_own_may_carry_every_value_that_a_stock_one_may(tmp_path: Path) -> None:
+    """None of these could be read back from the bytes that the planner hands out, without trusting a pickle."""
+    values = {"array": np.arange(3), "range": range(3), "slice": slice(1, 2), "complex": np.complex64(1j)}
+    dcp.save(dict(values), storage_writer=CloudWriter(tmp_path / "c"), planner=HalfPlanner())
+    found = cloudckpt.read(tmp_path / "c")
+    assert repr(found) == repr(values)
+
+
+def test_a_planner_that_makes_bytes_of_what_cannot_be_held_is_refused(tmp_path: Path) -> None:
+    class Wrapping(CountingPlanner):
+        def lookup_object(self, index: MetadataIndex) -> object:
+            return Unholdable()
+
+    error = failure(lambda: dcp.save({"n": 1}, storage_writer=CloudWriter(tmp_path / "c"), planner=Wrapping()))
+    assert isinstance(error, UnsupportedValueError)
+    assert error.key == "n"
+    assert not is_committed(tmp_path / "c")
+
+
+class Unholdable:
+    """Pickles, and can be added to."""
+
+    def __add__(self, other: int) -> Unholdable:
+        return self
 
 
 class RenamingSavePlanner(DefaultSavePlanner):

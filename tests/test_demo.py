@@ -18,14 +18,12 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EXAMPLES = REPOSITORY / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-from bucket import Attempt, Bucket, attempts_in  # noqa: E402
-from corpus import Loader  # noqa: E402
-from events import End, Event, Saved, Saving, Start, Step, read_event  # noqa: E402
-from record import Outcome  # noqa: E402
-from runs import DemoError, Job, Kill, Segment, run_segment  # noqa: E402
-from trajectory import compare  # noqa: E402
+from bucket import Attempt, Bucket, attempts_in
+from corpus import Loader
+from events import End, Event, Saved, Saving, Start, Step, read_event
+from record import Outcome
+from runs import DemoError, Job, Kill, Segment, run_segment
+from trajectory import compare
 
 # Only a hang takes so long: a busy machine makes many processes that import PyTorch slow.
 HANG_S = 900

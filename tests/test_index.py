@@ -25,7 +25,7 @@ from cloudckpt import index as index_module
 from cloudckpt.codec import DTYPES
 from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError, UnsupportedValueError
 from cloudckpt.index import FORMAT_VERSION, ChunkEntry, Index, ShardEntry, TensorEntry
-from cloudckpt.options import MAX_BLOCK_BYTES, MIB
+from cloudckpt.options import MAX_BLOCK_BYTES, MIB, Options
 from cloudckpt.shard import block_count
 
 KEY = "step-0000000007-e0001/0123456789abcdef/index.json.zst"
@@ -404,6 +404,11 @@ def test_a_tensor_of_64_dimensions_may_be_cut() -> None:
 
     assert is_accepted(of_tensor(shape, halves))
     assert not is_accepted(of_tensor(shape, [halves[0], halves[0]]))
+
+
+def test_no_save_is_configured_that_no_reader_would_take() -> None:
+    with pytest.raises(OptionsError, match="block_bytes is 268435457"):
+        Options(block_bytes=MAX_BLOCK_BYTES + 1, span_bytes=MAX_BLOCK_BYTES + 1)
 
 
 def test_a_large_tensor_is_checked_without_memory_for_its_elements() -> None:

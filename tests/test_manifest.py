@@ -322,7 +322,10 @@ def test_every_kind_of_number_is_a_metric(value: object, expected: float) -> Non
 
 @pytest.mark.parametrize(
     "value",
-    [None, "0.5", b"0.5", [0.5], {"a": 1}, 1j, torch.tensor([0.5, 0.5]), np.zeros(2), 10**400, object()],
+    [
+        *(None, "0.5", b"0.5", [0.5], {"a": 1}, 1j, 10**400, object()),
+        *(np.zeros(2), torch.tensor([0.5, 0.5]), torch.empty((), device="meta")),
+    ],
     ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_number_is_no_metric(value: object) -> None:
@@ -389,6 +392,8 @@ def test_a_manifest_that_is_too_large_is_refused_at_the_save() -> None:
     assert msgspec.structs.replace(Manifest.decode(fits.encode(), key=KEY), sha256="") == fits
     with pytest.raises(OptionsError, match="move large metadata into the state"):
         too_large.encode()
+    with pytest.raises(ManifestError, match="has 4194305 bytes"):
+        Manifest.decode(changed(fits, metadata={"log": "x" * (room + 1)}), key=KEY)
 
 
 def test_text_that_no_manifest_can_hold_is_refused_at_the_save() -> None:

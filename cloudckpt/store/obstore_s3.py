@@ -23,6 +23,7 @@ from obstore.store import S3Store
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.credentials import AwsCredentials, Credentials
+from cloudckpt.store.s3_config import refuse_policy
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, S3Config
@@ -51,68 +52,49 @@ class ObstoreClient:
     attributes: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class S3Options:
-    """What s3fs's options say, sorted by who needs it."""
+    """What s3fs's options say, sorted by who needs it; what may hold a credential does not show."""
 
-    keys: tuple[str | None, str | None, str | None]
+    keys: tuple[str | None, str | None, str | None] = field(repr=False)
     profile: str | None
     is_anonymous: bool
-    client: dict[str, object]
-    config: dict[str, object]
-    store: dict[str, str | bool]
-    attributes: dict[str, str]
-    proxies: Mapping[str, str]
+    client: Mapping[str, object]
+    config: Mapping[str, object]
+    store: Mapping[str, str | bool] = field(repr=False)
+    attributes: Mapping[str, str]
+    proxies: Mapping[str, str] = field(repr=False)
 
     @classmethod
     def read(cls, options: Mapping[str, object], *, signed_payload: bool) -> S3Options:
         """Sort the options; refuse what obstore cannot do, by name, before anything is connected."""
         rest = {name: value for name, value in options.items() if name not in _INERT}
-        client = _mapping(rest, "client_kwargs")
-        config = _mapping(rest, "config_kwargs")
-        s3 = _mapping(config, "s3")
-        signature = config.pop("signature_version", None)
-        if signature not in (None, "s3v4", botocore.UNSIGNED):
-            raise OptionsError(f"config_kwargs['signature_version'] is {signature!r}: obstore signs with s3v4 alone")
-        is_anonymous = bool(rest.pop("anon", False)) or signature is botocore.UNSIGNED
-        signed = bool(s3.pop("payload_signing_enabled", signed_payload))
-        pays = bool(rest.pop("requester_pays", False))
+        client, config = _mapping(rest, "client_kwargs"), _mapping(rest, "config_kwargs")
+        objects, s3 = _mapping(rest, "s3_additional_kwargs"), _mapping(config, "s3")
+        refuse_policy(config)
+        is_anonymous = bool(rest.pop("anon", False)) | _is_unsigned(config)
+        store = {
+            "skip_signature": is_anonymous,
+            "unsigned_payload": not s3.pop("payload_signing_enabled", signed_payload),
+            "request_payer": bool(rest.pop("requester_pays", False)),
+            **_encryption(objects),
+        }
+        storage_class = objects.pop("StorageClass", None)
         found = cls(
-            keys=(
-                _one_of(rest.pop("key", None), rest.pop("username", None), client.pop("aws_access_key_id", None)),
-                _one_of(
-                    rest.pop("secret", None), rest.pop("password", None), client.pop("aws_secret_access_key", None)
-                ),
-                _one_of(rest.pop("token", None), client.pop("aws_session_token", None)),
-            ),
+            keys=_keys(rest, client),
             profile=_one_of(rest.pop("profile", None)),
             is_anonymous=is_anonymous,
             client=_client(rest, client),
             config={"s3": s3, **{name: config.pop(name) for name in _ENDPOINT_CONFIG if name in config}},
-            store={"unsigned_payload": not signed, "skip_signature": is_anonymous, "request_payer": pays},
-            attributes={},
-            proxies={str(scheme): str(url) for scheme, url in _mapping(config, "proxies").items()},
+            store=store,
+            attributes={"Storage-Class": str(storage_class)} if storage_class else {},
+            proxies={scheme: str(url) for scheme, url in _mapping(config, "proxies").items()},
         )
-        found._add_object_options(_mapping(rest, "s3_additional_kwargs"))
         refuse_rest(rest, "storage_options")
         refuse_rest(client, "client_kwargs")
         refuse_rest({name: value for name, value in config.items() if value != "when_required"}, "config_kwargs")
+        refuse_rest(objects, "s3_additional_kwargs")
         return found
-
-    def _add_object_options(self, given: dict[str, object]) -> None:
-        for name, setting in _ENCRYPTION.items():
-            if (value := given.pop(name, None)) is not None:
-                self.store[setting] = value if isinstance(value, bool) else str(value)
-        customer_key = given.pop("SSECustomerKey", None)
-        if customer_key is not None:
-            raw = customer_key if isinstance(customer_key, bytes) else str(customer_key).encode()
-            self.store["server_side_encryption"] = "sse-c"
-            self.store["sse_customer_key_base64"] = base64.b64encode(raw).decode()
-            given.pop("SSECustomerAlgorithm", None)
-            given.pop("SSECustomerKeyMD5", None)
-        if (storage_class := given.pop("StorageClass", None)) is not None:
-            self.attributes["Storage-Class"] = str(storage_class)
-        refuse_rest(given, "s3_additional_kwargs")
 
 
 def refuse_rest(rest: Mapping[str, object], where: str) -> None:
@@ -133,6 +115,7 @@ def s3_client(bucket: str, options: S3Options, retry: RetryPolicy) -> ObstoreCli
         "region": region,
         "virtual_hosted_style_request": is_virtual,
         "conditional_put": "etag",
+        "s3_express": False,
     }
     credentials = _credentials(session, options)
     store = S3Store(
@@ -202,6 +185,36 @@ def _where(session: botocore.session.Session, bucket: str, options: S3Options) -
 class _NoBody:
     def stream(self, *_: object, **__: object) -> tuple[()]:
         return ()
+
+
+def _is_unsigned(config: dict[str, object]) -> bool:
+    signature = config.pop("signature_version", None)
+    if signature not in (None, "s3v4", botocore.UNSIGNED):
+        raise OptionsError(f"config_kwargs['signature_version'] is {signature!r}: obstore signs with s3v4 alone")
+    return signature is botocore.UNSIGNED
+
+
+def _keys(rest: dict[str, object], client: dict[str, object]) -> tuple[str | None, str | None, str | None]:
+    return (
+        _one_of(rest.pop("key", None), rest.pop("username", None), client.pop("aws_access_key_id", None)),
+        _one_of(rest.pop("secret", None), rest.pop("password", None), client.pop("aws_secret_access_key", None)),
+        _one_of(rest.pop("token", None), client.pop("aws_session_token", None)),
+    )
+
+
+def _encryption(objects: dict[str, object]) -> dict[str, str | bool]:
+    found: dict[str, str | bool] = {}
+    for name, setting in _ENCRYPTION.items():
+        if (value := objects.pop(name, None)) is not None:
+            found[setting] = value if isinstance(value, bool) else str(value)
+    customer_key = objects.pop("SSECustomerKey", None)
+    if customer_key is None:
+        return found
+    for implied in ("SSECustomerAlgorithm", "SSECustomerKeyMD5"):
+        objects.pop(implied, None)
+    raw = customer_key if isinstance(customer_key, bytes) else str(customer_key).encode()
+    encoded = base64.b64encode(raw).decode()
+    return {**found, "server_side_encryption": "sse-c", "sse_customer_key_base64": encoded}
 
 
 def _client(rest: dict[str, object], client: dict[str, object]) -> dict[str, object]:

@@ -1,14 +1,13 @@
 """Keep credentials out of every text: what an engine said, and what its libraries log.
 
 Knows what credentials look like on the wire (headers, elements, fields of a URL) and which ones the caller gave;
-decides nothing. Keeps FORMAT 16. Any thread may enter.
+decides nothing. Keeps FORMAT 16. Any thread may enter, also right after a fork.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import threading
 from collections.abc import Iterator, Mapping
 
 __all__ = ["hide", "hide_in_logs", "remember_secrets"]
@@ -42,15 +41,13 @@ _LOGGERS = ("botocore", "aiobotocore", "s3fs", "gcsfs", "google", "urllib3", "re
 # Where a library logs requests and replies; named here because a logger may be made after the filter is placed.
 _TALKATIVE = ("auth", "endpoint", "httpsession", "parsers", "utils", "credentials", "client", "hooks", "tokens")
 
-_lock = threading.Lock()
-_secrets: set[str] = set()
+# A dictionary for its atomic update and copy: a lock might be held at the moment of a fork.
+_secrets: dict[str, None] = {}
 
 
 def remember_secrets(options: Mapping[str, object]) -> None:
     """Hide, from now on, every credential among fsspec storage options wherever it turns up."""
-    found = set(_secret_texts(options))
-    with _lock:
-        _secrets.update(found)
+    _secrets.update(dict.fromkeys(_secret_texts(options)))
 
 
 def _secret_texts(options: Mapping[str, object], *, is_secret: bool = False) -> Iterator[str]:
@@ -65,9 +62,7 @@ def _secret_texts(options: Mapping[str, object], *, is_secret: bool = False) -> 
 
 def hide(text: str) -> str:
     """Return `text` with everything that is, or looks like, a credential blotted out."""
-    with _lock:
-        known = sorted(_secrets, key=len, reverse=True)
-    for secret in known:
+    for secret in sorted(_secrets, key=len, reverse=True):
         text = text.replace(secret, _HIDDEN)
     for shape in _SHAPES:
         text = shape.sub(rf"\g<1>{_HIDDEN}", text)
@@ -78,7 +73,10 @@ class _Hiding(logging.Filter):
     """Blots credentials out of a record before any handler sees it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
+        try:
+            text = record.getMessage()
+        except (TypeError, ValueError, KeyError):
+            return True  # arguments that do not fit: the handler will say so
         clean = hide(text)
         if clean != text:
             record.msg, record.args = clean, ()
@@ -95,6 +93,6 @@ def hide_in_logs() -> None:
     loggers open would write them to disk. Filters of a logger do not see its children's records, so each logger
     that exists gets its own; asking twice changes nothing.
     """
-    existing = [name for name in logging.root.manager.loggerDict if name.split(".")[0] in _LOGGERS]
+    existing = [name for name in list(logging.root.manager.loggerDict) if name.split(".")[0] in _LOGGERS]
     for name in {*existing, *_LOGGERS, *(f"botocore.{part}" for part in _TALKATIVE)}:
         logging.getLogger(name).addFilter(_filter)

@@ -1,4 +1,4 @@
-"""Carry one verb over the wire: the seam between the store of fsspec and the libraries below it.
+"""Carry one verb over the wire: the seam between the remote stores and the libraries below them.
 
     caller's thread ──▶ OnLoop.run ──▶ fsspec's own event loop ──▶ one request, ended by its time limit
     buffers ──▶ GatherBody ──▶ socket          socket ──▶ fill() ──▶ the caller's memory

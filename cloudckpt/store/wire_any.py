@@ -7,6 +7,7 @@ the asynchronous ones.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,10 @@ __all__ = ["AnyWire"]
 # Filesystems with real directories, which a write must make; elsewhere that could make a bucket.
 _WITH_DIRECTORIES = frozenset({"file", "local", "sftp", "ssh", "ftp", "smb", "hdfs", "arrow_hdfs", "webhdfs", "webdav"})
 # Makes a check and the write after it one step within this process, which is all there is of a memory:// store.
-_create_lock = threading.Lock()
+_create_lock = threading.RLock()
+os.register_at_fork(
+    before=_create_lock.acquire, after_in_parent=_create_lock.release, after_in_child=_create_lock.release
+)
 _TIME_FIELDS = ("mtime", "modified", "last_modified", "LastModified", "updated", "created")
 
 

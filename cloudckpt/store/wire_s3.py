@@ -20,16 +20,13 @@ from botocore.awsrequest import AWSRequest
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
+from cloudckpt.store.s3_config import s3_config
 from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, take
 
-__all__ = ["POLICY_OPTIONS", "S3Wire", "s3_config"]
+__all__ = ["S3Wire"]
 
-# More than any sensible concurrency, since waiting for a free connection would count against the request's time.
-_CONNECTIONS = 128
 # A bulk delete takes no more keys.
 _DELETE_LIMIT = 1000
-# What the retry policy decides, under the names that botocore gives to it.
-POLICY_OPTIONS = ("retries", "connect_timeout", "read_timeout")
 # What would take the client out of our hands, or make one name mean several objects.
 _REFUSED = ("asynchronous", "loop", "version_aware")
 _OURS = ("skip_instance_cache", "use_listings_cache")
@@ -48,29 +45,6 @@ class _OneRequestSession(AIOHTTPSession):  # type: ignore[misc]  # aiobotocore s
         session: ClientSession = await super()._get_session(proxy_url)
         session._retry_connection = False  # noqa: SLF001 - there is no public switch; the tests count requests
         return session
-
-
-def s3_config(config_kwargs: Mapping[str, object], *, retry: RetryPolicy, signed_payload: bool) -> dict[str, object]:
-    """Return botocore's client configuration: the caller's, with one attempt per call and our time limits."""
-    ours = [name for name in POLICY_OPTIONS if name in config_kwargs]
-    if ours:
-        raise OptionsError(
-            f"config_kwargs {ours} belong to the retry policy; set them in Options(retry=RetryPolicy(…))"
-        )
-    given = config_kwargs.get("s3") or {}
-    if not isinstance(given, Mapping):
-        raise OptionsError("config_kwargs['s3'] is no mapping")
-    return {
-        "max_pool_connections": _CONNECTIONS,
-        # Without this botocore computes and sends a checksum of each body, which our digests make superfluous.
-        "request_checksum_calculation": "when_required",
-        "response_checksum_validation": "when_required",
-        **config_kwargs,
-        "retries": {"mode": "standard", "total_max_attempts": 1},
-        "connect_timeout": retry.connect_timeout_s,
-        "read_timeout": retry.request_timeout_s,
-        "s3": {"payload_signing_enabled": signed_payload, **given},
-    }
 
 
 class S3Wire(OnLoop):
@@ -166,7 +140,7 @@ class S3Wire(OnLoop):
     async def _get(self, name: str, start: int, stop: int, memory: memoryview) -> None:
         reply = await self._send("get_object", Key=name, Range=f"bytes={start}-{stop - 1}")
         async with reply["Body"] as body:
-            check_range(reply.get("ContentRange", ""), reply["ContentLength"], start, stop)
+            check_range(reply.get("ContentRange", ""), reply.get("ContentLength", stop - start), start, stop)
             # Chunk by chunk into place: 2.0 GB/s on loopback, where `await body.read()` joins them at 0.7.
             await fill(memory, body.raw_stream.content.iter_any())
 

@@ -40,7 +40,6 @@ class _Lease:
 
     def __init__(self, wire: Wire) -> None:
         self.wire = wire
-        self.pid = os.getpid()
         self.users = 0
         self.is_retired = False
 
@@ -84,6 +83,7 @@ class WiredStore(ABC):
         self._lock = threading.Lock()
         self._lease: _Lease | None = None
         self._is_closed = False
+        self._pid = os.getpid()
         remember_secrets(self._options)
         self._check_options()
 
@@ -210,9 +210,9 @@ class WiredStore(ABC):
 
     def _notice_fork(self) -> None:
         """In a forked child, forget the parent's wire; its sockets are not ours, and its lock may have been held."""
-        if self._lease is not None and self._lease.pid != os.getpid():
+        if self._pid != os.getpid():
             _inherited.append(self._lease)
-            self._lease, self._lock = None, threading.Lock()
+            self._lease, self._lock, self._pid = None, threading.Lock(), os.getpid()
 
     @abstractmethod
     def _connect(self) -> Wire:

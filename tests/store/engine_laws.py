@@ -283,6 +283,15 @@ class EngineLaws:
         server.inject(Fault(kind=FaultKind.STALL_IN_REPLY), times=-1)
         assert isinstance(_refusal(impatient, verb), TransientError)
 
+    def test_a_peer_that_stops_reading_ends_at_the_time_limit(
+        self, server: ObjectServer, impatient: Store, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        server.inject(Fault(kind=FaultKind.STALL_IN_REQUEST))
+        with pytest.raises(TransientError):
+            impatient.put("k", _views(bytes(64 * MIB)))
+        assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+        assert server.keys() == ["root/there"]
+
     def test_a_store_works_again_after_a_time_limit(self, server: ObjectServer, impatient: Store) -> None:
         server.inject(Fault(kind=FaultKind.STALL))
         _refusal(impatient, "get")

@@ -31,6 +31,7 @@ class FaultKind(StrEnum):
 
     STATUS = auto()  # an error status, before any effect
     EARLY_STATUS = auto()  # the same, and a close, with the body of the request unread
+    STALL_IN_REQUEST = auto()  # no effect and no reply; the body of the request is never read
     RESET_IN_REQUEST = auto()  # reset after the head of the request, its body unread
     RESET_BEFORE_REPLY = auto()  # reset after the whole request, without an effect
     LOST_ACK = auto()  # the effect happens, then the connection is reset
@@ -42,6 +43,9 @@ class FaultKind(StrEnum):
     SHORT_MATCHING = auto()  # half comes, and Content-Length says half
     LONG_MATCHING = auto()  # one byte more than asked, and Content-Length agrees
     FLIPPED_BYTE = auto()  # the first byte is inverted
+
+
+_BEFORE_BODY = frozenset({FaultKind.EARLY_STATUS, FaultKind.STALL_IN_REQUEST, FaultKind.RESET_IN_REQUEST})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,11 +171,9 @@ class ObjectServer(ObjectSpace):
         request, early = head
         length_bytes = int(request.headers.get("content-length", 0))
         fault = self._take_fault(request)
-        if fault is not None and fault.kind is FaultKind.RESET_IN_REQUEST:
+        if fault is not None and fault.kind in _BEFORE_BODY:
             self.requests.append(request)
-            return _reset(connection)
-        if fault is not None and fault.kind is FaultKind.EARLY_STATUS:
-            return self._hang_up(connection, request, fault)
+            return self._leave_unread(connection, request, fault)
         if request.headers.get("expect", "").lower() == "100-continue":
             connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = _read_body(connection, early, length_bytes)
@@ -183,12 +185,15 @@ class ObjectServer(ObjectSpace):
             return _send(connection, request, self.handle(request))
         return self._misbehave(connection, request, fault)
 
-    def _hang_up(self, connection: socket.socket, request: Request, fault: Fault) -> bool:
-        """Reply at once; the body stays unread, so that closing resets the connection under the sender."""
-        self.requests.append(request)
-        _send(connection, request, _fault_reply(request, fault))
-        time.sleep(0.2)
-        return False
+    def _leave_unread(self, connection: socket.socket, request: Request, fault: Fault) -> bool:
+        """Fail without reading the body; closing then resets the connection under whoever still sends."""
+        if fault.kind is FaultKind.STALL_IN_REQUEST:
+            self._closing.wait(timeout=5)
+        if fault.kind is FaultKind.EARLY_STATUS:
+            _send(connection, request, _fault_reply(request, fault))
+            time.sleep(0.2)
+            return False
+        return _reset(connection)
 
     def _take_fault(self, request: Request) -> Fault | None:
         with self._lock:

@@ -1,0 +1,46 @@
+"""Turn s3fs's `config_kwargs` into botocore's client configuration: one attempt per call, our limits, no checksums.
+
+Pure values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.options import RetryPolicy
+
+__all__ = ["refuse_policy", "s3_config"]
+
+# More than any sensible concurrency, since waiting for a free connection would count against the request's time.
+_CONNECTIONS = 128
+# What the retry policy decides, under the names that botocore gives to it.
+_POLICY = ("retries", "connect_timeout", "read_timeout")
+
+
+def refuse_policy(config_kwargs: Mapping[str, object]) -> None:
+    """Refuse a second place for patience."""
+    ours = [name for name in _POLICY if name in config_kwargs]
+    if ours:
+        raise OptionsError(
+            f"config_kwargs {ours} belong to the retry policy; set them in Options(retry=RetryPolicy(…))"
+        )
+
+
+def s3_config(config_kwargs: Mapping[str, object], *, retry: RetryPolicy, signed_payload: bool) -> dict[str, object]:
+    """Return botocore's client configuration: the caller's, with one attempt per call and our time limits."""
+    refuse_policy(config_kwargs)
+    given = config_kwargs.get("s3") or {}
+    if not isinstance(given, Mapping):
+        raise OptionsError("config_kwargs['s3'] is no mapping")
+    return {
+        "max_pool_connections": _CONNECTIONS,
+        # Without this botocore computes and sends a checksum of each body, which our digests make superfluous.
+        "request_checksum_calculation": "when_required",
+        "response_checksum_validation": "when_required",
+        **config_kwargs,
+        "retries": {"mode": "standard", "total_max_attempts": 1},
+        "connect_timeout": retry.connect_timeout_s,
+        "read_timeout": retry.request_timeout_s,
+        "s3": {"payload_signing_enabled": signed_payload, **given},
+    }
