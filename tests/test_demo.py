@@ -15,15 +15,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-
-REPOSITORY = Path(__file__).resolve().parent.parent
-EXAMPLES = REPOSITORY / "examples"
 from bucket import Attempt, Bucket, attempts_in
 from corpus import Loader
 from events import End, Event, Saved, Saving, Start, Step, read_event
 from record import Outcome
 from runs import DemoError, Job, Kill, Segment, run_segment
 from trajectory import compare
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+EXAMPLES = REPOSITORY / "examples"
 
 # Only a hang takes so long: a busy machine makes many processes that import PyTorch slow.
 HANG_S = 900
