@@ -126,7 +126,7 @@ def _open(catalog: Catalog) -> Checkpoint:
 
 def _summary(checkpoint: Checkpoint) -> dict[str, object]:
     return {
-        "step": checkpoint.step,
+        "step": checkpoint.manifest.step,
         "epoch": checkpoint.epoch,
         "attempt": checkpoint.attempt,
         "url": checkpoint.url,

@@ -8,6 +8,7 @@ would hang, fsspec's wire does the work.
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.store.fsspec import GCS_SCHEMES, S3_SCHEMES, fsspec_wire
@@ -47,9 +48,13 @@ class ObstoreStore(WiredStore):
     def _connect(self) -> Wire:
         from cloudckpt.store.wire_obstore import ObstoreWire, is_lost_to_a_fork
 
+        # Not a method of this store: a wire that holds its store could not be freed before the next garbage collection.
+        by_fsspec = partial(
+            fsspec_wire, self._location, self._options, retry=self._retry, signed_payload=self._signed_payload
+        )
         if is_lost_to_a_fork():
             logger.warning("obstore does not survive a fork: fsspec serves %s in this process", self.url)
-            return self._fsspec_wire()
+            return by_fsspec()
         bucket = self._location.bucket
         if self._location.scheme in S3_SCHEMES:
             from cloudckpt.store.obstore_s3 import S3Options, s3_client
@@ -60,7 +65,4 @@ class ObstoreStore(WiredStore):
             from cloudckpt.store.obstore_gcs import gcs_client
 
             client = gcs_client(bucket, self._options, self._retry)
-        return ObstoreWire(client, self._fsspec_wire)
-
-    def _fsspec_wire(self) -> Wire:
-        return fsspec_wire(self._location, self._options, retry=self._retry, signed_payload=self._signed_payload)
+        return ObstoreWire(client, by_fsspec)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,19 @@ from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
 
-__all__ = ["GatherBody", "OnLoop", "Page", "Wire", "borrowed", "check_range", "fill", "memory_for", "take"]
+__all__ = [
+    "Closing",
+    "GatherBody",
+    "OnLoop",
+    "Page",
+    "Wire",
+    "borrowed",
+    "check_range",
+    "close_when_dropped",
+    "fill",
+    "memory_for",
+    "take",
+]
 
 T = TypeVar("T")
 
@@ -109,6 +122,26 @@ class OnLoop:
     def run_each(self, requests: Sequence[Coroutine[object, object, None]]) -> list[BaseException | None]:
         """Run requests side by side; return what each raised."""
         return self.run(_gathered(requests))
+
+
+class Closing(Protocol):
+    """What has connections of its own on the loop."""
+
+    async def close(self) -> None: ...
+
+
+def close_when_dropped(
+    owner: object, loop: asyncio.AbstractEventLoop, client: Closing
+) -> weakref.finalize[..., object]:
+    """Close `client` when `owner` is collected without having been closed; aiohttp would complain of it on stderr."""
+    finalizer = weakref.finalize(owner, _close_on, loop, client, os.getpid())
+    finalizer.atexit = False  # by then the loop is gone, and the sockets go with the process
+    return finalizer
+
+
+def _close_on(loop: asyncio.AbstractEventLoop, client: Closing, pid: int) -> None:
+    if pid == os.getpid() and loop.is_running():
+        asyncio.run_coroutine_threadsafe(client.close(), loop)
 
 
 async def _gathered(requests: Sequence[Coroutine[object, object, None]]) -> list[BaseException | None]:

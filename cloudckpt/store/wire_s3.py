@@ -21,7 +21,18 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.s3_config import s3_config
-from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, take
+from cloudckpt.store.wire import (
+    Closing,
+    GatherBody,
+    OnLoop,
+    Page,
+    borrowed,
+    check_range,
+    close_when_dropped,
+    fill,
+    memory_for,
+    take,
+)
 
 __all__ = ["S3Wire"]
 
@@ -32,10 +43,8 @@ _REFUSED = ("asynchronous", "loop", "version_aware")
 _OURS = ("skip_instance_cache", "use_listings_cache")
 
 
-class _Client(Protocol):
+class _Client(Closing, Protocol):
     meta: Any
-
-    async def close(self) -> None: ...
 
 
 class _OneRequestSession(AIOHTTPSession):  # type: ignore[misc]  # aiobotocore ships no types
@@ -116,6 +125,7 @@ class S3Wire(OnLoop):
 
     def close(self) -> None:
         if self._client is not None:
+            self._finalizer.detach()
             self.run(self._client.close())
             self._client = None
 
@@ -126,6 +136,7 @@ class S3Wire(OnLoop):
             # Waiting for "100 Continue" costs a round trip, and for ever where a proxy does not pass it on.
             client.meta.events.register("request-created.s3.PutObject", _expect_nothing)
             client.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)
+            self._finalizer = close_when_dropped(self, self.loop, client)
             self._client = client
         return client
 

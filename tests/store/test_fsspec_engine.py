@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import secrets
 import threading
 import time
@@ -17,7 +18,7 @@ from cloudckpt.errors import ObjectExistsError, ObjectNotFoundError, OptionsErro
 from cloudckpt.store.fsspec import FsspecStore
 from cloudckpt.store.wire import GatherBody
 from tests.store.engine_laws import EngineLaws, RefusesSingleDeletes
-from tests.store.engines import GCSFS, S3FS, Engine
+from tests.store.engines import GCSFS, OBSTORE_S3, S3FS, Engine
 from tests.store.http_object_server import Fault, FaultKind, ObjectServer
 
 ON_LOOP = [pytest.param(S3FS, id="s3fs"), pytest.param(GCSFS, id="gcsfs")]
@@ -77,11 +78,29 @@ def test_a_closed_store_leaves_no_connection(server: ObjectServer, engine: Engin
     store.head("there")
     assert len(server._connections) == 1
     store.close()
-    for _ in range(500):
+    assert _hangs_up(server)
+
+
+@pytest.mark.parametrize("engine", [*ON_LOOP, pytest.param(OBSTORE_S3, id="obstore")])
+def test_a_store_that_is_dropped_unclosed_hangs_up_without_a_word(
+    server: ObjectServer, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = engine.open(server)
+    store.head("there")
+    store.list()
+    del store
+    gc.collect()
+    assert _hangs_up(server)
+    assert caplog.records == []
+
+
+def _hangs_up(server: ObjectServer) -> bool:
+    """Wait until the server has no connection any more."""
+    for _ in range(1000):
         if not server._connections:
-            break
+            return True
         time.sleep(0.01)
-    assert server._connections == set()
+    return False
 
 
 def test_a_bodys_reader_may_rewind_and_read_in_steps() -> None:
