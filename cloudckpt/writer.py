@@ -26,7 +26,7 @@ from torch.futures import Future
 from cloudckpt import codec
 from cloudckpt.catalog import Catalog, Checkpoint
 from cloudckpt.environment import environment
-from cloudckpt.errors import OptionsError
+from cloudckpt.errors import CloudCkptError, OptionsError
 from cloudckpt.index import FORMAT_VERSION, Index
 from cloudckpt.keys import index_key, new_attempt, shard_key
 from cloudckpt.layout import Chunk, ShardLayout, lay_out
@@ -162,11 +162,7 @@ class CloudWriter(StorageWriter):
         self._is_coordinator = is_coordinator
         target = self._open()
         self._stats_before = _stats(target.catalog.store)
-        if is_coordinator and target.step is None:
-            probe_create(target.catalog.store, single_writer=self._options.single_writer)
-            if target.catalog.is_taken(target.prefix):
-                raise target.catalog.exists_error(target.prefix)
-        self._attempt = self._agree_on_attempt()
+        self._attempt = self._agree_on_attempt(target)
 
     def _open(self) -> Target:
         if self._target is None:
@@ -176,17 +172,33 @@ class CloudWriter(StorageWriter):
             self._target = Target(catalog=Catalog(store))
         return self._target
 
-    def _agree_on_attempt(self) -> str:
-        """Draw an attempt id; every rank of a process group gets rank 0's.
+    def _agree_on_attempt(self, target: Target) -> str:
+        """Draw an attempt id; every rank of a process group gets the first rank's, or the error that it met.
 
-        Not carried in a plan: with DCP's plan caching a rank reuses its old plan, and with it the old id.
+        Not carried in a plan: with DCP's plan caching a rank reuses its old plan, and with it the old id. The error
+        travels in place of the id, because a rank that only raised would leave the others waiting.
         """
         if not (dist.is_available() and dist.is_initialized()):
-            return new_attempt()
+            return self._draw_attempt(target)
         self._world_size = dist.get_world_size()
-        agreed = [new_attempt()]
+        agreed: list[str | CloudCkptError] = [""]
+        if dist.get_rank() == 0:
+            try:
+                agreed = [self._draw_attempt(target)]
+            except CloudCkptError as exc:
+                agreed = [exc]
         dist.broadcast_object_list(agreed, src=0)
+        if isinstance(agreed[0], CloudCkptError):
+            raise agreed[0]
         return agreed[0]
+
+    def _draw_attempt(self, target: Target) -> str:
+        """Return a fresh id, once the place was found to be free and its store to be safe."""
+        if target.step is None:
+            probe_create(target.catalog.store, single_writer=self._options.single_writer)
+            if target.catalog.is_taken(target.prefix):
+                raise target.catalog.exists_error(target.prefix)
+        return new_attempt()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Refuse what the format cannot hold, before a byte is written."""

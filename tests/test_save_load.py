@@ -503,7 +503,15 @@ def test_a_state_four_times_the_budget_is_saved_and_loaded_within_it_on_disk(tmp
     check_budget(measured(str(tmp_path), {}, "auto", layout))
 
 
-@pytest.mark.parametrize(("engine", "layout"), [("obstore", "dense"), ("obstore", "transposed"), ("fsspec", "dense")])
+@pytest.mark.parametrize(
+    ("engine", "layout"),
+    [
+        ("obstore", "dense"),
+        pytest.param("obstore", "transposed", marks=pytest.mark.slow),
+        pytest.param("fsspec", "dense", marks=pytest.mark.slow),
+        pytest.param("fsspec", "transposed", marks=pytest.mark.slow),
+    ],
+)
 def test_a_state_four_times_the_budget_is_saved_and_loaded_within_it_on_s3(
     s3_url: FreshPrefix, engine: str, layout: str
 ) -> None:

@@ -3,7 +3,7 @@
     dir  ./dir  /dir  file:///dir   local
     s3://  s3a://                   obstore, or fsspec (s3fs) if asked
     gs://  gcs://                   fsspec (gcsfs), or obstore if asked
-    az://  abfs://  abfss://        fsspec (adlfs), or obstore if asked
+    az://  abfs://  abfss://        fsspec (adlfs)
     memory:// and all that fsspec knows     fsspec
 
 URLs are strings throughout: a `pathlib.Path` would eat one of their slashes. Nothing is read or written here.
@@ -48,13 +48,13 @@ _SAME = {"s3a": "s3", "gcs": "gs"}
 _BUCKETS = frozenset({"s3", "gs"})
 # Azure writes container@account where others have a bucket.
 _AZURE = frozenset({"az", "abfs", "abfss"})
-# The first is the default. obstore on gs and az is opt-in until it was shown on a server that we did not write.
+# The first is the default. obstore on gs is opt-in until it was shown on a server that we did not write.
 _ENGINES: Mapping[str, tuple[str, ...]] = {
     "s3": ("obstore", "fsspec"),
     "gs": ("fsspec", "obstore"),
-    "az": ("fsspec", "obstore"),
-    "abfs": ("fsspec", "obstore"),
-    "abfss": ("fsspec", "obstore"),
+    "az": ("fsspec",),
+    "abfs": ("fsspec",),
+    "abfss": ("fsspec",),
 }
 
 
