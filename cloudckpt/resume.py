@@ -18,16 +18,33 @@ __all__ = ["capture_rng", "restore_rng"]
 logger = logging.getLogger(__name__)
 
 
+# torch's own names of the devices that have generators; ROCm's devices are called cuda, too.
+_DEVICES = ("cuda", "xpu", "mps")
+
+
 def capture_rng() -> dict[str, object]:
-    """Return the state of python's, NumPy's and torch's generators (CPU and every initialised accelerator)."""
+    """Return the state of python's, NumPy's and torch's generators: the CPU's and every initialised device's."""
     states: dict[str, object] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if "numpy.random" in sys.modules:
         import numpy as np
 
         states["numpy"] = np.random.get_state()  # noqa: NPY002 (the global generator is what programs have used)
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        states["cuda"] = torch.cuda.get_rng_state_all()
+    for name in _DEVICES:
+        if _is_in_use(name):
+            states[name] = _device_states(name)
     return states
+
+
+def _is_in_use(name: str) -> bool:
+    """Tell whether a kind of device is here and this process uses it; asking for states would initialise it."""
+    if name == "mps":
+        return torch.backends.mps.is_available()
+    module = torch.get_device_module(name)
+    return bool(module.is_available() and module.is_initialized())
+
+
+def _device_states(name: str) -> list[torch.Tensor]:
+    return [torch.mps.get_rng_state()] if name == "mps" else list(torch.get_device_module(name).get_rng_state_all())
 
 
 def restore_rng(states: Mapping[str, object]) -> None:
@@ -43,14 +60,19 @@ def restore_rng(states: Mapping[str, object]) -> None:
         np.random.set_state(states["numpy"])  # type: ignore[arg-type]  # noqa: NPY002
     if isinstance(states.get("torch"), torch.Tensor):
         torch.set_rng_state(states["torch"])  # type: ignore[arg-type]
-    _restore_cuda(states.get("cuda"))
+    for name in _DEVICES:
+        saved = states.get(name)
+        if isinstance(saved, list):
+            _restore_devices(name, saved)
 
 
-def _restore_cuda(saved: object) -> None:
-    if not isinstance(saved, list):
-        return
-    present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+def _restore_devices(name: str, saved: list[torch.Tensor]) -> None:
+    module = torch.get_device_module(name)
+    present = module.device_count() if module.is_available() else 0
     for device, state in enumerate(saved[:present]):
-        torch.cuda.set_rng_state(state, device)
+        if name == "mps":
+            torch.mps.set_rng_state(state)
+        else:
+            module.set_rng_state(state, device)
     if len(saved) != present:
-        logger.warning("the checkpoint has the generators of %d CUDA devices and %d are here", len(saved), present)
+        logger.warning("the checkpoint has the generators of %d %s devices; %d are here", len(saved), name, present)

@@ -95,7 +95,7 @@ def test_states_of_devices_that_are_not_here_are_left_out_and_the_log_says_so(
     states["cuda"] = [torch.get_rng_state(), torch.get_rng_state()]
     with caplog.at_level(logging.WARNING, logger="cloudckpt"):
         restore_rng(states)
-    assert "2 CUDA devices and 0 are here" in caplog.text
+    assert "2 cuda devices; 0 are here" in caplog.text
 
 
 @pytest.mark.gpu
