@@ -1,141 +1,151 @@
 """The index: where every piece of every tensor lies, the digests of every shard, and the small values inline.
 
-A pure value with strict decoding: canonical JSON in one zstd frame. Limits are enforced before memory is taken,
-and a decoded index is consistent in itself (FORMAT, "Index"). Names in it are compared, never used as keys.
+    magic | length of the header | header: names, shapes, values, a table of the ranks | one section per rank
+
+A pure value with strict decoding. The header is JSON, read whole; a section holds columns, and is decoded when it is
+asked for, so that a rank of thousands reads what concerns it. Limits are enforced before memory is taken, and a
+decoded section is consistent in itself (FORMAT, "Index"). Names in it are compared, never used as keys.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
-import math
-import random
-from array import array
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import TypeVar
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 
 import msgspec
 import numpy as np
+import xxhash
 import zstandard
 
-from cloudckpt.codec import DTYPES, JsonValue
-from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError, UnsupportedValueError
-from cloudckpt.keys import is_attempt
-from cloudckpt.options import MAX_BLOCK_BYTES
-from cloudckpt.shard import DIGEST_BYTES, block_count
-from cloudckpt.tree import PATH_LIMIT, PathElement
+from cloudckpt.builder import LEVEL, IndexBuilder, Writers
+from cloudckpt.codec import JsonValue
+from cloudckpt.cover import Cover
+from cloudckpt.errors import ManifestError, OptionsError, UnsupportedValueError
+from cloudckpt.header import Header, TensorRecord, header_problems, table_problems
+from cloudckpt.index_v1 import decode_v1
+from cloudckpt.record import (
+    FORMAT_VERSION,
+    INDEX_LIMIT_BYTES,
+    decode_record,
+    decompress,
+    may_decode,
+    shown,
+)
+from cloudckpt.section import ChunkEntry, Section, SectionError, TensorEntry, Tensors
+from cloudckpt.shard import DIGEST_BYTES
+from cloudckpt.tiling import Tiling
+from cloudckpt.tree import PathElement
 
 __all__ = [
     "FORMAT_VERSION",
     "INDEX_LIMIT_BYTES",
+    "BoxPlace",
     "ChunkEntry",
     "Index",
     "ShardEntry",
     "TensorEntry",
-    "decode_record",
 ]
 
-FORMAT_VERSION = 1
+BoxPlace = tuple[tuple[int, ...], tuple[int, ...]]
+"""(offsets, sizes) of a box."""
 
-# 405 billion parameters with Adam on 4,096 ranks stay below a tenth of this; an index that claims more is hostile.
-INDEX_LIMIT_BYTES = 1 << 30
-_DECODED_LIMIT_BYTES = 4 << 30
-# Python objects take up to 24 times the memory of their JSON. Real indexes shrink to a tenth (names that count up: to
-# a thirtieth), so a small object that claims to be a large index is refused before any of it is decoded.
-_SHRINK_LIMIT = 256
-_SHRINK_FREE_BYTES = 16 << 20
-_DIMENSIONS_LIMIT = 64
-_NUMBER_LIMIT = 1 << 53
-_SHOWN = 200
-
-_Record = TypeVar("_Record", bound=msgspec.Struct)
+_MAGIC = b"cloudckpt index\n"
+_LENGTH = struct.Struct("<Q")
+# Up to here everything is checked when an index is decoded, which takes less than a second.
+_CHECKED_PIECES = 100_000
+# And up to here decoded sections are kept; beyond, only those that were asked for one by one.
+_KEPT_PIECES = 1_000_000
 
 
-# gc=False: entries hold no cycles, and a collector that visits 400,000 of them makes decoding five times slower.
-class ChunkEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """One piece: a dense row-major box of a tensor in one shard.
-
-    Attributes:
-        offsets: where the box starts in the tensor.
-        sizes: the box's extent.
-        shard: the shard's place in `Index.shards`.
-        start: the box's first byte in the shard object.
-    """
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    shard: int
-    start: int
-
-
-class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
-    """One tensor: torch's dtype name, its shape, and the pieces that tile it exactly."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    chunks: tuple[ChunkEntry, ...]
-
-    @property
-    def itemsize_bytes(self) -> int:
-        """Bytes per element."""
-        return DTYPES[self.dtype].itemsize
-
-
-class ShardEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
-    """One shard: the rank and number that its key is derived from, its size, and its block digests in base64."""
+class ShardEntry(msgspec.Struct, frozen=True, gc=False):
+    """One shard: what its key is derived from, its size, and its digests, 8 bytes per block."""
 
     rank: int
     number: int
+    attempt: str
     size_bytes: int
-    digests: str
-
-    def digest_bytes(self) -> bytes:
-        """Return the digests, 8 bytes per block."""
-        return base64.b64decode(self.digests, validate=True)
+    digests: bytes
 
 
-class Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What one attempt wrote.
+class Index:
+    """What one save wrote.
 
     Attributes:
-        format_version: of this schema.
         attempt: the attempt that wrote it.
         block_bytes: bytes per digest, in all its shards.
-        tensors: name → where its pieces lie.
+        tensors: name → dtype and shape.
         values: name → value in the codec's JSON.
         paths: name → path in the nested state that it came from.
-        shards: all shards, in the order that chunks refer to.
+        ranks: the ranks that wrote something, ascending.
+        piece_count: pieces of all tensors together.
+        shard_count: shards of all ranks together.
+        total_bytes: bytes of all shards.
     """
 
-    format_version: int
-    attempt: str
-    block_bytes: int
-    tensors: dict[str, TensorEntry]
-    values: dict[str, JsonValue]
-    paths: dict[str, list[PathElement]]
-    shards: tuple[ShardEntry, ...]
+    def __init__(self, header: Header, frames: Sequence[bytes | memoryview], *, key: str) -> None:
+        """Use `Index.of` or `Index.decode`; the header must be without `header_problems`."""
+        self._header = header
+        self._records = {record.rank: record for record in header.ranks}
+        self._frames = dict(zip(self._records, frames, strict=True))
+        self._sections: dict[int, Section] = {}
+        self._shards: dict[int, dict[int, ShardEntry]] = {}
+        self._is_checked = False
+        self._key = key
+        self._names = list(header.tensors)
+        self.tensors = {name: TensorEntry(tensor.dtype, tensor.shape) for name, tensor in header.tensors.items()}
+        self._columns = Tensors(list(self.tensors.values()))
+        self.attempt = header.attempt
+        self.block_bytes = header.block_bytes
+        self.values = header.values
+        self.paths = header.paths
+        self.ranks = tuple(self._records)
+        self.piece_count = sum(record.piece_count for record in header.ranks)
+        self.shard_count = sum(record.shard_count for record in header.ranks)
+        self.total_bytes = sum(record.stored_bytes for record in header.ranks)
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        attempt: str,
+        block_bytes: int,
+        tensors: Mapping[str, TensorEntry],
+        values: Mapping[str, JsonValue],
+        paths: Mapping[str, list[PathElement]],
+        sections: Iterable[Section],
+        key: str = "",
+    ) -> Index:
+        """Return an index of what ranks wrote."""
+        builder = IndexBuilder(attempt=attempt, block_bytes=block_bytes)
+        builder.tensors.update(tensors)
+        for section in sections:
+            builder.add(section)
+        return cls(*builder.finish(values, paths), key=key)
+
+    # -- bytes ---------------------------------------------------------------------------------------------------
 
     def encode(self) -> bytes:
-        """Return the object's bytes: canonical JSON in one zstd frame that states its size.
+        """Return the object's bytes.
 
         Raises:
             OptionsError: it would be larger than a reader accepts.
             UnsupportedValueError: a name is no Unicode text.
         """
         try:
-            text = msgspec.json.encode(self)
+            text = msgspec.json.encode(self._header)
         except UnicodeEncodeError as exc:
             raise UnsupportedValueError(
-                f"{_shown(exc.object)} has lone surrogates, which JSON cannot hold; rename that entry of the state",
+                f"{shown(exc.object)} has lone surrogates, which JSON cannot hold; rename that entry of the state",
                 key=exc.object,
                 type_name="str",
             ) from exc
-        data = zstandard.ZstdCompressor(level=3).compress(text)
-        if not _may_decode(len(data), len(text)):
+        head = zstandard.ZstdCompressor(level=LEVEL).compress(text)
+        data = b"".join((_MAGIC, _LENGTH.pack(len(head)), head, *self._frames.values()))
+        decoded_bytes = len(text) + sum(record.decoded_bytes for record in self._header.ranks)
+        if not may_decode(len(head), len(text)) or not may_decode(len(data), decoded_bytes):
             raise OptionsError(
-                f"the index has {len(text)} bytes ({len(data)} compressed), more than a reader accepts; save long "
+                f"the index has {decoded_bytes} bytes ({len(data)} compressed), more than a reader accepts; save long "
                 "lists of numbers as tensors, or lay the state out in fewer, larger pieces"
             )
         return data
@@ -144,204 +154,230 @@ class Index(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def decode(cls, data: bytes, *, key: str) -> Index:
         """Read an index back; `key` names it in errors.
 
+        The header is checked, and a section when it is decoded. An index of a usual size is checked whole.
+
         Raises:
-            ManifestError: not an index of this version, larger than the limits, or inconsistent in itself.
+            ManifestError: not an index of a known version, larger than the limits, or inconsistent in itself.
         """
-        index = decode_record(_decompress(data, key), cls, key=key)
+        if not data.startswith(_MAGIC):
+            return cls._decode_v1(data, key)
+        at = len(_MAGIC) + _LENGTH.size
+        (size_bytes,) = _LENGTH.unpack(data[len(_MAGIC) : at]) if len(data) >= at else (len(data),)
+        if size_bytes > len(data) - at:
+            raise _inconsistent(key, f"its header would have {size_bytes} bytes")
+        text = decompress(memoryview(data)[at : at + size_bytes], key=key)
+        header = decode_record(text, Header, key=key)
+        if header.format_version != FORMAT_VERSION:
+            raise ManifestError(
+                f"{key} has not the form of version {header.format_version}; restore an older step", key=key
+            )
+        _refuse(header_problems(header), key)
+        _refuse(table_problems(header.ranks, len(data) - at - size_bytes, len(data), len(text)), key)
+        places = np.cumsum([at + size_bytes, *(record.size_bytes for record in header.ranks)]).tolist()
+        index = cls(header, [memoryview(data)[start:stop] for start, stop in pairwise(places)], key=key)
+        if index.piece_count < _CHECKED_PIECES:
+            index.check(key=key)
+        return index
+
+    @classmethod
+    def _decode_v1(cls, data: bytes, key: str) -> Index:
+        old = decode_v1(data, key=key)
+        bare = Header(
+            format_version=FORMAT_VERSION,
+            attempt=old.attempt,
+            block_bytes=old.block_bytes,
+            tensors={name: TensorRecord(tensor.dtype, tensor.shape, -1) for name, tensor in old.tensors.items()},
+            values=old.values,
+            paths=old.paths,
+            ranks=[],
+        )
+        _refuse(header_problems(bare), key)
+        _refuse(old.problems(), key)
+        index = cls.of(
+            attempt=old.attempt,
+            block_bytes=old.block_bytes,
+            tensors=old.entries(),
+            values=old.values,
+            paths=old.paths,
+            sections=old.sections(),
+            key=key,
+        )
         index.check(key=key)
         return index
+
+    # -- consistency -----------------------------------------------------------------------------------------------
 
     def check(self, *, key: str) -> None:
         """Raise `ManifestError` unless every piece lies inside its shard and the pieces tile their tensors.
 
-        Takes time in proportion to the pieces, however they lie.
+        Decodes every section; takes time in proportion to the pieces, however they lie.
         """
-        for problem in self._problems():
-            raise ManifestError(f"index {key} is inconsistent: {problem}; restore an older step", key=key)
+        self._key = key
+        _refuse(self.problems(), key)
+        self._is_checked = True
 
-    def _problems(self) -> Iterator[str]:
-        if not is_attempt(self.attempt):
-            yield f"attempt {_shown(self.attempt)} is no attempt id"
-        if not 0 < self.block_bytes <= MAX_BLOCK_BYTES:
-            yield f"block_bytes is {self.block_bytes}"
-            return
-        places: set[tuple[int, int]] = set()
-        for shard in self.shards:
-            yield from _shard_problems(shard, self.block_bytes, places)
-        check = _TensorCheck(self.shards)
-        for name, tensor in self.tensors.items():
-            yield from check.problems(name, tensor)
-        yield from check.overlaps()
-        for name in self.tensors.keys() & self.values.keys():
-            yield f"{_shown(name)} is both a tensor and a value"
-        for name, path in self.paths.items():
-            if not 0 < len(path) <= PATH_LIMIT:
-                yield f"the path of {_shown(name)} has {len(path)} steps"
+    def problems(self) -> Iterator[str]:
+        """Yield what is wrong, beyond what a section alone tells, for which `ManifestError` is raised."""
+        yield from header_problems(self._header)
+        tiling, writers = Tiling(self._columns.shapes), Writers()
+        writers.grow(len(self._columns))
+        for section in self._each_section():
+            tiling.add(section.tensor, section.offsets, section.sizes)
+            writers.see(section)
+        for number in tiling.untiled().tolist():
+            yield f"tensor {shown(self._names[number])} is not tiled by its pieces"
+        claimed = [tensor.writer for tensor in self._header.tensors.values()]
+        for number in np.flatnonzero(writers.found != claimed).tolist():
+            yield f"tensor {shown(self._names[number])} was not all written by rank {claimed[number]} alone"
 
+    # -- content ---------------------------------------------------------------------------------------------------
 
-class _Version(msgspec.Struct):
-    """The only field that every version of every record has."""
+    def section(self, rank: int) -> Section:
+        """Return what a rank wrote, decoded once and checked.
 
-    format_version: int
+        Raises:
+            ManifestError: it is not what the header says, or inconsistent in itself.
+        """
+        if rank not in self._sections:
+            self._sections[rank] = self._decoded(rank)
+        return self._sections[rank]
 
+    def shard(self, rank: int, number: int) -> ShardEntry:
+        """Return one shard; `number` must be one that a piece names."""
+        section = self.section(rank)
+        if rank not in self._shards:
+            self._shards[rank] = {shard.number: shard for shard in _shards_of(section, self.block_bytes)}
+        return self._shards[rank][number]
 
-def decode_record(data: bytes, schema: type[_Record], *, key: str) -> _Record:
-    """Decode the JSON of an index, a manifest or a claim, if this library knows its version.
+    def shards(self) -> Iterator[ShardEntry]:
+        """Yield all shards, by rank and number."""
+        for section in self._each_section():
+            yield from _shards_of(section, self.block_bytes)
 
-    Raises:
-        FormatVersionError: a newer library wrote it.
-        ManifestError: it is no JSON of that schema, or says something twice.
-    """
-    try:
-        version = msgspec.json.decode(data, type=_Version).format_version
-        if version > FORMAT_VERSION:
-            raise FormatVersionError(
-                f"{key} has format version {version}, and this cloudckpt reads versions up to {FORMAT_VERSION}; "
-                "upgrade cloudckpt to read it",
-                key=key,
-            )
-        record = msgspec.json.decode(data, type=schema)
-        _refuse_double_names(data, msgspec.json.encode(record), key)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise ManifestError(f"{key} cannot be decoded ({_shown(exc)}); restore an older step", key=key) from exc
-    if version < 1:
-        raise ManifestError(f"{key} has format version {version}; restore an older step", key=key)
-    return record
+    def piece_counts(self) -> dict[str, int]:
+        """Return how many pieces each tensor has."""
+        counts = np.zeros(len(self._columns), dtype=np.int64)
+        for section in self._each_section():
+            counts += np.bincount(section.tensor, minlength=len(counts))
+        return dict(zip(self._names, counts.tolist(), strict=True))
 
+    def pieces(self, name: str) -> list[ChunkEntry]:
+        """Return the pieces of one tensor."""
+        number = self._names.index(name)
+        writer = self._header.tensors[name].writer
+        sections = [self.section(writer)] if writer >= 0 else self._each_section()
+        return [
+            chunk
+            for section in sections
+            for _, chunk in section.chunks(np.flatnonzero(section.tensor == number), self._columns)
+        ]
 
-def _refuse_double_names(data: bytes, canonical: bytes, key: str) -> None:
-    """Refuse an object with a name twice, of which one reader takes the first and another the last.
+    def all_pieces(self) -> dict[str, list[ChunkEntry]]:
+        """Return the pieces of every tensor, by name, and check them first; an object per piece."""
+        if not self._is_checked:
+            self.check(key=self._key)
+        found: list[list[ChunkEntry]] = [[] for _ in self._names]
+        for section in self._each_section():
+            for number, chunk in section.chunks(np.arange(len(section)), self._columns):
+                found[number].append(chunk)
+        return dict(zip(self._names, found, strict=True))
 
-    What encodes to the same bytes again has none; only other text, such as an indented manifest, is searched.
-    """
+    def covering(
+        self, wanted: Mapping[str, Sequence[BoxPlace]], *, near: int | None = None
+    ) -> dict[str, list[ChunkEntry]]:
+        """Return the pieces that overlap wanted boxes, by the name of their tensor.
 
-    def refuse(pairs: list[tuple[str, object]]) -> None:
-        if len({name for name, _ in pairs}) != len(pairs):
-            raise ManifestError(f"{key} has a name twice in one object; restore an older step", key=key)
+        Decodes the section of rank `near` first, then those of ranks that wrote a missing tensor alone, and all
+        others only if something is still missing.
 
-    if data != canonical:
-        json.loads(data, object_pairs_hook=refuse)
+        Args:
+            wanted: name → boxes of that tensor.
+            near: the rank whose section holds most of it: on the topology of the save, the caller's own.
 
+        Raises:
+            OptionsError: a wanted box is not inside a tensor of the index.
+            ManifestError: the pieces found do not cover a wanted box exactly once.
+        """
+        numbers = {name: number for number, name in enumerate(self._names)}
+        for name, parts in wanted.items():
+            if name not in numbers or not all(_is_inside(box, self.tensors[name].shape) for box in parts):
+                raise OptionsError(f"{shown(name)} is no tensor of the checkpoint, or a wanted part is not inside it")
+        boxes = [(numbers[name], *box) for name, parts in wanted.items() for box in parts]
+        cover = Cover(self._columns, boxes)
+        for section in self._likely_first(cover, near):
+            cover.take(section)
+        for place in cover.uncovered():
+            name = self._names[boxes[place][0]]
+            raise _inconsistent(self._key, f"a part of tensor {shown(name)} is not tiled by its pieces")
+        found: dict[str, list[ChunkEntry]] = {name: [] for name in wanted}
+        for number, chunk in cover.chunks():
+            found[self._names[number]].append(chunk)
+        return found
 
-def _shown(value: object) -> str:
-    """Return `repr(value)` for a message, where foreign text has neither control characters nor megabytes."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-
-
-def _may_decode(size_bytes: int, decoded_bytes: int) -> bool:
-    """Tell whether a reader takes an index of this size that decodes to that size."""
-    limit_bytes = min(_DECODED_LIMIT_BYTES, max(_SHRINK_FREE_BYTES, _SHRINK_LIMIT * size_bytes))
-    return size_bytes <= INDEX_LIMIT_BYTES and 0 <= decoded_bytes <= limit_bytes
-
-
-def _decompress(data: bytes, key: str) -> bytes:
-    try:
-        size = zstandard.frame_content_size(data)
-        if not _may_decode(len(data), size):
-            raise ManifestError(
-                f"index {key} has {len(data)} bytes and states {size} decoded bytes, more than is read; "
-                "restore an older step",
-                key=key,
-            )
-        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
-    except zstandard.ZstdError as exc:
-        raise ManifestError(f"index {key} is no zstd frame ({exc}); restore an older step", key=key) from exc
-
-
-def _shard_problems(shard: ShardEntry, block_bytes: int, places: set[tuple[int, int]]) -> Iterator[str]:
-    place = (shard.rank, shard.number)
-    if place in places or not 0 <= min(place) <= max(place) < _NUMBER_LIMIT:
-        yield f"shard {place} is listed twice or cannot have that number"
-    places.add(place)
-    if not 8 < shard.size_bytes < _NUMBER_LIMIT:
-        yield f"shard {place} has {shard.size_bytes} bytes"
-        return
-    try:
-        digests = shard.digest_bytes()
-    except (binascii.Error, ValueError):
-        yield f"shard {place} has digests that are not base64"
-        return
-    if len(digests) != DIGEST_BYTES * block_count(shard.size_bytes, block_bytes):
-        yield f"shard {place} has {len(digests)} bytes of digests for {shard.size_bytes} bytes"
-
-
-class _TensorCheck:
-    """Look at one tensor after the other; remember what their pieces take of the shards."""
-
-    def __init__(self, shards: Sequence[ShardEntry]) -> None:
-        self._shards = shards
-        self._extents = array("q")  # shard, start and stop of each piece
-        chance = random.Random()  # a generator of its own: the global one belongs to the training
-        self._weights = [defaultdict[int, int](lambda: chance.getrandbits(64)) for _ in range(_DIMENSIONS_LIMIT)]
-
-    def problems(self, name: str, tensor: TensorEntry) -> Iterator[str]:
-        """Yield what is wrong with a tensor by itself."""
-        if tensor.dtype not in DTYPES:
-            yield f"tensor {_shown(name)} has dtype {_shown(tensor.dtype)}, which this PyTorch does not know"
-            return
-        item_bytes = tensor.itemsize_bytes
-        if not _is_shape(tensor.shape, item_bytes):
-            yield f"tensor {_shown(name)} has shape {_shown(tensor.shape)}"
-            return
-        for chunk in tensor.chunks:
-            if not (_is_inside(chunk, tensor.shape) and self._is_stored(chunk, item_bytes)):
-                yield f"tensor {_shown(name)} has a piece {_shown(chunk)} that leaves the tensor or its shard"
+    def _likely_first(self, cover: Cover, near: int | None) -> Iterator[Section]:
+        """Yield sections, those first that are likely to hold what is wanted, until nothing is missing."""
+        tried = set() if near is None else {near} & self._records.keys()
+        yield from (self.section(rank) for rank in tried if not cover.is_complete())
+        tensors = list(self._header.tensors.values())
+        alone = {tensors[number].writer for number in cover.missing_tensors().tolist()} - {-1} - tried
+        yield from (self.section(rank) for rank in sorted(alone) if not cover.is_complete())
+        for rank in self.ranks:
+            if cover.is_complete():
                 return
-        if not self._tiles(tensor):
-            yield f"tensor {_shown(name)} is not tiled by its pieces"
+            if rank not in tried | alone:
+                yield self._kept(rank)
 
-    def overlaps(self) -> Iterator[str]:
-        """Yield where two pieces, of all tensors together, claim the same byte of a shard."""
-        table = np.asarray(self._extents, dtype=np.int64).reshape(-1, 3)
-        table = table[np.lexsort((table[:, 1], table[:, 0]))]
-        before, after = table[:-1], table[1:]
-        is_twice = (before[:, 0] == after[:, 0]) & (after[:, 1] < before[:, 2])
-        if is_twice.any():
-            place, start, _ = after[np.argmax(is_twice)].tolist()
-            shard = self._shards[place]
-            yield f"two pieces share byte {start} of shard {(shard.rank, shard.number)}"
+    def _each_section(self) -> Iterator[Section]:
+        return map(self._kept, self.ranks)
 
-    def _is_stored(self, chunk: ChunkEntry, item_bytes: int) -> bool:
-        if not 0 <= chunk.shard < len(self._shards) or chunk.start < 8:
-            return False
-        stop = chunk.start + math.prod(chunk.sizes) * item_bytes
-        if stop > self._shards[chunk.shard].size_bytes:
-            return False
-        if stop > chunk.start:
-            self._extents.extend((chunk.shard, chunk.start, stop))
-        return True
+    def _kept(self, rank: int) -> Section:
+        """Return a section, to be decoded again the next time if all of them together are large."""
+        if rank in self._sections or self.piece_count <= _KEPT_PIECES:
+            return self.section(rank)
+        return self._decoded(rank)
 
-    def _tiles(self, tensor: TensorEntry) -> bool:
-        """Tell whether the pieces cover every element exactly once.
-
-        Each coordinate of each axis has a random weight, and a box the product over its axes of (weight of its stop
-        - weight of its start). Where boxes meet the weights cancel: boxes that tile the tensor always add up to the
-        product of the whole. Any others differ from it as polynomials in the weights, so they add up to it by chance
-        only, once in 2**58 tries; and whoever wrote the index could not know the weights. Comparing boxes with each
-        other instead takes hours for a tensor of many columns.
-        """
-        covered = sum(self._measure(chunk.offsets, chunk.sizes) for chunk in tensor.chunks)
-        return covered == self._measure((0,) * len(tensor.shape), tensor.shape)
-
-    def _measure(self, offsets: Sequence[int], sizes: Sequence[int]) -> int:
-        product = 1
-        for weights, start, size in zip(self._weights, offsets, sizes, strict=False):
-            product *= weights[start + size] - weights[start]
-        return product
+    def _decoded(self, rank: int) -> Section:
+        record, frame = self._records[rank], self._frames[rank]
+        if xxhash.xxh3_64_hexdigest(frame) != record.digest:
+            raise _inconsistent(self._key, f"the section of rank {rank} has not the digest that its header says")
+        data = decompress(frame, key=self._key)
+        if len(data) != record.decoded_bytes:
+            raise _inconsistent(self._key, f"the section of rank {rank} has not the size that its header says")
+        try:
+            section = Section.decode(
+                data,
+                self._columns,
+                rank=rank,
+                attempt=record.attempt or self.attempt,
+                counts=(record.shard_count, record.piece_count),
+                block_bytes=self.block_bytes,
+            )
+        except SectionError as exc:
+            raise _inconsistent(self._key, f"the section of rank {rank} cannot be decoded: {exc}") from exc
+        _refuse(section.problems(self._names, self._columns, self.block_bytes), self._key)
+        if int(section.shard_sizes.sum()) != record.stored_bytes:
+            raise _inconsistent(self._key, f"the shards of rank {rank} have not {record.stored_bytes} bytes together")
+        return section
 
 
-def _is_shape(shape: Sequence[int], item_bytes: int) -> bool:
-    """Tell whether a tensor can have this shape; an empty one also has strides, which must fit 64 bits."""
-    if len(shape) > _DIMENSIONS_LIMIT or any(size < 0 for size in shape):
+def _shards_of(section: Section, block_bytes: int) -> Iterator[ShardEntry]:
+    stops = (np.cumsum(section.block_counts(block_bytes)) * DIGEST_BYTES).tolist()
+    places = zip(section.numbers.tolist(), section.shard_sizes.tolist(), [0, *stops[:-1]], stops, strict=False)
+    for number, size_bytes, first, stop in places:
+        yield ShardEntry(section.rank, number, section.attempt, size_bytes, section.digests[first:stop])
+
+
+def _inconsistent(key: str, problem: str) -> ManifestError:
+    return ManifestError(f"index {key} is inconsistent: {problem}; restore an older step", key=key)
+
+
+def _refuse(problems: Iterable[str], key: str) -> None:
+    for problem in problems:
+        raise _inconsistent(key, problem)
+
+
+def _is_inside(box: BoxPlace, shape: Sequence[int]) -> bool:
+    offsets, sizes = box
+    if not len(offsets) == len(sizes) == len(shape):
         return False
-    return math.prod(max(size, 1) for size in shape) * item_bytes < _NUMBER_LIMIT
-
-
-def _is_inside(chunk: ChunkEntry, shape: Sequence[int]) -> bool:
-    if not len(chunk.offsets) == len(chunk.sizes) == len(shape):
-        return False
-    for offset, size, extent in zip(chunk.offsets, chunk.sizes, shape, strict=True):
-        if offset < 0 or size < 0 or offset + size > extent:
-            return False
-    return True
+    return all(min(at, size) >= 0 and at + size <= extent for at, size, extent in zip(*box, shape, strict=True))

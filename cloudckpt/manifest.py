@@ -20,8 +20,8 @@ from cloudckpt import codec
 from cloudckpt.codec import JsonValue
 from cloudckpt.codec.walk import is_text
 from cloudckpt.errors import ManifestError, OptionsError
-from cloudckpt.index import decode_record
 from cloudckpt.keys import is_attempt
+from cloudckpt.record import decode_record
 
 __all__ = [
     "MANIFEST_LIMIT_BYTES",

@@ -445,8 +445,14 @@ def test_a_claim_comes_back_as_it_was(resumed_from: tuple[int, int] | None) -> N
     assert decode_claim(claim.encode(), key="epochs/0000000003.json") == claim
 
 
+def test_a_claim_of_version_1_is_read() -> None:
+    claim = msgspec.structs.replace(CLAIM, format_version=1)
+
+    assert decode_claim(claim.encode(), key="epochs/0000000003.json") == claim
+
+
 def test_a_newer_claim_says_to_upgrade() -> None:
-    data = json.dumps({**json.loads(CLAIM.encode()), "format_version": 2, "lease_s": 60}).encode()
+    data = json.dumps({**json.loads(CLAIM.encode()), "format_version": FORMAT_VERSION + 1, "lease_s": 60}).encode()
 
     with pytest.raises(FormatVersionError, match="upgrade cloudckpt to read it"):
         decode_claim(data, key="epochs/0000000003.json")

@@ -1,0 +1,114 @@
+"""Read the JSON records of a store strictly: known versions, known fields, no name twice, limits before memory.
+
+What an index, a manifest and a claim have in common. Pure functions over bytes; `key` names the object in errors.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TypeVar
+
+import msgspec
+import zstandard
+
+from cloudckpt.errors import FormatVersionError, ManifestError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX_LIMIT_BYTES",
+    "NUMBER_LIMIT",
+    "decode_record",
+    "decompress",
+    "may_decode",
+    "shown",
+]
+
+FORMAT_VERSION = 2
+
+# Every count, size and coordinate is below this: exact in any JSON reader, and sums of a few fit 64 bits.
+NUMBER_LIMIT = 1 << 53
+# 405 billion parameters with Adam on 4,096 ranks stay far below this; an index that claims more is hostile.
+INDEX_LIMIT_BYTES = 1 << 30
+_DECODED_LIMIT_BYTES = 4 << 30
+# Python objects take up to 24 times the memory of their JSON. Real indexes shrink to a tenth (names that count up: to
+# a thirtieth), so a small object that claims to be a large index is refused before any of it is decoded.
+_SHRINK_LIMIT = 256
+_SHRINK_FREE_BYTES = 16 << 20
+_SHOWN = 200
+
+_Record = TypeVar("_Record", bound=msgspec.Struct)
+
+
+class _Version(msgspec.Struct):
+    """The only field that every version of every record has."""
+
+    format_version: int
+
+
+def decode_record(data: bytes, schema: type[_Record], *, key: str) -> _Record:
+    """Decode the JSON of an index, a manifest or a claim, if this library knows its version.
+
+    Raises:
+        FormatVersionError: a newer library wrote it.
+        ManifestError: it is no JSON of that schema, or says something twice.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Version).format_version
+        if version > FORMAT_VERSION:
+            raise FormatVersionError(
+                f"{key} has format version {version}, and this cloudckpt reads versions up to {FORMAT_VERSION}; "
+                "upgrade cloudckpt to read it",
+                key=key,
+            )
+        record = msgspec.json.decode(data, type=schema)
+        _refuse_double_names(data, msgspec.json.encode(record), key)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise ManifestError(f"{key} cannot be decoded ({shown(exc)}); restore an older step", key=key) from exc
+    if version < 1:
+        raise ManifestError(f"{key} has format version {version}; restore an older step", key=key)
+    return record
+
+
+def _refuse_double_names(data: bytes, canonical: bytes, key: str) -> None:
+    """Refuse an object with a name twice, of which one reader takes the first and another the last.
+
+    What encodes to the same bytes again has none; only other text, such as an indented manifest, is searched.
+    """
+
+    def refuse(pairs: list[tuple[str, object]]) -> None:
+        if len({name for name, _ in pairs}) != len(pairs):
+            raise ManifestError(f"{key} has a name twice in one object; restore an older step", key=key)
+
+    if data != canonical:
+        json.loads(data, object_pairs_hook=refuse)
+
+
+def shown(value: object) -> str:
+    """Return `repr(value)` for a message, where foreign text has neither control characters nor megabytes."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def may_decode(size_bytes: int, decoded_bytes: int) -> bool:
+    """Tell whether a reader takes an index of this size that decodes to that size."""
+    limit_bytes = min(_DECODED_LIMIT_BYTES, max(_SHRINK_FREE_BYTES, _SHRINK_LIMIT * size_bytes))
+    return size_bytes <= INDEX_LIMIT_BYTES and 0 <= decoded_bytes <= limit_bytes
+
+
+def decompress(data: bytes | memoryview, *, key: str) -> bytes:
+    """Return what one zstd frame of an index holds, if the frame states a size that is plausible for it.
+
+    Raises:
+        ManifestError: it is no such frame, or more follows it.
+    """
+    try:
+        size = zstandard.frame_content_size(data)
+        if not may_decode(len(data), size):
+            raise ManifestError(
+                f"index {key} has {len(data)} bytes and states {size} decoded bytes, more than is read; "
+                "restore an older step",
+                key=key,
+            )
+        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError as exc:
+        raise ManifestError(f"index {key} is no zstd frame ({exc}); restore an older step", key=key) from exc
