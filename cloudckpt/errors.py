@@ -24,6 +24,8 @@ CloudCkptError
 │   └── ManifestError
 │       └── FormatVersionError                      a newer cloudckpt wrote it: upgrade
 ├── UnsupportedValueError (TypeError)               a value that the codec refuses
+├── RankLostError                                   other ranks died, hang or never came: restart the job
+├── StalledError                                    a transfer of this rank stands still
 └── SaveFailedError                                 nothing was committed
 ```
 
@@ -33,7 +35,7 @@ errors cross process borders in `torch.distributed` gathers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
     "AccessDeniedError",
@@ -54,8 +56,10 @@ __all__ = [
     "ObjectExistsError",
     "ObjectNotFoundError",
     "OptionsError",
+    "RankLostError",
     "RetryExhaustedError",
     "SaveFailedError",
+    "StalledError",
     "StateMismatchError",
     "StorageError",
     "TransientError",
@@ -228,6 +232,34 @@ class SaveFailedError(CloudCkptError):
     def __init__(self, message: str, *, failures: Mapping[int, BaseException] | None = None) -> None:
         super().__init__(message)
         self.failures = dict(failures or {})
+
+
+class RankLostError(CloudCkptError):
+    """Other ranks of this save or restore died, hang, gave up or never came.
+
+    Attributes:
+        ranks: which.
+        phase: what was going on.
+    """
+
+    def __init__(self, message: str, *, ranks: Iterable[int] = (), phase: str = "") -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+        self.phase = phase
+
+
+class StalledError(CloudCkptError):
+    """A transfer of this rank stood still until the deadline; its request was left to itself.
+
+    Attributes:
+        key: the object in transfer.
+        still_s: seconds without a finished request.
+    """
+
+    def __init__(self, message: str, *, key: str = "", still_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.key = key
+        self.still_s = still_s
 
 
 def is_transient(error: BaseException) -> bool:

@@ -49,6 +49,8 @@ TREE = {
     "ManifestError": "IntegrityError",
     "FormatVersionError": "ManifestError",
     "UnsupportedValueError": "CloudCkptError TypeError",
+    "RankLostError": "CloudCkptError",
+    "StalledError": "CloudCkptError",
     "SaveFailedError": "CloudCkptError",
 }
 """Error → its bases. A handler somewhere relies on every line: add, never change."""
@@ -59,6 +61,8 @@ FACTS: dict[str, dict[str, Any]] = {
     "StorageError": STORAGE_FACTS,
     "IntegrityError": {"key": "manifest.json"},
     "UnsupportedValueError": {"key": "scheduler.f", "type_name": "function"},
+    "RankLostError": {"ranks": (1, 2), "phase": "commit"},
+    "StalledError": {"key": "step-1/a.safetensors", "still_s": 1.5},
 }
 """Attributes by the error that introduces them; those below inherit them."""
 

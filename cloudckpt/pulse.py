@@ -1,0 +1,389 @@
+"""Tell who of the ranks is alive, gets on, or has gone, while they work on one save or restore together.
+
+    every rank, each period     own record ──set──▶ store          (session, beat, ticks, phase, is it waiting)
+    rank 0, each period         all records ──▶ who is late ──▶ verdict ──set──▶ store
+    other ranks, each period    verdict ──get──▶ raise what it says; a verdict that stands still: rank 0 is late
+
+Records go through the key-value store that the process group was made with, over a connection of its own, from a
+thread that lives as long as a session: so a rank that waits in a collective, or is stopped in one, is seen all the
+same, and nothing is sent while nobody saves. Two requests per rank and period. A rank is late when its record, or its
+progress while it is not waiting itself, stands still for the deadline (FORMAT invariant 13).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Protocol
+
+import msgspec
+
+from cloudckpt.errors import RankLostError
+
+__all__ = ["KeyValueStore", "Pulse"]
+
+logger = logging.getLogger(__name__)
+
+_SHORTEST_PERIOD_S = 0.05
+_LONGEST_PERIOD_S = 1.0
+_PERIODS_PER_DEADLINE = 20
+_LINGER_S = 2.0
+_ROOM = "cloudckpt/ranks"
+_ANNOUNCED = f"{_ROOM}/announced"
+
+
+class KeyValueStore(Protocol):
+    """What is used of a c10d store."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Put a value."""
+
+    def get(self, key: str, /) -> bytes:
+        """Return a value; waits for the key."""
+
+    def multi_get(self, keys: list[str], /) -> list[bytes]:
+        """Return several values; waits for the keys."""
+
+    def multi_set(self, keys: list[str], values: list[str], /) -> None:
+        """Put several values."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Tell whether all keys are there."""
+
+    def add(self, key: str, amount: int, /) -> int:
+        """Add to a number, and return it."""
+
+
+class _Record(msgspec.Struct, array_like=True):
+    """What a rank says of itself."""
+
+    session: int = 0
+    beat: int = 0
+    ticks: int = 0
+    phase: str = "before its first save or restore"
+    is_waiting: bool = False
+    left: str = ""
+    lost: list[int] = []
+    has_read: bool = False
+
+
+class _Verdict(msgspec.Struct, array_like=True):
+    """What rank 0 says of all."""
+
+    session: int = 0
+    beat: int = 0
+    is_complete: bool = False
+    ranks: list[int] = []
+    phase: str = ""
+    reason: str = ""
+
+
+class _Seen:
+    """When a rank's record last changed, and its progress."""
+
+    def __init__(self, now_s: float) -> None:
+        self.record = _Record()
+        self.beat_s = self.ticks_s = now_s
+
+    def note(self, record: _Record, now_s: float) -> None:
+        before, self.record = self.record, record
+        if record != before:
+            self.beat_s = now_s
+        # What a rank waits for is others' progress; what it was before it came is no lack of its own.
+        if record.is_waiting or (record.session, record.ticks, record.phase) != (
+            before.session,
+            before.ticks,
+            before.phase,
+        ):
+            self.ticks_s = now_s
+
+    def still_s(self, now_s: float) -> float:
+        """Return for how long nothing was heard from the rank, or nothing got on there."""
+        return now_s - min(self.beat_s, self.ticks_s)
+
+
+class Pulse:
+    """The presence of one rank, and what it knows of the others.
+
+    Entered by the rank's own threads (`tick`, `enter`, `fault`) and by the thread of the session.
+    """
+
+    def __init__(
+        self,
+        store: KeyValueStore,
+        *,
+        rank: int,
+        size: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Speak for `rank` of `size`, once they have met."""
+        self._store = store
+        self._rank = rank
+        self._size = size
+        self._name = _ROOM
+        self._clock = clock
+        self._mine = _Record()
+        self._verdict = _Verdict()
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._deadline_s = 0.0
+        self._fault: RankLostError | None = None
+        self._is_deciding = False
+        self._ending = threading.Event()
+        self._answered_s = 0.0
+        self._verdict_s = 0.0
+        self._seen: list[_Seen] = []
+
+    # -- meeting -------------------------------------------------------------------------------------------
+
+    def meet(self, phase: str, *, after: int, deadline_s: float) -> int:
+        """Begin the first session with all ranks; return the number of their meeting.
+
+        Rank 0 opens a room of its own (keys below a new number) and announces it; the others look for the newest
+        one, because a store may remember rooms of processes that are gone.
+
+        Args:
+            phase: what the ranks meet for.
+            after: the meeting that ended, 0 for none.
+            deadline_s: how long to wait for a rank.
+
+        Raises:
+            RankLostError: a rank did not come.
+        """
+        self._deadline_s, self._answered_s = deadline_s, self._clock()
+        stop_s = self._clock() + deadline_s
+        number = self._open_room() if self._rank == 0 else 0
+        while not (self._thread is not None and self.is_complete()):
+            announced = number if self._rank == 0 else self._announced()
+            if announced > max(after, number) or (announced == number > 0 and self._thread is None):
+                self.end()
+                number, self._name = announced, f"{_ROOM}/{announced}"
+                self.begin(1, phase, deadline_s=deadline_s)
+            self._refuse_late(number, stop_s)
+            time.sleep(_SHORTEST_PERIOD_S / 10)
+        return number
+
+    def _open_room(self) -> int:
+        """Make the records of all ranks, so that nobody waits for a key, and announce them."""
+        number = int(self._store.add(f"{_ROOM}/count", 1))
+        name, empty = f"{_ROOM}/{number}", _text(_Record())
+        keys = [f"{name}/{rank}" for rank in range(self._size)]
+        self._store.multi_set([*keys, f"{name}/verdict"], [empty] * self._size + [_text(_Verdict())])
+        self._store.set(_ANNOUNCED, str(number))
+        return number
+
+    def _announced(self) -> int:
+        number = int(self._store.get(_ANNOUNCED)) if self._store.check([_ANNOUNCED]) else 0
+        self._answered_s = self._clock()
+        return number
+
+    def _refuse_late(self, number: int, stop_s: float) -> None:
+        if number == 0 and self._clock() > stop_s:
+            raise self._lost([0], f"rank 0 has not come within {self._deadline_s:.1f} s")
+        if self._fault is not None:
+            raise self._fault
+
+    def _key(self, rank: int) -> str:
+        return f"{self._name}/{rank}"
+
+    # -- one session ---------------------------------------------------------------------------------------
+
+    def begin(self, session: int, phase: str, *, deadline_s: float) -> None:
+        """Begin to speak and to listen."""
+        now_s = self._clock()
+        self._deadline_s = deadline_s
+        self._fault = None
+        self._verdict = _Verdict()
+        self._answered_s = self._verdict_s = now_s
+        self._seen = [_Seen(now_s) for _ in range(self._size)]
+        self._mine = _Record(session=session, beat=self._mine.beat, ticks=self._mine.ticks + 1, phase=phase)
+        self._is_deciding = False
+        self._ending = threading.Event()
+        self._wake = threading.Event()
+        self._wake.set()
+        run = partial(self._run, session, self._wake, self._ending)
+        self._thread = threading.Thread(target=run, name="cloudckpt-pulse", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Fall silent. A thread that hangs in a request to the store is left to itself."""
+        self._ending.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2 * self.period_s)
+        self._thread = None
+
+    @property
+    def period_s(self) -> float:
+        """Seconds between two records."""
+        return min(_LONGEST_PERIOD_S, max(_SHORTEST_PERIOD_S, self._deadline_s / _PERIODS_PER_DEADLINE))
+
+    def tick(self) -> None:
+        """Note that this rank got on."""
+        self._mine.ticks += 1
+
+    def enter(self, phase: str, *, is_waiting: bool) -> None:
+        """Say what this rank does now, or what it waits for."""
+        with self._lock:
+            self._mine.phase, self._mine.is_waiting = phase, is_waiting
+            self._mine.ticks += 1
+
+    @property
+    def deadline_s(self) -> float:
+        """Seconds that something may stand still."""
+        return self._deadline_s
+
+    def decide(self) -> RankLostError | None:
+        """Find nobody late any more, as rank 0: what it does from now on stands without them; unless one is late."""
+        self.fault()
+        with self._lock:  # no verdict comes in between
+            self._is_deciding = self._fault is None
+            return self._fault
+
+    def leave(self, reason: str) -> None:
+        """Tell the others that this rank gives up, and why; at once, because the process may be about to end."""
+        with self._lock:
+            self._mine.left = reason
+        self._wake.set()
+
+    def fault(self) -> RankLostError | None:
+        """Return why to stop waiting, or None to go on."""
+        if self._fault is None:
+            silent_s = self._clock() - self._answered_s
+            if silent_s > self._deadline_s:
+                self._fault = self._lost([0], f"the process group's store did not answer for {silent_s:.1f} s")
+        return self._fault
+
+    def is_complete(self) -> bool:
+        """Tell whether every rank has come to this session."""
+        return self._verdict.is_complete
+
+    def blame(self, rank: int | None) -> RankLostError:
+        """Return whom to blame for a broken connection; to `rank`, if that is known.
+
+        Whoever closed it may have left because of another rank, and rank 0 knows which, so its word is waited for: a
+        moment, or until the deadline where there is nobody else to blame.
+        """
+        stop_s = self._clock() + 2 * self.period_s + (0.2 if rank is not None else self._deadline_s)
+        while self._fault is None and self._clock() < stop_s:
+            time.sleep(_SHORTEST_PERIOD_S / 5)
+        if self._fault is None and rank is not None:
+            self._fault = self._lost([rank], f"rank {rank} has closed its connection")
+            with self._lock:
+                self._mine.lost = [rank]
+        elif self._fault is None:
+            self._fault = self._lost([], "a connection between ranks broke")
+            self.leave(str(self._fault))
+        self._wake.set()
+        return self._fault
+
+    def linger(self) -> None:
+        """Stay, as rank 0, until the others have read why it ends: its process may be the store's home."""
+        self._wake.set()
+        stop_s = self._clock() + min(_LINGER_S, 4 * self.period_s)
+        while self._rank == 0 and self._clock() < stop_s and not self._is_known_to_all():
+            time.sleep(_SHORTEST_PERIOD_S / 5)
+
+    def _is_known_to_all(self) -> bool:
+        lost = self._fault.ranks if self._fault is not None else ()
+        return all(seen.record.has_read or rank in (0, *lost) for rank, seen in enumerate(self._seen))
+
+    # -- the session's thread ------------------------------------------------------------------------------
+
+    def _run(self, session: int, wake: threading.Event, ending: threading.Event) -> None:
+        while not ending.is_set():
+            wake.wait(self.period_s)
+            wake.clear()
+            try:
+                self._beat(session)
+            except Exception as exc:  # noqa: BLE001 (the end of a thread: what it met is kept for the rank)
+                self._fault = self._fault or self._lost([0], f"the process group's store is gone ({exc})")
+                return
+
+    def _beat(self, session: int) -> None:
+        with self._lock:
+            self._mine.beat += 1
+            record = _text(self._mine)
+        self._store.set(self._key(self._rank), record)
+        if self._rank == 0:
+            self._judge(session)
+        else:
+            self._listen(session)
+        self.fault()  # of this very rank, if it was stopped: the others have not waited
+        self._answered_s = self._clock()
+
+    def _judge(self, session: int) -> None:
+        data = self._store.multi_get([self._key(rank) for rank in range(self._size)])
+        records = [msgspec.json.decode(record, type=_Record) for record in data]
+        now_s = self._clock()
+        for seen, record in zip(self._seen, records, strict=True):
+            seen.note(record, now_s)
+        is_complete = all(record.session >= session for record in records)
+        verdict = _Verdict(session=session, beat=self._mine.beat, is_complete=is_complete)
+        with self._lock:
+            late = self._late(session, now_s)
+            if self._fault is None and late:
+                self._fault = self._lost(late, self._why(session, late, now_s), self._seen[late[0]].record.phase)
+            if self._fault is not None:
+                verdict.ranks, verdict.phase = list(self._fault.ranks), self._fault.phase
+                verdict.reason = str(self._fault)
+        self._store.set(f"{self._name}/verdict", _text(verdict))
+        self._verdict = verdict
+
+    def _late(self, session: int, now_s: float) -> list[int]:
+        gone = [rank for rank, seen in enumerate(self._seen) if seen.record.left and seen.record.session >= session]
+        accused = {lost for seen in self._seen if seen.record.session >= session for lost in seen.record.lost}
+        late = [rank for rank, seen in enumerate(self._seen) if seen.still_s(now_s) > self._deadline_s]
+        if self._is_deciding:
+            return [rank for rank in (0,) if rank in (*gone, *late)]
+        return sorted(accused) or gone or late
+
+    def _why(self, session: int, late: Iterable[int], now_s: float) -> str:
+        reasons = []
+        for rank in list(late)[:8]:
+            seen = self._seen[rank]
+            record, still_s = seen.record, seen.still_s(now_s)
+            if any(rank in other.record.lost for other in self._seen):
+                reasons.append(f"rank {rank} has closed its connection")
+            elif record.left:
+                reasons.append(f"rank {rank} gave up ({record.left})")
+            elif record.session < session:
+                reasons.append(f"rank {rank} has not come within {still_s:.1f} s")
+            else:
+                reasons.append(f"rank {rank} stands still at {record.phase!r} for {still_s:.1f} s")
+        return "; ".join(reasons)
+
+    def _listen(self, session: int) -> None:
+        verdict = msgspec.json.decode(self._store.get(f"{self._name}/verdict"), type=_Verdict)
+        now_s = self._clock()
+        if (verdict.session, verdict.beat) != (self._verdict.session, self._verdict.beat):
+            self._verdict_s = now_s
+        self._verdict = verdict
+        if self._fault is not None or verdict.session < session:
+            is_late = now_s - self._verdict_s > self._deadline_s
+            if is_late and self._fault is None:
+                self._fault = self._lost([0], f"rank 0 has not come within {now_s - self._verdict_s:.1f} s")
+            return
+        if verdict.reason and verdict.session == session:
+            self._fault = RankLostError(verdict.reason, ranks=verdict.ranks, phase=verdict.phase)
+            self._mine.has_read = True
+            self._wake.set()
+        elif now_s - self._verdict_s > self._deadline_s:
+            self._fault = self._lost([0], f"rank 0 is silent for {now_s - self._verdict_s:.1f} s")
+
+    def _lost(self, ranks: Iterable[int], why: str, phase: str = "") -> RankLostError:
+        at = phase or self._mine.phase
+        return RankLostError(
+            f"{why}, while rank {self._rank} was at {self._mine.phase!r}; restart the job: it resumes from the newest "
+            "committed checkpoint",
+            ranks=ranks,
+            phase=at,
+        )
+
+
+def _text(value: msgspec.Struct) -> str:
+    return msgspec.json.encode(value).decode()

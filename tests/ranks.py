@@ -1,0 +1,144 @@
+"""Run one function on several ranks: processes of one gloo process group on loopback, forked from a warm server.
+
+    outcomes = run(4, function, *args)      one Outcome per rank, in order
+
+The server has torch and cloudckpt imported, so that a rank starts in a fraction of a second. `function(*args)` runs in
+every rank after `init_process_group`; it must be importable (a module-level function of a test module or of
+`tests`), and what it returns must pickle. A rank that a test kills or stops has an Outcome without a value.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "pytest", "cloudckpt"]
+)
+
+
+@dataclass
+class Outcome:
+    """What became of one rank: its value or its error, and when (seconds of the monotonic clock)."""
+
+    rank: int
+    value: Any = None
+    error: BaseException | None = None
+    trace: str = ""
+    ended_s: float = 0.0
+    has_ended: bool = False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _main(pipe: Connection, rank: int, size: int, port: int, path: list[str], call: tuple[Any, ...]) -> None:
+    sys.path[:] = path
+    import torch.distributed as dist
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    outcome = Outcome(rank, has_ended=True)
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=120))
+        function, *args = call
+        outcome.value = function(*args)
+    except BaseException as exc:  # noqa: BLE001 (it is the outcome)
+        outcome.error, outcome.trace = exc, traceback.format_exc()
+    outcome.ended_s = time.monotonic()
+    pipe.send_bytes(_pickled(outcome))
+    pipe.close()
+    # Not by way of destroy_process_group: it would wait for ranks that a test has stopped.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _pickled(outcome: Outcome) -> bytes:
+    try:
+        return pickle.dumps(outcome)
+    except Exception as exc:  # noqa: BLE001 (a value or error that does not pickle is an outcome, too)
+        outcome.value, outcome.error = None, RuntimeError(f"{outcome.error or 'the value'!r} does not pickle: {exc}")
+        return pickle.dumps(outcome)
+
+
+class World:
+    """Ranks that are running."""
+
+    def __init__(self, size: int, function: Callable[..., Any], *args: Any) -> None:
+        port = free_port()
+        self._pipes: list[Connection] = []
+        self.processes: list[BaseProcess] = []
+        for rank in range(size):
+            ours, theirs = _CONTEXT.Pipe(duplex=False)
+            process = _CONTEXT.Process(target=_main, args=(theirs, rank, size, port, sys.path, (function, *args)))
+            process.daemon = True
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self.processes.append(process)
+
+    def send(self, rank: int, number: signal.Signals) -> None:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def outcomes(self, *, timeout_s: float = 90.0, but: Sequence[int] = ()) -> list[Outcome]:
+        """Wait for every rank except `but`, end what is left, and return what became of each."""
+        found = [Outcome(rank) for rank in range(len(self._pipes))]
+        stop_s = time.monotonic() + timeout_s
+        pending = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in but}
+        while pending and time.monotonic() < stop_s:
+            for pipe in wait(list(pending), timeout=max(0.0, stop_s - time.monotonic())):
+                rank = pending.pop(pipe)  # type: ignore[arg-type]
+                try:
+                    # Not `recv`: it would share a tensor's memory with a process that is gone.
+                    found[rank] = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+                except EOFError:
+                    found[rank].ended_s = time.monotonic()
+        self.end()
+        return found
+
+    def end(self) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+        for process in self.processes:
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+
+
+def _run_together(function: Callable[..., Any], *args: Any) -> Any:
+    import torch.distributed as dist
+
+    value = function(*args)
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 hosts the store, which others may still need
+    return value
+
+
+def run(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 90.0) -> list[Any]:
+    """Run on every rank; return the values, or raise the error that came first, with its trace."""
+    outcomes = World(size, _run_together, function, *args).outcomes(timeout_s=timeout_s)
+    for outcome in sorted(outcomes, key=lambda outcome: outcome.ended_s):
+        if outcome.error is not None:
+            raise AssertionError(f"rank {outcome.rank} failed:\n{outcome.trace}") from outcome.error
+        assert outcome.has_ended, f"rank {outcome.rank} did not end within {timeout_s} s"
+    return [outcome.value for outcome in outcomes]
