@@ -17,9 +17,9 @@ from functools import partial
 
 from cloudckpt.errors import ChecksumError, MissingShardError, ObjectNotFoundError, StorageError
 from cloudckpt.layout import Span
+from cloudckpt.pool import Budget, Watch, Work, run_all
 from cloudckpt.shard import verify_blocks
 from cloudckpt.store.base import Store
-from cloudckpt.upload import Budget, run_all
 
 __all__ = ["Fetch", "ShardSource", "download"]
 
@@ -84,13 +84,16 @@ class _ReadBuffer(threading.local):
             self._buffer = bytearray()
 
 
-def download(store: Store, fetches: Sequence[Fetch], *, concurrency: int, budget: Budget) -> None:
+def download(
+    store: Store, fetches: Sequence[Fetch], *, concurrency: int, budget: Budget, watch: Watch | None = None
+) -> None:
     """Fetch, verify and hand on every span.
 
     Raises:
         MissingShardError: an object that the index names is not there.
         ChecksumError: a block differs from its digest, or the object has another size than the index says.
         StorageError: the store could not be read.
+        StalledError: a read stood still; it was left to itself.
         In each case no byte of the span at fault was handed on; other spans may have been.
     """
     buffer = _ReadBuffer()
@@ -101,9 +104,11 @@ def download(store: Store, fetches: Sequence[Fetch], *, concurrency: int, budget
         finally:
             budget.free(job.cost_bytes)
 
-    costs_bytes = [job.cost_bytes + job.buffer_bytes for job in fetches]
-    work = [partial(fetch, job) for job in fetches]
-    run_all(work, costs_bytes, concurrency=concurrency, budget=budget, name="cloudckpt-download")
+    work = [
+        Work(name=job.shard.key, cost_bytes=job.cost_bytes + job.buffer_bytes, call=partial(fetch, job))
+        for job in fetches
+    ]
+    run_all(work, concurrency=concurrency, budget=budget, watch=watch or Watch())
 
 
 def _verified(store: Store, job: Fetch, buffer: _ReadBuffer) -> memoryview:

@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 from cloudckpt.codec import DTYPES
 from cloudckpt.errors import OptionsError
 from cloudckpt.index import ChunkEntry, TensorEntry
+from cloudckpt.pool import Budget
 from cloudckpt.scratch import Scratch
-from cloudckpt.upload import Budget
 
 __all__ = ["Landing", "Taking", "deliver"]
 

@@ -6,6 +6,7 @@ Pure values, validated when they are made; no I/O. Every default that was tuned 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cloudckpt.errors import OptionsError
 
@@ -65,6 +66,10 @@ class Options:
             end to end and hashing every body with SHA-256 costs more than sending it.
         single_writer: accept a store without create-only writes; the caller promises that no other
             process writes to the same root.
+        progress_timeout_s: patience with what stands still: a transfer that does not end, a rank that does not come,
+            died or hangs. Longer than `retry.deadline_s`, so that a store in trouble is not taken for a lost rank.
+        read_once: on restore, read what several ranks need from the store once and pass it on between them: `always`,
+            `never`, or `auto`, which does so where the store is remote.
         retry: patience of one operation.
     """
 
@@ -75,12 +80,18 @@ class Options:
     memory_budget_bytes: int = 512 * MIB
     signed_payload: bool = False
     single_writer: bool = False
+    progress_timeout_s: float = 600.0
+    read_once: Literal["auto", "always", "never"] = "auto"
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
     def __post_init__(self) -> None:
         for name in ("shard_bytes", "block_bytes", "span_bytes", "concurrency", "memory_budget_bytes"):
             if getattr(self, name) < 1:
                 raise OptionsError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if not self.progress_timeout_s > 0:
+            raise OptionsError(f"progress_timeout_s is {self.progress_timeout_s}; give a number of seconds above 0")
+        if self.read_once not in ("auto", "always", "never"):
+            raise OptionsError(f"read_once is {self.read_once!r}; give 'auto', 'always' or 'never'")
         if self.block_bytes > MAX_BLOCK_BYTES:
             raise OptionsError(f"block_bytes is {self.block_bytes}; give {MAX_BLOCK_BYTES} or less")
         if self.span_bytes % self.block_bytes:

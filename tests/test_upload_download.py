@@ -19,11 +19,12 @@ from cloudckpt import CheckpointNotFoundError, ChecksumError, MissingShardError,
 from cloudckpt.download import Fetch, ShardSource, download
 from cloudckpt.layout import Span
 from cloudckpt.options import KIB
+from cloudckpt.pool import Budget
 from cloudckpt.scratch import Scratch
 from cloudckpt.shard import block_digests
 from cloudckpt.store import LocalStore, RetryingStore
 from cloudckpt.store.base import Store
-from cloudckpt.upload import Budget, ShardJob, Uploaded, upload
+from cloudckpt.upload import ShardJob, Uploaded, upload
 from tests.store.fault_store import Bucket, FaultKind, FaultStore, Op, denied, refused, transient
 
 BLOCK_BYTES = 10

@@ -1,0 +1,211 @@
+"""Call transfers on a few threads, within a budget of memory, and watch over them.
+
+    Work ──admitted by the budget──▶ a thread ──▶ results in order, or the first fault
+
+Knows bytes and threads; knows nothing of stores or tensors. The threads are daemons, because a request that never
+returns may hold neither the save nor the end of the process (FORMAT invariants 13 and 15).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Generic, TypeVar
+
+from cloudckpt.errors import RankLostError, StalledError
+
+__all__ = ["OWN_SHARE", "Budget", "Watch", "Work", "run_all"]
+
+_Result = TypeVar("_Result")
+
+# How often the waiting thread looks whether something stands still.
+_LOOK_S = 0.2
+# Of the deadline: a rank names its own transfer that stands still before the others can only say that the rank does.
+OWN_SHARE = 0.8
+
+
+class Budget:
+    """Bytes of memory that jobs may have in use at once."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        """Allow `limit_bytes`."""
+        self._limit_bytes = limit_bytes
+        self._used_bytes = 0
+        self._running = 0
+        self._changed = threading.Condition()
+
+    def admit(self, size_bytes: int, *, timeout_s: float | None = None) -> bool:
+        """Let one job begin: wait until its bytes fit, or no other job runs (so that the largest one can run, alone).
+
+        Called by one thread, job after job; that keeps their order, and no large job is passed for ever.
+
+        Returns:
+            Whether it may begin; False only after `timeout_s`.
+        """
+        with self._changed:
+            may_begin = self._changed.wait_for(
+                lambda: self._used_bytes + size_bytes <= self._limit_bytes or not self._running, timeout=timeout_s
+            )
+            if may_begin:
+                self._used_bytes += size_bytes
+                self._running += 1
+            return may_begin
+
+    def end(self) -> None:
+        """Note that an admitted job has ended; its bytes are given back by `free`."""
+        with self._changed:
+            self._running -= 1
+            self._changed.notify_all()
+
+    def free(self, size_bytes: int) -> None:
+        """Give bytes of some admitted job back, now or after it has ended."""
+        with self._changed:
+            self._used_bytes -= size_bytes
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work(Generic[_Result]):
+    """Something to be called on a thread.
+
+    Attributes:
+        name: the object that it moves, for people.
+        cost_bytes: what it takes from the budget; it gives that back itself.
+        call: does it.
+    """
+
+    name: str
+    cost_bytes: int
+    call: Callable[[], _Result]
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """How transfers are watched over.
+
+    Attributes:
+        deadline_s: seconds that one transfer may take, all its attempts included.
+        tick: is called when one has ended.
+        check: is called now and then by the waiting thread, and raises to end the wait.
+    """
+
+    deadline_s: float = 600.0
+    tick: Callable[[], None] = _nothing
+    check: Callable[[], None] = _nothing
+
+
+def run_all(work: Sequence[Work[_Result]], *, concurrency: int, budget: Budget, watch: Watch) -> list[_Result]:
+    """Call everything in `work`, each once its cost was admitted; return the results in order.
+
+    On the first fault, or an interrupt of the calling thread, nothing more begins; what is under way is waited for,
+    and the fault is raised. What takes longer than `watch.deadline_s` is left to itself: `StalledError` names it.
+    """
+    pool = _Pool(max(1, min(concurrency, len(work))), budget, watch)
+    futures: list[Future[_Result]] = []
+    try:
+        for item in work:
+            while not budget.admit(item.cost_bytes, timeout_s=_LOOK_S):
+                pool.look()
+            if pool.is_stopping:
+                break  # a budget serves one call, so nobody misses these bytes
+            futures.append(pool.submit(item))
+        while wait(futures, timeout=_LOOK_S, return_when=FIRST_EXCEPTION).not_done and not pool.is_stopping:
+            pool.look()
+    except (StalledError, RankLostError):
+        pool.abandon()
+        raise
+    finally:
+        pool.close()
+    if pool.faults:
+        raise pool.faults[0]
+    return [future.result() for future in futures]
+
+
+class _Pool:
+    """The threads, and what they are at."""
+
+    def __init__(self, size: int, budget: Budget, watch: Watch) -> None:
+        self.faults: list[BaseException] = []
+        self.is_stopping = False
+        self._budget = budget
+        self._watch = watch
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._running: dict[int, tuple[str, float]] = {}
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(size)]
+        for number, thread in enumerate(self._threads):
+            thread.name = f"cloudckpt-transfer-{number}"
+            thread.start()
+
+    def _serve(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+
+    def submit(self, item: Work[_Result]) -> Future[_Result]:
+        """Have a thread call an item; after a fault it is dropped."""
+        future: Future[_Result] = Future()
+        self._calls.put(lambda: self._call(item, future))
+        return future
+
+    def _call(self, item: Work[_Result], future: Future[_Result]) -> None:
+        if self.is_stopping:
+            future.cancel()
+            self._budget.end()
+            return
+        self._running[id(future)] = (item.name, time.monotonic())
+        try:
+            result = item.call()
+        except BaseException as exc:  # noqa: BLE001 (the end of a thread's work: raised by the thread that waits)
+            self.faults.append(exc)
+            self.is_stopping = True
+            future.set_exception(exc)
+        else:
+            future.set_result(result)
+        del self._running[id(future)]
+        self._watch.tick()
+        self._budget.end()
+
+    def look(self) -> None:
+        """Raise if there is a reason to stop waiting.
+
+        Raises:
+            StalledError: a transfer stands still.
+        """
+        self._watch.check()
+        now_s = time.monotonic()
+        for name, began_s in list(self._running.values()):
+            if now_s - began_s > self._watch.deadline_s:
+                raise StalledError(
+                    f"the transfer of {name} stands still for {now_s - began_s:.1f} s and was given up; look at the "
+                    "network and the store, then try again",
+                    key=name,
+                    still_s=now_s - began_s,
+                )
+
+    def abandon(self) -> None:
+        """Wait for nothing more; a thread ends when its request does."""
+        self.is_stopping = True
+        self._stop_threads()
+
+    def close(self) -> None:
+        """Begin nothing more, and wait for what is under way."""
+        if self._threads:
+            self.is_stopping = True
+            threads = self._stop_threads()
+            for thread in threads:
+                while thread.is_alive():
+                    self.look()
+                    thread.join(timeout=_LOOK_S)
+
+    def _stop_threads(self) -> list[threading.Thread]:
+        threads, self._threads = self._threads, []
+        for _ in threads:
+            self._calls.put(None)
+        return threads
