@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -16,12 +17,19 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from cloudckpt.errors import OptionsError
 from cloudckpt.tree import Flat, PathElement, flatten
 
-__all__ = ["Entry", "Misfit", "Place", "is_tensor", "mapping_of"]
+__all__ = ["Entry", "Misfit", "Place", "is_tensor", "mapping_of", "shape_of"]
 
 
 def is_tensor(value: object) -> bool:
     """Tell whether a value is stored as a tensor (dense, distributed or sharded)."""
     return isinstance(value, torch.Tensor | ShardedTensor)
+
+
+def shape_of(tensor: object) -> tuple[int, ...]:
+    """Return the full shape of what `is_tensor` says is one."""
+    if isinstance(tensor, ShardedTensor):
+        return tuple(tensor.metadata().size)  # its `size` warns that its kind is deprecated
+    return tuple(cast("torch.Tensor", tensor).size())
 
 
 @dataclass(slots=True)
@@ -63,13 +71,16 @@ class Entry(ABC):
 
     @abstractmethod
     def load(self, restored: object, live: object) -> None:
-        """Take restored nested state; `live` is what `current` returned, whose tensors were filled in place."""
+        """Take restored nested state; `live` is what `fillable` returned, whose tensors were filled in place."""
 
-    def flat(self) -> tuple[object, Flat]:
-        """Return `current` and the names of all that is in it."""
-        live = self.current()
-        flat = flatten({self.name: live}, is_tensor=is_tensor)
-        return live, Flat(flat.leaves, {name: [*self.path, *path[1:]] for name, path in flat.paths.items()})
+    def fillable(self) -> object:
+        """Return the nested state whose tensors a restore may fill: `current`, unless nothing there is live."""
+        return self.current()
+
+    def flat(self, nested: object) -> Flat:
+        """Return the names of all that is in `current` or `fillable`."""
+        flat = flatten({self.name: nested}, is_tensor=is_tensor)
+        return Flat(flat.leaves, {name: [*self.path, *path[1:]] for name, path in flat.paths.items()})
 
     @property
     def follows_checkpoint(self) -> bool:

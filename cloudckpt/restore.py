@@ -10,19 +10,20 @@ entries; reads nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from torch import nn
 
-from cloudckpt.entry import Entry, Misfit, is_tensor
+from cloudckpt.entry import Entry, Misfit, is_tensor, shape_of
 from cloudckpt.errors import StateMismatchError
 from cloudckpt.tree import Flat, PathElement, unflatten
 
 __all__ = ["Saved", "Targets", "plan_restore"]
 
 _Shape = tuple[int, ...]
+_OURS = "cloudckpt."
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class Saved:
     dtypes: Mapping[str, torch.dtype]
     values: Mapping[str, object]
     paths: Mapping[str, Sequence[PathElement]]
+    _tops: dict[str, list[tuple[str, list[PathElement]]]] = field(default_factory=dict, init=False, repr=False)
 
     def names(self) -> list[str]:
         """All names, in the order in which they were saved."""
@@ -53,12 +55,24 @@ class Saved:
         return known + [name for name in [*self.shapes, *self.values] if name not in self.paths]
 
     def path(self, name: str) -> list[PathElement]:
-        """Where a name stood in the nested state; a checkpoint that says nothing has dots in its names for steps."""
-        return list(self.paths.get(name) or name.split("."))
+        """Where a name stood in the nested state; a checkpoint that says nothing has dots in its names for steps.
+
+        What the library itself saves beside the state stands nowhere in it.
+        """
+        return list(self.paths.get(name) or ([name] if name.startswith(_OURS) else name.split(".")))
 
     def below(self, path: Sequence[PathElement]) -> list[str]:
         """The names of all that stood at `path` or below it."""
-        return [name for name in self.names() if self.path(name)[: len(path)] == list(path)]
+        wanted = list(path)
+        return [name for name, found in self._by_top().get(repr(wanted[0]), []) if found[: len(wanted)] == wanted]
+
+    def _by_top(self) -> dict[str, list[tuple[str, list[PathElement]]]]:
+        """Names and paths by the first step of the path: a state with many entries looks each of them up."""
+        if not self._tops:
+            for name in self.names():
+                path = self.path(name)
+                self._tops.setdefault(repr(path[0]), []).append((name, path))
+        return self._tops
 
 
 @dataclass(slots=True)
@@ -114,7 +128,8 @@ class _Matching:
         if not in_checkpoint:
             self._misfit.missing.append(entry.name)
             return
-        nested, live = entry.flat()
+        nested = entry.fillable()
+        live = entry.flat(nested)
         leaves: dict[str, object] = {}
         paths: dict[str, list[PathElement]] = {}
         for name in in_checkpoint:
@@ -147,7 +162,7 @@ class _Matching:
             if isinstance(current, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
                 self._misfit.reasons.append(f"{name} has no shape yet (run a batch through the module first)")
                 return current
-            live_shape = tuple(cast("torch.Tensor", current).size())
+            live_shape = shape_of(current)
             if live_shape == shape and not _overlaps_itself(current):
                 return current
             if live_shape == shape and entry.keeps_shapes and not entry.follows_checkpoint:
@@ -175,7 +190,7 @@ class _Matching:
         tops = {str(planned.entry.path[0]) for planned in self.planned}
         for name in self._saved.names():
             top = str(self._saved.path(name)[0])
-            if name not in self._claimed and not top.startswith("cloudckpt."):
+            if name not in self._claimed and not top.startswith(_OURS):
                 misfit.unexpected.append(name if top in tops else top)
         missing, unexpected = (dict.fromkeys(misfit.missing), dict.fromkeys(misfit.unexpected)) if strict else ({}, {})
         if not (missing or unexpected or self._mismatched or misfit.reasons):

@@ -198,7 +198,7 @@ def capture(entries: Sequence[Entry]) -> Flat:
     """Return every tensor and value of the state by name; tensors are the live ones, not copies."""
     flat = Flat()
     for entry in entries:
-        _, own = entry.flat()
+        own = entry.flat(entry.current())
         twice = next((name for name in own.leaves if name in flat.leaves), None)
         if twice is not None:
             raise OptionsError(f"two entries of the state are both named {twice!r}; rename one of the keys")
