@@ -127,6 +127,10 @@ class Catalog:
             raise CheckpointNotFoundError(f"the attempt at {self._url(prefix)} was swept before it committed")
         return self._remember(manifest, data, prefix)
 
+    def adopt(self, manifest: Manifest, *, prefix: str) -> Checkpoint:
+        """Return the checkpoint whose manifest rank 0 has read or created. No request."""
+        return self._remember(manifest, manifest.encode(), prefix)
+
     def _check_place(self, manifest: Manifest, prefix: str) -> None:
         place = parse_checkpoint_prefix(prefix)
         if place is not None and place != (manifest.step, manifest.epoch):

@@ -1,43 +1,35 @@
-"""Save a whole state to one checkpoint and load it back: the way from the caller's objects through DCP and back.
+"""Save a whole state to one checkpoint, load it back, or read it without a model: the functions for one URL.
 
-    save_state   bind ─▶ capture ─▶ dcp.save(CloudWriter) ─▶ committed
-    load_state   bind ─▶ plan_restore (nothing changed yet) ─▶ dcp.load(CloudReader) ─▶ apply
-
-`save`, `load` and `read` are the free functions for one URL; the manager uses the same two ways with a root.
+With several ranks, every rank calls them; `saving` and `loading` lead the ranks. The manager goes the same two ways
+with a root.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import os
-import warnings
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from cloudckpt import codec
 from cloudckpt.catalog import Catalog, Checkpoint
 from cloudckpt.codec import DTYPES
-from cloudckpt.entry import is_tensor
-from cloudckpt.errors import CheckpointNotFoundError, CloudCkptError, SaveFailedError
+from cloudckpt.errors import CheckpointNotFoundError
+from cloudckpt.group import Group
 from cloudckpt.index import Index
+from cloudckpt.input import RankInput, read_index
+from cloudckpt.loading import Candidate, fill, load_state
 from cloudckpt.options import Options
-from cloudckpt.reader import CloudReader, read_index
-from cloudckpt.restore import Saved, plan_restore
-from cloudckpt.source import check_tensor
+from cloudckpt.output import Target
+from cloudckpt.saving import save_state
 from cloudckpt.state import bind, capture
-from cloudckpt.store import open_store
-from cloudckpt.tree import Flat, PathElement, unflatten
-from cloudckpt.writer import CloudWriter, Target, refuse_lonely_rank
+from cloudckpt.store import open_store, probe_create
+from cloudckpt.tree import PathElement, unflatten
+from cloudckpt.writer import refuse_lonely_rank
 
-__all__ = ["load", "load_state", "read", "save", "save_state"]
+__all__ = ["load", "read", "save"]
 
 
 def save(
@@ -69,12 +61,23 @@ def save(
     """
     refuse_lonely_rank()
     chosen = options or Options()
-    flat = capture(bind(state))
-    store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=chosen)
-    try:
-        return save_state(flat, Target(catalog=Catalog(store)), options=chosen, metrics=metrics, metadata=metadata)
-    finally:
-        store.close()
+    with _catalog(url, storage_options, engine, chosen) as catalog:
+
+        def place() -> Target:
+            probe_create(catalog.store, single_writer=chosen.single_writer)
+            if catalog.is_taken(""):
+                raise catalog.exists_error("")
+            return Target(catalog=catalog)
+
+        return save_state(
+            lambda: capture(bind(state)),
+            place,
+            catalog=catalog,
+            group=Group.of_world(),
+            options=chosen,
+            metrics=metrics,
+            metadata=metadata,
+        )
 
 
 def load(
@@ -106,16 +109,19 @@ def load(
             and restored values: load another checkpoint before going on.
     """
     refuse_lonely_rank()
-    bind(state)  # refuses a wrong call before anything is asked of the store
+    group = Group.of_world()
+    if group.size == 1:
+        bind(state)  # refuses a wrong call before anything is asked of the store
     chosen = options or Options()
-    store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=chosen)
-    try:
-        catalog = Catalog(store)
-        checkpoint = catalog.open()
-        load_state(state, catalog, checkpoint, options=chosen, strict=strict)
-        return checkpoint
-    finally:
-        store.close()
+    with _catalog(url, storage_options, engine, chosen) as catalog:
+
+        def only() -> Iterator[Candidate]:
+            yield catalog.open()
+
+        found = load_state(state, only, catalog=catalog, group=group, options=chosen, strict=strict, what="load")
+        if found is None:
+            raise CheckpointNotFoundError(f"no committed checkpoint at {catalog.store.url}")
+        return found
 
 
 def read(
@@ -141,24 +147,30 @@ def read(
         IntegrityError: an object is missing or differs from what was committed.
     """
     chosen = options or Options()
-    store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=chosen)
-    try:
-        catalog = Catalog(store)
+    with _catalog(url, storage_options, engine, chosen) as catalog:
         checkpoint = catalog.open()
         index = read_index(catalog, checkpoint)
         names = _select(index, keys, checkpoint.url)
-        leaves = {name: _empty(index, name) for name in names}
-        tensors = {name: leaves[name] for name in names if name in index.tensors}
-        _fill(tensors, CloudReader.of(catalog, checkpoint, index, options=chosen), no_dist=True)
+        tensors = {name: _empty(index, name) for name in names if name in index.tensors}
+        values = {name: codec.decode(index.values[name], key=name) for name in names if name in index.values}
+        fill(tensors, RankInput(catalog.store, checkpoint, index, chosen), index)
+        leaves = {name: tensors[name] if name in tensors else values[name] for name in names}
         return unflatten(leaves, _paths_of_some(index, names))
+
+
+@contextmanager
+def _catalog(
+    url: str | os.PathLike[str], storage_options: Mapping[str, object] | None, engine: str, options: Options
+) -> Iterator[Catalog]:
+    store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=options)
+    try:
+        yield Catalog(store)
     finally:
         store.close()
 
 
-def _empty(index: Index, name: str) -> object:
-    """Return a new host tensor to be filled, or the value of that name."""
-    if name in index.values:
-        return codec.decode(index.values[name], key=name)
+def _empty(index: Index, name: str) -> torch.Tensor:
+    """Return a new host tensor to be filled."""
     return torch.empty(index.tensors[name].shape, dtype=DTYPES[index.tensors[name].dtype])
 
 
@@ -198,101 +210,3 @@ def _select(index: Index, keys: str | Sequence[str] | None, url: str) -> list[st
             )
         chosen.update(dict.fromkeys(found))
     return list(chosen)
-
-
-def save_state(
-    flat: Flat,
-    target: Target,
-    *,
-    options: Options,
-    metrics: Mapping[str, float] | None = None,
-    metadata: Mapping[str, object] | None = None,
-) -> Checkpoint:
-    """Save captured state to a target through DCP; raises as `save` does."""
-    for name, leaf in flat.leaves.items():
-        if isinstance(leaf, ShardedTensor):
-            continue  # its local shards are looked at when they are resolved
-        if isinstance(leaf, torch.Tensor):
-            check_tensor(name, leaf)
-        else:
-            # Refused here, before a byte is written, rather than in the middle of the uploads.
-            codec.encode(leaf, key=name)
-    writer = CloudWriter.to(target, options=options, paths=flat.paths, metrics=metrics, metadata=metadata)
-    planner = _LeafPlanner(flatten_state_dict=False)
-    with _plain_errors("save"):
-        dcp_save(dict(flat.leaves), storage_writer=writer, planner=planner)
-    if writer.checkpoint is None:
-        return target.catalog.open(target.prefix)
-    return writer.checkpoint
-
-
-class _LeafPlanner(DefaultSavePlanner):
-    """Plans values as they are: the stock planner rebuilds containers, with keys made str and empty dicts dropped."""
-
-    def set_up_planner(
-        self,
-        state_dict: dict[str, object],
-        storage_meta: StorageMeta | None = None,
-        is_coordinator: bool = False,  # noqa: FBT001, FBT002 (DCP's signature)
-    ) -> None:
-        tensors = {name: leaf for name, leaf in state_dict.items() if is_tensor(leaf)}
-        super().set_up_planner(tensors, storage_meta, is_coordinator)
-        self.state_dict = {**self.state_dict, **{name: state_dict[name] for name in state_dict.keys() - tensors.keys()}}
-
-
-def load_state(
-    state: MutableMapping[str, object],
-    catalog: Catalog,
-    checkpoint: Checkpoint,
-    *,
-    options: Options,
-    strict: bool,
-) -> Index:
-    """Restore `state` from a committed checkpoint through DCP; raises as `load` does. Returns its index."""
-    index = read_index(catalog, checkpoint)
-    saved = Saved(
-        shapes={name: tensor.shape for name, tensor in index.tensors.items()},
-        dtypes={name: DTYPES[tensor.dtype] for name, tensor in index.tensors.items()},
-        values={name: codec.decode(value, key=name) for name, value in index.values.items()},
-        paths=index.paths,
-    )
-    targets = plan_restore(bind(state), saved, strict=strict)
-    _fill(targets.tensors, CloudReader.of(catalog, checkpoint, index, options=options), no_dist=False)
-    targets.apply()
-    return index
-
-
-def _fill(tensors: dict[str, object], reader: CloudReader, *, no_dist: bool) -> None:
-    """Fill tensors in place, by name."""
-    # DCP allocates nothing here, but its planner refuses an empty plan of some versions; nothing is nothing.
-    if tensors:
-        with _plain_errors("load"), torch.no_grad():
-            planner = DefaultLoadPlanner(flatten_state_dict=False)
-            dcp_load(tensors, storage_reader=reader, planner=planner, no_dist=no_dist)
-
-
-@contextmanager
-def _plain_errors(what: str) -> Iterator[None]:
-    """Give back the error behind DCP's `CheckpointException`, and hide its remark on single processes.
-
-    `CheckpointException` is a BaseException, and wraps KeyboardInterrupt, SystemExit and their like too.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-            yield
-    except CheckpointException as exc:
-        failures = {rank: failure[0] for rank, failure in exc.failures.items()}
-        raise _unwrapped(failures, what) from exc
-
-
-def _unwrapped(failures: Mapping[int, BaseException], what: str) -> BaseException:
-    """Choose what to raise: the one error that all ranks met, or a `SaveFailedError` with each rank's own."""
-    for error in failures.values():
-        if not isinstance(error, Exception):
-            return error
-    only = next(iter(failures.values()))
-    if what == "load" or (len(failures) == 1 and isinstance(only, CloudCkptError)):
-        return only
-    text = "; ".join(f"rank {rank}: {error}" for rank, error in sorted(failures.items())[:8])
-    return SaveFailedError(f"the save failed and nothing was committed: {text}", failures=failures)

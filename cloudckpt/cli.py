@@ -18,7 +18,7 @@ from rich.table import Table
 from cloudckpt.catalog import Catalog, Checkpoint
 from cloudckpt.errors import CheckpointNotFoundError, CloudCkptError
 from cloudckpt.index import Index
-from cloudckpt.reader import read_index
+from cloudckpt.input import read_index
 from cloudckpt.store import open_store
 
 __all__ = ["app"]
@@ -142,8 +142,9 @@ def _summary(checkpoint: Checkpoint) -> dict[str, object]:
 
 
 def _contents(index: Index) -> dict[str, object]:
+    counts = index.piece_counts()
     tensors = {
-        name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "chunks": len(tensor.chunks)}
+        name: {"dtype": tensor.dtype, "shape": list(tensor.shape), "chunks": counts[name]}
         for name, tensor in index.tensors.items()
     }
     return {"tensors": tensors, "values": index.values}
@@ -172,8 +173,9 @@ def _print_checkpoints(checkpoints: list[Checkpoint], url: str) -> None:
 
 def _print_checkpoint(checkpoint: Checkpoint, index: Index) -> None:
     facts = {name: str(value) for name, value in _summary(checkpoint).items()}
+    counts = index.piece_counts()
     tensors = [
-        (name, tensor.dtype, str(list(tensor.shape)), str(len(tensor.chunks))) for name, tensor in index.tensors.items()
+        (name, tensor.dtype, str(list(tensor.shape)), str(counts[name])) for name, tensor in index.tensors.items()
     ]
     values = [(name, _short(json.dumps(value))) for name, value in index.values.items()]
     rows = [*facts.items(), *checkpoint.manifest.environment.items()]

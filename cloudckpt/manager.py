@@ -3,8 +3,9 @@
     save     claim epoch (once) ─▶ save_state ─▶ committed ─▶ prune by the retention rules
     restore  newest ─▶ load_state; corrupt? say so loudly and try the next older one
 
-Policy only: the catalog decides what exists, `checkpoint` moves the bytes. Keeps FORMAT invariants 5, 8 and 10. A
-manager belongs to one thread.
+Policy only: the catalog decides what exists, `saving` and `loading` lead the ranks. With several ranks each has a
+manager and calls `save` and `restore`; only rank 0's claims, lists and prunes. Keeps FORMAT invariants 5, 8 and 10.
+A manager belongs to one thread.
 """
 
 from __future__ import annotations
@@ -13,30 +14,35 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, Self
 
-from cloudckpt import codec
+import torch
+
 from cloudckpt.catalog import Catalog, Checkpoint
-from cloudckpt.checkpoint import load_state, save_state
-from cloudckpt.errors import CheckpointExistsError, CloudCkptError, IntegrityError, MissingShardError, OptionsError
+from cloudckpt.errors import CheckpointExistsError, CloudCkptError, OptionsError
+from cloudckpt.group import Group
 from cloudckpt.index import Index
 from cloudckpt.keys import checkpoint_prefix
+from cloudckpt.loading import Candidate, Extra, load_state
 from cloudckpt.options import Options
-from cloudckpt.resume import capture_rng, restore_rng
+from cloudckpt.output import Target
+from cloudckpt.resume import apply_rng, packed_rng, rng_name, rng_targets
 from cloudckpt.retention import KeepBest, RetentionRule, plan
+from cloudckpt.saving import PlanMemory, save_state
 from cloudckpt.state import bind, capture
-from cloudckpt.store import open_store, probe_create
+from cloudckpt.store import StoreStats, open_store, probe_create
 from cloudckpt.sweep import Orphan, sweep
-from cloudckpt.writer import Target, refuse_lonely_rank
+from cloudckpt.tree import Flat
+from cloudckpt.writer import refuse_lonely_rank
 
 __all__ = ["CheckpointManager"]
 
 logger = logging.getLogger(__name__)
 
-_RNG_NAME = "cloudckpt.rng"
+_PHASES = ("plan", "stage", "upload", "gather", "commit")
 
 
 @dataclass(slots=True)
@@ -103,6 +109,7 @@ class CheckpointManager:
         self._save_rng = save_rng
         self._prune_grace_s = prune_grace_s
         self._clock = clock
+        self._plan = PlanMemory()
         self._epoch = 0
         self._resumed_from: Checkpoint | None = None
         self._newest_own: Checkpoint | None = None
@@ -142,27 +149,41 @@ class CheckpointManager:
             StorageError: nothing was committed (after `CommitUnknownError`: perhaps).
         """
         self._refuse_closed()
+        began_s, before = time.monotonic(), self._store.stats()
+        group = Group.of_world()
+        checkpoint = save_state(
+            lambda: self._capture(step, state, group.rank),
+            lambda: self._place(step),
+            catalog=self._catalog,
+            group=group,
+            options=self._options,
+            memory=self._plan,
+            metrics=metrics,
+            metadata=metadata,
+            what=f"save of step {step}",
+        )
+        self._epoch, self._newest_own = checkpoint.epoch, checkpoint
+        self._log("saved", checkpoint, time.monotonic() - began_s, before, group.rank)
+        if group.rank == 0:
+            self._prune_after(checkpoint)
+        return checkpoint
+
+    def _capture(self, step: int, state: MutableMapping[str, object], rank: int) -> Flat:
         checkpoint_prefix(step, self._epoch or 1)  # refuses a step that has no key, before anything is claimed
         flat = capture(bind(state))
         if self._save_rng:
-            flat.leaves[_RNG_NAME] = capture_rng()
-            flat.paths[_RNG_NAME] = [_RNG_NAME]
+            flat.leaves[rng_name(rank)] = packed_rng()
+        return flat
+
+    def _place(self, step: int) -> Target:
+        """Claim the root with the first save, and return where a step goes; on rank 0."""
         if self._epoch == 0:
-            self._claim()
+            probe_create(self._store, single_writer=self._options.single_writer)
+            self._epoch = self._catalog.claim(resumed_from=self._resumed_from)
         prefix = checkpoint_prefix(step, self._epoch)
         if self._newest_own is not None and self._catalog.knows(prefix):
             raise self._catalog.exists_error(prefix)
-        began_s, before = time.monotonic(), self._store.stats()
-        target = Target(catalog=self._catalog, prefix=prefix, step=step, epoch=self._epoch)
-        checkpoint = save_state(flat, target, options=self._options, metrics=metrics, metadata=metadata)
-        self._newest_own = checkpoint
-        self._log("saved", checkpoint, time.monotonic() - began_s, before)
-        self._prune_after(checkpoint)
-        return checkpoint
-
-    def _claim(self) -> None:
-        probe_create(self._store, single_writer=self._options.single_writer)
-        self._epoch = self._catalog.claim(resumed_from=self._resumed_from)
+        return Target(catalog=self._catalog, prefix=prefix, step=step, epoch=self._epoch)
 
     def _refuse_closed(self) -> None:
         if self._is_closed:
@@ -196,23 +217,34 @@ class CheckpointManager:
         """
         self._refuse_closed()
         began_s, before = time.monotonic(), self._store.stats()
-        checkpoint = self._restore(state, step, strict=strict)
+        group = Group.of_world()
+        if group.size == 1:
+            bind(state)  # refuses a wrong call before anything is asked of the store
+        checkpoint = load_state(
+            state,
+            lambda: self._candidates(step),
+            catalog=self._catalog,
+            group=group,
+            options=self._options,
+            strict=strict,
+            extra=Extra(lambda index: rng_targets(index, group.rank), self._apply_rng) if self._save_rng else None,
+            what=f"restore of {step if not isinstance(step, Checkpoint) else step.url}",
+        )
         self._resumed_from = checkpoint
         if checkpoint is None:
-            logger.info("nothing is committed at %s: a fresh start", self.url)
+            logger.info("rank %d: nothing is committed at %s: a fresh start", group.rank, self.url)
         else:
-            self._log("restored", checkpoint, time.monotonic() - began_s, before)
+            self._log("restored", checkpoint, time.monotonic() - began_s, before, group.rank)
         return checkpoint
 
-    def _restore(
-        self, state: MutableMapping[str, object], step: int | str | Checkpoint, *, strict: bool
-    ) -> Checkpoint | None:
+    def _candidates(self, step: int | str | Checkpoint) -> Iterator[Candidate]:
+        """Yield what may be restored, best first; on rank 0."""
         if step == "latest":
-            return self._restore_first_good(state, strict=strict)
-        checkpoint = self._chosen(step)
-        if checkpoint is not None:
-            self._load(state, checkpoint, strict=strict)
-        return checkpoint
+            yield from self._catalog.newest_first()
+            return
+        chosen = self._chosen(step)
+        if chosen is not None:
+            yield chosen
 
     def _chosen(self, step: int | str | Checkpoint) -> Checkpoint | None:
         if isinstance(step, Checkpoint):
@@ -227,37 +259,8 @@ class CheckpointManager:
             )
         return self.best(rule.metric, rule.mode)
 
-    def _restore_first_good(self, state: MutableMapping[str, object], *, strict: bool) -> Checkpoint | None:
-        failures: list[IntegrityError] = []
-        for found in self._catalog.newest_first():
-            try:
-                if isinstance(found, IntegrityError):
-                    raise found
-                self._load(state, found, strict=strict)
-            except IntegrityError as exc:
-                logger.warning("NOT restoring %s, trying the next older checkpoint: %s", _name(found), exc)
-                failures.append(exc)
-                continue
-            return found if isinstance(found, Checkpoint) else None
-        if failures:
-            raise failures[0]
-        return None
-
-    def _load(self, state: MutableMapping[str, object], checkpoint: Checkpoint, *, strict: bool) -> None:
-        try:
-            index = load_state(state, self._catalog, checkpoint, options=self._options, strict=strict)
-        except MissingShardError as exc:
-            if self._catalog.is_taken(checkpoint.prefix):
-                raise
-            raise MissingShardError(f"{checkpoint.url} was pruned while it was read", key=exc.key) from exc
-        if self._save_rng:
-            self._restore_rng(index)
-
-    def _restore_rng(self, index: Index) -> None:
-        states = codec.decode(index.values[_RNG_NAME], key=_RNG_NAME) if _RNG_NAME in index.values else None
-        if isinstance(states, dict):
-            restore_rng(states)
-        else:
+    def _apply_rng(self, index: Index, filled: Mapping[str, torch.Tensor]) -> None:
+        if not apply_rng(index, filled):
             logger.warning("the checkpoint holds no random number generator state; this process keeps its own")
 
     # -- asking --------------------------------------------------------------------------------------------
@@ -368,19 +371,24 @@ class CheckpointManager:
     ) -> None:
         self.close()
 
-    def _log(self, did: str, checkpoint: Checkpoint, elapsed_s: float, before: object) -> None:
-        spent = self._store.stats() - before  # type: ignore[operator]
+    def _log(self, did: str, checkpoint: Checkpoint, elapsed_s: float, before: StoreStats, rank: int) -> None:
+        spent = self._store.stats() - before
         logger.info(
-            "rank 0: %s step %s of epoch %d: %d bytes in %.3f s, %d requests, %d retries",
+            "rank %d: %s step %s of epoch %d: %d bytes in %.3f s%s, %d requests, %d retries",
+            rank,
             did,
             checkpoint.step,
             checkpoint.epoch,
             checkpoint.total_bytes,
             elapsed_s,
+            _phases(checkpoint) if did == "saved" else "",
             spent.requests,
             spent.retries,
         )
 
 
-def _name(found: Checkpoint | IntegrityError) -> str:
-    return found.url if isinstance(found, Checkpoint) else found.key
+def _phases(checkpoint: Checkpoint) -> str:
+    """Say how long each phase of a save took."""
+    summary = checkpoint.manifest.summary
+    phases = [f"{name} {summary[f'{name}_s']:.3f}" for name in _PHASES if f"{name}_s" in summary]
+    return f" ({', '.join(phases)})" if phases else ""

@@ -1,7 +1,8 @@
 """Capture and put back what else makes a run the same run: the random number generators of this process.
 
-Plain values for the codec: nothing here touches a store. NumPy's generator counts only if the program imported
-NumPy's random module; a device's only if the device is there.
+Each rank has its own generators, so each saves them as a tensor of its own name, which stays out of the index: bytes
+of the codec's JSON, padded so that their number stays the same from save to save. Nothing here touches a store.
+NumPy's generator counts only if the program imported NumPy's random module; a device's only if the device is there.
 """
 
 from __future__ import annotations
@@ -10,12 +11,51 @@ import logging
 import random
 import sys
 from collections.abc import Mapping
+from typing import cast
 
+import msgspec
 import torch
 
-__all__ = ["capture_rng", "restore_rng"]
+from cloudckpt import codec
+from cloudckpt.index import Index
+
+__all__ = ["apply_rng", "capture_rng", "packed_rng", "restore_rng", "rng_name", "rng_targets"]
 
 logger = logging.getLogger(__name__)
+
+# Of all ranks together, as checkpoints of format version 1 have it.
+_OF_ALL = "cloudckpt.rng"
+_PAD_BYTES = 4096
+
+
+def rng_name(rank: int) -> str:
+    """Return the name under which a rank's generators are saved."""
+    return f"{_OF_ALL}.r{rank:05d}"
+
+
+def packed_rng() -> torch.Tensor:
+    """Return this process's generators as bytes."""
+    text = msgspec.json.encode(codec.encode(capture_rng(), key=_OF_ALL))
+    padded = bytearray(text.ljust(-(-len(text) // _PAD_BYTES) * _PAD_BYTES))
+    return torch.frombuffer(padded, dtype=torch.uint8)
+
+
+def rng_targets(index: Index, rank: int) -> dict[str, torch.Tensor]:
+    """Return the tensor that is to be filled with a rank's generators, if a checkpoint has them."""
+    saved = index.tensors.get(rng_name(rank))
+    return {} if saved is None else {rng_name(rank): torch.empty(saved.shape, dtype=torch.uint8)}
+
+
+def apply_rng(index: Index, filled: Mapping[str, torch.Tensor]) -> bool:
+    """Put the generators back; return whether the checkpoint had any for this rank."""
+    states: object = None
+    for tensor in filled.values():
+        states = codec.decode(msgspec.json.decode(tensor.numpy().tobytes()), key=_OF_ALL)
+    if _OF_ALL in index.values:
+        states = codec.decode(index.values[_OF_ALL], key=_OF_ALL)
+    if isinstance(states, dict):
+        restore_rng(cast("dict[str, object]", states))
+    return isinstance(states, dict)
 
 
 # torch's own names of the devices that have generators; ROCm's devices are called cuda, too.

@@ -1,7 +1,6 @@
-"""Write what a DCP save plan names: the writing one of the rooms that know `torch.distributed.checkpoint`'s types.
+"""Write what a DCP save plan names: a storage writer for `torch.distributed.checkpoint`'s own `save`.
 
-    SavePlan ──▶ chunks ──layout──▶ shards ──upload──▶ WriteResults ──gathered by DCP──▶ plan == results?
-             ──▶ index ──put──▶ manifest ──catalog.commit──▶ committed
+    SavePlan ──output──▶ shards, and one WriteResult ──gathered by DCP──▶ plan == results? ──▶ index, manifest
 
 `StorageWriter` is implemented directly: DCP's own file-system writer loses the errors of its helper threads and
 overwrites in place. Planners stay DCP's or the user's; `source` takes the bytes out of them, and `tally` compares
@@ -15,7 +14,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -25,32 +23,20 @@ from torch.futures import Future
 
 from cloudckpt import codec
 from cloudckpt.catalog import Catalog, Checkpoint
-from cloudckpt.environment import environment
-from cloudckpt.errors import CloudCkptError, OptionsError
-from cloudckpt.index import FORMAT_VERSION, Index
-from cloudckpt.keys import index_key, new_attempt, shard_key
-from cloudckpt.layout import Chunk, ShardLayout, lay_out
-from cloudckpt.manifest import IndexRef, Manifest, digest_of, metadata_to_json, metrics_to_json
+from cloudckpt.codec import JsonValue
+from cloudckpt.errors import OptionsError
+from cloudckpt.keys import new_attempt
+from cloudckpt.manifest import metadata_to_json, metrics_to_json
 from cloudckpt.options import Options
-from cloudckpt.source import Source, Staging, check_layout, chunk_of, object_of
-from cloudckpt.store import RetryingStore, Store, StoreStats, open_store, probe_create
-from cloudckpt.tally import StoredItem, check_against_plan, stored_items
+from cloudckpt.output import RankOutput, Record, Target, commit_index, stats_of
+from cloudckpt.source import check_layout, chunk_of, object_of
+from cloudckpt.store import StoreStats, open_store, probe_create
+from cloudckpt.tally import Written, assemble, check_against_plan
 from cloudckpt.tree import PathElement
-from cloudckpt.upload import Budget, ShardJob, upload
 
-__all__ = ["CloudWriter", "Target", "portable_state", "refuse_lonely_rank"]
+__all__ = ["CloudWriter", "portable_state", "refuse_lonely_rank"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """Where one checkpoint goes: a catalog, and the step and epoch of a root (or the URL itself)."""
-
-    catalog: Catalog
-    prefix: str = ""
-    step: int | None = None
-    epoch: int = 0
 
 
 class CloudWriter(StorageWriter):
@@ -96,26 +82,7 @@ class CloudWriter(StorageWriter):
         self._metrics = metrics_to_json(metrics)
         self._metadata = metadata_to_json(metadata)
         self._target: Target | None = None
-        self._is_own_store = True
-        self._paths: dict[str, list[PathElement]] = {}
         self._begin()
-
-    @classmethod
-    def to(
-        cls,
-        target: Target,
-        *,
-        options: Options,
-        paths: dict[str, list[PathElement]],
-        metrics: Mapping[str, float] | None = None,
-        metadata: Mapping[str, object] | None = None,
-    ) -> CloudWriter:
-        """Return a writer for a place whose catalog the caller keeps open."""
-        writer = cls(target.catalog.store.url, options=options, metrics=metrics, metadata=metadata)
-        writer._target = target
-        writer._is_own_store = False
-        writer._paths = paths
-        return writer
 
     def _begin(self) -> None:
         self._attempt = ""
@@ -123,7 +90,6 @@ class CloudWriter(StorageWriter):
         self._is_coordinator = False
         self._began_s = 0.0
         self._stats_before = StoreStats()
-        self._world_size = 1
         self.checkpoint: Checkpoint | None = None
 
     # -- the steps of a save, in DCP's order ---------------------------------------------------------------
@@ -136,11 +102,10 @@ class CloudWriter(StorageWriter):
         self._begin()
 
     def _close(self) -> None:
-        """Let go of the store; one that was opened here is closed."""
-        if self._target is not None and self._is_own_store:
+        """Let go of the store."""
+        if self._target is not None:
             self._target.catalog.store.close()
         self._target = None
-        self._is_own_store = True
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -161,8 +126,15 @@ class CloudWriter(StorageWriter):
         self._rank = int(str(kwargs.get("rank") or 0))
         self._is_coordinator = is_coordinator
         target = self._open()
-        self._stats_before = _stats(target.catalog.store)
-        self._attempt = self._agree_on_attempt(target)
+        self._stats_before = stats_of(target.catalog.store)
+        if is_coordinator:
+            probe_create(target.catalog.store, single_writer=self._options.single_writer)
+            if target.catalog.is_taken(""):
+                raise target.catalog.exists_error("")
+        # Each rank draws its own. A broadcast would need a process group, which DCP does not hand to a writer, or the
+        # default one, where a trainer's own collectives may be under way in another thread; a plan would carry an old
+        # one, because DCP's plan caching uses the plan of an earlier save again. The index says who wrote under which.
+        self._attempt = new_attempt()
 
     def _open(self) -> Target:
         if self._target is None:
@@ -171,34 +143,6 @@ class CloudWriter(StorageWriter):
             )
             self._target = Target(catalog=Catalog(store))
         return self._target
-
-    def _agree_on_attempt(self, target: Target) -> str:
-        """Draw an attempt id; every rank of a process group gets the first rank's, or the error that it met.
-
-        Not carried in a plan: with DCP's plan caching a rank reuses its old plan, and with it the old id. The error
-        travels in place of the id, because a rank that only raised would leave the others waiting.
-        """
-        if not (dist.is_available() and dist.is_initialized()):
-            return self._draw_attempt(target)
-        self._world_size = dist.get_world_size()
-        agreed: list[str | CloudCkptError] = [""]
-        if dist.get_rank() == 0:
-            try:
-                agreed = [self._draw_attempt(target)]
-            except CloudCkptError as exc:
-                agreed = [exc]
-        dist.broadcast_object_list(agreed, src=0)
-        if isinstance(agreed[0], CloudCkptError):
-            raise agreed[0]
-        return agreed[0]
-
-    def _draw_attempt(self, target: Target) -> str:
-        """Return a fresh id, once the place was found to be free and its store to be safe."""
-        if target.step is None:
-            probe_create(target.catalog.store, single_writer=self._options.single_writer)
-            if target.catalog.is_taken(target.prefix):
-                raise target.catalog.exists_error(target.prefix)
-        return new_attempt()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Refuse what the format cannot hold, before a byte is written."""
@@ -217,24 +161,21 @@ class CloudWriter(StorageWriter):
         with self._closing_after_a_fault():
             results = self._write(plan, planner)
         if not self._is_coordinator:
-            self._close_own()
+            self._close()
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        tensor_items = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO]
-        values = [item for item in plan.items if item.type is WriteItemType.BYTE_IO]
-        stored = {id(item): _value_item(item, planner, self._rank) for item in values}
-        stored |= self._write_tensors(tensor_items, planner)
+        tensors = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO]
+        values = _values_of([item for item in plan.items if item.type is WriteItemType.BYTE_IO], planner)
+        output = RankOutput(self._open(), attempt=self._attempt, rank=self._rank, options=self._options)
+        message = output.write(tensors, values, planner).encode()
+        # One message per rank: an object per item would take minutes where thousands of ranks meet.
         return [
-            WriteResult(index=item.index, size_in_bytes=stored[id(item)].nbytes, storage_data=stored[id(item)])
-            for item in plan.items
+            WriteResult(index=item.index, size_in_bytes=_nbytes(item), storage_data=None if place else message)
+            for place, item in enumerate(plan.items)
         ]
-
-    def _close_own(self) -> None:
-        if self._is_own_store:
-            self._close()
 
     @contextmanager
     def _closing_after_a_fault(self) -> Iterator[None]:
@@ -242,97 +183,31 @@ class CloudWriter(StorageWriter):
         try:
             yield
         except BaseException:
-            self._close_own()
+            self._close()
             raise
-
-    def _write_tensors(self, items: Sequence[WriteItem], planner: SavePlanner) -> dict[int, StoredItem]:
-        chunks = [chunk_of(item) for item in items]
-        shards = lay_out(chunks, shard_bytes=self._options.shard_bytes, metadata={"cloudckpt": self._attempt})
-        source = Source(items, planner, shards)
-        target = self._open()
-        jobs = [self._job(shard, chunks, source, target.prefix) for shard in shards]
-        uploaded = upload(
-            target.catalog.store,
-            jobs,
-            block_bytes=self._options.block_bytes,
-            concurrency=self._options.concurrency,
-            budget=Budget(self._options.memory_budget_bytes),
-        )
-        records = tuple(
-            (shard.number, done.size_bytes, done.digests) for shard, done in zip(shards, uploaded, strict=True)
-        )
-        return stored_items(items, chunks, shards, records, self._rank)
-
-    def _job(self, shard: ShardLayout, chunks: Sequence[Chunk], source: Source, prefix: str) -> ShardJob:
-        def open_shard(staging: memoryview) -> list[memoryview]:
-            room = Staging(staging)
-            views = [source.view(chunks[piece.chunk], piece, room) for piece in shard.pieces]
-            return [memoryview(shard.header), *(view for view in views if view.nbytes)]
-
-        staging_bytes = Staging.room_for(piece.nbytes for piece in shard.pieces if source.is_staged(piece))
-        return ShardJob(
-            key=prefix + shard_key(self._attempt, self._rank, shard.number),
-            size_bytes=shard.size_bytes,
-            # A transport may copy a body once.
-            cost_bytes=shard.size_bytes + staging_bytes,
-            staging_bytes=staging_bytes,
-            open=open_shard,
-        )
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Check that every planned chunk was written exactly once, write the index, and commit."""
         try:
             self.checkpoint = self._commit(metadata, results)
         finally:
-            self._close_own()
+            self._close()
 
     def _commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> Checkpoint:
-        target = self._open()
-        paths = _paths_of(metadata) or self._paths
-        totals = check_against_plan(metadata, results)
-        index = Index(
-            format_version=FORMAT_VERSION,
-            attempt=self._attempt,
-            block_bytes=self._options.block_bytes,
-            tensors=totals.tensors,
-            values=totals.values,
-            paths=paths,
-            shards=tuple(totals.shards),
-        )
-        key = target.prefix + index_key(self._attempt)
+        messages = (result.storage_data for of_rank in results for result in of_rank)
+        written = (Written.decode(message) for message in messages if message is not None)
+        paths = _paths_of(metadata)
+        index = assemble(written, attempt=self._attempt, block_bytes=self._options.block_bytes, paths=paths)
         # What a reader would refuse (chunks of a planner's that overlap, say) must not be committed.
-        index.check(key=key)
-        data = index.encode()
-        target.catalog.store.put(key, [memoryview(data)])
-        return target.catalog.commit(self._manifest(target, index, data), prefix=target.prefix)
-
-    def _manifest(self, target: Target, index: Index, data: bytes) -> Manifest:
-        store = target.catalog.store
-        total_bytes = sum(shard.size_bytes for shard in index.shards)
-        elapsed_s = time.monotonic() - self._began_s
-        spent = _stats(store) - self._stats_before
-        return Manifest(
-            format_version=FORMAT_VERSION,
-            state="committed",
-            step=target.step,
-            epoch=target.epoch,
-            attempt=self._attempt,
-            created_at="",
-            world_size=self._world_size,
-            total_bytes=total_bytes,
-            tensor_count=len(index.tensors),
-            shard_count=len(index.shards),
-            index=IndexRef(size_bytes=len(data), sha256=digest_of(data)),
+        check_against_plan(metadata, index)
+        record = Record(
             metrics=self._metrics,
             metadata=self._metadata,
-            environment=environment(store.url, store.engine),
-            summary={
-                "seconds": round(elapsed_s, 4),
-                "bytes_per_s": round(total_bytes / max(elapsed_s, 1e-9), 1),
-                "requests": float(spent.requests),
-                "retries": float(spent.retries),
-            },
+            world_size=len(results),
+            began_s=self._began_s,
+            spent_before=self._stats_before,
         )
+        return commit_index(self._open(), index, record)
 
     def __getstate__(self) -> dict[str, object]:
         """Pickle without connections; refuses options, because they may hold credentials (FORMAT invariant 16)."""
@@ -364,12 +239,18 @@ def refuse_lonely_rank() -> None:
         )
 
 
-def _stats(store: Store) -> StoreStats:
-    return store.stats() if isinstance(store, RetryingStore) else StoreStats()
+def _values_of(items: Sequence[WriteItem], planner: SavePlanner) -> dict[str, JsonValue]:
+    values: dict[str, JsonValue] = {}
+    for item in items:
+        if item.index.fqn in values:
+            raise OptionsError(f"the plan names value {item.index.fqn!r} twice; a plan must describe what is written")
+        values[item.index.fqn] = codec.encode(object_of(item, planner), key=item.index.fqn)
+    return values
 
 
-def _value_item(item: WriteItem, planner: SavePlanner, rank: int) -> StoredItem:
-    return StoredItem(value=codec.encode(object_of(item, planner), key=item.index.fqn), rank=rank)
+def _nbytes(item: WriteItem) -> int:
+    """Return the bytes of an item's chunk, 0 for a value."""
+    return 0 if item.tensor_data is None else chunk_of(item).nbytes
 
 
 def _paths_of(metadata: Metadata) -> dict[str, list[PathElement]]:

@@ -58,8 +58,12 @@ from cloudckpt import (
     SaveFailedError,
     UnsupportedValueError,
 )
+from cloudckpt.boxes import Box as TableBox
+from cloudckpt.boxes import BoxTable
+from cloudckpt.codec import JsonValue
 from cloudckpt.options import KIB
 from cloudckpt.store import RetryingStore, open_store
+from cloudckpt.tally import Written
 from servers import FreshPrefix
 
 # DCP says so in every process that has no group.
@@ -476,43 +480,72 @@ class TamperingWriter(CloudWriter):
         return future
 
 
-def _of(results: list[WriteResult], name: str) -> int:
-    return next(number for number, result in enumerate(results) if result.index.fqn == name)
+def _rewritten(change: Callable[[Written], Written]) -> Callable[[list[WriteResult]], list[WriteResult]]:
+    """Return a change of the one message that a rank's results carry."""
+
+    def tamper(results: list[WriteResult]) -> list[WriteResult]:
+        (place,) = [place for place, result in enumerate(results) if result.storage_data is not None]
+        message = change(Written.decode(results[place].storage_data)).encode()
+        return [replace(result, storage_data=message) if at == place else result for at, result in enumerate(results)]
+
+    return tamper
 
 
-def _dropped(results: list[WriteResult], name: str) -> list[WriteResult]:
-    return [result for result in results if result.index.fqn != name]
+def _boxes(change: Callable[[TableBox], list[TableBox]]) -> Callable[[list[WriteResult]], list[WriteResult]]:
+    """Return a change of what a rank says of its pieces; a piece becomes none, one or several at the same place."""
+
+    def rewrite(written: Written) -> Written:
+        changed = [change(box) for box in written.boxes]
+        times = [len(boxes) for boxes in changed]
+        return replace(
+            written,
+            boxes=BoxTable.of([box for boxes in changed for box in boxes]),
+            shard=np.repeat(written.shard, times),
+            start=np.repeat(written.start, times),
+        )
+
+    return _rewritten(rewrite)
 
 
-def _renamed(results: list[WriteResult], name: str) -> list[WriteResult]:
-    number = _of(results, name)
-    found = results[number]
-    return [*results, replace(found, index=MetadataIndex("never planned", found.index.offset))]
+def _changed(name: str, **fields: object) -> Callable[[list[WriteResult]], list[WriteResult]]:
+    return _boxes(lambda box: [box._replace(**fields) if box.name == name else box])
 
 
-def _changed(results: list[WriteResult], name: str, **fields: object) -> list[WriteResult]:
-    number = _of(results, name)
-    found = results[number]
-    return [
-        replace(result, storage_data=replace(found.storage_data, **fields)) if place == number else result
-        for place, result in enumerate(results)
-    ]
+def _values(change: Callable[[dict[str, JsonValue]], dict[str, JsonValue]]) -> Callable[..., list[WriteResult]]:
+    return _rewritten(lambda written: replace(written, values=change(written.values)))
 
 
 TAMPERS: dict[str, Callable[[list[WriteResult]], list[WriteResult]]] = {
-    "a tensor is missing": lambda results: _dropped(results, "b"),
-    "a value is missing": lambda results: _dropped(results, "n"),
-    "a tensor is there twice": lambda results: [*results, results[_of(results, "b")]],
-    "a value is there twice": lambda results: [*results, results[_of(results, "n")]],
-    "something was never planned": lambda results: _renamed(results, "b"),
-    "a chunk is smaller": lambda results: _changed(results, "b", sizes=(4,)),
-    "a chunk is elsewhere": lambda results: _changed(results, "b", offsets=(1,)),
-    "the dtype is another": lambda results: _changed(results, "b", dtype="int32"),
-    "a piece is missing": lambda results: _changed(results, "b", pieces=()),
-    "a value came for a tensor": lambda results: _changed(results, "b", dtype="", sizes=(), offsets=()),
-    "a tensor came for a value": lambda results: _changed(results, "n", dtype="float32"),
-    "no shard was reported": lambda results: _changed(results, "a", shards=()),
+    "a tensor is missing": _boxes(lambda box: [box] if box.name != "b" else []),
+    "a value is missing": _values(lambda values: {}),
+    "a tensor is there twice": _boxes(lambda box: [box] * (1 + (box.name == "b"))),
+    "a rank reports twice": lambda results: results * 2,
+    "a tensor was never planned": _boxes(lambda box: [box, box._replace(name="x", sizes=(0,), shape=(0,))]),
+    "a value was never planned": _values(lambda values: {**values, "x": 1}),
+    "a chunk is smaller": _changed("b", sizes=(4,)),
+    "a chunk is elsewhere": _changed("b", offsets=(1,)),
+    "the dtype is another": _changed("b", dtype="int32"),
+    "the shape is another": _changed("b", shape=(5, 1), offsets=(0, 0), sizes=(5, 1)),
+    "a piece is missing": _rewritten(
+        lambda written: replace(
+            written, boxes=written.boxes.take([0]), shard=written.shard[:1], start=written.start[:1]
+        )
+    ),
+    "a value came for a tensor": lambda results: _values(lambda values: {**values, "b": 1})(
+        _boxes(lambda box: [box] if box.name != "b" else [])(results)
+    ),
+    "a tensor came for a value": lambda results: _values(lambda values: {})(
+        _boxes(lambda box: [box, box._replace(name="n", shape=(0,), sizes=(0,))])(results)
+    ),
+    "something came as both": _values(lambda values: {**values, "b": 1}),
+    "no shard was reported": _rewritten(
+        lambda written: replace(written, shard_sizes=written.shard_sizes[:0], digests=b"")
+    ),
+    "digests are missing": _rewritten(lambda written: replace(written, digests=written.digests[8:])),
+    "a piece lies beyond its shard": _rewritten(lambda written: replace(written, start=written.start + 10**6)),
+    "two pieces share bytes": _rewritten(lambda written: replace(written, start=written.start * 0 + written.start[0])),
     "nothing at all": lambda results: [],
+    "no message": lambda results: [replace(result, storage_data=None) for result in results],
 }
 
 
@@ -556,8 +589,12 @@ def test_a_planner_that_resolves_to_another_dtype_than_it_planned_is_refused(tmp
 def _stored(url: Path) -> dict[str, bytes]:
     found = {str(path.relative_to(url)): path.read_bytes() for path in url.rglob("*") if path.is_file()}
     for name, data in list(found.items()):
-        if name.endswith(".zst"):
-            found[name + " (decompressed)"] = zstandard.ZstdDecompressor().decompress(data)
+        if name.endswith("index.bin"):
+            # The header's frame; the section's follows it.
+            frames = data[24:]
+            found[name + " (header)"] = zstandard.ZstdDecompressor().decompress(frames)
+            sections = frames[int.from_bytes(data[16:24], "little") :]
+            found[name + " (section)"] = zstandard.ZstdDecompressor().decompress(sections)
     return found
 
 
@@ -575,9 +612,9 @@ def test_no_pickle_reaches_the_store(tmp_path: Path, planner: type[DefaultSavePl
     zeros = {"t": torch.zeros(1000), "config": {"a": (1, None, b"x")}, "n": 1, "list": [1, {"b": torch.zeros(2)}]}
     dcp.save(zeros, storage_writer=CloudWriter(tmp_path / "c"), planner=planner())
     texts = _stored(tmp_path / "c")
-    assert len(texts) == 4
+    assert len(texts) == 5
     assert [name for name, data in texts.items() if _looks_pickled(data)] == []
-    index = json.loads(next(data for name, data in texts.items() if name.endswith("(decompressed)")))
+    index = json.loads(next(data for name, data in texts.items() if name.endswith("(header)")))
     inner = [
         base64.b64decode(value["data"])
         for value in index["values"].values()

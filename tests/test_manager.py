@@ -211,7 +211,7 @@ def harm(prefix: Path, damage: str) -> None:
     if damage == "remove":
         shard.unlink()
         return
-    victim = {"index": next(prefix.rglob("index.json.zst")), "manifest": prefix / "manifest.json"}.get(damage, shard)
+    victim = {"index": next(prefix.rglob("index.bin")), "manifest": prefix / "manifest.json"}.get(damage, shard)
     data = bytearray(victim.read_bytes())
     if damage == "truncate":
         del data[-1:]

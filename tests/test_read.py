@@ -118,7 +118,7 @@ def test_a_checkpoint_below_a_root_is_read_by_its_url_without_the_library_s_own_
     found = cloudckpt.read(saved.url)
     assert set(found) == {"model", "epoch"}
     assert equal(found["model"], {"weight": model.weight.detach(), "bias": model.bias.detach()})
-    assert set(cloudckpt.read(saved.url, "cloudckpt.rng")) == {"cloudckpt.rng"}
+    assert set(cloudckpt.read(saved.url, "cloudckpt.rng")) == {"cloudckpt.rng.r00000"}
 
 
 def test_a_root_is_not_a_checkpoint(tmp_path: Path) -> None:

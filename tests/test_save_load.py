@@ -303,7 +303,7 @@ def test_a_flipped_bit_in_any_tensor_byte_is_found_when_blocks_cut_through_tenso
         (url / name).write_bytes(data)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "index.json.zst"])
+@pytest.mark.parametrize("name", ["manifest.json", "index.bin"])
 def test_bytes_behind_the_end_of_a_manifest_or_an_index_are_found(tmp_path: Path, name: str) -> None:
     state, url = tensors(), tmp_path / "c"
     cloudckpt.save(state, url, options=COARSE)
