@@ -267,7 +267,7 @@ def test_a_half_written_attempt_that_is_committed_later_is_caught() -> None:
 def test_attempts_are_told_apart_by_their_manifest() -> None:
     keys = [
         "bucket/run/epochs/0000000001.json",
-        "bucket/run/step-0000000009-e0001/0123456789abcdef/index.json.zst",
+        "bucket/run/step-0000000009-e0001/0123456789abcdef/index.bin",
         "bucket/run/step-0000000009-e0001/0123456789abcdef/r00000-0000.safetensors",
         "bucket/run/step-0000000009-e0001/manifest.json",
         "bucket/run/step-0000000019-e0001/0123456789abcdef/r00000-0000.safetensors",
