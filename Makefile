@@ -6,6 +6,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 LOCALSTACK_READY := $(LOCALSTACK_VENV)/.ready
 PIP_FLAGS := --quiet --disable-pip-version-check
+# Many tests wait: for deadlines, for other processes. Each worker has servers of its own; a file stays on one worker.
+WORKERS ?= 3
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help setup setup-localstack demo test test-all lint check bench servers-up servers-down format constraints
 
@@ -38,10 +41,10 @@ demo: setup
 	$(BIN)/python examples/demo.py $(if $(URL),--url '$(URL)') $(ARGS)
 
 test: setup setup-localstack
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: setup setup-localstack
-	$(BIN)/python -m pytest -m 'slow or not slow' $(ARGS)
+	$(PYTEST) -m 'slow or not slow' $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .
