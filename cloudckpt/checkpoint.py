@@ -42,7 +42,7 @@ def save(
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, object] | None = None,
 ) -> Checkpoint:
-    """Save `state` as one checkpoint at `url`; return once it is committed.
+    """Save `state` as one checkpoint at `url`; return once it is committed. With several ranks, every rank calls it.
 
     Args:
         state: name → nn.Module, Optimizer, object with state_dict/load_state_dict, tensor, container or plain value.
@@ -56,6 +56,7 @@ def save(
     Raises:
         CheckpointExistsError: the URL holds a checkpoint; it was not changed.
         UnsupportedValueError: a value that the format cannot hold; nothing was written.
+        SaveFailedError: ranks failed, were lost, or hold different states (`.failures`); nothing was committed.
         StorageError: the store refused or could not be reached; nothing is visible at the URL
             (after `CommitUnknownError`: the whole checkpoint, or nothing).
     """
@@ -89,7 +90,7 @@ def load(
     options: Options | None = None,
     strict: bool = True,
 ) -> Checkpoint:
-    """Restore `state` in place from the checkpoint at `url`.
+    """Restore `state` in place from the checkpoint at `url`. With several ranks, every rank calls it.
 
     Names and shapes are compared first: on a mismatch nothing is read or changed. Every byte was verified before it
     reached a tensor.

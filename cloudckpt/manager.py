@@ -136,6 +136,9 @@ class CheckpointManager:
     ) -> Checkpoint:
         """Save `state` as the checkpoint of `step`; return once it is committed, then prune.
 
+        With several ranks, every rank calls it with its own objects and the same plain values; rank 0's `metrics` and
+        `metadata` are kept.
+
         Args:
             step: the training step, not yet committed by this job.
             state: name → nn.Module, Optimizer, object with state_dict/load_state_dict, tensor, container, value.
@@ -146,6 +149,7 @@ class CheckpointManager:
             CheckpointExistsError: this job has committed that step; it was not changed.
             FencedError: a newer job has claimed the root; nothing was committed.
             UnsupportedValueError: a value that the format cannot hold; nothing was written.
+            SaveFailedError: ranks failed, were lost, or hold different states (`.failures`); nothing was committed.
             StorageError: nothing was committed (after `CommitUnknownError`: perhaps).
         """
         self._refuse_closed()
@@ -200,6 +204,8 @@ class CheckpointManager:
     ) -> Checkpoint | None:
         """Restore `state` in place; return the checkpoint that it came from.
 
+        With several ranks, every rank calls it; all of them restore the same checkpoint, whatever number saved it.
+
         Args:
             state: as for `save`.
             step: `latest` (the newest good one; a corrupt one is skipped with a warning that says why), `best` (by the
@@ -213,6 +219,7 @@ class CheckpointManager:
             CheckpointNotFoundError: no commit of that step.
             StateMismatchError: names or shapes differ; nothing was changed.
             IntegrityError: the checkpoint (for `latest`: every checkpoint) is corrupt. Tensors may hold a mixture.
+            RankLostError: another rank died, hangs or never came. Tensors may hold a mixture.
             StorageError: the store could not be read; that is never taken for "nothing there".
         """
         self._refuse_closed()

@@ -519,7 +519,11 @@ NUMBERS: list[tuple[Any, ...]] = [
 
 
 @pytest.mark.parametrize("way", NUMBERS, ids=str)
-@pytest.mark.parametrize("kind", [float, bool, str, lambda number: [number], lambda number: None], ids=repr)
+@pytest.mark.parametrize(
+    "kind",
+    [float, bool, str, lambda number: [number], lambda number: None],
+    ids=["float", "bool", "str", "list", "null"],
+)
 def test_a_number_of_another_type_is_refused(way: tuple[Any, ...], kind: Callable[[int], Any]) -> None:
     header, sections = parts()
     frames = [frame(data) for data in sections]

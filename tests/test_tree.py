@@ -254,7 +254,9 @@ def test_a_value_that_is_held_many_times_is_looked_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", [float("nan"), (float("nan"), 1), Tensor(), object(), type("Named", (str,), {})("x")], ids=repr
+    "key",
+    [float("nan"), (float("nan"), 1), Tensor(), object(), type("Named", (str,), {})("x")],
+    ids=["nan", "nan in a tuple", "tensor", "object", "another string"],
 )
 def test_a_key_that_would_not_come_back_is_refused(key: Any) -> None:
     with pytest.raises(UnsupportedValueError, match=r"^a\b|'a'"):
