@@ -164,6 +164,7 @@ class Group:
                 self._generation = self._wait(link, meeting, name)
             make = link.submit(new_gloo_group)
             link.gloo = cast("dist.ProcessGroup", self._wait(link, make, name))
+            pulse.enter(what, is_waiting=False)
         except BaseException as exc:
             self._give_up(link, exc)
             pulse.end()

@@ -139,18 +139,26 @@ class _Pool:
         self._watch = watch
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._running: dict[int, tuple[str, float]] = {}
-        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(size)]
-        for number, thread in enumerate(self._threads):
-            thread.name = f"cloudckpt-transfer-{number}"
-            thread.start()
+        self._size = size
+        self._threads: list[threading.Thread] = []
+        self._idle = threading.Semaphore(0)
 
     def _serve(self) -> None:
         while (call := self._calls.get()) is not None:
             call()
+            self._idle.release()
+
+    def _hire(self) -> None:
+        """Start a thread if none is idle: each one that works keeps read buffers and an arena of the allocator."""
+        if not self._idle.acquire(blocking=False) and len(self._threads) < self._size:
+            name = f"cloudckpt-transfer-{len(self._threads)}"
+            self._threads.append(threading.Thread(target=self._serve, name=name, daemon=True))
+            self._threads[-1].start()
 
     def submit(self, item: Work[_Result]) -> Future[_Result]:
         """Have a thread call an item; after a fault it is dropped."""
         future: Future[_Result] = Future()
+        self._hire()
         self._calls.put(lambda: self._call(item, future))
         return future
 

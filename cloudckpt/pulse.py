@@ -163,6 +163,7 @@ class Pulse:
                 self.end()
                 number, self._name = announced, f"{_ROOM}/{announced}"
                 self.begin(1, phase, deadline_s=deadline_s)
+                self.enter(phase, is_waiting=True)
             self._refuse_late(number, stop_s)
             time.sleep(_SHORTEST_PERIOD_S / 10)
         return number

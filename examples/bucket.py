@@ -17,7 +17,7 @@ __all__ = ["Attempt", "Bucket", "attempts_in"]
 
 _OBJECT = re.compile(
     r"(?:\A|/)step-(?P<step>\d{10})-e(?P<epoch>\d{4,})/"
-    r"(?:(?P<manifest>manifest\.json)|[0-9a-f]{16}/(?:index\.json\.zst|r\d{5}-\d{4,}\.safetensors))\Z"
+    r"(?:(?P<manifest>manifest\.json)|[0-9a-f]{16}/(?:index\.bin|r\d{5}-\d{4,}\.safetensors))\Z"
 )
 
 

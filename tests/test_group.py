@@ -17,7 +17,7 @@ from cloudckpt.errors import AccessDeniedError, FencedError, OptionsError, RankL
 from cloudckpt.group import Group, RanksFailedError
 from tests.ranks import World, free_port, run
 
-DEADLINE_S = 1.0
+DEADLINE_S = 1.5
 
 
 def _sum_of_ranks() -> tuple[int, list[int]]:

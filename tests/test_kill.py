@@ -180,6 +180,10 @@ def kill_often(job: Job) -> None:
     save_s = seconds_per_save(job, record)
     for _ in range(KILLS):
         kill_after(job, moments.randrange(3), moments.uniform(0.0, save_s), record)
+    for _ in range(2 * KILLS):  # on a busy machine few moments are where they were measured to be
+        if orphans(job.url, job.storage_options):
+            break
+        kill_after(job, moments.randrange(3), moments.uniform(0.0, save_s), record)
     kill_after(job, 0, 0.0, record)
     assert record.saved_count >= KILLS // 3
     assert record.hit_count >= KILLS // 3, "hardly any kill hit a save"
