@@ -6,7 +6,7 @@ parameters in bfloat16, Adam's two averages in float32, a step counter per param
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +19,7 @@ from cloudckpt.options import Options
 from cloudckpt.shard import DIGEST_BYTES, block_count
 from cloudckpt.tally import Written
 
-__all__ = ["MODELS", "Fsdp", "Model", "Tensor"]
+__all__ = ["MODELS", "Fsdp", "Model", "Tensor", "chunks_of"]
 
 Shape = tuple[int, ...]
 
@@ -168,10 +168,9 @@ class Fsdp:
         )
 
 
-def _lay(table: BoxTable) -> _Laid:
-    """Lay boxes out in shards. Ranks whose boxes are as large share this; their headers differ by a few digits."""
-    boxes = list(table)
-    chunks = [
+def chunks_of(boxes: Iterable[Box]) -> list[Chunk]:
+    """Return boxes as what a layout places."""
+    return [
         Chunk(
             name=box.name,
             dtype=box.dtype,
@@ -182,6 +181,12 @@ def _lay(table: BoxTable) -> _Laid:
         )
         for box in boxes
     ]
+
+
+def _lay(table: BoxTable) -> _Laid:
+    """Lay boxes out in shards. Ranks whose boxes are as large share this; their headers differ by a few digits."""
+    boxes = list(table)
+    chunks = chunks_of(boxes)
     shards = lay_out(chunks, shard_bytes=Options().shard_bytes, metadata={})
     pieces = [(shard, piece) for shard in shards for piece in shard.pieces]
     named = BoxTable.of(boxes[piece.chunk]._replace(offsets=piece.offsets, sizes=piece.sizes) for _, piece in pieces)

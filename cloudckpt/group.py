@@ -30,6 +30,7 @@ import torch.distributed as dist
 from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError
 from cloudckpt.link import BrokenError, Link, new_gloo_group, store_of_our_own
 from cloudckpt.packet import Packet
+from cloudckpt.pool import OWN_SHARE, Watch
 from cloudckpt.pulse import Pulse
 
 __all__ = ["Group", "MissingPartsError", "RanksFailedError", "UndecidedError"]
@@ -228,6 +229,10 @@ class Group:
             if 0 in exc.ranks and self.rank != 0 and has_asked:
                 raise UndecidedError(str(exc)) from exc
             raise
+
+    def watch(self, deadline_s: float) -> Watch:
+        """Return how this rank's own transfers are watched over, where `deadline_s` is the others' patience with it."""
+        return Watch(deadline_s=OWN_SHARE * deadline_s, tick=self.tick, check=self.check)
 
     def check(self) -> None:
         """Raise if a rank is known to be lost."""

@@ -37,7 +37,6 @@ from cloudckpt.manifest import Manifest
 from cloudckpt.options import Options
 from cloudckpt.packet import Countdown, Packet
 from cloudckpt.passing import Step, plan_passing
-from cloudckpt.pool import OWN_SHARE, Watch
 from cloudckpt.restore import Saved, Targets, plan_restore
 from cloudckpt.state import bind
 
@@ -229,8 +228,7 @@ class _Loading:
     def _read(self, steps: Sequence[Step]) -> None:
         if self._filling is None or self._index is None:
             return
-        deadline_s = OWN_SHARE * self._options.progress_timeout_s
-        watch = Watch(deadline_s=deadline_s, tick=self._group.tick, check=self._group.check)
+        watch = self._group.watch(self._options.progress_timeout_s)
         source = RankInput(self._catalog.store, self._checkpoint, self._index, self._options, watch)
         packets = self._filling.take_over(steps, self._group.rank)
         passing = self._group.begin_passing(packets)
@@ -258,12 +256,7 @@ class _Filling:
 
     def __init__(self, tensors: dict[str, object], index: Index, *, near: int | None) -> None:
         self._tensors = tensors
-        self._boxes = {
-            name: [
-                (tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in _create_chunk_list(cast("torch.Tensor", tensor))
-            ]
-            for name, tensor in tensors.items()
-        }
+        self._boxes = {name: _boxes_of(tensor) for name, tensor in tensors.items()}
         self._pieces = index.covering(self._boxes, near=near)
         self._planner = _NotingPlanner(flatten_state_dict=False)
         self._index = index

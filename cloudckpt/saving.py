@@ -16,7 +16,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import numpy as np
@@ -38,7 +38,6 @@ from cloudckpt.keys import new_attempt
 from cloudckpt.manifest import Manifest, metadata_to_json, metrics_to_json
 from cloudckpt.options import Options
 from cloudckpt.output import RankOutput, Record, Target, commit_index, stats_of
-from cloudckpt.pool import OWN_SHARE, Watch
 from cloudckpt.source import check_layout, check_tensor, chunk_of
 from cloudckpt.tally import Written, assemble, check_against_names
 from cloudckpt.tree import Flat, PathElement
@@ -145,8 +144,7 @@ class _Saving:
         self._planner = DefaultSavePlanner(flatten_state_dict=False)
         self._items: list[WriteItem] = []
         self._values: dict[str, JsonValue] = {}
-        self._paths: dict[str, list[PathElement]] = {}
-        self._table = BoxTable.of(())
+        self._message = b""
         self._digest = b""
         self._target: Target | None = None
         self._ended_s = 0.0
@@ -198,11 +196,11 @@ class _Saving:
         for name, tensor in tensors.items():
             if isinstance(tensor, torch.Tensor) and not isinstance(tensor, ShardedTensor):
                 check_tensor(name, tensor)
-        self._paths = flat.paths
         self._planner.set_up_planner(tensors, None, self._group.rank == 0)
         self._items = self._planner.create_local_plan().items
-        self._table = BoxTable.of(map(_box_of, self._items))
-        self._digest = xxhash.xxh3_128_digest(self._message())
+        table = BoxTable.of(map(_box_of, self._items))
+        self._message = msgspec.msgpack.encode((table.encode(), msgspec.json.encode(flat.paths)))
+        self._digest = xxhash.xxh3_128_digest(self._message)
         values = xxhash.xxh3_128_digest(msgspec.json.encode(self._values))
         return _Opening(values, self._memory.plan_id if self._memory.digest == self._digest else "")
 
@@ -217,11 +215,10 @@ class _Saving:
 
     # -- plan ----------------------------------------------------------------------------------------------
 
-    def _message(self) -> bytes:
-        return msgspec.msgpack.encode((self._table.encode(), msgspec.json.encode(self._paths)))
-
     def _plan(self, what: str) -> None:
-        plan_id, rows = self._group.deal(f"{what}: plan", self._message, self._share_out)
+        # Rank 0 overwrites what belongs to the plan before it is known that all ranks get the new one.
+        self._memory.plan_id = ""
+        plan_id, rows = self._group.deal(f"{what}: plan", lambda: self._message, self._share_out)
         self._memory.plan_id, self._memory.digest = plan_id, self._digest
         self._memory.rows = np.frombuffer(rows, dtype=np.int64)
 
@@ -243,8 +240,7 @@ class _Saving:
     def _upload(self, order: _Order) -> _Part:
         began_s = time.monotonic()
         target = self._target or Target(catalog=self._catalog, prefix=order.prefix)
-        deadline_s = OWN_SHARE * self._options.progress_timeout_s
-        watch = Watch(deadline_s=deadline_s, tick=self._group.tick, check=self._group.check)
+        watch = self._group.watch(self._options.progress_timeout_s)
         output = RankOutput(target, attempt=order.attempt, rank=self._group.rank, options=self._options, watch=watch)
         items = [self._items[row] for row in self._memory.rows.tolist()]
         # All ranks have the same values, which was checked; one of them writes them down.
@@ -268,9 +264,8 @@ class _Saving:
         self._group.tick()
         check_against_names(self._memory.tensors, index)
         self._group.tick()
-        full = Record(
-            metrics=record.metrics,
-            metadata=record.metadata,
+        full = replace(
+            record,
             world_size=self._group.size,
             began_s=self._began_s,
             spent_before=self._spent_before,

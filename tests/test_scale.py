@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scale_steps
-from benchmarks.layouts import MODELS, Fsdp, Model
+from benchmarks.layouts import MODELS, Fsdp, Model, chunks_of
 from benchmarks.rank_requests import count_on
 from benchmarks.scale import Row, growth_table
 from benchmarks.scale_steps import Size
@@ -15,7 +15,7 @@ from benchmarks.targets import Ground
 from cloudckpt.boxes import BoxTable
 from cloudckpt.codec import DTYPES
 from cloudckpt.dedup import share_out
-from cloudckpt.layout import Chunk, lay_out
+from cloudckpt.layout import lay_out
 from cloudckpt.options import Options
 from cloudckpt.tally import Written
 
@@ -43,18 +43,7 @@ def test_the_played_pieces_are_those_of_a_real_layout(rank: int) -> None:
     for earlier in range(rank):  # so that what ranks have in common was laid out for another one
         layout.written(earlier, rows)
     played = layout.written(rank, rows)
-    boxes = list(layout.table(rank).take(rows))
-    chunks = [
-        Chunk(
-            name=box.name,
-            dtype=box.dtype,
-            itemsize_bytes=DTYPES[box.dtype].itemsize,
-            shape=box.shape,
-            offsets=box.offsets,
-            sizes=box.sizes,
-        )
-        for box in boxes
-    ]
+    chunks = chunks_of(layout.table(rank).take(rows))
     shards = lay_out(chunks, shard_bytes=Options().shard_bytes, metadata={})
     real = Written.of(chunks, shards, [b""] * len(shards), {}, rank=rank, attempt=layout.attempt)
     assert list(played.boxes) == list(real.boxes)
