@@ -333,6 +333,9 @@ class Group:
     def _follow(self, phase: str, sent: _Sent, *, is_same: bool) -> _Sent:
         link = self._open_link()
         link.has_asked = False
+        # A rank that was stopped knows that it was given up before it hands its part over, not afterwards.
+        if (fault := link.pulse.catch_up()) is not None:
+            raise fault
         link.pulse.enter(phase, is_waiting=True)
         answer = self._wait(link, link.submit(partial(link.ask, _pickled(sent), is_same=is_same)), phase)
         link.pulse.enter(phase, is_waiting=False)

@@ -259,6 +259,13 @@ class Pulse:
                 self._fault = self._lost([0], f"the process group's store did not answer for {silent_s:.1f} s")
         return self._fault
 
+    def catch_up(self) -> RankLostError | None:
+        """Hear what was said while this process stood still, if it did; return why to stop, or None to go on."""
+        while self._clock() - self._answered_s > 2 * self.period_s and self.fault() is None:
+            self._wake.set()
+            time.sleep(_SHORTEST_PERIOD_S / 5)
+        return self.fault()
+
     def is_complete(self) -> bool:
         """Tell whether every rank has come to this session."""
         return self._verdict.is_complete

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from cloudckpt import CheckpointManager, CommitUnknownError, Options, RankLostError, SaveFailedError, StalledError
+from cloudckpt.group import Group
 from cloudckpt.keys import MANIFEST_NAME
 from cloudckpt.loading import _Loading
 from cloudckpt.saving import _Saving
@@ -148,15 +149,18 @@ def _spring(
     setattr(owner, name, suffering)
 
 
-def _second() -> Callable[..., bool]:
-    """Tell the second call from the first: a message is made once to be digested and once to be sent."""
-    calls: list[int] = []
+def _spring_in_plan(trap: Callable[[], None]) -> None:
+    """Put a trap where this rank says what boxes it holds."""
+    real: Any = Group.deal
 
-    def is_second(*_: Any) -> bool:
-        calls.append(0)
-        return len(calls) == 2
+    def suffering(self: Group, what: str, give: Callable[[], Any], *args: Any) -> Any:
+        def give_or_suffer() -> Any:
+            trap()
+            return give()
 
-    return is_second
+        return real(self, what, give_or_suffer, *args)
+
+    Group.deal = suffering  # type: ignore[method-assign]
 
 
 def _arm(case: Case, manager: CheckpointManager, state: dict[str, Any]) -> None:
@@ -164,7 +168,7 @@ def _arm(case: Case, manager: CheckpointManager, state: dict[str, Any]) -> None:
     inner: Any = manager._store.inner  # type: ignore[attr-defined]
     springs: dict[str, Callable[[], None]] = {
         "opening": lambda: state["part"].before.update(state_dict=trap),
-        "plan": lambda: _spring(_Saving, "_message", trap, when=_second()),
+        "plan": lambda: _spring_in_plan(trap),
         "share": lambda: _spring(_Saving, "_share_out", trap),
         "stage": lambda: _spring(Source, "view", trap),
         "upload": lambda: _spring(inner, "put", trap, when=lambda key, _: key.endswith(".safetensors")),
