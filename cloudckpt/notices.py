@@ -1,0 +1,160 @@
+"""Ask whoever may know that this machine will be taken away, and pass on what they say as notices.
+
+    source ──poll──▶ notices, or an error ──Watcher (a thread per source)──▶ whoever takes notices
+
+A source that is absent, slow, hangs or lies costs a log line and nothing else: its error ends in its watcher, which
+asks less and less often. A thread per source, so that one that hangs keeps no other from being heard. Knows nothing
+of signals, checkpoints or ranks; the sources themselves are in `notices_cloud` and `notices_slurm`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+__all__ = ["CheckSource", "Notice", "NoticeSource", "SourceError", "Watcher"]
+
+logger = logging.getLogger(__name__)
+
+# The shortest warning that a cloud gives is 30 s (GCE), so a source that came back is asked again in time.
+_LONGEST_WAIT_S = 20.0
+
+
+class SourceError(Exception):
+    """A source gave no answer, or none that can be believed. It ends in the source's watcher."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """Word that this machine, or this process on it, will be taken away.
+
+    Attributes:
+        source: who says so: `SIGTERM`, `ec2 spot instance-action`, `gce preempted`, `slurm time limit`, …
+        reason: the same in words for a person, with what the source itself said.
+        deadline_s: when it will be gone, in seconds of `time.monotonic`; None if that is not known.
+        received_s: when the notice was received, on the same clock.
+        kind: `order`: it will happen; `advice`: it has become likely.
+    """
+
+    source: str
+    reason: str
+    deadline_s: float | None
+    received_s: float
+    kind: Literal["order", "advice"] = "order"
+
+    def seconds_left(self, now_s: float) -> float | None:
+        """Return the seconds from `now_s` (of `time.monotonic`) to the deadline, 0 after it, None if it is unknown."""
+        return None if self.deadline_s is None else max(0.0, self.deadline_s - now_s)
+
+
+class NoticeSource(Protocol):
+    """Somebody who may know. `poll` is called from one thread at a time."""
+
+    @property
+    def name(self) -> str:
+        """What the source is called in a log."""
+        ...
+
+    def poll(self) -> Iterable[Notice]:
+        """Ask once, in bounded time, and return or yield what holds now; nothing if all is well.
+
+        The same notice may come again and again. What was yielded before an error counts.
+
+        Raises:
+            Exception: of any kind; no answer could be had.
+        """
+        ...
+
+
+class CheckSource:
+    """A function of the user's as a source of notices."""
+
+    name = "check"
+
+    def __init__(
+        self, check: Callable[[], float | bool | None], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Ask `check`, which returns something false (no notice), True (no time is known) or the seconds left."""
+        self._check = check
+        self._clock = clock
+
+    def poll(self) -> Iterable[Notice]:
+        left_s = self._check()
+        if not left_s:
+            return ()
+        if not isinstance(left_s, (int, float)) or math.isnan(left_s):
+            raise SourceError(f"check returned {left_s!r}; it must return None, False, True or the seconds left")
+        now_s = self._clock()
+        is_known = left_s is not True and math.isfinite(left_s)
+        deadline_s = now_s + max(0.0, left_s) if is_known else None
+        return (Notice(source="callable", reason="the check says so", deadline_s=deadline_s, received_s=now_s),)
+
+
+class Watcher:
+    """Poll one source in a thread of its own, until it is stopped."""
+
+    def __init__(self, source: NoticeSource, take: Callable[[Notice], None], *, poll_s: float) -> None:
+        """Hand what `source` says to `take`, asking every `poll_s` seconds and less often where no answer comes."""
+        self._source = source
+        self._take = take
+        self._poll_s = poll_s
+        self._failures = 0
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        return self._source.name
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds until the next question: twice as many after each failure, and never many."""
+        longest_s = max(self._poll_s, _LONGEST_WAIT_S)
+        return min(longest_s, self._poll_s * 2.0 ** min(self._failures, 32))
+
+    def start(self) -> None:
+        """Begin to ask, at once."""
+        self._thread = threading.Thread(target=self._run, name=f"cloudckpt-{self.name}", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ask no more. Returns at once; `join` waits."""
+        self._stopping.set()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the thread to end; tell whether it has."""
+        if self._thread is None:
+            return True
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self.ask()
+            self._stopping.wait(self.wait_s)
+
+    def ask(self) -> None:
+        """Poll once. Whatever goes wrong is logged: as a warning when it begins, for debugging while it lasts."""
+        try:
+            for notice in self._source.poll():
+                self._take(notice)
+        except Exception as exc:  # noqa: BLE001 (it is anybody's code, and training must not end of it)
+            self._note_failure(exc)
+            return
+        if self._failures:
+            logger.info("%s answers again; its notices are heard", self.name)
+        self._failures = 0
+
+    def _note_failure(self, exc: Exception) -> None:
+        self._failures += 1
+        level = logging.WARNING if self._failures == 1 else logging.DEBUG
+        said = str(exc) if isinstance(exc, SourceError) else repr(exc)
+        logger.log(
+            level, "%s gives no answer, so a notice of its would not be heard; it is asked on: %s", self.name, said
+        )
