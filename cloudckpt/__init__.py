@@ -2,6 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from cloudckpt.advice import Advice
+from cloudckpt.background import SaveHandle
 from cloudckpt.catalog import Checkpoint
 from cloudckpt.checkpoint import load, read, save
 from cloudckpt.errors import (
@@ -30,7 +32,9 @@ from cloudckpt.errors import (
     UnsupportedValueError,
 )
 from cloudckpt.manager import CheckpointManager
+from cloudckpt.notices import Notice
 from cloudckpt.options import Options, RetryPolicy
+from cloudckpt.preemption import Preemption
 from cloudckpt.reader import CloudReader
 from cloudckpt.retention import KeepBest, KeepEvery, KeepFor, KeepLast
 from cloudckpt.writer import CloudWriter
@@ -42,6 +46,7 @@ except PackageNotFoundError:
 
 __all__ = [
     "AccessDeniedError",
+    "Advice",
     "BucketNotFoundError",
     "Checkpoint",
     "CheckpointExistsError",
@@ -64,12 +69,15 @@ __all__ = [
     "KeepLast",
     "ManifestError",
     "MissingShardError",
+    "Notice",
     "Options",
     "OptionsError",
+    "Preemption",
     "RankLostError",
     "RetryExhaustedError",
     "RetryPolicy",
     "SaveFailedError",
+    "SaveHandle",
     "StalledError",
     "StateMismatchError",
     "StorageError",

@@ -105,6 +105,12 @@ class Catalog:
         self._known: dict[str, Checkpoint] = {}
         self._lock = threading.Lock()
 
+    def with_store(self, store: Store) -> Catalog:
+        """Return this catalog over another way to the same objects; what either has read, both know."""
+        other = Catalog(store, clock=self._clock)
+        other._known, other._lock = self._known, self._lock
+        return other
+
     # -- reading -------------------------------------------------------------------------------------------
 
     def open(self, prefix: str = "") -> Checkpoint:

@@ -8,7 +8,7 @@ The messages go over a gloo group of our own, made once per process group, so th
 met, whatever its backend is. `Link`'s thread sends and receives them; the rank waits for that thread and watches
 `Pulse` meanwhile, because a gloo receive cannot be given up and, once it has timed out, has taken the whole group with
 it. What raises on one rank travels as a value. After a lost rank the group is left to itself, and the next session
-makes another. Keeps FORMAT invariants 11 and 13. One session at a time; any thread may hold it.
+makes another. Keeps FORMAT invariants 11 and 13. One session at a time, which one thread may begin and another end.
 """
 
 from __future__ import annotations
@@ -82,6 +82,8 @@ class Group:
         self._generation = 0
         self._session = 0
         self._is_open = False
+        self._turn = threading.Lock()
+        self._holder: int | None = None
         self._settled: BaseException | None = None
 
     @classmethod
@@ -111,17 +113,21 @@ class Group:
 
     @contextmanager
     def session(self, what: str, *, deadline_s: float) -> Iterator[None]:
-        """Hold the ranks together for one save or restore; every rank must come.
+        """Hold the ranks together for one save or restore; every rank must come. Waits for a session under way.
 
         Raises:
+            OptionsError: this thread is in the middle of a session.
             RankLostError: a rank did not come, died, gave up, or stands still for `deadline_s`. Also out of every
                 exchange. The next session begins anew, with whoever comes.
         """
         if self.size == 1:
             yield
             return
-        if self._is_open:
-            raise OptionsError(f"{what} began while another save or restore was under way; wait for that one first")
+        if self._holder == threading.get_ident():
+            raise OptionsError(f"{what} began in the middle of another save or restore; let that one end first")
+        # One that another thread leads is waited for: every rank began it first, so every rank waits.
+        self._turn.acquire()
+        self._holder = threading.get_ident()
         self._is_open, self._settled = True, None
         try:
             link = self._begin(what, deadline_s)
@@ -133,7 +139,12 @@ class Group:
             finally:
                 link.pulse.end()
         finally:
-            self._is_open = False
+            self._is_open, self._holder = False, None
+            self._turn.release()
+
+    def take_over(self) -> None:
+        """Go on, in the calling thread, with a session that another thread has begun and left."""
+        self._holder = threading.get_ident()
 
     def _begin(self, what: str, deadline_s: float) -> Link:
         self._session += 1

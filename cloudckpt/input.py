@@ -123,7 +123,7 @@ class RankInput:
             IntegrityError: an object is missing or differs from what was committed.
             StorageError: the store could not be read. In either case targets may hold a mixture.
         """
-        budget = Budget(self._options.memory_budget_bytes)
+        budget = Budget(self._options.transfer_budget_bytes)
         landings = self._landings(items, planner, pieces, budget)
         fetches = [
             fetch for place in sorted(landings) for fetch in self._fetches(self._index.shard(*place), landings[place])

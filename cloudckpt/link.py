@@ -43,13 +43,13 @@ _LAZY = "TORCH_GLOO_LAZY_INIT"
 _CLOSING_S = 1.0
 
 
-def new_gloo_group() -> object:
+def new_gloo_group(timeout: timedelta = _GLOO_TIMEOUT) -> object:
     """Make the group with connections on first use: rank 0 talks to all, and few others to each other."""
     before = os.environ.get(_LAZY)
     os.environ[_LAZY] = "1"
     try:
         with _breaking(None):
-            return dist.new_group(backend="gloo", timeout=_GLOO_TIMEOUT)
+            return dist.new_group(backend="gloo", timeout=timeout)
     finally:
         if before is None:
             del os.environ[_LAZY]

@@ -1,11 +1,12 @@
 """Own one root of checkpoints for one job: when to save, what to keep, what to resume from.
 
-    save     claim epoch (once) ─▶ save_state ─▶ committed ─▶ prune by the retention rules
-    restore  newest ─▶ load_state; corrupt? say so loudly and try the next older one
+    save        claim epoch (once) ─▶ agree ─▶ upload ─▶ committed ─▶ prune by the retention rules
+    async_save  claim epoch (once) ─▶ agree ─▶ copy  ─▶ returns; the rest goes on in a thread of its own
+    restore     newest ─▶ load_state; corrupt? say so loudly and try the next older one
 
-Policy only: the catalog decides what exists, `saving` and `loading` lead the ranks. With several ranks each has a
-manager and calls `save` and `restore`; only rank 0's claims, lists and prunes. Keeps FORMAT invariants 5, 8 and 10.
-A manager belongs to one thread.
+Policy only: the catalog decides what exists, `saving` and `loading` lead the ranks, `schedule` says when. With several
+ranks each has a manager and calls the same of it; only rank 0's claims, lists and prunes. Keeps FORMAT invariants 5, 8
+and 10. A manager belongs to one thread, and has at most one save under way.
 """
 
 from __future__ import annotations
@@ -15,42 +16,45 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Literal, Self
 
 import torch
 
+from cloudckpt.advice import Advice, advise
+from cloudckpt.background import SaveHandle
 from cloudckpt.catalog import Catalog, Checkpoint
-from cloudckpt.errors import CheckpointExistsError, CloudCkptError, OptionsError
+from cloudckpt.errors import CloudCkptError, OptionsError
 from cloudckpt.group import Group
 from cloudckpt.index import Index
 from cloudckpt.keys import checkpoint_prefix
 from cloudckpt.loading import Candidate, Extra, load_state
+from cloudckpt.meter import Meter
 from cloudckpt.options import Options
 from cloudckpt.output import Target
+from cloudckpt.preemption import EXIT_PREEMPTED, Preemption
+from cloudckpt.pruning import Pruner
 from cloudckpt.resume import apply_rng, packed_rng, rng_name, rng_targets
-from cloudckpt.retention import KeepBest, RetentionRule, plan
-from cloudckpt.saving import PlanMemory, save_state
+from cloudckpt.retention import KeepBest, RetentionRule
+from cloudckpt.saving import PendingSave, PlanMemory, begin_save
+from cloudckpt.schedule import Latest, Schedule
+from cloudckpt.snapshot import expected_shards
+from cloudckpt.staging import Slabs
 from cloudckpt.state import bind, capture
 from cloudckpt.store import StoreStats, open_store, probe_create
 from cloudckpt.sweep import Orphan, sweep
 from cloudckpt.tree import Flat
+from cloudckpt.vote import Vote
 from cloudckpt.writer import refuse_lonely_rank
 
 __all__ = ["CheckpointManager"]
 
 logger = logging.getLogger(__name__)
 
+# Of the time left before the end, kept for what follows the commit.
+_MARGIN_S = 0.5
 _PHASES = ("plan", "stage", "upload", "gather", "commit")
-
-
-@dataclass(slots=True)
-class _Removal:
-    """A checkpoint whose manifest is gone and whose shards go once readers had time to notice."""
-
-    prefix: str
-    uncommitted_s: float
 
 
 class CheckpointManager:
@@ -62,8 +66,15 @@ class CheckpointManager:
         for step in range(restored.step + 1 if restored else 0, total):
             loss = train_step()
             if manager.should_save(step):
-                manager.save(step, state, metrics={"loss": float(loss)})
+                manager.async_save(step, state, metrics={"loss": float(loss)})
+            if manager.preempted:
+                manager.wait()
+                break
     ```
+
+    The end of the `with` block waits for a save under way, for `options.finish_timeout_s` at most, also when it ends by
+    an exception; a second interrupt (Ctrl-C) abandons it. So does the end of the interpreter, for a manager that was
+    never closed. What is abandoned is not committed.
     """
 
     def __init__(  # noqa: PLR0913 (keyword-only options, each of its own kind)
@@ -75,6 +86,8 @@ class CheckpointManager:
         options: Options | None = None,
         retention: Sequence[RetentionRule] = (),
         save_every_steps: int | None = None,
+        save_every_seconds: float | None = None,
+        preemption: bool | Preemption = False,
         save_rng: bool = True,
         prune_grace_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
@@ -88,6 +101,9 @@ class CheckpointManager:
             options: sizes, parallelism, patience.
             retention: rules of which each keeps some checkpoints; without rules all are kept.
             save_every_steps: the interval of `should_save`, in training steps.
+            save_every_seconds: its interval in seconds since the newest save began; both may be given.
+            preemption: heed notices that this machine goes: True for SIGTERM, SIGUSR1 and what the machine itself
+                offers (EC2, GCE, Slurm), or a `Preemption`, which is started here and stopped by whoever made it.
             save_rng: save and restore the random number generators of this process.
             prune_grace_s: seconds between the end of a pruned checkpoint and the removal of its shards, for
                 readers that are in the middle of it.
@@ -96,36 +112,103 @@ class CheckpointManager:
         Raises:
             OptionsError: a wrong URL, engine, rule or interval.
         """
-        if save_every_steps is not None and save_every_steps < 1:
-            raise OptionsError(f"save_every_steps is {save_every_steps}; give 1 or more, or None")
         if prune_grace_s < 0:
             raise OptionsError(f"prune_grace_s is {prune_grace_s}; give 0 or more seconds")
         refuse_lonely_rank()
+        self._preemption = Preemption() if preemption is True else preemption or None
+        self._owns_preemption = preemption is True
+        self._schedule = Schedule(every_steps=save_every_steps, every_s=save_every_seconds, preemption=self._preemption)
         self._options = options or Options()
         self._store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=self._options)
         self._catalog = Catalog(self._store)
         self._retention = tuple(retention)
-        self._save_every_steps = save_every_steps
+        self._pruner = Pruner(self._catalog, self._retention, grace_s=prune_grace_s, clock=clock)
         self._save_rng = save_rng
-        self._prune_grace_s = prune_grace_s
-        self._clock = clock
         self._plan = PlanMemory()
+        self._slabs = Slabs()
+        self._meter = Meter()
+        self._vote: Vote | None = None
         self._epoch = 0
         self._resumed_from: Checkpoint | None = None
         self._newest_own: Checkpoint | None = None
-        self._removals: list[_Removal] = []
+        self._newest_began: tuple[int, float] | None = None
+        self._handle: SaveHandle | None = None
+        self._spending: tuple[Group, StoreStats]
+        self._to_prepare: MutableMapping[str, object] | None = None
         self._is_closed = False
+        if self._preemption is not None:
+            self._preemption.start()
 
     @property
     def url(self) -> str:
         """The root, without credentials."""
         return self._store.url
 
-    # -- saving --------------------------------------------------------------------------------------------
+    # -- when ----------------------------------------------------------------------------------------------
 
     def should_save(self, step: int) -> bool:
-        """Tell whether the interval asks for a save after `step`: every `save_every_steps` steps, counted from 1."""
-        return self._save_every_steps is not None and (step + 1) % self._save_every_steps == 0
+        """Tell whether to save after `step`: by the intervals, or because of a preemption notice.
+
+        Every `save_every_steps` steps, counted from 1; `save_every_seconds` after the newest save began; and once when
+        notice was given, unless a snapshot of the last 5 seconds is saved or under way, or nothing newer could be saved
+        in time. The same answer on every rank: with several, and with seconds or preemption, they vote (0.1 ms), so
+        every rank must ask at every step.
+
+        Raises:
+            OptionsError: the ranks ask about different steps.
+            RankLostError: another rank did not come to ask.
+        """
+        self._refuse_closed()
+        self._meter.note_step(step)
+        if self._to_prepare is not None:
+            # By now the optimizers have their state.
+            state, self._to_prepare = self._to_prepare, None
+            self._touch_ahead(state)
+        return self._schedule.ask(step, self._latest_save(), self._votes())
+
+    def _latest_save(self) -> Latest | None:
+        if self._newest_began is None:
+            return None
+        step, began_s = self._newest_began
+        handle = self._handle
+        return Latest(
+            step=step,
+            began_s=began_s,
+            is_under_way=handle is not None and not handle.done(),
+            is_failed=handle is not None and handle.step == step and handle.error is not None,
+            took_s=self._meter.last_commit_s,
+        )
+
+    def _votes(self) -> Vote:
+        group = Group.of_world()
+        if self._vote is None or self._vote.size != group.size:
+            self._vote = Vote(rank=group.rank, size=group.size, timeout_s=self._options.progress_timeout_s)
+        return self._vote
+
+    @property
+    def preempted(self) -> bool:
+        """Whether notice was given that this job's machine goes; with several ranks, as of the last `should_save`."""
+        if Group.of_world().size == 1:
+            self._schedule.hear()
+        return self._schedule.deadline is not None
+
+    @property
+    def exit_code(self) -> int:
+        """What to exit with after a preemption, so that a scheduler tells it from success: 143 unless chosen."""
+        return self._preemption.exit_code if self._preemption is not None else EXIT_PREEMPTED
+
+    def report(self, mtbf_s: float | None = None) -> Advice:
+        """Say what saves cost, and how often to save; `print(manager.report(mtbf_s=7200))` is for people.
+
+        Args:
+            mtbf_s: mean seconds between failures of the job; None if not known.
+
+        Raises:
+            OptionsError: `mtbf_s` is not a finite number above 0.
+        """
+        return advise(self._meter.costs(), mtbf_s)
+
+    # -- saving --------------------------------------------------------------------------------------------
 
     def save(
         self,
@@ -152,25 +235,154 @@ class CheckpointManager:
             SaveFailedError: ranks failed, were lost, or hold different states (`.failures`); nothing was committed.
             StorageError: nothing was committed (after `CommitUnknownError`: perhaps).
         """
+        began_s = self._begin()
+        pending = self._pending(step, state, metrics, metadata, slabs=None)
+        self._newest_began = step, began_s
+        checkpoint = pending.finish()
+        self._meter.note_blocked(time.monotonic() - began_s)
+        self._committed(checkpoint, began_s, *self._spending)
+        return checkpoint
+
+    def async_save(
+        self,
+        step: int,
+        state: MutableMapping[str, object],
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, object] | None = None,
+        *,
+        on_busy: Literal["wait", "skip"] = "wait",
+    ) -> SaveHandle:
+        """Copy `state`, return, and save the copy as the checkpoint of `step` in the background.
+
+        After it returned the state may be changed or freed. The copy is kept in host memory, which is used again by the
+        next async save; where `options.memory_budget_bytes` has no room for all of it, this waits for uploads to free
+        some. One save is under way at a time. With several ranks, every rank calls it.
+
+        Args:
+            step: the training step, not yet committed by this job.
+            state: as for `save`.
+            metrics: as for `save`.
+            metadata: as for `save`.
+            on_busy: what to do while another save is under way on any rank: `wait` for it, or `skip` this one.
+
+        Raises:
+            SaveFailedError: this one failed before it was staged, or an earlier one in the background and nobody was
+                told: then this one was not begun.
+            CloudCkptError: as `save` raises.
+        """
+        if on_busy not in ("wait", "skip"):
+            raise OptionsError(f"on_busy is {on_busy!r}; give 'wait' or 'skip'")
         self._refuse_closed()
-        began_s, before = time.monotonic(), self._store.stats()
+        self._raise_untold()
+        if on_busy == "skip" and not self.preempted and self._is_busy(step):
+            logger.info("rank %d: step %d is skipped: another save is under way", Group.of_world().rank, step)
+            return SaveHandle(step, is_skipped=True)
+        began_s = self._begin()
+        pending = self._pending(step, state, metrics, metadata, slabs=self._slabs)
+        self._newest_began = step, began_s
+        after = partial(self._committed, began_s=began_s, group=self._spending[0], before=self._spending[1])
+        self._handle = SaveHandle.begin(step, pending, after, patience_s=self._options.finish_timeout_s)
+        blocked_s = time.monotonic() - began_s
+        self._meter.note_blocked(blocked_s)
+        logger.info(
+            "rank %d: staged step %d: %d bytes, training was blocked for %.3f s",
+            self._spending[0].rank,
+            step,
+            pending.size_bytes,
+            blocked_s,
+        )
+        return self._handle
+
+    def prepare(self, state: MutableMapping[str, object]) -> None:
+        """Make the memory ready that `async_save` will need, in the background, so that the first one is fast, too.
+
+        Fresh memory is 10 times slower to write to than memory in use. Call it once, before training; what optimizers
+        make in their first step is added at the first `should_save`. Saves nothing, asks nobody.
+        """
+        self._refuse_closed()
+        self._touch_ahead(state)
+        self._to_prepare = state
+
+    def _touch_ahead(self, state: MutableMapping[str, object]) -> None:
         group = Group.of_world()
-        checkpoint = save_state(
+        sizes, is_pinned = expected_shards(
+            capture(bind(state)).leaves, self._options, rank=group.rank, size=group.size, engine=self._store.engine
+        )
+        self._slabs.touch_ahead(sizes, is_pinned=is_pinned)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for a save under way.
+
+        Raises:
+            TimeoutError: it goes on.
+            SaveFailedError: it failed; also one that failed before and nobody was told.
+        """
+        if self._handle is not None and not self._handle.done():
+            self._handle.result(timeout)
+        self._raise_untold()
+
+    def _begin(self) -> float:
+        """Wait for a save under way; return when this one begins for the caller."""
+        self._refuse_closed()
+        began_s = time.monotonic()
+        self.wait()
+        return began_s
+
+    def _raise_untold(self) -> None:
+        if self._handle is not None and self._handle.is_untold:
+            self._handle.result()
+
+    def _is_busy(self, step: int) -> bool:
+        is_busy = self._handle is not None and not self._handle.done()
+        return bool(self._votes().largest([int(is_busy)], what=f"async_save of step {step}")[0])
+
+    def _pending(
+        self,
+        step: int,
+        state: MutableMapping[str, object],
+        metrics: Mapping[str, float] | None,
+        metadata: Mapping[str, object] | None,
+        *,
+        slabs: Slabs | None,
+    ) -> PendingSave:
+        group = Group.of_world()
+        self._spending = group, self._store.stats()
+        catalog, options = self._means()
+        return begin_save(
             lambda: self._capture(step, state, group.rank),
-            lambda: self._place(step),
-            catalog=self._catalog,
+            lambda: self._place(step, catalog),
+            catalog=catalog,
             group=group,
-            options=self._options,
+            options=options,
             memory=self._plan,
             metrics=metrics,
             metadata=metadata,
             what=f"save of step {step}",
+            slabs=slabs,
         )
+
+    def _means(self) -> tuple[Catalog, Options]:
+        """Return what a save may use: after a preemption notice, no more time than is left."""
+        deadline = self._schedule.deadline
+        left_s = math.inf if deadline is None else deadline.left_s(time.monotonic())
+        # A time that has passed was wrong: the machine is still there.
+        if not 0 < left_s < math.inf:
+            return self._catalog, self._options
+        options = self._options.within(max(1.0, left_s - _MARGIN_S))
+        return self._catalog.with_store(self._store.within(options.retry)), options
+
+    def _committed(self, checkpoint: Checkpoint, began_s: float, group: Group, before: StoreStats) -> None:
+        """Note a commit, and prune; perhaps in a background save's thread."""
         self._epoch, self._newest_own = checkpoint.epoch, checkpoint
-        self._log("saved", checkpoint, time.monotonic() - began_s, before, group.rank)
-        if group.rank == 0:
-            self._prune_after(checkpoint)
-        return checkpoint
+        elapsed_s = time.monotonic() - began_s
+        self._meter.note_commit(elapsed_s)
+        self._log("saved", checkpoint, elapsed_s, before, group.rank)
+        deadline = self._schedule.deadline
+        if deadline is not None:
+            left_s = deadline.left_s(time.monotonic())
+            logger.warning("rank %d: step %s is safe, %.1f s before the end", group.rank, checkpoint.step, left_s)
+        elif group.rank == 0:
+            self._pruner.prune_after(checkpoint)
 
     def _capture(self, step: int, state: MutableMapping[str, object], rank: int) -> Flat:
         checkpoint_prefix(step, self._epoch or 1)  # refuses a step that has no key, before anything is claimed
@@ -179,7 +391,7 @@ class CheckpointManager:
             flat.leaves[rng_name(rank)] = packed_rng()
         return flat
 
-    def _place(self, step: int) -> Target:
+    def _place(self, step: int, catalog: Catalog) -> Target:
         """Claim the root with the first save, and return where a step goes; on rank 0."""
         if self._epoch == 0:
             probe_create(self._store, single_writer=self._options.single_writer)
@@ -187,7 +399,7 @@ class CheckpointManager:
         prefix = checkpoint_prefix(step, self._epoch)
         if self._newest_own is not None and self._catalog.knows(prefix):
             raise self._catalog.exists_error(prefix)
-        return Target(catalog=self._catalog, prefix=prefix, step=step, epoch=self._epoch)
+        return Target(catalog=catalog, prefix=prefix, step=step, epoch=self._epoch)
 
     def _refuse_closed(self) -> None:
         if self._is_closed:
@@ -223,6 +435,8 @@ class CheckpointManager:
             StorageError: the store could not be read; that is never taken for "nothing there".
         """
         self._refuse_closed()
+        if self._handle is not None:
+            self._handle.wait()
         began_s, before = time.monotonic(), self._store.stats()
         group = Group.of_world()
         if group.size == 1:
@@ -241,7 +455,9 @@ class CheckpointManager:
         if checkpoint is None:
             logger.info("rank %d: nothing is committed at %s: a fresh start", group.rank, self.url)
         else:
-            self._log("restored", checkpoint, time.monotonic() - began_s, before, group.rank)
+            elapsed_s = time.monotonic() - began_s
+            self._meter.note_restore(elapsed_s)
+            self._log("restored", checkpoint, elapsed_s, before, group.rank)
         return checkpoint
 
     def _candidates(self, step: int | str | Checkpoint) -> Iterator[Candidate]:
@@ -307,45 +523,6 @@ class CheckpointManager:
 
     # -- removing ------------------------------------------------------------------------------------------
 
-    def _prune_after(self, checkpoint: Checkpoint) -> None:
-        """Prune; a failure is logged and left to the next save, because the checkpoint itself is safe."""
-        if not self._retention and not self._removals:
-            return
-        try:
-            self._prune()
-        except CloudCkptError as exc:
-            logger.warning(
-                "step %s is saved, but pruning failed and is left to the next save: %s", checkpoint.step, exc
-            )
-
-    def _prune(self) -> None:
-        """Uncommit what no rule keeps; remove the shards of what was uncommitted a grace time ago."""
-        if self._retention:
-            existing = {found.order: found for found in self._catalog.all()}
-            # Our own newest is never in question, even when a newer epoch has checkpoints of its own by now.
-            protected = {self._newest_own.order} if self._newest_own else set()
-            removed = plan(list(existing.values()), self._retention, protected=protected).remove
-            if removed:
-                # A newer job may be restoring what we would remove.
-                self._catalog.fence(self._epoch)
-            for epoch_step in removed:
-                self._uncommit(existing[epoch_step])
-        self._remove_due()
-
-    def _uncommit(self, checkpoint: Checkpoint) -> None:
-        self._catalog.uncommit(checkpoint)
-        self._removals.append(_Removal(checkpoint.prefix, self._clock()))
-        logger.info("pruned step %s of epoch %d", checkpoint.step, checkpoint.epoch)
-
-    def _remove_due(self) -> None:
-        due = [removal for removal in self._removals if self._clock() - removal.uncommitted_s >= self._prune_grace_s]
-        for removal in due:
-            try:
-                self._catalog.remove_objects(removal.prefix)
-            except CheckpointExistsError:
-                logger.warning("%s was committed again while it was pruned; it stays", removal.prefix)
-            self._removals.remove(removal)
-
     def sweep(self, *, dry_run: bool = True, older_than_s: float = 86_400.0) -> list[Orphan]:
         """Remove what killed jobs left behind: attempts of older epochs without a commit, and pruned leftovers.
 
@@ -359,16 +536,34 @@ class CheckpointManager:
     # -- ending --------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Remove what is due and release the store. Idempotent. Shards still in their grace time stay for a sweep."""
+        """Wait for a save under way, remove what is due, and release the store and the memory. Idempotent.
+
+        Shards still in their grace time stay for a sweep.
+
+        Raises:
+            SaveFailedError: a save failed in the background and nobody was told, or did not end within
+                `options.finish_timeout_s` and was abandoned. All is released.
+            CommitUnknownError: one was abandoned, and may be committed all the same.
+        """
         if self._is_closed:
             return
         self._is_closed = True
         try:
+            if self._handle is not None:
+                self._handle.finish_or_abandon(self._options.finish_timeout_s)
             self._remove_due()
+        finally:
+            if self._preemption is not None and self._owns_preemption:
+                self._preemption.stop()
+            self._slabs.close()
+            self._store.close()
+        self._raise_untold()
+
+    def _remove_due(self) -> None:
+        try:
+            self._pruner.remove_due()
         except CloudCkptError as exc:
             logger.warning("pruned shards could not be removed and stay for a sweep: %s", exc)
-        finally:
-            self._store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -376,7 +571,14 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except CloudCkptError as exc:
+            # The exception that ends the block is the one to be seen.
+            logger.error("while the manager was closed: %s", exc)  # noqa: TRY400
 
     def _log(self, did: str, checkpoint: Checkpoint, elapsed_s: float, before: StoreStats, rank: int) -> None:
         spent = self._store.stats() - before

@@ -5,7 +5,7 @@ Pure values, validated when they are made; no I/O. Every default that was tuned 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cloudckpt.errors import OptionsError
@@ -16,6 +16,7 @@ KIB = 1024
 MIB = 1024 * KIB
 # A reader holds whole blocks in memory, and an index that it was told to read says how large they are.
 MAX_BLOCK_BYTES = 256 * MIB
+_TRANSFER_BYTES = 512 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,9 @@ class Options:
         block_bytes: bytes per checksum, counted from a shard's first byte; at most 256 MiB.
         span_bytes: upper bound of one ranged read; a multiple of `block_bytes`.
         concurrency: requests in flight.
-        memory_budget_bytes: extra host memory that a save or a load may hold at once.
+        memory_budget_bytes: extra host memory that a save or a load may hold at once, the copy included that an async
+            save makes of the state; where that does not fit, it waits for uploads to free memory. None: 512 MiB for
+            what is in flight, and the copy besides, as far as half of the free memory has room for it.
         signed_payload: sign request bodies (S3). Off, because the digests of the format protect the bytes
             end to end and hashing every body with SHA-256 costs more than sending it.
         single_writer: accept a store without create-only writes; the caller promises that no other
@@ -70,6 +73,8 @@ class Options:
             died or hangs. Longer than `retry.deadline_s`, so that a store in trouble is not taken for a lost rank.
         read_once: on restore, read what several ranks need from the store once and pass it on between them: `always`,
             `never`, or `auto`, which does so where the store is remote.
+        finish_timeout_s: how long closing a manager, or the end of the interpreter, waits for an async save that is
+            under way before it abandons that.
         retry: patience of one operation.
     """
 
@@ -77,19 +82,22 @@ class Options:
     block_bytes: int = 4 * MIB
     span_bytes: int = 8 * MIB
     concurrency: int = 8
-    memory_budget_bytes: int = 512 * MIB
+    memory_budget_bytes: int | None = None
     signed_payload: bool = False
     single_writer: bool = False
     progress_timeout_s: float = 600.0
     read_once: Literal["auto", "always", "never"] = "auto"
+    finish_timeout_s: float = 300.0
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
     def __post_init__(self) -> None:
         for name in ("shard_bytes", "block_bytes", "span_bytes", "concurrency", "memory_budget_bytes"):
-            if getattr(self, name) < 1:
-                raise OptionsError(f"{name} is {getattr(self, name)}; give 1 or more")
-        if not self.progress_timeout_s > 0:
-            raise OptionsError(f"progress_timeout_s is {self.progress_timeout_s}; give a number of seconds above 0")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionsError(f"{name} is {value}; give 1 or more")
+        for name in ("progress_timeout_s", "finish_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise OptionsError(f"{name} is {getattr(self, name)}; give a number of seconds above 0")
         if self.read_once not in ("auto", "always", "never"):
             raise OptionsError(f"read_once is {self.read_once!r}; give 'auto', 'always' or 'never'")
         if self.block_bytes > MAX_BLOCK_BYTES:
@@ -100,8 +108,22 @@ class Options:
                 "a ranged read covers whole blocks"
             )
         least = max(self.shard_bytes, self.span_bytes)
-        if self.memory_budget_bytes < least:
+        if self.transfer_budget_bytes < least:
             raise OptionsError(
-                f"memory_budget_bytes ({self.memory_budget_bytes}) is smaller than one shard or span ({least}); "
+                f"memory_budget_bytes ({self.transfer_budget_bytes}) is smaller than one shard or span ({least}); "
                 "raise the budget or lower shard_bytes"
             )
+
+    def within(self, seconds: float) -> Options:
+        """Return the same options with no more patience than `seconds`."""
+        retry = replace(
+            self.retry,
+            deadline_s=min(self.retry.deadline_s, seconds),
+            request_timeout_s=min(self.retry.request_timeout_s, seconds),
+        )
+        return replace(self, retry=retry, progress_timeout_s=min(self.progress_timeout_s, seconds))
+
+    @property
+    def transfer_budget_bytes(self) -> int:
+        """Host memory that what is in flight may take."""
+        return _TRANSFER_BYTES if self.memory_budget_bytes is None else self.memory_budget_bytes

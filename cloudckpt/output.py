@@ -1,6 +1,7 @@
 """Write one rank's part of a save as shards, and commit what all ranks wrote.
 
     planned items ──▶ chunks ──layout──▶ shards ──upload──▶ what the rank wrote     (every rank)
+                                            ╰──stage──▶ copies ──upload──▶ the same, while the tensors change
     what all ranks wrote ──plan == results?──▶ index ──put──▶ manifest ──create──▶ committed     (the coordinator)
 
 Used by `CloudWriter`, whom DCP leads through a save, and by `saving`, which leads one itself. Knows DCP's planners;
@@ -25,12 +26,13 @@ from cloudckpt.layout import Chunk, ShardLayout, lay_out
 from cloudckpt.manifest import IndexRef, Manifest, Metric, digest_of
 from cloudckpt.options import Options
 from cloudckpt.pool import Budget, Watch
+from cloudckpt.snapshot import Staged
 from cloudckpt.source import Source, Staging, chunk_of
 from cloudckpt.store import RetryingStore, Store, StoreStats
 from cloudckpt.tally import Written
 from cloudckpt.upload import ShardJob, upload
 
-__all__ = ["RankOutput", "Record", "Target", "commit_index", "stats_of"]
+__all__ = ["Part", "RankOutput", "Record", "Target", "commit_index", "stats_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +65,21 @@ class Record:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
+class Part:
+    """One rank's tensors, placed into shards.
+
+    Attributes:
+        chunks: its boxes.
+        shards: where their bytes go.
+        source: hands the tensors out.
+    """
+
+    chunks: list[Chunk]
+    shards: list[ShardLayout]
+    source: Source
+
+
 class RankOutput:
     """The shards of one rank in one attempt.
 
@@ -82,40 +99,61 @@ class RankOutput:
         self._lock = threading.Lock()
         self.stage_s = 0.0
 
-    def write(self, items: Sequence[WriteItem], values: Mapping[str, JsonValue], planner: SavePlanner) -> Written:
-        """Upload the tensors behind planned items; return what became of them, with `values`, once all is durable."""
+    def lay_out(self, items: Sequence[WriteItem], planner: SavePlanner) -> Part:
+        """Place the tensors behind planned items into shards; nothing is copied or sent yet."""
         chunks = [chunk_of(item) for item in items]
         shards = lay_out(chunks, shard_bytes=self._options.shard_bytes, metadata={"cloudckpt": self._attempt})
-        source = Source(items, planner, shards)
+        return Part(chunks, shards, Source(items, planner, shards))
+
+    def write(self, part: Part, values: Mapping[str, JsonValue], staged: Staged | None = None) -> Written:
+        """Upload the shards; return what became of them, with `values`, once all is durable.
+
+        The bytes are those of the tensors themselves, or what was copied from them into `staged`.
+        """
         uploaded = upload(
             self._target.catalog.store,
-            [self._job(shard, chunks, source) for shard in shards],
+            [self._job(shard, part) if staged is None else self._staged_job(shard, staged) for shard in part.shards],
             block_bytes=self._options.block_bytes,
             concurrency=self._options.concurrency,
-            budget=Budget(self._options.memory_budget_bytes),
+            budget=Budget(self._options.transfer_budget_bytes if staged is None else staged.transfer_bytes),
             watch=self._watch,
         )
         digests = [done.digests for done in uploaded]
-        return Written.of(chunks, shards, digests, values, rank=self._rank, attempt=self._attempt)
+        return Written.of(part.chunks, part.shards, digests, values, rank=self._rank, attempt=self._attempt)
 
-    def _job(self, shard: ShardLayout, chunks: Sequence[Chunk], source: Source) -> ShardJob:
+    def _job(self, shard: ShardLayout, part: Part) -> ShardJob:
+        source = part.source
+
         def open_shard(staging: memoryview) -> list[memoryview]:
             began_s = time.monotonic()
             room = Staging(staging)
-            views = [source.view(chunks[piece.chunk], piece, room) for piece in shard.pieces]
+            views = [source.view(part.chunks[piece.chunk], piece, room) for piece in shard.pieces]
             with self._lock:
                 self.stage_s += time.monotonic() - began_s
             return [memoryview(shard.header), *(view for view in views if view.nbytes)]
 
         staging_bytes = Staging.room_for(piece.nbytes for piece in shard.pieces if source.is_staged(piece))
         return ShardJob(
-            key=self._target.prefix + shard_key(self._attempt, self._rank, shard.number),
+            key=self._key(shard),
             size_bytes=shard.size_bytes,
             # A transport may copy a body once.
             cost_bytes=shard.size_bytes + staging_bytes,
             staging_bytes=staging_bytes,
             open=open_shard,
         )
+
+    def _staged_job(self, shard: ShardLayout, staged: Staged) -> ShardJob:
+        return ShardJob(
+            key=self._key(shard),
+            size_bytes=shard.size_bytes,
+            cost_bytes=0 if staged.is_sent_in_place else shard.size_bytes,
+            staging_bytes=0,
+            open=lambda _: [memoryview(shard.header), staged.stage.open(shard.number)],
+            release=lambda: staged.stage.release(shard.number),
+        )
+
+    def _key(self, shard: ShardLayout) -> str:
+        return self._target.prefix + shard_key(self._attempt, self._rank, shard.number)
 
 
 def commit_index(target: Target, index: Index, record: Record) -> Checkpoint:

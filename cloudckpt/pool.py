@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, TypeVar
 
-from cloudckpt.errors import RankLostError, StalledError
+from cloudckpt.errors import CloudCkptError, RankLostError, StalledError
 
-__all__ = ["OWN_SHARE", "Budget", "Watch", "Work", "run_all"]
+__all__ = ["OWN_SHARE", "AbandonedError", "Budget", "Watch", "Work", "run_all"]
 
 _Result = TypeVar("_Result")
 
@@ -26,6 +26,10 @@ _Result = TypeVar("_Result")
 _LOOK_S = 0.2
 # Of the deadline: a rank names its own transfer that stands still before the others can only say that the rank does.
 OWN_SHARE = 0.8
+
+
+class AbandonedError(CloudCkptError):
+    """Nobody wants what is transferred any more."""
 
 
 class Budget:
@@ -119,7 +123,7 @@ def run_all(work: Sequence[Work[_Result]], *, concurrency: int, budget: Budget, 
             futures.append(pool.submit(item))
         while wait(futures, timeout=_LOOK_S, return_when=FIRST_EXCEPTION).not_done and not pool.is_stopping:
             pool.look()
-    except (StalledError, RankLostError):
+    except (StalledError, RankLostError, AbandonedError):
         pool.abandon()
         raise
     finally:

@@ -15,7 +15,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -37,12 +37,15 @@ from cloudckpt.group import Group, RanksFailedError, UndecidedError
 from cloudckpt.keys import new_attempt
 from cloudckpt.manifest import Manifest, metadata_to_json, metrics_to_json
 from cloudckpt.options import Options
-from cloudckpt.output import RankOutput, Record, Target, commit_index, stats_of
+from cloudckpt.output import Part, RankOutput, Record, Target, commit_index, stats_of
+from cloudckpt.pool import AbandonedError
+from cloudckpt.snapshot import Staged, take_snapshot
 from cloudckpt.source import check_layout, check_tensor, chunk_of
+from cloudckpt.staging import Slabs
 from cloudckpt.tally import Written, assemble, check_against_names
 from cloudckpt.tree import Flat, PathElement
 
-__all__ = ["PlanMemory", "save_state"]
+__all__ = ["PendingSave", "PlanMemory", "begin_save", "save_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -98,9 +101,78 @@ def save_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
         CommitUnknownError: the outcome is not known (rank 0 was lost at the end); nothing was deleted.
         CloudCkptError: what the one process, or rank 0 for all, was refused with; nothing was committed.
     """
+    pending = begin_save(
+        capture,
+        place,
+        catalog=catalog,
+        group=group,
+        options=options,
+        memory=memory,
+        metrics=metrics,
+        metadata=metadata,
+        what=what,
+    )
+    return pending.finish()
+
+
+def begin_save(  # noqa: PLR0913 (keyword-only, each of its own kind)
+    capture: Callable[[], Flat],
+    place: Callable[[], Target],
+    *,
+    catalog: Catalog,
+    group: Group,
+    options: Options,
+    memory: PlanMemory | None = None,
+    metrics: Mapping[str, float] | None = None,
+    metadata: Mapping[str, object] | None = None,
+    what: str = "save",
+    slabs: Slabs | None = None,
+) -> PendingSave:
+    """Agree with all ranks on what is saved and who writes it; `PendingSave` does the rest.
+
+    Takes what `save_state` takes, and raises what that raises. With `slabs`, memory for copies of the tensors, these
+    may change once they were staged; without, they are uploaded as they are then.
+    """
     saving = _Saving(capture, catalog, group, options, memory or PlanMemory())
-    with _plain_errors(group), group.session(what, deadline_s=options.progress_timeout_s):
-        return saving.run(place, what, metrics, metadata)
+    with ExitStack() as stack:
+        stack.enter_context(_plain_errors(group))
+        stack.enter_context(group.session(what, deadline_s=options.progress_timeout_s))
+        saving.begin(place, what, metrics, metadata)
+        saving.prepare(slabs)
+        return PendingSave(saving, group, stack.pop_all())
+
+
+class PendingSave:
+    """A save on which all ranks have agreed: to be staged, if it has memory for that, and finished."""
+
+    def __init__(self, saving: _Saving, group: Group, stack: ExitStack) -> None:
+        """Made by `begin_save`."""
+        self._saving = saving
+        self._group = group
+        self._stack = stack
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of this rank's part."""
+        return self._saving.size_bytes
+
+    def stage(self) -> None:
+        """Copy this rank's part; afterwards the state may change. Needs `finish` at work in another thread.
+
+        Raises:
+            StageClosedError: `finish` has ended, by an error that says why.
+        """
+        self._saving.stage()
+
+    def abandon(self, why: str) -> None:
+        """Let `finish` fail soon, unless the commit is decided. Any thread may call it."""
+        self._saving.abandon(why)
+
+    def finish(self) -> Checkpoint:
+        """Upload and commit with all ranks; raises as `save_state`. In any thread, once."""
+        self._group.take_over()
+        with self._stack:
+            return self._saving.finish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,41 +218,89 @@ class _Saving:
         self._values: dict[str, JsonValue] = {}
         self._message = b""
         self._digest = b""
+        self._what = ""
+        self._abandoned = ""
+        self._record = Record()
+        self._order = _Order()
         self._target: Target | None = None
+        self._output: RankOutput
+        self._part: Part
+        self._staged: Staged | None = None
+        self._stage_s = 0.0
         self._ended_s = 0.0
         self._began_s = time.monotonic()
         self._seconds: dict[str, float] = {}
         self._spent_before = stats_of(catalog.store)
 
-    def run(
+    def begin(
         self,
         place: Callable[[], Target],
         what: str,
         metrics: Mapping[str, float] | None,
         metadata: Mapping[str, object] | None,
-    ) -> Checkpoint:
-        """Go through the steps; raises as they do."""
-        record = Record()
+    ) -> None:
+        """Agree on what is saved, where, and who writes what; raises as the steps do."""
+        self._what = what
 
         def opening() -> _Opening:
-            nonlocal record
-            record = Record(metrics=metrics_to_json(metrics), metadata=metadata_to_json(metadata))
+            self._record = Record(metrics=metrics_to_json(metrics), metadata=metadata_to_json(metadata))
             return self._open()
 
         def order(openings: list[_Opening]) -> _Order:
-            return self._order(openings, place)
+            return self._decide(openings, place)
 
-        def commit(parts: list[_Part]) -> bytes:
-            return self._commit(parts, order_given, record)
-
-        order_given = self._group.agree(f"{what}: opening", opening, order)
-        if not order_given.is_alike:
+        self._order = self._group.agree(f"{what}: opening", opening, order)
+        if not self._order.is_alike:
             self._group.agree(f"{what}: comparing values", lambda: _digests(self._values), _refuse_values)
-        if not order_given.is_planned:
-            self._plan(what)
+        if not self._order.is_planned:
+            self._plan()
         self._seconds["plan_s"] = time.monotonic() - self._began_s
-        data = self._group.conclude(f"{what}: upload and commit", lambda: self._upload(order_given), commit)
-        return self._catalog.adopt(Manifest.decode(data, key=order_given.prefix), prefix=order_given.prefix)
+
+    def prepare(self, slabs: Slabs | None) -> None:
+        """Place what this rank writes into shards, and find room for copies of them if there are to be any."""
+        target = self._target or Target(catalog=self._catalog, prefix=self._order.prefix)
+        watch = replace(self._group.watch(self._options.progress_timeout_s), check=self._check)
+        self._output = RankOutput(
+            target, attempt=self._order.attempt, rank=self._group.rank, options=self._options, watch=watch
+        )
+        self._part = self._output.lay_out([self._items[row] for row in self._memory.rows.tolist()], self._planner)
+        if slabs is not None:
+            source, shards = self._part.source, self._part.shards
+            engine = self._catalog.store.engine
+            self._staged = Staged.of(slabs, shards, source, self._options, engine=engine)
+
+    def abandon(self, why: str) -> None:
+        """Let the upload, or the commit that has not begun, raise."""
+        self._abandoned = why
+
+    def _check(self) -> None:
+        if self._abandoned:
+            raise AbandonedError(f"the save was abandoned: {self._abandoned}")
+        self._group.check()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of this rank's shards."""
+        return sum(shard.size_bytes for shard in self._part.shards)
+
+    def stage(self) -> None:
+        """Copy what this rank writes, and let go of the caller's tensors."""
+        if self._staged is None:
+            return
+        began_s = time.monotonic()
+        take_snapshot(self._staged, self._part.shards, self._part.chunks, self._part.source)
+        self._stage_s = time.monotonic() - began_s
+        self._part.source.forget()
+        self._planner, self._items = DefaultSavePlanner(), []
+
+    def finish(self) -> Checkpoint:
+        """Upload, and commit what all ranks have uploaded."""
+        try:
+            data = self._group.conclude(f"{self._what}: upload and commit", self._upload, self._commit)
+        finally:
+            if self._staged is not None:
+                self._staged.stage.close()
+        return self._catalog.adopt(Manifest.decode(data, key=self._order.prefix), prefix=self._order.prefix)
 
     # -- opening -------------------------------------------------------------------------------------------
 
@@ -204,7 +324,7 @@ class _Saving:
         values = xxhash.xxh3_128_digest(msgspec.json.encode(self._values))
         return _Opening(values, self._memory.plan_id if self._memory.digest == self._digest else "")
 
-    def _order(self, openings: Sequence[_Opening], place: Callable[[], Target]) -> _Order:
+    def _decide(self, openings: Sequence[_Opening], place: Callable[[], Target]) -> _Order:
         if len({opening.values for opening in openings}) > 1:
             return _Order(is_alike=False)
         self._target = place()
@@ -215,10 +335,10 @@ class _Saving:
 
     # -- plan ----------------------------------------------------------------------------------------------
 
-    def _plan(self, what: str) -> None:
+    def _plan(self) -> None:
         # Rank 0 overwrites what belongs to the plan before it is known that all ranks get the new one.
         self._memory.plan_id = ""
-        plan_id, rows = self._group.deal(f"{what}: plan", lambda: self._message, self._share_out)
+        plan_id, rows = self._group.deal(f"{self._what}: plan", lambda: self._message, self._share_out)
         self._memory.plan_id, self._memory.digest = plan_id, self._digest
         self._memory.rows = np.frombuffer(rows, dtype=np.int64)
 
@@ -237,20 +357,18 @@ class _Saving:
 
     # -- upload and commit ---------------------------------------------------------------------------------
 
-    def _upload(self, order: _Order) -> _Part:
+    def _upload(self) -> _Part:
         began_s = time.monotonic()
-        target = self._target or Target(catalog=self._catalog, prefix=order.prefix)
-        watch = self._group.watch(self._options.progress_timeout_s)
-        output = RankOutput(target, attempt=order.attempt, rank=self._group.rank, options=self._options, watch=watch)
-        items = [self._items[row] for row in self._memory.rows.tolist()]
         # All ranks have the same values, which was checked; one of them writes them down.
-        written = output.write(items, self._values if self._group.rank == 0 else {}, self._planner)
+        values = self._values if self._group.rank == 0 else {}
+        written = self._output.write(self._part, values, self._staged)
         self._ended_s = time.monotonic()
-        return _Part(written.encode(), self._ended_s - began_s, output.stage_s)
+        return _Part(written.encode(), self._ended_s - began_s, self._stage_s + self._output.stage_s)
 
-    def _commit(self, parts: Sequence[_Part], order: _Order, record: Record) -> bytes:
+    def _commit(self, parts: Sequence[_Part]) -> bytes:
         if self._target is None:
             raise OptionsError("only rank 0 commits")
+        self._check()
         slowest = max(range(len(parts)), key=lambda rank: parts[rank].upload_s)
         self._seconds |= {
             "stage_s": max(part.stage_s for part in parts),
@@ -259,13 +377,13 @@ class _Saving:
         }
         written = [Written.decode(part.written) for part in parts]
         index = assemble(
-            written, attempt=order.attempt, block_bytes=self._options.block_bytes, paths=self._memory.paths
+            written, attempt=self._order.attempt, block_bytes=self._options.block_bytes, paths=self._memory.paths
         )
         self._group.tick()
         check_against_names(self._memory.tensors, index)
         self._group.tick()
         full = replace(
-            record,
+            self._record,
             world_size=self._group.size,
             began_s=self._began_s,
             spent_before=self._spent_before,

@@ -14,7 +14,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from cloudckpt.codec import DTYPE_NAMES
 from cloudckpt.errors import OptionsError, UnsupportedValueError
 from cloudckpt.layout import Chunk, Piece, ShardLayout
 
-__all__ = ["Source", "Staging", "check_layout", "check_tensor", "chunk_of", "object_of"]
+__all__ = ["Room", "Source", "Staging", "check_layout", "check_tensor", "chunk_of", "object_of"]
 
 
 def check_layout(name: str, layout: torch.layout, dtype: torch.dtype) -> None:
@@ -80,8 +80,21 @@ def chunk_of(item: WriteItem) -> Chunk:
     )
 
 
+class Room(Protocol):
+    """Memory for pieces that must be copied before they are sent."""
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a copy from a device may go on after it was begun; whoever has the room waits for it."""
+
+    def take(self, size_bytes: int) -> memoryview:
+        """Return memory for the next piece."""
+
+
 class Staging:
-    """Memory for the pieces of one shard that must be copied before they are sent."""
+    """Memory for the pieces of one shard, one after the other."""
+
+    is_pinned = False
 
     def __init__(self, memory: memoryview) -> None:
         """Cut pieces from `memory`."""
@@ -119,7 +132,7 @@ class Source:
         """Tell whether the piece's bytes will be copied to the host, or together, before they are sent."""
         return not self._is_stock or not _has_host_bytes(self._resolve(piece.chunk))
 
-    def view(self, chunk: Chunk, piece: Piece, room: Staging) -> memoryview:
+    def view(self, chunk: Chunk, piece: Piece, room: Room) -> memoryview:
         """Return the piece's bytes: the tensor's own memory where it is dense on the host, else some of `room`."""
         with self._lock:
             tensor = self._tensors.get(piece.chunk)
@@ -129,6 +142,16 @@ class Source:
             if self._uses[piece.chunk] == 0:
                 del self._tensors[piece.chunk]
         return _piece_view(tensor, chunk, piece, room)
+
+    def forget(self) -> None:
+        """Let go of the caller's tensors, all of which were copied."""
+        self._items = ()
+        self._planner = DefaultSavePlanner()
+        self._tensors.clear()
+
+    def has_device_bytes(self) -> bool:
+        """Tell whether some of the tensors lie in a CUDA device's memory."""
+        return any(self._resolve(piece).device.type == "cuda" for piece in self._uses)
 
     def _resolve(self, number: int) -> torch.Tensor:
         item = self._items[number]
@@ -150,7 +173,7 @@ def _has_host_bytes(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
-def _piece_view(tensor: torch.Tensor, chunk: Chunk, piece: Piece, room: Staging) -> memoryview:
+def _piece_view(tensor: torch.Tensor, chunk: Chunk, piece: Piece, room: Room) -> memoryview:
     if piece.nbytes == 0:
         return memoryview(b"")
     if _has_host_bytes(tensor):
@@ -159,7 +182,8 @@ def _piece_view(tensor: torch.Tensor, chunk: Chunk, piece: Piece, room: Staging)
     for axis, (start, base, size) in enumerate(zip(piece.offsets, chunk.offsets, piece.sizes, strict=True)):
         box = box.narrow(axis, start - base, size)
     memory = room.take(piece.nbytes)
-    torch.frombuffer(memory, dtype=torch.uint8).view(tensor.dtype).reshape(piece.sizes).copy_(box)
+    target = torch.frombuffer(memory, dtype=torch.uint8).view(tensor.dtype).reshape(piece.sizes)
+    target.copy_(box, non_blocking=room.is_pinned)
     return memory
 
 

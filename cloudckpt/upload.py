@@ -31,6 +31,7 @@ class ShardJob:
         cost_bytes: host memory that it may take while it is in flight, staging included.
         staging_bytes: host memory that `open` is to be given.
         open: returns its bytes as views, whose memory stays unchanged until the put has returned.
+        release: is called once they are not used any more, by whoever called `open`.
     """
 
     key: str
@@ -38,6 +39,7 @@ class ShardJob:
     cost_bytes: int
     staging_bytes: int
     open: Callable[[memoryview], Sequence[memoryview]]
+    release: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +76,7 @@ def upload(
                 digests = block_digests(buffers, block_bytes=block_bytes)
                 store.put(job.key, buffers)
         finally:
+            job.release()
             budget.free(job.cost_bytes)
         return Uploaded(key=job.key, size_bytes=job.size_bytes, digests=digests)
 

@@ -170,7 +170,7 @@ class CloudWriter(StorageWriter):
         tensors = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO]
         values = _values_of([item for item in plan.items if item.type is WriteItemType.BYTE_IO], planner)
         output = RankOutput(self._open(), attempt=self._attempt, rank=self._rank, options=self._options)
-        message = output.write(tensors, values, planner).encode()
+        message = output.write(output.lay_out(tensors, planner), values).encode()
         # One message per rank: an object per item would take minutes where thousands of ranks meet.
         return [
             WriteResult(index=item.index, size_in_bytes=_nbytes(item), storage_data=None if place else message)

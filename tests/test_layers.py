@@ -22,23 +22,24 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {"boxes", "builder", "codec", "cover", "dedup", "header", "index", "index_v1", "keys", "layout", "manifest"}
     )
-    | {"passing", "record", "retention", "section", "shard", "tiling", "tree"},
+    | {"advice", "passing", "record", "retention", "section", "shard", "tiling", "tree"},
     # object verbs
     frozenset({"store"}),
     # byte pumps
-    frozenset({"download", "pool", "scratch", "staging", "upload"}),
+    frozenset({"download", "host_memory", "pool", "scratch", "staging", "upload"}),
     # what exists
     frozenset({"catalog", "sweep"}),
     # what ranks tell each other
-    frozenset({"group", "link", "packet", "pulse"}),
+    frozenset({"group", "link", "packet", "pulse", "vote"}),
     # the rooms that know DCP's types, and the record of the environment that they write
-    frozenset({"environment", "input", "landing", "output", "reader", "source", "tally", "writer"}),
+    frozenset({"environment", "input", "landing", "output", "reader", "snapshot", "source", "tally", "writer"}),
     # the caller's objects as named tensors and values
-    frozenset({"entry", "optimizers", "restore", "resume", "state"}),
+    frozenset({"accumulation", "entry", "optimizers", "per_rank", "restore", "resume", "sampler", "state"}),
     # what leads the ranks through a save or a restore
     frozenset({"loading", "saving"}),
     # policy, and the functions for a user without a manager
-    frozenset({"checkpoint", "manager", "preemption"}),
+    frozenset({"background", "checkpoint", "manager", "meter", "pruning", "schedule", "preemption"})
+    | {"notices", "notices_cloud", "notices_signals", "notices_slurm"},
     # the package itself: what it exports
     frozenset({"__init__"}),
     frozenset({"integrations"}),
@@ -47,6 +48,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 ROOMS = frozenset().union(*LAYERS)
 PURE = frozenset().union(*LAYERS[:2])
 KNOWS_RANKS = {
+    "accumulation",
     "checkpoint",
     "entry",
     "group",
@@ -58,11 +60,13 @@ KNOWS_RANKS = {
     "optimizers",
     "output",
     "packet",
+    "per_rank",
     "reader",
     "saving",
     "source",
     "state",
     "tally",
+    "vote",
     "writer",
 }
 ENGINES = {"aiobotocore", "boto3", "botocore", "fsspec", "gcsfs", "google", "obstore", "s3fs"}

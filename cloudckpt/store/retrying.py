@@ -102,6 +102,12 @@ class RetryingStore:
         """The store below, whose verbs make one request each."""
         return self._store
 
+    def within(self, policy: RetryPolicy) -> RetryingStore:
+        """Return this store with another patience; both count together, and this one is to be closed."""
+        other = RetryingStore(self._store, policy, sleep=self._sleep, clock=self._means.clock, rng=self._means.rng)
+        other._means.recorder = self._means.recorder
+        return other
+
     def __repr__(self) -> str:
         return f"RetryingStore({self.engine}, {self.url!r})"
 
