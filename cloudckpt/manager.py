@@ -256,7 +256,8 @@ class CheckpointManager:
 
         After it returned the state may be changed or freed. The copy is kept in host memory, which is used again by the
         next async save; where `options.memory_budget_bytes` has no room for all of it, this waits for uploads to free
-        some. One save is under way at a time. With several ranks, every rank calls it.
+        some. One save is under way at a time. With several ranks, every rank calls it. The first one of a job learns in
+        the background whether the root can be written to.
 
         Args:
             step: the training step, not yet committed by this job.
@@ -359,6 +360,8 @@ class CheckpointManager:
             metadata=metadata,
             what=f"save of step {step}",
             slabs=slabs,
+            # Claiming the root takes requests, which training need not wait for.
+            is_placed_later=slabs is not None and self._epoch == 0,
         )
 
     def _means(self) -> tuple[Catalog, Options]:

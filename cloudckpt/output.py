@@ -32,7 +32,7 @@ from cloudckpt.store import RetryingStore, Store, StoreStats
 from cloudckpt.tally import Written
 from cloudckpt.upload import ShardJob, upload
 
-__all__ = ["Part", "RankOutput", "Record", "Target", "commit_index", "stats_of"]
+__all__ = ["Part", "RankOutput", "Record", "Target", "commit_index", "lay_out_part", "stats_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,13 @@ class Part:
     source: Source
 
 
+def lay_out_part(items: Sequence[WriteItem], planner: SavePlanner, *, attempt: str, options: Options) -> Part:
+    """Place the tensors behind planned items into shards; nothing is copied or sent yet."""
+    chunks = [chunk_of(item) for item in items]
+    shards = lay_out(chunks, shard_bytes=options.shard_bytes, metadata={"cloudckpt": attempt})
+    return Part(chunks, shards, Source(items, planner, shards))
+
+
 class RankOutput:
     """The shards of one rank in one attempt.
 
@@ -98,12 +105,6 @@ class RankOutput:
         self._watch = watch
         self._lock = threading.Lock()
         self.stage_s = 0.0
-
-    def lay_out(self, items: Sequence[WriteItem], planner: SavePlanner) -> Part:
-        """Place the tensors behind planned items into shards; nothing is copied or sent yet."""
-        chunks = [chunk_of(item) for item in items]
-        shards = lay_out(chunks, shard_bytes=self._options.shard_bytes, metadata={"cloudckpt": self._attempt})
-        return Part(chunks, shards, Source(items, planner, shards))
 
     def write(self, part: Part, values: Mapping[str, JsonValue], staged: Staged | None = None) -> Written:
         """Upload the shards; return what became of them, with `values`, once all is durable.

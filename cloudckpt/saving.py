@@ -37,11 +37,11 @@ from cloudckpt.group import Group, RanksFailedError, UndecidedError
 from cloudckpt.keys import new_attempt
 from cloudckpt.manifest import Manifest, metadata_to_json, metrics_to_json
 from cloudckpt.options import Options
-from cloudckpt.output import Part, RankOutput, Record, Target, commit_index, stats_of
+from cloudckpt.output import Part, RankOutput, Record, Target, commit_index, lay_out_part, stats_of
 from cloudckpt.pool import AbandonedError
 from cloudckpt.snapshot import Staged, take_snapshot
-from cloudckpt.source import check_layout, check_tensor, chunk_of
-from cloudckpt.staging import Slabs
+from cloudckpt.source import Source, check_layout, check_tensor, chunk_of
+from cloudckpt.staging import Slabs, StageClosedError
 from cloudckpt.tally import Written, assemble, check_against_names
 from cloudckpt.tree import Flat, PathElement
 
@@ -127,18 +127,21 @@ def begin_save(  # noqa: PLR0913 (keyword-only, each of its own kind)
     metadata: Mapping[str, object] | None = None,
     what: str = "save",
     slabs: Slabs | None = None,
+    is_placed_later: bool = False,
 ) -> PendingSave:
     """Agree with all ranks on what is saved and who writes it; `PendingSave` does the rest.
 
     Takes what `save_state` takes, and raises what that raises. With `slabs`, memory for copies of the tensors, these
-    may change once they were staged; without, they are uploaded as they are then.
+    may change once they were staged; without, they are uploaded as they are then. `place` is called here, unless rank 0
+    says that it is called later, because it has to ask the store.
     """
     saving = _Saving(capture, catalog, group, options, memory or PlanMemory())
     with ExitStack() as stack:
         stack.enter_context(_plain_errors(group))
         stack.enter_context(group.session(what, deadline_s=options.progress_timeout_s))
-        saving.begin(place, what, metrics, metadata)
-        saving.prepare(slabs)
+        saving.begin(place, what, metrics, metadata, is_placed_later=is_placed_later)
+        if slabs is not None:
+            saving.find_room(slabs)
         return PendingSave(saving, group, stack.pop_all())
 
 
@@ -191,6 +194,7 @@ class _Order:
     attempt: str = ""
     is_alike: bool = True
     is_planned: bool = False
+    is_placed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,8 +227,10 @@ class _Saving:
         self._record = Record()
         self._order = _Order()
         self._target: Target | None = None
-        self._output: RankOutput
-        self._part: Part
+        self._place: Callable[[], Target]
+        self._is_placed_later = False
+        self._part = Part([], [], Source((), self._planner, ()))
+        self._fault: Exception | None = None
         self._staged: Staged | None = None
         self._stage_s = 0.0
         self._ended_s = 0.0
@@ -238,36 +244,38 @@ class _Saving:
         what: str,
         metrics: Mapping[str, float] | None,
         metadata: Mapping[str, object] | None,
+        *,
+        is_placed_later: bool,
     ) -> None:
         """Agree on what is saved, where, and who writes what; raises as the steps do."""
-        self._what = what
+        self._what, self._place, self._is_placed_later = what, place, is_placed_later
 
         def opening() -> _Opening:
             self._record = Record(metrics=metrics_to_json(metrics), metadata=metadata_to_json(metadata))
             return self._open()
 
-        def order(openings: list[_Opening]) -> _Order:
-            return self._decide(openings, place)
-
-        self._order = self._group.agree(f"{what}: opening", opening, order)
+        self._order = self._group.agree(f"{what}: opening", opening, self._decide)
         if not self._order.is_alike:
             self._group.agree(f"{what}: comparing values", lambda: _digests(self._values), _refuse_values)
         if not self._order.is_planned:
             self._plan()
         self._seconds["plan_s"] = time.monotonic() - self._began_s
 
-    def prepare(self, slabs: Slabs | None) -> None:
-        """Place what this rank writes into shards, and find room for copies of them if there are to be any."""
-        target = self._target or Target(catalog=self._catalog, prefix=self._order.prefix)
-        watch = replace(self._group.watch(self._options.progress_timeout_s), check=self._check)
-        self._output = RankOutput(
-            target, attempt=self._order.attempt, rank=self._group.rank, options=self._options, watch=watch
-        )
-        self._part = self._output.lay_out([self._items[row] for row in self._memory.rows.tolist()], self._planner)
-        if slabs is not None:
-            source, shards = self._part.source, self._part.shards
+    def find_room(self, slabs: Slabs) -> None:
+        """Place what this rank writes into shards, and find room for copies of them.
+
+        What that raises is raised by `finish`, which all ranks hear of.
+        """
+        try:
+            self._lay_out()
             engine = self._catalog.store.engine
-            self._staged = Staged.of(slabs, shards, source, self._options, engine=engine)
+            self._staged = Staged.of(slabs, self._part.shards, self._part.source, self._options, engine=engine)
+        except Exception as exc:  # noqa: BLE001 (the end of a rank's part: raised again on every rank)
+            self._fault = exc
+
+    def _lay_out(self) -> None:
+        items = [self._items[row] for row in self._memory.rows.tolist()]
+        self._part = lay_out_part(items, self._planner, attempt=self._order.attempt, options=self._options)
 
     def abandon(self, why: str) -> None:
         """Let the upload, or the commit that has not begun, raise."""
@@ -286,7 +294,7 @@ class _Saving:
     def stage(self) -> None:
         """Copy what this rank writes, and let go of the caller's tensors."""
         if self._staged is None:
-            return
+            raise StageClosedError("there is no room to stage in") from self._fault
         began_s = time.monotonic()
         take_snapshot(self._staged, self._part.shards, self._part.chunks, self._part.source)
         self._stage_s = time.monotonic() - began_s
@@ -296,6 +304,8 @@ class _Saving:
     def finish(self) -> Checkpoint:
         """Upload, and commit what all ranks have uploaded."""
         try:
+            if not self._order.is_placed:
+                self._order = self._group.agree(f"{self._what}: claiming", lambda: None, lambda _: self._placed())
             data = self._group.conclude(f"{self._what}: upload and commit", self._upload, self._commit)
         finally:
             if self._staged is not None:
@@ -324,14 +334,16 @@ class _Saving:
         values = xxhash.xxh3_128_digest(msgspec.json.encode(self._values))
         return _Opening(values, self._memory.plan_id if self._memory.digest == self._digest else "")
 
-    def _decide(self, openings: Sequence[_Opening], place: Callable[[], Target]) -> _Order:
+    def _decide(self, openings: Sequence[_Opening]) -> _Order:
         if len({opening.values for opening in openings}) > 1:
             return _Order(is_alike=False)
-        self._target = place()
         plans = {opening.plan_id for opening in openings}
-        return _Order(
-            prefix=self._target.prefix, attempt=new_attempt(), is_planned=len(plans) == 1 and bool(plans.pop())
-        )
+        self._order = _Order(attempt=new_attempt(), is_planned=len(plans) == 1 and bool(plans.pop()))
+        return self._order if self._is_placed_later else self._placed()
+
+    def _placed(self) -> _Order:
+        self._target = self._place()
+        return replace(self._order, prefix=self._target.prefix, is_placed=True)
 
     # -- plan ----------------------------------------------------------------------------------------------
 
@@ -358,12 +370,21 @@ class _Saving:
     # -- upload and commit ---------------------------------------------------------------------------------
 
     def _upload(self) -> _Part:
+        if self._fault is not None:
+            raise self._fault
         began_s = time.monotonic()
+        target = self._target or Target(catalog=self._catalog, prefix=self._order.prefix)
+        watch = replace(self._group.watch(self._options.progress_timeout_s), check=self._check)
+        output = RankOutput(
+            target, attempt=self._order.attempt, rank=self._group.rank, options=self._options, watch=watch
+        )
+        if self._staged is None:
+            self._lay_out()
         # All ranks have the same values, which was checked; one of them writes them down.
         values = self._values if self._group.rank == 0 else {}
-        written = self._output.write(self._part, values, self._staged)
+        written = output.write(self._part, values, self._staged)
         self._ended_s = time.monotonic()
-        return _Part(written.encode(), self._ended_s - began_s, self._stage_s + self._output.stage_s)
+        return _Part(written.encode(), self._ended_s - began_s, self._stage_s + output.stage_s)
 
     def _commit(self, parts: Sequence[_Part]) -> bytes:
         if self._target is None:

@@ -28,7 +28,7 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.keys import new_attempt
 from cloudckpt.manifest import metadata_to_json, metrics_to_json
 from cloudckpt.options import Options
-from cloudckpt.output import RankOutput, Record, Target, commit_index, stats_of
+from cloudckpt.output import RankOutput, Record, Target, commit_index, lay_out_part, stats_of
 from cloudckpt.source import check_layout, chunk_of, object_of
 from cloudckpt.store import StoreStats, open_store, probe_create
 from cloudckpt.tally import Written, assemble, check_against_plan
@@ -170,7 +170,8 @@ class CloudWriter(StorageWriter):
         tensors = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO]
         values = _values_of([item for item in plan.items if item.type is WriteItemType.BYTE_IO], planner)
         output = RankOutput(self._open(), attempt=self._attempt, rank=self._rank, options=self._options)
-        message = output.write(output.lay_out(tensors, planner), values).encode()
+        part = lay_out_part(tensors, planner, attempt=self._attempt, options=self._options)
+        message = output.write(part, values).encode()
         # One message per rank: an object per item would take minutes where thousands of ranks meet.
         return [
             WriteResult(index=item.index, size_in_bytes=_nbytes(item), storage_data=None if place else message)
