@@ -28,14 +28,14 @@ if not __package__:
 
 from benchmarks.sink_process import SinkClient
 
-__all__ = ["Measurement", "MeasurementError", "Spec", "measure"]
+__all__ = ["MARK", "Measurement", "MeasurementError", "Spec", "measure", "report_of_child"]
 
 T = TypeVar("T")
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _TIMEOUT_S = 900.0
 _WARM_UP_BYTES = 1 << 20
-_MARK = "MEASUREMENT "
+MARK = "MEASUREMENT "
 _HIGH_WATER = re.compile(r"^(VmHWM|VmRSS):\s+(\d+) kB", re.MULTILINE)
 
 
@@ -99,7 +99,16 @@ def measure(spec: Spec) -> Measurement:
     Raises:
         MeasurementError: the peer failed, did not restore what was saved, or took too long.
     """
-    command = [sys.executable, "-m", "benchmarks.measure", json.dumps(asdict(spec))]
+    return Measurement(**report_of_child("benchmarks.measure", asdict(spec), f"{spec.peer} {spec.op}"))
+
+
+def report_of_child(module: str, spec: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Run a module on a specification in a fresh process; return the JSON behind the last `MARK` that it prints.
+
+    Raises:
+        MeasurementError: it failed or took too long; `what` says in the message what was measured.
+    """
+    command = [sys.executable, "-m", module, json.dumps(spec)]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         "AWS_EC2_METADATA_DISABLED": "true",
@@ -109,12 +118,13 @@ def measure(spec: Spec) -> Measurement:
             command, cwd=_REPOSITORY, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired as exc:
-        raise MeasurementError(f"{spec.peer} {spec.op} took longer than {_TIMEOUT_S:.0f} s") from exc
-    found = [line for line in done.stdout.splitlines() if line.startswith(_MARK)]
+        raise MeasurementError(f"{what} took longer than {_TIMEOUT_S:.0f} s") from exc
+    found = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not found:
         last_words = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise MeasurementError(f"{spec.peer} {spec.op}: {last_words}")
-    return Measurement(**json.loads(found[-1].removeprefix(_MARK)))
+        raise MeasurementError(f"{what}: {last_words}")
+    report: dict[str, Any] = json.loads(found[-1].removeprefix(MARK))
+    return report
 
 
 def _measure_here(spec: Spec) -> Measurement:
@@ -225,4 +235,4 @@ def _cpu_s() -> float:
 if __name__ == "__main__":
     # DCP remarks on every single-process save.
     warnings.filterwarnings("ignore", message="torch.distributed is")
-    print(_MARK + json.dumps(asdict(_measure_here(Spec(**json.loads(sys.argv[1]))))))
+    print(MARK + json.dumps(asdict(_measure_here(Spec(**json.loads(sys.argv[1]))))))

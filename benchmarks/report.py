@@ -17,7 +17,7 @@ from statistics import median
 from benchmarks.measure import Measurement
 from benchmarks.units import format_bytes
 
-__all__ = ["MIB", "STOCK", "Results", "Row", "goals_table", "header", "is_met", "table"]
+__all__ = ["MIB", "STOCK", "Goal", "Results", "Row", "goal_lines", "goals_table", "header", "is_met", "table"]
 
 STOCK = "dcp"
 MIB = 1 << 20
@@ -67,13 +67,16 @@ class Results:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Goal:
+class Goal:
+    """What was promised, and what was found; `digits` of it are shown."""
+
     what: str
     target: str
     wanted: float
     found: float | None
     is_upper_bound: bool = False
     unit: str = ""
+    digits: int = 1
 
     @property
     def is_met(self) -> bool | None:
@@ -138,10 +141,15 @@ def _request_cell(runs: Iterable[Measurement]) -> str:
 
 def goals_table(all_results: Sequence[Results]) -> str:
     """Hold the results against what the design promises."""
+    return goal_lines(_goals(all_results))
+
+
+def goal_lines(goals: Iterable[Goal]) -> str:
+    """Write goals as a markdown table."""
     lines = ["### Goals", "", "| goal | target | wanted | measured | met |", "|---|---|---|---|---|"]
-    for goal in _goals(all_results):
+    for goal in goals:
         sign = "≤" if goal.is_upper_bound else "≥"
-        found = "–" if goal.found is None else f"{goal.found:.1f}{goal.unit}"
+        found = "–" if goal.found is None else f"{goal.found:.{goal.digits}f}{goal.unit}"
         verdict = {None: "not measured", True: "yes", False: "**no**"}[goal.is_met]
         lines.append(f"| {goal.what} | {goal.target} | {sign} {goal.wanted:g}{goal.unit} | {found} | {verdict} |")
     return "\n".join(lines)
@@ -152,7 +160,7 @@ def is_met(all_results: Sequence[Results]) -> bool:
     return all(goal.is_met is not False for goal in _goals(all_results))
 
 
-def _goals(all_results: Sequence[Results]) -> list[_Goal]:
+def _goals(all_results: Sequence[Results]) -> list[Goal]:
     by_target = {results.target: results for results in all_results}
     remote = [_remote_goals(by_target[name]) for name in ("s3sink",) if name in by_target]
     local = [_local_goals(by_target["local"])] if "local" in by_target else []
@@ -160,7 +168,7 @@ def _goals(all_results: Sequence[Results]) -> list[_Goal]:
     return [goal for goals in (*remote, *local, *memory) for goal in goals]
 
 
-def _remote_goals(results: Results) -> list[_Goal]:
+def _remote_goals(results: Results) -> list[Goal]:
     wanted = {
         ("cloudckpt-obstore", "save"): 8,
         ("cloudckpt-obstore", "load"): 6,
@@ -168,7 +176,7 @@ def _remote_goals(results: Results) -> list[_Goal]:
         ("cloudckpt-fsspec", "load"): 4,
     }
     return [
-        _Goal(
+        Goal(
             what=f"{peer}: {op}, times stock DCP",
             target=results.target,
             wanted=times,
@@ -178,10 +186,10 @@ def _remote_goals(results: Results) -> list[_Goal]:
     ]
 
 
-def _local_goals(results: Results) -> list[_Goal]:
+def _local_goals(results: Results) -> list[Goal]:
     pairs = [("torch-fsync", "save"), ("torch", "save"), ("torch", "load"), ("torch-new", "load")]
     return [
-        _Goal(
+        Goal(
             what=f"cloudckpt: {op}, times {other}",
             target=results.target,
             wanted=1,
@@ -191,10 +199,10 @@ def _local_goals(results: Results) -> list[_Goal]:
     ]
 
 
-def _memory_goals(results: Results) -> list[_Goal]:
+def _memory_goals(results: Results) -> list[Goal]:
     ours = [peer for peer in results.rows if peer.startswith("cloudckpt")]
     return [
-        _Goal(
+        Goal(
             what=f"{peer}: extra memory of a {op}",
             target=results.target,
             wanted=_MEMORY_LIMIT_BYTES / MIB,

@@ -44,7 +44,7 @@ from benchmarks.s3_words import (
     xml,
 )
 from benchmarks.units import parse_bytes
-from benchmarks.wire import Answer, Connection, Link, Reader, Request, body_reader
+from benchmarks.wire import Answer, Connection, Gate, Link, Reader, Request, body_reader
 
 __all__ = ["Sink", "main"]
 
@@ -330,6 +330,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--memory", type=parse_bytes, default=parse_bytes("4GiB"), help="room for objects")
     parser.add_argument("--latency-ms", type=float, default=0.0, help="added to every request")
     parser.add_argument("--mb-per-s", type=float, default=0.0, help="limit per connection and direction; 0 is none")
+    parser.add_argument("--total-mb-per-s", type=float, default=0.0, help="limit of all connections together")
+    parser.add_argument("--nice", type=int, default=0, help="0 to 19: how willingly it leaves the processors to others")
     parser.add_argument("--exit-with-stdin", action="store_true", help="stop when stdin closes")
     return parser.parse_args()
 
@@ -337,7 +339,9 @@ def _arguments() -> argparse.Namespace:
 def main() -> None:
     """Serve until killed; print the endpoint's URL first."""
     arguments = _arguments()
-    link = Link(latency_s=arguments.latency_ms / 1e3, bytes_per_s=arguments.mb_per_s * 1e6)
+    gate = Gate(arguments.total_mb_per_s * 1e6) if arguments.total_mb_per_s else None
+    link = Link(latency_s=arguments.latency_ms / 1e3, bytes_per_s=arguments.mb_per_s * 1e6, gate=gate)
+    os.nice(arguments.nice)  # before the first thread: on Linux each has its own, and inherits it
     sink = Sink(arguments.memory)
     with socket.create_server(("127.0.0.1", arguments.port), backlog=256) as server:
         print(f"http://127.0.0.1:{server.getsockname()[1]}", flush=True)

@@ -66,9 +66,12 @@ class SinkClient:
 
 
 @contextmanager
-def running_sink(memory_bytes: int, *, latency_ms: float = 0.0, mb_per_s: float = 0.0) -> Iterator[SinkClient]:
+def running_sink(
+    memory_bytes: int, *, latency_ms: float = 0.0, mb_per_s: float = 0.0, total_mb_per_s: float = 0.0, nice: int = 0
+) -> Iterator[SinkClient]:
     """Run a sink until the block ends; it ends by itself when this process dies."""
     options = {"--memory": memory_bytes, "--latency-ms": latency_ms, "--mb-per-s": mb_per_s}
+    options |= {"--total-mb-per-s": total_mb_per_s, "--nice": nice}
     command = [sys.executable, str(_SCRIPT), "--exit-with-stdin"]
     command += [str(word) for pair in options.items() for word in pair]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

@@ -1,7 +1,8 @@
 """Turn the name of a target into empty places to write to, and clean up behind each.
 
 `s3sink` in-memory S3 on loopback: the client is the bottleneck. `s3slow` the same with 20 ms per request and 90 MB/s
-per connection: nearer to a store in another building. `local` a directory. `seaweedfs` a real S3 server: it is the
+per connection: nearer to a store in another building. `s3limited` the same with 300 MB/s for all connections together:
+the network is the bottleneck. `local` a directory. `seaweedfs` a real S3 server: it is the
 bottleneck, so it shows that things work, not how fast the client is.
 """
 
@@ -22,7 +23,8 @@ __all__ = ["TARGETS", "Ground", "Target", "open_target"]
 
 SLOW_LATENCY_MS = 20.0
 SLOW_MB_PER_S = 90.0
-TARGETS = ("s3sink", "s3slow", "local", "seaweedfs")
+LIMIT_MB_PER_S = 300.0
+TARGETS = ("s3sink", "s3slow", "s3limited", "local", "seaweedfs")
 
 _SERVERS = Path(__file__).resolve().parents[1] / "localstack"
 _HEADROOM_BYTES = 256 << 20
@@ -110,14 +112,16 @@ class _SeaweedFS:
 
 
 @contextmanager
-def open_target(name: str, *, size_bytes: int, directory: Path) -> Iterator[Target]:
+def open_target(name: str, *, size_bytes: int, directory: Path, sink_nice: int = 0) -> Iterator[Target]:
     """Run a target until the block ends; `directory` holds what `local` and `seaweedfs` write."""
-    if name in ("s3sink", "s3slow"):
+    if name in ("s3sink", "s3slow", "s3limited"):
         is_slow = name == "s3slow"
         with running_sink(
             size_bytes + size_bytes // 4 + _HEADROOM_BYTES,
             latency_ms=SLOW_LATENCY_MS if is_slow else 0.0,
             mb_per_s=SLOW_MB_PER_S if is_slow else 0.0,
+            total_mb_per_s=LIMIT_MB_PER_S if name == "s3limited" else 0.0,
+            nice=sink_nice,
         ) as client:
             yield _Sink(client)
         return

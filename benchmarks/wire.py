@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import parse_qsl, unquote
 
-__all__ = ["Answer", "Connection", "Link", "Reader", "Request", "body_reader"]
+__all__ = ["Answer", "Connection", "Gate", "Link", "Reader", "Request", "body_reader"]
 
 _HEAD_LIMIT_BYTES = 64 * 1024
 _SLICE_BYTES = 256 * 1024
 _SOCKET_BYTES = 256 * 1024
+_BURST_S = 0.01  # sleeps end late; what was missed for so long may be caught up
 _REASONS = {
     200: "OK",
     204: "No Content",
@@ -34,6 +36,31 @@ _REASONS = {
 }
 
 
+class Gate:
+    """One rate that all connections share, in both directions; it sleeps and never spins. Any thread may enter."""
+
+    def __init__(
+        self,
+        bytes_per_s: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._clock = clock
+        self._sleep = sleep
+        self._free_at_s = clock()
+        self._lock = threading.Lock()
+
+    def take(self, moved_bytes: int) -> None:
+        """Sleep until so many more bytes may have passed."""
+        with self._lock:
+            now_s = self._clock()
+            self._free_at_s = max(self._free_at_s, now_s - _BURST_S) + moved_bytes / self._bytes_per_s
+            wait_s = self._free_at_s - now_s
+        self._sleep(max(0.0, wait_s))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
     """What the network between client and store adds; zero means nothing.
@@ -41,20 +68,27 @@ class Link:
     Attributes:
         latency_s: waited once per request.
         bytes_per_s: upper bound per connection and direction.
+        gate: upper bound of all connections together.
     """
 
     latency_s: float = 0.0
     bytes_per_s: float = 0.0
+    gate: Gate | None = None
 
     def slice_bytes(self, length_bytes: int) -> int:
         """How much to move in one call: all of it, unless the pace must be kept."""
-        return min(length_bytes, _SLICE_BYTES) if self.bytes_per_s else length_bytes
+        return min(length_bytes, _SLICE_BYTES) if self.bytes_per_s or self.gate else length_bytes
 
     def wait_for(self, begun_s: float, moved_bytes: int) -> None:
         """Sleep until `moved_bytes` may have passed since `begun_s`."""
         if self.bytes_per_s:
             due_s = begun_s + moved_bytes / self.bytes_per_s
             time.sleep(max(0.0, due_s - time.monotonic()))
+
+    def pass_gate(self, moved_bytes: int) -> None:
+        """Sleep until the whole link may have moved so many more."""
+        if self.gate:
+            self.gate.take(moved_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +183,7 @@ class Connection:
                 raise ConnectionError("the client left inside a body")
             done += got
             self._link.wait_for(begun_s, done)
+            self._link.pass_gate(got)
 
     def finish(self) -> None:
         """Nothing follows a payload of a known length."""
@@ -169,8 +204,10 @@ class Connection:
         begun_s, at = time.monotonic(), start
         step = self._link.slice_bytes(stop - start)
         while at < stop:
-            at += os.sendfile(self._sock.fileno(), file, at, min(step, stop - at))
+            sent = os.sendfile(self._sock.fileno(), file, at, min(step, stop - at))
+            at += sent
             self._link.wait_for(begun_s, at - start)
+            self._link.pass_gate(sent)
 
 
 class _Chunks:
