@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from cloudckpt.accumulation import AccumulationWindow
 from cloudckpt.advice import Advice
 from cloudckpt.background import SaveHandle
 from cloudckpt.catalog import Checkpoint
@@ -34,9 +35,11 @@ from cloudckpt.errors import (
 from cloudckpt.manager import CheckpointManager
 from cloudckpt.notices import Notice
 from cloudckpt.options import Options, RetryPolicy
+from cloudckpt.per_rank import PerRank
 from cloudckpt.preemption import Preemption
 from cloudckpt.reader import CloudReader
 from cloudckpt.retention import KeepBest, KeepEvery, KeepFor, KeepLast
+from cloudckpt.sampler import ResumableSampler
 from cloudckpt.writer import CloudWriter
 
 try:
@@ -46,6 +49,7 @@ except PackageNotFoundError:
 
 __all__ = [
     "AccessDeniedError",
+    "AccumulationWindow",
     "Advice",
     "BucketNotFoundError",
     "Checkpoint",
@@ -72,8 +76,10 @@ __all__ = [
     "Notice",
     "Options",
     "OptionsError",
+    "PerRank",
     "Preemption",
     "RankLostError",
+    "ResumableSampler",
     "RetryExhaustedError",
     "RetryPolicy",
     "SaveFailedError",

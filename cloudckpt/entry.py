@@ -2,6 +2,8 @@
 
 state        modules, objects with state_dict, tensors, values
 optimizers   optimizers
+per_rank     objects that each rank has for itself
+accumulation gradients between two steps
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -17,7 +19,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from cloudckpt.errors import OptionsError
 from cloudckpt.tree import Flat, PathElement, flatten
 
-__all__ = ["Entry", "Misfit", "Place", "is_tensor", "mapping_of", "shape_of"]
+__all__ = ["Choosy", "Entry", "Misfit", "Place", "is_tensor", "mapping_of", "shape_of"]
 
 
 def is_tensor(value: object) -> bool:
@@ -58,6 +60,14 @@ class Place:
     key: object
 
 
+@runtime_checkable
+class Choosy(Protocol):
+    """An object that can tell that it will not take a state, before anything is changed."""
+
+    def state_dict_misfits(self, state_dict: Mapping[str, object]) -> Sequence[str]:
+        """Return why the state does not fit, in words; empty if it does."""
+
+
 class Entry(ABC):
     """One object of the state: how it becomes plain nested state, and takes restored state back."""
 
@@ -95,6 +105,27 @@ class Entry(ABC):
     def allocate(self, below: Sequence[PathElement], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return a target for a saved tensor that the live state has no place for; `below` is its path in the entry."""
         return torch.empty(shape, dtype=dtype)
+
+    # -- what each rank has for itself -------------------------------------------------------------------------
+
+    @property
+    def other_world(self) -> str:
+        """What to do when another number of ranks saved for itself what is to be restored."""
+        return "restore it with as many ranks"
+
+    def holds_own(self, name: str) -> bool:
+        """Tell whether state that each rank saved for itself under `name` belongs to this entry."""
+        return False
+
+    def allocate_own(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """Return a target for this rank's own tensor, None if it has no place here."""
+        return None
+
+    def load_own(self, own: Mapping[str, torch.Tensor]) -> None:
+        """Take this rank's own tensors by name, filled; after `load`, if there is something for both."""
+        raise OptionsError(f"{self.name!r} has nothing that is each rank's own")
+
+    # -- what fits ---------------------------------------------------------------------------------------------
 
     def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
         """Compare with the nested state to be restored, whose tensors are not filled yet; change nothing.

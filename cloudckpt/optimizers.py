@@ -34,7 +34,7 @@ from cloudckpt.entry import Entry, Misfit, Place, mapping_of, shape_of
 from cloudckpt.errors import OptionsError
 from cloudckpt.tree import PathElement
 
-__all__ = ["optimizer_entry"]
+__all__ = ["clean_name", "optimizer_entry"]
 
 # What a wrapper adds to the names of the parameters inside it.
 _WRAPPED = {"module": DistributedDataParallel, "_checkpoint_wrapped_module": CheckpointWrapper}
@@ -327,7 +327,7 @@ def _parameter_names(optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> 
     names: dict[int, _Named] = {}
     for top, module in modules.items():
         for path, parameter in module.named_parameters():
-            name = _clean(module, path)
+            name = clean_name(module, path)
             names.setdefault(id(parameter), _Named([name], f"{top}.{name}"))
     own = [id(parameter) for group in _groups(optimizer) for parameter in group["params"]]
     if len({names[key].names[0] for key in own if key in names}) == len(own):
@@ -335,7 +335,7 @@ def _parameter_names(optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> 
     return {key: _Named([str(place)], "") for place, key in enumerate(own)}
 
 
-def _clean(module: nn.Module, path: str) -> str:
+def clean_name(module: nn.Module, path: str) -> str:
     """Drop what wrappers (DDP, compile, activation checkpointing) put into a parameter's name."""
     kept = []
     here: object = module

@@ -9,6 +9,7 @@ entries; reads nothing.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -18,9 +19,12 @@ from torch import nn
 
 from cloudckpt.entry import Entry, Misfit, is_tensor, shape_of
 from cloudckpt.errors import StateMismatchError
+from cloudckpt.per_rank import RankName
 from cloudckpt.tree import Flat, PathElement, unflatten
 
 __all__ = ["Saved", "Targets", "plan_restore"]
+
+logger = logging.getLogger(__name__)
 
 _Shape = tuple[int, ...]
 _OURS = "cloudckpt."
@@ -48,11 +52,22 @@ class Saved:
     values: Mapping[str, object]
     paths: Mapping[str, Sequence[PathElement]]
     _tops: dict[str, list[tuple[str, list[PathElement]]]] = field(default_factory=dict, init=False, repr=False)
+    _owned: dict[str, dict[RankName, str]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in self.shapes:
+            owner = RankName.parse(name) if name.startswith(_OURS) else None
+            if owner is not None:
+                self._owned.setdefault(owner.name, {})[owner] = name
 
     def names(self) -> list[str]:
         """All names, in the order in which they were saved."""
         known = [name for name in self.paths if name in self.shapes or name in self.values]
         return known + [name for name in [*self.shapes, *self.values] if name not in self.paths]
+
+    def owned(self) -> Mapping[str, Mapping[RankName, str]]:
+        """What each rank saved for itself: the name in the state → whose it is → the tensor's name."""
+        return self._owned
 
     def path(self, name: str) -> list[PathElement]:
         """Where a name stood in the nested state; a checkpoint that says nothing has dots in its names for steps.
@@ -77,11 +92,30 @@ class Saved:
 
 @dataclass(slots=True)
 class _Planned:
-    """One entry's part of a restore."""
+    """One entry's part of a restore.
+
+    Attributes:
+        entry: whose it is.
+        live: what `fillable` returned.
+        restored: the nested state for `load`.
+        is_shared: whether there is one.
+        own: what is for `load_own`.
+        is_owned: whether ranks saved something for themselves.
+    """
 
     entry: Entry
     live: object
     restored: object
+    is_shared: bool = True
+    own: dict[str, torch.Tensor] = field(default_factory=dict)
+    is_owned: bool = False
+
+    def load(self) -> None:
+        """Hand everything to the entry."""
+        if self.is_shared:
+            self.entry.load(self.restored, self.live)
+        if self.is_owned:
+            self.entry.load_own(self.own)
 
 
 def plan_restore(entries: Sequence[Entry], saved: Saved, *, strict: bool) -> Targets:
@@ -98,14 +132,14 @@ def plan_restore(entries: Sequence[Entry], saved: Saved, *, strict: bool) -> Tar
     Raises:
         StateMismatchError: names are missing or unexpected, or shapes differ; lists all of them.
     """
-    matching = _Matching(saved)
+    matching = _Matching(saved, strict=strict)
     for entry in entries:
         matching.match(entry)
-    matching.refuse_mismatch(strict=strict)
+    matching.refuse_mismatch()
 
     def apply() -> None:
         for planned in matching.planned:
-            planned.entry.load(planned.restored, planned.live)
+            planned.load()
 
     return Targets(tensors=matching.tensors, apply=apply)
 
@@ -113,8 +147,9 @@ def plan_restore(entries: Sequence[Entry], saved: Saved, *, strict: bool) -> Tar
 class _Matching:
     """Collects, entry by entry, what is restored from where, and everything that does not fit."""
 
-    def __init__(self, saved: Saved) -> None:
+    def __init__(self, saved: Saved, *, strict: bool) -> None:
         self._saved = saved
+        self._strict = strict
         self._misfit = Misfit()
         self._mismatched: dict[str, tuple[_Shape, _Shape]] = {}
         self._claimed: set[str] = set()
@@ -124,10 +159,22 @@ class _Matching:
     def match(self, entry: Entry) -> None:
         """Decide where each name of one entry comes from."""
         in_checkpoint = self._saved.below(entry.path)
+        owned = {name: found for name, found in self._saved.owned().items() if entry.holds_own(name)}
         self._claimed.update(in_checkpoint)
-        if not in_checkpoint:
+        self._claimed.update(owned)
+        if not in_checkpoint and not owned:
             self._misfit.missing.append(entry.name)
             return
+        sizes = {owner.size for found in owned.values() for owner in found}
+        if sizes - {RankName.here(entry.name).size}:
+            self._refuse_other_world(entry, sizes)
+            return
+        planned = self._shared(entry, in_checkpoint) if in_checkpoint else _Planned(entry, {}, {}, is_shared=False)
+        planned.own, planned.is_owned = self._own_targets(entry, owned), bool(owned)
+        self.planned.append(planned)
+
+    def _shared(self, entry: Entry, in_checkpoint: Sequence[str]) -> _Planned:
+        """Plan what all ranks share of an entry."""
         nested = entry.fillable()
         live = entry.flat(nested)
         leaves: dict[str, object] = {}
@@ -142,7 +189,32 @@ class _Matching:
             self._keep_rest(live, leaves, paths)
         restored = _nested(leaves, paths, entry.path)
         self._add(entry.compare(restored, self._saved.dtypes))
-        self.planned.append(_Planned(entry, nested, restored))
+        return _Planned(entry, nested, restored)
+
+    def _own_targets(self, entry: Entry, owned: Mapping[str, Mapping[RankName, str]]) -> dict[str, torch.Tensor]:
+        """Return targets for what this rank saved for itself."""
+        targets: dict[str, torch.Tensor] = {}
+        for name, found in owned.items():
+            full = found.get(RankName.here(name))
+            if full is None:
+                continue
+            target = entry.allocate_own(name, self._saved.shapes[full], self._saved.dtypes[full])
+            if target is None:
+                self._misfit.reasons.append(f"{name}, each rank's own, has no place here as it was saved")
+            else:
+                targets[name] = self.tensors[full] = target
+        return targets
+
+    def _refuse_other_world(self, entry: Entry, sizes: set[int]) -> None:
+        """Refuse what only the ranks of the saving world can take; without `strict` the entry stays as it is."""
+        here = RankName.here(entry.name).size
+        text = f"{entry.name} was saved by {_ranks(max(sizes - {here}))}, each for itself, and here {_is_are(here)}"
+        if self._strict:
+            self._misfit.reasons.append(
+                f"{text} ({entry.other_world}; or pass strict=False, and it stays as it is while the rest is restored)"
+            )
+        else:
+            logger.warning("%s: it is NOT restored and stays as it is", text)
 
     def _source(self, entry: Entry, name: str, live: Flat) -> object:
         """Return what a name is restored from: a saved value, or a tensor that is to be filled."""
@@ -184,15 +256,12 @@ class _Matching:
         self._misfit.unexpected += misfit.unexpected
         self._misfit.reasons += misfit.reasons
 
-    def refuse_mismatch(self, *, strict: bool) -> None:
+    def refuse_mismatch(self) -> None:
         """Raise once, with everything that does not fit."""
         misfit = self._misfit
-        tops = {str(planned.entry.path[0]) for planned in self.planned}
-        for name in self._saved.names():
-            top = str(self._saved.path(name)[0])
-            if name not in self._claimed and not top.startswith(_OURS):
-                misfit.unexpected.append(name if top in tops else top)
-        missing, unexpected = (dict.fromkeys(misfit.missing), dict.fromkeys(misfit.unexpected)) if strict else ({}, {})
+        misfit.unexpected += self._unclaimed()
+        missing = dict.fromkeys(misfit.missing if self._strict else ())
+        unexpected = dict.fromkeys(misfit.unexpected if self._strict else ())
         if not (missing or unexpected or self._mismatched or misfit.reasons):
             return
         raise StateMismatchError(
@@ -201,6 +270,31 @@ class _Matching:
             unexpected=list(unexpected),
             mismatched=self._mismatched,
         )
+
+    def _unclaimed(self) -> list[str]:
+        """Return what is in the checkpoint and belongs to no entry."""
+        tops = {str(planned.entry.path[0]) for planned in self.planned}
+        found = []
+        for name in self._saved.names():
+            top = str(self._saved.path(name)[0])
+            if name not in self._claimed and not top.startswith(_OURS):
+                found.append(name if top in tops else top)
+        for name in self._saved.owned():
+            if name not in self._claimed:
+                found.append(name)
+                if name in self._misfit.missing and self._strict:
+                    self._misfit.reasons.append(
+                        f"{name} is each rank's own there (give PerRank or a StatefulDataLoader)"
+                    )
+        return found
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def _is_are(count: int) -> str:
+    return f"{'are' if count > 1 else 'is'} {_ranks(count)}"
 
 
 def _nested(

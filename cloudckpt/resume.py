@@ -13,11 +13,11 @@ import sys
 from collections.abc import Mapping
 from typing import cast
 
-import msgspec
 import torch
 
 from cloudckpt import codec
 from cloudckpt.index import Index
+from cloudckpt.per_rank import pack, unpack
 
 __all__ = ["apply_rng", "capture_rng", "packed_rng", "restore_rng", "rng_name", "rng_targets"]
 
@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 # Of all ranks together, as checkpoints of format version 1 have it.
 _OF_ALL = "cloudckpt.rng"
-_PAD_BYTES = 4096
 
 
 def rng_name(rank: int) -> str:
@@ -35,9 +34,7 @@ def rng_name(rank: int) -> str:
 
 def packed_rng() -> torch.Tensor:
     """Return this process's generators as bytes."""
-    text = msgspec.json.encode(codec.encode(capture_rng(), key=_OF_ALL))
-    padded = bytearray(text.ljust(-(-len(text) // _PAD_BYTES) * _PAD_BYTES))
-    return torch.frombuffer(padded, dtype=torch.uint8)
+    return pack(capture_rng(), key=_OF_ALL)
 
 
 def rng_targets(index: Index, rank: int) -> dict[str, torch.Tensor]:
@@ -50,7 +47,7 @@ def apply_rng(index: Index, filled: Mapping[str, torch.Tensor]) -> bool:
     """Put the generators back; return whether the checkpoint had any for this rank."""
     states: object = None
     for tensor in filled.values():
-        states = codec.decode(msgspec.json.decode(tensor.numpy().tobytes()), key=_OF_ALL)
+        states = unpack(tensor, key=_OF_ALL)
     if _OF_ALL in index.values:
         states = codec.decode(index.values[_OF_ALL], key=_OF_ALL)
     if isinstance(states, dict):

@@ -4,7 +4,7 @@ Everything in the caller's `state` dict is of one of five kinds; each kind has o
 
     nn.Module        get_model_state_dict       tensors restored in place (DDP and FSDP names unwrapped)
     Optimizer        state_dict by parameter names, so that it survives resharding and reordering
-    Stateful         state_dict / load_state_dict
+    Stateful         state_dict / load_state_dict; those of `PerRank` are each rank's own
     Tensor           restored in place
     anything else    containers and plain values, restored into the dict
 
@@ -29,9 +29,11 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from cloudckpt import codec
-from cloudckpt.entry import Entry, Place, is_tensor, mapping_of
+from cloudckpt.accumulation import AccumulationWindow, WindowEntry
+from cloudckpt.entry import Choosy, Entry, Misfit, Place, is_tensor, mapping_of
 from cloudckpt.errors import OptionsError
 from cloudckpt.optimizers import optimizer_entry
+from cloudckpt.per_rank import PerRank, PerRankEntry, is_stateful_loader
 from cloudckpt.tree import Flat, PathElement
 
 __all__ = ["bind", "capture"]
@@ -96,6 +98,13 @@ class _StatefulEntry(Entry):
 
     def load(self, restored: object, live: object) -> None:
         self._stateful.load_state_dict(mapping_of(restored, self.name))
+
+    def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
+        """Ask an object that can tell before anything is changed."""
+        if not isinstance(self._stateful, Choosy):
+            return Misfit()
+        found = self._stateful.state_dict_misfits(mapping_of(restored, self.name))
+        return Misfit(reasons=[f"{self.name} {reason}" for reason in found])
 
 
 class _ValueEntry(Entry):
@@ -189,6 +198,10 @@ def _entry(place: Place, modules: Mapping[str, nn.Module]) -> Entry:
         return _ModuleEntry(place, value)
     if isinstance(value, Optimizer):
         return optimizer_entry(place, value, modules)
+    if isinstance(value, AccumulationWindow):
+        return WindowEntry(place, value)
+    if isinstance(value, PerRank) or is_stateful_loader(value):
+        return PerRankEntry(place, cast("Stateful", value.inner if isinstance(value, PerRank) else value))
     if _is_object(value):
         return _StatefulEntry(place, cast("Stateful", value))
     return _ValueEntry(place)

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from cloudckpt import codec
-from cloudckpt.resume import capture_rng, restore_rng
+from cloudckpt import CheckpointManager, codec
+from cloudckpt.errors import ManifestError
+from cloudckpt.index import Index
+from cloudckpt.resume import apply_rng, capture_rng, restore_rng
 
 
 def draw() -> list[object]:
@@ -106,3 +108,33 @@ def test_a_gpu_s_generator_goes_on_where_it_was() -> None:
     torch.cuda.manual_seed_all(8)
     restore_rng(states)
     assert torch.rand(5, device="cuda").tolist() == expected
+
+
+@pytest.mark.gpu
+def test_a_gpu_s_generator_goes_on_through_a_checkpoint(tmp_path: Path) -> None:
+    torch.rand(1, device="cuda")
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"step": 1})
+        expected = torch.rand(5, device="cuda").tolist()
+        torch.cuda.manual_seed_all(8)
+        manager.restore({"step": 0})
+    assert torch.rand(5, device="cuda").tolist() == expected
+
+
+def test_generators_that_are_no_json_are_an_integrity_error() -> None:
+    with pytest.raises(ManifestError, match="is no JSON"):
+        apply_rng(
+            Index.of(attempt="0" * 16, block_bytes=4096, tensors={}, values={}, paths={}, sections=[]),
+            {"x": torch.zeros(4, dtype=torch.uint8)},
+        )
+
+
+def test_all_generators_go_on_through_a_checkpoint(tmp_path: Path) -> None:
+    seed(11)
+    draw()
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(1, {"step": 1})
+        expected = [draw() for _ in range(2)]
+        seed(12)
+        manager.restore({"step": 0})
+    assert [draw() for _ in range(2)] == expected
