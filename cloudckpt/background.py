@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 
 from cloudckpt.catalog import Checkpoint
-from cloudckpt.errors import CommitUnknownError, SaveFailedError
+from cloudckpt.errors import CloudCkptError, CommitUnknownError, SaveFailedError
 from cloudckpt.saving import PendingSave
 from cloudckpt.staging import StageClosedError
 
@@ -49,6 +49,7 @@ class SaveHandle:
         self._checkpoint: Checkpoint | None = None
         self._error: BaseException | None = None
         self._is_told = False
+        self._is_abandoned = False
         self._ended = threading.Event()
         if is_skipped:
             self._ended.set()
@@ -156,6 +157,7 @@ class SaveHandle:
 
     def _abandon(self, why: str) -> None:
         """Begin nothing more, and wait a moment for that to be noticed."""
+        self._is_abandoned = True
         pending = self._pending
         if pending is not None:
             pending.abandon(why)
@@ -176,26 +178,46 @@ class SaveHandle:
             raise
         self._abandon(f"it did not end within {timeout_s:g} s")
         self._is_told = True
-        if not self.done():
+        if not self.done() or isinstance(self._error, CommitUnknownError):
             raise CommitUnknownError(
-                f"the save of step {self.step} did not end within {timeout_s:g} s, and hangs: the checkpoint is whole "
-                "or not there",
+                f"the save of step {self.step} did not end within {timeout_s:g} s, so the checkpoint is whole or not "
+                "there",
                 op="create",
-            )
+            ) from self._error
         if self._error is not None:
             raise SaveFailedError(
                 f"the save of step {self.step} was abandoned after {timeout_s:g} s; nothing was committed"
             ) from self._error
 
+    def _disown(self) -> None:
+        """Count as ended, in a process that was forked from the one whose thread goes on with it."""
+        self._pending = None
+        self._error = CloudCkptError(f"the save of step {self.step} belongs to the process that this was forked from")
+        self._is_told = True
+        # The old one's lock may have been held when the process was forked.
+        self._ended = threading.Event()
+        self._ended.set()
+
 
 _UNDER_WAY: list[SaveHandle] = []
-_PID = os.getpid()
+
+
+def _after_fork() -> None:
+    for handle in _UNDER_WAY:
+        handle._disown()  # noqa: SLF001 (of this module)
+    _UNDER_WAY.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _at_exit() -> None:
     """Let the end of the interpreter wait for saves whose manager was not closed."""
-    for handle in list(_UNDER_WAY) if os.getpid() == _PID else ():
-        patience_s = handle._patience_s  # noqa: SLF001 (of this module)
+    for handle in _UNDER_WAY.copy():
+        if handle._is_abandoned:  # noqa: SLF001 (of this module)
+            continue
+        patience_s = handle._patience_s  # noqa: SLF001
         logger.warning("the process ends; waiting up to %g s for the save of step %d", patience_s, handle.step)
         try:
             handle.finish_or_abandon(patience_s)

@@ -21,12 +21,22 @@ def environment(root_url: str, data_path: str) -> dict[str, str]:
     """Return the environment record of this process for a root and the engine that moves its bytes."""
     record = {f"package.{name}": version for name in _PACKAGES if (version := _version(name))}
     record["python"] = f"{platform.python_implementation()} {platform.python_version()}"
-    record["platform"] = platform.platform()
+    record["platform"] = _platform()
     record["machine"] = platform.machine()
     record["device"] = _device()
     record["root"] = root_url
     record["data_path"] = data_path
     return record
+
+
+def _platform() -> str:
+    """Return system, release, machine and C library, without another process.
+
+    `platform.platform()` runs `uname -p`. In a save's thread that can wait for ever: a worker of a DataLoader that the
+    main thread forks at that moment inherits the pipe whose end the start of `uname` waits for.
+    """
+    library = "".join(platform.libc_ver())
+    return "-".join(filter(None, (platform.system(), platform.release(), platform.machine(), library)))
 
 
 def _version(package: str) -> str | None:

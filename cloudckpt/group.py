@@ -142,6 +142,10 @@ class Group:
             self._is_open, self._holder = False, None
             self._turn.release()
 
+    def hand_over(self) -> None:
+        """Leave the session to whichever thread takes it over; until then nobody counts as being in it."""
+        self._holder = None
+
     def take_over(self) -> None:
         """Go on, in the calling thread, with a session that another thread has begun and left."""
         self._holder = threading.get_ident()

@@ -25,7 +25,7 @@ import torch
 from cloudckpt.advice import Advice, advise
 from cloudckpt.background import SaveHandle
 from cloudckpt.catalog import Catalog, Checkpoint
-from cloudckpt.errors import CloudCkptError, OptionsError
+from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError
 from cloudckpt.group import Group
 from cloudckpt.index import Index
 from cloudckpt.keys import checkpoint_prefix
@@ -135,6 +135,7 @@ class CheckpointManager:
         self._handle: SaveHandle | None = None
         self._spending: tuple[Group, StoreStats]
         self._to_prepare: MutableMapping[str, object] | None = None
+        self._is_beginning = False
         self._is_closed = False
         if self._preemption is not None:
             self._preemption.start()
@@ -170,12 +171,13 @@ class CheckpointManager:
         if self._newest_began is None:
             return None
         step, began_s = self._newest_began
-        handle = self._handle
+        is_under_way = self._handle is not None and not self._handle.done()
+        is_saved = self._newest_own is not None and self._newest_own.step == step
         return Latest(
             step=step,
             began_s=began_s,
-            is_under_way=handle is not None and not handle.done(),
-            is_failed=handle is not None and handle.step == step and handle.error is not None,
+            is_under_way=is_under_way,
+            is_failed=not is_under_way and not is_saved,
             took_s=self._meter.last_commit_s,
         )
 
@@ -187,7 +189,7 @@ class CheckpointManager:
 
     @property
     def preempted(self) -> bool:
-        """Whether notice was given that this job's machine goes; with several ranks, as of the last `should_save`."""
+        """Whether notice was given that this job's machine goes; as of the last `should_save`, if that is asked."""
         if Group.of_world().size == 1:
             self._schedule.hear()
         return self._schedule.deadline is not None
@@ -274,7 +276,6 @@ class CheckpointManager:
         if on_busy not in ("wait", "skip"):
             raise OptionsError(f"on_busy is {on_busy!r}; give 'wait' or 'skip'")
         self._refuse_closed()
-        self._raise_untold()
         if on_busy == "skip" and not self.preempted and self._is_busy(step):
             logger.info("rank %d: step %d is skipped: another save is under way", Group.of_world().rank, step)
             return SaveHandle(step, is_skipped=True)
@@ -325,6 +326,7 @@ class CheckpointManager:
     def _begin(self) -> float:
         """Wait for a save under way; return when this one begins for the caller."""
         self._refuse_closed()
+        self._refuse_nested()
         began_s = time.monotonic()
         self.wait()
         return began_s
@@ -334,8 +336,17 @@ class CheckpointManager:
             self._handle.result()
 
     def _is_busy(self, step: int) -> bool:
-        is_busy = self._handle is not None and not self._handle.done()
-        return bool(self._votes().largest([int(is_busy)], what=f"async_save of step {step}")[0])
+        """Tell whether any rank has a save under way, and none has one that failed and nobody was told."""
+        handle = self._handle
+        is_busy = handle is not None and not handle.done()
+        is_untold = handle is not None and not is_busy and handle.is_untold
+        try:
+            # A rank that knows of the failure comes, too: another one may not know yet, and would wait for it here.
+            found = self._votes().largest([int(is_busy), int(is_untold)], what=f"async_save of step {step}")
+        except RankLostError:
+            self._raise_untold()
+            raise
+        return bool(found[0]) and not found[1]
 
     def _pending(
         self,
@@ -349,20 +360,24 @@ class CheckpointManager:
         group = Group.of_world()
         self._spending = group, self._store.stats()
         catalog, options = self._means()
-        return begin_save(
-            lambda: self._capture(step, state, group.rank),
-            lambda: self._place(step, catalog),
-            catalog=catalog,
-            group=group,
-            options=options,
-            memory=self._plan,
-            metrics=metrics,
-            metadata=metadata,
-            what=f"save of step {step}",
-            slabs=slabs,
-            # Claiming the root takes requests, which training need not wait for.
-            is_placed_later=slabs is not None and self._epoch == 0,
-        )
+        self._is_beginning = True
+        try:
+            return begin_save(
+                lambda: self._capture(step, state, group.rank),
+                lambda: self._place(step, catalog),
+                catalog=catalog,
+                group=group,
+                options=options,
+                memory=self._plan,
+                metrics=metrics,
+                metadata=metadata,
+                what=f"save of step {step}",
+                slabs=slabs,
+                # Claiming the root takes requests, which training need not wait for.
+                is_placed_later=slabs is not None and self._epoch == 0,
+            )
+        finally:
+            self._is_beginning = False
 
     def _means(self) -> tuple[Catalog, Options]:
         """Return what a save may use: after a preemption notice, no more time than is left."""
@@ -407,6 +422,11 @@ class CheckpointManager:
     def _refuse_closed(self) -> None:
         if self._is_closed:
             raise OptionsError(f"the manager of {self.url} is closed; open another one")
+
+    def _refuse_nested(self) -> None:
+        """Refuse what a state_dict() of the user's own asks for: it would take this save's plan away."""
+        if self._is_beginning:
+            raise OptionsError("this began in the middle of another save; let that one end first")
 
     # -- restoring -----------------------------------------------------------------------------------------
 

@@ -142,6 +142,7 @@ def begin_save(  # noqa: PLR0913 (keyword-only, each of its own kind)
         saving.begin(place, what, metrics, metadata, is_placed_later=is_placed_later)
         if slabs is not None:
             saving.find_room(slabs)
+        group.hand_over()
         return PendingSave(saving, group, stack.pop_all())
 
 
@@ -280,6 +281,8 @@ class _Saving:
     def abandon(self, why: str) -> None:
         """Let the upload, or the commit that has not begun, raise."""
         self._abandoned = why
+        if self._staged is not None:
+            self._staged.stage.close()
 
     def _check(self) -> None:
         if self._abandoned:
@@ -300,9 +303,12 @@ class _Saving:
         self._stage_s = time.monotonic() - began_s
         self._part.source.forget()
         self._planner, self._items = DefaultSavePlanner(), []
+        self._capture = lambda: Flat({}, {})
 
     def finish(self) -> Checkpoint:
         """Upload, and commit what all ranks have uploaded."""
+        if self._staged is not None:
+            self._staged.stage.wait_for_first()
         try:
             if not self._order.is_placed:
                 self._order = self._group.agree(f"{self._what}: claiming", lambda: None, lambda _: self._placed())

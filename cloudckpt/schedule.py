@@ -85,6 +85,7 @@ class Schedule:
         self._began_s = clock()
         self.deadline: Deadline | None = None
         self._is_answered = False
+        self._is_asked = False
 
     @property
     def needs_vote(self) -> bool:
@@ -92,7 +93,12 @@ class Schedule:
         return self._every_s is not None or self._preemption is not None
 
     def hear(self) -> None:
-        """Heed a notice at once, where there is no other rank to agree with."""
+        """Heed a notice at once, where there is no other rank to agree with, and nobody asks at every step.
+
+        Who asks is answered first: a notice between `should_save` and `preempted` would end a loop that has not saved.
+        """
+        if self._is_asked:
+            return
         now_s = self._clock()
         left_ms = self._left_ms(now_s)
         if left_ms < _FAR_MS:
@@ -105,6 +111,7 @@ class Schedule:
             OptionsError: the ranks ask about different steps.
             RankLostError: another rank did not come to ask.
         """
+        self._is_asked = True
         is_due = self._every_steps is not None and (step + 1) % self._every_steps == 0
         if not self.needs_vote:
             return is_due

@@ -189,9 +189,17 @@ def _piece_view(tensor: torch.Tensor, chunk: Chunk, piece: Piece, room: Room) ->
 
 def _bytes_view(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a dense host tensor as bytes; the view keeps the tensor alive."""
-    # Not reshape(-1): one element of a wider tensor is contiguous, whatever its stride is.
-    array: np.ndarray = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+    array: np.ndarray = np.asarray(_Memory(tensor))
     return array.data
+
+
+class _Memory:
+    """The memory of a dense tensor, for numpy. After `Tensor.numpy` the trainer's storage could not be resized."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor  # alive as long as somebody has the memory
+        shape = (tensor.numel() * tensor.itemsize,)
+        self.__array_interface__ = {"data": (tensor.data_ptr(), False), "shape": shape, "typestr": "|u1", "version": 3}
 
 
 def object_of(item: WriteItem, planner: SavePlanner) -> object:

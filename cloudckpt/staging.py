@@ -15,6 +15,7 @@ import mmap
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,6 +54,10 @@ class _Slab:
     def size_bytes(self) -> int:
         return self.memory.nbytes
 
+    def is_exact(self, size_bytes: int) -> bool:
+        """Tell whether a new slab for so many bytes would be as large."""
+        return self.size_bytes == _rounded(size_bytes)
+
 
 class StageClosedError(CloudCkptError):
     """The upload that waited for these copies has ended; its own error says why."""
@@ -79,16 +84,25 @@ class Slabs:
         """Bytes that are held, lent ones included."""
         return self._held_bytes
 
-    def take(self, size_bytes: int, *, limit_bytes: int, is_pinned: bool = False) -> _Slab:
+    def take(
+        self, size_bytes: int, *, limit_bytes: int, most_bytes: int | None = None, is_pinned: bool = False
+    ) -> _Slab:
         """Return the smallest idle slab that is large enough, or a new one.
 
         Args:
             size_bytes: of the memory wanted.
-            limit_bytes: what may be held afterwards: idle slabs that are too small make room for a new one.
+            limit_bytes: what may be held afterwards: idle slabs that do not fit make room for a new one.
+            most_bytes: how large the slab may be, if it is larger than need be; None for any size.
             is_pinned: page-locked, for copies from a device.
         """
         with self._lock:
-            fitting = [slab for slab in self._idle if slab.size_bytes >= size_bytes and slab.is_pinned >= is_pinned]
+            fitting = [
+                slab
+                for slab in self._idle
+                if slab.is_pinned >= is_pinned
+                and slab.size_bytes >= size_bytes
+                and (slab.is_exact(size_bytes) or most_bytes is None or slab.size_bytes <= most_bytes)
+            ]
             if fitting:
                 slab = min(fitting, key=lambda slab: slab.size_bytes)
                 self._idle.remove(slab)
@@ -123,14 +137,13 @@ class Slabs:
     def _missing(self, sizes_bytes: Sequence[int], *, is_pinned: bool) -> list[int]:
         """Return the sizes for which there is no idle slab."""
         with self._lock:
-            idle = sorted(slab.size_bytes for slab in self._idle if slab.is_pinned >= is_pinned)
+            idle = Counter(slab.size_bytes for slab in self._idle if slab.is_pinned >= is_pinned)
         missing = []
         for size_bytes in sorted(sizes_bytes):
-            place = next((number for number, idle_bytes in enumerate(idle) if idle_bytes >= size_bytes), None)
-            if place is None:
-                missing.append(size_bytes)
+            if idle[_rounded(size_bytes)]:
+                idle[_rounded(size_bytes)] -= 1
             else:
-                idle.pop(place)
+                missing.append(size_bytes)
         return missing
 
     def _touch(self, sizes_bytes: Sequence[int], *, is_pinned: bool) -> None:
@@ -178,14 +191,19 @@ class Slabs:
 
 def _new_slab(size_bytes: int, *, is_pinned: bool) -> _Slab:
     if is_pinned:
-        array: np.ndarray = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+        array: np.ndarray = torch.empty(_rounded(size_bytes), dtype=torch.uint8, pin_memory=True).numpy()
         return _Slab(memory=array.data, is_pinned=True)
-    rounding = _HUGE_BYTES if size_bytes >= _HUGE_BYTES else mmap.PAGESIZE
-    memory = mmap.mmap(-1, -(-size_bytes // rounding) * rounding)
-    if rounding == _HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+    memory = mmap.mmap(-1, _rounded(size_bytes))
+    if size_bytes >= _HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return _Slab(memory=memoryview(memory), is_pinned=False)
+
+
+def _rounded(size_bytes: int) -> int:
+    """Return the bytes of a slab for so many; a shard of empty tensors has a page, too."""
+    rounding = _HUGE_BYTES if size_bytes >= _HUGE_BYTES else mmap.PAGESIZE
+    return max(1, -(-size_bytes // rounding)) * rounding
 
 
 class Stage:
@@ -198,13 +216,17 @@ class Stage:
         self._sizes_bytes = list(sizes_bytes)
         self._limit_bytes = limit_bytes
         self._is_pinned = is_pinned
+        # What is left when all shards lie side by side; negative if they cannot.
+        self._spare_bytes = limit_bytes - sum(sizes_bytes)
         self._lent: dict[int, _Slab] = {}
+        self._charged: dict[int, int] = {}
         self._staged: set[int] = set()
         self._opened: set[int] = set()
         self._used_bytes = 0
         self._error: BaseException | None = None
         self._is_closed = False
         self._changed = threading.Condition()
+        self._has_begun = threading.Event()
 
     def run(
         self,
@@ -234,7 +256,7 @@ class Stage:
             raise
         finally:
             # What was being copied when it ended early.
-            self._release_all(lambda number: number not in self._staged | self._opened)
+            self._release_uncopied()
 
     def _waves(self) -> Iterator[list[int]]:
         """Yield as many shards as have room at once, each with a slab of its own."""
@@ -256,10 +278,23 @@ class Stage:
             self._changed.wait_for(lambda: self._has_room(size_bytes) or self._is_closed)
             if self._is_closed:
                 raise StageClosedError("the upload has ended before everything was staged")
-            self._lent[number] = self._slabs.take(
-                size_bytes, limit_bytes=max(self._limit_bytes, size_bytes), is_pinned=self._is_pinned
+            slab = self._slabs.take(
+                size_bytes,
+                limit_bytes=max(self._limit_bytes, size_bytes),
+                most_bytes=self._most_bytes(size_bytes),
+                is_pinned=self._is_pinned,
             )
-            self._used_bytes += size_bytes
+            self._lent[number] = slab
+            # What a slab is larger than need be is taken from the others' room.
+            self._charged[number] = size_bytes if slab.is_exact(size_bytes) else slab.size_bytes
+            self._used_bytes += self._charged[number]
+            self._spare_bytes -= self._charged[number] - size_bytes
+
+    def _most_bytes(self, size_bytes: int) -> int:
+        """Return how large the slab for a shard may be, so that no other one has to wait where all have room."""
+        if self._spare_bytes >= 0:
+            return size_bytes + self._spare_bytes
+        return self._limit_bytes - self._used_bytes
 
     def _memory(self, number: int) -> memoryview:
         return self._lent[number].memory[: self._sizes_bytes[number]]
@@ -270,11 +305,20 @@ class Stage:
                 raise StageClosedError("the upload has ended before everything was staged")
             self._staged.update(wave)
             self._changed.notify_all()
+        self._has_begun.set()
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
             self._error = error
             self._changed.notify_all()
+        self._has_begun.set()
+
+    def wait_for_first(self) -> None:
+        """Wait until something is staged, or never will be.
+
+        Threads that begin before only fight for Python's lock with the one that stages: 15 ms for 2 GiB.
+        """
+        self._has_begun.wait()
 
     def open(self, number: int) -> memoryview:
         """Return a shard's bytes once they are staged; `release` it afterwards.
@@ -295,12 +339,13 @@ class Stage:
         with self._changed:
             slab = self._lent.pop(number, None)
             if slab is not None:
-                self._used_bytes -= self._sizes_bytes[number]
+                self._used_bytes -= self._charged.pop(number)
                 self._slabs.give(slab)
             self._changed.notify_all()
 
     def close(self) -> None:
         """End staging, if it goes on, and give back what nobody has opened. A shard that is being put stays lent."""
+        self._has_begun.set()
         with self._changed:
             self._is_closed = True
             if self._error is None:
@@ -310,8 +355,10 @@ class Stage:
         for number in unopened:
             self.release(number)
 
-    def _release_all(self, which: Callable[[int], bool]) -> None:
-        for number in [number for number in self._lent if which(number)]:
+    def _release_uncopied(self) -> None:
+        with self._changed:
+            uncopied = self._lent.keys() - self._staged - self._opened
+        for number in uncopied:
             self.release(number)
 
 

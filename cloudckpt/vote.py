@@ -8,9 +8,14 @@ answers it, so that those who do not answer can be named (FORMAT invariant 13).
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
+from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,12 +28,30 @@ __all__ = ["Vote"]
 
 logger = logging.getLogger(__name__)
 
+_Result = TypeVar("_Result")
+
 _ROOM = "cloudckpt/votes"
 # A vote of ranks that are in step takes 0.1 ms; whoever waits for longer looks less and less often.
 _SHORTEST_PAUSE_S = 20e-6
 _LONGEST_PAUSE_S = 2e-3
 _ALARM_PERIOD_S = 0.25
 _ANSWERING_S = 1.5
+# How long the store may take besides.
+_STORE_S = 2.0
+
+
+def _begun(call: Callable[[], _Result]) -> Future[_Result]:
+    """Call something, in a thread that holds nobody up, should it never return."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as exc:  # noqa: BLE001 (the end of a thread: raised where somebody waits)
+            future.set_exception(exc)
+
+    threading.Thread(target=run, name="cloudckpt-vote", daemon=True).start()
+    return future
 
 
 class Vote:
@@ -48,6 +71,7 @@ class Vote:
         self._gloo: object | None = None
         self._store: KeyValueStore | None = None
         self._count = 0
+        self._asking: Future[bool] | None = None
 
     def largest(self, values: Sequence[int], *, what: str) -> list[int]:
         """Return, on every rank, the largest of all ranks' values at each place.
@@ -60,17 +84,24 @@ class Vote:
         self._count += 1
         tensor = torch.tensor(list(values), dtype=torch.int64)
         try:
-            self._open()
+            self._open(what)
             work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._gloo, async_op=True)
             self._wait(work, what)
         except (BrokenError, RuntimeError) as exc:
             raise self._lost(what) from exc
+        finally:
+            self._asking = None  # it was about this vote
         return [int(value) for value in tensor.tolist()]
 
-    def _open(self) -> None:
-        if self._gloo is None:
-            self._gloo = new_gloo_group(timeout=timedelta(seconds=self._timeout_s))
-            self._store = store_of_our_own()
+    def _open(self, what: str) -> None:
+        if self._gloo is not None:
+            return
+        # In a thread: it asks rank 0's store, which may not answer, and Python runs handlers meanwhile.
+        opening = _begun(lambda: (new_gloo_group(timeout=timedelta(seconds=self._timeout_s)), store_of_our_own()))
+        try:
+            self._gloo, self._store = opening.result(timeout=self._timeout_s)
+        except FutureTimeoutError:
+            raise self._lost(what) from None
 
     def _wait(self, work: dist.Work | None, what: str) -> None:
         if work is None:
@@ -89,7 +120,12 @@ class Vote:
         work.wait()  # raises what went wrong
 
     def _is_alarmed(self) -> bool:
-        return self._store is not None and self._store.check([self._alarm])
+        """Return the last answer of the store, and ask it again; it is rank 0's, and may not answer any more."""
+        asking, store = self._asking, self._store
+        if store is None or (asking is not None and not asking.done()):
+            return False
+        self._asking = _begun(partial(store.check, [self._alarm]))
+        return asking is not None and asking.exception() is None and asking.result()
 
     @property
     def _alarm(self) -> str:
@@ -97,7 +133,10 @@ class Vote:
 
     def _lost(self, what: str) -> RankLostError:
         """Raise the alarm, and name the ranks that do not answer it."""
-        late = self._not_answering()
+        try:
+            late = _begun(self._not_answering).result(timeout=_ANSWERING_S + _STORE_S)
+        except FutureTimeoutError:
+            late = [0]  # it keeps the store
         names = f"ranks {late}" if late else "other ranks"
         return RankLostError(
             f"{names} did not come to {what}, or died, while rank {self._rank} waited; restart the job: it resumes "
