@@ -54,6 +54,7 @@ class AsyncSpec:
         ready_s: for `blocked`: the pause between `prepare` and the first save.
         idle_steps: for `lost`: training steps without a save, before each save.
         width: for `lost`: of the network that trains.
+        threads: of that network; 0 for torch's own choice.
         stats_url: the sink's endpoint, where the target is one.
     """
 
@@ -67,6 +68,7 @@ class AsyncSpec:
     ready_s: float = 0.0
     idle_steps: int = 60
     width: int = 1024
+    threads: int = 0
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     stats_url: str = ""
 
@@ -188,7 +190,7 @@ def _save_blocked(
 
 
 def _lost(spec: AsyncSpec, state: State) -> dict[str, Any]:
-    trainer = Trainer(spec.width)
+    trainer = Trainer(spec.width, threads=spec.threads)
     with _opened(spec) as peer:
         others = _watch(spec)
         prepare_s = _prepare_beside(trainer, peer, spec, state)

@@ -98,8 +98,9 @@ def _header(options: argparse.Namespace, command: Sequence[str]) -> str:
         runs=options.runs,
         directory=options.directory,
     )
+    threads = options.threads or torch.get_num_threads()
     return (
-        f"{lines}\n- training: steps of a network of width {options.width} on {torch.get_num_threads()} threads; "
+        f"{lines}\n- training: steps of a network of width {options.width}, {threads} threads; "
         f"{options.saves} saves per process; the sink at nice {options.sink_nice}"
     )
 
@@ -191,6 +192,7 @@ def _spec(part: str, options: argparse.Namespace, **how: object) -> AsyncSpec:
         ready_s=options.ready_s,
         idle_steps=options.idle_steps,
         width=options.width,
+        threads=options.threads,
     )
     return replace(spec, **how)
 
@@ -256,6 +258,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--flat-size", type=parse_bytes, default=parse_bytes("128MiB"), help="of the many saves")
     parser.add_argument("--flat-saves", type=int, default=50, help="how many they are")
     parser.add_argument("--width", type=int, default=1024, help="of the network that trains")
+    parser.add_argument("--threads", type=int, default=0, help="of the network that trains; 0: torch's own choice")
     parser.add_argument("--idle-steps", type=int, default=60, help="training steps without a save, before each save")
     parser.add_argument("--ready-s", type=float, default=5.0, help="from `prepare` to the first save, for blocked")
     parser.add_argument("--sink-nice", type=int, default=0, help="0: the sink competes for the cores; 19: it yields")

@@ -22,7 +22,9 @@ _LARGEST_HEAP_BYTES = 31 << 20
 class Trainer:
     """A network, its optimizer and one batch; warmed up when made."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, threads: int = 0) -> None:
+        if threads:
+            torch.set_num_threads(threads)
         torch.manual_seed(0)
         layers = [module for _ in range(_LAYERS) for module in (nn.Linear(width, width), nn.GELU())]
         self._model = nn.Sequential(*layers)

@@ -15,7 +15,6 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 
-import cloudckpt
 from benchmarks import async_process, async_saves
 from benchmarks.async_peers import AsyncPeerKind
 from benchmarks.async_process import AsyncSpec, Blocked, Lost, Memory, Outcome, Save, measure_async
@@ -30,10 +29,6 @@ from benchmarks.wire import Connection, Gate, Link
 MIB = 1 << 20
 GIB = 1 << 30
 SIZE = 4 * MIB
-
-needs_async_save = pytest.mark.skipif(
-    not hasattr(cloudckpt.CheckpointManager, "async_save"), reason="this cloudckpt has no async_save"
-)
 
 
 @pytest.fixture
@@ -289,14 +284,12 @@ def test_quick_benchmark_measures_stock_dcp_in_every_part(target: str, tmp_path:
     assert [len(row["runs"][0]["peaks_bytes"]) for row in found[-1]["rows"]] == [6, 6]
 
 
-@needs_async_save
 @pytest.mark.timeout(300)
 def test_quick_benchmark_measures_cloudckpt_on_disk(tmp_path: Path) -> None:
     found = run_command(tmp_path, "--parts", "blocked", "--peers", "cloudckpt", "--target", "local")
     assert [(row["peer"], len(row["runs"][0]["saves"])) for row in found[0]["rows"]] == [("cloudckpt", 2)]
 
 
-@needs_async_save
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_quick_benchmark_measures_cloudckpt_in_every_part(tmp_path: Path) -> None:
