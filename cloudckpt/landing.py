@@ -23,6 +23,7 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.index import ChunkEntry, TensorEntry
 from cloudckpt.pool import Budget
 from cloudckpt.scratch import Scratch
+from cloudckpt.source import bytes_of
 
 __all__ = ["Landing", "Taking", "deliver"]
 
@@ -96,7 +97,7 @@ class Landing:
         with self._taking.lock:
             if self._into is None:
                 target = self._resolve()
-                self._into = _bytes_of(target) if self._is_direct(target) else self._take_buffer()
+                self._into = bytes_of(target) if self._is_direct(target) else self._take_buffer()
             return self._into
 
     def _take_buffer(self) -> np.ndarray:
@@ -143,9 +144,3 @@ def _is_plain(target: torch.Tensor, dtype: torch.dtype) -> bool:
     is_dense = target.layout is torch.strided and target.is_contiguous()
     is_same = target.dtype == dtype and not target.is_conj() and not target.is_neg()
     return target.device.type == "cpu" and type(target) is torch.Tensor and is_dense and is_same
-
-
-def _bytes_of(target: torch.Tensor) -> np.ndarray:
-    # Not reshape(-1): one element of a wider tensor is contiguous, whatever its stride is.
-    array: np.ndarray = target.as_strided((target.numel(),), (1,)).view(torch.uint8).numpy()
-    return array

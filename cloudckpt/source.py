@@ -26,7 +26,7 @@ from cloudckpt.codec import DTYPE_NAMES
 from cloudckpt.errors import OptionsError, UnsupportedValueError
 from cloudckpt.layout import Chunk, Piece, ShardLayout
 
-__all__ = ["Room", "Source", "Staging", "check_layout", "check_tensor", "chunk_of", "object_of"]
+__all__ = ["Room", "Source", "Staging", "bytes_of", "check_layout", "check_tensor", "chunk_of", "object_of"]
 
 
 def check_layout(name: str, layout: torch.layout, dtype: torch.dtype) -> None:
@@ -177,7 +177,7 @@ def _piece_view(tensor: torch.Tensor, chunk: Chunk, piece: Piece, room: Room) ->
     if piece.nbytes == 0:
         return memoryview(b"")
     if _has_host_bytes(tensor):
-        return _bytes_view(tensor)[piece.local_start : piece.local_start + piece.nbytes]
+        return bytes_of(tensor).data[piece.local_start : piece.local_start + piece.nbytes]
     box = tensor.reshape(chunk.sizes) if tensor.shape != chunk.sizes else tensor
     for axis, (start, base, size) in enumerate(zip(piece.offsets, chunk.offsets, piece.sizes, strict=True)):
         box = box.narrow(axis, start - base, size)
@@ -187,10 +187,9 @@ def _piece_view(tensor: torch.Tensor, chunk: Chunk, piece: Piece, room: Room) ->
     return memory
 
 
-def _bytes_view(tensor: torch.Tensor) -> memoryview:
-    """Return the memory of a dense host tensor as bytes; the view keeps the tensor alive."""
-    array: np.ndarray = np.asarray(_Memory(tensor))
-    return array.data
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """Return the memory of a dense host tensor as bytes; the array keeps the tensor alive."""
+    return np.asarray(_Memory(tensor))
 
 
 class _Memory:

@@ -538,3 +538,12 @@ def test_several_ranks_without_a_process_group_are_refused(tmp_path: Path, monke
     with pytest.raises(OptionsError, match="init_process_group"):
         cloudckpt.load(like(tensors()), tmp_path / "c")
     assert not (tmp_path / "d").exists()
+
+
+def test_a_tensor_that_was_saved_and_restored_can_be_resized(tmp_path: Path) -> None:
+    state: dict[str, object] = {"w": torch.arange(100.0)}
+    cloudckpt.save(state, tmp_path / "a")
+    cloudckpt.load(state, tmp_path / "a")
+    tensor = state["w"]
+    assert isinstance(tensor, torch.Tensor)
+    assert tensor.resize_(200).shape == (200,)
