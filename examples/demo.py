@@ -1,13 +1,17 @@
-"""Train once in peace and once with two SIGKILLs, and show that the bucket made both the same run, bit for bit.
+"""Train once in peace and once with three interruptions, and show that the bucket made both the same run, bit for bit.
 
     run A   ├───────────────────────────────────────────────────────────────┤   one process
 
-    run B   ├──────────────────┤ killed between two saves                       each process starts in an
-                          ├───────────────────────┤ killed during a save        empty directory, and has
-                                              ├─────────────────────────────┤   nothing but the bucket
+    run B   ├──────────────┤ SIGKILL between two saves                          each process starts in an
+                      ├────────────────┤ SIGKILL during a save                  empty directory, and has
+                                   ├───────────┤ SIGTERM, 20 s to go            nothing but the bucket
+                                                ├───────────────────────────┤
+
+All three hit the middle of a data epoch. The SIGKILLs cost the steps since the newest save, which are trained again;
+the SIGTERM, between two saves, costs none: the step is saved in the time that is left.
 
 Prints every step of both, what `cloudckpt ls` sees, and a record; writes the record (JSON), the logs and a picture
-to `--out`. Ends with status 1 if a single bit differs, and if a kill finds no moment to strike.
+to `--out`. Ends with status 1 if a single bit differs, and if an interruption finds no moment to strike.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -24,11 +29,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from record import Outcome, record_of
-from runs import DemoError, Job, Kill, Segment, run
+from runs import NOTICE_S, DemoError, Interruption, Job, Segment, run
 from target import Target, seaweedfs_target, target_at
 from trajectory import compare, table
 
-__all__ = ["SCRIPT", "Size", "job_for", "kills_for", "main", "show"]
+__all__ = ["SCRIPT", "Size", "interruptions_for", "job_for", "main", "show"]
 
 SCRIPT = Path(__file__).resolve().with_name("train_gpt.py")
 
@@ -56,18 +61,21 @@ def job_for(script: Path, target: Target, run_name: str, size: Size, out: Path) 
     log.unlink(missing_ok=True)
     flags = [part for name, value in asdict(size).items() for part in (f"--{name.replace('_', '-')}", str(value))]
     return Job(
-        command=[sys.executable, str(script), target.root(run_name), *flags],
+        command=[sys.executable, str(script), target.root(run_name), *flags, "--grace-s", str(NOTICE_S)],
         environment=target.environment,
         bucket=target.bucket(run_name),
         log=log,
     )
 
 
-def kills_for(size: Size) -> list[Kill]:
-    """Plan two kills: half-way between the third and the fourth save, and in the first save of the second half."""
+def interruptions_for(size: Size) -> list[Interruption]:
+    """Plan three: after the third save, in the first save of the second half, and after three quarters of the run."""
+    half_an_interval = size.save_every // 2
+    three_quarters = size.steps * 3 // 4 // size.save_every * size.save_every
     return [
-        Kill(when="between saves", step=3 * size.save_every + size.save_every // 2),
-        Kill(when="during a save", step=size.steps // 2),
+        Interruption(when="between saves", step=3 * size.save_every + half_an_interval),
+        Interruption(when="during a save", step=size.steps // 2),
+        Interruption(signal=signal.SIGTERM, when="between saves", step=three_quarters + half_an_interval),
     ]
 
 
@@ -76,7 +84,7 @@ def show(target: Target, size: Size, out: Path, *, script: Path = SCRIPT) -> boo
     start_s = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     run_a = _train(job_for(script, target, "a", size, out), [])
-    run_b = _train(job_for(script, target, "b", size, out), kills_for(size))
+    run_b = _train(job_for(script, target, "b", size, out), interruptions_for(size))
     outcome = Outcome(
         run_a=run_a, run_b=run_b, comparison=compare(run_a, run_b), attempts=target.bucket("b").attempts()
     )
@@ -97,9 +105,10 @@ def show(target: Target, size: Size, out: Path, *, script: Path = SCRIPT) -> boo
     return _print_checks(outcome.checks())
 
 
-def _train(job: Job, kills: Sequence[Kill]) -> list[Segment]:
-    print(f"$ {' '.join(job.command[:3])} …  ({len(kills)} kills)", flush=True)
-    segments = run(job, kills)
+def _train(job: Job, interruptions: Sequence[Interruption]) -> list[Segment]:
+    names = ", ".join(one.name for one in interruptions) or "no interruption"
+    print(f"$ {' '.join(job.command[:3])} …  ({names})", flush=True)
+    segments = run(job, interruptions)
     print(f"  {sum(one.wall_s for one in segments):.0f} s in {len(segments)} processes", flush=True)
     return segments
 
@@ -141,7 +150,9 @@ def _print_checks(checks: Mapping[str, bool]) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Kill a training twice, resume it from the bucket, compare every bit.")
+    parser = argparse.ArgumentParser(
+        description="Interrupt a training three times, resume it from the bucket, compare every bit."
+    )
     parser.add_argument("--url", help="where to write instead of SeaweedFS on loopback: s3://…, gs://… or a directory")
     options = os.environ.get("CLOUDCKPT_STORAGE_OPTIONS", "{}")
     parser.add_argument("--storage-options", default=options, help="fsspec's options for --url, as JSON")

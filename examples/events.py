@@ -17,12 +17,12 @@ class Start(_Event, frozen=True):
     Attributes:
         first: the step that it trains first.
         restored: URL of the checkpoint that it restored, None on a fresh start.
-        batches: batches of one data epoch.
+        samples: samples of one data epoch.
     """
 
     first: int
     restored: str | None
-    batches: int
+    samples: int
 
 
 class Step(_Event, frozen=True):
@@ -31,7 +31,7 @@ class Step(_Event, frozen=True):
     Attributes:
         loss: hexadecimal form of the float, which no rounding touches.
         data_epoch: passes over the data that are complete.
-        position: batches of this data epoch that were used, this step's included.
+        position: samples of this data epoch that were used, this step's included.
     """
 
     step: int
@@ -46,7 +46,7 @@ class Step(_Event, frozen=True):
 
 
 class Saving(_Event, frozen=True):
-    """The save of a step begins."""
+    """The save of a step begins; steps that are trained meanwhile come before its `Saved`."""
 
     step: int
 

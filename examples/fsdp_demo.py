@@ -1,14 +1,16 @@
-"""Train on four ranks in peace; then kill a rank in the middle of a save, go on with other numbers of ranks, compare.
+"""Train on four ranks in peace; then kill ranks in the middle of saves, tell one to end, go on, and compare.
 
     run A   ├─────────────────────────────────────────────────────────────┤   4 ranks
 
-    run B   ├───────────────┤ one rank killed during a save                   4 ranks
-                       ├────────────────┤ one rank killed during a save       4 ranks, from the bucket alone
-                                   ├──────────────────────────────────────┤   2 ranks, from the bucket alone
+    run B   ├───────────┤ one rank killed during a save                       4 ranks
+                    ├───────────┤ SIGTERM to one rank                         4 ranks, from the bucket alone
+                                 ├───────────┤ one rank killed during a save  4 ranks, from the bucket alone
+                                         ├────────────────────────────────┤   2 ranks, from the bucket alone
 
 A rank is killed with SIGKILL while the bucket, listed around cloudckpt, shows some of *its* shards of a save, not all,
 and no manifest; to be certain of that, the demo stops all ranks (SIGSTOP), looks, and kills one or lets all go on.
-torchrun then ends the others. Ends with status 1 if a check breaks, and if a kill finds no moment to strike.
+torchrun then ends the others. SIGTERM comes to the last rank alone, after a step that was not saved: all ranks save
+the same step and end with 143 within 20 s. Ends with status 1 if a check breaks, and if a kill finds no moment.
 
 What is equal in every bit, and what is not: a restore gives each tensor's exact bits on any number of ranks, and as
 many ranks as before then repeat every loss exactly. Another number of ranks adds up the same gradients in another
@@ -29,13 +31,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
 import fsspec
 from bucket import Attempt, attempts_in
-from fsdp_record import Event, Restored, Saved, Step, read_record
-from runs import DemoError
+from fsdp_record import Event, Left, Restored, Saved, Step, read_record
+from runs import EXIT_PREEMPTED, NOTICE_S, QUIET_S, DemoError
 from target import Target, seaweedfs_target, target_at
 
 __all__ = ["FIRST_LOSS_TOLERANCE", "LOSS_TOLERANCE", "Part", "Size", "checks", "main", "show", "torchrun"]
@@ -79,12 +82,18 @@ class Part:
     """What one group of ranks did, from its start to its end.
 
     Attributes:
-        half_written: the attempt that was under way when a rank was killed; None if the group ended by itself.
+        half_written: the attempt that was under way when a rank was killed; None if none was.
+        told: the rank that was sent SIGTERM, if one was.
+        ended_in_time: whether all ranks had ended 20 s after the SIGTERM.
+        newest_step: the newest step that was committed when the group had ended.
     """
 
     ranks: int
     events: Sequence[Event]
     half_written: Attempt | None = None
+    told: int | None = None
+    ended_in_time: bool = True
+    newest_step: int | None = None
 
     def of(self, kind: type[Kind]) -> list[Kind]:
         """Return the events of one kind."""
@@ -141,26 +150,39 @@ def _ranks_of(process: subprocess.Popen[bytes]) -> dict[int, int]:
     return found
 
 
-def run_part(target: Target, name: str, ranks: int, size: Size, out: Path, *, victim: int | None = None) -> Part:
-    """Train under root `name[0]` with some ranks until they end, or until rank `victim` is killed during a save.
+def run_part(
+    target: Target, name: str, ranks: int, size: Size, out: Path, *, victim: int | None = None, told: int | None = None
+) -> Part:
+    """Train under root `name[0]` with some ranks until they end, or rank `victim` is killed, or rank `told` is told.
 
     Raises:
-        DemoError: the kill found no moment to strike, or the training failed by itself.
+        DemoError: there was no moment to strike, or the training failed by itself.
     """
-    record, log = out / f"{name}.jsonl", out / f"{name}.log"
+    record, log, listing = out / f"{name}.jsonl", out / f"{name}.log", _Listing(target, name[0])
     record.unlink(missing_ok=True)
     log.unlink(missing_ok=True)
     flags = [part for field, value in asdict(size).items() for part in (f"--{field.replace('_', '-')}", str(value))]
+    flags += ["--grace-s", str(NOTICE_S)]
     arguments = [str(SCRIPT), "--url", target.root(name[0]), "--record", str(record), *flags]
-    half_written = None
+    half_written, ended_in_time = None, True
     print(f"{name}: {ranks} ranks", end="", flush=True)
     with torchrun(ranks, arguments, log=log, **target.environment) as process:
         if victim is not None:
-            half_written = _Hunt(process, record, _Listing(target, name[0]), ranks, victim).strike()
+            half_written = _Hunt(process, record, listing, ranks, victim).strike()
+        if told is not None:
+            ended_in_time = _Notice(process, record, ranks, size.save_every).give(told)
         code = process.wait()
-    if (code == 0) != (half_written is None):
+    if (code == 0) != (half_written is None and told is None):
         raise DemoError(f"torchrun ended with {code}; from {log}:\n{_complaints(log)}")
-    part = Part(ranks=ranks, events=read_record(record), half_written=half_written)
+    committed = [attempt.step for attempt in listing.attempts() if attempt.is_committed]
+    part = Part(
+        ranks=ranks,
+        events=read_record(record),
+        half_written=half_written,
+        told=told,
+        ended_in_time=ended_in_time,
+        newest_step=committed[-1] if committed else None,
+    )
     print(f"; {_story(part, victim)}", flush=True)
     return part
 
@@ -175,6 +197,9 @@ def _story(part: Part, victim: int | None) -> str:
     steps = part.of(Step)
     origin = f"restored step {part.origin.step}" if part.origin else "began afresh"
     trained = f"trained {steps[0].step} to {steps[-1].step}" if steps else "trained nothing"
+    if part.told is not None:
+        ends = ", ".join(f"rank {one.rank} with {one.code}" for one in sorted(part.of(Left), key=lambda one: one.rank))
+        return f"{origin}, {trained}; SIGTERM to rank {part.told}: step {part.newest_step} is safe; {ends}"
     if part.half_written is None:
         return f"{origin}, {trained}"
     return (
@@ -265,6 +290,60 @@ class _Hunt:
             before, now = now, self._listing.newest_keys()
 
 
+class _Notice:
+    """Sends SIGTERM to one rank after a step that was not saved, when no save of the last seconds will do."""
+
+    def __init__(self, process: subprocess.Popen[bytes], record: Path, ranks: int, save_every: int) -> None:
+        self._process = process
+        self._record = record
+        self._ranks = ranks
+        self._save_every = save_every
+
+    def give(self, rank: int) -> bool:
+        """Wait for the moment, send the signal, and tell whether all ranks ended in time; kill those that did not.
+
+        Raises:
+            DemoError: the run ended before there was such a moment.
+        """
+        while self._process.poll() is None:
+            time.sleep(_POLL_S)
+            if self._is_moment() and (pids := self._stopped()):
+                return self._send(pids, rank)
+        raise DemoError(f"the run ended before rank {rank} could be told")
+
+    def _is_moment(self) -> bool:
+        """Tell whether rank 0 has saved, and is in a step after which no interval is over."""
+        events = read_record(self._record)
+        last = events[-1] if events else None
+        is_idle = isinstance(last, Step) and all((last.step + ahead) % self._save_every for ahead in (1, 2))
+        return is_idle and any(isinstance(event, Saved) for event in events)
+
+    def _stopped(self) -> dict[int, int]:
+        """Stop all ranks; return none, and let them go on, if the moment has passed meanwhile."""
+        pids = _ranks_of(self._process)
+        if len(pids) != self._ranks:
+            return {}
+        for pid in pids.values():
+            os.kill(pid, signal.SIGSTOP)
+        if self._is_moment():
+            return pids
+        for pid in pids.values():
+            os.kill(pid, signal.SIGCONT)
+        return {}
+
+    def _send(self, pids: dict[int, int], rank: int) -> bool:
+        time.sleep(QUIET_S)
+        deadline_s = time.monotonic() + NOTICE_S
+        os.kill(pids[rank], signal.SIGTERM)
+        for pid in pids.values():
+            os.kill(pid, signal.SIGCONT)
+        while (late := _ranks_of(self._process)) and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
+        for pid in late.values():
+            os.kill(pid, signal.SIGKILL)
+        return not late
+
+
 # -- comparing ---------------------------------------------------------------------------------------------------------
 
 
@@ -321,10 +400,11 @@ def checks(run_a: Part, run_b: Sequence[Part], attempts: Sequence[Attempt]) -> d
     restored_like_a = [part.origin for part in run_b[: like_a + 1] if part.origin]
     half_written = {part.half_written.name for part in run_b if part.half_written}
     others = [loss for loss in losses if not loss.is_like_a]
+    told = [pair for pair in pairwise(run_b) if pair[0].told is not None]
     return {
         f"restored on {_list(run_b[1:])} ranks, every tensor has the bits that were saved": all(_restores(run_b)),
-        f"and, as long as only {run_a.ranks} ranks had trained, the bits of A at that step": all(
-            origin.digests == saved_a.get(origin.step) for origin in restored_like_a
+        f"and, as long as only {run_a.ranks} ranks had trained, the bits of A where A saved that step": all(
+            origin.digests == saved_a[origin.step] for origin in restored_like_a if origin.step in saved_a
         ),
         f"on {run_a.ranks} ranks, every loss of B has the bits of A's": all(
             loss.a.hex() == loss.b.hex() for loss in losses if loss.is_like_a
@@ -335,10 +415,22 @@ def checks(run_a: Part, run_b: Sequence[Part], attempts: Sequence[Attempt]) -> d
         f"and every later loss within {LOSS_TOLERANCE:g}": all(loss.difference <= LOSS_TOLERANCE for loss in others),
         "B trained every step that A trained": list(_kept(run_b)) == [event.step for event in run_a.of(Step)],
         "every group of ranks went on from the newest committed save": all(_resumes(run_b)),
+        f"a SIGTERM to one rank ended all with {EXIT_PREEMPTED} after the same step, within {NOTICE_S:g} s": all(
+            _is_left_together(part) for part, _ in told
+        ),
+        "and cost no step: the next group trained the very next one": all(
+            later.origin is not None and later.origin.step == part.of(Step)[-1].step for part, later in told
+        ),
         "no half-written attempt became a checkpoint": not any(
             one.is_committed and one.name in half_written for one in attempts
         ),
     }
+
+
+def _is_left_together(part: Part) -> bool:
+    ends = sorted((left.rank, left.step, left.code) for left in part.of(Left))
+    last_step = part.of(Step)[-1].step
+    return part.ended_in_time and ends == [(rank, last_step, EXIT_PREEMPTED) for rank in range(part.ranks)]
 
 
 def _list(parts: Sequence[Part]) -> str:
@@ -362,11 +454,11 @@ def _kept(run_b: Sequence[Part]) -> Iterator[int]:
 
 
 def _resumes(run_b: Sequence[Part]) -> Iterator[bool]:
-    """Tell for each group whether it restored the last save before it."""
+    """Tell for each group whether it restored the newest save that was committed before it."""
     newest: int | None = None
     for part in run_b:
         yield (part.origin.step if part.origin else None) == newest
-        newest = max((event.step for event in part.of(Saved)), default=newest)
+        newest = part.newest_step
 
 
 # -- showing -----------------------------------------------------------------------------------------------------------
@@ -376,10 +468,12 @@ def show(target: Target, ranks: Sequence[int], size: Size, out: Path) -> bool:
     """Run A with `ranks[0]` ranks and B with all of `ranks` in turn; print, record, and say whether all checks held."""
     out.mkdir(parents=True, exist_ok=True)
     run_a = run_part(target, "a", ranks[0], size, out)
-    run_b = [
-        run_part(target, f"b{number}", count, size, out, victim=count - 1 if number < len(ranks) else None)
-        for number, count in enumerate(ranks, start=1)
-    ]
+    run_b = []
+    for number, count in enumerate(ranks, start=1):
+        is_told = number == 2 and number < len(ranks)
+        victim = count - 1 if number < len(ranks) and not is_told else None
+        told = count - 1 if is_told else None
+        run_b.append(run_part(target, f"b{number}", count, size, out, victim=victim, told=told))
     losses, claims = losses_of(run_a, run_b), checks(run_a, run_b, _Listing(target, "b").attempts())
     print("", *_table(losses), sep="\n")
     _write_record(out / "fsdp-record.json", target, size, losses, claims)
@@ -417,7 +511,11 @@ def _parser() -> argparse.ArgumentParser:
     options = os.environ.get("CLOUDCKPT_STORAGE_OPTIONS", "{}")
     parser.add_argument("--storage-options", default=options, help="fsspec's options for --url, as JSON")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where record and logs go")
-    parser.add_argument("--ranks", default="4,4,2", help="ranks of each start of B; A has as many as the first")
+    parser.add_argument(
+        "--ranks",
+        default="4,4,4,2",
+        help="ranks of each start of B, all but the last are interrupted; A has as many as the first",
+    )
     for field in fields(Size):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
     return parser

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from digest import digests
 from torch.distributed.tensor import DTensor
 
-__all__ = ["Event", "Record", "Restored", "Saved", "Step", "read_record"]
+__all__ = ["Event", "Left", "Record", "Restored", "Saved", "Step", "read_record"]
 
 
 class _Event(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="event", tag=str.lower):
@@ -51,20 +51,34 @@ class Step(_Event, frozen=True):
 
 
 class Saved(_Event, frozen=True):
-    """The save of a step is committed.
+    """The state after a step was copied, and is saved in the background; the bucket tells whether it was committed.
 
     Attributes:
-        digests: part of the state → SHA-256, taken right after the save.
+        digests: part of the state → SHA-256, taken right after the copy.
     """
 
     digests: dict[str, str]
 
 
-Event = Restored | Step | Saved
+class Left(_Event, frozen=True):
+    """A rank ends because of a preemption notice, after the step that is saved.
+
+    Attributes:
+        code: what it ends with.
+    """
+
+    rank: int
+    code: int
+
+
+Event = Restored | Step | Saved | Left
 
 
 class Record:
-    """The record of one process group: every rank calls it, rank 0 writes. Without a path it does nothing."""
+    """The record of one process group: every rank calls it, rank 0 writes. Without a path it does nothing.
+
+    Only its end each rank notes by itself.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -80,12 +94,20 @@ class Record:
             self._write(Step(step=step, world_size=dist.get_world_size(), loss=loss.hex()))
 
     def saved(self, step: int, state: Mapping[str, object]) -> None:
-        """Note a committed save; a collective."""
+        """Note what a save has just copied; a collective."""
         if self._path:
             self._write(Saved(step=step, world_size=dist.get_world_size(), digests=_digests(state)))
 
+    def left(self, step: int, code: int) -> None:
+        """Note that this rank ends."""
+        self._append(Left(step=step, world_size=dist.get_world_size(), rank=dist.get_rank(), code=code))
+
     def _write(self, event: Event) -> None:
-        if self._path and dist.get_rank() == 0:
+        if dist.get_rank() == 0:
+            self._append(event)
+
+    def _append(self, event: Event) -> None:
+        if self._path:
             with self._path.open("ab") as file:
                 file.write(msgspec.json.encode(event) + b"\n")
 

@@ -1,4 +1,4 @@
-"""Turn two loss trajectories into one picture: the run without kills below, the run with kills on top of it.
+"""Turn two loss trajectories into one picture: the run left alone below, the interrupted one on top of it.
 
 The lower panel shows the difference of each pair, which is a flat line at zero if nothing was lost.
 """
@@ -17,7 +17,7 @@ from trajectory import Comparison, losses_of
 
 __all__ = ["draw"]
 
-_KILL_COLOUR = "#b00020"
+_INTERRUPTION_COLOUR = "#b00020"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 
 
@@ -30,10 +30,12 @@ def draw(outcome: Outcome, path: Path) -> None:
         2, 1, sharex=True, figsize=(11, 7), height_ratios=(4, 1), layout="constrained"
     )
     _draw_losses(upper, outcome)
-    _mark_kills_and_restores(upper, outcome.run_b)
+    _mark_interruptions_and_restores(upper, outcome.run_b)
     _draw_difference(lower, outcome.comparison)
-    figure.suptitle("Training killed twice and continued from the bucket, against the same training left alone")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(
+        "Training interrupted three times and continued from the bucket, against the same training left alone"
+    )
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -41,7 +43,7 @@ def draw(outcome: Outcome, path: Path) -> None:
 def _draw_losses(axes: Axes, outcome: Outcome) -> None:
     losses_a = losses_of(outcome.run_a)
     comparison = outcome.comparison
-    axes.plot(list(losses_a), list(losses_a.values()), color="#c8c8c8", linewidth=6, label="A: never killed")
+    axes.plot(list(losses_a), list(losses_a.values()), color="#c8c8c8", linewidth=6, label="A: left alone")
     for process in sorted({row.process for row in comparison.rows}):
         rows = [row for row in comparison.rows if row.process == process]
         axes.plot(
@@ -55,19 +57,19 @@ def _draw_losses(axes: Axes, outcome: Outcome) -> None:
     axes.grid(alpha=0.25)
 
 
-def _mark_kills_and_restores(axes: Axes, run_b: Sequence[Segment]) -> None:
-    # Restores are labelled to their left and kills to their right, each process at its own height.
+def _mark_interruptions_and_restores(axes: Axes, run_b: Sequence[Segment]) -> None:
+    # Restores are labelled to their left and interruptions to their right, each process at its own height.
     for process, segment in enumerate(run_b, start=1):
         height = max(0.5, 0.97 - 0.08 * process)
         start, last = segment.of(Start)[0], segment.last_step
         if start.restored:
             _mark(axes, start.first - 1, f"process {process} restores step {start.first - 1}", height, process=process)
-        if segment.kill:
-            _mark(axes, last.step, f"SIGKILL {segment.kill.when}, step {last.step}", height)
+        if segment.interruption:
+            _mark(axes, last.step, f"{segment.interruption.name}, step {last.step}", height)
 
 
 def _mark(axes: Axes, step: int, text: str, height: float, *, process: int | None = None) -> None:
-    colour = _KILL_COLOUR if process is None else _colour(process)
+    colour = _INTERRUPTION_COLOUR if process is None else _colour(process)
     axes.axvline(step, color=colour, linewidth=1.2, linestyle="solid" if process is None else (0, (4, 3)))
     axes.annotate(
         text,

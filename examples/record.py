@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 
 from bucket import Attempt, Bucket
 from events import End, Saved, Start
-from runs import Segment
+from runs import EXIT_PREEMPTED, NOTICE_S, Segment
 from trajectory import Comparison, Row, digests_of
 
-__all__ = ["Outcome", "record_of"]
+__all__ = ["Outcome", "record_of", "safe_step"]
+
+_SAFE = re.compile(r"step (?P<step>\d+) is safe, (?P<left_s>-?\d+\.\d+) s before the end")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,14 +31,24 @@ class Outcome:
         """Say what the demo claims, and whether each claim held."""
         verdict = self.comparison
         everyone = [*self.run_a, *self.run_b]
+        told = [pair for pair in pairwise(self.run_b) if pair[0].took_to_end_s is not None]
         return {
             "every loss of B has the bits of A's, also where a step was trained again": not verdict.differing_steps,
             "B trained every step that A trained": bool(verdict.rows) and not verdict.missing,
             "A and B end in the same state, bit for bit": not verdict.differing_parts,
-            "every kill hit the middle of a data epoch": all(
-                _is_amid_data_epoch(one) for one in self.run_b if one.kill
+            "every interruption hit the middle of a data epoch": all(
+                _is_amid_data_epoch(one) for one in self.run_b if one.interruption
             ),
             "every new process went on from the newest committed save": _resumes_are_newest(self.run_b),
+            f"after SIGTERM the process ended by itself with {EXIT_PREEMPTED}, within its {NOTICE_S:g} s": all(
+                one.code == EXIT_PREEMPTED for one, _ in told
+            ),
+            "and logged which step is safe, and how many seconds were left": all(
+                safe_step(one) == one.last_step.step for one, _ in told
+            ),
+            "the SIGTERM cost no step: the next process trained the very next one": all(
+                later.of(Start)[0].first == one.last_step.step + 1 for one, later in told
+            ),
             "no half-written attempt became a checkpoint later": not self._late_commits(),
             "no process left a file in its working directory": not any(one.left_behind for one in everyone),
         }
@@ -44,16 +58,22 @@ class Outcome:
         return [one for one in self.attempts if one.is_committed and one.name in half_written]
 
 
+def safe_step(segment: Segment) -> int | None:
+    """Return the step that a process called safe in its log, with time to spare; None if it has not."""
+    found = filter(None, map(_SAFE.search, segment.warnings))
+    return next((int(one["step"]) for one in found if float(one["left_s"]) > 0), None)
+
+
 def _is_amid_data_epoch(segment: Segment) -> bool:
-    return 0 < segment.last_step.position < segment.of(Start)[0].batches
+    return 0 < segment.last_step.position < segment.of(Start)[0].samples
 
 
 def _resumes_are_newest(run_b: Sequence[Segment]) -> bool:
-    committed = -1
+    committed: int | None = None
     for segment in run_b:
-        if segment.of(Start)[0].first != committed + 1:
+        if segment.of(Start)[0].first != (0 if committed is None else committed + 1):
             return False
-        committed = max([committed, *(saved.step for saved in segment.of(Saved))])
+        committed = segment.newest_step
     return True
 
 
@@ -97,10 +117,14 @@ def _segment(segment: Segment) -> dict[str, object]:
         "first_step": start.first,
         "last_step": last.step,
         "last_data_epoch": last.data_epoch,
-        "last_batch": last.position,
-        "batches_per_data_epoch": start.batches,
+        "last_sample": last.position,
+        "samples_per_data_epoch": start.samples,
         "saved_steps": [saved.step for saved in segment.of(Saved)],
-        "ended_by": f"SIGKILL {segment.kill.when}" if segment.kill else "itself",
+        "newest_step": segment.newest_step,
+        "interrupted_by": segment.interruption.name if segment.interruption else None,
+        "code": segment.code,
+        "took_to_end_s": None if segment.took_to_end_s is None else round(segment.took_to_end_s, 2),
+        "warnings": list(segment.warnings),
         "half_written": half_written.name if half_written else None,
         "half_written_objects": half_written.object_count if half_written else 0,
         "left_behind": list(segment.left_behind),

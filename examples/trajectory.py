@@ -9,18 +9,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from events import End, Event, Saved, Start, Step
-from runs import DemoError, Segment
+from runs import NOTICE_S, DemoError, Segment
 
 __all__ = ["Comparison", "Row", "compare", "digests_of", "losses_of", "table"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One step of the run with kills beside the same step of the run without.
+    """One step of the interrupted run beside the same step of the other.
 
     Attributes:
-        process: the number of the process that trained this step, from 1; a step lost to a kill is trained again.
-        loss_a: of the run without kills; None if it has no such step.
+        process: the number of the process that trained this step, from 1; a step that a kill cost is trained again.
+        loss_a: of the run without interruptions; None if it has no such step.
     """
 
     step: int
@@ -41,8 +41,8 @@ class Comparison:
     """The verdict on two runs.
 
     Attributes:
-        rows: every step that the run with kills trained, in the order in which it did.
-        missing: steps of the run without kills that the other never trained.
+        rows: every step that the interrupted run trained, in the order in which it did.
+        missing: steps of the run without interruptions that the other never trained.
         differing_parts: parts of the final state whose digests differ.
     """
 
@@ -92,14 +92,15 @@ def digests_of(run: Sequence[Segment]) -> dict[str, str]:
 
 
 def table(comparison: Comparison, run_b: Sequence[Segment]) -> Iterator[str]:
-    """Write the comparison as lines, a step each, with starts, saves and kills where they happened."""
+    """Write the comparison as lines, a step each, with starts, saves and interruptions where they happened."""
     rows = iter(comparison.rows)
-    yield f"{'step':>5} {'epoch:batch':>11} {'loss without kills':>24} {'loss with kills':>24} {'':>8}  equal"
+    yield f"{'step':>5} {'epoch:sample':>12} {'loss, left alone':>24} {'loss, interrupted':>24} {'':>8}  equal"
     for number, segment in enumerate(run_b, start=1):
         for event in segment.events:
             yield from _lines(event, number, rows)
-        if segment.kill:
-            yield f"----- process {number}: SIGKILL {segment.kill.when}{_struck(segment)}"
+        if segment.interruption:
+            yield f"----- process {number}: {segment.interruption.name}{_struck(segment)}"
+        yield from (f"      log: {line}" for line in segment.warnings)
 
 
 def _lines(event: Event, process: int, rows: Iterator[Row]) -> Iterator[str]:
@@ -116,10 +117,12 @@ def _line(row: Row) -> str:
     place = f"{row.data_epoch}:{row.position}"
     loss_a = "-" if row.loss_a is None else row.loss_a.hex()
     verdict = "yes" if row.is_equal else "NO  <-----"
-    return f"{row.step:>5} {place:>11} {loss_a:>24} {row.loss_b.hex():>24} {row.loss_b:>8.4f}  {verdict}"
+    return f"{row.step:>5} {place:>12} {loss_a:>24} {row.loss_b.hex():>24} {row.loss_b:>8.4f}  {verdict}"
 
 
 def _struck(segment: Segment) -> str:
+    if segment.took_to_end_s is not None:
+        return f"; it ended with {segment.code} after {segment.took_to_end_s:.1f} s of the {NOTICE_S:g} s that it had"
     if segment.half_written is None:
         return ""
     attempt = segment.half_written

@@ -145,7 +145,13 @@ def run(script: str, url: str, where: str = "{}") -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
 
 
-@pytest.mark.parametrize("name", ENDINGS)
+# A process that starts with torch takes seconds; the rest goes with the long ones.
+_FIRST = ("a forked child", "a commit that hangs")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in _FIRST else pytest.param(name, marks=pytest.mark.slow) for name in ENDINGS]
+)
 def test_the_end_of_a_job_finishes_its_save_or_gives_it_up_in_time(tmp_path: Path, name: str) -> None:
     ending = ENDINGS[name]
     with CheckpointManager(tmp_path, save_rng=False) as manager:
@@ -168,6 +174,7 @@ def check_newest(url: str, step: int, **where: object) -> None:
     assert torch.equal(cloudckpt.read(latest.url, **where)["w"], expected)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["obstore", "fsspec"])
 def test_the_end_of_a_process_finishes_its_save_on_s3(s3_url: FreshPrefix, engine: str) -> None:
     import json

@@ -10,12 +10,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from bucket import Attempt
 from fsdp_demo import FIRST_LOSS_TOLERANCE, LOSS_TOLERANCE, Part, checks, torchrun
-from fsdp_record import Event, Restored, Saved, Step, read_record
+from fsdp_record import Event, Left, Restored, Saved, Step, read_record
 
 from raw_access import FreshPrefix
 
@@ -52,7 +53,7 @@ def test_one_rank_goes_on_where_two_have_saved(tmp_path: Path) -> None:
 
     assert isinstance(restored, Restored)
     assert (saved.step, saved.world_size, restored.step, restored.world_size) == (5, 2, 5, 1)
-    assert set(saved.digests) == {"model", "optimizer", "scheduler", "loader"}
+    assert set(saved.digests) == {"model", "optimizer", "scheduler", "sampler"}
     assert restored.digests == saved.digests
     assert list(losses(before)) == list(range(10))
     assert list(losses(after)) == [6, 7, 8, 9]
@@ -108,18 +109,25 @@ def restored(step: int, ranks: int = 4) -> Restored:
 
 RUN_A = Part(ranks=4, events=[event for step in range(4) for event in (*steps(step, step), saved(step))])
 RUN_B = [
-    Part(ranks=4, events=[*steps(0, 0), saved(0), *steps(1, 1)], half_written=HALF_WRITTEN[0]),
-    Part(ranks=4, events=[restored(0), *steps(1, 1), saved(1), *steps(2, 3)], half_written=HALF_WRITTEN[1]),
-    Part(ranks=2, events=[restored(1, 2), *steps(2, 3, 2), saved(3, 2)]),
+    Part(ranks=4, events=[*steps(0, 0), saved(0), *steps(1, 1)], half_written=HALF_WRITTEN[0], newest_step=0),
+    Part(
+        ranks=4,
+        events=[restored(0), *steps(1, 1), saved(1), *steps(2, 3)],
+        half_written=HALF_WRITTEN[1],
+        newest_step=1,
+    ),
+    Part(ranks=2, events=[restored(1, 2), *steps(2, 3, 2), saved(3, 2)], newest_step=3),
 ]
 
 RESTORED = "restored on 4, 2 ranks, every tensor has the bits that were saved"
-LIKE_A = "and, as long as only 4 ranks had trained, the bits of A at that step"
+LIKE_A = "and, as long as only 4 ranks had trained, the bits of A where A saved that step"
 SAME_RANKS = "on 4 ranks, every loss of B has the bits of A's"
 FIRST = "on other ranks, the first loss is within 1e-06 of A's"
 LATER = "and every later loss within 1e-05"
 COMPLETE = "B trained every step that A trained"
 NEWEST = "every group of ranks went on from the newest committed save"
+TOGETHER = "a SIGTERM to one rank ended all with 143 after the same step, within 20 s"
+NO_STEP_LOST = "and cost no step: the next group trained the very next one"
 COMMITTED = "no half-written attempt became a checkpoint"
 
 
@@ -144,6 +152,8 @@ def test_all_claims_hold_for_a_run_that_lost_nothing() -> None:
         LATER,
         COMPLETE,
         NEWEST,
+        TOGETHER,
+        NO_STEP_LOST,
         COMMITTED,
     ]
 
@@ -182,6 +192,42 @@ def test_a_group_that_ignores_the_newest_save_is_caught() -> None:
     stale = Part(ranks=2, events=[restored(0, 2), *steps(1, 3, 2)])
 
     assert failed([*RUN_B[:2], stale]) == [NEWEST]
+
+
+def told_run(*, lost: int = 0, in_time: bool = True, code: int = 143, step: int = 1) -> list[Part]:
+    """Rank 3 is told to end after step 1."""
+    ends = [Left(step=1, world_size=4, rank=rank, code=143) for rank in range(3)]
+    ends.append(Left(step=step, world_size=4, rank=3, code=code))
+    first = [*steps(0, 0), saved(0), *steps(1, 1), saved(1), *ends]
+    rest = [restored(1 - lost), *steps(2 - lost, 3), saved(3)]
+    return [
+        Part(ranks=4, events=first, told=3, ended_in_time=in_time, newest_step=1 - lost),
+        Part(ranks=4, events=rest, newest_step=3),
+    ]
+
+
+def failed_of_told(run_b: Sequence[Part]) -> list[str]:
+    return [claim for claim in failed(run_b) if claim in (TOGETHER, NO_STEP_LOST, COMPLETE, NEWEST)]
+
+
+def test_a_notice_that_all_ranks_heeded_holds() -> None:
+    assert failed_of_told(told_run()) == []
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        pytest.param({"in_time": False}, id="too late"),
+        pytest.param({"code": 1}, id="another status"),
+        pytest.param({"step": 0}, id="another step"),
+    ],
+)
+def test_a_rank_that_ends_otherwise_than_the_rest_is_caught(facts: dict[str, Any]) -> None:
+    assert failed_of_told(told_run(**facts)) == [TOGETHER]
+
+
+def test_a_step_that_a_notice_cost_is_caught() -> None:
+    assert failed_of_told(told_run(lost=1)) == [NO_STEP_LOST]
 
 
 def test_a_half_written_attempt_that_is_committed_later_is_caught() -> None:
