@@ -151,9 +151,9 @@ class CheckpointManager:
         """Tell whether to save after `step`: by the intervals, or because of a preemption notice.
 
         Every `save_every_steps` steps, counted from 1; `save_every_seconds` after the newest save began; and once when
-        notice was given, unless a snapshot of the last 5 seconds is saved or under way, or nothing newer could be saved
-        in time. The same answer on every rank: with several, and with seconds or preemption, they vote (0.1 ms), so
-        every rank must ask at every step.
+        notice was given, unless a save is under way whose snapshot is less than 5 seconds old, or nothing newer could
+        be saved in time. The same answer on every rank: with several, and with seconds or preemption, they vote
+        (0.1 ms), so every rank must ask at every step.
 
         Raises:
             OptionsError: the ranks ask about different steps.

@@ -22,7 +22,7 @@ __all__ = ["Deadline", "Latest", "Schedule"]
 
 logger = logging.getLogger(__name__)
 
-# A snapshot that is younger than this is as good as a new one.
+# A snapshot under way that is younger than this is waited for, not repeated.
 _RECENT_S = 5.0
 _FAR_MS = 10**12
 
@@ -117,7 +117,7 @@ class Schedule:
             return is_due
         now_s = self._clock()
         left_ms = self._left_ms(now_s)
-        mine = [step, -step, int(self._is_time(now_s, latest)), -left_ms, *_standing(now_s, latest)]
+        mine = [step, -step, int(self._is_time(now_s, latest)), -left_ms, *_standing(step, now_s, latest)]
         most, least, is_time, left, is_old, needed_ms = vote.largest(mine, what=f"should_save of step {step}")
         if most != -least:
             raise OptionsError(f"ranks ask about different steps, {-least} to {most}; call should_save with the same")
@@ -160,11 +160,14 @@ class Schedule:
         return False
 
 
-def _standing(now_s: float, latest: Latest | None) -> tuple[int, int]:
-    """Return whether the newest snapshot is not as good as a new one, and how many ms the end of a new one is away."""
+def _standing(step: int, now_s: float, latest: Latest | None) -> tuple[int, int]:
+    """Return whether a new snapshot is wanted beside the newest one, and how many ms the end of its save is away."""
     if latest is None or latest.is_failed:
         return 1, 0
+    if latest.step == step:
+        return 0, 0
     age_s = now_s - latest.began_s
-    # One more can only begin when the one that is under way has ended.
-    rest_s = max(0.0, latest.took_s - age_s) if latest.is_under_way else 0.0
-    return int(age_s > _RECENT_S), int(1000 * (rest_s + latest.took_s))
+    if not latest.is_under_way:
+        return 1, int(1000 * latest.took_s)
+    # One more can only begin when this one has ended.
+    return int(age_s > _RECENT_S), int(1000 * (max(0.0, latest.took_s - age_s) + latest.took_s))

@@ -96,7 +96,8 @@ def noticed(left_s: float | None, now_s: float) -> Preemption:
 RECENT = {"step": 4, "began_s": 97.0, "is_under_way": False, "is_failed": False}
 LATEST: dict[str, tuple[Latest | None, bool]] = {
     "nothing is saved": (None, True),
-    "a recent one is saved": (Latest(**RECENT), False),
+    "a recent one is saved": (Latest(**RECENT), True),
+    "this very step is saved": (Latest(**{**RECENT, "step": 5}), False),
     "a recent one is under way": (Latest(**{**RECENT, "is_under_way": True}), False),
     "a recent one failed": (Latest(**{**RECENT, "is_failed": True}), True),
     "the newest is old": (Latest(**{**RECENT, "began_s": 94.0}), True),
