@@ -1,10 +1,14 @@
-"""Tell how much memory this process may still take: the least of what the machine and its control group leave."""
+"""Tell what of this machine is a rank's: the memory that it may still take, and how many ranks share the rest.
+
+Memory is the least of what the machine and its control group leave.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-__all__ = ["free_bytes"]
+__all__ = ["free_bytes", "ranks_here"]
 
 _GROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -40,3 +44,9 @@ def _available() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def ranks_here() -> int:
+    """Return how many ranks run on this machine, as torchrun says; 1 where nobody says."""
+    said = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(said)) if said.isdigit() else 1

