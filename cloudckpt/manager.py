@@ -153,7 +153,7 @@ class CheckpointManager:
         Every `save_every_steps` steps, counted from 1; `save_every_seconds` after the newest save began; and once when
         notice was given, unless a save is under way whose snapshot is less than 5 seconds old, or nothing newer could
         be saved in time. The same answer on every rank: with several, and with seconds or preemption, they vote
-        (1 ms for 2 ranks, 3 ms for 4 on 2 cores), so every rank must ask at every step.
+        (0.25 ms for 2 ranks on 2 cores; 3 ms for 4 ranks that share these), so every rank must ask at every step.
 
         Raises:
             OptionsError: the ranks ask about different steps.
