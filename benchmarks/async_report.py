@@ -1,6 +1,6 @@
 """Turn what background saves cost into the tables that people read, and into the answer whether the goals were met.
 
-Pure values: nothing is measured here. All ratios are of one run: a blocked time against the copy in its own process, a
+Pure values: nothing is measured here. All ratios are of one run: a blocked time against a copy just before it, a
 lost time against stock DCP in the same round of turns, a step against the idle steps just before the save.
 """
 
@@ -94,8 +94,8 @@ def _known(values: Iterable[float | None]) -> list[float]:
 
 
 def _copies(runs: Sequence[Any], saves: slice) -> list[float]:
-    """Blocked times in copies of the state, each by the copy in its own process."""
-    return [save.blocked_s / run.copy_s for run in runs for save in run.saves[saves]]
+    """Blocked times in copies of the state, each by the copy just before it."""
+    return [save.blocked_s / save.copy_s for run in runs for save in run.saves[saves]]
 
 
 def _prepare_lost_s(row: AsyncRow) -> list[float]:
@@ -123,7 +123,7 @@ def table(results: AsyncResults) -> str:
 
 def _blocked_cells(_: AsyncResults, row: AsyncRow) -> list[str]:
     return [
-        _cell([run.copy_s for run in row.runs], "{:.3f}"),
+        _cell([save.copy_s for run in row.runs for save in run.saves], "{:.3f}"),
         _cell(_first(row.runs, lambda save: save.blocked_s), "{:.3f}"),
         _cell(_copies(row.runs, slice(1)), "{:.2f}"),
         _cell(_later(row.runs, lambda save: save.blocked_s), "{:.3f}"),

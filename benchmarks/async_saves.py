@@ -260,7 +260,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=1024, help="of the network that trains")
     parser.add_argument("--threads", type=int, default=0, help="of the network that trains; 0: torch's own choice")
     parser.add_argument("--idle-steps", type=int, default=60, help="training steps without a save, before each save")
-    parser.add_argument("--ready-s", type=float, default=5.0, help="from `prepare` to the first save, for blocked")
+    parser.add_argument("--ready-s", type=float, default=15.0, help="from `prepare` to the first save, for blocked")
     parser.add_argument("--sink-nice", type=int, default=0, help="0: the sink competes for the cores; 19: it yields")
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="where `local` writes")

@@ -19,7 +19,7 @@ from benchmarks import async_process, async_saves
 from benchmarks.async_peers import AsyncPeerKind
 from benchmarks.async_process import AsyncSpec, Blocked, Lost, Memory, Outcome, Save, measure_async
 from benchmarks.async_report import AsyncResults, AsyncRow, goals_of, lost_s, step_ratio, table
-from benchmarks.async_yardstick import _host_copy, best_copy_s
+from benchmarks.async_yardstick import _host_copy, opened_yardstick
 from benchmarks.measure import MeasurementError
 from benchmarks.peers import Place
 from benchmarks.sink_process import SinkClient, running_sink
@@ -135,7 +135,8 @@ def test_the_copy_that_saves_are_compared_with_copies_every_byte() -> None:
         copy()
     expected = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in state.values()])
     assert torch.equal(copy.buffer, expected)  # type: ignore[attr-defined]
-    assert best_copy_s({"odd": state["odd"]}) > 0
+    with opened_yardstick({"odd": state["odd"]}) as copy_s:
+        assert copy_s() > 0
 
 
 def test_a_gate_lets_through_what_its_rate_allows_and_lets_a_late_sleep_be_caught_up() -> None:
@@ -212,16 +213,19 @@ def test_lost_goals_are_against_stock_dcp_of_the_same_run_first_and_later_saves_
     assert "| 0.10 |" in table(results).splitlines()[4]
 
 
-def test_blocked_times_are_in_copies_of_their_own_process() -> None:
-    def run(copy_s: float, *blocked_s: float) -> Blocked:
-        return Blocked(state_bytes=GIB, copy_s=copy_s, saves=[Save(blocked_s=s, total_s=1) for s in blocked_s])
+def test_blocked_times_are_in_copies_made_just_before_them() -> None:
+    def run(*saves: tuple[float, float]) -> Blocked:
+        return Blocked(
+            state_bytes=GIB, saves=[Save(copy_s=copy, blocked_s=blocked, total_s=1) for copy, blocked in saves]
+        )
 
-    row = AsyncRow(peer="cloudckpt", title="ours", runs=[run(0.1, 0.2, 0.12), run(0.2, 0.6, 0.26)])
+    runs = [run((0.1, 0.2), (0.1, 0.12)), run((0.2, 0.6), (0.1, 0.13))]
+    row = AsyncRow(peer="cloudckpt", title="ours", runs=runs)
     results = AsyncResults(kind="blocked", title="t", target="local", rows=[row, AsyncRow(peer="dcp", title="dcp")])
     later, first = goals_of([results])
     assert (later.found, first.found) == (pytest.approx(1.25), pytest.approx(2.5))
     lines = table(results).splitlines()
-    assert "| **2.50** (2.00–3.00) | **0.190** (0.120–0.260) | **1.25** (1.20–1.30) |" in lines[4]
+    assert "| **2.50** (2.00–3.00) | **0.125** (0.120–0.130) | **1.25** (1.20–1.30) |" in lines[4]
     assert lines[5] == "| dcp | – | – | – | – | – | – |"
 
 
