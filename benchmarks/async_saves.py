@@ -27,15 +27,15 @@ import torch
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.async_peers import ASYNC_PEERS
-from benchmarks.async_process import AsyncSpec, measure_async
-from benchmarks.async_report import AsyncResults, AsyncRow, goals_of, table
-from benchmarks.measure import MeasurementError
-from benchmarks.report import MIB, STOCK, goal_lines, header
+from benchmarks.background.peers import ASYNC_PEERS
+from benchmarks.background.process import AsyncSpec, measure_async
+from benchmarks.background.report import AsyncResults, AsyncRow, goals_of, table
+from benchmarks.one_process.measure import MeasurementError
 from benchmarks.run import _log, _names_of
-from benchmarks.states import shapes_of, size_of
-from benchmarks.targets import LIMIT_MB_PER_S, Target, open_target
-from benchmarks.units import format_bytes, parse_bytes
+from benchmarks.shared.report import MIB, STOCK, goal_lines, header
+from benchmarks.shared.states import shapes_of, size_of
+from benchmarks.shared.targets import LIMIT_MB_PER_S, Target, open_target
+from benchmarks.shared.units import format_bytes, parse_bytes
 
 __all__ = ["PARTS", "main"]
 

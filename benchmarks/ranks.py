@@ -25,9 +25,8 @@ from statistics import median
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.measure import MeasurementError
-from benchmarks.rank_peers import CONNECTOR, MANAGED, RANK_PEERS
-from benchmarks.rank_process import (
+from benchmarks.many_ranks.peers import CONNECTOR, MANAGED, RANK_PEERS
+from benchmarks.many_ranks.process import (
     LAYOUTS,
     RankMeasurement,
     RankSpec,
@@ -37,11 +36,12 @@ from benchmarks.rank_process import (
     measure_ranks,
     tiny_shapes,
 )
-from benchmarks.report import MIB, STOCK, Results, Row, header
+from benchmarks.one_process.measure import MeasurementError
 from benchmarks.run import _names_of
-from benchmarks.states import shapes_of
-from benchmarks.targets import Ground, Target, open_target
-from benchmarks.units import format_bytes, parse_bytes
+from benchmarks.shared.report import MIB, STOCK, Results, Row, header
+from benchmarks.shared.states import shapes_of
+from benchmarks.shared.targets import Ground, Target, open_target
+from benchmarks.shared.units import format_bytes, parse_bytes
 
 __all__ = ["OverheadRow", "main", "overhead_table", "table"]
 

@@ -21,13 +21,13 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks import request_count
-from benchmarks.measure import MeasurementError, Spec, measure
-from benchmarks.peers import PEERS, Peer
-from benchmarks.report import Results, Row, goals_table, header, is_met, table
-from benchmarks.states import shapes_of, size_of
-from benchmarks.targets import TARGETS, Target, open_target
-from benchmarks.units import parse_bytes
+from benchmarks.one_process import request_count
+from benchmarks.one_process.measure import MeasurementError, Spec, measure
+from benchmarks.one_process.peers import PEERS, Peer
+from benchmarks.shared.report import Results, Row, goals_table, header, is_met, table
+from benchmarks.shared.states import shapes_of, size_of
+from benchmarks.shared.targets import TARGETS, Target, open_target
+from benchmarks.shared.units import parse_bytes
 
 __all__ = ["main"]
 

@@ -25,9 +25,9 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.layouts import MODELS
-from benchmarks.rank_requests import requests_of_ranks
-from benchmarks.scale_steps import (
+from benchmarks.many_ranks.layouts import MODELS
+from benchmarks.many_ranks.requests import requests_of_ranks
+from benchmarks.many_ranks.scale_steps import (
     Found,
     Size,
     in_a_process,
@@ -36,8 +36,8 @@ from benchmarks.scale_steps import (
     measure_plan,
     measure_stores,
 )
-from benchmarks.targets import open_target
-from benchmarks.units import format_bytes
+from benchmarks.shared.targets import open_target
+from benchmarks.shared.units import format_bytes
 
 __all__ = ["Row", "growth_table", "main"]
 

@@ -2,11 +2,8 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from cloudckpt.accumulation import AccumulationWindow
-from cloudckpt.advice import Advice
-from cloudckpt.background import SaveHandle
-from cloudckpt.catalog import Checkpoint
 from cloudckpt.checkpoint import load, read, save
+from cloudckpt.dcp import CloudReader, CloudWriter
 from cloudckpt.errors import (
     AccessDeniedError,
     BucketNotFoundError,
@@ -33,14 +30,12 @@ from cloudckpt.errors import (
     UnsupportedValueError,
 )
 from cloudckpt.manager import CheckpointManager
-from cloudckpt.notices import Notice
 from cloudckpt.options import Options, RetryPolicy
-from cloudckpt.per_rank import PerRank
-from cloudckpt.preemption import Preemption
-from cloudckpt.reader import CloudReader
-from cloudckpt.retention import KeepBest, KeepEvery, KeepFor, KeepLast
-from cloudckpt.sampler import ResumableSampler
-from cloudckpt.writer import CloudWriter
+from cloudckpt.preemption import Notice, Preemption
+from cloudckpt.report import Advice
+from cloudckpt.root import Checkpoint, KeepBest, KeepEvery, KeepFor, KeepLast
+from cloudckpt.saving import SaveHandle
+from cloudckpt.state import AccumulationWindow, PerRank, ResumableSampler
 
 try:
     __version__ = version("cloudckpt")

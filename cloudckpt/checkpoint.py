@@ -13,21 +13,15 @@ from contextlib import contextmanager
 
 import torch
 
-from cloudckpt import codec
-from cloudckpt.catalog import Catalog, Checkpoint
-from cloudckpt.codec import DTYPES
 from cloudckpt.errors import CheckpointNotFoundError
-from cloudckpt.group import Group
-from cloudckpt.index import Index
-from cloudckpt.input import RankInput, read_index
-from cloudckpt.loading import Candidate, fill, load_state
+from cloudckpt.format import DTYPES, Index, PathElement, codec, unflatten
+from cloudckpt.loading import Candidate, RankInput, fill, load_state, read_index
 from cloudckpt.options import Options
-from cloudckpt.output import Target
-from cloudckpt.saving import save_state
+from cloudckpt.ranks import Group, refuse_lonely_rank
+from cloudckpt.root import Catalog, Checkpoint
+from cloudckpt.saving import Target, save_state
 from cloudckpt.state import bind, capture
 from cloudckpt.store import open_store, probe_create
-from cloudckpt.tree import PathElement, unflatten
-from cloudckpt.writer import refuse_lonely_rank
 
 __all__ = ["load", "read", "save"]
 

@@ -22,31 +22,18 @@ from typing import Literal, Self
 
 import torch
 
-from cloudckpt.advice import Advice, advise
-from cloudckpt.background import SaveHandle
-from cloudckpt.catalog import Catalog, Checkpoint
 from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError
-from cloudckpt.group import Group
-from cloudckpt.index import Index
-from cloudckpt.keys import checkpoint_prefix
+from cloudckpt.format import Flat, Index, checkpoint_prefix
 from cloudckpt.loading import Candidate, Extra, load_state
-from cloudckpt.meter import Meter
 from cloudckpt.options import Options
-from cloudckpt.output import Target
-from cloudckpt.preemption import EXIT_PREEMPTED, Preemption
-from cloudckpt.pruning import Pruner
-from cloudckpt.resume import apply_rng, packed_rng, rng_name, rng_targets
-from cloudckpt.retention import KeepBest, RetentionRule
-from cloudckpt.saving import PendingSave, PlanMemory, begin_save
-from cloudckpt.schedule import Latest, Schedule
-from cloudckpt.snapshot import expected_shards
-from cloudckpt.staging import Slabs
-from cloudckpt.state import bind, capture
+from cloudckpt.preemption import EXIT_PREEMPTED, Latest, Preemption, Schedule
+from cloudckpt.ranks import Group, Vote, refuse_lonely_rank
+from cloudckpt.report import Advice, Meter, advise
+from cloudckpt.root import Catalog, Checkpoint, KeepBest, Orphan, Pruner, RetentionRule, sweep
+from cloudckpt.saving import PendingSave, PlanMemory, SaveHandle, Target, begin_save, expected_shards
+from cloudckpt.state import apply_rng, bind, capture, packed_rng, rng_name, rng_targets
 from cloudckpt.store import StoreStats, open_store, probe_create
-from cloudckpt.sweep import Orphan, sweep
-from cloudckpt.tree import Flat
-from cloudckpt.vote import Vote
-from cloudckpt.writer import refuse_lonely_rank
+from cloudckpt.transfer import Slabs
 
 __all__ = ["CheckpointManager"]
 

@@ -29,7 +29,15 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
-from cloudckpt import CheckpointManager, KeepBest, KeepLast, Options, Preemption, ResumableSampler, SaveHandle
+from cloudckpt import (
+    CheckpointManager,
+    KeepBest,
+    KeepLast,
+    Options,
+    Preemption,
+    ResumableSampler,
+    SaveHandle,
+)
 
 CONTEXT = 64
 LEARNING_RATE = 1e-3

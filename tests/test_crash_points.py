@@ -13,8 +13,15 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 
-from cloudckpt import CheckpointManager, CloudCkptError, CommitUnknownError, KeepLast, Options, RetryPolicy
-from cloudckpt.keys import MANIFEST_NAME
+from cloudckpt import (
+    CheckpointManager,
+    CloudCkptError,
+    CommitUnknownError,
+    KeepLast,
+    Options,
+    RetryPolicy,
+)
+from cloudckpt.format.keys import MANIFEST_NAME
 from cloudckpt.options import KIB
 from cloudckpt.store import RetryingStore
 from cloudckpt.store.probe import forget_probes

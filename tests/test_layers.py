@@ -1,12 +1,15 @@
 """The law of the tree: imports point down only, and each layer stays without what it must not know.
 
-A new module is registered in `LAYERS` below, in the layer whose description fits it.
+A folder of the package is a room, and hands out by its `__init__` what others may use. A new room is registered in
+`LAYERS` below.
 """
 
 from __future__ import annotations
 
 import ast
+import importlib
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -14,61 +17,31 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "cloudckpt"
 
-# From the bottom up. A module may import from its own layer (without a circle) and from those below it.
-# A package (`store`, `integrations`) stands for all of its modules.
-LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "options"}),
-    # pure values
-    frozenset(
-        {"boxes", "builder", "codec", "cover", "dedup", "header", "index", "index_v1", "keys", "layout", "manifest"}
+# From the bottom up. A room is a folder, or a module beside the folders; it may import from rooms of lower layers only.
+LAYERS: tuple[frozenset[str], ...] = tuple(
+    map(
+        frozenset,
+        (
+            {"errors"},
+            {"options"},
+            {"format"},
+            {"store"},
+            {"transfer"},
+            {"ranks", "root"},
+            {"preemption", "report", "state"},
+            {"loading", "saving"},
+            {"dcp"},
+            {"checkpoint", "manager"},
+            {"__init__"},
+            {"cli"},
+            {"__main__"},
+        ),
     )
-    | {"advice", "passing", "record", "retention", "section", "shard", "tiling", "tree"},
-    # object verbs
-    frozenset({"store"}),
-    # byte pumps
-    frozenset({"download", "host_memory", "pool", "scratch", "staging", "upload"}),
-    # what exists
-    frozenset({"catalog", "sweep"}),
-    # what ranks tell each other
-    frozenset({"group", "link", "packet", "pulse", "vote"}),
-    # the rooms that know DCP's types, and the record of the environment that they write
-    frozenset({"environment", "input", "landing", "output", "reader", "snapshot", "source", "tally", "writer"}),
-    # the caller's objects as named tensors and values
-    frozenset({"accumulation", "entry", "optimizers", "per_rank", "restore", "resume", "sampler", "state"}),
-    # what leads the ranks through a save or a restore
-    frozenset({"loading", "saving"}),
-    # policy, and the functions for a user without a manager
-    frozenset({"background", "checkpoint", "manager", "meter", "pruning", "schedule", "preemption"})
-    | {"notices", "notices_cloud", "notices_signals", "notices_slurm"},
-    # the package itself: what it exports
-    frozenset({"__init__"}),
-    frozenset({"integrations"}),
-    frozenset({"__main__", "cli"}),
 )
 ROOMS = frozenset().union(*LAYERS)
-PURE = frozenset().union(*LAYERS[:2])
-KNOWS_RANKS = {
-    "accumulation",
-    "checkpoint",
-    "entry",
-    "group",
-    "input",
-    "landing",
-    "link",
-    "loading",
-    "manager",
-    "optimizers",
-    "output",
-    "packet",
-    "per_rank",
-    "reader",
-    "saving",
-    "source",
-    "state",
-    "tally",
-    "vote",
-    "writer",
-}
+PURE = frozenset().union(*LAYERS[:3])
+FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+KNOWS_RANKS = {"dcp", "loading", "ranks", "saving", "state"}
 ENGINES = {"aiobotocore", "boto3", "botocore", "fsspec", "gcsfs", "google", "obstore", "s3fs"}
 IO_THREADS_CLOCK = {"asyncio", "concurrent", "multiprocessing", "queue", "requests", "shutil", "socket"} | {
     "subprocess",
@@ -133,22 +106,67 @@ NAMES = {module: imported_names(path.read_text(encoding="utf-8")) for module, pa
 IMPORTS = {module: own_modules(names, set(MODULES) | ROOMS) - {module} for module, names in NAMES.items()}
 
 
-def test_every_module_is_registered_in_a_layer() -> None:
+def _rooms_of(module: str) -> Iterator[tuple[str, str]]:
+    """Yield each room of another name that a module imports from, and the dotted name that it asks for."""
+    room = module.partition(".")[0]
+    for name in NAMES[module]:
+        root, _, rest = name.partition(".")
+        target = rest.partition(".")[0]
+        if root == "cloudckpt" and target != room:
+            yield target if target in ROOMS else "__init__", name
+
+
+def test_every_room_is_registered_in_a_layer() -> None:
     homeless = [str(MODULES[module].relative_to(PACKAGE.parent)) for module in MODULES if _layer_of(module) is None]
-    assert homeless == [], f"in no layer: {homeless}; register each in LAYERS of tests/test_layers.py"
+    assert homeless == [], f"in no layer: {homeless}; register each room in LAYERS of tests/test_layers.py"
 
 
-def test_imports_point_down_only() -> None:
+def test_imports_between_rooms_point_down_only() -> None:
     upward = [
-        f"{module} imports {target}"
-        for module, targets in IMPORTS.items()
-        for target in sorted(targets)
-        if (_layer_of(target) or 0) > (_layer_of(module) or 0)
+        f"{module} asks {target} for {name}"
+        for module in MODULES
+        for target, name in _rooms_of(module)
+        if (_layer_of(target) or 0) >= (_layer_of(module) or 0)
     ]
     assert upward == []
 
 
+def test_a_folder_is_asked_only_for_what_its_face_hands_out() -> None:
+    inside = [
+        f"{module} reaches for {name}"
+        for module in MODULES
+        for target, name in _rooms_of(module)
+        if target in FOLDERS and name.split(".")[2:] not in [[handed] for handed in _faces()[target]]
+    ]
+    assert inside == []
+
+
+def test_a_face_says_what_its_folder_is_for_and_defines_nothing() -> None:
+    for folder in sorted(FOLDERS):
+        tree = ast.parse((PACKAGE / folder / "__init__.py").read_text(encoding="utf-8"))
+        assert ast.get_docstring(tree), folder
+        kinds = {type(node) for node in tree.body[1:]}
+        assert kinds <= {ast.ImportFrom, ast.Assign}, f"the face of {folder} does more than hand out names"
+
+
+def test_what_a_face_hands_out_is_asked_for_by_another_room() -> None:
+    asked = {name for module in MODULES for _, name in _rooms_of(module)}
+    idle = [
+        f"{folder}.{name}"
+        for folder, names in _faces().items()
+        for name in names
+        if f"cloudckpt.{folder}.{name}" not in asked
+    ]
+    assert idle == []
+
+
+@cache
+def _faces() -> dict[str, tuple[str, ...]]:
+    return {folder: tuple(importlib.import_module(f"cloudckpt.{folder}").__all__) for folder in sorted(FOLDERS)}
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
+    # A face imports its own modules, and nobody imports a face from inside of its folder.
     try:
         TopologicalSorter(IMPORTS).prepare()
     except CycleError as exc:
@@ -183,7 +201,7 @@ def test_pure_values_import_no_io_no_threads_and_no_clock() -> None:
 
 
 def test_no_module_can_write_or_read_a_pickle_except_between_the_ranks_of_a_job() -> None:
-    assert _offenders({"group"}, {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}) == []
+    assert _offenders({"ranks"}, {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}) == []
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cloudckpt import CheckpointManager, CommitUnknownError, Options, RankLostError, SaveFailedError, StalledError
-from cloudckpt.group import Group
-from cloudckpt.keys import MANIFEST_NAME
-from cloudckpt.loading import _Loading
-from cloudckpt.saving import _Saving
-from cloudckpt.source import Source
-from cloudckpt.tally import Written
-from tests.ranks import Outcome, World
+from cloudckpt import (
+    CheckpointManager,
+    CommitUnknownError,
+    Options,
+    RankLostError,
+    SaveFailedError,
+    StalledError,
+)
+from cloudckpt.format.keys import MANIFEST_NAME
+from cloudckpt.loading.lead import _Loading
+from cloudckpt.ranks.group import Group
+from cloudckpt.saving.lead import _Saving
+from cloudckpt.saving.source import Source
+from cloudckpt.saving.tally import Written
+from tests.ranks.processes import Outcome, World
 
 SIZE = 3
 SHORT_S = 2.0

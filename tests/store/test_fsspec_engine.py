@@ -14,7 +14,13 @@ from pathlib import Path
 import fsspec.asyn
 import pytest
 
-from cloudckpt.errors import ObjectExistsError, ObjectNotFoundError, OptionsError, StorageError, TransientError
+from cloudckpt.errors import (
+    ObjectExistsError,
+    ObjectNotFoundError,
+    OptionsError,
+    StorageError,
+    TransientError,
+)
 from cloudckpt.store.fsspec import FsspecStore
 from cloudckpt.store.wire import GatherBody
 from tests.store.engine_laws import EngineLaws, RefusesSingleDeletes

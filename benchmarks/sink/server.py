@@ -1,0 +1,356 @@
+"""Turn S3 requests into memory and back, so fast that the client under test is the bottleneck.
+
+It hashes nothing and checks no signature; every bucket name exists; objects live in an `Arena`. What it answers is
+S3's: put (also `If-None-Match: *`), ranged get, head, ListObjectsV2 with delimiter and pages, delete, bulk delete,
+copy and multipart upload. Beside that, uncounted: `GET /_stats` tells the requests by operation, `GET /_objects` the
+size of each object, `POST /_reset` zeroes the counts, `POST /_clear` drops the objects too. Loopback only: it is a
+measuring instrument, not a store; bytes may change under a reader whose object is removed while it reads.
+
+    python benchmarks/sink/server.py --port 9555 --memory 4GiB --latency-ms 20 --mb-per-s 90
+
+One thread per connection; the maps of objects and counts are under one lock, bodies move outside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from urllib.parse import unquote
+from xml.sax.saxutils import escape
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from benchmarks.shared.units import parse_bytes
+from benchmarks.sink.arena import Arena, ArenaFullError, Extent
+from benchmarks.sink.s3_words import (
+    Body,
+    RefusalError,
+    error,
+    is_create_only,
+    list_page,
+    operation_of,
+    range_of,
+    texts_of,
+    xml,
+)
+from benchmarks.sink.wire import Answer, Connection, Gate, Link, Reader, Request, body_reader
+
+__all__ = ["Sink", "main"]
+
+_SCRATCH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One S3 request with its payload, which already lies in the arena."""
+
+    request: Request
+    bucket: str
+    key: str
+    body: Body
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return self.bucket, self.key
+
+
+class Sink:
+    """Objects in memory, behind S3's verbs. `answer` may be called from many threads."""
+
+    def __init__(self, memory_bytes: int) -> None:
+        self.arena = Arena(memory_bytes)
+        self._objects: dict[tuple[str, str], Body] = {}
+        self._uploads: dict[str, dict[int, Body]] = {}
+        self._requests: Counter[str] = Counter()
+        self._moved: Counter[str] = Counter()
+        self._serials = count(1)
+        self._lock = threading.Lock()
+
+    def answer(self, request: Request, connection: Connection) -> Answer:
+        """Read the request's payload, do what it asks for, and return the answer."""
+        if request.path.startswith("/_"):
+            return self._administer(request)
+        operation = operation_of(request)
+        with self._lock:
+            self._requests[operation] += 1
+        try:
+            return self._perform(operation, self._receive(request, connection))
+        except RefusalError as refusal:
+            is_head = request.method == "HEAD"  # which is never answered with a body
+            return Answer(status=refusal.status) if is_head else error(refusal.status, refusal.code)
+
+    def _administer(self, request: Request) -> Answer:
+        with self._lock:
+            if request.path == "/_clear":
+                self._drop_all()
+            if request.path in ("/_reset", "/_clear"):
+                self._requests.clear()
+                self._moved.clear()
+            report: dict[str, object] = {"requests": self._requests, **self._moved, "objects": len(self._objects)}
+            report["cpu_s"] = time.process_time()
+            if request.path == "/_objects":
+                report = {f"{bucket}/{key}": body.size_bytes for (bucket, key), body in self._objects.items()}
+            return Answer(body=json.dumps(report).encode())
+
+    def _drop_all(self) -> None:
+        parts = (part for upload in self._uploads.values() for part in upload.values())
+        for body in (*self._objects.values(), *parts):
+            self.arena.release(body.extents)
+        self._objects.clear()
+        self._uploads.clear()
+
+    def _receive(self, request: Request, connection: Connection) -> _Call:
+        reader, size = body_reader(request, connection)
+        if request.headers.get("expect", "").lower() == "100-continue":
+            connection.invite_body()
+        extents = self._place(reader, size)
+        try:
+            for view in self.arena.views(extents):
+                reader.fill(view)
+            reader.finish()
+        except ConnectionError:
+            self.arena.release(extents)
+            raise
+        self._count_moved("received_bytes", size)
+        bucket, _, key = request.path.lstrip("/").partition("/")
+        return _Call(request, bucket, key, self._body(extents, size))
+
+    def _place(self, reader: Reader, size_bytes: int) -> list[Extent]:
+        try:
+            return self.arena.allocate(size_bytes)
+        except ArenaFullError as exc:
+            _drain(reader, size_bytes)
+            raise RefusalError(507, "InsufficientStorage") from exc
+
+    def _perform(self, operation: str, call: _Call) -> Answer:
+        try:
+            return _VERBS[operation](self, call)
+        finally:
+            if operation not in _KEEPS_BODY:
+                self.arena.release(call.body.extents)
+
+    def _body(self, extents: list[Extent], size_bytes: int) -> Body:
+        return Body(extents=extents, size_bytes=size_bytes, etag=f"{next(self._serials):032x}", modified_s=time.time())
+
+    def _bytes(self, body: Body) -> bytes:
+        return b"".join(self.arena.views(body.extents))
+
+    def _count_moved(self, direction: str, moved_bytes: int) -> None:
+        with self._lock:
+            self._moved[direction] += moved_bytes
+
+    def put(self, call: _Call) -> Answer:
+        self._publish(call, call.body)
+        return Answer(headers={"ETag": f'"{call.body.etag}"'})
+
+    def _publish(self, call: _Call, body: Body) -> None:
+        with self._lock:
+            old = self._objects.get(call.name)
+            is_refused = old is not None and is_create_only(call.request)
+            if not is_refused:
+                self._objects[call.name] = body
+        unused = body if is_refused else old
+        if unused:
+            self.arena.release(unused.extents)
+        if is_refused:
+            raise RefusalError(412, "PreconditionFailed")
+
+    def get(self, call: _Call) -> Answer:
+        body = self._find(call.name)
+        start, stop = range_of(call.request.headers.get("range"), body.size_bytes)
+        pieces = [(extent.start, extent.length_bytes) for extent in self.arena.slice(body.extents, start, stop)]
+        self._count_moved("sent_bytes", stop - start)
+        if "range" not in call.request.headers:
+            return Answer(headers=body.headers, pieces=pieces)
+        content_range = {"Content-Range": f"bytes {start}-{stop - 1}/{body.size_bytes}"}
+        return Answer(status=206, headers=body.headers | content_range, pieces=pieces)
+
+    def head(self, call: _Call) -> Answer:
+        body = self._find(call.name)
+        return Answer(headers=body.headers, length_bytes=body.size_bytes)
+
+    def copy(self, call: _Call) -> Answer:
+        bucket, _, key = unquote(call.request.headers["x-amz-copy-source"]).lstrip("/").partition("/")
+        data = self._bytes(self._find((bucket, key)))
+        body = self._body(self.arena.allocate(len(data)), len(data))
+        at = 0
+        for view in self.arena.views(body.extents):
+            view[:] = data[at : at + len(view)]
+            at += len(view)
+        self._publish(call, body)
+        return xml(f"<CopyObjectResult>{body.etag_xml}{body.modified_xml}</CopyObjectResult>")
+
+    def _find(self, name: tuple[str, str]) -> Body:
+        with self._lock:
+            body = self._objects.get(name)
+        if body is None:
+            raise RefusalError(404, "NoSuchKey")
+        return body
+
+    def delete(self, call: _Call) -> Answer:
+        self._remove(call.name)
+        return Answer(status=204)
+
+    def _remove(self, name: tuple[str, str]) -> None:
+        with self._lock:
+            body = self._objects.pop(name, None)
+        if body:
+            self.arena.release(body.extents)
+
+    def delete_many(self, call: _Call) -> Answer:
+        keys = texts_of(self._bytes(call.body), "Key")
+        for key in keys:
+            self._remove((call.bucket, key))
+        deleted = "".join(f"<Deleted><Key>{escape(key)}</Key></Deleted>" for key in keys)
+        return xml(f"<DeleteResult>{deleted}</DeleteResult>")
+
+    def create_upload(self, call: _Call) -> Answer:
+        upload_id = f"upload-{next(self._serials)}"
+        with self._lock:
+            self._uploads[upload_id] = {}
+        return xml(
+            f"<InitiateMultipartUploadResult><Bucket>{call.bucket}</Bucket><Key>{escape(call.key)}</Key>"
+            f"<UploadId>{upload_id}</UploadId></InitiateMultipartUploadResult>"
+        )
+
+    def put_part(self, call: _Call) -> Answer:
+        number = int(call.request.query["partNumber"])
+        with self._lock:
+            upload = self._uploads.get(call.request.query["uploadId"])
+            unused = call.body if upload is None else upload.get(number)
+            if upload is not None:
+                upload[number] = call.body
+        if unused:
+            self.arena.release(unused.extents)
+        if upload is None:
+            raise RefusalError(404, "NoSuchUpload")
+        return Answer(headers={"ETag": f'"{call.body.etag}"'})
+
+    def complete_upload(self, call: _Call) -> Answer:
+        numbers = [int(text) for text in texts_of(self._bytes(call.body), "PartNumber")]
+        parts = self._take_upload(call)
+        chosen = [parts.pop(number) for number in numbers]
+        for unused in parts.values():
+            self.arena.release(unused.extents)
+        extents = [extent for part in chosen for extent in part.extents]
+        body = self._body(extents, sum(part.size_bytes for part in chosen))
+        self._publish(call, body)
+        return xml(
+            f"<CompleteMultipartUploadResult><Bucket>{call.bucket}</Bucket><Key>{escape(call.key)}</Key>"
+            f"{body.etag_xml}</CompleteMultipartUploadResult>"
+        )
+
+    def abort_upload(self, call: _Call) -> Answer:
+        for part in self._take_upload(call).values():
+            self.arena.release(part.extents)
+        return Answer(status=204)
+
+    def _take_upload(self, call: _Call) -> dict[int, Body]:
+        with self._lock:
+            parts = self._uploads.pop(call.request.query["uploadId"], None)
+        if parts is None:
+            raise RefusalError(404, "NoSuchUpload")
+        return parts
+
+    def accept_bucket(self, call: _Call) -> Answer:
+        return Answer()
+
+    def list(self, call: _Call) -> Answer:
+        with self._lock:
+            entries = [(key, body) for (bucket, key), body in self._objects.items() if bucket == call.bucket]
+        return xml(list_page(entries, call.bucket, call.request.query))
+
+    def refuse(self, call: _Call) -> Answer:
+        raise RefusalError(501, "NotImplemented")
+
+
+_VERBS: Mapping[str, Callable[[Sink, _Call], Answer]] = {
+    "PutObject": Sink.put,
+    "GetObject": Sink.get,
+    "HeadObject": Sink.head,
+    "CopyObject": Sink.copy,
+    "DeleteObject": Sink.delete,
+    "DeleteObjects": Sink.delete_many,
+    "CreateMultipartUpload": Sink.create_upload,
+    "UploadPart": Sink.put_part,
+    "CompleteMultipartUpload": Sink.complete_upload,
+    "AbortMultipartUpload": Sink.abort_upload,
+    "HeadBucket": Sink.accept_bucket,
+    "CreateBucket": Sink.accept_bucket,
+    "ListObjectsV2": Sink.list,
+    "Other": Sink.refuse,
+}
+_KEEPS_BODY = frozenset({"PutObject", "UploadPart"})
+
+
+def _drain(reader: Reader, size_bytes: int) -> None:
+    """Read a payload that has no place, so that the client gets an answer and not a reset."""
+    scratch = memoryview(bytearray(_SCRATCH_BYTES))
+    while size_bytes:
+        step = min(size_bytes, _SCRATCH_BYTES)
+        reader.fill(scratch[:step])
+        size_bytes -= step
+    reader.finish()
+
+
+def _serve_connection(sock: socket.socket, sink: Sink, link: Link) -> None:
+    """Answer one client until it leaves; a thread of its own."""
+    connection = Connection(sock, link)
+    with sock:
+        try:
+            while request := connection.request():
+                if not request.path.startswith("/_"):
+                    time.sleep(link.latency_s)
+                answer = sink.answer(request, connection)
+                connection.answer(answer, file=sink.arena.fd)
+        except ConnectionError:
+            return  # a client that leaves is no fault of the sink; what it sent was released
+
+
+def _exit_when_parent_goes() -> None:
+    """End the process when stdin closes, so that a killed benchmark leaves no server behind."""
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="An in-memory S3 sink on 127.0.0.1.")
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--memory", type=parse_bytes, default=parse_bytes("4GiB"), help="room for objects")
+    parser.add_argument("--latency-ms", type=float, default=0.0, help="added to every request")
+    parser.add_argument("--mb-per-s", type=float, default=0.0, help="limit per connection and direction; 0 is none")
+    parser.add_argument("--total-mb-per-s", type=float, default=0.0, help="limit of all connections together")
+    parser.add_argument("--nice", type=int, default=0, help="0 to 19: how willingly it leaves the processors to others")
+    parser.add_argument("--exit-with-stdin", action="store_true", help="stop when stdin closes")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Serve until killed; print the endpoint's URL first."""
+    arguments = _arguments()
+    gate = Gate(arguments.total_mb_per_s * 1e6) if arguments.total_mb_per_s else None
+    link = Link(latency_s=arguments.latency_ms / 1e3, bytes_per_s=arguments.mb_per_s * 1e6, gate=gate)
+    os.nice(arguments.nice)  # before the first thread: on Linux each has its own, and inherits it
+    sink = Sink(arguments.memory)
+    with socket.create_server(("127.0.0.1", arguments.port), backlog=256) as server:
+        print(f"http://127.0.0.1:{server.getsockname()[1]}", flush=True)
+        if arguments.exit_with_stdin:
+            threading.Thread(target=_exit_when_parent_goes, daemon=True).start()
+        while True:
+            sock, _ = server.accept()
+            threading.Thread(target=_serve_connection, args=(sock, sink, link), daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""The format as pure values: names, shards, index, manifest, and plain values as JSON. FORMAT.md is its text.
+
+No input or output, no threads, no clock: bytes in, values out, or an error that says what is wrong with them.
+"""
+
+from cloudckpt.format import codec
+from cloudckpt.format.boxes import Box, BoxTable, Column, ragged_places, row_products
+from cloudckpt.format.builder import IndexBuilder
+from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, JsonValue
+from cloudckpt.format.environment import environment
+from cloudckpt.format.index import (
+    FORMAT_VERSION,
+    INDEX_LIMIT_BYTES,
+    BoxPlace,
+    ChunkEntry,
+    Index,
+    ShardEntry,
+    TensorEntry,
+)
+from cloudckpt.format.keys import (
+    EPOCHS_PREFIX,
+    MANIFEST_NAME,
+    checkpoint_prefix,
+    epoch_key,
+    index_key,
+    new_attempt,
+    parse_checkpoint_prefix,
+    parse_epoch_key,
+    shard_key,
+)
+from cloudckpt.format.layout import Chunk, Piece, ShardLayout, Span, lay_out, plan_spans
+from cloudckpt.format.manifest import (
+    MANIFEST_LIMIT_BYTES,
+    EpochClaim,
+    IndexRef,
+    Manifest,
+    Metric,
+    decode_claim,
+    digest_of,
+    metadata_to_json,
+    metrics_to_json,
+)
+from cloudckpt.format.record import shown
+from cloudckpt.format.section import Section
+from cloudckpt.format.shard import block_digests, verify_blocks
+from cloudckpt.format.tiling import untiled
+from cloudckpt.format.tree import Flat, PathElement, flatten, unflatten
+
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "EPOCHS_PREFIX",
+    "FORMAT_VERSION",
+    "INDEX_LIMIT_BYTES",
+    "MANIFEST_LIMIT_BYTES",
+    "MANIFEST_NAME",
+    "Box",
+    "BoxPlace",
+    "BoxTable",
+    "Chunk",
+    "ChunkEntry",
+    "Column",
+    "EpochClaim",
+    "Flat",
+    "Index",
+    "IndexBuilder",
+    "IndexRef",
+    "JsonValue",
+    "Manifest",
+    "Metric",
+    "PathElement",
+    "Piece",
+    "Section",
+    "ShardEntry",
+    "ShardLayout",
+    "Span",
+    "TensorEntry",
+    "block_digests",
+    "checkpoint_prefix",
+    "codec",
+    "decode_claim",
+    "digest_of",
+    "environment",
+    "epoch_key",
+    "flatten",
+    "index_key",
+    "lay_out",
+    "metadata_to_json",
+    "metrics_to_json",
+    "new_attempt",
+    "parse_checkpoint_prefix",
+    "parse_epoch_key",
+    "plan_spans",
+    "ragged_places",
+    "row_products",
+    "shard_key",
+    "shown",
+    "unflatten",
+    "untiled",
+    "verify_blocks",
+]

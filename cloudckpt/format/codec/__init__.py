@@ -1,0 +1,55 @@
+"""Turn a Python value into JSON-able data and back, exactly, and never by pickle.
+
+What JSON can say stays as it is, so that a manifest stays readable; everything else becomes an object with one
+key, a tag: `{"$tuple": [1, 2]}`. A user's own key that starts with `$` gets a second one. A value is kept exactly or
+refused: if its type would come back as another one, saving fails, and says where it stands and what to do.
+Decoding trusts nothing. The same value gives the same data; a dict keeps its order, so whoever writes the data as
+text must not sort keys.
+
+Not kept: identity (a list held twice comes back as two), a tensor's device, strides and `requires_grad` (it comes back
+contiguous, on the CPU), the payload bits of a scalar NaN, and attributes set on an `OrderedDict`.
+Pure values: no I/O, no clock, no threads of its own; both functions may be called from any thread.
+
+    encoding  decoding     the two directions
+    dtypes  walk           names and bytes of elements; place, limits, keys
+"""
+
+from __future__ import annotations
+
+from cloudckpt.format.codec.decoding import Decoder
+from cloudckpt.format.codec.dtypes import DTYPE_NAMES, DTYPES
+from cloudckpt.format.codec.encoding import Encoder
+from cloudckpt.format.codec.walk import MAX_DEPTH, MAX_INLINE_BYTES, MAX_INT_DIGITS, MAX_NODES, JsonValue
+
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "MAX_DEPTH",
+    "MAX_INLINE_BYTES",
+    "MAX_INT_DIGITS",
+    "MAX_NODES",
+    "JsonValue",
+    "decode",
+    "encode",
+]
+
+
+def encode(value: object, *, key: str) -> JsonValue:
+    """Return `value` as data that JSON can hold and that `decode` turns back into an equal value of the same type.
+
+    `key` names the value in errors. The result shares no memory with `value`.
+
+    Raises:
+        UnsupportedValueError: `value` holds something that would not come back as it is; `.key` is the whole way
+            there (`scheduler.lr_lambdas[0]`).
+    """
+    return Encoder(key).value(value)
+
+
+def decode(data: JsonValue, *, key: str) -> object:
+    """Return the value that `encode` was given; its tensors and arrays are new, and writable.
+
+    Raises:
+        ManifestError: `data` is nothing that `encode` makes; the message names the way there from `key`.
+    """
+    return Decoder(key).value(data)

@@ -1,0 +1,226 @@
+"""Place chunks into shards before the first byte is written, and plan which bytes of a shard to read.
+
+Pure arithmetic over boxes and byte ranges; no tensors, no I/O.
+
+    save:  chunks ──split──▶ pieces (contiguous boxes, each at most one shard) ──pack──▶ shard layouts
+    load:  wanted byte ranges ──▶ whole blocks ──coalesce──▶ runs ──cut──▶ spans
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from cloudckpt.format.shard import Entry, encode_header
+
+__all__ = ["Chunk", "Piece", "ShardLayout", "Span", "lay_out", "plan_spans", "split_box"]
+
+# safetensors readers refuse a header over 100 MB; this bounds an estimate that never falls below the real size.
+_HEADER_LIMIT_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """One rank's box of one tensor, to be written.
+
+    Attributes:
+        name: the tensor's name.
+        dtype: torch's name of its dtype.
+        itemsize_bytes: bytes per element.
+        shape: the whole tensor's shape.
+        offsets: where the box starts in the tensor.
+        sizes: the box's extent.
+    """
+
+    name: str
+    dtype: str
+    itemsize_bytes: int
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the box, row-major and dense."""
+        return math.prod(self.sizes) * self.itemsize_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A box of one chunk that lies, dense and row-major, in one shard.
+
+    Attributes:
+        chunk: the chunk's place in the sequence given to `lay_out`.
+        offsets: where the box starts in the whole tensor.
+        sizes: the box's extent.
+        local_start: the box's first byte within the chunk's row-major bytes.
+        start: its first byte within the shard object.
+        nbytes: its length.
+    """
+
+    chunk: int
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    local_start: int
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardLayout:
+    """One shard to be written: its header, then its pieces in order without holes."""
+
+    number: int
+    header: bytes
+    pieces: tuple[Piece, ...]
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Box:
+    """A contiguous box of a chunk, before it has a place in a shard."""
+
+    chunk: int
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    local_start: int
+    nbytes: int
+    entry_bytes: int
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """One ranged read of an object: the bytes [start, stop)."""
+
+    start: int
+    stop: int
+
+
+def split_box(sizes: Sequence[int], *, limit: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cut a box into boxes of at most `limit` elements, each contiguous in the row-major order of the whole.
+
+    Yields (offsets, sizes) in row-major order. Cuts along the first axis while a row fits the limit; a row that
+    does not fit is cut in the same way itself. An empty box is yielded once, whole.
+    """
+    if math.prod(sizes) <= limit:
+        yield (0,) * len(sizes), tuple(sizes)
+        return
+    row = math.prod(sizes[1:])
+    if row <= limit:
+        step = limit // row
+        for start in range(0, sizes[0], step):
+            yield (start,) + (0,) * (len(sizes) - 1), (min(step, sizes[0] - start), *sizes[1:])
+        return
+    for index in range(sizes[0]):
+        for offsets, part in split_box(sizes[1:], limit=limit):
+            yield (index, *offsets), (1, *part)
+
+
+def lay_out(chunks: Sequence[Chunk], *, shard_bytes: int, metadata: dict[str, str]) -> list[ShardLayout]:
+    """Place every chunk's bytes into shards of at most `shard_bytes` data bytes each.
+
+    Small chunks share a shard; a chunk larger than a shard is cut into contiguous boxes. Within a shard wider
+    dtypes come first, so that every piece is aligned to its own element size. Deterministic.
+    """
+    boxes = (box for number, chunk in enumerate(chunks) for box in _boxes(number, chunk, shard_bytes))
+    groups = _pack(boxes, shard_bytes)
+    return [_place(number, group, chunks, metadata) for number, group in enumerate(groups)]
+
+
+def _boxes(number: int, chunk: Chunk, shard_bytes: int) -> Iterator[_Box]:
+    item = chunk.itemsize_bytes
+    local_start = 0
+    # JSON spends at most 6 bytes on a character and 63 on the numbers of a dimension, the slice included.
+    entry_bytes = 160 + 6 * len(chunk.name) + 64 * len(chunk.sizes)
+    for offsets, sizes in split_box(chunk.sizes, limit=max(1, shard_bytes // item)):
+        nbytes = math.prod(sizes) * item
+        origin = tuple(base + offset for base, offset in zip(chunk.offsets, offsets, strict=True))
+        yield _Box(number, origin, sizes, local_start, nbytes, entry_bytes)
+        local_start += nbytes
+
+
+def _pack(boxes: Iterable[_Box], shard_bytes: int) -> list[list[_Box]]:
+    """Fill one shard after the other, in order; keeps neighbours together, which makes partial loads cheap."""
+    groups: list[list[_Box]] = []
+    room = header_room = 0
+    for box in boxes:
+        if not groups or box.nbytes > room or box.entry_bytes > header_room:
+            groups.append([])
+            room, header_room = shard_bytes, _HEADER_LIMIT_BYTES
+        groups[-1].append(box)
+        room -= box.nbytes
+        header_room -= box.entry_bytes
+    return groups
+
+
+def _place(number: int, group: list[_Box], chunks: Sequence[Chunk], metadata: dict[str, str]) -> ShardLayout:
+    group = sorted(group, key=lambda box: -chunks[box.chunk].itemsize_bytes)
+    names = _unique_names(group, chunks)
+    entries = [
+        Entry(name=name, dtype=chunks[box.chunk].dtype, shape=box.sizes, nbytes=box.nbytes)
+        for name, box in zip(names, group, strict=True)
+    ]
+    header = encode_header(entries, metadata=metadata)
+    start = len(header)
+    pieces = []
+    for box in group:
+        pieces.append(
+            Piece(
+                chunk=box.chunk,
+                offsets=box.offsets,
+                sizes=box.sizes,
+                local_start=box.local_start,
+                start=start,
+                nbytes=box.nbytes,
+            )
+        )
+        start += box.nbytes
+    return ShardLayout(number=number, header=header, pieces=tuple(pieces), size_bytes=start)
+
+
+def _unique_names(group: list[_Box], chunks: Sequence[Chunk]) -> list[str]:
+    """Name each box for safetensors readers: the tensor's name, with its slice when it is only a part."""
+    seen: set[str] = {"__metadata__"}
+    names = []
+    for box in group:
+        name = base = _entry_name(box, chunks[box.chunk])
+        again = 2
+        while name in seen:
+            name, again = f"{base}#{again}", again + 1
+        seen.add(name)
+        names.append(name)
+    return names
+
+
+def _entry_name(box: _Box, chunk: Chunk) -> str:
+    if box.sizes == chunk.shape:
+        return chunk.name
+    slices = ",".join(f"{start}:{start + size}" for start, size in zip(box.offsets, box.sizes, strict=True))
+    return f"{chunk.name}[{slices}]"
+
+
+def plan_spans(ranges: Iterable[tuple[int, int]], *, size_bytes: int, block_bytes: int, span_bytes: int) -> list[Span]:
+    """Cover the wanted byte ranges of one object with ranged reads of whole blocks.
+
+    Ranges that touch the same or neighbouring blocks are read together; no block is read twice; every span but
+    one that ends the object is a multiple of `block_bytes` long and at most `span_bytes`.
+
+    Args:
+        ranges: [start, stop) byte ranges within the object; empty ones need no bytes.
+        size_bytes: the object's size.
+        block_bytes: its checksum blocks.
+        span_bytes: the most that one read may fetch, a multiple of `block_bytes`.
+    """
+    runs: list[list[int]] = []
+    for start, stop in sorted(wanted for wanted in ranges if wanted[0] < wanted[1]):
+        first, last = start // block_bytes, -(-stop // block_bytes)
+        if runs and first <= runs[-1][1]:
+            runs[-1][1] = max(runs[-1][1], last)
+        else:
+            runs.append([first, last])
+    spans = []
+    for first, last in runs:
+        limit = min(last * block_bytes, size_bytes)
+        spans += [Span(at, min(at + span_bytes, limit)) for at in range(first * block_bytes, limit, span_bytes)]
+    return spans

@@ -1,0 +1,249 @@
+"""The manifest: the one small, readable object whose creation makes a checkpoint exist.
+
+A pure value with strict decoding: JSON, indented for people, that ends with the SHA-256 of itself, so that no bit
+of it can change unseen; it names the index by size and SHA-256, and the index names the shards. No clock and no
+store here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Literal
+
+import msgspec
+
+from cloudckpt.errors import ManifestError, OptionsError
+from cloudckpt.format import codec
+from cloudckpt.format.codec import JsonValue
+from cloudckpt.format.codec.walk import is_text
+from cloudckpt.format.keys import is_attempt
+from cloudckpt.format.record import decode_record
+
+__all__ = [
+    "MANIFEST_LIMIT_BYTES",
+    "EpochClaim",
+    "IndexRef",
+    "Manifest",
+    "decode_claim",
+    "digest_of",
+    "metadata_to_json",
+    "metrics_to_json",
+]
+
+# A manifest is a few KiB; user metadata may make it larger, but it is read in one request and held in memory.
+MANIFEST_LIMIT_BYTES = 4 << 20
+
+_NUMBER_LIMIT = 1 << 53
+_SHA256 = re.compile(r"\A[0-9a-f]{64}\Z")
+# How every manifest ends, in every version. The seal covers the bytes as they stand, not what they decode to: so
+# damage is told from a newer version, and a later release reads what this one sealed.
+_SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')
+_SEAL_BYTES = len('"sha256": ""\n}\n') + 64
+_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+Metric = float | Literal["nan", "inf", "-inf"]
+
+
+def digest_of(data: bytes) -> str:
+    """Return the SHA-256 of `data` in hexadecimal, as `sha256sum` prints it."""
+    return hashlib.sha256(data).hexdigest()
+
+
+class IndexRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The index that a manifest commits: its size and SHA-256; its key follows from the attempt."""
+
+    size_bytes: int
+    sha256: str
+
+    def is_possible(self) -> bool:
+        """Tell whether an object can have this size and digest."""
+        return 0 < self.size_bytes < _NUMBER_LIMIT and _SHA256.match(self.sha256) is not None
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The record of one decision on one checkpoint.
+
+    Attributes:
+        format_version: of this schema.
+        state: `committed`, or `void`: a sweep decided that the attempt never may commit.
+        step: training step, or None for a checkpoint outside a root.
+        epoch: incarnation of the saving job, 0 outside a root.
+        attempt: which attempt's objects make up the checkpoint.
+        created_at: RFC 3339 in UTC, by the coordinator's clock; for people, never for decisions between jobs.
+        world_size: ranks that saved.
+        total_bytes: bytes of all shards.
+        tensor_count: tensors.
+        shard_count: shards.
+        index: the index object, None when void.
+        metrics: what the caller measured; non-finite ones as text.
+        metadata: the caller's own, in the codec's JSON.
+        environment: versions, platform, device and data path of the job that saved.
+        summary: what the save did: seconds, requests, retries.
+        sha256: of this manifest with the field itself empty; always the last field.
+    """
+
+    format_version: int
+    state: Literal["committed", "void"]
+    step: int | None
+    epoch: int
+    attempt: str
+    created_at: str
+    world_size: int = 1
+    total_bytes: int = 0
+    tensor_count: int = 0
+    shard_count: int = 0
+    index: IndexRef | None = None
+    metrics: dict[str, Metric] = {}
+    metadata: dict[str, JsonValue] = {}
+    environment: dict[str, str] = {}
+    summary: dict[str, float] = {}
+    sha256: str = ""
+
+    def encode(self) -> bytes:
+        """Return the object's bytes, sealed with their own digest.
+
+        Raises:
+            OptionsError: metrics and metadata make it larger than a manifest may be.
+        """
+        bare = msgspec.structs.replace(self, sha256="")
+        sealed = _bytes(msgspec.structs.replace(self, sha256=digest_of(_bytes(bare))))
+        if len(sealed) > MANIFEST_LIMIT_BYTES:
+            raise OptionsError(
+                f"the manifest of step {self.step} has {len(sealed)} bytes, more than {MANIFEST_LIMIT_BYTES}; "
+                "move large metadata into the state"
+            )
+        return sealed
+
+    @classmethod
+    def decode(cls, data: bytes, *, key: str) -> Manifest:
+        """Read a manifest back; `key` names it in errors.
+
+        Raises:
+            ManifestError: not a manifest of a known version, or not byte for byte what its writer sealed.
+        """
+        if len(data) > MANIFEST_LIMIT_BYTES:
+            raise ManifestError(f"manifest {key} has {len(data)} bytes; restore an older step", key=key)
+        if not _is_sealed(data):
+            raise ManifestError(f"manifest {key} was changed after it was written; restore an older step", key=key)
+        manifest = decode_record(data, cls, key=key)
+        for problem in manifest.problems():
+            raise ManifestError(f"manifest {key} is inconsistent: {problem}; restore an older step", key=key)
+        return manifest
+
+    def problems(self) -> list[str]:
+        """Return what in it contradicts itself or cannot be."""
+        problems = []
+        counts = (self.epoch, self.world_size, self.total_bytes, self.tensor_count, self.shard_count, self.step or 0)
+        if any(not 0 <= count < _NUMBER_LIMIT for count in counts):
+            problems.append("a count is negative or absurd")
+        if not is_attempt(self.attempt):
+            problems.append(f"attempt {self.attempt[:40]!r} is no attempt id")
+        if not self._has_time():
+            problems.append(f"created_at {self.created_at[:40]!r} is no time with an offset")
+        if (self.index is not None) != (self.state == "committed"):
+            problems.append(f"its state is {self.state}, and it has {'an' if self.index else 'no'} index")
+        if self.index is not None and not self.index.is_possible():
+            problems.append("its index has no digest or size")
+        return problems
+
+    def _has_time(self) -> bool:
+        try:
+            return datetime.fromisoformat(self.created_at).utcoffset() is not None and bool(self.created())
+        except (ValueError, OverflowError):
+            return False
+
+    def metric_values(self) -> dict[str, float]:
+        """Return the metrics as numbers."""
+        return {name: _NON_FINITE[value] if isinstance(value, str) else value for name, value in self.metrics.items()}
+
+    def metadata_values(self) -> dict[str, object]:
+        """Return the caller's metadata as Python values."""
+        return {name: codec.decode(value, key=f"metadata.{name}") for name, value in self.metadata.items()}
+
+    def created(self) -> datetime:
+        """Return when the coordinator wrote it, by its own clock."""
+        return datetime.fromisoformat(self.created_at).astimezone(UTC)
+
+
+class EpochClaim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who writes to a root from now on, and what that job resumed from.
+
+    Attributes:
+        format_version: of this schema.
+        epoch: the claimed epoch.
+        nonce: random, so that the claimer recognises its own claim after a lost reply.
+        created_at: RFC 3339 in UTC, by the claimer's clock.
+        host: name of the claiming machine, for people.
+        pid: the claiming process, for people.
+        resumed_from: (step, epoch) that the job restored before it claimed, or None.
+    """
+
+    format_version: int
+    epoch: int
+    nonce: str
+    created_at: str
+    host: str
+    pid: int
+    resumed_from: tuple[int, int] | None = None
+
+    def encode(self) -> bytes:
+        """Return the object's bytes."""
+        return _bytes(self)
+
+
+def decode_claim(data: bytes, *, key: str) -> EpochClaim:
+    """Read a claim back, or raise `ManifestError`."""
+    claim = decode_record(data, EpochClaim, key=key)
+    if any(not 0 <= count < _NUMBER_LIMIT for count in (claim.epoch, claim.pid, *(claim.resumed_from or ()))):
+        raise ManifestError(f"claim {key} is inconsistent: a count is negative or absurd", key=key)
+    return claim
+
+
+def metrics_to_json(metrics: Mapping[str, object] | None) -> dict[str, Metric]:
+    """Check metrics and bring them into their JSON form; refuses what is no number."""
+    result: dict[str, Metric] = {}
+    for name, value in (metrics or {}).items():
+        if not isinstance(name, str) or not name or not is_text(name):
+            raise OptionsError(f"metric name {name!r} is not a non-empty string of Unicode text")
+        number = _number(name, value)
+        result[name] = number if math.isfinite(number) else _non_finite_name(number)
+    return result
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        if not isinstance(value, str | bytes | bytearray):  # float() would read these too
+            return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError, RuntimeError) as exc:  # RuntimeError: a tensor without data
+        raise OptionsError(f"metric {name!r} is {value!r}; give a number, e.g. float(loss)") from exc
+    raise OptionsError(f"metric {name!r} is the text {value!r}; give a number")
+
+
+def _non_finite_name(number: float) -> Literal["nan", "inf", "-inf"]:
+    if math.isnan(number):
+        return "nan"
+    return "inf" if number > 0 else "-inf"
+
+
+def metadata_to_json(metadata: Mapping[str, object] | None) -> dict[str, JsonValue]:
+    """Bring the caller's metadata into the codec's JSON; refuses what the codec refuses."""
+    for name in metadata or {}:
+        if not isinstance(name, str) or not is_text(name):
+            raise OptionsError(f"metadata key {name!r} is not a string of Unicode text")
+    return {name: codec.encode(value, key=f"metadata.{name}") for name, value in (metadata or {}).items()}
+
+
+def _bytes(value: msgspec.Struct) -> bytes:
+    try:
+        return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
+    except UnicodeEncodeError as exc:
+        raise OptionsError(f"{exc.object!r} has lone surrogates, which no manifest can hold") from exc
+
+
+def _is_sealed(data: bytes) -> bool:
+    seal = _SEAL.match(data, max(0, len(data) - _SEAL_BYTES))
+    return seal is not None and digest_of(data[: seal.start(1)] + data[seal.end(1) :]) == seal[1].decode()

@@ -1,0 +1,243 @@
+"""Read what one rank needs of a checkpoint: its index, and the verified bytes that go into the rank's tensors.
+
+    manifest ──▶ index ──▶ DCP Metadata ──▶ planner (resharding) ──▶ read items
+    read items ──layout──▶ spans ──download, verified──▶ landings ──▶ target tensors
+
+Every piece in the index is one chunk to DCP, so its planners reshard over pieces and stay untouched. Used by
+`CloudReader`, whom DCP leads through a load, and by `loading`, which leads one itself. No pickle is read: a value is
+decoded by our codec and, for planners that expect one, made into bytes in memory. Keeps FORMAT invariants 1 and 12.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
+
+from cloudckpt.errors import (
+    ChecksumError,
+    ManifestError,
+    MissingShardError,
+    ObjectNotFoundError,
+    StorageError,
+)
+from cloudckpt.format import (
+    DTYPES,
+    INDEX_LIMIT_BYTES,
+    ChunkEntry,
+    Index,
+    PathElement,
+    ShardEntry,
+    codec,
+    digest_of,
+    index_key,
+    plan_spans,
+    shard_key,
+)
+from cloudckpt.loading.landing import Landing, Taking, deliver
+from cloudckpt.options import Options
+from cloudckpt.root import Catalog, Checkpoint
+from cloudckpt.store import Store
+from cloudckpt.transfer import Budget, Fetch, ShardSource, Watch, download
+
+__all__ = ["Pieces", "RankInput", "decode_index", "describe", "read_index", "read_index_bytes"]
+
+Pieces = Mapping[str, Sequence[ChunkEntry]]
+"""Name of a tensor → pieces of it."""
+
+
+def read_index_bytes(catalog: Catalog, checkpoint: Checkpoint) -> bytes:
+    """Read the bytes of the index that a checkpoint's manifest commits. One request.
+
+    Raises:
+        MissingShardError: it is not on the store.
+        ChecksumError: it is not byte for byte what was committed.
+        ManifestError: the manifest names none.
+    """
+    key = checkpoint.prefix + index_key(checkpoint.attempt, format_version=checkpoint.manifest.format_version)
+    committed = checkpoint.manifest.index
+    if committed is None or committed.size_bytes > INDEX_LIMIT_BYTES:
+        raise ManifestError(f"the manifest of {checkpoint.url} commits no readable index", key=key)
+    try:
+        data = catalog.store.read(key, limit_bytes=committed.size_bytes + 1)
+    except ObjectNotFoundError as exc:
+        raise MissingShardError(
+            f"index {key}, which the manifest commits, is not on the store; restore an older step", key=key
+        ) from exc
+    except StorageError as exc:
+        size_bytes = catalog.store.head(key).size_bytes
+        if size_bytes <= committed.size_bytes:
+            raise
+        raise ChecksumError(
+            f"index {key} has {size_bytes} bytes, and {committed.size_bytes} were committed; restore an older step",
+            key=key,
+        ) from exc
+    if len(data) != committed.size_bytes or digest_of(data) != committed.sha256:
+        raise ChecksumError(
+            f"index {key} has {len(data)} bytes that differ from the {committed.size_bytes} committed; "
+            "restore an older step",
+            key=key,
+        )
+    return data
+
+
+def decode_index(checkpoint: Checkpoint, data: bytes) -> Index:
+    """Decode the bytes that `read_index_bytes` returned; raises `ManifestError` if it is no index of the checkpoint."""
+    key = checkpoint.prefix + index_key(checkpoint.attempt, format_version=checkpoint.manifest.format_version)
+    index = Index.decode(data, key=key)
+    if index.attempt != checkpoint.attempt:
+        raise ManifestError(f"index {key} is of attempt {index.attempt}; restore an older step", key=key)
+    return index
+
+
+def read_index(catalog: Catalog, checkpoint: Checkpoint) -> Index:
+    """Read and decode the index of a checkpoint; raises as the two of them."""
+    return decode_index(checkpoint, read_index_bytes(catalog, checkpoint))
+
+
+class RankInput:
+    """The bytes of one checkpoint that one rank reads."""
+
+    def __init__(
+        self, store: Store, checkpoint: Checkpoint, index: Index, options: Options, watch: Watch | None = None
+    ) -> None:
+        """Read from `store`, below the checkpoint's prefix."""
+        self._store = store
+        self._prefix = checkpoint.prefix
+        self._index = index
+        self._options = options
+        self._watch = watch
+
+    def read(self, items: Sequence[ReadItem], planner: LoadPlanner, pieces: Pieces) -> None:
+        """Fill every target that the items name; return when all of them are complete.
+
+        Args:
+            items: what DCP's planner made of `describe(index, pieces)`.
+            planner: hands out the targets.
+            pieces: what was described.
+
+        Raises:
+            IntegrityError: an object is missing or differs from what was committed.
+            StorageError: the store could not be read. In either case targets may hold a mixture.
+        """
+        budget = Budget(self._options.transfer_budget_bytes)
+        landings = self._landings(items, planner, pieces, budget)
+        fetches = [
+            fetch for place in sorted(landings) for fetch in self._fetches(self._index.shard(*place), landings[place])
+        ]
+        concurrency = self._options.concurrency
+        download(self._store, fetches, concurrency=concurrency, budget=budget, watch=self._watch)
+
+    def _landings(
+        self, items: Sequence[ReadItem], planner: LoadPlanner, pieces: Pieces, budget: Budget
+    ) -> dict[tuple[int, int], list[Landing]]:
+        """Load the values of a plan, and return where its tensors' bytes go, by rank and number of their shard."""
+        landings: dict[tuple[int, int], list[Landing]] = defaultdict(list)
+        by_offset = _pieces_by_offset(pieces, {item.storage_index.fqn for item in items})
+        taking = Taking(planner, budget)
+        for item in items:
+            name = item.storage_index.fqn
+            if item.type is LoadItemType.BYTE_IO:
+                _load_value(item, planner, self._index)
+                continue
+            piece = by_offset[name, tuple(item.storage_index.offset or ())]
+            landings[piece.rank, piece.number].append(Landing(item, taking, self._index.tensors[name], piece))
+        return landings
+
+    def _fetches(self, entry: ShardEntry, landings: list[Landing]) -> list[Fetch]:
+        source = ShardSource(
+            key=self._prefix + shard_key(entry.attempt, entry.rank, entry.number),
+            size_bytes=entry.size_bytes,
+            digests=entry.digests,
+            block_bytes=self._index.block_bytes,
+        )
+        spans = plan_spans(
+            [(landing.start, landing.stop) for landing in landings],
+            size_bytes=entry.size_bytes,
+            block_bytes=self._index.block_bytes,
+            # The blocks are the writer's choice; a span holds at least one of them.
+            span_bytes=max(1, self._options.span_bytes // self._index.block_bytes) * self._index.block_bytes,
+        )
+        starts = [span.start for span in spans]
+        takers: list[list[Landing]] = [[] for _ in spans]
+        for landing in landings:
+            if landing.start == landing.stop:
+                landing.finish()
+                continue
+            number = bisect_right(starts, landing.start) - 1
+            while number < len(spans) and spans[number].start < landing.stop:
+                takers[number].append(landing)
+                number += 1
+        return [
+            Fetch(
+                shard=source,
+                span=span,
+                consume=partial(deliver, taking, span.start),
+                buffer_bytes=sum(landing.buffer_bytes for landing in taking if landing.start >= span.start),
+            )
+            for span, taking in zip(spans, takers, strict=True)
+        ]
+
+
+def describe(index: Index, pieces: Pieces) -> Metadata:
+    """Say in DCP's words what an index holds.
+
+    Args:
+        index: the index.
+        pieces: those to list, by name: all of them, or those that cover what is wanted (`Index.covering`). Only
+            tensors that are named here are described.
+    """
+    described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    for name, of_name in pieces.items():
+        tensor = index.tensors[name]
+        described[name] = TensorStorageMetadata(
+            properties=TensorProperties(dtype=DTYPES[tensor.dtype]),
+            size=torch.Size(tensor.shape),
+            chunks=[
+                ChunkStorageMetadata(offsets=torch.Size(chunk.offsets), sizes=torch.Size(chunk.sizes))
+                for chunk in of_name
+            ],
+        )
+    for name in index.values:
+        described[name] = BytesStorageMetadata()
+    paths = {name: tuple(_plain_step(element) for element in index.paths.get(name, [name])) for name in described}
+    return Metadata(state_dict_metadata=described, planner_data=paths, storage_meta=StorageMeta())
+
+
+def _plain_step(element: PathElement) -> str | int:
+    """Return the step of a path as DCP writes it, which knows string keys and places only."""
+    if not isinstance(element, dict):
+        return element
+    place = element.get("tuple")
+    return place if isinstance(place, int) else str(element.get("key"))
+
+
+def _pieces_by_offset(pieces: Pieces, names: set[str]) -> dict[tuple[str, tuple[int, ...]], ChunkEntry]:
+    """Map (name, offsets) to the piece there; where an empty piece shares an offset, the one with bytes wins."""
+    found: dict[tuple[str, tuple[int, ...]], ChunkEntry] = {}
+    for name in names & pieces.keys():
+        for chunk in sorted(pieces[name], key=lambda chunk: math.prod(chunk.sizes)):
+            found[name, chunk.offsets] = chunk
+    return found
+
+
+def _load_value(item: ReadItem, planner: LoadPlanner, index: Index) -> None:
+    name = item.storage_index.fqn
+    data = io.BytesIO()
+    torch.save(codec.decode(index.values[name], key=name), data)
+    data.seek(0)
+    planner.load_bytes(item, data)

@@ -1,0 +1,143 @@
+"""Bring verified bytes of shards into the tensors that a load planner names.
+
+    span's bytes ──deliver──▶ Landing ──▶ target's own memory                  where both sides are dense and alike
+                                      └─▶ buffer ──copy, when complete──▶ target    elsewhere
+
+A landing is one read item. Knows DCP's load planners and tensors; knows nothing of stores, and sees no byte that
+was not verified. Entered by the download's threads.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.format import DTYPES, ChunkEntry, TensorEntry
+from cloudckpt.transfer import Budget, Scratch, bytes_of
+
+__all__ = ["Landing", "Taking", "deliver"]
+
+
+def deliver(landings: Sequence[Landing], start: int, data: memoryview) -> None:
+    """Hand the bytes of a span, which start at byte `start` of their shard, to all that take some of them."""
+    array = np.frombuffer(data, dtype=np.uint8)
+    for landing in landings:
+        landing.accept(array, start)
+
+
+class Taking:
+    """What the landings of one load share: the planner, whose methods need not be thread-safe, and the budget."""
+
+    def __init__(self, planner: LoadPlanner, budget: Budget) -> None:
+        self.planner = planner
+        self.budget = budget
+        self.scratch = Scratch()
+        self.lock = threading.Lock()
+        # A stock planner answers with a view of what it holds, as often as it is asked; another may allocate.
+        self.is_stock = isinstance(planner, DefaultLoadPlanner) and (
+            type(planner).resolve_tensor is DefaultLoadPlanner.resolve_tensor
+            and type(planner).lookup_tensor is DefaultLoadPlanner.lookup_tensor
+            and type(planner).transform_tensor is DefaultLoadPlanner.transform_tensor
+        )
+
+
+class Landing:
+    """Where the bytes of one read item go: [start, stop) of a shard, into a part of one tensor.
+
+    Several pool threads deliver to one landing, each its own bytes; the last one completes it.
+
+    Attributes:
+        buffer_bytes: host memory that it holds, taken from the budget, from its first byte to its last; 0 where the
+            bytes go straight into the target.
+    """
+
+    def __init__(self, item: ReadItem, taking: Taking, tensor: TensorEntry, piece: ChunkEntry) -> None:
+        self._item = item
+        self._taking = taking
+        self._dtype = DTYPES[tensor.dtype]
+        self._lengths = tuple(item.lengths)
+        self._strides = _dense_strides(piece.sizes)
+        self._target: torch.Tensor | None = None
+        self._into: np.ndarray | None = None
+        self._buffer: memoryview | None = None
+        count = math.prod(self._lengths)
+        first = sum(at * stride for at, stride in zip(item.storage_offsets, self._strides, strict=True))
+        last = first + sum((size - 1) * stride for size, stride in zip(self._lengths, self._strides, strict=True))
+        self.start = piece.start + first * tensor.itemsize_bytes
+        self.stop = piece.start + (last + 1) * tensor.itemsize_bytes if count else self.start
+        self._is_dense = self.stop - self.start == count * tensor.itemsize_bytes
+        self._missing_bytes = self.stop - self.start
+        is_direct = taking.is_stock and self._is_direct(taking.planner.resolve_tensor(item))
+        self.buffer_bytes = 0 if is_direct else self.stop - self.start
+
+    def _is_direct(self, target: torch.Tensor) -> bool:
+        return self._is_dense and _is_plain(target, self._dtype)
+
+    def accept(self, data: np.ndarray, at: int) -> None:
+        """Take this landing's part of verified bytes that start at byte `at` of the shard."""
+        start, stop = max(at, self.start), min(at + len(data), self.stop)
+        np.copyto(self._open()[start - self.start : stop - self.start], data[start - at : stop - at])
+        with self._taking.lock:
+            self._missing_bytes -= stop - start
+            is_complete = self._missing_bytes == 0
+        if is_complete:
+            self.finish()
+
+    def _open(self) -> np.ndarray:
+        with self._taking.lock:
+            if self._into is None:
+                target = self._resolve()
+                self._into = bytes_of(target) if self._is_direct(target) else self._take_buffer()
+            return self._into
+
+    def _take_buffer(self) -> np.ndarray:
+        self._buffer = self._taking.scratch.take(self.stop - self.start)
+        return np.frombuffer(self._buffer, dtype=np.uint8)
+
+    def _resolve(self) -> torch.Tensor:
+        target = self._taking.planner.resolve_tensor(self._item).detach()
+        if tuple(target.shape) != self._lengths:
+            raise OptionsError(
+                f"the planner asked for {self._lengths} of {self._item.storage_index.fqn!r} and resolved a target of "
+                f"{tuple(target.shape)}"
+            )
+        self._target = target
+        return target
+
+    def finish(self) -> None:
+        """Copy a buffered item into its target, and tell the planner that the target is complete.
+
+        Called once, when every byte is there (or none is needed).
+        """
+        with self._taking.lock:
+            target = self._target if self._target is not None else self._resolve()
+        if self._buffer is not None:
+            source = torch.frombuffer(self._buffer, dtype=torch.uint8).view(self._dtype)
+            target.copy_(source.as_strided(self._lengths, self._strides))
+        with self._taking.lock:
+            self._taking.planner.commit_tensor(self._item, target)
+        if self._buffer is not None:
+            self._taking.scratch.give(self._buffer)
+        self._into = self._buffer = self._target = None
+        self._taking.budget.free(self.buffer_bytes)
+
+
+def _dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(sizes[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides)) if sizes else ()
+
+
+def _is_plain(target: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Tell whether the target's memory is on the host and has the bytes of the format."""
+    is_dense = target.layout is torch.strided and target.is_contiguous()
+    is_same = target.dtype == dtype and not target.is_conj() and not target.is_neg()
+    return target.device.type == "cpu" and type(target) is torch.Tensor and is_dense and is_same

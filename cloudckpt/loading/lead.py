@@ -1,0 +1,359 @@
+"""Lead the ranks of a group through one restore: the same steps as DCP's own `load`, over messages that cannot hang.
+
+    find    rank 0: the checkpoint, its manifest and index ──▶ every rank
+    plan    every rank: its targets and boxes              ──▶ rank 0: who reads what several ranks need
+    read    every rank: its own bytes, verified            ──▶ passed on to whoever needs the same
+    apply   every rank: restored values into its objects, once every rank has all it needs
+
+Only rank 0 lists, and reads the manifest and the index; nothing is changed anywhere before every rank's state was
+found to fit. Keeps FORMAT invariants 1, 11, 12 and 13.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
+from torch.distributed.tensor import DTensor, Replicate
+
+from cloudckpt.errors import IntegrityError, MissingShardError
+from cloudckpt.format import DTYPES, Box, BoxPlace, BoxTable, Index, Manifest, codec
+from cloudckpt.loading.input import RankInput, decode_index, describe, read_index_bytes
+from cloudckpt.loading.passing import Step, plan_passing
+from cloudckpt.options import Options
+from cloudckpt.ranks import Countdown, Group, MissingPartsError, Packet, RanksFailedError
+from cloudckpt.root import Catalog, Checkpoint
+from cloudckpt.state import Saved, Targets, bind, plan_restore
+
+__all__ = ["Candidate", "Extra", "fill", "load_state"]
+
+logger = logging.getLogger(__name__)
+
+Candidate = Checkpoint | IntegrityError
+"""A checkpoint to be tried, or why one that is there cannot be."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What rank 0 tells of the checkpoint that is tried next."""
+
+    manifest: bytes
+    prefix: str
+    index: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Extra:
+    """Tensors of this rank that are restored besides the state.
+
+    Attributes:
+        targets: returns the tensors to be filled, from the index.
+        apply: takes the index and them, filled.
+    """
+
+    targets: Callable[[Index], dict[str, torch.Tensor]]
+    apply: Callable[[Index, Mapping[str, torch.Tensor]], None]
+
+
+def load_state(
+    state: MutableMapping[str, object],
+    candidates: Callable[[], Iterator[Candidate]],
+    *,
+    catalog: Catalog,
+    group: Group,
+    options: Options,
+    strict: bool,
+    extra: Extra | None = None,
+    what: str = "restore",
+) -> Checkpoint | None:
+    """Restore a state on all ranks of the group from the first candidate that is whole.
+
+    Args:
+        state: this rank's objects.
+        candidates: yields checkpoints, best first; called on rank 0 only. Each one that is corrupt is logged, and the
+            next one is tried.
+        catalog: this rank's own.
+        group: the ranks that restore.
+        options: sizes, parallelism, patience.
+        strict: refuse a checkpoint whose entries differ from those of `state`.
+        extra: what else is restored.
+        what: what the ranks do; ranks that do different things are told so.
+
+    Returns:
+        The checkpoint, or None when there was no candidate.
+
+    Raises:
+        StateMismatchError: the state does not fit; nothing was changed on any rank.
+        IntegrityError: every candidate is corrupt; the first one's error. Tensors may hold a mixture.
+        RankLostError: a rank was lost. Tensors may hold a mixture.
+        CloudCkptError: what else a rank met, in words of the first one.
+    """
+    search = _Search(candidates, catalog)
+    with plain_errors(), group.session(what, deadline_s=options.progress_timeout_s):
+        while True:
+            found = group.agree(f"{what}: finding", lambda: None, lambda _: search.next())
+            if found is None:
+                return None
+            checkpoint = catalog.adopt(Manifest.decode(found.manifest, key=found.prefix), prefix=found.prefix)
+            loading = _Loading(checkpoint, found.index, catalog, group, options)
+            try:
+                loading.run(f"{what} of {checkpoint.url}", state, strict=strict, extra=extra)
+            except RanksFailedError as exc:
+                if not search.may_go_on(checkpoint, exc.failures):
+                    raise
+                continue
+            return checkpoint
+
+
+class _Search:
+    """Which checkpoint is tried next, on rank 0."""
+
+    def __init__(self, candidates: Callable[[], Iterator[Candidate]], catalog: Catalog) -> None:
+        self._make = candidates
+        self._catalog = catalog
+        self._candidates: Iterator[Candidate] | None = None
+        self._failures: list[tuple[Checkpoint | None, IntegrityError]] = []
+
+    def next(self) -> _Found | None:
+        """Return the next candidate whose manifest and index can be read, None if there never was one.
+
+        Raises:
+            IntegrityError: there were some, and all are corrupt.
+        """
+        if self._candidates is None:
+            self._candidates = self._make()
+        for candidate in self._candidates:
+            try:
+                if isinstance(candidate, IntegrityError):
+                    raise candidate
+                data = read_index_bytes(self._catalog, candidate)
+                decode_index(candidate, data)
+            except IntegrityError as exc:
+                self._note(candidate if isinstance(candidate, Checkpoint) else None, exc)
+                continue
+            logger.info("rank 0: read manifest and index of %s for all ranks: %d bytes", candidate.url, len(data))
+            return _Found(candidate.manifest.encode(), candidate.prefix, data)
+        if self._failures:
+            raise self._explained(*self._failures[0])
+        return None
+
+    def _explained(self, checkpoint: Checkpoint | None, error: IntegrityError) -> IntegrityError:
+        """Tell a checkpoint that was removed while it was read from one that lost a shard."""
+        if checkpoint is None or not isinstance(error, MissingShardError) or self._catalog.is_taken(checkpoint.prefix):
+            return error
+        return MissingShardError(f"{checkpoint.url} was pruned while it was read; restore a newer one", key=error.key)
+
+    def _note(self, checkpoint: Checkpoint | None, error: IntegrityError) -> None:
+        logger.warning("NOT restoring %s: %s", error.key if checkpoint is None else checkpoint.url, error)
+        self._failures.append((checkpoint, error))
+
+    def may_go_on(self, checkpoint: Checkpoint, failures: Mapping[int, BaseException]) -> bool:
+        """Tell whether the ranks failed because bytes are corrupt, so that the next candidate is worth a try."""
+        own = _own_failures(failures)
+        for error in own.values():
+            if not isinstance(error, IntegrityError):
+                return False
+        first = own[min(own)]
+        if isinstance(first, IntegrityError):
+            self._note(checkpoint, first)
+        return True
+
+
+def _own_failures(failures: Mapping[int, BaseException]) -> Mapping[int, BaseException]:
+    """Leave out the ranks that failed only because another one did."""
+    return {rank: error for rank, error in failures.items() if not isinstance(error, MissingPartsError)} or failures
+
+
+class _Loading:
+    """The restore of one checkpoint, on one rank."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, index_bytes: bytes, catalog: Catalog, group: Group, options: Options
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._index_bytes = index_bytes
+        self._catalog = catalog
+        self._group = group
+        self._options = options
+        self._targets: Targets | None = None
+        self._extra: dict[str, torch.Tensor] = {}
+        self._index: Index | None = None
+        self._filling: _Filling | None = None
+
+    def run(self, what: str, state: MutableMapping[str, object], *, strict: bool, extra: Extra | None) -> None:
+        """Go through the steps; raises as the group's exchanges do."""
+        steps = self._group.deal(
+            f"{what}: plan",
+            lambda: self._plan(state, strict=strict, extra=extra).encode(),
+            plan_passing,
+        )
+        self._group.agree(f"{what}: read", lambda: self._read(steps), lambda _: None)
+        self._group.agree(f"{what}: apply", lambda: self._apply(extra), lambda _: None)
+
+    def _plan(self, state: MutableMapping[str, object], *, strict: bool, extra: Extra | None) -> BoxTable:
+        self._index = index = decode_index(self._checkpoint, self._index_bytes)
+        saved = Saved(
+            shapes={name: tensor.shape for name, tensor in index.tensors.items()},
+            dtypes={name: DTYPES[tensor.dtype] for name, tensor in index.tensors.items()},
+            values={name: codec.decode(value, key=name) for name, value in index.values.items()},
+            paths=index.paths,
+        )
+        self._targets = plan_restore(bind(state), saved, strict=strict)
+        self._extra = extra.targets(index) if extra is not None else {}
+        tensors = {**self._targets.tensors, **self._extra}
+        self._filling = _Filling(tensors, index, near=self._group.rank)
+        return self._filling.shareable() if self._is_read_once() else BoxTable.of(())
+
+    def _is_read_once(self) -> bool:
+        choice = self._options.read_once
+        if self._group.size == 1:
+            return False
+        return choice == "always" or (choice == "auto" and self._catalog.store.engine != "local")
+
+    def _read(self, steps: Sequence[Step]) -> None:
+        if self._filling is None or self._index is None:
+            return
+        watch = self._group.watch(self._options.progress_timeout_s)
+        source = RankInput(self._catalog.store, self._checkpoint, self._index, self._options, watch)
+        packets = self._filling.take_over(steps, self._group.rank)
+        passing = self._group.begin_passing(packets)
+        try:
+            self._filling.read(source)
+        finally:
+            for packet in packets:
+                packet.give_up()
+            self._group.end_passing(passing)
+
+    def _apply(self, extra: Extra | None) -> None:
+        if self._targets is not None and self._index is not None:
+            self._targets.apply()
+            if extra is not None:
+                extra.apply(self._index, self._extra)
+
+
+def fill(tensors: Mapping[str, torch.Tensor], source: RankInput, index: Index) -> None:
+    """Fill whole tensors of one process, by name; raises as `RankInput.read` does."""
+    _Filling(dict(tensors), index, near=None).read(source)
+
+
+class _Filling:
+    """The targets of one rank, and which of their boxes it reads itself."""
+
+    def __init__(self, tensors: dict[str, object], index: Index, *, near: int | None) -> None:
+        self._tensors = tensors
+        self._boxes = {name: _boxes_of(tensor) for name, tensor in tensors.items()}
+        self._pieces = index.covering(self._boxes, near=near)
+        self._planner = _NotingPlanner(flatten_state_dict=False)
+        self._index = index
+        self._items: list[ReadItem] = []
+        self._table = BoxTable.of(())
+        if tensors:
+            with torch.no_grad():
+                self._planner.set_up_planner(dict(tensors), describe(index, self._pieces), is_coordinator=False)
+                self._items = self._planner.create_local_plan().items
+
+    def shareable(self) -> BoxTable:
+        """Return the boxes that other ranks may need just as they are, in the order in which they are stored."""
+        entries = self._index.tensors
+        names = [name for name, tensor in self._tensors.items() if _is_replicated(tensor)]
+        names.sort(key=self._place)
+        self._table = BoxTable.of(
+            Box(name, entries[name].dtype, entries[name].shape, *box) for name in names for box in self._boxes[name]
+        )
+        return self._table
+
+    def _place(self, name: str) -> tuple[int, int, int]:
+        places = [(piece.rank, piece.number, piece.start) for piece in self._pieces[name]]
+        return min(places, default=(0, 0, 0))
+
+    def take_over(self, steps: Sequence[Step], rank: int) -> list[Packet]:
+        """Leave to others what they read; return what is passed between the ranks, in the order of `steps`."""
+        boxes = list(self._table)
+        keys = [(box.name, box.offsets) for box in boxes]
+        taken = {keys[row] for step in steps if step.reader != rank for row in step.rows}
+        self._items = [item for item in self._items if _key_of(item.dest_index) not in taken]
+        self._planner.expect(self._items)
+        return [
+            Packet(
+                reader=step.reader,
+                takers=step.takers,
+                tensors=tuple(self._local(keys[row]) for row in step.rows),
+                is_ready=self._planner.watch([keys[row] for row in step.rows]) if step.reader == rank else None,
+            )
+            for step in steps
+        ]
+
+    def _local(self, key: tuple[str, tuple[int, ...]]) -> torch.Tensor:
+        found = self._planner.lookup_tensor(MetadataIndex(key[0], torch.Size(key[1])))
+        return found.detach()
+
+    def read(self, source: RankInput) -> None:
+        """Read what is left to this rank."""
+        with torch.no_grad():
+            source.read(self._items, self._planner, self._pieces)
+
+
+def _boxes_of(tensor: object) -> list[BoxPlace]:
+    """Return the boxes of a tensor that this rank holds."""
+    chunks = _create_chunk_list(cast("torch.Tensor", tensor))
+    return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
+
+
+def _is_replicated(tensor: object) -> bool:
+    """Tell whether other ranks may hold the same box of a tensor."""
+    if isinstance(tensor, DTensor):
+        return any(isinstance(placement, Replicate) for placement in tensor.placements)
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+def _key_of(index: MetadataIndex) -> tuple[str, tuple[int, ...]]:
+    return index.fqn, tuple(index.offset or ())
+
+
+class _NotingPlanner(DefaultLoadPlanner):
+    """The stock planner, which also notes which boxes are complete, so that they can be passed on."""
+
+    def expect(self, items: Sequence[ReadItem]) -> None:
+        """Count the parts of each box that are to come."""
+        self._missing = Counter(_key_of(item.dest_index) for item in items)
+        self._watched: dict[tuple[str, tuple[int, ...]], Countdown] = {}
+
+    def watch(self, keys: Sequence[tuple[str, tuple[int, ...]]]) -> Countdown:
+        """Return a countdown over some boxes."""
+        open_keys = [key for key in keys if self._missing[key]]
+        countdown = Countdown(len(open_keys))
+        self._watched.update(dict.fromkeys(open_keys, countdown))
+        return countdown
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Note that a part is complete; called by one thread at a time."""
+        key = _key_of(read_item.dest_index)
+        missing = getattr(self, "_missing", None)
+        if missing is None:
+            return
+        missing[key] -= 1
+        if missing[key] == 0 and key in self._watched:
+            self._watched[key].count_down()
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turn what some ranks met into one error: the first one's own, which says on which ranks it was met."""
+    try:
+        yield
+    except RanksFailedError as exc:
+        own = _own_failures(exc.failures)
+        ranks = sorted(own)
+        first = own[ranks[0]]
+        if ranks != [0]:
+            first.add_note(f"on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}")
+        raise first from exc

@@ -1,0 +1,286 @@
+"""Know that this process will be taken away: by signals, and by whoever else may say so.
+
+    signals ─SignalWatch─┐
+    sources ─Watcher─────┴─▶ seen ──▶ notice, for whoever asks each step
+
+Entered by the owner's thread, by a thread per source, and by the signal handler, which may interrupt the owner's
+anywhere: what it touches (`seen`) is only ever appended to, without a lock. A notice that was given is never taken
+back. What is done about it is the manager's; here nothing is saved and nobody exits.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.preemption.clouds import DMI, Ec2Source, GceSource, is_ec2, is_gce
+from cloudckpt.preemption.notices import CheckSource, Notice, NoticeSource, Watcher
+from cloudckpt.preemption.signals import SignalWatch
+from cloudckpt.preemption.slurm import SlurmSource
+
+__all__ = ["EXIT_PREEMPTED", "Preemption", "auto_sources"]
+
+logger = logging.getLogger(__name__)
+
+EXIT_PREEMPTED = 143
+"""128 + SIGTERM: what a shell reports of a process that SIGTERM has ended."""
+
+_JOIN_S = 3.0
+
+
+def auto_sources(
+    *, slurm_lead_s: float = 120.0, dmi: Path = DMI, environ: Mapping[str, str] = os.environ
+) -> list[NoticeSource]:
+    """Return the sources that this machine and job have; elsewhere none, so that no request leaves the process."""
+    sources: list[NoticeSource] = []
+    if is_ec2(dmi, environ):
+        sources.append(Ec2Source())
+    if is_gce(dmi):
+        sources.append(GceSource())
+    if environ.get("SLURM_JOB_ID"):
+        sources.append(SlurmSource(lead_s=slurm_lead_s, environ=environ))
+    return sources
+
+
+class Preemption:
+    """What is known of this process's end, from `start` on.
+
+    ```python
+    with Preemption(check=lambda: Path("/run/stop").exists()) as preemption:
+        for step in range(total):
+            train_step()
+            if preemption.notice:
+                save(step)
+                sys.exit(preemption.exit_code)
+    ```
+
+    A signal that is watched does not end the process, so that there is time to save; nor does it a second time, as
+    schedulers and operators repeat themselves. Only when it comes again after the time that it left, `grace_s`, is its
+    former default taken. SIGINT and SIGKILL are nobody's but the user's. A handler that was there before is called
+    after ours, and one that is installed later may call ours. Processes forked from this one, such as the workers of a
+    DataLoader, die of the signals as ever. While the main thread is inside of a C function that does not return, such
+    as a collective that waits, Python runs no handler: the notice is seen when it is back.
+
+    A process that was preempted should exit with `exit_code`, which tells its end from success (0), from an error of
+    Python's (1) and from a kill (137): Slurm requeues it by itself if RequeueExit lists 143, Kubernetes can name it in
+    a podFailurePolicy, and torchrun counts any code but 0 as a failure, and restarts as --max-restarts allows.
+    """
+
+    def __init__(  # noqa: PLR0913 (keyword-only options, each of its own kind)
+        self,
+        *,
+        signals: Sequence[int] = (signal.SIGTERM, signal.SIGUSR1),
+        grace_s: float | Mapping[int, float] = 30.0,
+        sources: Sequence[NoticeSource] | Literal["auto"] = "auto",
+        check: Callable[[], float | bool | None] | None = None,
+        poll_s: float = 5.0,
+        slurm_lead_s: float = 120.0,
+        act_on_rebalance: bool = False,
+        exit_code: int = EXIT_PREEMPTED,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Choose what to watch; nothing is installed before `start`.
+
+        Args:
+            signals: signals that give notice; none to leave them alone.
+            grace_s: seconds from a signal to the kill: 30 by default on Kubernetes, Slurm (KillWait), torchrun and GCE.
+                A mapping gives each signal its own, such as `{SIGTERM: 30, SIGUSR1: 120}` with `--signal=USR1@120`.
+            sources: whom else to ask; `auto` for those that this machine has (EC2, GCE, Slurm).
+            check: a function of yours, called in a thread of its own: false for no notice, True for one without a
+                time, or the seconds left.
+            poll_s: seconds between two questions to a source.
+            slurm_lead_s: seconds before the end of a Slurm job at which `auto` gives notice.
+            act_on_rebalance: take EC2's rebalance recommendation, which is no certainty, for a notice, too. Otherwise
+                it is logged, and is in `seen` only.
+            exit_code: what to exit with, 1 to 255.
+            clock: monotonic seconds.
+
+        Raises:
+            OptionsError: an option is wrong, or there is nothing to watch.
+        """
+        self._signals = _checked_signals(signals)
+        self._grace_s = _checked_grace(grace_s, self._signals)
+        _check_seconds("poll_s", poll_s)
+        _check_seconds("slurm_lead_s", slurm_lead_s)
+        if type(exit_code) is not int or not 1 <= exit_code <= 255:
+            raise OptionsError(f"exit_code is {exit_code!r}; give 1 to 255, because 0 would say that all is done")
+        self._sources = _checked_sources(sources)
+        if not (self._signals or sources or check):
+            raise OptionsError("signals, sources and check are all empty; give at least one of them")
+        if check is not None and not callable(check):
+            raise OptionsError(f"check is {check!r}; give a function")
+        self._check = check
+        self._poll_s = poll_s
+        self._slurm_lead_s = slurm_lead_s
+        self._act_on_advice = act_on_rebalance
+        self._exit_code = exit_code
+        self._clock = clock
+        self._seen: list[Notice] = []
+        self._logged_count = 0
+        self._weighed: tuple[int, Notice | None] = (0, None)
+        self._log_lock = threading.Lock()
+        self._take_lock = threading.Lock()
+        self._signal_watch: SignalWatch | None = None
+        self._watchers: list[Watcher] = []
+        self._pid = 0
+
+    # -- asking --------------------------------------------------------------------------------------------
+
+    @property
+    def exit_code(self) -> int:
+        """What the process should exit with once it has saved."""
+        return self._exit_code
+
+    @property
+    def notice(self) -> Notice | None:
+        """The notice with the earliest deadline, or None as long as there is none; of any thread, at no cost."""
+        # The handler appends without a lock, so news is known by the length alone.
+        count = len(self._seen)
+        if self._weighed[0] != count:
+            heeded = [one for one in self._seen[:count] if self._is_heeded(one)]
+            self._weighed = count, min(heeded, key=_urgency, default=None)
+        if self._logged_count != count:
+            self._log_news()
+        return self._weighed[1]
+
+    @property
+    def seen(self) -> tuple[Notice, ...]:
+        """All notices, in the order in which they came; advice, too."""
+        return tuple(self._seen)
+
+    def _is_heeded(self, notice: Notice) -> bool:
+        return self._act_on_advice or notice.kind == "order"
+
+    def _log_news(self) -> None:
+        # Never waits: a handler that somebody chained to ours may ask for the notice in the middle of this.
+        if not self._log_lock.acquire(blocking=False):
+            return
+        try:
+            while self._logged_count < len(self._seen):
+                self._logged_count += 1
+                self._log(self._seen[self._logged_count - 1])
+        finally:
+            self._log_lock.release()
+
+    def _log(self, notice: Notice) -> None:
+        left_s = notice.seconds_left(self._clock())
+        when = "at a time that is not known" if left_s is None else f"in {left_s:.0f} s"
+        text = "preemption %s: %s (%s)" if self._is_heeded(notice) else "advice, on which nothing is done: %s: %s (%s)"
+        logger.warning(text, when, notice.reason, notice.source)
+
+    def _take(self, notice: Notice) -> None:
+        """Keep what a source says, unless it has said so before; in the source's thread."""
+        with self._take_lock:
+            if any(_covers(known, notice) for known in self._seen):
+                return
+            self._seen.append(notice)
+        self._log_news()
+
+    # -- living --------------------------------------------------------------------------------------------
+
+    def start(self) -> Self:
+        """Install the handlers and begin to ask the sources. Idempotent. What was noticed before stays noticed.
+
+        Python lets only the main thread install handlers: from another one, the signals are left out with a warning.
+
+        Raises:
+            OptionsError: called from another thread, and there is nothing but signals to watch.
+        """
+        if self._pid == os.getpid():
+            return self
+        sources = list(auto_sources(slurm_lead_s=self._slurm_lead_s) if self._sources is None else self._sources)
+        if self._check is not None:
+            sources.append(CheckSource(self._check, clock=self._clock))
+        self._start_signals(is_all=not sources)
+        self._pid = os.getpid()
+        self._watchers = [Watcher(source, self._take, poll_s=self._poll_s) for source in sources]
+        for watcher in self._watchers:
+            watcher.start()
+        return self
+
+    def _start_signals(self, *, is_all: bool) -> None:
+        if self._signals and threading.current_thread() is not threading.main_thread():
+            if is_all:
+                raise OptionsError("only the main thread can watch signals, and there is no other source: start there")
+            logger.warning("signals give no notice, because only the main thread can watch them: start there")
+            return
+        self._signal_watch = SignalWatch(self._signals, self._grace_s, self._seen, clock=self._clock)
+
+    def stop(self) -> None:
+        """Give the signals back and ask no more. Idempotent. Returns within 3 s, whatever a source does.
+
+        A handler that was installed after ours stays, and what it passes on to ours goes to the one before.
+        """
+        watch, self._signal_watch = self._signal_watch, None
+        if watch is not None:
+            watch.close()
+        watchers, self._watchers, self._pid = self._watchers, [], 0
+        for watcher in watchers:
+            watcher.stop()
+        stop_s = time.monotonic() + _JOIN_S
+        for watcher in watchers:
+            if not watcher.join(max(0.0, stop_s - time.monotonic())):
+                logger.warning("%s still hangs in a question; its thread is left to itself", watcher.name)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _urgency(notice: Notice) -> tuple[float, float]:
+    return (math.inf if notice.deadline_s is None else notice.deadline_s), notice.received_s
+
+
+def _covers(known: Notice, notice: Notice) -> bool:
+    """Tell whether `notice` is no news: a deadline moves a little with each question, and later is no worse."""
+    is_same = (known.source, known.reason, known.kind) == (notice.source, notice.reason, notice.kind)
+    return is_same and _urgency(known)[0] <= _urgency(notice)[0] + 1.0
+
+
+def _checked_signals(signals: Sequence[int]) -> tuple[signal.Signals, ...]:
+    try:
+        checked = tuple(signal.Signals(number) for number in signals)
+    except (TypeError, ValueError) as exc:
+        raise OptionsError(f"signals is {signals!r}; give signals such as (signal.SIGTERM,)") from exc
+    if len(set(checked)) != len(checked) or {signal.SIGKILL, signal.SIGSTOP} & set(checked):
+        raise OptionsError(f"signals is {signals!r}; name each once, and none that cannot be handled")
+    return checked
+
+
+def _checked_sources(sources: Sequence[NoticeSource] | Literal["auto"]) -> tuple[NoticeSource, ...] | None:
+    """Return the sources; None for those of the machine."""
+    if isinstance(sources, str) and sources == "auto":
+        return None
+    if not all(callable(getattr(source, "poll", None)) for source in sources):
+        raise OptionsError(f"sources is {sources!r}; give 'auto' or a list of sources")
+    return tuple(sources)
+
+
+def _checked_grace(grace_s: float | Mapping[int, float], signals: Sequence[int]) -> dict[int, float]:
+    if not isinstance(grace_s, Mapping):
+        _check_seconds("grace_s", grace_s)
+        return dict.fromkeys(signals, grace_s)
+    if set(grace_s) != set(signals):
+        names = ", ".join(signal.Signals(number).name for number in signals)
+        raise OptionsError(f"grace_s is {dict(grace_s)!r}; give seconds for each of the signals: {names}")
+    for value in grace_s.values():
+        _check_seconds("grace_s", value)
+    return dict(grace_s)
+
+
+def _check_seconds(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise OptionsError(f"{name} is {value!r}; give a number of seconds above 0")

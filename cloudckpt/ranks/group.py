@@ -1,0 +1,438 @@
+"""Let the ranks of a job agree on one save or restore, without waiting for ever for one that does not come.
+
+    agree   each rank's value ──▶ rank 0 decides ──▶ the same answer, or the same error, on every rank
+    deal    each rank's value ──▶ rank 0 decides ──▶ each rank its own part
+    pass    tensors from the rank that has them to those that need them
+
+The messages go over a gloo group of our own, made once per process group, so that nothing of a trainer's traffic is
+met, whatever its backend is. `Link`'s thread sends and receives them; the rank waits for that thread and watches
+`Pulse` meanwhile, because a gloo receive cannot be given up and, once it has timed out, has taken the whole group with
+it. What raises on one rank travels as a value. After a lost rank the group is left to itself, and the next session
+makes another. Keeps FORMAT invariants 11 and 13. One session at a time, which one thread may begin and another end.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import pickle
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar, cast
+
+import torch.distributed as dist
+
+from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError
+from cloudckpt.ranks.link import BrokenError, Link, new_gloo_group, store_of_our_own
+from cloudckpt.ranks.packet import Packet
+from cloudckpt.ranks.pulse import Pulse
+from cloudckpt.transfer import OWN_SHARE, Watch
+
+__all__ = ["Group", "MissingPartsError", "RanksFailedError", "UndecidedError", "refuse_lonely_rank"]
+
+logger = logging.getLogger(__name__)
+
+_Mine = TypeVar("_Mine")
+_Result = TypeVar("_Result")
+
+
+class RanksFailedError(Exception):
+    """What some ranks raised where each did its own part; turned into an error for the caller by whoever led them.
+
+    Attributes:
+        failures: rank → its error.
+    """
+
+    def __init__(self, failures: Mapping[int, BaseException]) -> None:
+        super().__init__(dict(failures))
+        self.failures = dict(failures)
+
+
+class UndecidedError(Exception):
+    """Rank 0 was lost when it had all it needed to decide: nobody here knows whether it did."""
+
+
+class MissingPartsError(Exception):
+    """Another rank could not read what it was to pass on to this one; its own error says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A rank's part in one exchange: which exchange it believes to be in, and its value or error."""
+
+    phase: str
+    value: object = None
+    error: BaseException | None = None
+
+
+class Group:
+    """The ranks that save and restore together: those of the default process group, or this process alone."""
+
+    def __init__(self, *, rank: int = 0, size: int = 1) -> None:
+        """Make the group of one process; `of_world` makes the others."""
+        self.rank = rank
+        self.size = size
+        self.world: dist.ProcessGroup | None = None
+        self._link: Link | None = None
+        self._generation = 0
+        self._session = 0
+        self._is_open = False
+        self._turn = threading.Lock()
+        self._holder: int | None = None
+        self._settled: BaseException | None = None
+
+    @classmethod
+    def of_world(cls) -> Group:
+        """Return the group of the default process group, the same one as long as that exists; else a lone one."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return cls()
+        world = dist.group.WORLD
+        with _LOCK:
+            group = _OF_WORLD.get(id(world))
+            if group is None or group.world is not world:
+                for gone in _OF_WORLD.values():  # of a process group that was destroyed
+                    gone.close()
+                _OF_WORLD.clear()
+                group = cls(rank=dist.get_rank(), size=dist.get_world_size())
+                group.world = world
+                _OF_WORLD[id(world)] = group
+        return group
+
+    def close(self) -> None:
+        """End the thread that waits for messages; the next session makes another one."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+
+    # -- sessions ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def session(self, what: str, *, deadline_s: float) -> Iterator[None]:
+        """Hold the ranks together for one save or restore; every rank must come. Waits for a session under way.
+
+        Raises:
+            OptionsError: this thread is in the middle of a session.
+            RankLostError: a rank did not come, died, gave up, or stands still for `deadline_s`. Also out of every
+                exchange. The next session begins anew, with whoever comes.
+        """
+        if self.size == 1:
+            yield
+            return
+        if self._holder == threading.get_ident():
+            raise OptionsError(f"{what} began in the middle of another save or restore; let that one end first")
+        # One that another thread leads is waited for: every rank began it first, so every rank waits.
+        self._turn.acquire()
+        self._holder = threading.get_ident()
+        self._is_open, self._settled = True, None
+        try:
+            link = self._begin(what, deadline_s)
+            try:
+                yield
+            except BaseException as exc:
+                self._give_up(link, exc)
+                raise
+            finally:
+                link.pulse.end()
+        finally:
+            self._is_open, self._holder = False, None
+            self._turn.release()
+
+    def hand_over(self) -> None:
+        """Leave the session to whichever thread takes it over; until then nobody counts as being in it."""
+        self._holder = None
+
+    def take_over(self) -> None:
+        """Go on, in the calling thread, with a session that another thread has begun and left."""
+        self._holder = threading.get_ident()
+
+    def _begin(self, what: str, deadline_s: float) -> Link:
+        self._session += 1
+        if self._link is None:
+            self._session = 1
+            self._link = self._join(what, deadline_s)
+        else:
+            self._link.pulse.begin(self._session, what, deadline_s=deadline_s)
+        return self._link
+
+    def _give_up(self, link: Link, error: BaseException) -> None:
+        """Leave a session by an error: the others have it too, or are told now."""
+        if self._settled is not None and (error is self._settled or error.__cause__ is self._settled):
+            return
+        self._link = None
+        if not isinstance(error, RankLostError | UndecidedError):
+            link.pulse.leave(f"{type(error).__name__}: {error}")
+        link.pulse.linger()
+
+    def _join(self, what: str, deadline_s: float) -> Link:
+        """Make a gloo group of our own, once every rank has come to do so."""
+        name = f"{what}, making a group"
+        with _missing_store():
+            pulse = Pulse(store_of_our_own(), rank=self.rank, size=self.size)
+        link = Link(pulse)
+        try:
+            meeting = link.submit(partial(pulse.meet, name, after=self._generation, deadline_s=deadline_s))
+            with _missing_store():
+                self._generation = self._wait(link, meeting, name)
+            make = link.submit(new_gloo_group)
+            link.gloo = cast("dist.ProcessGroup", self._wait(link, make, name))
+            pulse.enter(what, is_waiting=False)
+        except BaseException as exc:
+            self._give_up(link, exc)
+            pulse.end()
+            raise
+        logger.debug("rank %d: made a gloo group of %d ranks for checkpoints", self.rank, self.size)
+        return link
+
+    def _wait(self, link: Link, future: Future[_Result], what: str) -> _Result:
+        """Wait for the link's thread, but for no rank that is late."""
+        while True:
+            try:
+                return future.result(timeout=link.pulse.period_s)
+            except FutureTimeoutError:
+                if (fault := link.pulse.fault()) is not None:
+                    raise fault from None
+            except BrokenError as exc:
+                raise link.pulse.blame(exc.rank) from exc
+
+    # -- exchanges -----------------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Note that this rank gets on with its own work."""
+        if self._link is not None:
+            self._link.pulse.tick()
+
+    def enter(self, phase: str) -> None:
+        """Say what this rank works at by itself."""
+        if self._link is not None:
+            self._link.pulse.enter(phase, is_waiting=False)
+
+    def agree(self, phase: str, mine: Callable[[], _Mine], decide: Callable[[list[_Mine]], _Result]) -> _Result:
+        """Let each rank do its part, rank 0 decide on all parts, and every rank have the decision.
+
+        Raises:
+            RanksFailedError: some ranks' own parts raised; on every rank.
+            Exception: what `decide` raised; on every rank.
+            RankLostError: a rank is late.
+        """
+        return self._exchange(phase, mine, lambda values: [decide(values)], is_same=True)
+
+    def deal(
+        self, phase: str, mine: Callable[[], _Mine], decide: Callable[[list[_Mine]], Sequence[_Result]]
+    ) -> _Result:
+        """Let each rank do its part, rank 0 decide on all, and each rank have its own answer; raises as `agree`."""
+        return self._exchange(phase, mine, decide, is_same=False)
+
+    def conclude(self, phase: str, mine: Callable[[], _Mine], decide: Callable[[list[_Mine]], _Result]) -> _Result:
+        """Do as `agree` does, for a decision that cannot be taken back.
+
+        A rank that is lost before rank 0 has begun to decide ends it; one that is lost afterwards changes nothing:
+        those that can be told are told.
+
+        Raises:
+            UndecidedError: rank 0 was lost after it had this rank's part.
+        """
+        try:
+            return self._exchange(phase, mine, lambda values: [decide(values)], is_same=False, is_final=True)
+        except RankLostError as exc:
+            # From here on the part is not handed over any more, should rank 0 be there again.
+            has_asked = self._link is not None and self._link.retract()
+            if 0 in exc.ranks and self.rank != 0 and has_asked:
+                raise UndecidedError(str(exc)) from exc
+            raise
+
+    def watch(self, deadline_s: float) -> Watch:
+        """Return how this rank's own transfers are watched over, where `deadline_s` is the others' patience with it."""
+        return Watch(deadline_s=OWN_SHARE * deadline_s, tick=self.tick, check=self.check)
+
+    def check(self) -> None:
+        """Raise if a rank is known to be lost."""
+        fault = self._link.pulse.fault() if self._link is not None else None
+        if fault is not None:
+            raise fault
+
+    def begin_passing(self, packets: Sequence[Packet]) -> Future[list[int]] | None:
+        """Begin to pass tensors between ranks, in the background; every rank has its packets in one common order.
+
+        What follows in this session waits until it has ended, so `end_passing` must be called.
+        """
+        if self.size == 1:
+            return None
+        link = self._open_link()
+        return link.submit(partial(link.pass_on, packets, self.rank, self.tick))
+
+    def end_passing(self, passing: Future[list[int]] | None) -> None:
+        """Wait until all tensors are passed on.
+
+        Raises:
+            MissingPartsError: a rank could not read what it was to pass on; that rank raises why.
+        """
+        if passing is None:
+            return
+        link = self._open_link()
+        link.pulse.enter("passing tensors on", is_waiting=True)
+        failed = self._wait(link, passing, "passing tensors on")
+        link.pulse.enter("passing tensors on", is_waiting=False)
+        if failed:
+            raise MissingPartsError(f"ranks {sorted(set(failed))} could not read what they were to pass on")
+
+    def _exchange(
+        self,
+        phase: str,
+        mine: Callable[[], _Mine],
+        decide: Callable[[list[_Mine]], Sequence[_Result]],
+        *,
+        is_same: bool,
+        is_final: bool = False,
+    ) -> _Result:
+        self.enter(phase)
+        sent = _do(phase, mine)
+        if self.size == 1:
+            answer = _answers([sent], decide)[0]
+        elif self.rank == 0:
+            answer = self._lead(phase, sent, decide, is_same=is_same, is_final=is_final)
+        else:
+            answer = self._follow(phase, sent, is_same=is_same)
+        if answer.error is not None:
+            self._settled = answer.error
+            raise answer.error
+        return cast("_Result", answer.value)
+
+    def _lead(
+        self,
+        phase: str,
+        sent: _Sent,
+        decide: Callable[[list[_Mine]], Sequence[_Result]],
+        *,
+        is_same: bool,
+        is_final: bool,
+    ) -> _Sent:
+        link = self._open_link()
+        link.pulse.enter(phase, is_waiting=True)
+        parts = self._wait(link, link.submit(partial(link.gather, self.size)), phase)
+        if is_final and (fault := link.pulse.decide()) is not None:
+            raise fault
+        link.pulse.enter(phase, is_waiting=False)
+        answers = _answers([sent, *map(_unpickled, parts)], decide)
+        link.pulse.enter(phase, is_waiting=True)
+        if is_same:
+            self._wait(link, link.submit(partial(link.broadcast, _pickled(answers[0]))), phase)
+        else:
+            dealt = [answers[min(rank, len(answers) - 1)] for rank in range(self.size)]
+            messages = [_pickled(answer) for answer in dealt[1:]]
+            if is_final:
+                self._tell_what_stands(link, phase, messages)
+            else:
+                self._wait(link, link.submit(partial(link.scatter, messages)), phase)
+        link.pulse.enter(phase, is_waiting=False)
+        return answers[0]
+
+    def _tell_what_stands(self, link: Link, phase: str, messages: Sequence[bytes]) -> None:
+        """Send each other rank its answer to a decision that stands, also if some are not there any more.
+
+        No verdict is passed on a rank that does not take it: the others would take that for the end of this session.
+        """
+        telling = link.submit(partial(link.scatter, messages, is_patient=True))
+        try:
+            unreached = telling.result(timeout=link.pulse.deadline_s)
+        except FutureTimeoutError:
+            unreached = link.untold
+        if unreached:
+            self._link = None  # the next session is for whoever is there then
+            logger.warning("rank 0: ranks %s were lost before they could be told of %r, which stands", unreached, phase)
+
+    def _follow(self, phase: str, sent: _Sent, *, is_same: bool) -> _Sent:
+        link = self._open_link()
+        link.has_asked = False
+        # A rank that was stopped knows that it was given up before it hands its part over, not afterwards.
+        if (fault := link.pulse.catch_up()) is not None:
+            raise fault
+        link.pulse.enter(phase, is_waiting=True)
+        answer = self._wait(link, link.submit(partial(link.ask, _pickled(sent), is_same=is_same)), phase)
+        link.pulse.enter(phase, is_waiting=False)
+        return _unpickled(answer)
+
+    def _open_link(self) -> Link:
+        if self._link is None or not self._is_open:
+            raise OptionsError("ranks can only exchange within a session")
+        return self._link
+
+
+_LOCK = threading.Lock()
+_OF_WORLD: dict[int, Group] = {}
+
+
+@atexit.register
+def refuse_lonely_rank() -> None:
+    """Refuse to act as the only rank when the launcher started several and no process group exists.
+
+    DCP would silently treat each process as the coordinator of a save of its own.
+    """
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size.isdigit() and int(world_size) > 1 and not (dist.is_available() and dist.is_initialized()):
+        raise OptionsError(
+            f"WORLD_SIZE is {world_size} and no process group exists; call torch.distributed.init_process_group() "
+            "before saving or restoring"
+        )
+
+
+def _forget() -> None:
+    """Let go of the gloo groups and their threads while the interpreter is whole."""
+    for group in _OF_WORLD.values():
+        group.close()
+    _OF_WORLD.clear()
+
+
+def _do(phase: str, mine: Callable[[], object]) -> _Sent:
+    try:
+        return _Sent(phase, mine())
+    except Exception as exc:  # noqa: BLE001 (the end of a rank's part: raised again on every rank)
+        return _Sent(phase, error=exc)
+
+
+def _answers(sent: Sequence[_Sent], decide: Callable[[list[_Mine]], Sequence[_Result]]) -> list[_Sent]:
+    """Return what the ranks are told: one answer each, or a single one that is meant for all."""
+    stranger = next((rank for rank, part in enumerate(sent) if part.phase != sent[0].phase), None)
+    failures = {rank: part.error for rank, part in enumerate(sent) if part.error is not None}
+    if stranger is not None:
+        said = f"rank 0 is at {sent[0].phase!r} and rank {stranger} at {sent[stranger].phase!r}"
+        return [_Sent("", error=OptionsError(f"{said}; call the same save or restore on every rank"))]
+    if failures:
+        return [_Sent("", error=RanksFailedError(failures))]
+    try:
+        return [_Sent("", value) for value in decide([cast("_Mine", part.value) for part in sent])]
+    except Exception as exc:  # noqa: BLE001 (as above)
+        return [_Sent("", error=exc)]
+
+
+def _pickled(sent: _Sent) -> bytes:
+    """Bring a message between ranks of one job into bytes; an error that does not pickle is told by its text."""
+    try:
+        data = pickle.dumps(sent)
+        if sent.error is not None:
+            pickle.loads(data)  # noqa: S301 (our own)
+    except Exception as exc:  # noqa: BLE001 (an error of a user's own may raise anything here)
+        text = f"{type(sent.error).__name__}: {sent.error}" if sent.error is not None else str(exc)
+        return pickle.dumps(_Sent(sent.phase, error=CloudCkptError(text)))
+    return data
+
+
+def _unpickled(data: bytes) -> _Sent:
+    return cast("_Sent", pickle.loads(data))  # noqa: S301 (of a rank of this job)
+
+
+@contextmanager
+def _missing_store() -> Iterator[None]:
+    try:
+        yield
+    except dist.DistError as exc:
+        raise RankLostError(
+            f"the process group's store is gone ({exc}), which rank 0 keeps; restart the job: it resumes from the "
+            "newest committed checkpoint",
+            ranks=[0],
+        ) from exc

@@ -1,0 +1,171 @@
+"""Let all ranks see the largest of their numbers, so cheaply that it can be done at every training step.
+
+One all-reduce of a few integers over a gloo group of our own, in the training's thread; no message of a save or
+restore under way meets it. A rank that waits for long looks now and then whether another one has raised an alarm and
+answers it, so that those who do not answer can be named (FORMAT invariant 13).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from datetime import timedelta
+from functools import partial
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cloudckpt.errors import RankLostError
+from cloudckpt.ranks.link import BrokenError, new_gloo_group, store_of_our_own
+from cloudckpt.ranks.pulse import KeyValueStore
+
+__all__ = ["Vote"]
+
+logger = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
+
+_ROOM = "cloudckpt/votes"
+# Ranks that train together come within this; a pause would outlast the answer, which is there after half of it.
+_YIELDING_S = 5e-4
+# Whoever waits for longer looks less and less often.
+_SHORTEST_PAUSE_S = 20e-6
+_LONGEST_PAUSE_S = 2e-3
+_ALARM_PERIOD_S = 0.25
+_ANSWERING_S = 1.5
+# How long the store may take besides.
+_STORE_S = 2.0
+
+
+def _yield_core() -> None:
+    """Let whoever waits for this core go first, and come back at once if nobody does."""
+    if hasattr(os, "sched_yield"):
+        os.sched_yield()
+    else:
+        time.sleep(0)
+
+
+def _begun(call: Callable[[], _Result]) -> Future[_Result]:
+    """Call something, in a thread that holds nobody up, should it never return."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as exc:  # noqa: BLE001 (the end of a thread: raised where somebody waits)
+            future.set_exception(exc)
+
+    threading.Thread(target=run, name="cloudckpt-vote", daemon=True).start()
+    return future
+
+
+class Vote:
+    """The votes of this process with the other ranks of the default process group. One thread."""
+
+    def __init__(self, *, rank: int, size: int, timeout_s: float) -> None:
+        """Prepare; the group is made at the first vote, together with all other ranks.
+
+        Args:
+            rank: this one.
+            size: how many there are; a single one agrees with itself.
+            timeout_s: how long to wait for a rank.
+        """
+        self._rank = rank
+        self.size = size
+        self._timeout_s = timeout_s
+        self._gloo: object | None = None
+        self._store: KeyValueStore | None = None
+        self._count = 0
+        self._asking: Future[bool] | None = None
+
+    def largest(self, values: Sequence[int], *, what: str) -> list[int]:
+        """Return, on every rank, the largest of all ranks' values at each place.
+
+        Raises:
+            RankLostError: a rank did not come within the timeout, or died. The job has to be started again.
+        """
+        if self.size == 1:
+            return list(values)
+        self._count += 1
+        tensor = torch.tensor(list(values), dtype=torch.int64)
+        try:
+            self._open(what)
+            work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._gloo, async_op=True)
+            self._wait(work, what)
+        except (BrokenError, RuntimeError) as exc:
+            raise self._lost(what) from exc
+        finally:
+            self._asking = None  # it was about this vote
+        return [int(value) for value in tensor.tolist()]
+
+    def _open(self, what: str) -> None:
+        if self._gloo is not None:
+            return
+        # In a thread: it asks rank 0's store, which may not answer, and Python runs handlers meanwhile.
+        opening = _begun(lambda: (new_gloo_group(timeout=timedelta(seconds=self._timeout_s)), store_of_our_own()))
+        try:
+            self._gloo, self._store = opening.result(timeout=self._timeout_s)
+        except FutureTimeoutError:
+            raise self._lost(what) from None
+
+    def _wait(self, work: dist.Work | None, what: str) -> None:
+        if work is None:
+            return
+        began_s = looked_s = time.monotonic()
+        pause_s = _SHORTEST_PAUSE_S
+        # Not `work.wait()`: it would keep Python from running signal handlers.
+        while not work.is_completed():
+            now_s = time.monotonic()
+            if now_s - began_s > self._timeout_s or (now_s - looked_s > _ALARM_PERIOD_S and self._is_alarmed()):
+                raise self._lost(what)
+            if now_s - began_s < _YIELDING_S:
+                _yield_core()
+                continue
+            if now_s - looked_s > _ALARM_PERIOD_S:
+                looked_s = now_s
+            time.sleep(pause_s)
+            pause_s = min(_LONGEST_PAUSE_S, 1.5 * pause_s)
+        work.wait()  # raises what went wrong
+
+    def _is_alarmed(self) -> bool:
+        """Return the last answer of the store, and ask it again; it is rank 0's, and may not answer any more."""
+        asking, store = self._asking, self._store
+        if store is None or (asking is not None and not asking.done()):
+            return False
+        self._asking = _begun(partial(store.check, [self._alarm]))
+        return asking is not None and asking.exception() is None and asking.result()
+
+    @property
+    def _alarm(self) -> str:
+        return f"{_ROOM}/{self._count}/alarm"
+
+    def _lost(self, what: str) -> RankLostError:
+        """Raise the alarm, and name the ranks that do not answer it."""
+        try:
+            late = _begun(self._not_answering).result(timeout=_ANSWERING_S + _STORE_S)
+        except FutureTimeoutError:
+            late = [0]  # it keeps the store
+        names = f"ranks {late}" if late else "other ranks"
+        return RankLostError(
+            f"{names} did not come to {what}, or died, while rank {self._rank} waited; restart the job: it resumes "
+            "from the newest committed checkpoint",
+            ranks=late,
+            phase=what,
+        )
+
+    def _not_answering(self) -> list[int]:
+        keys = [f"{_ROOM}/{self._count}/{rank}" for rank in range(self.size)]
+        try:
+            store = self._store or store_of_our_own()
+            store.set(keys[self._rank], "here")
+            store.set(self._alarm, "raised")
+            time.sleep(_ANSWERING_S)
+            return [rank for rank, key in enumerate(keys) if not store.check([key])]
+        except RuntimeError:  # torch's DistError: the store lives in rank 0's process
+            return [0]

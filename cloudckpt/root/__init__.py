@@ -1,0 +1,22 @@
+"""What exists below one root, and what may go: epochs and commits, retention rules, pruning, sweeping.
+
+The catalog is the only room that creates or deletes a manifest.
+"""
+
+from cloudckpt.root.catalog import Catalog, Checkpoint
+from cloudckpt.root.pruning import Pruner
+from cloudckpt.root.retention import KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
+from cloudckpt.root.sweep import Orphan, sweep
+
+__all__ = [
+    "Catalog",
+    "Checkpoint",
+    "KeepBest",
+    "KeepEvery",
+    "KeepFor",
+    "KeepLast",
+    "Orphan",
+    "Pruner",
+    "RetentionRule",
+    "sweep",
+]

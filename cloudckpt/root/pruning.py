@@ -1,0 +1,82 @@
+"""Remove the checkpoints of one root that no retention rule keeps: manifests first, shards a grace time later.
+
+Called by whichever thread has committed a checkpoint, and by the manager's; never by two at once. Keeps FORMAT
+invariants 7 and 8.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cloudckpt.errors import CheckpointExistsError, CloudCkptError
+from cloudckpt.root.catalog import Catalog, Checkpoint
+from cloudckpt.root.retention import RetentionRule, plan
+
+__all__ = ["Pruner"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Removal:
+    """A checkpoint whose manifest is gone and whose shards go once readers had time to notice."""
+
+    prefix: str
+    uncommitted_s: float
+
+
+class Pruner:
+    """The retention rules of a root, and what they have left to be removed."""
+
+    def __init__(
+        self, catalog: Catalog, rules: Sequence[RetentionRule], *, grace_s: float, clock: Callable[[], float]
+    ) -> None:
+        """Prune by `rules`; without any, nothing is pruned."""
+        self._catalog = catalog
+        self._rules = tuple(rules)
+        self._grace_s = grace_s
+        self._clock = clock
+        self._removals: list[_Removal] = []
+
+    def prune_after(self, checkpoint: Checkpoint) -> None:
+        """Uncommit what no rule keeps, and remove what is due; never the checkpoint that was just committed.
+
+        A failure is logged and left to the next save, because the checkpoint itself is safe.
+        """
+        if not self._rules and not self._removals:
+            return
+        try:
+            self._prune(checkpoint)
+        except CloudCkptError as exc:
+            logger.warning(
+                "step %s is saved, but pruning failed and is left to the next save: %s", checkpoint.step, exc
+            )
+
+    def _prune(self, newest: Checkpoint) -> None:
+        if self._rules:
+            existing = {found.order: found for found in self._catalog.all()}
+            # Our own newest is never in question, even when a newer epoch has checkpoints of its own by now.
+            removed = plan(list(existing.values()), self._rules, protected={newest.order}).remove
+            if removed:
+                # A newer job may be restoring what we would remove.
+                self._catalog.fence(newest.epoch)
+            for epoch_step in removed:
+                self._uncommit(existing[epoch_step])
+        self.remove_due()
+
+    def _uncommit(self, checkpoint: Checkpoint) -> None:
+        self._catalog.uncommit(checkpoint)
+        self._removals.append(_Removal(checkpoint.prefix, self._clock()))
+        logger.info("pruned step %s of epoch %d", checkpoint.step, checkpoint.epoch)
+
+    def remove_due(self) -> None:
+        """Remove the shards of what was uncommitted a grace time ago."""
+        due = [removal for removal in self._removals if self._clock() - removal.uncommitted_s >= self._grace_s]
+        for removal in due:
+            try:
+                self._catalog.remove_objects(removal.prefix)
+            except CheckpointExistsError:
+                logger.warning("%s was committed again while it was pruned; it stays", removal.prefix)
+            self._removals.remove(removal)

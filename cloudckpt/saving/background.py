@@ -1,0 +1,229 @@
+"""Finish a save in a thread of its own, and keep what became of it for whoever asks.
+
+    begin ──▶ stage (the caller waits) ──▶ the caller goes on
+      ╰─ thread: upload as shards are staged ──▶ commit ──▶ done, or failed: logged at once, and kept
+
+The thread is a daemon, so that a store that hangs cannot keep a process from ending; the end of the interpreter waits
+for it all the same, for as long as the options say.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from cloudckpt.errors import CloudCkptError, CommitUnknownError, SaveFailedError
+from cloudckpt.root import Checkpoint
+from cloudckpt.saving.lead import PendingSave
+from cloudckpt.transfer import StageClosedError
+
+__all__ = ["SaveHandle"]
+
+logger = logging.getLogger(__name__)
+
+# How long an abandoned save may take to notice.
+_NOTICING_S = 2.0
+
+
+class SaveHandle:
+    """One async save: under way, committed, failed or skipped. Any thread may ask.
+
+    Attributes:
+        step: the training step.
+        is_skipped: whether nothing was saved, because another save was under way (`on_busy="skip"`).
+        began_s: when it began, on the monotonic clock.
+    """
+
+    def __init__(self, step: int, *, is_skipped: bool = False) -> None:
+        """Made by `CheckpointManager.async_save`."""
+        self.step = step
+        self.is_skipped = is_skipped
+        self.began_s = time.monotonic()
+        self._pending: PendingSave | None = None
+        self._after: Callable[[Checkpoint], None] = lambda _: None
+        self._patience_s = 0.0
+        self._checkpoint: Checkpoint | None = None
+        self._error: BaseException | None = None
+        self._is_told = False
+        self._is_abandoned = False
+        self._ended = threading.Event()
+        if is_skipped:
+            self._ended.set()
+
+    @classmethod
+    def begin(
+        cls, step: int, pending: PendingSave, after: Callable[[Checkpoint], None], *, patience_s: float
+    ) -> SaveHandle:
+        """Stage a save in this thread and finish it in another; return once it is staged.
+
+        Args:
+            step: the training step.
+            pending: what all ranks have agreed on.
+            after: is called with the checkpoint, in the other thread, before the save counts as done.
+            patience_s: how long the end of the interpreter waits for it.
+
+        Raises:
+            CloudCkptError: it failed before everything was staged; nothing was committed.
+        """
+        handle = cls(step)
+        handle._pending, handle._after, handle._patience_s = pending, after, patience_s
+        _UNDER_WAY.append(handle)
+        threading.Thread(target=handle._run, name="cloudckpt-save", daemon=True).start()
+        try:
+            pending.stage()
+        except StageClosedError:
+            handle.result()  # raises why
+            raise
+        except BaseException:
+            handle._is_told = True
+            handle._abandon("its state could not be staged")
+            raise
+        return handle
+
+    def __repr__(self) -> str:
+        return f"SaveHandle(step={self.step}, {self._word()})"
+
+    def _word(self) -> str:
+        if self.is_skipped:
+            return "skipped"
+        if not self.done():
+            return "under way"
+        return "failed" if self._error is not None else "committed"
+
+    # -- asking --------------------------------------------------------------------------------------------
+
+    @property
+    def staged(self) -> bool:
+        """Whether the state was copied, so that it may change: `async_save` returns no earlier. False if skipped."""
+        return not self.is_skipped
+
+    def done(self) -> bool:
+        """Tell whether the save has ended, one way or another."""
+        return self._ended.is_set()
+
+    def result(self, timeout: float | None = None) -> Checkpoint | None:
+        """Wait for the end; return the committed checkpoint, or None if the save was skipped.
+
+        With several ranks, ask on all of them: a failure is raised by the next call of the manager on each rank that
+        was not told it here.
+
+        Args:
+            timeout: seconds to wait; None waits as long as the save's own deadlines let it live.
+
+        Raises:
+            TimeoutError: it goes on.
+            SaveFailedError: it failed; nothing was committed.
+            CloudCkptError: as `save` raises it.
+        """
+        if not self._ended.wait(timeout):
+            raise TimeoutError(f"the save of step {self.step} goes on after {timeout} s")
+        self._is_told = True
+        if self._error is not None:
+            raise self._error
+        return self._checkpoint
+
+    def wait(self) -> None:
+        """Wait for the end, without asking what became of it."""
+        self._ended.wait()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What it failed with, if it has failed; asking for it does not count as being told."""
+        return self._error
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether it has failed, and nobody was told yet."""
+        return self.done() and self._error is not None and not self._is_told
+
+    # -- ending --------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            if self._pending is not None:
+                self._checkpoint = self._pending.finish()
+                self._after(self._checkpoint)
+        except BaseException as exc:  # noqa: BLE001 (the end of a thread: kept, and raised where somebody waits)
+            self._error = exc
+            # At once: the next call that raises it may be an hour away.
+            logger.error("the save of step %d failed in the background: %s", self.step, exc)  # noqa: TRY400
+        self._pending = None
+        self._ended.set()
+        _UNDER_WAY.remove(self)
+
+    def _abandon(self, why: str) -> None:
+        """Begin nothing more, and wait a moment for that to be noticed."""
+        self._is_abandoned = True
+        pending = self._pending
+        if pending is not None:
+            pending.abandon(why)
+        self._ended.wait(_NOTICING_S)
+
+    def finish_or_abandon(self, timeout_s: float) -> None:
+        """Wait for the end for so long, then abandon the save; an interrupt of the wait abandons it, too.
+
+        Raises:
+            SaveFailedError: it was abandoned; nothing was committed.
+            CommitUnknownError: it was abandoned, and may be committed all the same.
+        """
+        try:
+            if self._ended.wait(timeout_s):
+                return
+        except BaseException:
+            self._abandon("the wait for it was interrupted")
+            raise
+        self._abandon(f"it did not end within {timeout_s:g} s")
+        self._is_told = True
+        if not self.done() or isinstance(self._error, CommitUnknownError):
+            raise CommitUnknownError(
+                f"the save of step {self.step} did not end within {timeout_s:g} s, so the checkpoint is whole or not "
+                "there",
+                op="create",
+            ) from self._error
+        if self._error is not None:
+            raise SaveFailedError(
+                f"the save of step {self.step} was abandoned after {timeout_s:g} s; nothing was committed"
+            ) from self._error
+
+    def _disown(self) -> None:
+        """Count as ended, in a process that was forked from the one whose thread goes on with it."""
+        self._pending = None
+        self._error = CloudCkptError(f"the save of step {self.step} belongs to the process that this was forked from")
+        self._is_told = True
+        # The old one's lock may have been held when the process was forked.
+        self._ended = threading.Event()
+        self._ended.set()
+
+
+_UNDER_WAY: list[SaveHandle] = []
+
+
+def _after_fork() -> None:
+    for handle in _UNDER_WAY:
+        handle._disown()  # noqa: SLF001 (of this module)
+    _UNDER_WAY.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _at_exit() -> None:
+    """Let the end of the interpreter wait for saves whose manager was not closed."""
+    for handle in _UNDER_WAY.copy():
+        if handle._is_abandoned:  # noqa: SLF001 (of this module)
+            continue
+        patience_s = handle._patience_s  # noqa: SLF001
+        logger.warning("the process ends; waiting up to %g s for the save of step %d", patience_s, handle.step)
+        try:
+            handle.finish_or_abandon(patience_s)
+        except (SaveFailedError, CommitUnknownError) as exc:
+            logger.error("%s", exc)  # noqa: TRY400
+
+
+# Before the pools of concurrent.futures refuse work, which fsspec's event loop gives them; atexit would be after that.
+getattr(threading, "_register_atexit", atexit.register)(_at_exit)

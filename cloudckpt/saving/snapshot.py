@@ -1,0 +1,177 @@
+"""Copy the tensors of one rank's shards into staging memory, so that training may change them.
+
+    Source ──host tensors──▶ copies by all cores ╮
+           ──strided ones──▶ torch's own copy    ├──▶ slabs that hold a shard's bytes in their order
+           ──CUDA tensors──▶ side stream         ╯
+
+Knows tensors and where a shard's pieces lie; memory and threads are `staging`'s. Called by the training's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from cloudckpt.format import DTYPE_NAMES, Chunk, ShardLayout, lay_out
+from cloudckpt.options import Options
+from cloudckpt.saving.source import Source
+from cloudckpt.transfer import Copy, Slabs, Stage, copying_threads, free_bytes, ranks_here
+
+__all__ = ["Staged", "expected_shards", "staging_limits", "take_snapshot"]
+
+# obstore, and our own files, take buffers as they are: 2 GiB through either kept 1 to 9 MiB (benchmarks/run.py).
+_SENDS_IN_PLACE = frozenset({"local", "obstore"})
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """Where the copies are, and what their transfers may take besides.
+
+    Attributes:
+        stage: the copies.
+        transfer_bytes: host memory that transports may take for what is in flight.
+        is_sent_in_place: whether the transport sends the copies as they lie, without one of its own.
+        is_pinned: whether the copies come from a device.
+    """
+
+    stage: Stage
+    transfer_bytes: int
+    is_sent_in_place: bool
+    is_pinned: bool = False
+
+    @classmethod
+    def of(
+        cls, slabs: Slabs, shards: Sequence[ShardLayout], source: Source, options: Options, *, engine: str
+    ) -> Staged:
+        """Prepare to stage shards; nothing is copied yet."""
+        sizes = [shard.size_bytes - len(shard.header) for shard in shards]
+        is_sent_in_place = engine in _SENDS_IN_PLACE
+        staging_bytes, transfer_bytes = staging_limits(
+            sum(sizes), options, is_sent_in_place=is_sent_in_place, held_bytes=slabs.held_bytes
+        )
+        is_pinned = torch.cuda.is_available() and source.has_device_bytes()
+        stage = Stage(slabs, sizes, limit_bytes=staging_bytes, is_pinned=is_pinned)
+        return cls(stage, transfer_bytes, is_sent_in_place, is_pinned)
+
+
+def staging_limits(
+    size_bytes: int, options: Options, *, is_sent_in_place: bool, held_bytes: int = 0
+) -> tuple[int, int]:
+    """Return the bytes that copies of a state of `size_bytes` may take, and those for their transfers.
+
+    A budget is for the copies where they are sent as they lie; else it is shared out: what the copies leave is for
+    transfers, up to a quarter of it, because a transport may copy what is in flight. Without a budget the copies may
+    take half of the free memory (what is held for them already counts as free), shared by the ranks of this machine.
+    """
+    budget = options.memory_budget_bytes
+    if budget is not None:
+        left = 0 if is_sent_in_place else min(budget // 4, options.concurrency * options.shard_bytes)
+        copies = min(size_bytes, budget - left)
+        return copies, budget - copies
+    transfer_bytes = options.transfer_budget_bytes
+    free = free_bytes()
+    if free is None:
+        return size_bytes, transfer_bytes
+    return min(size_bytes, max(transfer_bytes, held_bytes + free // 2 // ranks_here())), transfer_bytes
+
+
+def expected_shards(
+    leaves: Mapping[str, object], options: Options, *, rank: int, size: int, engine: str
+) -> tuple[list[int], bool]:
+    """Return the bytes of the shards that a rank will have to stage, about, and whether a device's tensors are in it.
+
+    What only the ranks' plan can tell, which of them writes a tensor that all have, is taken to be shared evenly.
+    """
+    tensors = [leaf for leaf in leaves.values() if isinstance(leaf, torch.Tensor)]
+    local = [_local(tensor) for tensor in tensors]
+    own = [
+        part
+        for number, (part, tensor) in enumerate(zip(local, tensors, strict=True))
+        if part is not tensor or number % size == rank
+    ]
+    chunks = [
+        Chunk(
+            name=str(number),
+            dtype=DTYPE_NAMES[tensor.dtype],
+            itemsize_bytes=tensor.dtype.itemsize,
+            shape=tuple(tensor.shape),
+            offsets=(0,) * tensor.dim(),
+            sizes=tuple(tensor.shape),
+        )
+        for number, tensor in enumerate(own)
+        if tensor.dtype in DTYPE_NAMES
+    ]
+    shards = lay_out(chunks, shard_bytes=options.shard_bytes, metadata={})
+    sizes = [shard.size_bytes - len(shard.header) for shard in shards]
+    limit_bytes, _ = staging_limits(sum(sizes), options, is_sent_in_place=engine in _SENDS_IN_PLACE)
+    is_pinned = torch.cuda.is_available() and any(tensor.device.type == "cuda" for tensor in own)
+    return _within(sizes, limit_bytes), is_pinned
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this rank has of a distributed tensor, or the tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
+
+
+def _within(sizes: Sequence[int], limit_bytes: int) -> list[int]:
+    """Return the first sizes, as far as they go; one at least."""
+    totals = accumulate(sizes)
+    return [size for size, total in zip(sizes, totals, strict=True) if total <= limit_bytes] or list(sizes[:1])
+
+
+def take_snapshot(staged: Staged, shards: Sequence[ShardLayout], chunks: Sequence[Chunk], source: Source) -> None:
+    """Copy every shard's bytes; return when the tensors may change.
+
+    Raises:
+        StageClosedError: the upload that was to take the copies has ended.
+    """
+    stream = torch.cuda.Stream() if staged.is_pinned else None  # type: ignore[no-untyped-call]
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream())
+
+    def plan(number: int, memory: memoryview) -> list[Copy]:
+        with _on(stream):
+            return _copies(shards[number], chunks, source, memory, is_pinned=staged.is_pinned)
+
+    def settle() -> None:
+        if stream is not None:
+            stream.synchronize()
+
+    staged.stage.run(plan, settle=settle, threads=copying_threads())
+
+
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+
+class _Place:
+    """The one place of a piece in its shard's memory."""
+
+    def __init__(self, memory: memoryview, *, is_pinned: bool) -> None:
+        self.is_pinned = is_pinned
+        self.is_taken = False
+        self.memory = memory
+
+    def take(self, size_bytes: int) -> memoryview:
+        """Return the place."""
+        self.is_taken = True
+        return self.memory[:size_bytes]
+
+
+def _copies(
+    shard: ShardLayout, chunks: Sequence[Chunk], source: Source, memory: memoryview, *, is_pinned: bool
+) -> list[Copy]:
+    """Copy what has no bytes of its own on the host; return the copies that are left."""
+    copies = []
+    for piece in shard.pieces:
+        start = piece.start - len(shard.header)
+        place = _Place(memory[start : start + piece.nbytes], is_pinned=is_pinned)
+        view = source.view(chunks[piece.chunk], piece, place)
+        if piece.nbytes and not place.is_taken:
+            copies.append(Copy(place.memory, view))
+    return copies

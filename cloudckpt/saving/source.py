@@ -1,0 +1,231 @@
+"""Take the bytes and values behind planned items out of a DCP planner, and refuse what has none.
+
+    WriteItem ──▶ Chunk        the planned box, for the layout
+    Piece     ──▶ memoryview   the tensor's own memory where it is dense on the host, else a copy of that piece alone
+    BYTE_IO   ──▶ object       never the bytes that the planner pickled
+
+Knows DCP's planners and tensors; knows nothing of stores or commits. `Source` is entered by the upload's threads.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Protocol, TypeGuard
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
+
+from cloudckpt.errors import OptionsError, UnsupportedValueError
+from cloudckpt.format import DTYPE_NAMES, Chunk, Piece, ShardLayout
+from cloudckpt.transfer import bytes_of
+
+__all__ = ["Room", "Source", "Staging", "check_layout", "check_tensor", "chunk_of", "object_of"]
+
+
+def check_layout(name: str, layout: torch.layout, dtype: torch.dtype) -> None:
+    """Raise `UnsupportedValueError` for a tensor that has no dense bytes."""
+    if layout is not torch.strided:
+        raise UnsupportedValueError(
+            f"tensor {name!r} has layout {layout}; save it dense (tensor.to_dense()) or as its parts",
+            key=name,
+            type_name=str(layout),
+        )
+    if dtype not in DTYPE_NAMES:
+        raise UnsupportedValueError(
+            f"tensor {name!r} has dtype {dtype}, which the format cannot hold; save its dequantized values or parts",
+            key=name,
+            type_name=str(dtype),
+        )
+
+
+def check_tensor(name: str, tensor: torch.Tensor) -> None:
+    """Raise `UnsupportedValueError` for a quantized, sparse, nested, meta or lazy tensor."""
+    if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
+        raise UnsupportedValueError(
+            f"tensor {name!r} has no shape yet; run a batch through its lazy module first",
+            key=name,
+            type_name=type(tensor).__name__,
+        )
+    if tensor.is_nested:
+        raise UnsupportedValueError(
+            f"tensor {name!r} is nested; save tensor.unbind() as a list", key=name, type_name="nested tensor"
+        )
+    check_layout(name, tensor.layout, tensor.dtype)
+    if tensor.is_meta:
+        raise UnsupportedValueError(
+            f"tensor {name!r} is on the meta device and has no data; materialize it first", key=name, type_name="meta"
+        )
+
+
+def chunk_of(item: WriteItem) -> Chunk:
+    """Return the box that an item plans to write."""
+    data = item.tensor_data
+    if data is None:
+        raise OptionsError(f"the planner planned tensor {item.index.fqn!r} without its sizes")
+    dtype = data.properties.dtype
+    return Chunk(
+        name=item.index.fqn,
+        dtype=DTYPE_NAMES[dtype],
+        itemsize_bytes=dtype.itemsize,
+        shape=tuple(data.size),
+        offsets=tuple(data.chunk.offsets),
+        sizes=tuple(data.chunk.sizes),
+    )
+
+
+class Room(Protocol):
+    """Memory for pieces that must be copied before they are sent."""
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a copy from a device may go on after it was begun; whoever has the room waits for it."""
+
+    def take(self, size_bytes: int) -> memoryview:
+        """Return memory for the next piece."""
+
+
+class Staging:
+    """Memory for the pieces of one shard, one after the other."""
+
+    is_pinned = False
+
+    def __init__(self, memory: memoryview) -> None:
+        """Cut pieces from `memory`."""
+        self._memory = memory
+        self._used_bytes = 0
+
+    def take(self, size_bytes: int) -> memoryview:
+        """Return the next `size_bytes`, aligned for any dtype."""
+        start = self._used_bytes
+        self._used_bytes += _aligned(size_bytes)
+        return self._memory[start : start + size_bytes]
+
+    @staticmethod
+    def room_for(sizes_bytes: Iterable[int]) -> int:
+        """Return the bytes that pieces of these sizes take."""
+        return sum(map(_aligned, sizes_bytes))
+
+
+def _aligned(size_bytes: int) -> int:
+    return -(-size_bytes // 64) * 64
+
+
+class Source:
+    """Resolve planned tensors when their first piece is needed, and let go of them after the last."""
+
+    def __init__(self, items: Sequence[WriteItem], planner: SavePlanner, shards: Sequence[ShardLayout]) -> None:
+        self._items = items
+        self._planner = planner
+        self._uses = Counter(piece.chunk for shard in shards for piece in shard.pieces)
+        self._tensors: dict[int, torch.Tensor] = {}
+        self._lock = threading.Lock()
+        self._is_stock = _hands_out_its_own(planner)
+
+    def is_staged(self, piece: Piece) -> bool:
+        """Tell whether the piece's bytes will be copied to the host, or together, before they are sent."""
+        return not self._is_stock or not _has_host_bytes(self._resolve(piece.chunk))
+
+    def view(self, chunk: Chunk, piece: Piece, room: Room) -> memoryview:
+        """Return the piece's bytes: the tensor's own memory where it is dense on the host, else some of `room`."""
+        with self._lock:
+            tensor = self._tensors.get(piece.chunk)
+            if tensor is None:
+                tensor = self._tensors[piece.chunk] = self._resolve(piece.chunk)
+            self._uses[piece.chunk] -= 1
+            if self._uses[piece.chunk] == 0:
+                del self._tensors[piece.chunk]
+        return _piece_view(tensor, chunk, piece, room)
+
+    def forget(self) -> None:
+        """Let go of the caller's tensors, all of which were copied."""
+        self._items = ()
+        self._planner = DefaultSavePlanner()
+        self._tensors.clear()
+
+    def has_device_bytes(self) -> bool:
+        """Tell whether some of the tensors lie in a CUDA device's memory."""
+        return any(self._resolve(piece).device.type == "cuda" for piece in self._uses)
+
+    def _resolve(self, number: int) -> torch.Tensor:
+        item = self._items[number]
+        tensor = self._planner.resolve_data(item)
+        data = item.tensor_data
+        if not isinstance(tensor, torch.Tensor) or data is None:
+            raise OptionsError(f"the planner resolved {item.index.fqn!r} to a {type(tensor).__name__}, not a tensor")
+        tensor = tensor.detach()
+        check_tensor(item.index.fqn, tensor)
+        if tensor.dtype != data.properties.dtype or tensor.numel() != math.prod(data.chunk.sizes):
+            raise OptionsError(
+                f"the planner planned {item.index.fqn!r} as {data.properties.dtype} {tuple(data.chunk.sizes)} and "
+                f"resolved it to {tensor.dtype} {tuple(tensor.shape)}; a plan must describe what is written"
+            )
+        return tensor
+
+
+def _has_host_bytes(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _piece_view(tensor: torch.Tensor, chunk: Chunk, piece: Piece, room: Room) -> memoryview:
+    if piece.nbytes == 0:
+        return memoryview(b"")
+    if _has_host_bytes(tensor):
+        return bytes_of(tensor).data[piece.local_start : piece.local_start + piece.nbytes]
+    box = tensor.reshape(chunk.sizes) if tensor.shape != chunk.sizes else tensor
+    for axis, (start, base, size) in enumerate(zip(piece.offsets, chunk.offsets, piece.sizes, strict=True)):
+        box = box.narrow(axis, start - base, size)
+    memory = room.take(piece.nbytes)
+    target = torch.frombuffer(memory, dtype=torch.uint8).view(tensor.dtype).reshape(piece.sizes)
+    target.copy_(box, non_blocking=room.is_pinned)
+    return memory
+
+
+def object_of(item: WriteItem, planner: SavePlanner) -> object:
+    """Return the object behind a BYTE_IO item, so that no pickle reaches the store.
+
+    A planner of the user's own may change values, and answers with bytes that it has made with torch.save, in this
+    process, just now. Where they are those of the object that it holds, that object is meant; else they are read
+    back here, in memory.
+    """
+    if _hands_out_its_own(planner):
+        found: object = planner.lookup_object(item.index)
+        return found
+    data = planner.resolve_data(item)
+    if not isinstance(data, io.BytesIO):
+        raise OptionsError(f"the planner resolved {item.index.fqn!r} to a {type(data).__name__}, not to bytes")
+    if isinstance(planner, DefaultSavePlanner):
+        found = planner.lookup_object(item.index)
+        if data.getvalue() == _stock_bytes(found):
+            return found
+    data.seek(0)
+    try:
+        loaded: object = torch.load(data, weights_only=True)
+    except Exception as exc:  # the class of what torch.load refuses with is pickle's, which is not imported here
+        raise UnsupportedValueError(
+            f"{item.index.fqn!r}, as the planner gives it, holds more than plain values and tensors ({exc}); let "
+            "resolve_data leave BYTE_IO items as they are",
+            key=item.index.fqn,
+            type_name="bytes",
+        ) from exc
+    return loaded
+
+
+def _hands_out_its_own(planner: SavePlanner) -> TypeGuard[DefaultSavePlanner]:
+    """Tell whether a planner hands out what it holds; others may make a new object each time they are asked."""
+    return isinstance(planner, DefaultSavePlanner) and (
+        type(planner).resolve_data is DefaultSavePlanner.resolve_data
+        and type(planner).transform_object is DefaultSavePlanner.transform_object
+    )
+
+
+def _stock_bytes(value: object) -> bytes:
+    """Return what the stock planner makes of a value; torch writes equal values as equal bytes."""
+    data = io.BytesIO()
+    torch.save(value, data)
+    return data.getvalue()

@@ -1,0 +1,29 @@
+"""The caller's objects as named tensors and values, and back: modules, optimizers, loaders, generators, containers.
+
+Also what a training program puts into its state to be resumed exactly: a sampler, gradients of a window, state of one
+rank.
+"""
+
+from cloudckpt.state.accumulation import AccumulationWindow
+from cloudckpt.state.capture import bind, capture
+from cloudckpt.state.entry import is_tensor
+from cloudckpt.state.matching import Saved, Targets, plan_restore
+from cloudckpt.state.per_rank import PerRank
+from cloudckpt.state.rng import apply_rng, packed_rng, rng_name, rng_targets
+from cloudckpt.state.sampler import ResumableSampler
+
+__all__ = [
+    "AccumulationWindow",
+    "PerRank",
+    "ResumableSampler",
+    "Saved",
+    "Targets",
+    "apply_rng",
+    "bind",
+    "capture",
+    "is_tensor",
+    "packed_rng",
+    "plan_restore",
+    "rng_name",
+    "rng_targets",
+]

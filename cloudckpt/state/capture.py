@@ -1,0 +1,219 @@
+"""Turn what a training program holds into named tensors and values, and put restored ones back.
+
+Everything in the caller's `state` dict is of one of five kinds; each kind has one adapter here:
+
+    nn.Module        get_model_state_dict       tensors restored in place (DDP and FSDP names unwrapped)
+    Optimizer        state_dict by parameter names, so that it survives resharding and reordering
+    Stateful         state_dict / load_state_dict; those of `PerRank` are each rank's own
+    Tensor           restored in place
+    anything else    containers and plain values, restored into the dict
+
+A dict, list or tuple with modules, optimizers or other objects in it is taken apart, and each is an entry of its own.
+Knows PyTorch's objects; knows nothing of stores, steps or shards, nor of what a checkpoint holds (`restore` does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from typing import TypeGuard, cast
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    ValueType,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim import Optimizer
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.format import Flat, PathElement, codec
+from cloudckpt.state.accumulation import AccumulationWindow, WindowEntry
+from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, is_tensor, mapping_of
+from cloudckpt.state.optimizers import optimizer_entry
+from cloudckpt.state.per_rank import PerRank, PerRankEntry, is_stateful_loader
+
+__all__ = ["bind", "capture"]
+
+_DEPTH_LIMIT = 64
+
+
+class _ModuleEntry(Entry):
+    def __init__(self, place: Place, module: nn.Module) -> None:
+        super().__init__(place)
+        self._module = module
+
+    @property
+    def follows_checkpoint(self) -> bool:
+        return False
+
+    def current(self) -> object:
+        # Not strict: a module without parameters (a loss) has a state, an empty one.
+        return get_model_state_dict(self._module, options=StateDictOptions(strict=False))
+
+    def load(self, restored: object, live: object) -> None:
+        state = mapping_of(restored, self.name)
+        if self._is_filled_in_place(state):
+            return
+        given = cast("dict[str, ValueType]", state)
+        set_model_state_dict(self._module, given, options=StateDictOptions(strict=False))
+
+    def _is_filled_in_place(self, state: Mapping[str, object]) -> bool:
+        """Tell whether loading would only copy the module's memory to itself."""
+        if any(_notices_a_load(part) for part in self._module.modules()):
+            return False
+        own = {
+            tensor.data_ptr() for tensor in [*self._module.parameters(), *self._module.buffers()] if _is_plain(tensor)
+        }
+        return all(_is_plain(value) and value.data_ptr() in own for value in state.values())
+
+
+def _notices_a_load(module: nn.Module) -> bool:
+    """Tell whether a module does more in `load_state_dict` than to copy; what PyTorch ships only copies."""
+    kind = type(module)
+    hooks = (vars(module).get(f"_load_state_dict_{when}_hooks") for when in ("pre", "post"))
+    if any(hooks):
+        return True
+    is_overridden = any(
+        getattr(kind, method) is not getattr(nn.Module, method)
+        for method in ("load_state_dict", "_load_from_state_dict", "set_extra_state")
+    )
+    return is_overridden and not kind.__module__.startswith("torch.nn.modules.")
+
+
+def _is_plain(value: object) -> TypeGuard[torch.Tensor]:
+    return type(value) in (torch.Tensor, nn.Parameter, nn.Buffer) and bool(cast("torch.Tensor", value).numel())
+
+
+class _StatefulEntry(Entry):
+    def __init__(self, place: Place, stateful: Stateful) -> None:
+        super().__init__(place)
+        self._stateful = stateful
+
+    def current(self) -> object:
+        return self._stateful.state_dict()
+
+    def load(self, restored: object, live: object) -> None:
+        self._stateful.load_state_dict(mapping_of(restored, self.name))
+
+    def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
+        """Ask an object that can tell before anything is changed."""
+        if not isinstance(self._stateful, Choosy):
+            return Misfit()
+        found = self._stateful.state_dict_misfits(mapping_of(restored, self.name))
+        return Misfit(reasons=[f"{self.name} {reason}" for reason in found])
+
+
+class _ValueEntry(Entry):
+    """A tensor, a container or a plain value: put back where it stands, in place where it can be."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self._holder = cast("MutableMapping[object, object]", place.holder)
+        self._key = place.key
+
+    @property
+    def keeps_shapes(self) -> bool:
+        return True
+
+    def current(self) -> object:
+        return self._holder[self._key]
+
+    def load(self, restored: object, live: object) -> None:
+        if isinstance(live, dict) and isinstance(restored, dict):
+            live.clear()
+            live.update(restored)
+        elif isinstance(live, list) and isinstance(restored, list):
+            live[:] = restored
+        elif restored is not live:
+            self._holder[self._key] = restored
+
+
+def bind(state: MutableMapping[str, object]) -> list[Entry]:
+    """Choose the adapter of each object in the caller's state.
+
+    Raises:
+        OptionsError: the state is no dict with string keys, is empty, or has a key that is not a plain name.
+    """
+    if not isinstance(state, MutableMapping) or not state:
+        raise OptionsError(f"state is a {type(state).__name__}; give a non-empty dict such as {{'model': model}}")
+    for name in state:
+        if not isinstance(name, str) or not name or name.startswith("cloudckpt."):
+            raise OptionsError(
+                f"state key {name!r} is not a usable name; give a string that does not start with 'cloudckpt.'"
+            )
+    places = [place for name, value in state.items() for place in _places(Place([name], name, value, state, name))]
+    modules = {place.name: place.value for place in places if isinstance(place.value, nn.Module)}
+    return [_entry(place, modules) for place in places]
+
+
+def _places(place: Place) -> Iterator[Place]:
+    """Yield the place of a value, or the places in it when it is a container of objects."""
+    if not _is_object(place.value) and _holds_object(place.value, depth=0):
+        for step in _steps_into(place):
+            yield from _places(step)
+        return
+    is_mutable = isinstance(place.holder, MutableMapping | MutableSequence)
+    if not (is_mutable or _is_object(place.value) or is_tensor(place.value)):
+        raise OptionsError(
+            f"{place.name!r} stands in a {type(place.holder).__name__} beside modules or the like, where it cannot be "
+            "restored; put it into a dict or list"
+        )
+    yield place
+
+
+def _steps_into(place: Place) -> Iterator[Place]:
+    container = place.value
+    keys = list(container) if isinstance(container, dict) else range(len(cast("Sequence[object]", container)))
+    for key in keys:
+        if isinstance(container, tuple):
+            step: PathElement = {"tuple": key}
+        elif isinstance(container, list) or isinstance(key, str):
+            step = key
+        else:
+            step = {"key": codec.encode(key, key=place.name)}
+        child = cast("Mapping[object, object]", container)[key]
+        yield Place([*place.path, step], f"{place.name}.{key}", child, container, key)
+
+
+def _is_object(value: object) -> bool:
+    is_stateful = isinstance(value, Stateful) and not isinstance(value, type)
+    return is_stateful or isinstance(value, nn.Module | Optimizer)
+
+
+def _holds_object(value: object, depth: int) -> bool:
+    """Tell whether an object stands somewhere in a container; one that holds itself is refused later, by name."""
+    if depth > _DEPTH_LIMIT or not isinstance(value, dict | list | tuple):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return any(_is_object(child) or _holds_object(child, depth + 1) for child in inner)
+
+
+def _entry(place: Place, modules: Mapping[str, nn.Module]) -> Entry:
+    value = place.value
+    if isinstance(value, nn.Module):
+        return _ModuleEntry(place, value)
+    if isinstance(value, Optimizer):
+        return optimizer_entry(place, value, modules)
+    if isinstance(value, AccumulationWindow):
+        return WindowEntry(place, value)
+    if isinstance(value, PerRank) or is_stateful_loader(value):
+        return PerRankEntry(place, cast("Stateful", value.inner if isinstance(value, PerRank) else value))
+    if _is_object(value):
+        return _StatefulEntry(place, cast("Stateful", value))
+    return _ValueEntry(place)
+
+
+def capture(entries: Sequence[Entry]) -> Flat:
+    """Return every tensor and value of the state by name; tensors are the live ones, not copies."""
+    flat = Flat()
+    for entry in entries:
+        own = entry.flat(entry.current())
+        twice = next((name for name in own.leaves if name in flat.leaves), None)
+        if twice is not None:
+            raise OptionsError(f"two entries of the state are both named {twice!r}; rename one of the keys")
+        flat.leaves.update(own.leaves)
+        flat.paths.update(own.paths)
+    return flat

@@ -1,0 +1,146 @@
+"""Say what one object of the state must be able to do to be saved and restored; its kinds are elsewhere.
+
+state        modules, objects with state_dict, tensors, values
+optimizers   optimizers
+per_rank     objects that each rank has for itself
+accumulation gradients between two steps
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.format import Flat, PathElement, flatten
+
+__all__ = ["Choosy", "Entry", "Misfit", "Place", "is_tensor", "mapping_of", "shape_of"]
+
+
+def is_tensor(value: object) -> bool:
+    """Tell whether a value is stored as a tensor (dense, distributed or sharded)."""
+    return isinstance(value, torch.Tensor | ShardedTensor)
+
+
+def shape_of(tensor: object) -> tuple[int, ...]:
+    """Return the full shape of what `is_tensor` says is one."""
+    if isinstance(tensor, ShardedTensor):
+        return tuple(tensor.metadata().size)  # its `size` warns that its kind is deprecated
+    return tuple(cast("torch.Tensor", tensor).size())
+
+
+@dataclass(slots=True)
+class Misfit:
+    """What of an entry and of a checkpoint does not fit together.
+
+    Attributes:
+        missing: names that the entry has and the checkpoint lacks.
+        unexpected: names that the checkpoint has and the entry lacks.
+        reasons: what else, in words.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a value of the state stands: its path and name, and the container that holds it under `key`."""
+
+    path: list[PathElement]
+    name: str
+    value: object
+    holder: object
+    key: object
+
+
+@runtime_checkable
+class Choosy(Protocol):
+    """An object that can tell that it will not take a state, before anything is changed."""
+
+    def state_dict_misfits(self, state_dict: Mapping[str, object]) -> Sequence[str]:
+        """Return why the state does not fit, in words; empty if it does."""
+
+
+class Entry(ABC):
+    """One object of the state: how it becomes plain nested state, and takes restored state back."""
+
+    def __init__(self, place: Place) -> None:
+        self.path = place.path
+        self.name = place.name
+
+    @abstractmethod
+    def current(self) -> object:
+        """Return the nested state now; its tensors are the live ones wherever the object shares them."""
+
+    @abstractmethod
+    def load(self, restored: object, live: object) -> None:
+        """Take restored nested state; `live` is what `fillable` returned, whose tensors were filled in place."""
+
+    def fillable(self) -> object:
+        """Return the nested state whose tensors a restore may fill: `current`, unless nothing there is live."""
+        return self.current()
+
+    def flat(self, nested: object) -> Flat:
+        """Return the names of all that is in `current` or `fillable`."""
+        flat = flatten({self.name: nested}, is_tensor=is_tensor)
+        return Flat(flat.leaves, {name: [*self.path, *path[1:]] for name, path in flat.paths.items()})
+
+    @property
+    def follows_checkpoint(self) -> bool:
+        """Whether the checkpoint decides which names the entry has (else the live object does)."""
+        return True
+
+    @property
+    def keeps_shapes(self) -> bool:
+        """Whether a live tensor is restored in place or not at all."""
+        return not self.follows_checkpoint
+
+    def allocate(self, below: Sequence[PathElement], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return a target for a saved tensor that the live state has no place for; `below` is its path in the entry."""
+        return torch.empty(shape, dtype=dtype)
+
+    # -- what each rank has for itself -------------------------------------------------------------------------
+
+    @property
+    def other_world(self) -> str:
+        """What to do when another number of ranks saved for itself what is to be restored."""
+        return "restore it with as many ranks"
+
+    def holds_own(self, name: str) -> bool:
+        """Tell whether state that each rank saved for itself under `name` belongs to this entry."""
+        return False
+
+    def allocate_own(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        """Return a target for this rank's own tensor, None if it has no place here."""
+        return None
+
+    def load_own(self, own: Mapping[str, torch.Tensor]) -> None:
+        """Take this rank's own tensors by name, filled; after `load`, if there is something for both."""
+        raise OptionsError(f"{self.name!r} has nothing that is each rank's own")
+
+    # -- what fits ---------------------------------------------------------------------------------------------
+
+    def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
+        """Compare with the nested state to be restored, whose tensors are not filled yet; change nothing.
+
+        Args:
+            restored: what `load` will be given.
+            dtypes: name → saved dtype, of all tensors in the checkpoint.
+        """
+        return Misfit()
+
+
+def mapping_of(value: object, name: str) -> dict[str, object]:
+    """Return restored state that must be a dict."""
+    if not isinstance(value, dict):
+        raise OptionsError(
+            f"the checkpoint holds a {type(value).__name__} under {name!r}, where a state_dict is expected"
+        )
+    return value

@@ -1,0 +1,331 @@
+"""Match a state with a checkpoint before anything is read or changed: what is filled in place, what is made anew.
+
+    entries + Saved ──▶ plan_restore ──▶ Targets(tensors to fill, apply) or one error that lists all that differs
+
+An entry that a live object defines (a module) must find all of its names, with their shapes. An entry that the
+checkpoint defines (an optimizer, a scheduler, a loader, plain values) takes what was saved. Knows names, shapes and
+entries; reads nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import nn
+
+from cloudckpt.errors import StateMismatchError
+from cloudckpt.format import Flat, PathElement, unflatten
+from cloudckpt.state.entry import Entry, Misfit, is_tensor, shape_of
+from cloudckpt.state.per_rank import RankName
+
+__all__ = ["Saved", "Targets", "plan_restore"]
+
+logger = logging.getLogger(__name__)
+
+_Shape = tuple[int, ...]
+_OURS = "cloudckpt."
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What a restore fills, and how it ends.
+
+    Attributes:
+        tensors: name → the tensor to be filled in place.
+        apply: puts everything back into the objects, once the tensors are filled.
+    """
+
+    tensors: dict[str, object]
+    apply: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What a checkpoint holds: shapes and dtypes of its tensors, its values, and the paths of both."""
+
+    shapes: Mapping[str, _Shape]
+    dtypes: Mapping[str, torch.dtype]
+    values: Mapping[str, object]
+    paths: Mapping[str, Sequence[PathElement]]
+    _tops: dict[str, list[tuple[str, list[PathElement]]]] = field(default_factory=dict, init=False, repr=False)
+    _owned: dict[str, dict[RankName, str]] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name in self.shapes:
+            owner = RankName.parse(name) if name.startswith(_OURS) else None
+            if owner is not None:
+                self._owned.setdefault(owner.name, {})[owner] = name
+
+    def names(self) -> list[str]:
+        """All names, in the order in which they were saved."""
+        known = [name for name in self.paths if name in self.shapes or name in self.values]
+        return known + [name for name in [*self.shapes, *self.values] if name not in self.paths]
+
+    def owned(self) -> Mapping[str, Mapping[RankName, str]]:
+        """What each rank saved for itself: the name in the state → whose it is → the tensor's name."""
+        return self._owned
+
+    def path(self, name: str) -> list[PathElement]:
+        """Where a name stood in the nested state; a checkpoint that says nothing has dots in its names for steps.
+
+        What the library itself saves beside the state stands nowhere in it.
+        """
+        return list(self.paths.get(name) or ([name] if name.startswith(_OURS) else name.split(".")))
+
+    def below(self, path: Sequence[PathElement]) -> list[str]:
+        """The names of all that stood at `path` or below it."""
+        wanted = list(path)
+        return [name for name, found in self._by_top().get(repr(wanted[0]), []) if found[: len(wanted)] == wanted]
+
+    def _by_top(self) -> dict[str, list[tuple[str, list[PathElement]]]]:
+        """Names and paths by the first step of the path: a state with many entries looks each of them up."""
+        if not self._tops:
+            for name in self.names():
+                path = self.path(name)
+                self._tops.setdefault(repr(path[0]), []).append((name, path))
+        return self._tops
+
+
+@dataclass(slots=True)
+class _Planned:
+    """One entry's part of a restore.
+
+    Attributes:
+        entry: whose it is.
+        live: what `fillable` returned.
+        restored: the nested state for `load`.
+        is_shared: whether there is one.
+        own: what is for `load_own`.
+        is_owned: whether ranks saved something for themselves.
+    """
+
+    entry: Entry
+    live: object
+    restored: object
+    is_shared: bool = True
+    own: dict[str, torch.Tensor] = field(default_factory=dict)
+    is_owned: bool = False
+
+    def load(self) -> None:
+        """Hand everything to the entry."""
+        if self.is_shared:
+            self.entry.load(self.restored, self.live)
+        if self.is_owned:
+            self.entry.load_own(self.own)
+
+
+def plan_restore(entries: Sequence[Entry], saved: Saved, *, strict: bool) -> Targets:
+    """Match the state with a checkpoint.
+
+    Tensors are filled in place where the live ones have the same shape. Where a checkpoint-defined entry has none,
+    its adapter allocates one.
+
+    Args:
+        entries: the bound state.
+        saved: what the checkpoint holds.
+        strict: also refuse names that only one of the two has; without it those are left as they are.
+
+    Raises:
+        StateMismatchError: names are missing or unexpected, or shapes differ; lists all of them.
+    """
+    matching = _Matching(saved, strict=strict)
+    for entry in entries:
+        matching.match(entry)
+    matching.refuse_mismatch()
+
+    def apply() -> None:
+        for planned in matching.planned:
+            planned.load()
+
+    return Targets(tensors=matching.tensors, apply=apply)
+
+
+class _Matching:
+    """Collects, entry by entry, what is restored from where, and everything that does not fit."""
+
+    def __init__(self, saved: Saved, *, strict: bool) -> None:
+        self._saved = saved
+        self._strict = strict
+        self._misfit = Misfit()
+        self._mismatched: dict[str, tuple[_Shape, _Shape]] = {}
+        self._claimed: set[str] = set()
+        self.tensors: dict[str, object] = {}
+        self.planned: list[_Planned] = []
+
+    def match(self, entry: Entry) -> None:
+        """Decide where each name of one entry comes from."""
+        in_checkpoint = self._saved.below(entry.path)
+        owned = {name: found for name, found in self._saved.owned().items() if entry.holds_own(name)}
+        self._claimed.update(in_checkpoint)
+        self._claimed.update(owned)
+        if not in_checkpoint and not owned:
+            self._misfit.missing.append(entry.name)
+            return
+        sizes = {owner.size for found in owned.values() for owner in found}
+        if sizes - {RankName.here(entry.name).size}:
+            self._refuse_other_world(entry, sizes)
+            return
+        planned = self._shared(entry, in_checkpoint) if in_checkpoint else _Planned(entry, {}, {}, is_shared=False)
+        planned.own, planned.is_owned = self._own_targets(entry, owned), bool(owned)
+        self.planned.append(planned)
+
+    def _shared(self, entry: Entry, in_checkpoint: Sequence[str]) -> _Planned:
+        """Plan what all ranks share of an entry."""
+        nested = entry.fillable()
+        live = entry.flat(nested)
+        leaves: dict[str, object] = {}
+        paths: dict[str, list[PathElement]] = {}
+        for name in in_checkpoint:
+            if entry.follows_checkpoint or name in live.leaves:
+                paths[name] = self._saved.path(name) if entry.follows_checkpoint else live.paths[name]
+                leaves[name] = self._source(entry, name, live)
+            else:
+                self._misfit.unexpected.append(name)
+        if not entry.follows_checkpoint:
+            self._keep_rest(live, leaves, paths)
+        restored = _nested(leaves, paths, entry.path)
+        self._add(entry.compare(restored, self._saved.dtypes))
+        return _Planned(entry, nested, restored)
+
+    def _own_targets(self, entry: Entry, owned: Mapping[str, Mapping[RankName, str]]) -> dict[str, torch.Tensor]:
+        """Return targets for what this rank saved for itself."""
+        targets: dict[str, torch.Tensor] = {}
+        for name, found in owned.items():
+            full = found.get(RankName.here(name))
+            if full is None:
+                continue
+            target = entry.allocate_own(name, self._saved.shapes[full], self._saved.dtypes[full])
+            if target is None:
+                self._misfit.reasons.append(f"{name}, each rank's own, has no place here as it was saved")
+            else:
+                targets[name] = self.tensors[full] = target
+        return targets
+
+    def _refuse_other_world(self, entry: Entry, sizes: set[int]) -> None:
+        """Refuse what only the ranks of the saving world can take; without `strict` the entry stays as it is."""
+        here = RankName.here(entry.name).size
+        text = f"{entry.name} was saved by {_ranks(max(sizes - {here}))}, each for itself, and here {_is_are(here)}"
+        if self._strict:
+            self._misfit.reasons.append(
+                f"{text} ({entry.other_world}; or pass strict=False, and it stays as it is while the rest is restored)"
+            )
+        else:
+            logger.warning("%s: it is NOT restored and stays as it is", text)
+
+    def _source(self, entry: Entry, name: str, live: Flat) -> object:
+        """Return what a name is restored from: a saved value, or a tensor that is to be filled."""
+        current = live.leaves.get(name)
+        if name in self._saved.values:
+            if not entry.follows_checkpoint and is_tensor(current):
+                self._misfit.reasons.append(f"{name} is a tensor here and a value there")
+            return self._saved.values[name]
+        if not entry.follows_checkpoint and not is_tensor(current):
+            self._misfit.reasons.append(f"{name} is a value here and a tensor there")
+        target = self.tensors[name] = self._target(entry, name, current)
+        return target
+
+    def _target(self, entry: Entry, name: str, current: object) -> object:
+        shape = self._saved.shapes[name]
+        if is_tensor(current):
+            if isinstance(current, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
+                self._misfit.reasons.append(f"{name} has no shape yet (run a batch through the module first)")
+                return current
+            live_shape = shape_of(current)
+            if live_shape == shape and not _overlaps_itself(current):
+                return current
+            if live_shape == shape and entry.keeps_shapes and not entry.follows_checkpoint:
+                self._misfit.reasons.append(
+                    f"{name} has elements that share memory (an expanded tensor), clone it first"
+                )
+            elif live_shape != shape and entry.keeps_shapes:
+                self._mismatched[name] = (live_shape, shape)
+        return entry.allocate(self._saved.path(name)[len(entry.path) :], shape, self._saved.dtypes[name])
+
+    def _keep_rest(self, live: Flat, leaves: dict[str, object], paths: dict[str, list[PathElement]]) -> None:
+        for name, current in live.leaves.items():
+            if name not in leaves:
+                self._misfit.missing.append(name)
+                leaves[name], paths[name] = current, live.paths[name]
+
+    def _add(self, misfit: Misfit) -> None:
+        self._misfit.missing += misfit.missing
+        self._misfit.unexpected += misfit.unexpected
+        self._misfit.reasons += misfit.reasons
+
+    def refuse_mismatch(self) -> None:
+        """Raise once, with everything that does not fit."""
+        misfit = self._misfit
+        misfit.unexpected += self._unclaimed()
+        missing = dict.fromkeys(misfit.missing if self._strict else ())
+        unexpected = dict.fromkeys(misfit.unexpected if self._strict else ())
+        if not (missing or unexpected or self._mismatched or misfit.reasons):
+            return
+        raise StateMismatchError(
+            _mismatch_message(list(missing), list(unexpected), self._mismatched, misfit.reasons),
+            missing=list(missing),
+            unexpected=list(unexpected),
+            mismatched=self._mismatched,
+        )
+
+    def _unclaimed(self) -> list[str]:
+        """Return what is in the checkpoint and belongs to no entry."""
+        tops = {str(planned.entry.path[0]) for planned in self.planned}
+        found = []
+        for name in self._saved.names():
+            top = str(self._saved.path(name)[0])
+            if name not in self._claimed and not top.startswith(_OURS):
+                found.append(name if top in tops else top)
+        for name in self._saved.owned():
+            if name not in self._claimed:
+                found.append(name)
+                if name in self._misfit.missing and self._strict:
+                    self._misfit.reasons.append(
+                        f"{name} is each rank's own there (give PerRank or a StatefulDataLoader)"
+                    )
+        return found
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank{'s' if count > 1 else ''}"
+
+
+def _is_are(count: int) -> str:
+    return f"{'are' if count > 1 else 'is'} {_ranks(count)}"
+
+
+def _nested(
+    leaves: Mapping[str, object], paths: Mapping[str, Sequence[PathElement]], top: Sequence[PathElement]
+) -> object:
+    """Build the nested state of one entry, without the path that leads to it."""
+    below: dict[str, list[PathElement]] = {name: ["", *paths[name][len(top) :]] for name in leaves}
+    return unflatten(leaves, below).get("", {})
+
+
+def _overlaps_itself(tensor: object) -> bool:
+    if type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+        return False
+    dense = cast("torch.Tensor", tensor)
+    return any(stride == 0 and size > 1 for stride, size in zip(dense.stride(), dense.size(), strict=True))
+
+
+def _mismatch_message(
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    mismatched: Mapping[str, tuple[_Shape, _Shape]],
+    reasons: Sequence[str],
+) -> str:
+    parts = ["the state and the checkpoint do not fit, and nothing was restored"]
+    if mismatched:
+        shapes = ", ".join(f"{name} is {here} here and {there} there" for name, (here, there) in mismatched.items())
+        parts.append(f"shapes that differ: {shapes}")
+    parts += reasons
+    if missing:
+        parts.append(f"in the state and not in the checkpoint: {', '.join(missing)}")
+    if unexpected:
+        parts.append(f"in the checkpoint and not in the state: {', '.join(unexpected)}")
+    parts.append("restore into the same model, or pass strict=False to restore what both have")
+    return "; ".join(parts)

@@ -1,0 +1,172 @@
+"""Save state that each rank has for itself: names that say whose it is, and bytes that hold it.
+
+    object ──state_dict──▶ codec's JSON, padded ──▶ uint8 tensor `cloudckpt.per_rank.<rank>-of-<ranks>.<name>`
+
+Everything else in a state is one thing that all ranks share. What is each rank's own is a tensor of a name of its own,
+which only that rank writes and reads; it stands nowhere in the nested state, so no path goes with it. Nothing here
+touches a store.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from torch.distributed.checkpoint.stateful import Stateful
+
+from cloudckpt.errors import ManifestError, OptionsError
+from cloudckpt.format import Flat, codec
+from cloudckpt.ranks import Group
+from cloudckpt.state.entry import Entry, Place, mapping_of
+
+__all__ = ["PerRank", "PerRankEntry", "RankName", "is_stateful_loader", "pack", "unpack"]
+
+_NAME = re.compile(r"cloudckpt\.per_rank\.(\d{5,10})-of-(\d{5,10})\.(.+)", re.DOTALL)
+_PAD_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class RankName:
+    """A name in the state, the rank whose it is, and how many ranks there were."""
+
+    name: str
+    rank: int
+    size: int
+
+    @classmethod
+    def here(cls, name: str) -> RankName:
+        """Return the name of this rank's own."""
+        group = Group.of_world()
+        return cls(name, group.rank, group.size)
+
+    @classmethod
+    def parse(cls, text: str) -> RankName | None:
+        """Return what a tensor's name says, None if it says nothing of a rank."""
+        found = _NAME.fullmatch(text)
+        return None if found is None else cls(found[3], int(found[1]), int(found[2]))
+
+    def __str__(self) -> str:
+        return f"cloudckpt.per_rank.{self.rank:05d}-of-{self.size:05d}.{self.name}"
+
+
+def pack(value: object, *, key: str) -> torch.Tensor:
+    """Return a value as bytes, padded so that small changes leave their number as it is.
+
+    Raises:
+        UnsupportedValueError: the codec cannot hold it.
+    """
+    text = msgspec.json.encode(codec.encode(value, key=key))
+    padded = bytearray(text.ljust(-(-len(text) // _PAD_BYTES) * _PAD_BYTES))
+    return torch.frombuffer(padded, dtype=torch.uint8)
+
+
+def unpack(packed: torch.Tensor, *, key: str) -> object:
+    """Return the value that `pack` was given.
+
+    Raises:
+        ManifestError: the bytes are nothing that `pack` makes.
+    """
+    try:
+        data = msgspec.json.decode(packed.numpy().tobytes())
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise ManifestError(f"the saved state of {key!r} is no JSON: {exc}", key=key) from exc
+    return codec.decode(data, key=key)
+
+
+class PerRank:
+    """An object of the state whose state is each rank's own, such as a loader that reads a part of the data.
+
+    ```python
+    state = {"model": model, "stream": PerRank(stream)}
+    ```
+
+    As many ranks as saved it can restore it, each its own. A `StatefulDataLoader` of torchdata needs no `PerRank`.
+
+    Attributes:
+        inner: the object.
+    """
+
+    def __init__(self, inner: Stateful) -> None:
+        """Mark `inner`, which has `state_dict` and `load_state_dict`.
+
+        Raises:
+            OptionsError: it has not, or its state is shared by all ranks by its nature.
+        """
+        if not isinstance(inner, Stateful) or isinstance(inner, type | torch.nn.Module | torch.optim.Optimizer):
+            raise OptionsError(
+                f"PerRank is for an object with state_dict and load_state_dict that is no module and no optimizer, "
+                f"not for a {type(inner).__name__}"
+            )
+        self.inner = inner
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the object's state."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Give the object its state back."""
+        self.inner.load_state_dict(state_dict)
+
+
+class PerRankEntry(Entry):
+    """An object whose state is one tensor of bytes, of a name that only this rank has."""
+
+    def __init__(self, place: Place, stateful: Stateful) -> None:
+        super().__init__(place)
+        self._stateful = stateful
+
+    def current(self) -> object:
+        return pack(self._stateful.state_dict(), key=self.name)
+
+    def flat(self, nested: object) -> Flat:
+        if isinstance(nested, torch.Tensor):
+            return Flat({str(RankName.here(self.name)): nested})
+        return super().flat(nested)
+
+    def fillable(self) -> object:
+        return {}  # asking a loader for its state may start its workers
+
+    @property
+    def other_world(self) -> str:
+        return "restore with as many ranks, or use a DataLoader with cloudckpt.ResumableSampler, which fits any number"
+
+    def holds_own(self, name: str) -> bool:
+        return name == self.name
+
+    def allocate_own(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        return torch.empty(shape, dtype=dtype) if dtype == torch.uint8 and len(shape) == 1 else None
+
+    def load_own(self, own: Mapping[str, torch.Tensor]) -> None:
+        if self.name not in own:
+            raise ManifestError(f"{self.name!r} was saved by every rank but this one", key=self.name)
+        self._load(unpack(own[self.name], key=self.name))
+
+    def load(self, restored: object, live: object) -> None:
+        self._load(restored)  # from before it counted as each rank's own: the same for all ranks
+
+    def _load(self, restored: object) -> None:
+        self._stateful.load_state_dict(mapping_of(restored, self.name))
+        if is_stateful_loader(self._stateful):
+            _open_loader(self._stateful)
+
+
+def is_stateful_loader(value: object) -> bool:
+    """Tell whether a value is torchdata's `StatefulDataLoader`; without an import, since nobody may have it."""
+    return any(
+        kind.__name__ == "StatefulDataLoader" and kind.__module__.split(".")[0] == "torchdata"
+        for kind in type(value).__mro__
+    )
+
+
+def _open_loader(loader: Stateful) -> None:
+    """Have a restored loader make its iterator now.
+
+    It draws a seed from torch's generator for it, which the saved run had done before the save: one draw too many for
+    an exact resume. Asking for the state makes the iterator, and the next loop over the loader uses that one.
+    """
+    generator = torch.get_rng_state()
+    loader.state_dict()
+    torch.set_rng_state(generator)

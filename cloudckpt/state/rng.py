@@ -1,0 +1,114 @@
+"""Capture and put back what else makes a run the same run: the random number generators of this process.
+
+Each rank has its own generators, so each saves them as a tensor of its own name, which stays out of the index: bytes
+of the codec's JSON, padded so that their number stays the same from save to save. Nothing here touches a store.
+NumPy's generator counts only if the program imported NumPy's random module; a device's only if the device is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+
+from cloudckpt.format import Index, codec
+from cloudckpt.state.per_rank import pack, unpack
+
+__all__ = ["apply_rng", "capture_rng", "packed_rng", "restore_rng", "rng_name", "rng_targets"]
+
+logger = logging.getLogger(__name__)
+
+# Of all ranks together, as checkpoints of format version 1 have it.
+_OF_ALL = "cloudckpt.rng"
+
+
+def rng_name(rank: int) -> str:
+    """Return the name under which a rank's generators are saved."""
+    return f"{_OF_ALL}.r{rank:05d}"
+
+
+def packed_rng() -> torch.Tensor:
+    """Return this process's generators as bytes."""
+    return pack(capture_rng(), key=_OF_ALL)
+
+
+def rng_targets(index: Index, rank: int) -> dict[str, torch.Tensor]:
+    """Return the tensor that is to be filled with a rank's generators, if a checkpoint has them."""
+    saved = index.tensors.get(rng_name(rank))
+    return {} if saved is None else {rng_name(rank): torch.empty(saved.shape, dtype=torch.uint8)}
+
+
+def apply_rng(index: Index, filled: Mapping[str, torch.Tensor]) -> bool:
+    """Put the generators back; return whether the checkpoint had any for this rank."""
+    states: object = None
+    for tensor in filled.values():
+        states = unpack(tensor, key=_OF_ALL)
+    if _OF_ALL in index.values:
+        states = codec.decode(index.values[_OF_ALL], key=_OF_ALL)
+    if isinstance(states, dict):
+        restore_rng(cast("dict[str, object]", states))
+    return isinstance(states, dict)
+
+
+# torch's own names of the devices that have generators; ROCm's devices are called cuda, too.
+_DEVICES = ("cuda", "xpu", "mps")
+
+
+def capture_rng() -> dict[str, object]:
+    """Return the state of python's, NumPy's and torch's generators: the CPU's and every initialised device's."""
+    states: dict[str, object] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if "numpy.random" in sys.modules:
+        import numpy as np
+
+        states["numpy"] = np.random.get_state()  # noqa: NPY002 (the global generator is what programs have used)
+    for name in _DEVICES:
+        if _is_in_use(name):
+            states[name] = _device_states(name)
+    return states
+
+
+def _is_in_use(name: str) -> bool:
+    """Tell whether a kind of device is here and this process uses it; asking for states would initialise it."""
+    if name == "mps":
+        return torch.backends.mps.is_available()
+    module = torch.get_device_module(name)
+    return bool(module.is_available() and module.is_initialized())
+
+
+def _device_states(name: str) -> list[torch.Tensor]:
+    return [torch.mps.get_rng_state()] if name == "mps" else list(torch.get_device_module(name).get_rng_state_all())
+
+
+def restore_rng(states: Mapping[str, object]) -> None:
+    """Put the generators back where `capture_rng` saw them.
+
+    A device that is not here any more, or is here for the first time, keeps its own state, and the log says so.
+    """
+    if "python" in states:
+        random.setstate(states["python"])  # type: ignore[arg-type]
+    if "numpy" in states:
+        import numpy as np
+
+        np.random.set_state(states["numpy"])  # type: ignore[arg-type]  # noqa: NPY002
+    if isinstance(states.get("torch"), torch.Tensor):
+        torch.set_rng_state(states["torch"])  # type: ignore[arg-type]
+    for name in _DEVICES:
+        saved = states.get(name)
+        if isinstance(saved, list):
+            _restore_devices(name, saved)
+
+
+def _restore_devices(name: str, saved: list[torch.Tensor]) -> None:
+    module = torch.get_device_module(name)
+    present = module.device_count() if module.is_available() else 0
+    for device, state in enumerate(saved[:present]):
+        if name == "mps":
+            torch.mps.set_rng_state(state)
+        else:
+            module.set_rng_state(state, device)
+    if len(saved) != present:
+        logger.warning("the checkpoint has the generators of %d %s devices; %d are here", len(saved), name, present)

@@ -1,0 +1,34 @@
+"""Pump bytes between tensors' memory and a store: in parallel, within a budget, and verified on the way in.
+
+What is copied, and into which memory; who waits for whom, and for how long. Knows shards and blocks, but not what is
+in them.
+"""
+
+from cloudckpt.transfer.download import Fetch, ShardSource, download
+from cloudckpt.transfer.host_memory import free_bytes, ranks_here
+from cloudckpt.transfer.pool import OWN_SHARE, AbandonedError, Budget, Watch
+from cloudckpt.transfer.scratch import Scratch
+from cloudckpt.transfer.staging import Copy, Slabs, Stage, StageClosedError, copying_threads
+from cloudckpt.transfer.tensor_memory import bytes_of
+from cloudckpt.transfer.upload import ShardJob, upload
+
+__all__ = [
+    "OWN_SHARE",
+    "AbandonedError",
+    "Budget",
+    "Copy",
+    "Fetch",
+    "Scratch",
+    "ShardJob",
+    "ShardSource",
+    "Slabs",
+    "Stage",
+    "StageClosedError",
+    "Watch",
+    "bytes_of",
+    "copying_threads",
+    "download",
+    "free_bytes",
+    "ranks_here",
+    "upload",
+]

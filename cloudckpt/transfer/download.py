@@ -1,0 +1,156 @@
+"""Fetch spans of shards in parallel, verify every block, and hand the verified bytes on.
+
+    Fetch(shard, span) ──▶ store.get, one ranged read ──▶ digests compared ──▶ consume(view)
+
+Knows bytes, digests, budgets and threads; knows nothing of tensors. `consume` runs on the pool thread that read
+the span and sees its bytes only after they were verified; the view is valid only during the call. Keeps FORMAT
+invariants 12 and 15.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from cloudckpt.errors import ChecksumError, MissingShardError, ObjectNotFoundError, StorageError
+from cloudckpt.format import Span, verify_blocks
+from cloudckpt.store import Store
+from cloudckpt.transfer.pool import Budget, Watch, Work, run_all
+
+__all__ = ["Fetch", "ShardSource", "download"]
+
+logger = logging.getLogger(__name__)
+
+# Wrong bytes may come from the way (a proxy, a bad cable) as well as from the store: ask again before giving up.
+_READS_PER_SPAN = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardSource:
+    """One shard as the index describes it: where it lies, its size, and its block digests."""
+
+    key: str
+    size_bytes: int
+    digests: bytes
+    block_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch:
+    """One span of one shard, and who takes its bytes.
+
+    Attributes:
+        shard: the object.
+        span: which of its bytes.
+        consume: takes them.
+        buffer_bytes: host memory that `consume` begins to hold with this span, and gives back to the budget itself.
+    """
+
+    shard: ShardSource
+    span: Span
+    consume: Callable[[memoryview], None]
+    buffer_bytes: int = 0
+
+    @property
+    def cost_bytes(self) -> int:
+        """Host memory while the span is read: an engine may gather the body in pieces, and then join them."""
+        return 2 * (self.span.stop - self.span.start)
+
+
+class _ReadBuffer(threading.local):
+    """A read buffer per pool thread, reused from span to span: fresh pages cost more than the copy.
+
+    An engine that answers with memory of its own once is not offered any again: it would only stay empty.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._is_wanted = True
+
+    def take(self, size_bytes: int) -> memoryview | None:
+        if not self._is_wanted:
+            return None
+        if len(self._buffer) < size_bytes:
+            self._buffer = bytearray(size_bytes)
+        return memoryview(self._buffer)[:size_bytes]
+
+    def note(self, offered: memoryview | None, returned: memoryview) -> None:
+        if offered is not None and returned.obj is not self._buffer:
+            self._is_wanted = False
+            self._buffer = bytearray()
+
+
+def download(
+    store: Store, fetches: Sequence[Fetch], *, concurrency: int, budget: Budget, watch: Watch | None = None
+) -> None:
+    """Fetch, verify and hand on every span.
+
+    Raises:
+        MissingShardError: an object that the index names is not there.
+        ChecksumError: a block differs from its digest, or the object has another size than the index says.
+        StorageError: the store could not be read.
+        StalledError: a read stood still; it was left to itself.
+        In each case no byte of the span at fault was handed on; other spans may have been.
+    """
+    buffer = _ReadBuffer()
+
+    def fetch(job: Fetch) -> None:
+        try:
+            job.consume(_verified(store, job, buffer))
+        finally:
+            budget.free(job.cost_bytes)
+
+    work = [
+        Work(name=job.shard.key, cost_bytes=job.cost_bytes + job.buffer_bytes, call=partial(fetch, job))
+        for job in fetches
+    ]
+    run_all(work, concurrency=concurrency, budget=budget, watch=watch or Watch())
+
+
+def _verified(store: Store, job: Fetch, buffer: _ReadBuffer) -> memoryview:
+    shard, span = job.shard, job.span
+    bad = None
+    for _ in range(_READS_PER_SPAN):
+        data = _get(store, shard, span, buffer)
+        first_block = span.start // shard.block_bytes
+        bad = verify_blocks(data, shard.digests, first_block=first_block, block_bytes=shard.block_bytes)
+        if bad is None:
+            return data
+        logger.warning("block %d of %s differs from its digest; reading it again", bad, shard.key)
+    raise ChecksumError(
+        f"block {bad} of shard {shard.key} (bytes from {(bad or 0) * shard.block_bytes}) differs from its digest in "
+        f"{_READS_PER_SPAN} reads; restore an older step",
+        key=shard.key,
+    )
+
+
+def _get(store: Store, shard: ShardSource, span: Span, buffer: _ReadBuffer) -> memoryview:
+    try:
+        into = buffer.take(span.stop - span.start)
+        data = store.get(shard.key, start=span.start, stop=span.stop, into=into)
+    except ObjectNotFoundError as exc:
+        raise MissingShardError(
+            f"shard {shard.key}, which the index names, is not on the store; restore an older step", key=shard.key
+        ) from exc
+    except StorageError as exc:
+        raise _explain(store, shard, exc) from exc
+    buffer.note(into, data)
+    return data
+
+
+def _explain(store: Store, shard: ShardSource, error: StorageError) -> Exception:
+    """Tell a shard of the wrong size from a store that cannot be read."""
+    try:
+        size_bytes = store.head(shard.key).size_bytes
+    except StorageError:
+        return error
+    if size_bytes == shard.size_bytes:
+        return error
+    return ChecksumError(
+        f"shard {shard.key} has {size_bytes} bytes on the store, and {shard.size_bytes} were committed; "
+        "restore an older step",
+        key=shard.key,
+    )

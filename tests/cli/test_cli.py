@@ -1,0 +1,179 @@
+"""The command line answers a person and a program, and an error is one line, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import cloudckpt
+from cloudckpt import CheckpointManager
+from cloudckpt.cli.commands import app
+from servers import FreshPrefix
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def check_fails(result: Result, status: int, *words: str) -> None:
+    """One line on stderr, nothing on stdout, no traceback."""
+    assert result.exit_code == status
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("cloudckpt: ")
+    assert [word for word in words if word not in line] == []
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    with CheckpointManager(tmp_path / "root") as manager:
+        for step in (9, 100, 1000):
+            state = {
+                "model": {"layer.weight": torch.full((3, 4), float(step))},
+                "epoch": step,
+                "[bold]": "[red]x[/red]",
+            }
+            manager.save(step, state, metrics={"loss": 1 / step, "odd": math.inf}, metadata={"note": ("a", 1)})
+    return tmp_path / "root"
+
+
+def test_ls_shows_every_checkpoint_of_a_root_oldest_first(root: Path) -> None:
+    result = run("ls", root)
+    rows = [
+        line.split() for line in result.stdout.splitlines() if " 0.01 " in line or "0.001" in line or "0.111" in line
+    ]
+    assert result.exit_code == 0
+    assert [row[1] for row in rows] == ["9", "100", "1000"]
+    assert "inf" in result.stdout
+
+
+def test_ls_as_json_is_one_object_a_line(root: Path) -> None:
+    result = run("ls", root, "--json")
+    found = [json.loads(line, parse_constant=pytest.fail) for line in result.stdout.splitlines()]
+    assert result.exit_code == 0
+    assert [one["step"] for one in found] == [9, 100, 1000]
+    assert found[0]["metrics"] == {"loss": 1 / 9, "odd": "inf"}
+    assert found[0]["metadata"] == {"note": {"$tuple": ["a", 1]}}
+    assert found[0]["total_bytes"] > 48
+    assert [cloudckpt.read(one["url"], "epoch") for one in found] == [{"epoch": 9}, {"epoch": 100}, {"epoch": 1000}]
+
+
+def test_ls_of_one_checkpoint_shows_that_one(root: Path, tmp_path: Path) -> None:
+    (url,) = [json.loads(line)["url"] for line in run("ls", root, "--json").stdout.splitlines()][:1]
+    assert [json.loads(line)["step"] for line in run("ls", url, "--json").stdout.splitlines()] == [9]
+    cloudckpt.save({"t": torch.ones(2)}, tmp_path / "alone")
+    assert [json.loads(line)["step"] for line in run("ls", tmp_path / "alone", "--json").stdout.splitlines()] == [None]
+    assert "│    - │     - │" in run("ls", tmp_path / "alone").stdout
+
+
+def test_ls_of_an_empty_or_missing_root_says_that_nothing_is_there(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in ("empty", "missing"):
+        result = run("ls", tmp_path / place)
+        assert result.exit_code == 0
+        assert result.stdout == f"no committed checkpoint at file://{tmp_path}/{place}\n"
+        assert run("ls", tmp_path / place, "--json").stdout == ""
+    assert not (tmp_path / "missing").exists()
+
+
+def test_show_of_a_root_shows_the_newest(root: Path) -> None:
+    result = run("show", root)
+    assert result.exit_code == 0
+    for shown in ("1000", "model.layer.weight", "float32", "[3, 4]", "epoch", "torch", "file://", "[red]x[/red]"):
+        assert shown in result.stdout
+    assert "0.111" not in result.stdout
+
+
+def test_show_as_json_has_manifest_tensors_values_and_environment(root: Path) -> None:
+    result = run("show", root, "--json")
+    found = json.loads(result.stdout, parse_constant=pytest.fail)
+    assert result.exit_code == 0
+    assert found["step"] == 1000
+    assert found["tensors"].pop("cloudckpt.rng.r00000")["dtype"] == "uint8"
+    assert found["tensors"] == {"model.layer.weight": {"dtype": "float32", "shape": [3, 4], "chunks": 1}}
+    assert found["values"]["epoch"] == 1000
+    assert found["environment"]["package.torch"] == torch.__version__
+
+
+def test_show_of_one_checkpoint_shows_that_one(root: Path) -> None:
+    url = json.loads(run("ls", root, "--json").stdout.splitlines()[1])["url"]
+    assert json.loads(run("show", url, "--json").stdout)["step"] == 100
+
+
+def test_what_goes_into_a_pipe_is_not_cut_to_the_width_of_a_terminal(tmp_path: Path) -> None:
+    name = ".".join(["transformer"] * 20)
+    cloudckpt.save({name: torch.ones(2)}, tmp_path / "c", metrics={f"a rather long metric {n}": n for n in range(9)})
+    assert name in run("show", tmp_path / "c").stdout
+    assert "a rather long metric 8 8" in run("ls", tmp_path / "c").stdout
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty"])
+def test_show_of_nothing_fails_in_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    check_fails(run("show", tmp_path / name), 1, "no committed checkpoint at", name)
+
+
+@pytest.mark.parametrize("command", ["ls", "show"])
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [("nosuchscheme://x/y", ["nosuchscheme"]), ("s3:/bucket/x", ["slash"]), ("s3://", ["bucket"])],
+)
+def test_a_wrong_url_fails_in_one_line(command: str, url: str, words: list[str]) -> None:
+    check_fails(run(command, url), 1, *words)
+
+
+def test_credentials_in_a_url_or_in_options_are_not_repeated() -> None:
+    check_fails(result := run("ls", "s3://canary:secret@bucket/x"), 1, "credentials")
+    assert "canary" not in result.stderr
+    check_fails(result := run("ls", "s3://bucket/x", "-o", '{"secret": "canary"'), 2, "--storage-options")
+    assert "canary" not in result.stderr
+
+
+@pytest.mark.parametrize("text", ["nonsense", "[1]", "3", "null"])
+def test_options_that_are_no_json_object_fail_with_an_example(text: str) -> None:
+    check_fails(run("ls", "s3://bucket/x", "--storage-options", text), 2, '{"anon": true}')
+
+
+def test_a_corrupt_checkpoint_fails_in_one_line_that_names_the_object(root: Path) -> None:
+    (index,) = (root / "step-0000001000-e0001").rglob("index.bin")
+    index.write_bytes(b"\x00" + index.read_bytes()[1:])
+    check_fails(run("show", root), 1, str(index.relative_to(root)))
+    for manifest in root.rglob("manifest.json"):
+        manifest.write_text("{}")
+    check_fails(run("ls", root), 1, "3 checkpoints are at", "none can be read")
+
+
+@pytest.mark.parametrize("engine", ["auto", "fsspec"])
+def test_ls_and_show_reach_an_object_store_with_options_from_the_environment(
+    s3_url: FreshPrefix, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with CheckpointManager(s3_url.url, storage_options=s3_url.storage_options) as manager:
+        manager.save(5, {"t": torch.ones(2)})
+    monkeypatch.setenv("CLOUDCKPT_STORAGE_OPTIONS", json.dumps(dict(s3_url.storage_options)))
+    assert json.loads(run("ls", s3_url.url, "--json", "--engine", engine).stdout)["step"] == 5
+    assert json.loads(run("show", s3_url.url, "--json", "--engine", engine).stdout)["tensors"]["t"]["shape"] == [2]
+
+
+def test_the_installed_command_runs_and_its_status_is_the_answer(root: Path, tmp_path: Path) -> None:
+    command = str(Path(sys.executable).with_name("cloudckpt"))
+    good = subprocess.run([command, "ls", str(root)], capture_output=True, text=True, check=False)
+    bad = subprocess.run([command, "show", str(tmp_path / "x")], capture_output=True, text=True, check=False)
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "1000" in good.stdout
+    assert bad.returncode == 1
+    assert bad.stdout == ""
+    assert "Traceback" not in bad.stderr
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    result = run()
+    assert "ls" in result.output
+    assert "show" in result.output

@@ -1,0 +1,54 @@
+"""What one save leaves for the next: the plan that is used again, and nothing of a save that failed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cloudckpt
+from cloudckpt import Options, RankLostError, SaveFailedError
+from cloudckpt.ranks.group import Group
+from cloudckpt.root.catalog import Catalog
+from cloudckpt.saving.lead import PlanMemory, save_state
+from cloudckpt.saving.output import Target
+from cloudckpt.state.capture import bind, capture
+from cloudckpt.store import open_store
+
+
+class LosingGroup(Group):
+    """Loses a rank while the plan is handed out."""
+
+    def deal(self, phase: str, mine: Callable[[], Any], decide: Callable[[list[Any]], Sequence[Any]]) -> Any:
+        super().deal(phase, mine, decide)
+        raise RankLostError("rank 1 is gone", ranks=[1])
+
+
+def _save(state: dict[str, Any], url: Path, group: Group, memory: PlanMemory) -> None:
+    catalog = Catalog(open_store(str(url)))
+    try:
+        save_state(
+            lambda: capture(bind(state)),
+            lambda: Target(catalog=catalog),
+            catalog=catalog,
+            group=group,
+            options=Options(),
+            memory=memory,
+        )
+    finally:
+        catalog.store.close()
+
+
+def test_a_plan_that_was_lost_on_the_way_leaves_nothing_to_a_later_save_of_the_structure_before(tmp_path: Path) -> None:
+    memory = PlanMemory()
+    _save({"a": torch.ones(3)}, tmp_path / "1", Group(), memory)
+    with pytest.raises(SaveFailedError, match="rank 1 is gone"):
+        _save({"b": torch.ones(4)}, tmp_path / "2", LosingGroup(), memory)
+
+    _save({"a": torch.full((3,), 7.0)}, tmp_path / "3", Group(), memory)
+
+    assert torch.equal(cloudckpt.read(tmp_path / "3")["a"], torch.full((3,), 7.0))  # type: ignore[arg-type]
+    assert not (tmp_path / "2" / "manifest.json").exists()

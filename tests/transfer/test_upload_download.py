@@ -1,0 +1,443 @@
+"""The byte pumps: in parallel but within the budget, whole or with an error, and never a byte that was not verified."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cloudckpt
+from cloudckpt import (
+    CheckpointNotFoundError,
+    ChecksumError,
+    MissingShardError,
+    Options,
+    RetryPolicy,
+    StorageError,
+)
+from cloudckpt.format.layout import Span
+from cloudckpt.format.shard import block_digests
+from cloudckpt.options import KIB
+from cloudckpt.store import RetryingStore
+from cloudckpt.store.base import Store
+from cloudckpt.store.local import LocalStore
+from cloudckpt.transfer.download import Fetch, ShardSource, download
+from cloudckpt.transfer.pool import Budget
+from cloudckpt.transfer.scratch import Scratch
+from cloudckpt.transfer.upload import ShardJob, Uploaded, upload
+from tests.store.fault_store import Bucket, FaultKind, FaultStore, Op, denied, refused, transient
+
+BLOCK_BYTES = 10
+# Long enough for any thread of a busy machine; only a broken law waits for it.
+PATIENCE_S = 30.0
+
+
+def job(number: int, size_bytes: int = 100, cost_bytes: int | None = None) -> ShardJob:
+    data = bytes([number % 256]) * size_bytes
+    return ShardJob(
+        key=f"shard-{number}",
+        size_bytes=size_bytes,
+        cost_bytes=size_bytes if cost_bytes is None else cost_bytes,
+        staging_bytes=0,
+        open=lambda _: [memoryview(data)],
+    )
+
+
+def put_all(store: Store, jobs: Sequence[ShardJob], *, concurrency: int = 4, limit_bytes: int = 1000) -> list[Uploaded]:
+    return upload(store, jobs, block_bytes=BLOCK_BYTES, concurrency=concurrency, budget=Budget(limit_bytes))
+
+
+class InFlight:
+    """A hook that counts what is under way at once."""
+
+    def __init__(self, size_of: Callable[[Op], int], parties: int) -> None:
+        self._size_of = size_of
+        self._lock = threading.Lock()
+        self._together = threading.Barrier(parties)
+        self.now_bytes = 0
+        self.most_bytes = 0
+
+    def __call__(self, op: Op) -> None:
+        with self._lock:
+            self.now_bytes += self._size_of(op)
+            self.most_bytes = max(self.most_bytes, self.now_bytes)
+        # Breaks, and fails the test, if fewer than `parties` are ever under way together.
+        self._together.wait(PATIENCE_S)
+        with self._lock:
+            self.now_bytes -= self._size_of(op)
+
+
+# -- upload ------------------------------------------------------------------------------------------------------
+
+
+def test_every_shard_is_put_whole_and_recorded_in_order_with_its_digests() -> None:
+    bucket = Bucket()
+    jobs = [job(number, size_bytes=95 + number) for number in range(20)]
+
+    records = put_all(FaultStore(bucket), jobs)
+
+    assert [record.key for record in records] == [one.key for one in jobs]
+    for number, record in enumerate(records):
+        data = bytes([number]) * (95 + number)
+        assert bucket.raw_get(record.key) == data
+        assert record.size_bytes == len(data)
+        assert record.digests == block_digests([memoryview(data)], block_bytes=BLOCK_BYTES)
+
+
+def test_nothing_to_put_is_nothing() -> None:
+    store = FaultStore()
+    assert put_all(store, []) == []
+    assert store.trace == []
+
+
+def test_the_budget_is_used_in_full_and_never_exceeded() -> None:
+    gauge = InFlight(lambda op: 100, parties=3)
+    put_all(FaultStore(hook=gauge), [job(number) for number in range(9)], concurrency=8, limit_bytes=350)
+    assert gauge.most_bytes == 300
+
+
+def test_the_cost_of_a_job_counts_and_not_its_size() -> None:
+    gauge = InFlight(lambda op: 100, parties=2)
+    put_all(FaultStore(hook=gauge), [job(n, cost_bytes=150) for n in range(8)], concurrency=8, limit_bytes=350)
+    assert gauge.most_bytes == 200
+
+
+def test_no_more_requests_are_under_way_than_the_concurrency_allows() -> None:
+    gauge = InFlight(lambda op: 1, parties=4)
+    put_all(FaultStore(hook=gauge), [job(number) for number in range(16)], concurrency=4, limit_bytes=10_000)
+    assert gauge.most_bytes == 4
+
+
+def test_a_job_larger_than_the_budget_runs_alone() -> None:
+    sizes = {f"shard-{number}": 600 if number == 3 else 100 for number in range(8)}
+    together: list[set[str]] = []
+    running: set[str] = set()
+    lock = threading.Lock()
+
+    class Watching(FaultStore):
+        def put(self, key: str, buffers: Sequence[memoryview]) -> None:
+            with lock:
+                running.add(key)
+                together.append(set(running))
+            super().put(key, buffers)
+            with lock:
+                running.discard(key)
+
+    bucket = Bucket()
+    jobs = [job(number, size_bytes=sizes[f"shard-{number}"]) for number in range(8)]
+    put_all(Watching(bucket), jobs, concurrency=8, limit_bytes=500)
+
+    assert set(bucket.raw_list()) == set(sizes)
+    assert [keys for keys in together if "shard-3" in keys] == [{"shard-3"}]
+    assert all(sum(sizes[key] for key in keys) <= 500 or keys == {"shard-3"} for keys in together)
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+@pytest.mark.parametrize("limit_bytes", [100, 10_000], ids=["tight", "loose"])
+def test_the_first_fault_stops_what_has_not_begun_and_surfaces(concurrency: int, limit_bytes: int) -> None:
+    store = FaultStore()
+    fault = store.inject(verbs=["put"], skip=4, error=refused)
+
+    with pytest.raises(StorageError, match="injected into put"):
+        put_all(store, [job(number) for number in range(200)], concurrency=concurrency, limit_bytes=limit_bytes)
+
+    assert fault.fired == 1
+    assert store.op_count < 5 + concurrency, "only what was under way beside it"
+
+
+def test_a_fault_while_the_others_wait_for_the_budget_ends_the_upload() -> None:
+    store = FaultStore()
+    store.inject(verbs=["put"], error=denied)
+    with pytest.raises(PermissionError):
+        put_all(store, [job(number) for number in range(50)], concurrency=8, limit_bytes=100)
+    assert store.op_count == 1
+
+
+def test_a_shard_that_cannot_be_opened_is_the_error() -> None:
+    def broken(_: memoryview) -> Sequence[memoryview]:
+        raise ValueError("a tensor that is gone")
+
+    bad = ShardJob(key="bad", size_bytes=1, cost_bytes=1, staging_bytes=0, open=broken)
+    with pytest.raises(ValueError, match="a tensor that is gone"):
+        put_all(FaultStore(), [job(1), bad, job(2)])
+
+
+def test_staging_memory_is_of_the_size_asked_for_and_stays_until_the_put_has_returned() -> None:
+    bucket = Bucket()
+
+    def staged(number: int) -> ShardJob:
+        def fill(staging: memoryview) -> list[memoryview]:
+            assert staging.nbytes == 64
+            staging[:] = bytes([number]) * 64
+            return [staging[:32], staging[32:]]
+
+        return ShardJob(key=f"shard-{number}", size_bytes=64, cost_bytes=64, staging_bytes=64, open=fill)
+
+    put_all(FaultStore(bucket), [staged(number) for number in range(40)], concurrency=4)
+    assert {key: bucket.raw_get(key) for key in bucket.raw_list()} == {
+        f"shard-{number}": bytes([number]) * 64 for number in range(40)
+    }
+
+
+def interrupt(_: object = None) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupt_stops_the_upload_without_a_hang() -> None:
+    store = FaultStore(hook=lambda op: interrupt() if op.number == 5 else None)
+    with pytest.raises(KeyboardInterrupt):
+        put_all(store, [job(number) for number in range(500)], concurrency=2, limit_bytes=200)
+    assert store.op_count < 500
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_an_interrupted_save_surfaces_as_that_and_commits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupting(LocalStore):
+        def put(self, key: str, buffers: Sequence[memoryview]) -> None:
+            interrupt()
+            super().put(key, buffers)
+
+    monkeypatch.setattr(
+        "cloudckpt.checkpoint.open_store", lambda url, **_: RetryingStore(Interrupting(url), RetryPolicy())
+    )
+    options = Options(shard_bytes=400, block_bytes=100, span_bytes=100, memory_budget_bytes=KIB, concurrency=2)
+    with pytest.raises(KeyboardInterrupt):
+        cloudckpt.save({"t": torch.ones(4000)}, tmp_path / "c", options=options)
+    with pytest.raises(CheckpointNotFoundError):
+        cloudckpt.read(tmp_path / "c")
+
+
+# -- download ----------------------------------------------------------------------------------------------------
+
+
+class Shelf:
+    """One stored shard, the fetches of its spans, and what they brought."""
+
+    def __init__(self, size_bytes: int = 95, span_bytes: int = 20) -> None:
+        self.data = bytes(number % 251 for number in range(size_bytes))
+        self.bucket = Bucket()
+        self.bucket.raw_put("shard", self.data)
+        digests = block_digests([memoryview(self.data)], block_bytes=BLOCK_BYTES)
+        self.source = ShardSource(key="shard", size_bytes=size_bytes, digests=digests, block_bytes=BLOCK_BYTES)
+        self.spans = [Span(start, min(start + span_bytes, size_bytes)) for start in range(0, size_bytes, span_bytes)]
+        self.brought: dict[int, bytes] = {}
+
+    def fetches(self, buffer_bytes: int = 0) -> list[Fetch]:
+        return [self._fetch(span, buffer_bytes) for span in self.spans]
+
+    def _fetch(self, span: Span, buffer_bytes: int) -> Fetch:
+        def consume(data: memoryview) -> None:
+            self.brought[span.start] = bytes(data)
+
+        return Fetch(shard=self.source, span=span, consume=consume, buffer_bytes=buffer_bytes)
+
+    def get_all(self, store: Store, *, concurrency: int = 3, limit_bytes: int = 1000) -> None:
+        download(store, self.fetches(), concurrency=concurrency, budget=Budget(limit_bytes))
+
+    def is_right(self, brought: dict[int, bytes]) -> bool:
+        return all(data == self.data[start : start + len(data)] for start, data in brought.items())
+
+
+@pytest.mark.parametrize("is_lent", [True, False], ids=["into our memory", "from memory of its own"])
+def test_every_span_is_brought_once_and_right(is_lent: bool) -> None:
+    class Own(FaultStore):
+        def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
+            return super().get(key, start=start, stop=stop, into=into if is_lent else None)
+
+    shelf = Shelf(size_bytes=1005)
+    store = Own(shelf.bucket)
+    shelf.get_all(store)
+    assert b"".join(shelf.brought[span.start] for span in shelf.spans) == shelf.data
+    assert store.op_count == len(shelf.spans)
+
+
+def test_an_engine_with_memory_of_its_own_is_offered_ours_once_per_thread() -> None:
+    offered: dict[int, list[bool]] = {}
+
+    class Own(FaultStore):
+        def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
+            offered.setdefault(threading.get_ident(), []).append(into is not None)
+            return super().get(key, start=start, stop=stop)
+
+    shelf = Shelf(size_bytes=2005)
+    shelf.get_all(Own(shelf.bucket))
+    assert {tuple(sorted(asked[1:])) for asked in offered.values()} <= {(False,) * n for n in range(200)}
+    assert all(asked[0] for asked in offered.values())
+
+
+def test_a_block_that_was_wrong_once_is_read_again(caplog: pytest.LogCaptureFixture) -> None:
+    shelf = Shelf()
+    store = FaultStore(shelf.bucket)
+    fault = store.inject(kind=FaultKind.FLIP, verbs=["get"], skip=1, times=2)
+    with caplog.at_level(logging.WARNING, logger="cloudckpt"):
+        shelf.get_all(store, concurrency=1)
+    assert fault.fired == 2
+    assert store.op_count == len(shelf.spans) + 2
+    assert b"".join(shelf.brought[span.start] for span in shelf.spans) == shelf.data
+    assert caplog.text.count("block 2 of shard differs from its digest; reading it again") == 2
+
+
+def test_a_block_that_stays_wrong_is_named_and_not_handed_on() -> None:
+    shelf = Shelf()
+    damaged = bytearray(shelf.data)
+    damaged[47] ^= 1
+    shelf.bucket.raw_put("shard", bytes(damaged))
+    store = FaultStore(shelf.bucket)
+
+    with pytest.raises(ChecksumError, match=r"block 4 of shard shard \(bytes from 40\)") as caught:
+        shelf.get_all(store)
+
+    assert caught.value.key == "shard"
+    assert 40 not in shelf.brought
+    assert shelf.is_right(shelf.brought)
+
+
+def test_a_missing_shard_is_named() -> None:
+    shelf = Shelf()
+    shelf.bucket.objects.clear()
+    with pytest.raises(MissingShardError, match="shard, which the index names, is not on the store") as caught:
+        shelf.get_all(FaultStore(shelf.bucket))
+    assert caught.value.key == "shard"
+    assert shelf.brought == {}
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 39, 94])
+def test_a_shorter_shard_is_told_from_a_store_that_cannot_be_read(size_bytes: int) -> None:
+    shelf = Shelf()
+    shelf.bucket.raw_put("shard", shelf.data[:size_bytes])
+    with pytest.raises(ChecksumError, match=f"has {size_bytes} bytes on the store, and 95 were committed"):
+        shelf.get_all(FaultStore(shelf.bucket))
+    assert shelf.is_right(shelf.brought)
+
+
+@pytest.mark.parametrize("error", [transient, denied])
+def test_a_store_that_cannot_be_read_is_that_error(error: Callable[[Op], StorageError]) -> None:
+    shelf = Shelf()
+    store = FaultStore(shelf.bucket)
+    store.inject(verbs=["get"], error=error, times=None)
+    with pytest.raises(type(error(Op(number=1, verb="get", key="shard")))):
+        shelf.get_all(store)
+    assert shelf.brought == {}
+
+
+@pytest.mark.parametrize("limit_bytes", [20, 10_000], ids=["tight", "loose"])
+def test_the_first_fault_stops_the_spans_that_have_not_begun(limit_bytes: int) -> None:
+    shelf = Shelf(size_bytes=5000)
+    store = FaultStore(shelf.bucket)
+    store.inject(verbs=["get"], skip=4, error=denied)
+    with pytest.raises(PermissionError):
+        shelf.get_all(store, concurrency=2, limit_bytes=limit_bytes)
+    assert store.op_count <= 5 + 1 + 1, "one span was under way beside it, and its error asks for the object's size"
+
+
+def test_an_error_of_who_takes_the_bytes_surfaces() -> None:
+    shelf = Shelf()
+
+    def refuse(_: memoryview) -> None:
+        raise ValueError("no room for these")
+
+    fetch = Fetch(shard=shelf.source, span=shelf.spans[0], consume=refuse)
+    with pytest.raises(ValueError, match="no room for these"):
+        download(FaultStore(shelf.bucket), [fetch], concurrency=1, budget=Budget(100))
+
+
+def test_spans_in_flight_stay_within_the_budget() -> None:
+    shelf = Shelf(size_bytes=240)
+    gauge = InFlight(lambda op: 20, parties=3)
+    shelf.get_all(FaultStore(shelf.bucket, hook=gauge), concurrency=8, limit_bytes=130)
+    assert gauge.most_bytes == 60, "an engine may hold each of the three once more"
+
+
+def test_buffers_that_outlive_their_span_are_waited_for() -> None:
+    """Two spans fill one buffer: the budget of its first is given back when its second is done."""
+    shelf = Shelf(size_bytes=160)
+    budget = Budget(120)
+    open_buffers: set[int] = set()
+    most = 0
+    lock = threading.Lock()
+
+    def fetch(number: int, span: Span) -> Fetch:
+        def consume(_: memoryview) -> None:
+            nonlocal most
+            with lock:
+                open_buffers.add(number // 2)
+                most = max(most, len(open_buffers))
+            if number % 2:
+                with lock:
+                    open_buffers.discard(number // 2)
+                budget.free(40)
+
+        return Fetch(shard=shelf.source, span=span, consume=consume, buffer_bytes=0 if number % 2 else 40)
+
+    fetches = [fetch(number, span) for number, span in enumerate(shelf.spans)]
+    download(FaultStore(shelf.bucket), fetches, concurrency=8, budget=budget)
+    assert most in (1, 2), "40 bytes of a third buffer would not fit beside two buffers and a span"
+    assert open_buffers == set()
+
+
+def test_a_buffer_larger_than_the_budget_is_filled_all_the_same() -> None:
+    shelf = Shelf(size_bytes=160)
+    budget = Budget(30)
+    rest = len(shelf.spans)
+    lock = threading.Lock()
+
+    def consume(_: memoryview) -> None:
+        nonlocal rest
+        with lock:
+            rest -= 1
+            is_last = rest == 0
+        if is_last:
+            budget.free(160)
+
+    fetches = [
+        Fetch(shard=shelf.source, span=span, consume=consume, buffer_bytes=0 if number else 160)
+        for number, span in enumerate(shelf.spans)
+    ]
+    download(FaultStore(shelf.bucket), fetches, concurrency=8, budget=budget)
+    assert rest == 0
+
+
+def test_an_interrupt_stops_the_download_without_a_hang() -> None:
+    shelf = Shelf(size_bytes=10_000)
+    store = FaultStore(shelf.bucket, hook=lambda op: interrupt() if op.number == 5 else None)
+    with pytest.raises(KeyboardInterrupt):
+        shelf.get_all(store, concurrency=2, limit_bytes=40)
+    assert store.op_count < len(shelf.spans)
+
+
+# -- scratch memory ----------------------------------------------------------------------------------------------
+
+
+def test_memory_given_back_is_lent_again() -> None:
+    scratch = Scratch()
+    first = scratch.take(5000)
+    first[:3] = b"abc"
+    scratch.give(first)
+    assert bytes(scratch.take(4000)[:3]) == b"abc"
+
+
+def test_memory_that_is_lent_out_is_nobody_else_s() -> None:
+    scratch = Scratch()
+    one, other = scratch.take(100), scratch.take(100)
+    one[:], other[:] = b"1" * 100, b"2" * 100
+    assert (bytes(one), bytes(other)) == (b"1" * 100, b"2" * 100)
+
+
+@given(st.lists(st.integers(0, 20_000), max_size=30))
+def test_memory_is_of_the_size_asked_for_and_no_more_is_held_than_was_lent_at_once(sizes_bytes: list[int]) -> None:
+    scratch = Scratch()
+    for size_bytes in sizes_bytes:
+        with scratch.lend(size_bytes) as memory:
+            assert memory.nbytes == size_bytes
+    assert len(scratch._idle) <= 1
+    assert sum(map(len, scratch._idle)) == max(sizes_bytes, default=0)
