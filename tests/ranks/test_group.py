@@ -226,7 +226,7 @@ def test_a_process_without_a_group_decides_alone() -> None:
 _ENDING = """
 import os, sys
 import torch.distributed as dist
-from cloudckpt.group import Group
+from cloudckpt.ranks.group import Group
 
 dist.init_process_group("gloo")
 group = Group.of_world()

@@ -25,7 +25,7 @@ _PREAMBLE = """
 import atexit, json, logging, multiprocessing, os, signal, sys, threading, time
 import torch
 from cloudckpt import CheckpointManager, CloudCkptError, Options
-from tests.gates import Gate, slow
+from tests.store.gates import Gate, slow
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 url, where = sys.argv[1], json.loads(sys.argv[2])
 state = {"w": torch.arange(100_000), "config": {"step": 1}}
