@@ -1,7 +1,7 @@
 """Save a whole state to one checkpoint, load it back, or read it without a model: the functions for one URL.
 
-With several ranks, every rank calls them; `saving` and `loading` lead the ranks. The manager goes the same two ways
-with a root.
+With several ranks, every rank calls `save` and `load`; `saving` and `loading` lead the ranks. The manager goes the same
+two ways with a root.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ import fnmatch
 import os
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
 from cloudckpt.errors import CheckpointNotFoundError
 from cloudckpt.format import DTYPES, Index, PathElement, codec, unflatten
-from cloudckpt.loading import Candidate, RankInput, fill, load_state, read_index
+from cloudckpt.loading import RankInput, fill, load_state, read_index
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, refuse_lonely_rank
-from cloudckpt.root import Catalog, Checkpoint
-from cloudckpt.saving import Target, save_state
-from cloudckpt.state import bind, capture
-from cloudckpt.store import open_store, probe_create
+from cloudckpt.report import Journal, Show
+from cloudckpt.root import Catalog, Checkpoint, OwnUrl, only
+from cloudckpt.saving import Session, begin_save
+from cloudckpt.state import bind, captured
+from cloudckpt.store import RetryingStore, open_store
+from cloudckpt.transfer import Watch
 
 __all__ = ["load", "read", "save"]
 
@@ -35,6 +38,7 @@ def save(
     options: Options | None = None,
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, object] | None = None,
+    progress: Show = "auto",
 ) -> Checkpoint:
     """Save `state` as one checkpoint at `url`; return once it is committed. With several ranks, every rank calls it.
 
@@ -42,10 +46,11 @@ def save(
         state: name → nn.Module, Optimizer, object with state_dict/load_state_dict, tensor, container or plain value.
         url: a directory, `s3://…`, `gs://…` or any fsspec URL that holds no checkpoint yet.
         storage_options: fsspec's own options for the URL, the same for both engines.
-        engine: `auto`, `obstore` or `fsspec`.
+        engine: `auto`, `local`, `obstore` or `fsspec`.
         options: sizes, parallelism, patience.
         metrics: numbers to be kept with the checkpoint.
         metadata: values to be kept with the checkpoint.
+        progress: what is shown on stderr, as for `CheckpointManager`.
 
     Raises:
         CheckpointExistsError: the URL holds a checkpoint; it was not changed.
@@ -56,23 +61,22 @@ def save(
     """
     refuse_lonely_rank()
     chosen = options or Options()
-    with _catalog(url, storage_options, engine, chosen) as catalog:
-
-        def place() -> Target:
-            probe_create(catalog.store, single_writer=chosen.single_writer)
-            if catalog.is_taken(""):
-                raise catalog.exists_error("")
-            return Target(catalog=catalog)
-
-        return save_state(
-            lambda: capture(bind(state)),
-            place,
-            catalog=catalog,
-            group=Group.of_world(),
-            options=chosen,
-            metrics=metrics,
-            metadata=metadata,
-        )
+    group = Group.of_world()
+    with _opened(url, storage_options, engine, chosen) as store:
+        journal = Journal(store, show=progress)
+        entry = journal.begin(rank=group.rank)
+        with Session(group, "save", chosen) as session:
+            pending = begin_save(
+                session,
+                captured(state),
+                OwnUrl(Catalog(store), store, chosen.single_writer),
+                metrics=metrics,
+                metadata=metadata,
+            )
+        with entry.bar("saving") as bar:
+            checkpoint = pending.finish(bar)
+        entry.committed(checkpoint)
+        return checkpoint
 
 
 def load(
@@ -83,6 +87,7 @@ def load(
     engine: str = "auto",
     options: Options | None = None,
     strict: bool = True,
+    progress: Show = "auto",
 ) -> Checkpoint:
     """Restore `state` in place from the checkpoint at `url`. With several ranks, every rank calls it.
 
@@ -93,9 +98,10 @@ def load(
         state: as for `save`; tensors are filled where they are, plain values are put into the dict.
         url: the checkpoint's prefix, for example `Checkpoint.url`.
         storage_options: fsspec's own options for the URL.
-        engine: `auto`, `obstore` or `fsspec`.
+        engine: `auto`, `local`, `obstore` or `fsspec`.
         options: sizes, parallelism, patience.
         strict: refuse a checkpoint that has entries which `state` lacks, or lacks some that it has.
+        progress: what is shown on stderr, as for `CheckpointManager`.
 
     Raises:
         CheckpointNotFoundError: nothing is committed at the URL.
@@ -108,14 +114,23 @@ def load(
     if group.size == 1:
         bind(state)  # refuses a wrong call before anything is asked of the store
     chosen = options or Options()
-    with _catalog(url, storage_options, engine, chosen) as catalog:
-
-        def only() -> Iterator[Candidate]:
-            yield catalog.open()
-
-        found = load_state(state, only, catalog=catalog, group=group, options=chosen, strict=strict, what="load")
+    with _opened(url, storage_options, engine, chosen) as store:
+        catalog = Catalog(store)
+        entry = Journal(store, show=progress).begin(rank=group.rank)
+        with entry.bar("loading") as bar:
+            found = load_state(
+                state,
+                partial(only, catalog),
+                catalog=catalog,
+                group=group,
+                options=chosen,
+                strict=strict,
+                gauge=bar,
+                what="load",
+            )
         if found is None:
-            raise CheckpointNotFoundError(f"no committed checkpoint at {catalog.store.url}")
+            raise CheckpointNotFoundError(f"no committed checkpoint at {store.url}")
+        entry.restored(found)
         return found
 
 
@@ -126,6 +141,7 @@ def read(
     storage_options: Mapping[str, object] | None = None,
     engine: str = "auto",
     options: Options | None = None,
+    progress: Show = "auto",
 ) -> dict[str, object]:
     """Read a checkpoint, or a part of it, without a model: nested dicts of new host tensors and plain values.
 
@@ -134,32 +150,36 @@ def read(
         keys: names or shell globs of names (`model.*`, `optimizer.state.*.exp_avg`); None reads everything. A name
             also selects all that lies below it.
         storage_options: fsspec's own options for the URL.
-        engine: `auto`, `obstore` or `fsspec`.
+        engine: `auto`, `local`, `obstore` or `fsspec`.
         options: sizes, parallelism, patience.
+        progress: `bar` or `auto` show a bar on a terminal; there is no line.
 
     Raises:
         CheckpointNotFoundError: nothing is committed at the URL, or a key matches nothing.
         IntegrityError: an object is missing or differs from what was committed.
     """
     chosen = options or Options()
-    with _catalog(url, storage_options, engine, chosen) as catalog:
+    with _opened(url, storage_options, engine, chosen) as store:
+        entry = Journal(store, show=progress).begin(rank=0)
+        catalog = Catalog(store)
         checkpoint = catalog.open()
         index = read_index(catalog, checkpoint)
         names = _select(index, keys, checkpoint.url)
         tensors = {name: _empty(index, name) for name in names if name in index.tensors}
         values = {name: codec.decode(index.values[name], key=name) for name in names if name in index.values}
-        fill(tensors, RankInput(catalog.store, checkpoint, index, chosen), index)
+        with entry.bar("reading") as bar:
+            fill(tensors, RankInput(store, checkpoint, index, chosen, Watch(gauge=bar)), index)
         leaves = {name: tensors[name] if name in tensors else values[name] for name in names}
         return unflatten(leaves, _paths_of_some(index, names))
 
 
 @contextmanager
-def _catalog(
+def _opened(
     url: str | os.PathLike[str], storage_options: Mapping[str, object] | None, engine: str, options: Options
-) -> Iterator[Catalog]:
+) -> Iterator[RetryingStore]:
     store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=options)
     try:
-        yield Catalog(store)
+        yield store
     finally:
         store.close()
 

@@ -113,7 +113,8 @@ def test_a_full_or_read_only_disk_fails_the_save_and_keeps_what_was_there(
     root = tmp_path / "root"
     disk = FaultDisk()
     monkeypatch.setattr(
-        "cloudckpt.manager.open_store", lambda *_, **__: RetryingStore(LocalStore(str(root), disk=disk), RetryPolicy())
+        "cloudckpt.manager.manager.open_store",
+        lambda *_, **__: RetryingStore(LocalStore(str(root), disk=disk), RetryPolicy()),
     )
     with CheckpointManager(root) as manager:
         first = manager.save(1, state())

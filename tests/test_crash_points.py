@@ -54,7 +54,7 @@ def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FaultStore]]:
     def open_pushed(*_: object, **__: object) -> RetryingStore:
         return RetryingStore(pushed[-1], PATIENCE, sleep=lambda _: None)
 
-    monkeypatch.setattr("cloudckpt.manager.open_store", open_pushed)
+    monkeypatch.setattr("cloudckpt.manager.manager.open_store", open_pushed)
     forget_probes()
     yield pushed
     forget_probes()

@@ -7,6 +7,7 @@ import math
 import random
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -361,7 +362,7 @@ def test_a_zombie_cannot_commit_what_a_sweep_has_voided(tmp_path: Path) -> None:
         catalog = manager._catalog
         manifest = catalog.all()[0].manifest
         assert catalog.void("step-0000000009-e0001/")
-        late = cloudckpt.manifest.msgspec.structs.replace(manifest, step=9)
+        late = msgspec.structs.replace(manifest, step=9)
         with pytest.raises(CheckpointExistsError):
             catalog.commit(late, prefix="step-0000000009-e0001/")
         assert [checkpoint.step for checkpoint in manager.checkpoints()] == [1]

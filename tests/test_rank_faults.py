@@ -33,7 +33,7 @@ from cloudckpt import (
 from cloudckpt.format.keys import MANIFEST_NAME
 from cloudckpt.loading.lead import _Loading
 from cloudckpt.ranks.group import Group
-from cloudckpt.saving.lead import _Saving
+from cloudckpt.saving.lead import _Coordinator
 from cloudckpt.saving.source import Source
 from cloudckpt.saving.tally import Written
 from tests.ranks.processes import Outcome, World
@@ -176,7 +176,7 @@ def _arm(case: Case, manager: CheckpointManager, state: dict[str, Any]) -> None:
     springs: dict[str, Callable[[], None]] = {
         "opening": lambda: state["part"].before.update(state_dict=trap),
         "plan": lambda: _spring_in_plan(trap),
-        "share": lambda: _spring(_Saving, "_share_out", trap),
+        "share": lambda: _spring(_Coordinator, "share_out", trap),
         "stage": lambda: _spring(Source, "view", trap),
         "upload": lambda: _spring(inner, "put", trap, when=lambda key, _: key.endswith(".safetensors")),
         "gather": lambda: _spring(Written, "encode", trap),
@@ -192,7 +192,7 @@ def _arm(case: Case, manager: CheckpointManager, state: dict[str, Any]) -> None:
 
 def _be_strict(manager: CheckpointManager, case: Case) -> None:
     """Let the manager wait for no rank longer than the case's deadline, from when all ranks are here."""
-    manager._options = Options(progress_timeout_s=case.deadline_s, read_once=case.read_once)  # type: ignore[arg-type]
+    manager._saves.options = Options(progress_timeout_s=case.deadline_s, read_once=case.read_once)  # type: ignore[arg-type]
     dist.barrier()
 
 
@@ -218,7 +218,7 @@ def _save(url: str, case: Case) -> Seen:
             _arm(case, manager, state)
         _be_strict(manager, case)
         seen = _timed(lambda: manager.save(1, state))
-        manager._options = CALM
+        manager._saves.options = CALM
         if rank == 0:
             seen.listed = [checkpoint.step for checkpoint in manager.checkpoints()]
         if not case.is_lost:
@@ -235,7 +235,7 @@ def _restore(url: str, case: Case) -> Seen:
             _arm(case, manager, state)
         _be_strict(manager, case)
         seen = _timed(lambda: manager.restore(state))
-        manager._options = CALM
+        manager._saves.options = CALM
         if not case.is_lost:
             restored = manager.restore(state)
             seen.after = [str(restored.step if restored else None)]

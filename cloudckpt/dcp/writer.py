@@ -24,11 +24,10 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.format import JsonValue, PathElement, codec, metadata_to_json, metrics_to_json, new_attempt
 from cloudckpt.options import Options
 from cloudckpt.ranks import refuse_lonely_rank
-from cloudckpt.root import Catalog, Checkpoint
+from cloudckpt.root import Catalog, Checkpoint, Target
 from cloudckpt.saving import (
     RankOutput,
     Record,
-    Target,
     Written,
     assemble,
     check_against_plan,

@@ -15,8 +15,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -31,15 +31,13 @@ from cloudckpt.loading.input import RankInput, decode_index, describe, read_inde
 from cloudckpt.loading.passing import Step, plan_passing
 from cloudckpt.options import Options
 from cloudckpt.ranks import Countdown, Group, MissingPartsError, Packet, RanksFailedError
-from cloudckpt.root import Catalog, Checkpoint
+from cloudckpt.root import Candidate, Catalog, Checkpoint
 from cloudckpt.state import Saved, Targets, bind, plan_restore
+from cloudckpt.transfer import Gauge
 
-__all__ = ["Candidate", "Extra", "fill", "load_state"]
+__all__ = ["Extra", "fill", "load_state"]
 
 logger = logging.getLogger(__name__)
-
-Candidate = Checkpoint | IntegrityError
-"""A checkpoint to be tried, or why one that is there cannot be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +49,19 @@ class _Found:
     index: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Extra:
-    """Tensors of this rank that are restored besides the state.
+class Extra(Protocol):
+    """Tensors of this rank that are restored besides the state."""
 
-    Attributes:
-        targets: returns the tensors to be filled, from the index.
-        apply: takes the index and them, filled.
-    """
+    def targets(self, index: Index) -> dict[str, torch.Tensor]:
+        """Return the tensors to be filled."""
+        ...
 
-    targets: Callable[[Index], dict[str, torch.Tensor]]
-    apply: Callable[[Index, Mapping[str, torch.Tensor]], None]
+    def apply(self, filled: Mapping[str, torch.Tensor]) -> None:
+        """Take them, filled."""
+        ...
 
 
-def load_state(
+def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     state: MutableMapping[str, object],
     candidates: Callable[[], Iterator[Candidate]],
     *,
@@ -73,6 +70,7 @@ def load_state(
     options: Options,
     strict: bool,
     extra: Extra | None = None,
+    gauge: Gauge | None = None,
     what: str = "restore",
 ) -> Checkpoint | None:
     """Restore a state on all ranks of the group from the first candidate that is whole.
@@ -86,6 +84,7 @@ def load_state(
         options: sizes, parallelism, patience.
         strict: refuse a checkpoint whose entries differ from those of `state`.
         extra: what else is restored.
+        gauge: is told how many of this rank's bytes have moved.
         what: what the ranks do; ranks that do different things are told so.
 
     Returns:
@@ -104,7 +103,7 @@ def load_state(
             if found is None:
                 return None
             checkpoint = catalog.adopt(Manifest.decode(found.manifest, key=found.prefix), prefix=found.prefix)
-            loading = _Loading(checkpoint, found.index, catalog, group, options)
+            loading = _Loading(checkpoint, found.index, catalog, group, options, gauge)
             try:
                 loading.run(f"{what} of {checkpoint.url}", state, strict=strict, extra=extra)
             except RanksFailedError as exc:
@@ -177,13 +176,20 @@ class _Loading:
     """The restore of one checkpoint, on one rank."""
 
     def __init__(
-        self, checkpoint: Checkpoint, index_bytes: bytes, catalog: Catalog, group: Group, options: Options
+        self,
+        checkpoint: Checkpoint,
+        index_bytes: bytes,
+        catalog: Catalog,
+        group: Group,
+        options: Options,
+        gauge: Gauge | None,
     ) -> None:
         self._checkpoint = checkpoint
         self._index_bytes = index_bytes
         self._catalog = catalog
         self._group = group
         self._options = options
+        self._gauge = gauge
         self._targets: Targets | None = None
         self._extra: dict[str, torch.Tensor] = {}
         self._index: Index | None = None
@@ -222,7 +228,7 @@ class _Loading:
     def _read(self, steps: Sequence[Step]) -> None:
         if self._filling is None or self._index is None:
             return
-        watch = self._group.watch(self._options.progress_timeout_s)
+        watch = replace(self._group.watch(self._options.progress_timeout_s), gauge=self._gauge)
         source = RankInput(self._catalog.store, self._checkpoint, self._index, self._options, watch)
         packets = self._filling.take_over(steps, self._group.rank)
         passing = self._group.begin_passing(packets)
@@ -237,7 +243,7 @@ class _Loading:
         if self._targets is not None and self._index is not None:
             self._targets.apply()
             if extra is not None:
-                extra.apply(self._index, self._extra)
+                extra.apply(self._extra)
 
 
 def fill(tensors: Mapping[str, torch.Tensor], source: RankInput, index: Index) -> None:

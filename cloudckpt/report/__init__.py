@@ -1,10 +1,7 @@
-"""Add up what saves and restores cost a job, and say what follows from it."""
+"""Say what saves and restores did and cost: to the log, to a person at a terminal, and as advice on the interval."""
 
 from cloudckpt.report.advice import Advice, advise
-from cloudckpt.report.meter import Meter
+from cloudckpt.report.journal import Entry, Journal
+from cloudckpt.report.progress import Show
 
-__all__ = [
-    "Advice",
-    "Meter",
-    "advise",
-]
+__all__ = ["Advice", "Entry", "Journal", "Show", "advise"]

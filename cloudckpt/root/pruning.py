@@ -64,14 +64,21 @@ class Pruner:
                 self._catalog.fence(newest.epoch)
             for epoch_step in removed:
                 self._uncommit(existing[epoch_step])
-        self.remove_due()
+        self._remove_due()
 
     def _uncommit(self, checkpoint: Checkpoint) -> None:
         self._catalog.uncommit(checkpoint)
         self._removals.append(_Removal(checkpoint.prefix, self._clock()))
         logger.info("pruned step %s of epoch %d", checkpoint.step, checkpoint.epoch)
 
-    def remove_due(self) -> None:
+    def end(self) -> None:
+        """Remove what is due; shards still in their grace time stay for a sweep, and so does what cannot be removed."""
+        try:
+            self._remove_due()
+        except CloudCkptError as exc:
+            logger.warning("pruned shards could not be removed and stay for a sweep: %s", exc)
+
+    def _remove_due(self) -> None:
         """Remove the shards of what was uncommitted a grace time ago."""
         due = [removal for removal in self._removals if self._clock() - removal.uncommitted_s >= self._grace_s]
         for removal in due:

@@ -1,19 +1,20 @@
 """Lead all ranks through one save: who writes which boxes, shards out, index, commit; also from a copy, in a thread."""
 
-from cloudckpt.saving.background import SaveHandle
-from cloudckpt.saving.lead import PendingSave, PlanMemory, begin_save, save_state
-from cloudckpt.saving.output import RankOutput, Record, Target, commit_index, lay_out_part, stats_of
+from cloudckpt.saving.background import Background, SaveHandle
+from cloudckpt.saving.lead import PendingSave, PlanMemory, Session, begin_save
+from cloudckpt.saving.output import RankOutput, Record, commit_index, lay_out_part, stats_of
 from cloudckpt.saving.snapshot import expected_shards
 from cloudckpt.saving.source import check_layout, chunk_of, object_of
 from cloudckpt.saving.tally import Written, assemble, check_against_plan
 
 __all__ = [
+    "Background",
     "PendingSave",
     "PlanMemory",
     "RankOutput",
     "Record",
     "SaveHandle",
-    "Target",
+    "Session",
     "Written",
     "assemble",
     "begin_save",
@@ -24,6 +25,5 @@ __all__ = [
     "expected_shards",
     "lay_out_part",
     "object_of",
-    "save_state",
     "stats_of",
 ]

@@ -3,10 +3,11 @@
     begin ──▶ stage (the caller waits) ──▶ the caller goes on
       ╰─ thread: upload as shards are staged ──▶ commit ──▶ done, or failed: logged at once, and kept
 
-The thread is a daemon, so that a store that hangs cannot keep a process from ending; the end of the interpreter waits
-for it all the same, for as long as the options say.
+`Background` holds the one save of a job that may be under way. The thread is a daemon, so that a store that hangs
+cannot keep a process from ending; the end of the interpreter waits for it all the same, for as long as the options say.
 """
 
+# ruff: noqa: SLF001 (a handle is the outside of what this module does)
 from __future__ import annotations
 
 import atexit
@@ -21,7 +22,7 @@ from cloudckpt.root import Checkpoint
 from cloudckpt.saving.lead import PendingSave
 from cloudckpt.transfer import StageClosedError
 
-__all__ = ["SaveHandle"]
+__all__ = ["Background", "SaveHandle"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class SaveHandle:
         self.is_skipped = is_skipped
         self.began_s = time.monotonic()
         self._pending: PendingSave | None = None
-        self._after: Callable[[Checkpoint], None] = lambda _: None
+        self._ended_with: Callable[[Checkpoint | BaseException], None] = lambda _: None
         self._patience_s = 0.0
         self._checkpoint: Checkpoint | None = None
         self._error: BaseException | None = None
@@ -53,36 +54,6 @@ class SaveHandle:
         self._ended = threading.Event()
         if is_skipped:
             self._ended.set()
-
-    @classmethod
-    def begin(
-        cls, step: int, pending: PendingSave, after: Callable[[Checkpoint], None], *, patience_s: float
-    ) -> SaveHandle:
-        """Stage a save in this thread and finish it in another; return once it is staged.
-
-        Args:
-            step: the training step.
-            pending: what all ranks have agreed on.
-            after: is called with the checkpoint, in the other thread, before the save counts as done.
-            patience_s: how long the end of the interpreter waits for it.
-
-        Raises:
-            CloudCkptError: it failed before everything was staged; nothing was committed.
-        """
-        handle = cls(step)
-        handle._pending, handle._after, handle._patience_s = pending, after, patience_s
-        _UNDER_WAY.append(handle)
-        threading.Thread(target=handle._run, name="cloudckpt-save", daemon=True).start()
-        try:
-            pending.stage()
-        except StageClosedError:
-            handle.result()  # raises why
-            raise
-        except BaseException:
-            handle._is_told = True
-            handle._abandon("its state could not be staged")
-            raise
-        return handle
 
     def __repr__(self) -> str:
         return f"SaveHandle(step={self.step}, {self._word()})"
@@ -126,31 +97,18 @@ class SaveHandle:
             raise self._error
         return self._checkpoint
 
-    def wait(self) -> None:
-        """Wait for the end, without asking what became of it."""
-        self._ended.wait()
-
-    @property
-    def error(self) -> BaseException | None:
-        """What it failed with, if it has failed; asking for it does not count as being told."""
-        return self._error
-
-    @property
-    def is_untold(self) -> bool:
-        """Whether it has failed, and nobody was told yet."""
-        return self.done() and self._error is not None and not self._is_told
-
     # -- ending --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             if self._pending is not None:
                 self._checkpoint = self._pending.finish()
-                self._after(self._checkpoint)
+                self._ended_with(self._checkpoint)
         except BaseException as exc:  # noqa: BLE001 (the end of a thread: kept, and raised where somebody waits)
             self._error = exc
             # At once: the next call that raises it may be an hour away.
             logger.error("the save of step %d failed in the background: %s", self.step, exc)  # noqa: TRY400
+            self._ended_with(exc)
         self._pending = None
         self._ended.set()
         _UNDER_WAY.remove(self)
@@ -163,7 +121,7 @@ class SaveHandle:
             pending.abandon(why)
         self._ended.wait(_NOTICING_S)
 
-    def finish_or_abandon(self, timeout_s: float) -> None:
+    def _finish_or_abandon(self, timeout_s: float) -> None:
         """Wait for the end for so long, then abandon the save; an interrupt of the wait abandons it, too.
 
         Raises:
@@ -199,12 +157,87 @@ class SaveHandle:
         self._ended.set()
 
 
+class Background:
+    """The save of one job that may be under way in the background; one at a time."""
+
+    def __init__(self, *, patience_s: float) -> None:
+        """Nothing is under way; the end waits for `patience_s` at most."""
+        self._patience_s = patience_s
+        self._handle: SaveHandle | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._handle is not None and not self._handle.done()
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether the last one has failed, and nobody was told yet."""
+        handle = self._handle
+        return handle is not None and handle.done() and handle._error is not None and not handle._is_told
+
+    def begin(
+        self, step: int, pending: PendingSave, ended_with: Callable[[Checkpoint | BaseException], None]
+    ) -> SaveHandle:
+        """Stage a save in this thread and finish it in another; return once it is staged.
+
+        Args:
+            step: the training step.
+            pending: what all ranks have agreed on.
+            ended_with: is called with the checkpoint, or with what the save failed with, in the other thread, before
+                the save counts as done.
+
+        Raises:
+            CloudCkptError: it failed before everything was staged; nothing was committed.
+        """
+        handle = SaveHandle(step)
+        handle._pending, handle._ended_with, handle._patience_s = pending, ended_with, self._patience_s
+        _UNDER_WAY.append(handle)
+        threading.Thread(target=handle._run, name="cloudckpt-save", daemon=True).start()
+        try:
+            pending.stage()
+        except StageClosedError:
+            handle.result()  # raises why
+            raise
+        except BaseException:
+            handle._is_told = True
+            handle._abandon("its state could not be staged")
+            raise
+        self._handle = handle
+        return handle
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for the save under way, without asking what became of it."""
+        if self._handle is not None:
+            self._handle._ended.wait(timeout)
+
+    def settle(self, timeout: float | None = None) -> None:
+        """Wait for the save under way; raise what it failed with, also if that was long ago and nobody was told.
+
+        Raises:
+            TimeoutError: it goes on.
+            CloudCkptError: it failed.
+        """
+        if self._handle is not None and (self.is_busy or self.is_untold):
+            self._handle.result(timeout)
+
+    def end(self) -> None:
+        """Wait for the save under way, and abandon it when the patience is over.
+
+        Raises:
+            SaveFailedError: it was abandoned; nothing was committed.
+            CommitUnknownError: it was abandoned, and may be committed all the same.
+        """
+        if self._handle is not None:
+            self._handle._finish_or_abandon(self._patience_s)
+
+
 _UNDER_WAY: list[SaveHandle] = []
 
 
 def _after_fork() -> None:
     for handle in _UNDER_WAY:
-        handle._disown()  # noqa: SLF001 (of this module)
+        handle._disown()
     _UNDER_WAY.clear()
 
 
@@ -215,12 +248,12 @@ if hasattr(os, "register_at_fork"):
 def _at_exit() -> None:
     """Let the end of the interpreter wait for saves whose manager was not closed."""
     for handle in _UNDER_WAY.copy():
-        if handle._is_abandoned:  # noqa: SLF001 (of this module)
+        if handle._is_abandoned:
             continue
-        patience_s = handle._patience_s  # noqa: SLF001
+        patience_s = handle._patience_s
         logger.warning("the process ends; waiting up to %g s for the save of step %d", patience_s, handle.step)
         try:
-            handle.finish_or_abandon(patience_s)
+            handle._finish_or_abandon(patience_s)
         except (SaveFailedError, CommitUnknownError) as exc:
             logger.error("%s", exc)  # noqa: TRY400
 

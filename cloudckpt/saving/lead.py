@@ -1,8 +1,12 @@
 """Lead the ranks of a group through one save: the same steps as DCP's own `save`, over messages that cannot hang.
 
-    opening   every rank: names, values and boxes   ──▶ rank 0: all alike? a place, an attempt id
-    plan      boxes of every rank                   ──▶ rank 0: who writes which; left out while nothing changed
-    upload    every rank: its shards                ──▶ rank 0: plan == results? index, manifest ──▶ committed
+    flat state ──open──▶ _Opened ──agree──▶ _Order ──plan, lay out──▶ _Laid ──(stage)──▶ _Part ──commit──▶ Checkpoint
+                                 │ alike?           │ who writes what?               │ plan == results?
+                                 ╰──────────────── rank 0: _Coordinator ─────────────╯
+
+Each arrow makes a value that does not change any more; an error on the way is a value, too, until the exchange in
+which all ranks hear of it. `begin_save` goes as far as _Laid in the training's thread; `PendingSave.stage` copies
+there, where that is wanted; `PendingSave.finish` does the rest, in that thread or another one.
 
 DCP's planner says which boxes of which tensors this rank holds and hands out their data; who writes a box that
 several ranks hold is decided here, because DCP weighs a box by its whole tensor, and because thousands of ranks'
@@ -11,12 +15,13 @@ plans as objects are too much for one. Keeps FORMAT invariants 2, 3, 4 and 13.
 
 from __future__ import annotations
 
-import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -26,13 +31,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from cloudckpt.errors import (
-    CloudCkptError,
-    CommitUnknownError,
-    OptionsError,
-    RankLostError,
-    SaveFailedError,
-)
+from cloudckpt.errors import CloudCkptError, CommitUnknownError, OptionsError, RankLostError, SaveFailedError
 from cloudckpt.format import (
     Box,
     BoxTable,
@@ -48,18 +47,18 @@ from cloudckpt.format import (
 )
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, RanksFailedError, UndecidedError
-from cloudckpt.root import Catalog, Checkpoint
+from cloudckpt.root import Checkpoint, Destination, Target
 from cloudckpt.saving.dedup import share_out
-from cloudckpt.saving.output import Part, RankOutput, Record, Target, commit_index, lay_out_part, stats_of
+from cloudckpt.saving.output import Part, RankOutput, Record, commit_index, lay_out_part, stats_of
 from cloudckpt.saving.snapshot import Staged, take_snapshot
-from cloudckpt.saving.source import Source, check_layout, check_tensor, chunk_of
+from cloudckpt.saving.source import check_layout, check_tensor, chunk_of
 from cloudckpt.saving.tally import Written, assemble, check_against_names
 from cloudckpt.state import is_tensor
-from cloudckpt.transfer import AbandonedError, Slabs, StageClosedError
+from cloudckpt.transfer import AbandonedError, Gauge, Slabs, StageClosedError
 
-__all__ = ["PendingSave", "PlanMemory", "begin_save", "save_state"]
+__all__ = ["PendingSave", "PlanMemory", "Session", "begin_save"]
 
-logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 _SHOWN = 8
 
@@ -83,94 +82,114 @@ class PlanMemory:
     tensors: frozenset[str] = frozenset()
 
 
-def save_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
-    capture: Callable[[], Flat],
-    place: Callable[[], Target],
+class Session:
+    """The ranks together for one save: from its begin until a `PendingSave` has taken it over, or an error ends it."""
+
+    def __init__(self, group: Group, what: str, options: Options) -> None:
+        """Of the ranks of `group`; those that do another thing than `what` are told so."""
+        self.group = group
+        self.what = what
+        self.options = options
+        self.began_s = time.monotonic()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(_plain_errors(self.group))
+            stack.enter_context(self.group.session(self.what, deadline_s=self.options.progress_timeout_s))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._stack.__exit__(kind, error, trace)
+
+    def hand_over(self) -> ExitStack:
+        """Let it end in another thread: where what is returned ends."""
+        self.group.hand_over()
+        return self._stack.pop_all()
+
+
+def begin_save(
+    session: Session,
+    flat: Flat | Exception,
+    destination: Destination,
     *,
-    catalog: Catalog,
-    group: Group,
-    options: Options,
     memory: PlanMemory | None = None,
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, object] | None = None,
-    what: str = "save",
-) -> Checkpoint:
-    """Save a state with all ranks of the group; return, on every rank, once it is committed.
+    slabs: Slabs | None = None,
+) -> PendingSave:
+    """Agree with all ranks on what is saved and who writes it; `PendingSave` does the rest, and ends the session.
 
     Args:
-        capture: returns this rank's named leaves; called on every rank.
-        place: returns where the checkpoint goes, and refuses if it may not go there; called on rank 0.
-        catalog: this rank's own, over the store that `place` names.
-        group: the ranks that save.
-        options: sizes, parallelism, patience.
+        session: of the ranks that save, which all of them have entered.
+        flat: this rank's named leaves, or why there are none: all ranks are to hear of it.
+        destination: where the checkpoint goes; rank 0's is asked. One that is not claimed yet is claimed in `finish` of
+            a save from a copy, because that takes requests.
         memory: the plan of an earlier save, which is used again while nothing changed.
         metrics: numbers to be kept with the checkpoint.
         metadata: values to be kept with the checkpoint.
-        what: what the ranks do, with the step; ranks that do different things are told so.
+        slabs: memory for copies of the tensors, which may change once they were staged; None uploads them as they are.
 
     Raises:
-        SaveFailedError: ranks failed, were lost, or hold different states; nothing was committed.
-        CommitUnknownError: the outcome is not known (rank 0 was lost at the end); nothing was deleted.
-        CloudCkptError: what the one process, or rank 0 for all, was refused with; nothing was committed.
+        RanksFailedError: ranks failed, or hold different states; nothing was committed.
+        RankLostError: ranks were lost; nothing was committed.
+        CloudCkptError: as the end of the session makes it of these.
     """
-    pending = begin_save(
-        capture,
-        place,
-        catalog=catalog,
+    group, what, options = session.group, session.what, session.options
+    memory = memory or PlanMemory()
+    coordinator = _Coordinator(destination, memory, options, claims_later=slabs is not None)
+    opened = _tried(lambda: _open(_got(flat), is_coordinator=group.rank == 0))
+    record = _tried(
+        lambda: Record(
+            metrics=metrics_to_json(metrics),
+            metadata=metadata_to_json(metadata),
+            began_s=session.began_s,
+            spent_before=stats_of(destination.catalog.store),
+        )
+    )
+    order = group.agree(f"{what}: opening", lambda: _opening(opened, record, memory), coordinator.decide)
+    mine, record = _got(opened), _got(record)
+    if not order.is_alike:
+        group.agree(f"{what}: comparing values", lambda: _digests(mine.values), _refuse_values)
+    if not order.is_planned:
+        _plan(mine, memory, coordinator, group, what)
+    engine = destination.catalog.store.engine
+    # What this raises is raised by `finish`, which all ranks hear of.
+    laid = _tried(lambda: _lay_out(mine, memory.rows, order.attempt, options, slabs, engine=engine))
+    lead = _Lead(
+        what=what,
         group=group,
         options=options,
-        memory=memory,
-        metrics=metrics,
-        metadata=metadata,
-        what=what,
+        coordinator=coordinator,
+        order=order,
+        record=replace(record, seconds={"plan_s": time.monotonic() - session.began_s}),
+        # All ranks have the same, which was checked; one of them writes them down.
+        values=mine.values if group.rank == 0 else {},
     )
-    return pending.finish()
-
-
-def begin_save(  # noqa: PLR0913 (keyword-only, each of its own kind)
-    capture: Callable[[], Flat],
-    place: Callable[[], Target],
-    *,
-    catalog: Catalog,
-    group: Group,
-    options: Options,
-    memory: PlanMemory | None = None,
-    metrics: Mapping[str, float] | None = None,
-    metadata: Mapping[str, object] | None = None,
-    what: str = "save",
-    slabs: Slabs | None = None,
-    is_placed_later: bool = False,
-) -> PendingSave:
-    """Agree with all ranks on what is saved and who writes it; `PendingSave` does the rest.
-
-    Takes what `save_state` takes, and raises what that raises. With `slabs`, memory for copies of the tensors, these
-    may change once they were staged; without, they are uploaded as they are then. `place` is called here, unless rank 0
-    says that it is called later, because it has to ask the store.
-    """
-    saving = _Saving(capture, catalog, group, options, memory or PlanMemory())
-    with ExitStack() as stack:
-        stack.enter_context(_plain_errors(group))
-        stack.enter_context(group.session(what, deadline_s=options.progress_timeout_s))
-        saving.begin(place, what, metrics, metadata, is_placed_later=is_placed_later)
-        if slabs is not None:
-            saving.find_room(slabs)
-        group.hand_over()
-        return PendingSave(saving, group, stack.pop_all())
+    return PendingSave(lead, laid, session.hand_over())
 
 
 class PendingSave:
-    """A save on which all ranks have agreed: to be staged, if it has memory for that, and finished."""
+    """A save on which all ranks have agreed: to be staged, if it has memory for that, and finished.
 
-    def __init__(self, saving: _Saving, group: Group, stack: ExitStack) -> None:
+    Two threads may have it at once: one that stages, and one that finishes.
+    """
+
+    def __init__(self, lead: _Lead, laid: _Laid | Exception, stack: ExitStack) -> None:
         """Made by `begin_save`."""
-        self._saving = saving
-        self._group = group
+        self._lead = lead
+        self._laid = laid
         self._stack = stack
+        self._abandoned = ""
+        self._stage_s = 0.0
 
     @property
     def size_bytes(self) -> int:
         """Bytes of this rank's part."""
-        return self._saving.size_bytes
+        return 0 if isinstance(self._laid, Exception) else sum(shard.size_bytes for shard in self._laid.part.shards)
 
     def stage(self) -> None:
         """Copy this rank's part; afterwards the state may change. Needs `finish` at work in another thread.
@@ -178,17 +197,76 @@ class PendingSave:
         Raises:
             StageClosedError: `finish` has ended, by an error that says why.
         """
-        self._saving.stage()
+        laid = self._laid
+        if isinstance(laid, Exception) or laid.staged is None:
+            raise StageClosedError("there is no room to stage in") from (laid if isinstance(laid, Exception) else None)
+        began_s = time.monotonic()
+        take_snapshot(laid.staged, laid.part.shards, laid.part.chunks, laid.part.source)
+        self._stage_s = time.monotonic() - began_s
+        laid.part.source.forget()
 
     def abandon(self, why: str) -> None:
         """Let `finish` fail soon, unless the commit is decided. Any thread may call it."""
-        self._saving.abandon(why)
+        self._abandoned = why
+        self._close_stage()
 
-    def finish(self) -> Checkpoint:
-        """Upload and commit with all ranks; raises as `save_state`. In any thread, once."""
-        self._group.take_over()
+    def _close_stage(self) -> None:
+        if not isinstance(self._laid, Exception) and self._laid.staged is not None:
+            self._laid.staged.stage.close()
+
+    def _check(self) -> None:
+        if self._abandoned:
+            raise AbandonedError(f"the save was abandoned: {self._abandoned}")
+        self._lead.group.check()
+
+    def finish(self, gauge: Gauge | None = None) -> Checkpoint:
+        """Upload and commit with all ranks. In any thread, once; `gauge` is told how many bytes have moved.
+
+        Raises:
+            SaveFailedError: ranks failed or were lost; nothing was committed.
+            CommitUnknownError: the outcome is not known (rank 0 was lost at the end); nothing was deleted.
+            CloudCkptError: what the one process, or rank 0 for all, was refused with; nothing was committed.
+        """
+        lead = self._lead
+        lead.group.take_over()
         with self._stack:
-            return self._saving.finish()
+            if not isinstance(self._laid, Exception) and self._laid.staged is not None:
+                self._laid.staged.stage.wait_for_first()
+            try:
+                return lead.finish(lambda prefix: self._upload(prefix, gauge), self._check)
+            finally:
+                self._close_stage()
+
+    def _upload(self, prefix: str, gauge: Gauge | None) -> _Part:
+        laid, lead = _got(self._laid), self._lead
+        began_s = time.monotonic()
+        watch = replace(lead.group.watch(lead.options.progress_timeout_s), check=self._check, gauge=gauge)
+        target = Target(catalog=lead.coordinator.destination.catalog, prefix=prefix)
+        output = RankOutput(target, attempt=lead.order.attempt, rank=lead.group.rank, options=lead.options, watch=watch)
+        written = output.write(laid.part, lead.values, laid.staged)
+        return _Part(written.encode(), time.monotonic() - began_s, self._stage_s + output.stage_s, time.monotonic())
+
+
+# -- the values on the way ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    """What one rank brings.
+
+    Attributes:
+        planner: hands out the data of the items.
+        items: its boxes, as DCP's planner has them.
+        values: name → value in its JSON form.
+        message: names, boxes and paths, for whoever plans.
+        digest: of the message.
+    """
+
+    planner: DefaultSavePlanner
+    items: list[WriteItem]
+    values: dict[str, JsonValue]
+    message: bytes
+    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,178 +279,145 @@ class _Opening:
 
 @dataclass(frozen=True, slots=True)
 class _Order:
-    """What rank 0 answers: where to write; or that the ranks' values differ, or that a plan is to be made."""
+    """What rank 0 answers: where to write (None: said later); or that values differ, or that a plan is to be made."""
 
-    prefix: str = ""
+    prefix: str | None = None
     attempt: str = ""
     is_alike: bool = True
     is_planned: bool = False
-    is_placed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Laid:
+    """What one rank writes: its boxes placed into shards, and where copies of them go, if any are to be made."""
+
+    part: Part
+    staged: Staged | None
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one rank has done."""
+    """What one rank has done, and when it was done with it (on its own clock)."""
 
     written: bytes
     upload_s: float
     stage_s: float
+    ended_s: float
 
 
-class _Saving:
-    """One save, on one rank."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Lead:
+    """What all ranks have agreed on, and with whom; `values` are empty but on rank 0."""
 
-    def __init__(
-        self, capture: Callable[[], Flat], catalog: Catalog, group: Group, options: Options, memory: PlanMemory
-    ) -> None:
-        self._capture = capture
-        self._catalog = catalog
-        self._group = group
-        self._options = options
+    what: str
+    group: Group
+    options: Options
+    coordinator: _Coordinator
+    order: _Order
+    record: Record
+    values: Mapping[str, JsonValue]
+
+    def finish(self, upload: Callable[[str], _Part], check: Callable[[], None]) -> Checkpoint:
+        """Have every rank upload, and rank 0 commit; return, on every rank, what is committed."""
+        prefix = self.order.prefix
+        if prefix is None:
+            prefix = self.group.agree(f"{self.what}: claiming", lambda: None, lambda _: self.coordinator.place())
+
+        def commit(parts: Sequence[_Part]) -> bytes:
+            check()
+            return self.coordinator.commit(parts, self.order.attempt, self.record, self.group)
+
+        data = self.group.conclude(f"{self.what}: upload and commit", lambda: upload(prefix), commit)
+        return self.coordinator.destination.catalog.adopt(Manifest.decode(data, key=prefix), prefix=prefix)
+
+
+# -- one rank's steps ---------------------------------------------------------------------------------------
+
+
+def _open(flat: Flat, *, is_coordinator: bool) -> _Opened:
+    """Look at a rank's leaves, and refuse, before a byte is written, what has no place in the format."""
+    tensors = {name: leaf for name, leaf in flat.leaves.items() if is_tensor(leaf)}
+    values = {name: codec.encode(leaf, key=name) for name, leaf in flat.leaves.items() if name not in tensors}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and not isinstance(tensor, ShardedTensor):
+            check_tensor(name, tensor)
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner.set_up_planner(tensors, None, is_coordinator)
+    items = planner.create_local_plan().items
+    message = msgspec.msgpack.encode((BoxTable.of(map(_box_of, items)).encode(), msgspec.json.encode(flat.paths)))
+    digest = xxhash.xxh3_128_digest(message)
+    return _Opened(planner=planner, items=items, values=values, message=message, digest=digest)
+
+
+def _opening(opened: _Opened | Exception, record: Record | Exception, memory: PlanMemory) -> _Opening:
+    mine = _got(opened)
+    _got(record)
+    values = xxhash.xxh3_128_digest(msgspec.json.encode(mine.values))
+    return _Opening(values, memory.plan_id if memory.digest == mine.digest else "")
+
+
+def _plan(mine: _Opened, memory: PlanMemory, coordinator: _Coordinator, group: Group, what: str) -> None:
+    """Learn which boxes this rank writes, and remember it."""
+    # Rank 0 overwrites what belongs to the plan before it is known that all ranks get the new one.
+    memory.plan_id = ""
+    plan_id, rows = group.deal(f"{what}: plan", lambda: mine.message, coordinator.share_out)
+    memory.plan_id, memory.digest = plan_id, mine.digest
+    memory.rows = np.frombuffer(rows, dtype=np.int64)
+
+
+def _lay_out(mine: _Opened, rows: Column, attempt: str, options: Options, slabs: Slabs | None, *, engine: str) -> _Laid:
+    """Place what this rank writes into shards, and find room for copies of them."""
+    part = lay_out_part([mine.items[row] for row in rows.tolist()], mine.planner, attempt=attempt, options=options)
+    if slabs is None:
+        return _Laid(part, None)
+    return _Laid(part, Staged.of(slabs, part.shards, part.source, options, engine=engine))
+
+
+def _tried(call: Callable[[], _T]) -> _T | Exception:
+    """Return what a call returns, or what it raises: for an exchange that tells all ranks."""
+    try:
+        return call()
+    except Exception as exc:  # noqa: BLE001 (a value from here on, until `_got` raises it)
+        return exc
+
+
+def _got(value: _T | Exception) -> _T:
+    """Return a value, or raise the error that stands in its place."""
+    if isinstance(value, Exception):
+        raise value
+    return value
+
+
+# -- rank 0 -------------------------------------------------------------------------------------------------
+
+
+class _Coordinator:
+    """Rank 0's side: where the save goes, who writes what, and whether all of it was written. Idle on other ranks."""
+
+    def __init__(self, destination: Destination, memory: PlanMemory, options: Options, *, claims_later: bool) -> None:
+        self.destination = destination
         self._memory = memory
-        self._planner = DefaultSavePlanner(flatten_state_dict=False)
-        self._items: list[WriteItem] = []
-        self._values: dict[str, JsonValue] = {}
-        self._message = b""
-        self._digest = b""
-        self._what = ""
-        self._abandoned = ""
-        self._record = Record()
-        self._order = _Order()
+        self._options = options
+        self._claims_later = claims_later
         self._target: Target | None = None
-        self._place: Callable[[], Target]
-        self._is_placed_later = False
-        self._part = Part([], [], Source((), self._planner, ()))
-        self._fault: Exception | None = None
-        self._staged: Staged | None = None
-        self._stage_s = 0.0
-        self._ended_s = 0.0
-        self._began_s = time.monotonic()
-        self._seconds: dict[str, float] = {}
-        self._spent_before = stats_of(catalog.store)
 
-    def begin(
-        self,
-        place: Callable[[], Target],
-        what: str,
-        metrics: Mapping[str, float] | None,
-        metadata: Mapping[str, object] | None,
-        *,
-        is_placed_later: bool,
-    ) -> None:
-        """Agree on what is saved, where, and who writes what; raises as the steps do."""
-        self._what, self._place, self._is_placed_later = what, place, is_placed_later
-
-        def opening() -> _Opening:
-            self._record = Record(metrics=metrics_to_json(metrics), metadata=metadata_to_json(metadata))
-            return self._open()
-
-        self._order = self._group.agree(f"{what}: opening", opening, self._decide)
-        if not self._order.is_alike:
-            self._group.agree(f"{what}: comparing values", lambda: _digests(self._values), _refuse_values)
-        if not self._order.is_planned:
-            self._plan()
-        self._seconds["plan_s"] = time.monotonic() - self._began_s
-
-    def find_room(self, slabs: Slabs) -> None:
-        """Place what this rank writes into shards, and find room for copies of them.
-
-        What that raises is raised by `finish`, which all ranks hear of.
-        """
-        try:
-            self._lay_out()
-            engine = self._catalog.store.engine
-            self._staged = Staged.of(slabs, self._part.shards, self._part.source, self._options, engine=engine)
-        except Exception as exc:  # noqa: BLE001 (the end of a rank's part: raised again on every rank)
-            self._fault = exc
-
-    def _lay_out(self) -> None:
-        items = [self._items[row] for row in self._memory.rows.tolist()]
-        self._part = lay_out_part(items, self._planner, attempt=self._order.attempt, options=self._options)
-
-    def abandon(self, why: str) -> None:
-        """Let the upload, or the commit that has not begun, raise."""
-        self._abandoned = why
-        if self._staged is not None:
-            self._staged.stage.close()
-
-    def _check(self) -> None:
-        if self._abandoned:
-            raise AbandonedError(f"the save was abandoned: {self._abandoned}")
-        self._group.check()
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of this rank's shards."""
-        return sum(shard.size_bytes for shard in self._part.shards)
-
-    def stage(self) -> None:
-        """Copy what this rank writes, and let go of the caller's tensors."""
-        if self._staged is None:
-            raise StageClosedError("there is no room to stage in") from self._fault
-        began_s = time.monotonic()
-        take_snapshot(self._staged, self._part.shards, self._part.chunks, self._part.source)
-        self._stage_s = time.monotonic() - began_s
-        self._part.source.forget()
-        self._planner, self._items = DefaultSavePlanner(), []
-        self._capture = lambda: Flat({}, {})
-
-    def finish(self) -> Checkpoint:
-        """Upload, and commit what all ranks have uploaded."""
-        if self._staged is not None:
-            self._staged.stage.wait_for_first()
-        try:
-            if not self._order.is_placed:
-                self._order = self._group.agree(f"{self._what}: claiming", lambda: None, lambda _: self._placed())
-            data = self._group.conclude(f"{self._what}: upload and commit", self._upload, self._commit)
-        finally:
-            if self._staged is not None:
-                self._staged.stage.close()
-        return self._catalog.adopt(Manifest.decode(data, key=self._order.prefix), prefix=self._order.prefix)
-
-    # -- opening -------------------------------------------------------------------------------------------
-
-    def _open(self) -> _Opening:
-        flat = self._capture()
-        tensors = {name: leaf for name, leaf in flat.leaves.items() if is_tensor(leaf)}
-        self._values = {
-            # Refused here, before a byte is written.
-            name: codec.encode(leaf, key=name)
-            for name, leaf in flat.leaves.items()
-            if name not in tensors
-        }
-        for name, tensor in tensors.items():
-            if isinstance(tensor, torch.Tensor) and not isinstance(tensor, ShardedTensor):
-                check_tensor(name, tensor)
-        self._planner.set_up_planner(tensors, None, self._group.rank == 0)
-        self._items = self._planner.create_local_plan().items
-        table = BoxTable.of(map(_box_of, self._items))
-        self._message = msgspec.msgpack.encode((table.encode(), msgspec.json.encode(flat.paths)))
-        self._digest = xxhash.xxh3_128_digest(self._message)
-        values = xxhash.xxh3_128_digest(msgspec.json.encode(self._values))
-        return _Opening(values, self._memory.plan_id if self._memory.digest == self._digest else "")
-
-    def _decide(self, openings: Sequence[_Opening]) -> _Order:
+    def decide(self, openings: Sequence[_Opening]) -> _Order:
         if len({opening.values for opening in openings}) > 1:
             return _Order(is_alike=False)
         plans = {opening.plan_id for opening in openings}
-        self._order = _Order(attempt=new_attempt(), is_planned=len(plans) == 1 and bool(plans.pop()))
-        return self._order if self._is_placed_later else self._placed()
+        is_placed = self.destination.is_claimed or not self._claims_later
+        return _Order(
+            prefix=self.place() if is_placed else None,
+            attempt=new_attempt(),
+            is_planned=len(plans) == 1 and bool(plans.pop()),
+        )
 
-    def _placed(self) -> _Order:
-        self._target = self._place()
-        return replace(self._order, prefix=self._target.prefix, is_placed=True)
+    def place(self) -> str:
+        """Ask the store where the save goes; it refuses if it may not go there."""
+        self._target = self.destination.take()
+        return self._target.prefix
 
-    # -- plan ----------------------------------------------------------------------------------------------
-
-    def _plan(self) -> None:
-        # Rank 0 overwrites what belongs to the plan before it is known that all ranks get the new one.
-        self._memory.plan_id = ""
-        plan_id, rows = self._group.deal(f"{self._what}: plan", lambda: self._message, self._share_out)
-        self._memory.plan_id, self._memory.digest = plan_id, self._digest
-        self._memory.rows = np.frombuffer(rows, dtype=np.int64)
-
-    def _share_out(self, messages: Sequence[bytes]) -> list[tuple[str, bytes]]:
+    def share_out(self, messages: Sequence[bytes]) -> list[tuple[str, bytes]]:
         decoded = [msgspec.msgpack.decode(message, type=tuple[bytes, bytes]) for message in messages]
         tables = [BoxTable.decode(table) for table, _ in decoded]
         rows = share_out(tables)
@@ -385,49 +430,24 @@ class _Saving:
         plan_id = secrets.token_hex(8)
         return [(plan_id, of_rank.astype(np.int64).tobytes()) for of_rank in rows]
 
-    # -- upload and commit ---------------------------------------------------------------------------------
-
-    def _upload(self) -> _Part:
-        if self._fault is not None:
-            raise self._fault
-        began_s = time.monotonic()
-        target = self._target or Target(catalog=self._catalog, prefix=self._order.prefix)
-        watch = replace(self._group.watch(self._options.progress_timeout_s), check=self._check)
-        output = RankOutput(
-            target, attempt=self._order.attempt, rank=self._group.rank, options=self._options, watch=watch
-        )
-        if self._staged is None:
-            self._lay_out()
-        # All ranks have the same values, which was checked; one of them writes them down.
-        values = self._values if self._group.rank == 0 else {}
-        written = output.write(self._part, values, self._staged)
-        self._ended_s = time.monotonic()
-        return _Part(written.encode(), self._ended_s - began_s, self._stage_s + output.stage_s)
-
-    def _commit(self, parts: Sequence[_Part]) -> bytes:
+    def commit(self, parts: Sequence[_Part], attempt: str, record: Record, group: Group) -> bytes:
+        """Compare what was written with the plan, and commit it; return the manifest."""
         if self._target is None:
             raise OptionsError("only rank 0 commits")
-        self._check()
         slowest = max(range(len(parts)), key=lambda rank: parts[rank].upload_s)
-        self._seconds |= {
+        seconds = {
+            **record.seconds,
             "stage_s": max(part.stage_s for part in parts),
             "upload_s": parts[slowest].upload_s,
-            "gather_s": time.monotonic() - self._ended_s,
+            "gather_s": time.monotonic() - parts[group.rank].ended_s,
+            "slowest_rank": float(slowest),
         }
         written = [Written.decode(part.written) for part in parts]
-        index = assemble(
-            written, attempt=self._order.attempt, block_bytes=self._options.block_bytes, paths=self._memory.paths
-        )
-        self._group.tick()
+        index = assemble(written, attempt=attempt, block_bytes=self._options.block_bytes, paths=self._memory.paths)
+        group.tick()
         check_against_names(self._memory.tensors, index)
-        self._group.tick()
-        full = replace(
-            self._record,
-            world_size=self._group.size,
-            began_s=self._began_s,
-            spent_before=self._spent_before,
-            seconds={**self._seconds, "slowest_rank": float(slowest)},
-        )
+        group.tick()
+        full = replace(record, world_size=group.size, seconds=seconds)
         return commit_index(self._target, index, full).manifest.encode()
 
 

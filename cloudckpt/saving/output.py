@@ -33,24 +33,14 @@ from cloudckpt.format import (
     shard_key,
 )
 from cloudckpt.options import Options
-from cloudckpt.root import Catalog, Checkpoint
+from cloudckpt.root import Checkpoint, Target
 from cloudckpt.saving.snapshot import Staged
 from cloudckpt.saving.source import Source, Staging, chunk_of
 from cloudckpt.saving.tally import Written
 from cloudckpt.store import RetryingStore, Store, StoreStats
 from cloudckpt.transfer import Budget, ShardJob, Watch, upload
 
-__all__ = ["Part", "RankOutput", "Record", "Target", "commit_index", "lay_out_part", "stats_of"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """Where one checkpoint goes: a catalog, and the step and epoch of a root (or the URL itself)."""
-
-    catalog: Catalog
-    prefix: str = ""
-    step: int | None = None
-    epoch: int = 0
+__all__ = ["Part", "RankOutput", "Record", "commit_index", "lay_out_part", "stats_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,25 +5,23 @@ rank.
 """
 
 from cloudckpt.state.accumulation import AccumulationWindow
-from cloudckpt.state.capture import bind, capture
+from cloudckpt.state.capture import bind, capture, captured
 from cloudckpt.state.entry import is_tensor
 from cloudckpt.state.matching import Saved, Targets, plan_restore
 from cloudckpt.state.per_rank import PerRank
-from cloudckpt.state.rng import apply_rng, packed_rng, rng_name, rng_targets
+from cloudckpt.state.rng import Generators
 from cloudckpt.state.sampler import ResumableSampler
 
 __all__ = [
     "AccumulationWindow",
+    "Generators",
     "PerRank",
     "ResumableSampler",
     "Saved",
     "Targets",
-    "apply_rng",
     "bind",
     "capture",
+    "captured",
     "is_tensor",
-    "packed_rng",
     "plan_restore",
-    "rng_name",
-    "rng_targets",
 ]

@@ -34,8 +34,9 @@ from cloudckpt.state.accumulation import AccumulationWindow, WindowEntry
 from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, is_tensor, mapping_of
 from cloudckpt.state.optimizers import optimizer_entry
 from cloudckpt.state.per_rank import PerRank, PerRankEntry, is_stateful_loader
+from cloudckpt.state.rng import Generators
 
-__all__ = ["bind", "capture"]
+__all__ = ["bind", "capture", "captured"]
 
 _DEPTH_LIMIT = 64
 
@@ -216,4 +217,18 @@ def capture(entries: Sequence[Entry]) -> Flat:
             raise OptionsError(f"two entries of the state are both named {twice!r}; rename one of the keys")
         flat.leaves.update(own.leaves)
         flat.paths.update(own.paths)
+    return flat
+
+
+def captured(state: MutableMapping[str, object], generators: Generators | None = None) -> Flat | Exception:
+    """Return the leaves of a state, and the process's generators, or what an object raised when it was asked.
+
+    An error is a value here, so that all ranks can be told of it.
+    """
+    try:
+        flat = capture(bind(state))
+        if generators is not None:
+            flat.leaves[generators.name] = generators.pack()
+    except Exception as exc:  # noqa: BLE001 (raised by whoever leads the ranks, on all of them)
+        return exc
     return flat

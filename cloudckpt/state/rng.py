@@ -15,43 +15,39 @@ from typing import cast
 
 import torch
 
-from cloudckpt.format import Index, codec
+from cloudckpt.format import Index
 from cloudckpt.state.per_rank import pack, unpack
 
-__all__ = ["apply_rng", "capture_rng", "packed_rng", "restore_rng", "rng_name", "rng_targets"]
+__all__ = ["Generators", "capture_rng", "restore_rng"]
 
 logger = logging.getLogger(__name__)
 
-# Of all ranks together, as checkpoints of format version 1 have it.
-_OF_ALL = "cloudckpt.rng"
+_NAME = "cloudckpt.rng"
 
 
-def rng_name(rank: int) -> str:
-    """Return the name under which a rank's generators are saved."""
-    return f"{_OF_ALL}.r{rank:05d}"
+class Generators:
+    """The random number generators of one rank, as a tensor beside the state."""
 
+    def __init__(self, rank: int) -> None:
+        """Those of this process, which is `rank`."""
+        self.name = f"{_NAME}.r{rank:05d}"
 
-def packed_rng() -> torch.Tensor:
-    """Return this process's generators as bytes."""
-    return pack(capture_rng(), key=_OF_ALL)
+    def pack(self) -> torch.Tensor:
+        """Return their states as bytes."""
+        return pack(capture_rng(), key=_NAME)
 
+    def targets(self, index: Index) -> dict[str, torch.Tensor]:
+        """Return the tensor that is to be filled with them, if a checkpoint has them."""
+        saved = index.tensors.get(self.name)
+        return {} if saved is None else {self.name: torch.empty(saved.shape, dtype=torch.uint8)}
 
-def rng_targets(index: Index, rank: int) -> dict[str, torch.Tensor]:
-    """Return the tensor that is to be filled with a rank's generators, if a checkpoint has them."""
-    saved = index.tensors.get(rng_name(rank))
-    return {} if saved is None else {rng_name(rank): torch.empty(saved.shape, dtype=torch.uint8)}
-
-
-def apply_rng(index: Index, filled: Mapping[str, torch.Tensor]) -> bool:
-    """Put the generators back; return whether the checkpoint had any for this rank."""
-    states: object = None
-    for tensor in filled.values():
-        states = unpack(tensor, key=_OF_ALL)
-    if _OF_ALL in index.values:
-        states = codec.decode(index.values[_OF_ALL], key=_OF_ALL)
-    if isinstance(states, dict):
-        restore_rng(cast("dict[str, object]", states))
-    return isinstance(states, dict)
+    def apply(self, filled: Mapping[str, torch.Tensor]) -> None:
+        """Put them back; a checkpoint that has none for this rank leaves them as they are, and the log says so."""
+        states = unpack(filled[self.name], key=_NAME) if self.name in filled else None
+        if isinstance(states, dict):
+            restore_rng(cast("dict[str, object]", states))
+        else:
+            logger.warning("the checkpoint holds no random number generator state; this process keeps its own")
 
 
 # torch's own names of the devices that have generators; ROCm's devices are called cuda, too.

@@ -6,7 +6,7 @@ in them.
 
 from cloudckpt.transfer.download import Fetch, ShardSource, download
 from cloudckpt.transfer.host_memory import free_bytes, ranks_here
-from cloudckpt.transfer.pool import OWN_SHARE, AbandonedError, Budget, Watch
+from cloudckpt.transfer.pool import OWN_SHARE, AbandonedError, Budget, Gauge, Watch
 from cloudckpt.transfer.scratch import Scratch
 from cloudckpt.transfer.staging import Copy, Slabs, Stage, StageClosedError, copying_threads
 from cloudckpt.transfer.tensor_memory import bytes_of
@@ -18,6 +18,7 @@ __all__ = [
     "Budget",
     "Copy",
     "Fetch",
+    "Gauge",
     "Scratch",
     "ShardJob",
     "ShardSource",

@@ -104,7 +104,12 @@ def download(
             budget.free(job.cost_bytes)
 
     work = [
-        Work(name=job.shard.key, cost_bytes=job.cost_bytes + job.buffer_bytes, call=partial(fetch, job))
+        Work(
+            name=job.shard.key,
+            size_bytes=job.span.stop - job.span.start,
+            cost_bytes=job.cost_bytes + job.buffer_bytes,
+            call=partial(fetch, job),
+        )
         for job in fetches
     ]
     run_all(work, concurrency=concurrency, budget=budget, watch=watch or Watch())

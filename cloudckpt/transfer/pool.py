@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from cloudckpt.errors import CloudCkptError, RankLostError, StalledError
 
-__all__ = ["OWN_SHARE", "AbandonedError", "Budget", "Watch", "Work", "run_all"]
+__all__ = ["OWN_SHARE", "AbandonedError", "Budget", "Gauge", "Watch", "Work", "run_all"]
 
 _Result = TypeVar("_Result")
 
@@ -78,17 +78,31 @@ class Work(Generic[_Result]):
 
     Attributes:
         name: the object that it moves, for people.
+        size_bytes: how much of it.
         cost_bytes: what it takes from the budget; it gives that back itself.
         call: does it.
     """
 
     name: str
+    size_bytes: int
     cost_bytes: int
     call: Callable[[], _Result]
 
 
 def _nothing() -> None:
     """Do nothing."""
+
+
+class Gauge(Protocol):
+    """Whoever wants to know how many bytes have moved; any thread may tell it."""
+
+    def begin(self, total_bytes: int) -> None:
+        """Begin at 0 of so many bytes."""
+        ...
+
+    def move(self, size_bytes: int) -> None:
+        """Note that so many bytes more have moved."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +113,13 @@ class Watch:
         deadline_s: seconds that one transfer may take, all its attempts included.
         tick: is called when one has ended.
         check: is called now and then by the waiting thread, and raises to end the wait.
+        gauge: is told how many bytes have moved.
     """
 
     deadline_s: float = 600.0
     tick: Callable[[], None] = _nothing
     check: Callable[[], None] = _nothing
+    gauge: Gauge | None = None
 
 
 def run_all(work: Sequence[Work[_Result]], *, concurrency: int, budget: Budget, watch: Watch) -> list[_Result]:
@@ -112,6 +128,8 @@ def run_all(work: Sequence[Work[_Result]], *, concurrency: int, budget: Budget, 
     On the first fault, or an interrupt of the calling thread, nothing more begins; what is under way is waited for,
     and the fault is raised. What takes longer than `watch.deadline_s` is left to itself: `StalledError` names it.
     """
+    if watch.gauge is not None:
+        watch.gauge.begin(sum(item.size_bytes for item in work))
     pool = _Pool(max(1, min(concurrency, len(work))), budget, watch)
     futures: list[Future[_Result]] = []
     try:
@@ -180,6 +198,8 @@ class _Pool:
             future.set_exception(exc)
         else:
             future.set_result(result)
+            if self._watch.gauge is not None:
+                self._watch.gauge.move(item.size_bytes)
         del self._running[id(future)]
         self._watch.tick()
         self._budget.end()

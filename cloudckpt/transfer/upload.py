@@ -80,5 +80,7 @@ def upload(
             budget.free(job.cost_bytes)
         return Uploaded(key=job.key, size_bytes=job.size_bytes, digests=digests)
 
-    work = [Work(name=job.key, cost_bytes=job.cost_bytes, call=partial(put, job)) for job in jobs]
+    work = [
+        Work(name=job.key, size_bytes=job.size_bytes, cost_bytes=job.cost_bytes, call=partial(put, job)) for job in jobs
+    ]
     return run_all(work, concurrency=concurrency, budget=budget, watch=watch or Watch())

@@ -214,7 +214,7 @@ def test_what_rank_0_is_denied_for_all_is_raised_as_it_is_on_every_rank(s3_url: 
 def _save_without(url: str, absent: int) -> Exception | None:
     with CheckpointManager(url, options=CALM) as manager:
         manager.save(0, {"w": torch.zeros(4)})
-        manager._options = Options(progress_timeout_s=SHORT_S)
+        manager._saves.options = Options(progress_timeout_s=SHORT_S)
         dist.barrier()
         if _rank() == absent:
             time.sleep(60)  # its process is ended by the test

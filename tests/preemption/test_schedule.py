@@ -18,7 +18,7 @@ import torch
 from cloudckpt import CheckpointManager, CloudCkptError, KeepLast, Options, OptionsError
 from cloudckpt.errors import StorageError
 from cloudckpt.preemption.notices import Notice
-from cloudckpt.preemption.schedule import Latest, Schedule
+from cloudckpt.preemption.schedule import Schedule
 from cloudckpt.preemption.watch import Preemption
 from cloudckpt.ranks.vote import Vote
 from tests.ranks.processes import run
@@ -59,18 +59,18 @@ def save_and_wait(manager: CheckpointManager, how: str) -> None:
 @pytest.mark.parametrize(("every_steps", "expected"), [(1, [0, 1, 2, 3]), (2, [1, 3]), (3, [2]), (None, [])])
 def test_steps_are_counted_from_one(every_steps: int | None, expected: list[int]) -> None:
     schedule = Schedule(every_steps=every_steps)
-    assert [step for step in range(4) if schedule.ask(step, None, ALONE)] == expected
+    assert [step for step in range(4) if schedule.ask(step, ALONE)] == expected
 
 
 def test_seconds_are_counted_from_the_begin_of_the_newest_save() -> None:
     now_s = 100.0
     schedule = Schedule(every_s=10, clock=lambda: now_s)
-    latest = None
     saved_at = []
     for step in range(40):
-        if schedule.ask(step, latest, ALONE):
+        if schedule.ask(step, ALONE):
             saved_at.append(now_s)
-            latest = Latest(step=step, began_s=now_s, is_under_way=False, is_failed=False)
+            schedule.begun(step, now_s)
+            schedule.committed(step)
         now_s += 4.0
     assert saved_at == [112.0 + 12.0 * number for number in range(len(saved_at))]
     assert len(saved_at) == 13
@@ -93,36 +93,58 @@ def noticed(left_s: float | None, now_s: float) -> Preemption:
     return preemption
 
 
-RECENT = {"step": 4, "began_s": 97.0, "is_under_way": False, "is_failed": False}
-LATEST: dict[str, tuple[Latest | None, bool]] = {
-    "nothing is saved": (None, True),
-    "a recent one is saved": (Latest(**RECENT), True),
-    "this very step is saved": (Latest(**{**RECENT, "step": 5}), False),
-    "a recent one is under way": (Latest(**{**RECENT, "is_under_way": True}), False),
-    "a recent one failed": (Latest(**{**RECENT, "is_failed": True}), True),
-    "the newest is old": (Latest(**{**RECENT, "began_s": 94.0}), True),
-    "a new one could not end in time": (Latest(**{**RECENT, "began_s": 50.0, "took_s": 31.0}), False),
-    "a new one can end in time": (Latest(**{**RECENT, "began_s": 50.0, "took_s": 29.0}), True),
+# What happened to the newest save at which seconds, before somebody asks about step 5 at 100: each event and its step.
+STORIES: dict[str, tuple[list[tuple[float, str, int]], bool]] = {
+    "nothing is saved": ([], True),
+    "a recent one is saved": ([(97.0, "begun", 4), (97.0, "committed", 4)], True),
+    "this very step is saved": ([(97.0, "begun", 5), (97.0, "committed", 5)], False),
+    "a recent one is under way": ([(97.0, "begun", 4)], False),
+    "a recent one failed": ([(97.0, "begun", 4), (98.0, "failed", 4)], True),
+    "this very step failed": ([(97.0, "begun", 5), (98.0, "failed", 5)], True),
+    "one before the newest failed": ([(97.0, "begun", 4), (98.0, "failed", 3)], False),
+    "the newest is old": ([(94.0, "begun", 4)], True),
+    "a new one could not end in time": ([(50.0, "begun", 4), (81.0, "committed", 4)], False),
+    "a new one can end in time": ([(50.0, "begun", 4), (79.0, "committed", 4)], True),
     "one under way leaves no time for another": (
-        Latest(**{**RECENT, "began_s": 90.0, "took_s": 25.0, "is_under_way": True}),
+        [(50.0, "begun", 3), (75.0, "committed", 3), (90.0, "begun", 4)],
         False,
     ),
 }
 
 
-@pytest.mark.parametrize("name", LATEST)
+@pytest.mark.parametrize("name", STORIES)
 def test_a_notice_asks_for_a_save_once_unless_the_newest_one_will_do(name: str) -> None:
-    latest, expected = LATEST[name]
-    schedule = Schedule(preemption=noticed(30.0, 100.0), clock=lambda: 100.0)
-    assert schedule.ask(5, latest, ALONE) == expected
-    assert [schedule.ask(step, latest, ALONE) for step in range(6, 9)] == [False] * 3
+    story, expected = STORIES[name]
+    now_s = 0.0
+    schedule = Schedule(preemption=noticed(30.0, 100.0), clock=lambda: now_s)
+    for now_s, event, step in story:
+        if event == "begun":
+            schedule.begun(step, now_s)
+        else:
+            getattr(schedule, event)(step)
+    now_s = 100.0
+    assert schedule.ask(5, ALONE) == expected
+    assert [schedule.ask(step, ALONE) for step in range(6, 9)] == [False] * 3
     assert schedule.deadline is not None
     assert schedule.deadline.stop_s == 130.0
 
 
+def test_a_save_gets_the_seconds_before_the_end_and_all_its_time_when_the_end_has_passed() -> None:
+    now_s = 100.0
+    schedule = Schedule(preemption=noticed(30.0, 100.0), clock=lambda: now_s)
+    assert schedule.seconds_for_a_save() is None
+    schedule.ask(5, ALONE)
+    assert schedule.seconds_for_a_save() == 29.5
+    now_s = 129.9
+    assert schedule.seconds_for_a_save() == 1.0
+    now_s = 130.1
+    assert schedule.seconds_for_a_save() is None
+    assert schedule.is_preempted
+
+
 def test_a_notice_without_a_time_asks_for_a_save_too() -> None:
     schedule = Schedule(preemption=noticed(None, 100.0), clock=lambda: 100.0)
-    assert schedule.ask(5, None, ALONE)
+    assert schedule.ask(5, ALONE)
     assert schedule.deadline is not None
     assert math.isinf(schedule.deadline.stop_s)
 
@@ -138,7 +160,7 @@ def ask_with_a_notice_on_rank_1(url: str) -> tuple[list[bool], list[bool], bool,
             known.append(manager.preempted)
             if answers[-1]:
                 manager.save(step, state_of(step))
-        deadline = manager._schedule.deadline
+        deadline = manager._saves._schedule.deadline
         assert deadline is not None
         return answers, known, deadline.source == "SIGUSR1", deadline.left_s(time.monotonic())
 
@@ -178,7 +200,6 @@ def test_a_preempted_manager_saves_at_the_next_step_and_keeps_everything(
         caplog.at_level(logging.WARNING),
     ):
         manager.save(1, state_of(1))
-        manager._newest_began = 1, time.monotonic() - 60
         assert (manager.should_save(2), manager.preempted) == (False, False)
         send()
         assert not manager.preempted, "a loop that ended now would not have saved"
@@ -212,7 +233,7 @@ def test_a_store_that_hangs_fails_the_last_save_before_the_end(tmp_path: Path, h
         CheckpointManager(tmp_path, preemption=preemption, options=options) as manager,
     ):
         manager.save(0, state_of(0))
-        manager._newest_began = None
+        manager._saves._schedule._newest = None
         with Gate(manager, when=anything):
             send()
             assert manager.should_save(1)

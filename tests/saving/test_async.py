@@ -60,7 +60,7 @@ def test_a_handle_is_staged_at_once_and_done_when_the_checkpoint_is_committed(tm
         assert checkpoint == manager.latest()
         assert (checkpoint.step, checkpoint.metrics, handle.done()) == (7, {"loss": 0.5}, True)
         assert repr(handle) == "SaveHandle(step=7, committed)"
-        assert handle.error is None
+        assert handle._error is None
         assert handle.result(0.0) is checkpoint
 
 
@@ -112,7 +112,7 @@ def test_a_busy_manager_skips_a_save_if_told_to_and_says_so(tmp_path: Path, capl
         gate.await_request()
         skipped = manager.async_save(2, state_of(2), on_busy="skip")
         assert (first.is_skipped, skipped.is_skipped) == (False, True)
-        assert (skipped.done(), skipped.staged, skipped.result(), skipped.error) == (True, False, None, None)
+        assert (skipped.done(), skipped.staged, skipped.result(), skipped._error) == (True, False, None, None)
         assert repr(skipped) == "SaveHandle(step=2, skipped)"
         assert "step 2 is skipped: another save is under way" in caplog.text
         gate.open()
@@ -203,7 +203,7 @@ def test_a_failure_that_nobody_waited_for_is_raised_by_the_next_call_once(
     assert [record.getMessage() for record in errors] == [
         "the save of step 1 failed in the background: the disk is full"
     ]
-    assert handle.is_untold
+    assert manager._saves.background.is_untold
     failure.is_on = False
     acts = {
         "save": lambda: manager.save(2, state_of(2)),
@@ -213,7 +213,7 @@ def test_a_failure_that_nobody_waited_for_is_raised_by_the_next_call_once(
     }
     with pytest.raises(StorageError, match="the disk is full"):
         acts[ask]()
-    assert not handle.is_untold
+    assert not manager._saves.background.is_untold
     if ask != "close":
         assert manager.checkpoints() == [], "the call that told of it has begun nothing"
         manager.wait()
@@ -230,7 +230,7 @@ def test_a_failure_that_result_told_is_not_raised_again(tmp_path: Path) -> None:
             with pytest.raises(StorageError, match="the disk is full"):
                 handle.result()
         assert repr(handle) == "SaveHandle(step=1, failed)"
-        assert isinstance(handle.error, StorageError)
+        assert isinstance(handle._error, StorageError)
         manager.wait()
         failure.is_on = False
         assert manager.save(1, state_of(1)).step == 1, "nothing was committed, so the step is free"
@@ -282,8 +282,10 @@ def test_an_upload_that_fails_while_staging_waits_for_room_is_raised_by_the_call
             with pytest.raises(StorageError, match="the disk is full"):
                 manager.async_save(1, state)
             manager.wait()
-            wait_for(lambda: sum(slab.size_bytes for slab in manager._slabs._idle) == manager._slabs.held_bytes)
-            held.append(manager._slabs.held_bytes)
+            wait_for(
+                lambda: sum(slab.size_bytes for slab in manager._saves._slabs._idle) == manager._saves._slabs.held_bytes
+            )
+            held.append(manager._saves._slabs.held_bytes)
         assert max(held) <= 32 * KIB
         failure.is_on = False
         checkpoint = manager.async_save(1, state).result()
@@ -321,7 +323,7 @@ def test_the_report_tells_what_the_saves_cost(tmp_path: Path) -> None:
             assert not manager.should_save(step)
             if step % 2:
                 manager.async_save(step, state_of(step)).result()
-        costs = manager._meter.costs()
+        costs = manager._journal.meter.costs()
         advice = manager.report(mtbf_s=7200)
     assert costs.saves == 3
     assert costs.blocked_s is not None
@@ -345,10 +347,10 @@ def test_a_prepared_manager_allocates_nothing_in_its_first_async_save(tmp_path: 
             module(torch.ones(2, 500)).sum().backward()
             state["optimizer"].step()
         manager.should_save(0)
-        manager._slabs.wait_until_touched()
-        held_bytes = manager._slabs.held_bytes
+        manager._saves._slabs.wait_until_touched()
+        held_bytes = manager._saves._slabs.held_bytes
         manager.async_save(1, state).result()
-        assert manager._slabs.held_bytes == held_bytes
+        assert manager._saves._slabs.held_bytes == held_bytes
         assert held_bytes >= sum(tensor.nbytes for tensor in module.state_dict().values())
 
 
@@ -357,7 +359,7 @@ def test_memory_is_used_again_from_save_to_save(tmp_path: Path) -> None:
         held = []
         for step in range(10):
             manager.async_save(step, {"w": torch.full((10_000,), float(step))}).result()
-            held.append(manager._slabs.held_bytes)
+            held.append(manager._saves._slabs.held_bytes)
         assert held == [held[0]] * 10
 
 
@@ -367,5 +369,5 @@ def test_close_lets_go_of_the_memory(tmp_path: Path) -> None:
         manager.async_save(1, state_of(1))
         threading.Timer(0.1, gate.open).start()
         manager.close()
-    assert manager._slabs.held_bytes == 0
+    assert manager._saves._slabs.held_bytes == 0
     assert is_shard(gate.keys[0])

@@ -199,7 +199,7 @@ def fail_late_on_one(url: str, on_busy: str) -> tuple[str, int | None]:
         failure = Failure(manager, RuntimeError("of rank 0")) if rank == 0 else None
         finish = PendingSave.finish
 
-        def finish_late(self: PendingSave) -> Any:
+        def finish_late(self: PendingSave, gauge: Any = None) -> Any:
             try:
                 return finish(self)
             finally:
@@ -235,7 +235,7 @@ def suffer(url: str, how: str, victim: int) -> tuple[BaseException | None, float
                 "stop": lambda key: os.kill(os.getpid(), signal.SIGSTOP),
             }
             before(manager, acts[how], when=is_shard)
-        manager._options = Options(progress_timeout_s=DEADLINE_S)
+        manager._saves.options = Options(progress_timeout_s=DEADLINE_S)
         dist.barrier()
         began_s = time.monotonic()
         handle = manager.async_save(1, replicated(1))
@@ -243,7 +243,7 @@ def suffer(url: str, how: str, victim: int) -> tuple[BaseException | None, float
         elapsed_s = time.monotonic() - began_s
         with pytest.raises(SaveFailedError) as caught:
             manager.async_save(2, replicated(2))
-        return handle.error, elapsed_s, str(caught.value)
+        return handle._error, elapsed_s, str(caught.value)
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])

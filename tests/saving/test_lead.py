@@ -13,9 +13,9 @@ import cloudckpt
 from cloudckpt import Options, RankLostError, SaveFailedError
 from cloudckpt.ranks.group import Group
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.saving.lead import PlanMemory, save_state
-from cloudckpt.saving.output import Target
-from cloudckpt.state.capture import bind, capture
+from cloudckpt.root.destination import OwnUrl
+from cloudckpt.saving.lead import PlanMemory, Session, begin_save
+from cloudckpt.state.capture import captured
 from cloudckpt.store import open_store
 
 
@@ -28,18 +28,14 @@ class LosingGroup(Group):
 
 
 def _save(state: dict[str, Any], url: Path, group: Group, memory: PlanMemory) -> None:
-    catalog = Catalog(open_store(str(url)))
+    store = open_store(str(url))
     try:
-        save_state(
-            lambda: capture(bind(state)),
-            lambda: Target(catalog=catalog),
-            catalog=catalog,
-            group=group,
-            options=Options(),
-            memory=memory,
-        )
+        destination = OwnUrl(Catalog(store), store, is_single_writer=False)
+        with Session(group, "save", Options()) as session:
+            pending = begin_save(session, captured(state), destination, memory=memory)
+        pending.finish()
     finally:
-        catalog.store.close()
+        store.close()
 
 
 def test_a_plan_that_was_lost_on_the_way_leaves_nothing_to_a_later_save_of_the_structure_before(tmp_path: Path) -> None:

@@ -1,0 +1,358 @@
+"""Own one root of checkpoints for one job: when to save, what to keep, what to resume from.
+
+    save        claim epoch (once) ─▶ agree ─▶ upload ─▶ committed ─▶ prune by the retention rules
+    async_save  claim epoch (once) ─▶ agree ─▶ copy  ─▶ returns; the rest goes on in a thread of its own
+    restore     newest ─▶ load_state; corrupt? say so loudly and try the next older one
+
+The outside of it: what is promised, and who of `saves`, `restores` and `root` keeps it. With several ranks each has a
+manager and calls the same of it; only rank 0's claims, lists and prunes. Keeps FORMAT invariants 5, 8 and 10. A manager
+belongs to one thread, and has at most one save under way.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from types import TracebackType
+from typing import Literal, Self
+
+from cloudckpt.errors import CloudCkptError, OptionsError
+from cloudckpt.manager.restores import restore_from
+from cloudckpt.manager.saves import Saves
+from cloudckpt.options import Options
+from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
+from cloudckpt.ranks import refuse_lonely_rank
+from cloudckpt.report import Advice, Journal, Show, advise
+from cloudckpt.root import Catalog, Checkpoint, Choice, Orphan, Pruner, RetentionRule, Wanted, best_first, sweep
+from cloudckpt.saving import SaveHandle
+from cloudckpt.store import open_store
+
+__all__ = ["CheckpointManager"]
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointManager:
+    """The checkpoints of one training job, below one root URL.
+
+    ```python
+    with CheckpointManager("s3://bucket/run-7", retention=[KeepLast(3)], save_every_steps=500) as manager:
+        restored = manager.restore(state)
+        for step in range(restored.step + 1 if restored else 0, total):
+            loss = train_step()
+            if manager.should_save(step):
+                manager.async_save(step, state, metrics={"loss": float(loss)})
+            if manager.preempted:
+                manager.wait()
+                break
+    ```
+
+    The end of the `with` block waits for a save under way, for `options.finish_timeout_s` at most, also when it ends by
+    an exception; a second interrupt (Ctrl-C) abandons it. So does the end of the interpreter, for a manager that was
+    never closed. What is abandoned is not committed.
+    """
+
+    def __init__(  # noqa: PLR0913 (keyword-only options, each of its own kind)
+        self,
+        url: str | os.PathLike[str],
+        *,
+        storage_options: Mapping[str, object] | None = None,
+        engine: str = "auto",
+        options: Options | None = None,
+        retention: Sequence[RetentionRule] = (),
+        save_every_steps: int | None = None,
+        save_every_seconds: float | None = None,
+        preemption: bool | Preemption = False,
+        save_rng: bool = True,
+        prune_grace_s: float = 60.0,
+        progress: Show = "auto",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Open a root; nothing is written before the first save.
+
+        Args:
+            url: the root: a directory, `s3://…`, `gs://…` or any fsspec URL. It need not exist; a bucket must.
+            storage_options: fsspec's own options, the same for both engines.
+            engine: `auto` (obstore for s3, gcsfs for gs), `local`, `obstore` or `fsspec`.
+            options: sizes, parallelism, patience.
+            retention: rules of which each keeps some checkpoints; without rules all are kept.
+            save_every_steps: the interval of `should_save`, in training steps.
+            save_every_seconds: its interval in seconds since the newest save began; both may be given.
+            preemption: heed notices that this machine goes: True for SIGTERM, SIGUSR1 and what the machine itself
+                offers (EC2, GCE, Slurm), or a `Preemption`, which is started here and stopped by whoever made it.
+            save_rng: save and restore the random number generators of this process.
+            prune_grace_s: seconds between the end of a pruned checkpoint and the removal of its shards, for
+                readers that are in the middle of it.
+            progress: what rank 0 shows on stderr of saves and restores: `auto` a bar on a terminal and one line for
+                each that is done, `bar` and `line` either of them in any case, `off` nothing. A line that the log
+                shows (cloudckpt at INFO) is not shown twice.
+            clock: monotonic seconds, for the grace time.
+
+        Raises:
+            OptionsError: a wrong URL, engine, rule, interval or choice.
+        """
+        if prune_grace_s < 0:
+            raise OptionsError(f"prune_grace_s is {prune_grace_s}; give 0 or more seconds")
+        refuse_lonely_rank()
+        self._preemption = Preemption() if preemption is True else preemption or None
+        self._owns_preemption = preemption is True
+        schedule = Schedule(every_steps=save_every_steps, every_s=save_every_seconds, preemption=self._preemption)
+        chosen = options or Options()
+        self._store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=chosen)
+        self._journal = Journal(self._store, show=progress)
+        self._catalog = Catalog(self._store)
+        self._retention = tuple(retention)
+        self._save_rng = save_rng
+        self._saves = Saves(
+            self._store,
+            self._catalog,
+            options=chosen,
+            schedule=schedule,
+            journal=self._journal,
+            pruner=Pruner(self._catalog, self._retention, grace_s=prune_grace_s, clock=clock),
+            save_rng=save_rng,
+        )
+        self._is_closed = False
+        if self._preemption is not None:
+            self._preemption.start()
+
+    @property
+    def url(self) -> str:
+        """The root, without credentials."""
+        return self._store.url
+
+    # -- when ----------------------------------------------------------------------------------------------
+
+    def should_save(self, step: int) -> bool:
+        """Tell whether to save after `step`: by the intervals, or because of a preemption notice.
+
+        Every `save_every_steps` steps, counted from 1; `save_every_seconds` after the newest save began; and once when
+        notice was given, unless a save is under way whose snapshot is less than 5 seconds old, or nothing newer could
+        be saved in time. The same answer on every rank: with several, and with seconds or preemption, they vote
+        (0.25 ms for 2 ranks on 2 cores; 3 ms for 4 ranks that share these), so every rank must ask at every step.
+
+        Raises:
+            OptionsError: the ranks ask about different steps.
+            RankLostError: another rank did not come to ask.
+        """
+        self._refuse_closed()
+        return self._saves.are_due(step)
+
+    @property
+    def preempted(self) -> bool:
+        """Whether notice was given that this job's machine goes; as of the last `should_save`, if that is asked."""
+        return self._saves.is_preempted
+
+    @property
+    def exit_code(self) -> int:
+        """What to exit with after a preemption, so that a scheduler tells it from success: 143 unless chosen."""
+        return self._preemption.exit_code if self._preemption is not None else EXIT_PREEMPTED
+
+    def report(self, mtbf_s: float | None = None) -> Advice:
+        """Say what saves cost, and how often to save; `print(manager.report(mtbf_s=7200))` is for people.
+
+        Args:
+            mtbf_s: mean seconds between failures of the job; None if not known.
+
+        Raises:
+            OptionsError: `mtbf_s` is not a finite number above 0.
+        """
+        return advise(self._journal.meter.costs(), mtbf_s)
+
+    # -- saving --------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        state: MutableMapping[str, object],
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, object] | None = None,
+    ) -> Checkpoint:
+        """Save `state` as the checkpoint of `step`; return once it is committed, then prune.
+
+        With several ranks, every rank calls it with its own objects and the same plain values; rank 0's `metrics` and
+        `metadata` are kept.
+
+        Args:
+            step: the training step, not yet committed by this job.
+            state: name → nn.Module, Optimizer, object with state_dict/load_state_dict, tensor, container, value.
+            metrics: numbers to choose the best by, non-finite ones allowed.
+            metadata: values to be kept with the checkpoint.
+
+        Raises:
+            CheckpointExistsError: this job has committed that step; it was not changed.
+            FencedError: a newer job has claimed the root; nothing was committed.
+            UnsupportedValueError: a value that the format cannot hold; nothing was written.
+            SaveFailedError: ranks failed, were lost, or hold different states (`.failures`); nothing was committed.
+            StorageError: nothing was committed (after `CommitUnknownError`: perhaps).
+        """
+        self._refuse_closed()
+        return self._saves.save(step, state, metrics, metadata)
+
+    def async_save(
+        self,
+        step: int,
+        state: MutableMapping[str, object],
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, object] | None = None,
+        *,
+        on_busy: Literal["wait", "skip"] = "wait",
+    ) -> SaveHandle:
+        """Copy `state`, return, and save the copy as the checkpoint of `step` in the background.
+
+        After it returned the state may be changed or freed. The copy is kept in host memory, which is used again by the
+        next async save; where `options.memory_budget_bytes` has no room for all of it, this waits for uploads to free
+        some. One save is under way at a time. With several ranks, every rank calls it. The first one of a job learns in
+        the background whether the root can be written to.
+
+        Args:
+            step: the training step, not yet committed by this job.
+            state: as for `save`.
+            metrics: as for `save`.
+            metadata: as for `save`.
+            on_busy: what to do while another save is under way on any rank: `wait` for it, or `skip` this one.
+
+        Raises:
+            SaveFailedError: this one failed before it was staged, or an earlier one in the background and nobody was
+                told: then this one was not begun.
+            CloudCkptError: as `save` raises.
+        """
+        self._refuse_closed()
+        return self._saves.async_save(step, state, metrics, metadata, on_busy=on_busy)
+
+    def prepare(self, state: MutableMapping[str, object]) -> None:
+        """Make the memory ready that `async_save` will need, in the background, so that the first one is fast, too.
+
+        Fresh memory is 10 times slower to write to than memory in use. Call it once, before training; what optimizers
+        make in their first step is added at the first `should_save`. Saves nothing, asks nobody.
+        """
+        self._refuse_closed()
+        self._saves.prepare(state)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Wait for a save under way.
+
+        Raises:
+            TimeoutError: it goes on.
+            SaveFailedError: it failed; also one that failed before and nobody was told.
+        """
+        self._saves.background.settle(timeout)
+
+    def _refuse_closed(self) -> None:
+        if self._is_closed:
+            raise OptionsError(f"the manager of {self.url} is closed; open another one")
+
+    # -- restoring -----------------------------------------------------------------------------------------
+
+    def restore(
+        self,
+        state: MutableMapping[str, object],
+        step: Wanted = "latest",
+        *,
+        strict: bool = True,
+    ) -> Checkpoint | None:
+        """Restore `state` in place; return the checkpoint that it came from.
+
+        With several ranks, every rank calls it; all of them restore the same checkpoint, whatever number saved it.
+
+        Args:
+            state: as for `save`.
+            step: `latest` (the newest good one; a corrupt one is skipped with a warning that says why), `best` (by the
+                first `KeepBest` rule of this manager), a step, or a checkpoint of this root.
+            strict: refuse a checkpoint whose entries differ from those of `state`.
+
+        Returns:
+            The checkpoint, or None if nothing was ever committed (only for `latest` and `best`): a fresh start.
+
+        Raises:
+            CheckpointNotFoundError: no commit of that step.
+            StateMismatchError: names or shapes differ; nothing was changed.
+            IntegrityError: the checkpoint (for `latest`: every checkpoint) is corrupt. Tensors may hold a mixture.
+            RankLostError: another rank died, hangs or never came. Tensors may hold a mixture.
+            StorageError: the store could not be read; that is never taken for "nothing there".
+        """
+        self._refuse_closed()
+        self._saves.background.wait()
+        checkpoint = self._saves.epoch.resumed_from = restore_from(
+            Choice(self._catalog, step, self._retention),
+            state,
+            options=self._saves.options,
+            journal=self._journal,
+            strict=strict,
+            has_rng=self._save_rng,
+        )
+        return checkpoint
+
+    # -- asking --------------------------------------------------------------------------------------------
+
+    def latest(self) -> Checkpoint | None:
+        """Return the newest readable checkpoint by (epoch, step), or None when none was ever committed.
+
+        Raises:
+            ManifestError: checkpoints are there and none can be read.
+            StorageError: the store cannot be listed or read.
+        """
+        self._refuse_closed()
+        return self._catalog.newest()
+
+    def best(self, metric: str, mode: Literal["min", "max"] = "min") -> Checkpoint | None:
+        """Return the checkpoint with the smallest (`min`) or largest (`max`) `metric`; the newer of equals.
+
+        Checkpoints without that metric, or with nan, do not count; None if none counts.
+        """
+        return next(iter(best_first(self.checkpoints(), metric, mode)), None)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Return every readable checkpoint, oldest first by (epoch, step)."""
+        self._refuse_closed()
+        return self._catalog.all()
+
+    def sweep(self, *, dry_run: bool = True, older_than_s: float = 86_400.0) -> list[Orphan]:
+        """Remove what killed jobs left behind: attempts of older epochs without a commit, and pruned leftovers.
+
+        Args:
+            dry_run: only return what would be removed.
+            older_than_s: spare attempts whose newest object is younger than this, by the store's clock.
+        """
+        self._refuse_closed()
+        return sweep(self._catalog, older_than_s=older_than_s, dry_run=dry_run)
+
+    # -- ending --------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Wait for a save under way, remove what is due, and release the store and the memory. Idempotent.
+
+        Shards still in their grace time stay for a sweep.
+
+        Raises:
+            SaveFailedError: a save failed in the background and nobody was told, or did not end within
+                `options.finish_timeout_s` and was abandoned. All is released.
+            CommitUnknownError: one was abandoned, and may be committed all the same.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            self._saves.end()
+        finally:
+            if self._preemption is not None and self._owns_preemption:
+                self._preemption.stop()
+            self._store.close()
+        self._saves.background.settle()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        try:
+            self.close()
+        except CloudCkptError as exc:
+            # The exception that ends the block is the one to be seen.
+            logger.error("while the manager was closed: %s", exc)  # noqa: TRY400

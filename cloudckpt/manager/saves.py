@@ -1,0 +1,214 @@
+"""Make the saves of one job on one root, one at a time, and tell all who are to know what became of each.
+
+    begin: wait for the one before ─▶ capture ─▶ agree with all ranks ─▶ schedule.begun
+    then:  upload, commit                    here, or from a copy in a thread of its own
+    ended: epoch, schedule and journal are told ─▶ prune
+
+The training's thread enters; that of a save in the background ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, MutableMapping
+from functools import partial
+from typing import Literal
+
+from cloudckpt.errors import OptionsError, RankLostError
+from cloudckpt.options import Options
+from cloudckpt.preemption import Schedule
+from cloudckpt.ranks import Group, Vote
+from cloudckpt.report import Entry, Journal
+from cloudckpt.root import Catalog, Checkpoint, Epoch, Pruner
+from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
+from cloudckpt.state import Generators, bind, capture, captured
+from cloudckpt.store import RetryingStore
+from cloudckpt.transfer import Slabs
+
+__all__ = ["Saves"]
+
+logger = logging.getLogger(__name__)
+
+
+class Saves:
+    """The saves of one job.
+
+    Attributes:
+        epoch: the job's, on its root.
+        options: sizes, parallelism, patience; also of restores.
+        background: the save that may be under way.
+    """
+
+    def __init__(
+        self,
+        store: RetryingStore,
+        catalog: Catalog,
+        *,
+        options: Options,
+        schedule: Schedule,
+        journal: Journal,
+        pruner: Pruner,
+        save_rng: bool,
+    ) -> None:
+        """Nothing is written before the first save."""
+        self.epoch = Epoch(catalog, store, is_single_writer=options.single_writer)
+        self.background = Background(patience_s=options.finish_timeout_s)
+        self._store = store
+        self._catalog = catalog
+        self.options = options
+        self._schedule = schedule
+        self._journal = journal
+        self._pruner = pruner
+        self._save_rng = save_rng
+        self._plan = PlanMemory()
+        self._slabs = Slabs()
+        self._vote: Vote | None = None
+        self._to_prepare: MutableMapping[str, object] | None = None
+        self._is_beginning = False
+
+    def are_due(self, step: int) -> bool:
+        """Tell whether to save after `step`, as the schedule and all ranks have it; asked at every step."""
+        self._journal.meter.note_step(step)
+        if self._to_prepare is not None:
+            # By now the optimizers have their state.
+            state, self._to_prepare = self._to_prepare, None
+            self._touch_ahead(state)
+        return self._schedule.ask(step, self._votes())
+
+    def _votes(self) -> Vote:
+        group = Group.of_world()
+        if self._vote is None or self._vote.size != group.size:
+            self._vote = Vote(rank=group.rank, size=group.size, timeout_s=self.options.progress_timeout_s)
+        return self._vote
+
+    def save(
+        self,
+        step: int,
+        state: MutableMapping[str, object],
+        metrics: Mapping[str, float] | None,
+        metadata: Mapping[str, object] | None,
+    ) -> Checkpoint:
+        """Save, and return once it is committed; raises as `CheckpointManager.save` does."""
+        entry, pending = self._begin(step, state, metrics, metadata, slabs=None)
+        try:
+            with entry.bar(f"saving step {step}") as bar:
+                checkpoint = pending.finish(bar)
+        except BaseException as exc:
+            self._ended(step, entry, exc)
+            raise
+        entry.unblocked(step)
+        self._ended(step, entry, checkpoint)
+        return checkpoint
+
+    def async_save(
+        self,
+        step: int,
+        state: MutableMapping[str, object],
+        metrics: Mapping[str, float] | None,
+        metadata: Mapping[str, object] | None,
+        *,
+        on_busy: Literal["wait", "skip"],
+    ) -> SaveHandle:
+        """Copy, and return while the copy is saved; raises as `CheckpointManager.async_save` does."""
+        if on_busy not in ("wait", "skip"):
+            raise OptionsError(f"on_busy is {on_busy!r}; give 'wait' or 'skip'")
+        if on_busy == "skip" and not self.is_preempted and self._is_busy(step):
+            logger.info("rank %d: step %d is skipped: another save is under way", Group.of_world().rank, step)
+            return SaveHandle(step, is_skipped=True)
+        entry, pending = self._begin(step, state, metrics, metadata, slabs=self._slabs)
+        handle = self.background.begin(step, pending, partial(self._ended, step, entry))
+        entry.unblocked(step, staged_bytes=pending.size_bytes)
+        return handle
+
+    @property
+    def is_preempted(self) -> bool:
+        """Whether notice was given; a lone process hears it at once."""
+        if Group.of_world().size == 1:
+            self._schedule.hear()
+        return self._schedule.is_preempted
+
+    def prepare(self, state: MutableMapping[str, object]) -> None:
+        """Make memory ready for copies, now and once more when training has made a step."""
+        self._touch_ahead(state)
+        self._to_prepare = state
+
+    def _touch_ahead(self, state: MutableMapping[str, object]) -> None:
+        group = Group.of_world()
+        sizes, is_pinned = expected_shards(
+            capture(bind(state)).leaves, self.options, rank=group.rank, size=group.size, engine=self._store.engine
+        )
+        self._slabs.touch_ahead(sizes, is_pinned=is_pinned)
+
+    def end(self) -> None:
+        """Wait for the save under way, or abandon it; then release the memory. What it raises is `Background.end`'s."""
+        try:
+            self.background.end()
+            self._pruner.end()
+        finally:
+            self._slabs.close()
+
+    def _is_busy(self, step: int) -> bool:
+        """Tell whether any rank has a save under way, and none has one that failed and nobody was told."""
+        mine = [int(self.background.is_busy), int(self.background.is_untold)]
+        try:
+            # A rank that knows of the failure comes, too: another one may not know yet, and would wait for it here.
+            found = self._votes().largest(mine, what=f"async_save of step {step}")
+        except RankLostError:
+            if self.background.is_untold:
+                self.background.settle()
+            raise
+        return bool(found[0]) and not found[1]
+
+    def _begin(
+        self,
+        step: int,
+        state: MutableMapping[str, object],
+        metrics: Mapping[str, float] | None,
+        metadata: Mapping[str, object] | None,
+        *,
+        slabs: Slabs | None,
+    ) -> tuple[Entry, PendingSave]:
+        """Wait for a save under way, and agree with all ranks on this one."""
+        if self._is_beginning:
+            # What a state_dict() of the user's own asks for would take this save's plan away.
+            raise OptionsError("this began in the middle of another save; let that one end first")
+        group = Group.of_world()
+        entry = self._journal.begin(rank=group.rank)
+        self.background.settle()
+        catalog, options = self._means()
+        self._is_beginning = True
+        try:
+            with Session(group, f"save of step {step}", options) as session:
+                pending = begin_save(
+                    session,
+                    captured(state, Generators(group.rank) if self._save_rng else None),
+                    self.epoch.step(step, catalog),
+                    memory=self._plan,
+                    metrics=metrics,
+                    metadata=metadata,
+                    slabs=slabs,
+                )
+        finally:
+            self._is_beginning = False
+        self._schedule.begun(step, entry.began_s)
+        return entry, pending
+
+    def _means(self) -> tuple[Catalog, Options]:
+        """Return what a save may use: after a preemption notice, no more time than is left."""
+        left_s = self._schedule.seconds_for_a_save()
+        if left_s is None:
+            return self._catalog, self.options
+        options = self.options.within(left_s)
+        return self._catalog.with_store(self._store.within(options.retry)), options
+
+    def _ended(self, step: int, entry: Entry, outcome: Checkpoint | BaseException) -> None:
+        """Note what became of a save, and prune after a commit; perhaps in a background save's thread."""
+        if isinstance(outcome, BaseException):
+            self._schedule.failed(step)
+            return
+        self.epoch.note(outcome)
+        self._schedule.committed(step)
+        is_preempted = self._schedule.is_preempted
+        entry.committed(outcome, left_s=self._schedule.seconds_left() if is_preempted else None)
+        if entry.rank == 0 and not is_preempted:
+            self._pruner.prune_after(outcome)

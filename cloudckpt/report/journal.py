@@ -1,0 +1,133 @@
+"""Say once what a job's saves and restores did: to the log, to a person at a terminal, and to the meter of its costs.
+
+    begin ──▶ staged ──▶ committed │ restored        one `Entry` a save or restore
+
+Knows checkpoints and the store's counts; decides nothing. The training's thread begins entries; that of a background
+save may end one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from cloudckpt.report.meter import Meter
+from cloudckpt.report.progress import Bar, Progress, as_bytes
+from cloudckpt.root import Checkpoint
+from cloudckpt.store import RetryingStore
+
+__all__ = ["Entry", "Journal"]
+
+logger = logging.getLogger(__name__)
+
+_PHASES = ("plan", "stage", "upload", "gather", "commit")
+
+
+class Journal:
+    """The saves and restores of one job on one store."""
+
+    def __init__(
+        self, store: RetryingStore, *, show: str = "auto", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Begin empty.
+
+        Raises:
+            OptionsError: `show` is no choice of what is shown.
+        """
+        self.store = store
+        self.progress = Progress(show)
+        self.meter = Meter(clock=clock)
+        self.clock = clock
+
+    def begin(self, *, rank: int) -> Entry:
+        """Begin the entry of a save or restore, at this moment."""
+        return Entry(self, rank)
+
+
+class Entry:
+    """One save or restore.
+
+    Attributes:
+        rank: this process's.
+        began_s: when it began, on the journal's clock.
+    """
+
+    def __init__(self, journal: Journal, rank: int) -> None:
+        """Made by `Journal.begin`."""
+        self.rank = rank
+        self.began_s = journal.clock()
+        self._journal = journal
+        self._before = journal.store.stats()
+
+    @contextmanager
+    def bar(self, what: str) -> Iterator[Bar]:
+        """Show how far it is while the block runs."""
+        with self._journal.progress.bar(what, rank=self.rank) as bar:
+            yield bar
+
+    def unblocked(self, step: int, staged_bytes: int | None = None) -> None:
+        """Note that training goes on; with the bytes that were copied, if the rest goes on in the background."""
+        blocked_s = self._elapsed_s()
+        self._journal.meter.note_blocked(blocked_s)
+        if staged_bytes is not None:
+            logger.info(
+                "rank %d: staged step %d: %d bytes, training was blocked for %.3f s",
+                self.rank,
+                step,
+                staged_bytes,
+                blocked_s,
+            )
+
+    def committed(self, checkpoint: Checkpoint, *, left_s: float | None = None) -> None:
+        """Note a commit; with the seconds before the end, if the job is about to be preempted."""
+        elapsed_s = self._elapsed_s()
+        self._journal.meter.note_commit(elapsed_s)
+        self._say("saved", checkpoint, elapsed_s, phases=_phases(checkpoint))
+        if left_s is not None:
+            logger.warning("rank %d: step %s is safe, %.1f s before the end", self.rank, checkpoint.step, left_s)
+
+    def restored(self, checkpoint: Checkpoint | None) -> None:
+        """Note a restore, or that there was nothing to restore."""
+        if checkpoint is None:
+            line = f"nothing is committed at {self._journal.store.url}: a fresh start"
+            logger.info("rank %d: %s", self.rank, line)
+            self._journal.progress.say(line, rank=self.rank)
+            return
+        elapsed_s = self._elapsed_s()
+        self._journal.meter.note_restore(elapsed_s)
+        self._say("restored", checkpoint, elapsed_s)
+
+    def _elapsed_s(self) -> float:
+        return self._journal.clock() - self.began_s
+
+    def _say(self, did: str, checkpoint: Checkpoint, elapsed_s: float, *, phases: str = "") -> None:
+        spent = self._journal.store.stats() - self._before
+        logger.info(
+            "rank %d: %s step %s of epoch %d: %d bytes in %.3f s%s, %d requests, %d retries",
+            self.rank,
+            did,
+            checkpoint.step,
+            checkpoint.epoch,
+            checkpoint.total_bytes,
+            elapsed_s,
+            phases,
+            spent.requests,
+            spent.retries,
+        )
+        step = f" step {checkpoint.step}" if checkpoint.step >= 0 else ""
+        way = "to" if did == "saved" else "from"
+        retries = f", after {spent.retries} retries" if spent.retries else ""
+        self._journal.progress.say(
+            f"{did}{step} {way} {checkpoint.url}: {as_bytes(checkpoint.total_bytes)} in {elapsed_s:.2f} s "
+            f"({as_bytes(checkpoint.total_bytes / max(elapsed_s, 1e-9))}/s){retries}",
+            rank=self.rank,
+        )
+
+
+def _phases(checkpoint: Checkpoint) -> str:
+    """Say how long each phase of a save took."""
+    summary = checkpoint.manifest.summary
+    phases = [f"{name} {summary[f'{name}_s']:.3f}" for name in _PHASES if f"{name}_s" in summary]
+    return f" ({', '.join(phases)})" if phases else ""

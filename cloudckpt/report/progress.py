@@ -1,0 +1,99 @@
+"""Show a person at a terminal how far a save or restore is, and what became of it; to a program, one line.
+
+    bar     while bytes move, on a terminal     ──▶ gone when they have moved
+    line    once it is done                     ──▶ stays
+
+All goes to stderr, from rank 0 alone. Who has the log of cloudckpt shown at INFO reads the same there, and is not told
+twice. `rich` draws the bar, and is imported when there is one.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal, get_args
+
+from cloudckpt.errors import OptionsError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
+
+__all__ = ["Bar", "Progress", "Show", "as_bytes"]
+
+Show = Literal["auto", "bar", "line", "off"]
+"""What is shown: a bar on a terminal and then a line, a bar in any case, a line alone, nothing."""
+
+_PACKAGE_LOGGER = logging.getLogger("cloudckpt")
+
+
+class Bar:
+    """How many bytes have moved. Any thread may tell it; without a terminal it is nothing."""
+
+    def __init__(self, drawn: RichProgress | None = None, task: TaskID | None = None) -> None:
+        """Made by `Progress.bar`."""
+        self._drawn = drawn
+        self._task = task
+
+    def begin(self, total_bytes: int) -> None:
+        """Begin at 0 of so many bytes."""
+        if self._drawn is not None and self._task is not None:
+            self._drawn.reset(self._task, total=total_bytes)
+
+    def move(self, size_bytes: int) -> None:
+        """Note that so many bytes more have moved."""
+        if self._drawn is not None and self._task is not None:
+            self._drawn.advance(self._task, size_bytes)
+
+
+class Progress:
+    """What is shown of saves and restores."""
+
+    def __init__(self, show: str = "auto") -> None:
+        """Show by choice.
+
+        Raises:
+            OptionsError: no such choice.
+        """
+        if show not in get_args(Show):
+            raise OptionsError(f"progress is {show!r}; give one of {', '.join(map(repr, get_args(Show)))}")
+        self._show = show
+
+    def say(self, line: str, *, rank: int) -> None:
+        """Show one line, unless the log shows it."""
+        is_logged = _PACKAGE_LOGGER.isEnabledFor(logging.INFO) and _PACKAGE_LOGGER.hasHandlers()
+        if rank == 0 and self._show != "off" and not is_logged and sys.stderr is not None:
+            sys.stderr.write(f"cloudckpt: {line}\n")
+            sys.stderr.flush()
+
+    @contextmanager
+    def bar(self, what: str, *, rank: int) -> Iterator[Bar]:
+        """Show a bar until the end of the block, if there is a terminal."""
+        is_wanted = self._show == "bar" or (self._show == "auto" and sys.stderr is not None and sys.stderr.isatty())
+        if rank != 0 or not is_wanted:
+            yield Bar()
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with RichProgress(*columns, console=Console(stderr=True), transient=True) as drawn:
+            yield Bar(drawn, drawn.add_task(what, total=None))
+
+
+def as_bytes(size_bytes: float) -> str:
+    """Return bytes as people read them, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size_bytes < 1024:
+            return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} TiB"

@@ -1,0 +1,76 @@
+"""Find the checkpoint of a root that a caller means: the newest good one, the best, that of a step, or this one.
+
+Reads manifests, and only as many as are asked for. On one rank, which tells the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from cloudckpt.errors import IntegrityError, OptionsError
+from cloudckpt.root.catalog import Catalog, Checkpoint
+from cloudckpt.root.retention import KeepBest, RetentionRule, best_first
+
+__all__ = ["Candidate", "Choice", "Wanted", "only"]
+
+Candidate = Checkpoint | IntegrityError
+"""A checkpoint to be tried, or why one that is there cannot be."""
+
+Wanted = int | Literal["latest", "best"] | Checkpoint
+"""What a caller may ask for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What is asked for, of one root.
+
+    Attributes:
+        catalog: the root's.
+        wanted: `latest`, `best` by the first `KeepBest` of `rules`, a step, or a checkpoint.
+        rules: the root's retention rules.
+    """
+
+    catalog: Catalog
+    wanted: Wanted
+    rules: Sequence[RetentionRule] = ()
+
+    def __str__(self) -> str:
+        return self.wanted.url if isinstance(self.wanted, Checkpoint) else str(self.wanted)
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Yield what may be restored, best first: for `latest` one after another, else the one that is meant.
+
+        Raises:
+            CheckpointNotFoundError: no commit of that step.
+            OptionsError: what is asked for says nothing here.
+            StorageError: the store cannot be read.
+        """
+        if self.wanted == "latest":
+            yield from self.catalog.newest_first()
+        elif isinstance(self.wanted, Checkpoint):
+            yield self.wanted
+        elif isinstance(self.wanted, int):
+            yield self.catalog.find(self.wanted)
+        else:
+            yield from self._best()
+
+    def _best(self) -> Iterator[Checkpoint]:
+        rule = next((rule for rule in self.rules if isinstance(rule, KeepBest)), None)
+        if self.wanted != "best" or rule is None:
+            raise OptionsError(
+                f"step {self.wanted!r} says nothing here; give 'latest', a step, manager.best('name'), or 'best' with "
+                "a KeepBest rule in retention"
+            )
+        yield from best_first(self.catalog.all(), rule.metric, rule.mode)[:1]
+
+
+def only(catalog: Catalog) -> Iterator[Candidate]:
+    """Yield the one checkpoint at a URL.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        ManifestError: its manifest cannot be trusted.
+    """
+    yield catalog.open()
