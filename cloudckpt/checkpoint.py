@@ -19,7 +19,7 @@ from cloudckpt.format import DTYPES, Index, PathElement, codec, unflatten
 from cloudckpt.loading import RankInput, fill, load_state, read_index
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, refuse_lonely_rank
-from cloudckpt.report import Journal, Show
+from cloudckpt.report import Journal, Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, OwnUrl, only
 from cloudckpt.saving import Session, begin_save
 from cloudckpt.state import bind, captured
@@ -63,7 +63,7 @@ def save(
     chosen = options or Options()
     group = Group.of_world()
     with _opened(url, storage_options, engine, chosen) as store:
-        journal = Journal(store, show=progress)
+        journal = Journal(store, Progress(progress))
         entry = journal.begin(rank=group.rank)
         with Session(group, "save", chosen) as session:
             pending = begin_save(
@@ -116,7 +116,7 @@ def load(
     chosen = options or Options()
     with _opened(url, storage_options, engine, chosen) as store:
         catalog = Catalog(store)
-        entry = Journal(store, show=progress).begin(rank=group.rank)
+        entry = Journal(store, Progress(progress)).begin(rank=group.rank)
         with entry.bar("loading") as bar:
             found = load_state(
                 state,
@@ -160,7 +160,7 @@ def read(
     """
     chosen = options or Options()
     with _opened(url, storage_options, engine, chosen) as store:
-        entry = Journal(store, show=progress).begin(rank=0)
+        entry = Journal(store, Progress(progress)).begin(rank=0)
         catalog = Catalog(store)
         checkpoint = catalog.open()
         index = read_index(catalog, checkpoint)

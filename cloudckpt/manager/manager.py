@@ -24,7 +24,7 @@ from cloudckpt.manager.saves import Saves
 from cloudckpt.options import Options
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
 from cloudckpt.ranks import refuse_lonely_rank
-from cloudckpt.report import Advice, Journal, Show, advise
+from cloudckpt.report import Advice, Journal, Progress, Show, advise
 from cloudckpt.root import Catalog, Checkpoint, Choice, Orphan, Pruner, RetentionRule, Wanted, best_first, sweep
 from cloudckpt.saving import SaveHandle
 from cloudckpt.store import open_store
@@ -96,12 +96,13 @@ class CheckpointManager:
         if prune_grace_s < 0:
             raise OptionsError(f"prune_grace_s is {prune_grace_s}; give 0 or more seconds")
         refuse_lonely_rank()
+        shown = Progress(progress)
         self._preemption = Preemption() if preemption is True else preemption or None
         self._owns_preemption = preemption is True
         schedule = Schedule(every_steps=save_every_steps, every_s=save_every_seconds, preemption=self._preemption)
         chosen = options or Options()
         self._store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=chosen)
-        self._journal = Journal(self._store, show=progress)
+        self._journal = Journal(self._store, shown)
         self._catalog = Catalog(self._store)
         self._retention = tuple(retention)
         self._save_rng = save_rng
@@ -122,8 +123,6 @@ class CheckpointManager:
     def url(self) -> str:
         """The root, without credentials."""
         return self._store.url
-
-    # -- when ----------------------------------------------------------------------------------------------
 
     def should_save(self, step: int) -> bool:
         """Tell whether to save after `step`: by the intervals, or because of a preemption notice.
@@ -160,8 +159,6 @@ class CheckpointManager:
             OptionsError: `mtbf_s` is not a finite number above 0.
         """
         return advise(self._journal.meter.costs(), mtbf_s)
-
-    # -- saving --------------------------------------------------------------------------------------------
 
     def save(
         self,
@@ -244,8 +241,6 @@ class CheckpointManager:
         if self._is_closed:
             raise OptionsError(f"the manager of {self.url} is closed; open another one")
 
-    # -- restoring -----------------------------------------------------------------------------------------
-
     def restore(
         self,
         state: MutableMapping[str, object],
@@ -285,8 +280,6 @@ class CheckpointManager:
         )
         return checkpoint
 
-    # -- asking --------------------------------------------------------------------------------------------
-
     def latest(self) -> Checkpoint | None:
         """Return the newest readable checkpoint by (epoch, step), or None when none was ever committed.
 
@@ -318,8 +311,6 @@ class CheckpointManager:
         """
         self._refuse_closed()
         return sweep(self._catalog, older_than_s=older_than_s, dry_run=dry_run)
-
-    # -- ending --------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Wait for a save under way, remove what is due, and release the store and the memory. Idempotent.

@@ -2,6 +2,6 @@
 
 from cloudckpt.report.advice import Advice, advise
 from cloudckpt.report.journal import Entry, Journal
-from cloudckpt.report.progress import Show
+from cloudckpt.report.progress import Progress, Show
 
-__all__ = ["Advice", "Entry", "Journal", "Show", "advise"]
+__all__ = ["Advice", "Entry", "Journal", "Progress", "Show", "advise"]

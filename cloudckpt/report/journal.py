@@ -29,15 +29,11 @@ class Journal:
     """The saves and restores of one job on one store."""
 
     def __init__(
-        self, store: RetryingStore, *, show: str = "auto", clock: Callable[[], float] = time.monotonic
+        self, store: RetryingStore, progress: Progress, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Begin empty.
-
-        Raises:
-            OptionsError: `show` is no choice of what is shown.
-        """
+        """Begin empty; `progress` shows people what the log says."""
         self.store = store
-        self.progress = Progress(show)
+        self.progress = progress
         self.meter = Meter(clock=clock)
         self.clock = clock
 
