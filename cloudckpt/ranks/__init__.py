@@ -4,6 +4,7 @@ Over a gloo group of our own. Here is the only pickle of the package: between pr
 """
 
 from cloudckpt.ranks.group import Group, MissingPartsError, RanksFailedError, UndecidedError, refuse_lonely_rank
+from cloudckpt.ranks.naming import named_ranks
 from cloudckpt.ranks.packet import Countdown, Packet
 from cloudckpt.ranks.vote import Vote
 
@@ -15,5 +16,6 @@ __all__ = [
     "RanksFailedError",
     "UndecidedError",
     "Vote",
+    "named_ranks",
     "refuse_lonely_rank",
 ]

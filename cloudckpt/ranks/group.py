@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError
 from cloudckpt.ranks.link import BrokenError, Link, new_gloo_group, store_of_our_own
+from cloudckpt.ranks.naming import named_ranks
 from cloudckpt.ranks.packet import Packet
 from cloudckpt.ranks.pulse import Pulse
 from cloudckpt.transfer import OWN_SHARE, Watch
@@ -279,7 +280,7 @@ class Group:
         failed = self._wait(link, passing, "passing tensors on")
         link.pulse.enter("passing tensors on", is_waiting=False)
         if failed:
-            raise MissingPartsError(f"ranks {sorted(set(failed))} could not read what they were to pass on")
+            raise MissingPartsError(f"{named_ranks(failed)} could not read what they were to pass on")
 
     def _exchange(
         self,
@@ -344,7 +345,7 @@ class Group:
             unreached = link.untold
         if unreached:
             self._link = None  # the next session is for whoever is there then
-            logger.warning("rank 0: ranks %s were lost before they could be told of %r, which stands", unreached, phase)
+            logger.warning("rank 0: %s could not be told of %r, which stands", named_ranks(unreached), phase)
 
     def _follow(self, phase: str, sent: _Sent, *, is_same: bool) -> _Sent:
         link = self._open_link()

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from cloudckpt.errors import RankLostError
 from cloudckpt.ranks.link import BrokenError, new_gloo_group, store_of_our_own
+from cloudckpt.ranks.naming import named_ranks
 from cloudckpt.ranks.pulse import KeyValueStore
 
 __all__ = ["Vote"]
@@ -151,7 +152,7 @@ class Vote:
             late = _begun(self._not_answering).result(timeout=_ANSWERING_S + _STORE_S)
         except FutureTimeoutError:
             late = [0]  # it keeps the store
-        names = f"ranks {late}" if late else "other ranks"
+        names = named_ranks(late) if late else "other ranks"
         return RankLostError(
             f"{names} did not come to {what}, or died, while rank {self._rank} waited; restart the job: it resumes "
             "from the newest committed checkpoint",
