@@ -368,7 +368,6 @@ _LOCK = threading.Lock()
 _OF_WORLD: dict[int, Group] = {}
 
 
-@atexit.register
 def refuse_lonely_rank() -> None:
     """Refuse to act as the only rank when the launcher started several and no process group exists.
 
@@ -382,6 +381,7 @@ def refuse_lonely_rank() -> None:
         )
 
 
+@atexit.register
 def _forget() -> None:
     """Let go of the gloo groups and their threads while the interpreter is whole."""
     for group in _OF_WORLD.values():

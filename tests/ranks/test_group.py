@@ -224,8 +224,13 @@ def test_a_process_without_a_group_decides_alone() -> None:
 
 
 _ENDING = """
-import os, sys
+import atexit, sys, threading
 import torch.distributed as dist
+
+def tell():  # after what the package does at the end
+    print([thread.name for thread in threading.enumerate() if thread.name.startswith("cloudckpt")], file=sys.stderr)
+
+atexit.register(tell)
 from cloudckpt.ranks.group import Group
 
 dist.init_process_group("gloo")
@@ -238,7 +243,9 @@ if sys.argv[1] == "destroy":
 
 
 @pytest.mark.parametrize("how", ["destroy", "leave"])
-def test_processes_end_well_whether_they_destroy_the_process_group_or_not(how: str) -> None:
+def test_processes_end_well_and_without_a_thread_of_ours_whether_they_destroy_the_process_group_or_not(
+    how: str,
+) -> None:
     port = str(free_port())
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
@@ -253,4 +260,5 @@ def test_processes_end_well_whether_they_destroy_the_process_group_or_not(how: s
     ]
     ended = [(process.communicate(timeout=60)[1], process.returncode) for process in processes]
 
-    assert [code for _, code in ended] == [0, 0], ended
+    # A daemon thread that is left may hold the gloo group when the interpreter goes, and the process aborts.
+    assert ended == [("[]\n", 0)] * 2
