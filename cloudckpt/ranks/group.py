@@ -15,13 +15,12 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, cast
@@ -29,13 +28,16 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 
 from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError
-from cloudckpt.ranks.link import BrokenError, Link, new_gloo_group, store_of_our_own
+from cloudckpt.ranks.calling import Caller
+from cloudckpt.ranks.link import Link
+from cloudckpt.ranks.meeting import Meeting
 from cloudckpt.ranks.naming import named_ranks
 from cloudckpt.ranks.packet import Packet
 from cloudckpt.ranks.pulse import Pulse
+from cloudckpt.ranks.world import BrokenError, has_world, new_gloo_group
 from cloudckpt.transfer import OWN_SHARE, Watch
 
-__all__ = ["Group", "MissingPartsError", "RanksFailedError", "UndecidedError", "refuse_lonely_rank"]
+__all__ = ["Group", "MissingPartsError", "RanksFailedError", "UndecidedError"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,6 @@ class Group:
         self.world: dist.ProcessGroup | None = None
         self._link: Link | None = None
         self._generation = 0
-        self._session = 0
         self._is_open = False
         self._turn = threading.Lock()
         self._holder: int | None = None
@@ -91,7 +92,7 @@ class Group:
     @classmethod
     def of_world(cls) -> Group:
         """Return the group of the default process group, the same one as long as that exists; else a lone one."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if not has_world() or dist.get_world_size() == 1:
             return cls()
         world = dist.group.WORLD
         with _LOCK:
@@ -136,7 +137,7 @@ class Group:
             try:
                 yield
             except BaseException as exc:
-                self._give_up(link, exc)
+                self._give_up(link.pulse, exc)
                 raise
             finally:
                 link.pulse.end()
@@ -153,53 +154,45 @@ class Group:
         self._holder = threading.get_ident()
 
     def _begin(self, what: str, deadline_s: float) -> Link:
-        self._session += 1
         if self._link is None:
-            self._session = 1
             self._link = self._join(what, deadline_s)
         else:
-            self._link.pulse.begin(self._session, what, deadline_s=deadline_s)
+            self._link.pulse = self._link.pulse.next(what, deadline_s=deadline_s)
         return self._link
 
-    def _give_up(self, link: Link, error: BaseException) -> None:
+    def _give_up(self, pulse: Pulse, error: BaseException) -> None:
         """Leave a session by an error: the others have it too, or are told now."""
         if self._settled is not None and (error is self._settled or error.__cause__ is self._settled):
             return
-        self._link = None
+        self._leave_link()
         if not isinstance(error, RankLostError | UndecidedError):
-            link.pulse.leave(f"{type(error).__name__}: {error}")
-        link.pulse.linger()
+            pulse.leave(f"{type(error).__name__}: {error}")
+        pulse.linger()
+
+    def _leave_link(self) -> None:
+        """Leave the link to itself; the next session is for whoever is there then."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.give_up()
 
     def _join(self, what: str, deadline_s: float) -> Link:
         """Make a gloo group of our own, once every rank has come to do so."""
         name = f"{what}, making a group"
-        with _missing_store():
-            pulse = Pulse(store_of_our_own(), rank=self.rank, size=self.size)
-        link = Link(pulse)
+        meeting = Meeting(name, rank=self.rank, size=self.size, after=self._generation, deadline_s=deadline_s)
+        caller = Caller("cloudckpt-ranks")
         try:
-            meeting = link.submit(partial(pulse.meet, name, after=self._generation, deadline_s=deadline_s))
-            with _missing_store():
-                self._generation = self._wait(link, meeting, name)
-            make = link.submit(new_gloo_group)
-            link.gloo = cast("dist.ProcessGroup", self._wait(link, make, name))
+            pulse = _outlast(meeting, caller.submit(meeting.meet))
+            self._generation = meeting.number
+            gloo = _wait(pulse, caller.submit(new_gloo_group))
             pulse.enter(what, is_waiting=False)
         except BaseException as exc:
-            self._give_up(link, exc)
-            pulse.end()
+            caller.stop()
+            if meeting.pulse is not None:
+                self._give_up(meeting.pulse, exc)
+                meeting.pulse.end()
             raise
         logger.debug("rank %d: made a gloo group of %d ranks for checkpoints", self.rank, self.size)
-        return link
-
-    def _wait(self, link: Link, future: Future[_Result], what: str) -> _Result:
-        """Wait for the link's thread, but for no rank that is late."""
-        while True:
-            try:
-                return future.result(timeout=link.pulse.period_s)
-            except FutureTimeoutError:
-                if (fault := link.pulse.fault()) is not None:
-                    raise fault from None
-            except BrokenError as exc:
-                raise link.pulse.blame(exc.rank) from exc
+        return Link(caller, gloo, pulse)
 
     # -- exchanges -----------------------------------------------------------------------------------------
 
@@ -277,7 +270,7 @@ class Group:
             return
         link = self._open_link()
         link.pulse.enter("passing tensors on", is_waiting=True)
-        failed = self._wait(link, passing, "passing tensors on")
+        failed = _wait(link.pulse, passing)
         link.pulse.enter("passing tensors on", is_waiting=False)
         if failed:
             raise MissingPartsError(f"{named_ranks(failed)} could not read what they were to pass on")
@@ -315,21 +308,21 @@ class Group:
     ) -> _Sent:
         link = self._open_link()
         link.pulse.enter(phase, is_waiting=True)
-        parts = self._wait(link, link.submit(partial(link.gather, self.size)), phase)
+        parts = _wait(link.pulse, link.submit(partial(link.gather, self.size)))
         if is_final and (fault := link.pulse.decide()) is not None:
             raise fault
         link.pulse.enter(phase, is_waiting=False)
         answers = _answers([sent, *map(_unpickled, parts)], decide)
         link.pulse.enter(phase, is_waiting=True)
         if is_same:
-            self._wait(link, link.submit(partial(link.broadcast, _pickled(answers[0]))), phase)
+            _wait(link.pulse, link.submit(partial(link.broadcast, _pickled(answers[0]))))
         else:
             dealt = [answers[min(rank, len(answers) - 1)] for rank in range(self.size)]
             messages = [_pickled(answer) for answer in dealt[1:]]
             if is_final:
                 self._tell_what_stands(link, phase, messages)
             else:
-                self._wait(link, link.submit(partial(link.scatter, messages)), phase)
+                _wait(link.pulse, link.submit(partial(link.scatter, messages)))
         link.pulse.enter(phase, is_waiting=False)
         return answers[0]
 
@@ -338,23 +331,22 @@ class Group:
 
         No verdict is passed on a rank that does not take it: the others would take that for the end of this session.
         """
-        telling = link.submit(partial(link.scatter, messages, is_patient=True))
-        try:
-            unreached = telling.result(timeout=link.pulse.deadline_s)
-        except FutureTimeoutError:
-            unreached = link.untold
-        if unreached:
-            self._link = None  # the next session is for whoever is there then
-            logger.warning("rank 0: %s could not be told of %r, which stands", named_ranks(unreached), phase)
+        untold = list(range(1, self.size))
+        telling = link.submit(partial(link.scatter, messages, untold=untold))
+        with suppress(FutureTimeoutError):
+            telling.result(timeout=link.pulse.deadline_s)
+        if untold:
+            self._leave_link()
+            logger.warning("rank 0: %s could not be told of %r, which stands", named_ranks(untold), phase)
 
     def _follow(self, phase: str, sent: _Sent, *, is_same: bool) -> _Sent:
         link = self._open_link()
-        link.has_asked = False
+        link.offer()
         # A rank that was stopped knows that it was given up before it hands its part over, not afterwards.
         if (fault := link.pulse.catch_up()) is not None:
             raise fault
         link.pulse.enter(phase, is_waiting=True)
-        answer = self._wait(link, link.submit(partial(link.ask, _pickled(sent), is_same=is_same)), phase)
+        answer = _wait(link.pulse, link.submit(partial(link.ask, _pickled(sent), is_same=is_same)))
         link.pulse.enter(phase, is_waiting=False)
         return _unpickled(answer)
 
@@ -368,25 +360,29 @@ _LOCK = threading.Lock()
 _OF_WORLD: dict[int, Group] = {}
 
 
-def refuse_lonely_rank() -> None:
-    """Refuse to act as the only rank when the launcher started several and no process group exists.
-
-    DCP would silently treat each process as the coordinator of a save of its own.
-    """
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size.isdigit() and int(world_size) > 1 and not (dist.is_available() and dist.is_initialized()):
-        raise OptionsError(
-            f"WORLD_SIZE is {world_size} and no process group exists; call torch.distributed.init_process_group() "
-            "before saving or restoring"
-        )
-
-
 @atexit.register
 def _forget() -> None:
     """Let go of the gloo groups and their threads while the interpreter is whole."""
     for group in _OF_WORLD.values():
         group.close()
     _OF_WORLD.clear()
+
+
+def _wait(pulse: Pulse, future: Future[_Result]) -> _Result:
+    """Wait for the link's thread, but for no rank that is late."""
+    try:
+        return _outlast(pulse, future)
+    except BrokenError as exc:
+        raise pulse.blame(exc.rank) from exc
+
+
+def _outlast(watch: Meeting | Pulse, future: Future[_Result]) -> _Result:
+    while True:
+        try:
+            return future.result(timeout=watch.period_s)
+        except FutureTimeoutError:
+            if (fault := watch.fault()) is not None:
+                raise fault from None
 
 
 def _do(phase: str, mine: Callable[[], object]) -> _Sent:
@@ -425,15 +421,3 @@ def _pickled(sent: _Sent) -> bytes:
 
 def _unpickled(data: bytes) -> _Sent:
     return cast("_Sent", pickle.loads(data))  # noqa: S301 (of a rank of this job)
-
-
-@contextmanager
-def _missing_store() -> Iterator[None]:
-    try:
-        yield
-    except dist.DistError as exc:
-        raise RankLostError(
-            f"the process group's store is gone ({exc}), which rank 0 keeps; restart the job: it resumes from the "
-            "newest committed checkpoint",
-            ranks=[0],
-        ) from exc

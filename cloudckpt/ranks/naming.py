@@ -1,10 +1,12 @@
-"""Name ranks to people: the one way in which every error and log line lists them."""
+"""Tell people of ranks: the one way in which every error and log line lists them, and says what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["named_ranks"]
+from cloudckpt.errors import RankLostError
+
+__all__ = ["named_ranks", "rank_lost"]
 
 _SHOWN = 8
 
@@ -21,3 +23,9 @@ def named_ranks(ranks: Iterable[int]) -> str:
     more = [f"and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else []
     is_one = len(runs) == 1 and runs[0][0] == runs[0][1]
     return f"{'rank' if is_one else 'ranks'} {', '.join([*texts[:_SHOWN], *more])}"
+
+
+def rank_lost(why: str, ranks: Iterable[int], *, phase: str = "") -> RankLostError:
+    """Return the error for ranks that are lost."""
+    advice = "restart the job: it resumes from the newest committed checkpoint"
+    return RankLostError(f"{why}; {advice}", ranks=ranks, phase=phase)

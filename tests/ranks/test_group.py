@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import torch.distributed as dist
 
 from cloudckpt.errors import AccessDeniedError, FencedError, OptionsError, RankLostError
+from cloudckpt.ranks.calling import Caller
 from cloudckpt.ranks.group import Group, RanksFailedError
+from cloudckpt.ranks.meeting import Meeting
 from tests.ranks.processes import World, free_port, run
 
 DEADLINE_S = 1.5
@@ -210,6 +213,53 @@ def _recover(victim: int) -> Any:
 def test_ranks_that_lost_one_meet_again_when_it_is_back() -> None:
     values = run(3, _recover, 1)
     assert [value[3] for value in values] == ["3 ranks again"] * 3
+
+
+def _join_late() -> int:
+    """Let the thread that meets the other ranks begin when it was looked for three times."""
+    begin, looks = threading.Event(), iter(range(3))
+    serve, fault = Caller._serve, Meeting.fault
+
+    def serve_late(self: Caller) -> None:
+        begin.wait()
+        serve(self)
+
+    def look(self: Meeting) -> RankLostError | None:
+        if next(looks, None) is None:
+            begin.set()
+        return fault(self)
+
+    Caller._serve, Meeting.fault = serve_late, look  # type: ignore[method-assign]
+    group = Group.of_world()
+    with group.session("work", deadline_s=30):
+        return group.agree("one", lambda: 1, sum)
+
+
+def test_no_rank_is_lost_because_a_thread_of_ours_begins_late() -> None:
+    assert run(2, _join_late) == [2, 2]
+
+
+def _come_alone(how: str) -> tuple[tuple[int, ...], float]:
+    group = Group.of_world()
+    dist.barrier()
+    if group.rank == 0:
+        time.sleep(0.2)  # until the other one has left the barrier
+        _suffer(how)
+    time.sleep(0.6)
+    began_s = time.monotonic()
+    with pytest.raises(RankLostError) as caught, group.session("work", deadline_s=DEADLINE_S):
+        group.agree("one", lambda: 1, sum)
+    return caught.value.ranks, time.monotonic() - began_s
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_rank_0_that_was_lost_before_the_first_session_is_named_in_time(how: str) -> None:
+    outcome = World(2, _come_alone, how).outcomes(timeout_s=DEADLINE_S + 30, but=[0])[1]
+    assert outcome.has_ended, "rank 1 waits for ever"
+    assert outcome.error is None, outcome.trace
+    ranks, elapsed_s = outcome.value
+    assert ranks == (0,)
+    assert elapsed_s < DEADLINE_S + 10
 
 
 def test_a_process_without_a_group_decides_alone() -> None:
