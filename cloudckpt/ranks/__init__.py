@@ -3,7 +3,8 @@
 Over a gloo group of our own. Here is the only pickle of the package: between processes of one job, never to a store.
 """
 
-from cloudckpt.ranks.group import Group, MissingPartsError, RanksFailedError, UndecidedError
+from cloudckpt.ranks.group import Group, MissingPartsError, UndecidedError
+from cloudckpt.ranks.message import RanksFailedError
 from cloudckpt.ranks.naming import named_ranks
 from cloudckpt.ranks.packet import Countdown, Packet
 from cloudckpt.ranks.vote import Vote

@@ -15,46 +15,33 @@ from __future__ import annotations
 
 import atexit
 import logging
-import pickle
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError
+from cloudckpt.errors import OptionsError, RankLostError
 from cloudckpt.ranks.calling import Caller
 from cloudckpt.ranks.link import Link
 from cloudckpt.ranks.meeting import Meeting
+from cloudckpt.ranks.message import Sent, answers, done, pickled, unpickled
 from cloudckpt.ranks.naming import named_ranks
 from cloudckpt.ranks.packet import Packet
 from cloudckpt.ranks.pulse import Pulse
 from cloudckpt.ranks.world import BrokenError, has_world, new_gloo_group
 from cloudckpt.transfer import OWN_SHARE, Watch
 
-__all__ = ["Group", "MissingPartsError", "RanksFailedError", "UndecidedError"]
+__all__ = ["Group", "MissingPartsError", "UndecidedError"]
 
 logger = logging.getLogger(__name__)
 
 _Mine = TypeVar("_Mine")
 _Result = TypeVar("_Result")
-
-
-class RanksFailedError(Exception):
-    """What some ranks raised where each did its own part; turned into an error for the caller by whoever led them.
-
-    Attributes:
-        failures: rank → its error.
-    """
-
-    def __init__(self, failures: Mapping[int, BaseException]) -> None:
-        super().__init__(dict(failures))
-        self.failures = dict(failures)
 
 
 class UndecidedError(Exception):
@@ -63,15 +50,6 @@ class UndecidedError(Exception):
 
 class MissingPartsError(Exception):
     """Another rank could not read what it was to pass on to this one; its own error says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """A rank's part in one exchange: which exchange it believes to be in, and its value or error."""
-
-    phase: str
-    value: object = None
-    error: BaseException | None = None
 
 
 class Group:
@@ -285,9 +263,9 @@ class Group:
         is_final: bool = False,
     ) -> _Result:
         self.enter(phase)
-        sent = _do(phase, mine)
+        sent = done(phase, mine)
         if self.size == 1:
-            answer = _answers([sent], decide)[0]
+            answer = answers([sent], decide)[0]
         elif self.rank == 0:
             answer = self._lead(phase, sent, decide, is_same=is_same, is_final=is_final)
         else:
@@ -300,31 +278,31 @@ class Group:
     def _lead(
         self,
         phase: str,
-        sent: _Sent,
+        sent: Sent,
         decide: Callable[[list[_Mine]], Sequence[_Result]],
         *,
         is_same: bool,
         is_final: bool,
-    ) -> _Sent:
+    ) -> Sent:
         link = self._open_link()
         link.pulse.enter(phase, is_waiting=True)
         parts = _wait(link.pulse, link.submit(partial(link.gather, self.size)))
         if is_final and (fault := link.pulse.decide()) is not None:
             raise fault
         link.pulse.enter(phase, is_waiting=False)
-        answers = _answers([sent, *map(_unpickled, parts)], decide)
+        told = answers([sent, *map(unpickled, parts)], decide)
         link.pulse.enter(phase, is_waiting=True)
         if is_same:
-            _wait(link.pulse, link.submit(partial(link.broadcast, _pickled(answers[0]))))
+            _wait(link.pulse, link.submit(partial(link.broadcast, pickled(told[0]))))
         else:
-            dealt = [answers[min(rank, len(answers) - 1)] for rank in range(self.size)]
-            messages = [_pickled(answer) for answer in dealt[1:]]
+            dealt = [told[min(rank, len(told) - 1)] for rank in range(self.size)]
+            messages = [pickled(answer) for answer in dealt[1:]]
             if is_final:
                 self._tell_what_stands(link, phase, messages)
             else:
                 _wait(link.pulse, link.submit(partial(link.scatter, messages)))
         link.pulse.enter(phase, is_waiting=False)
-        return answers[0]
+        return told[0]
 
     def _tell_what_stands(self, link: Link, phase: str, messages: Sequence[bytes]) -> None:
         """Send each other rank its answer to a decision that stands, also if some are not there any more.
@@ -339,16 +317,16 @@ class Group:
             self._leave_link()
             logger.warning("rank 0: %s could not be told of %r, which stands", named_ranks(untold), phase)
 
-    def _follow(self, phase: str, sent: _Sent, *, is_same: bool) -> _Sent:
+    def _follow(self, phase: str, sent: Sent, *, is_same: bool) -> Sent:
         link = self._open_link()
         link.offer()
         # A rank that was stopped knows that it was given up before it hands its part over, not afterwards.
         if (fault := link.pulse.catch_up()) is not None:
             raise fault
         link.pulse.enter(phase, is_waiting=True)
-        answer = _wait(link.pulse, link.submit(partial(link.ask, _pickled(sent), is_same=is_same)))
+        answer = _wait(link.pulse, link.submit(partial(link.ask, pickled(sent), is_same=is_same)))
         link.pulse.enter(phase, is_waiting=False)
-        return _unpickled(answer)
+        return unpickled(answer)
 
     def _open_link(self) -> Link:
         if self._link is None or not self._is_open:
@@ -383,41 +361,3 @@ def _outlast(watch: Meeting | Pulse, future: Future[_Result]) -> _Result:
         except FutureTimeoutError:
             if (fault := watch.fault()) is not None:
                 raise fault from None
-
-
-def _do(phase: str, mine: Callable[[], object]) -> _Sent:
-    try:
-        return _Sent(phase, mine())
-    except Exception as exc:  # noqa: BLE001 (the end of a rank's part: raised again on every rank)
-        return _Sent(phase, error=exc)
-
-
-def _answers(sent: Sequence[_Sent], decide: Callable[[list[_Mine]], Sequence[_Result]]) -> list[_Sent]:
-    """Return what the ranks are told: one answer each, or a single one that is meant for all."""
-    stranger = next((rank for rank, part in enumerate(sent) if part.phase != sent[0].phase), None)
-    failures = {rank: part.error for rank, part in enumerate(sent) if part.error is not None}
-    if stranger is not None:
-        said = f"rank 0 is at {sent[0].phase!r} and rank {stranger} at {sent[stranger].phase!r}"
-        return [_Sent("", error=OptionsError(f"{said}; call the same save or restore on every rank"))]
-    if failures:
-        return [_Sent("", error=RanksFailedError(failures))]
-    try:
-        return [_Sent("", value) for value in decide([cast("_Mine", part.value) for part in sent])]
-    except Exception as exc:  # noqa: BLE001 (as above)
-        return [_Sent("", error=exc)]
-
-
-def _pickled(sent: _Sent) -> bytes:
-    """Bring a message between ranks of one job into bytes; an error that does not pickle is told by its text."""
-    try:
-        data = pickle.dumps(sent)
-        if sent.error is not None:
-            pickle.loads(data)  # noqa: S301 (our own)
-    except Exception as exc:  # noqa: BLE001 (an error of a user's own may raise anything here)
-        text = f"{type(sent.error).__name__}: {sent.error}" if sent.error is not None else str(exc)
-        return pickle.dumps(_Sent(sent.phase, error=CloudCkptError(text)))
-    return data
-
-
-def _unpickled(data: bytes) -> _Sent:
-    return cast("_Sent", pickle.loads(data))  # noqa: S301 (of a rank of this job)

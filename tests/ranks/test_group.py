@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -16,8 +17,9 @@ import torch.distributed as dist
 
 from cloudckpt.errors import AccessDeniedError, FencedError, OptionsError, RankLostError
 from cloudckpt.ranks.calling import Caller
-from cloudckpt.ranks.group import Group, RanksFailedError
+from cloudckpt.ranks.group import Group, UndecidedError
 from cloudckpt.ranks.meeting import Meeting
+from cloudckpt.ranks.message import RanksFailedError
 from tests.ranks.processes import World, free_port, run
 
 DEADLINE_S = 1.5
@@ -213,6 +215,68 @@ def _recover(victim: int) -> Any:
 def test_ranks_that_lost_one_meet_again_when_it_is_back() -> None:
     values = run(3, _recover, 1)
     assert [value[3] for value in values] == ["3 ranks again"] * 3
+
+
+def _lose_in_the_decision() -> list[str]:
+    group = Group.of_world()
+
+    def decide(_: list[int]) -> int:
+        raise RankLostError("rank 1 was lost before", ranks=[1])
+
+    seen = []
+    with pytest.raises(RankLostError) as caught, group.session("work", deadline_s=30):
+        group.conclude("commit", lambda: 1, decide)
+    seen.append(str(caught.value))
+    with group.session("again", deadline_s=30):
+        seen.append(str(group.conclude("commit", lambda: 1, sum)))
+    return seen
+
+
+def test_a_loss_that_was_the_decision_leaves_the_group_usable() -> None:
+    assert run(2, _lose_in_the_decision) == [["rank 1 was lost before", "2"]] * 2
+
+
+def _decide_and_stand_still() -> str:
+    group, held = Group.of_world(), threading.Event()
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("cloudckpt.ranks").addHandler(handler)
+
+    def decide(values: list[int]) -> int:
+        group._open_link().submit(held.wait)  # the thread gets to no message
+        return sum(values)
+
+    try:
+        with group.session("work", deadline_s=DEADLINE_S):
+            total = group.conclude("commit", lambda: 1, decide)
+    except UndecidedError:
+        return "undecided"  # by rank 1, if it was not told in the end
+    held.set()
+    return f"{total}: {lines}"
+
+
+def test_ranks_that_could_not_be_told_of_what_stands_are_named_also_if_sending_never_began() -> None:
+    said = run(2, _decide_and_stand_still)[0]
+    assert said == "2: [\"rank 0: rank 1 could not be told of 'commit', which stands\"]"
+
+
+def _leave_by_an_error() -> list[str]:
+    group = Group.of_world()
+    with pytest.raises((ValueError, RankLostError)), group.session("work", deadline_s=DEADLINE_S):
+        _suffer("raise") if group.rank == 1 else group.agree("one", lambda: 1, sum)
+    stop_s = time.monotonic() + 30
+    while (names := _threads_of_ours()) and group.rank == 1 and time.monotonic() < stop_s:
+        time.sleep(0.01)
+    return names
+
+
+def _threads_of_ours() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("cloudckpt")]
+
+
+def test_a_link_that_was_given_up_keeps_no_thread() -> None:
+    assert run(2, _leave_by_an_error)[1] == []
 
 
 def _join_late() -> int:
