@@ -30,7 +30,7 @@ from cloudckpt.format import DTYPES, Box, BoxPlace, BoxTable, Index, Manifest, c
 from cloudckpt.loading.input import RankInput, decode_index, describe, read_index_bytes
 from cloudckpt.loading.passing import Step, plan_passing
 from cloudckpt.options import Options
-from cloudckpt.ranks import Countdown, Group, MissingPartsError, Packet, RanksFailedError
+from cloudckpt.ranks import Countdown, Group, MissingPartsError, Packet, RanksFailedError, named_ranks
 from cloudckpt.root import Candidate, Catalog, Checkpoint
 from cloudckpt.state import Saved, Targets, bind, plan_restore
 from cloudckpt.transfer import Gauge
@@ -361,5 +361,5 @@ def plain_errors() -> Iterator[None]:
         ranks = sorted(own)
         first = own[ranks[0]]
         if ranks != [0]:
-            first.add_note(f"on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}")
+            first.add_note(f"on {named_ranks(ranks)}")
         raise first from exc

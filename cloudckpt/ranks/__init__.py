@@ -3,9 +3,12 @@
 Over a gloo group of our own. Here is the only pickle of the package: between processes of one job, never to a store.
 """
 
-from cloudckpt.ranks.group import Group, MissingPartsError, RanksFailedError, UndecidedError, refuse_lonely_rank
+from cloudckpt.ranks.group import Group, MissingPartsError, UndecidedError
+from cloudckpt.ranks.message import RanksFailedError
+from cloudckpt.ranks.naming import named_ranks
 from cloudckpt.ranks.packet import Countdown, Packet
 from cloudckpt.ranks.vote import Vote
+from cloudckpt.ranks.world import refuse_lonely_rank
 
 __all__ = [
     "Countdown",
@@ -15,5 +18,6 @@ __all__ = [
     "RanksFailedError",
     "UndecidedError",
     "Vote",
+    "named_ranks",
     "refuse_lonely_rank",
 ]

@@ -15,43 +15,33 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
-import pickle
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError
-from cloudckpt.ranks.link import BrokenError, Link, new_gloo_group, store_of_our_own
+from cloudckpt.errors import OptionsError, RankLostError
+from cloudckpt.ranks.calling import Caller
+from cloudckpt.ranks.link import Link
+from cloudckpt.ranks.meeting import Meeting
+from cloudckpt.ranks.message import Sent, answers, done, pickled, unpickled
+from cloudckpt.ranks.naming import named_ranks
 from cloudckpt.ranks.packet import Packet
 from cloudckpt.ranks.pulse import Pulse
+from cloudckpt.ranks.world import BrokenError, has_world, new_gloo_group
 from cloudckpt.transfer import OWN_SHARE, Watch
 
-__all__ = ["Group", "MissingPartsError", "RanksFailedError", "UndecidedError", "refuse_lonely_rank"]
+__all__ = ["Group", "MissingPartsError", "UndecidedError"]
 
 logger = logging.getLogger(__name__)
 
 _Mine = TypeVar("_Mine")
 _Result = TypeVar("_Result")
-
-
-class RanksFailedError(Exception):
-    """What some ranks raised where each did its own part; turned into an error for the caller by whoever led them.
-
-    Attributes:
-        failures: rank → its error.
-    """
-
-    def __init__(self, failures: Mapping[int, BaseException]) -> None:
-        super().__init__(dict(failures))
-        self.failures = dict(failures)
 
 
 class UndecidedError(Exception):
@@ -60,15 +50,6 @@ class UndecidedError(Exception):
 
 class MissingPartsError(Exception):
     """Another rank could not read what it was to pass on to this one; its own error says why."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """A rank's part in one exchange: which exchange it believes to be in, and its value or error."""
-
-    phase: str
-    value: object = None
-    error: BaseException | None = None
 
 
 class Group:
@@ -81,7 +62,6 @@ class Group:
         self.world: dist.ProcessGroup | None = None
         self._link: Link | None = None
         self._generation = 0
-        self._session = 0
         self._is_open = False
         self._turn = threading.Lock()
         self._holder: int | None = None
@@ -90,7 +70,7 @@ class Group:
     @classmethod
     def of_world(cls) -> Group:
         """Return the group of the default process group, the same one as long as that exists; else a lone one."""
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if not has_world() or dist.get_world_size() == 1:
             return cls()
         world = dist.group.WORLD
         with _LOCK:
@@ -135,7 +115,7 @@ class Group:
             try:
                 yield
             except BaseException as exc:
-                self._give_up(link, exc)
+                self._give_up(link.pulse, exc)
                 raise
             finally:
                 link.pulse.end()
@@ -152,53 +132,45 @@ class Group:
         self._holder = threading.get_ident()
 
     def _begin(self, what: str, deadline_s: float) -> Link:
-        self._session += 1
         if self._link is None:
-            self._session = 1
             self._link = self._join(what, deadline_s)
         else:
-            self._link.pulse.begin(self._session, what, deadline_s=deadline_s)
+            self._link.pulse = self._link.pulse.next(what, deadline_s=deadline_s)
         return self._link
 
-    def _give_up(self, link: Link, error: BaseException) -> None:
+    def _give_up(self, pulse: Pulse, error: BaseException) -> None:
         """Leave a session by an error: the others have it too, or are told now."""
         if self._settled is not None and (error is self._settled or error.__cause__ is self._settled):
             return
-        self._link = None
+        self._leave_link()
         if not isinstance(error, RankLostError | UndecidedError):
-            link.pulse.leave(f"{type(error).__name__}: {error}")
-        link.pulse.linger()
+            pulse.leave(f"{type(error).__name__}: {error}")
+        pulse.linger()
+
+    def _leave_link(self) -> None:
+        """Leave the link to itself; the next session is for whoever is there then."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.give_up()
 
     def _join(self, what: str, deadline_s: float) -> Link:
         """Make a gloo group of our own, once every rank has come to do so."""
         name = f"{what}, making a group"
-        with _missing_store():
-            pulse = Pulse(store_of_our_own(), rank=self.rank, size=self.size)
-        link = Link(pulse)
+        meeting = Meeting(name, rank=self.rank, size=self.size, after=self._generation, deadline_s=deadline_s)
+        caller = Caller("cloudckpt-ranks")
         try:
-            meeting = link.submit(partial(pulse.meet, name, after=self._generation, deadline_s=deadline_s))
-            with _missing_store():
-                self._generation = self._wait(link, meeting, name)
-            make = link.submit(new_gloo_group)
-            link.gloo = cast("dist.ProcessGroup", self._wait(link, make, name))
+            pulse = _outlast(meeting, caller.submit(meeting.meet))
+            self._generation = meeting.number
+            gloo = _wait(pulse, caller.submit(new_gloo_group))
             pulse.enter(what, is_waiting=False)
         except BaseException as exc:
-            self._give_up(link, exc)
-            pulse.end()
+            caller.stop()
+            if meeting.pulse is not None:
+                self._give_up(meeting.pulse, exc)
+                meeting.pulse.end()
             raise
         logger.debug("rank %d: made a gloo group of %d ranks for checkpoints", self.rank, self.size)
-        return link
-
-    def _wait(self, link: Link, future: Future[_Result], what: str) -> _Result:
-        """Wait for the link's thread, but for no rank that is late."""
-        while True:
-            try:
-                return future.result(timeout=link.pulse.period_s)
-            except FutureTimeoutError:
-                if (fault := link.pulse.fault()) is not None:
-                    raise fault from None
-            except BrokenError as exc:
-                raise link.pulse.blame(exc.rank) from exc
+        return Link(caller, gloo, pulse)
 
     # -- exchanges -----------------------------------------------------------------------------------------
 
@@ -276,10 +248,10 @@ class Group:
             return
         link = self._open_link()
         link.pulse.enter("passing tensors on", is_waiting=True)
-        failed = self._wait(link, passing, "passing tensors on")
+        failed = _wait(link.pulse, passing)
         link.pulse.enter("passing tensors on", is_waiting=False)
         if failed:
-            raise MissingPartsError(f"ranks {sorted(set(failed))} could not read what they were to pass on")
+            raise MissingPartsError(f"{named_ranks(failed)} could not read what they were to pass on")
 
     def _exchange(
         self,
@@ -291,9 +263,9 @@ class Group:
         is_final: bool = False,
     ) -> _Result:
         self.enter(phase)
-        sent = _do(phase, mine)
+        sent = done(phase, mine)
         if self.size == 1:
-            answer = _answers([sent], decide)[0]
+            answer = answers([sent], decide)[0]
         elif self.rank == 0:
             answer = self._lead(phase, sent, decide, is_same=is_same, is_final=is_final)
         else:
@@ -306,56 +278,55 @@ class Group:
     def _lead(
         self,
         phase: str,
-        sent: _Sent,
+        sent: Sent,
         decide: Callable[[list[_Mine]], Sequence[_Result]],
         *,
         is_same: bool,
         is_final: bool,
-    ) -> _Sent:
+    ) -> Sent:
         link = self._open_link()
         link.pulse.enter(phase, is_waiting=True)
-        parts = self._wait(link, link.submit(partial(link.gather, self.size)), phase)
+        parts = _wait(link.pulse, link.submit(partial(link.gather, self.size)))
         if is_final and (fault := link.pulse.decide()) is not None:
             raise fault
         link.pulse.enter(phase, is_waiting=False)
-        answers = _answers([sent, *map(_unpickled, parts)], decide)
+        told = answers([sent, *map(unpickled, parts)], decide)
         link.pulse.enter(phase, is_waiting=True)
         if is_same:
-            self._wait(link, link.submit(partial(link.broadcast, _pickled(answers[0]))), phase)
+            _wait(link.pulse, link.submit(partial(link.broadcast, pickled(told[0]))))
         else:
-            dealt = [answers[min(rank, len(answers) - 1)] for rank in range(self.size)]
-            messages = [_pickled(answer) for answer in dealt[1:]]
+            dealt = [told[min(rank, len(told) - 1)] for rank in range(self.size)]
+            messages = [pickled(answer) for answer in dealt[1:]]
             if is_final:
                 self._tell_what_stands(link, phase, messages)
             else:
-                self._wait(link, link.submit(partial(link.scatter, messages)), phase)
+                _wait(link.pulse, link.submit(partial(link.scatter, messages)))
         link.pulse.enter(phase, is_waiting=False)
-        return answers[0]
+        return told[0]
 
     def _tell_what_stands(self, link: Link, phase: str, messages: Sequence[bytes]) -> None:
         """Send each other rank its answer to a decision that stands, also if some are not there any more.
 
         No verdict is passed on a rank that does not take it: the others would take that for the end of this session.
         """
-        telling = link.submit(partial(link.scatter, messages, is_patient=True))
-        try:
-            unreached = telling.result(timeout=link.pulse.deadline_s)
-        except FutureTimeoutError:
-            unreached = link.untold
-        if unreached:
-            self._link = None  # the next session is for whoever is there then
-            logger.warning("rank 0: ranks %s were lost before they could be told of %r, which stands", unreached, phase)
+        untold = list(range(1, self.size))
+        telling = link.submit(partial(link.scatter, messages, untold=untold))
+        with suppress(FutureTimeoutError):
+            telling.result(timeout=link.pulse.deadline_s)
+        if untold:
+            self._leave_link()
+            logger.warning("rank 0: %s could not be told of %r, which stands", named_ranks(untold), phase)
 
-    def _follow(self, phase: str, sent: _Sent, *, is_same: bool) -> _Sent:
+    def _follow(self, phase: str, sent: Sent, *, is_same: bool) -> Sent:
         link = self._open_link()
-        link.has_asked = False
+        link.offer()
         # A rank that was stopped knows that it was given up before it hands its part over, not afterwards.
         if (fault := link.pulse.catch_up()) is not None:
             raise fault
         link.pulse.enter(phase, is_waiting=True)
-        answer = self._wait(link, link.submit(partial(link.ask, _pickled(sent), is_same=is_same)), phase)
+        answer = _wait(link.pulse, link.submit(partial(link.ask, pickled(sent), is_same=is_same)))
         link.pulse.enter(phase, is_waiting=False)
-        return _unpickled(answer)
+        return unpickled(answer)
 
     def _open_link(self) -> Link:
         if self._link is None or not self._is_open:
@@ -368,19 +339,6 @@ _OF_WORLD: dict[int, Group] = {}
 
 
 @atexit.register
-def refuse_lonely_rank() -> None:
-    """Refuse to act as the only rank when the launcher started several and no process group exists.
-
-    DCP would silently treat each process as the coordinator of a save of its own.
-    """
-    world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size.isdigit() and int(world_size) > 1 and not (dist.is_available() and dist.is_initialized()):
-        raise OptionsError(
-            f"WORLD_SIZE is {world_size} and no process group exists; call torch.distributed.init_process_group() "
-            "before saving or restoring"
-        )
-
-
 def _forget() -> None:
     """Let go of the gloo groups and their threads while the interpreter is whole."""
     for group in _OF_WORLD.values():
@@ -388,51 +346,18 @@ def _forget() -> None:
     _OF_WORLD.clear()
 
 
-def _do(phase: str, mine: Callable[[], object]) -> _Sent:
+def _wait(pulse: Pulse, future: Future[_Result]) -> _Result:
+    """Wait for the link's thread, but for no rank that is late."""
     try:
-        return _Sent(phase, mine())
-    except Exception as exc:  # noqa: BLE001 (the end of a rank's part: raised again on every rank)
-        return _Sent(phase, error=exc)
+        return _outlast(pulse, future)
+    except BrokenError as exc:
+        raise pulse.blame(exc.rank) from exc
 
 
-def _answers(sent: Sequence[_Sent], decide: Callable[[list[_Mine]], Sequence[_Result]]) -> list[_Sent]:
-    """Return what the ranks are told: one answer each, or a single one that is meant for all."""
-    stranger = next((rank for rank, part in enumerate(sent) if part.phase != sent[0].phase), None)
-    failures = {rank: part.error for rank, part in enumerate(sent) if part.error is not None}
-    if stranger is not None:
-        said = f"rank 0 is at {sent[0].phase!r} and rank {stranger} at {sent[stranger].phase!r}"
-        return [_Sent("", error=OptionsError(f"{said}; call the same save or restore on every rank"))]
-    if failures:
-        return [_Sent("", error=RanksFailedError(failures))]
-    try:
-        return [_Sent("", value) for value in decide([cast("_Mine", part.value) for part in sent])]
-    except Exception as exc:  # noqa: BLE001 (as above)
-        return [_Sent("", error=exc)]
-
-
-def _pickled(sent: _Sent) -> bytes:
-    """Bring a message between ranks of one job into bytes; an error that does not pickle is told by its text."""
-    try:
-        data = pickle.dumps(sent)
-        if sent.error is not None:
-            pickle.loads(data)  # noqa: S301 (our own)
-    except Exception as exc:  # noqa: BLE001 (an error of a user's own may raise anything here)
-        text = f"{type(sent.error).__name__}: {sent.error}" if sent.error is not None else str(exc)
-        return pickle.dumps(_Sent(sent.phase, error=CloudCkptError(text)))
-    return data
-
-
-def _unpickled(data: bytes) -> _Sent:
-    return cast("_Sent", pickle.loads(data))  # noqa: S301 (of a rank of this job)
-
-
-@contextmanager
-def _missing_store() -> Iterator[None]:
-    try:
-        yield
-    except dist.DistError as exc:
-        raise RankLostError(
-            f"the process group's store is gone ({exc}), which rank 0 keeps; restart the job: it resumes from the "
-            "newest committed checkpoint",
-            ranks=[0],
-        ) from exc
+def _outlast(watch: Meeting | Pulse, future: Future[_Result]) -> _Result:
+    while True:
+        try:
+            return future.result(timeout=watch.period_s)
+        except FutureTimeoutError:
+            if (fault := watch.fault()) is not None:
+                raise fault from None

@@ -1,4 +1,4 @@
-"""Tell who of the ranks is alive, gets on, or has gone, while they work on one save or restore together.
+"""Tell who of the ranks is alive, gets on, or has gone, while they work on one save or restore together: a session.
 
     every rank, each period     own record ──set──▶ store          (session, beat, ticks, phase, is it waiting)
     rank 0, each period         all records ──▶ who is late ──▶ verdict ──set──▶ store
@@ -12,49 +12,22 @@ progress while it is not waiting itself, stands still for the deadline (FORMAT i
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Protocol
 
 import msgspec
 
 from cloudckpt.errors import RankLostError
+from cloudckpt.ranks.naming import rank_lost
+from cloudckpt.ranks.world import KeyValueStore
 
-__all__ = ["KeyValueStore", "Pulse"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Pulse", "make_room"]
 
 _SHORTEST_PERIOD_S = 0.05
 _LONGEST_PERIOD_S = 1.0
 _PERIODS_PER_DEADLINE = 20
 _LINGER_S = 2.0
-_ROOM = "cloudckpt/ranks"
-_ANNOUNCED = f"{_ROOM}/announced"
-
-
-class KeyValueStore(Protocol):
-    """What is used of a c10d store."""
-
-    def set(self, key: str, value: str, /) -> None:
-        """Put a value."""
-
-    def get(self, key: str, /) -> bytes:
-        """Return a value; waits for the key."""
-
-    def multi_get(self, keys: list[str], /) -> list[bytes]:
-        """Return several values; waits for the keys."""
-
-    def multi_set(self, keys: list[str], values: list[str], /) -> None:
-        """Put several values."""
-
-    def check(self, keys: list[str], /) -> bool:
-        """Tell whether all keys are there."""
-
-    def add(self, key: str, amount: int, /) -> int:
-        """Add to a number, and return it."""
 
 
 class _Record(msgspec.Struct, array_like=True):
@@ -106,122 +79,82 @@ class _Seen:
 
 
 class Pulse:
-    """The presence of one rank, and what it knows of the others.
+    """The presence of one rank in one session, and what it knows of the others.
 
-    Entered by the rank's own threads (`tick`, `enter`, `fault`) and by the thread of the session.
+    Entered by the rank's own threads (`tick`, `enter`, `fault`) and by a thread of its own.
     """
 
     def __init__(
         self,
         store: KeyValueStore,
+        room: str,
         *,
         rank: int,
         size: int,
+        phase: str,
+        deadline_s: float,
+        session: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Speak for `rank` of `size`, once they have met."""
-        self._store = store
-        self._rank = rank
-        self._size = size
-        self._name = _ROOM
-        self._clock = clock
-        self._mine = _Record()
-        self._verdict = _Verdict()
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._deadline_s = 0.0
-        self._fault: RankLostError | None = None
-        self._is_deciding = False
-        self._ending = threading.Event()
-        self._answered_s = 0.0
-        self._verdict_s = 0.0
-        self._seen: list[_Seen] = []
-
-    # -- meeting -------------------------------------------------------------------------------------------
-
-    def meet(self, phase: str, *, after: int, deadline_s: float) -> int:
-        """Begin the first session with all ranks; return the number of their meeting.
-
-        Rank 0 opens a room of its own (keys below a new number) and announces it; the others look for the newest
-        one, because a store may remember rooms of processes that are gone.
+        """Speak for `rank` of `size` and listen to the others, from `begin` on.
 
         Args:
-            phase: what the ranks meet for.
-            after: the meeting that ended, 0 for none.
-            deadline_s: how long to wait for a rank.
-
-        Raises:
-            RankLostError: a rank did not come.
+            store: where the ranks' records are.
+            room: the keys' prefix.
+            rank: this one.
+            size: how many there are.
+            phase: what this rank does.
+            deadline_s: how long something may stand still, from now on.
+            session: the number of the session in the room.
+            clock: monotonic seconds.
         """
-        self._deadline_s, self._answered_s = deadline_s, self._clock()
-        stop_s = self._clock() + deadline_s
-        number = self._open_room() if self._rank == 0 else 0
-        while not (self._thread is not None and self.is_complete()):
-            announced = number if self._rank == 0 else self._announced()
-            if announced > max(after, number) or (announced == number > 0 and self._thread is None):
-                self.end()
-                number, self._name = announced, f"{_ROOM}/{announced}"
-                self.begin(1, phase, deadline_s=deadline_s)
-                self.enter(phase, is_waiting=True)
-            self._refuse_late(number, stop_s)
-            time.sleep(_SHORTEST_PERIOD_S / 10)
-        return number
-
-    def _open_room(self) -> int:
-        """Make the records of all ranks, so that nobody waits for a key, and announce them."""
-        number = int(self._store.add(f"{_ROOM}/count", 1))
-        name, empty = f"{_ROOM}/{number}", _text(_Record())
-        keys = [f"{name}/{rank}" for rank in range(self._size)]
-        self._store.multi_set([*keys, f"{name}/verdict"], [empty] * self._size + [_text(_Verdict())])
-        self._store.set(_ANNOUNCED, str(number))
-        return number
-
-    def _announced(self) -> int:
-        number = int(self._store.get(_ANNOUNCED)) if self._store.check([_ANNOUNCED]) else 0
-        self._answered_s = self._clock()
-        return number
-
-    def _refuse_late(self, number: int, stop_s: float) -> None:
-        if number == 0 and self._clock() > stop_s:
-            raise self._lost([0], f"rank 0 has not come within {self._deadline_s:.1f} s")
-        if self._fault is not None:
-            raise self._fault
-
-    def _key(self, rank: int) -> str:
-        return f"{self._name}/{rank}"
-
-    # -- one session ---------------------------------------------------------------------------------------
-
-    def begin(self, session: int, phase: str, *, deadline_s: float) -> None:
-        """Begin to speak and to listen."""
-        now_s = self._clock()
-        self._deadline_s = deadline_s
-        self._fault = None
+        self.deadline_s = deadline_s
+        self._store = store
+        self._room = room
+        self._rank = rank
+        self._size = size
+        self._session = session
+        self._clock = clock
+        self._mine = _Record(session=session, ticks=1, phase=phase)
         self._verdict = _Verdict()
-        self._answered_s = self._verdict_s = now_s
-        self._seen = [_Seen(now_s) for _ in range(self._size)]
-        self._mine = _Record(session=session, beat=self._mine.beat, ticks=self._mine.ticks + 1, phase=phase)
+        self._answered_s = self._verdict_s = now_s = clock()
+        self._seen = [_Seen(now_s) for _ in range(size)]
+        self._fault: RankLostError | None = None
         self._is_deciding = False
-        self._ending = threading.Event()
+        self._lock = threading.Lock()
         self._wake = threading.Event()
         self._wake.set()
-        run = partial(self._run, session, self._wake, self._ending)
-        self._thread = threading.Thread(target=run, name="cloudckpt-pulse", daemon=True)
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="cloudckpt-pulse", daemon=True)
+
+    def begin(self) -> Pulse:
+        """Begin to speak and to listen."""
         self._thread.start()
+        return self
 
     def end(self) -> None:
-        """Fall silent. A thread that hangs in a request to the store is left to itself."""
+        """Say the last, and fall silent. A thread that hangs in a request to the store is left to itself."""
         self._ending.set()
         self._wake.set()
-        if self._thread is not None:
-            self._thread.join(timeout=2 * self.period_s)
-        self._thread = None
+        self._thread.join(timeout=2 * self.period_s)
+
+    def next(self, phase: str, *, deadline_s: float) -> Pulse:
+        """Begin the next session in the same room."""
+        return Pulse(
+            self._store,
+            self._room,
+            rank=self._rank,
+            size=self._size,
+            phase=phase,
+            deadline_s=deadline_s,
+            session=self._session + 1,
+            clock=self._clock,
+        ).begin()
 
     @property
     def period_s(self) -> float:
         """Seconds between two records."""
-        return min(_LONGEST_PERIOD_S, max(_SHORTEST_PERIOD_S, self._deadline_s / _PERIODS_PER_DEADLINE))
+        return min(_LONGEST_PERIOD_S, max(_SHORTEST_PERIOD_S, self.deadline_s / _PERIODS_PER_DEADLINE))
 
     def tick(self) -> None:
         """Note that this rank got on."""
@@ -232,11 +165,6 @@ class Pulse:
         with self._lock:
             self._mine.phase, self._mine.is_waiting = phase, is_waiting
             self._mine.ticks += 1
-
-    @property
-    def deadline_s(self) -> float:
-        """Seconds that something may stand still."""
-        return self._deadline_s
 
     def decide(self) -> RankLostError | None:
         """Find nobody late any more, as rank 0: what it does from now on stands without them; unless one is late."""
@@ -255,7 +183,7 @@ class Pulse:
         """Return why to stop waiting, or None to go on."""
         if self._fault is None:
             silent_s = self._clock() - self._answered_s
-            if silent_s > self._deadline_s:
+            if silent_s > self.deadline_s:
                 self._fault = self._lost([0], f"the process group's store did not answer for {silent_s:.1f} s")
         return self._fault
 
@@ -276,7 +204,7 @@ class Pulse:
         Whoever closed it may have left because of another rank, and rank 0 knows which, so its word is waited for: a
         moment, or until the deadline where there is nobody else to blame.
         """
-        stop_s = self._clock() + 2 * self.period_s + (0.2 if rank is not None else self._deadline_s)
+        stop_s = self._clock() + 2 * self.period_s + (0.2 if rank is not None else self.deadline_s)
         while self._fault is None and self._clock() < stop_s:
             time.sleep(_SHORTEST_PERIOD_S / 5)
         if self._fault is None and rank is not None:
@@ -302,55 +230,59 @@ class Pulse:
 
     # -- the session's thread ------------------------------------------------------------------------------
 
-    def _run(self, session: int, wake: threading.Event, ending: threading.Event) -> None:
-        while not ending.is_set():
-            wake.wait(self.period_s)
-            wake.clear()
+    def _run(self) -> None:
+        is_last = False
+        while not is_last:
+            self._wake.wait(self.period_s)
+            self._wake.clear()
+            is_last = self._ending.is_set()  # asked before the beat, which then tells what was said before the end
             try:
-                self._beat(session)
+                self._beat()
             except Exception as exc:  # noqa: BLE001 (the end of a thread: what it met is kept for the rank)
                 self._fault = self._fault or self._lost([0], f"the process group's store is gone ({exc})")
                 return
 
-    def _beat(self, session: int) -> None:
+    def _beat(self) -> None:
         with self._lock:
             self._mine.beat += 1
             record = _text(self._mine)
-        self._store.set(self._key(self._rank), record)
+        self._store.set(f"{self._room}/{self._rank}", record)
         if self._rank == 0:
-            self._judge(session)
+            self._judge()
         else:
-            self._listen(session)
+            self._listen()
         self.fault()  # of this very rank, if it was stopped: the others have not waited
         self._answered_s = self._clock()
 
-    def _judge(self, session: int) -> None:
-        data = self._store.multi_get([self._key(rank) for rank in range(self._size)])
+    def _judge(self) -> None:
+        data = self._store.multi_get([f"{self._room}/{rank}" for rank in range(self._size)])
         records = [msgspec.json.decode(record, type=_Record) for record in data]
         now_s = self._clock()
         for seen, record in zip(self._seen, records, strict=True):
             seen.note(record, now_s)
-        is_complete = all(record.session >= session for record in records)
-        verdict = _Verdict(session=session, beat=self._mine.beat, is_complete=is_complete)
+        is_complete = all(record.session >= self._session for record in records)
+        verdict = _Verdict(session=self._session, beat=self._mine.beat, is_complete=is_complete)
         with self._lock:
-            late = self._late(session, now_s)
+            late = self._late(now_s)
             if self._fault is None and late:
-                self._fault = self._lost(late, self._why(session, late, now_s), self._seen[late[0]].record.phase)
+                self._fault = self._lost(late, self._why(late, now_s), self._seen[late[0]].record.phase)
             if self._fault is not None:
                 verdict.ranks, verdict.phase = list(self._fault.ranks), self._fault.phase
                 verdict.reason = str(self._fault)
-        self._store.set(f"{self._name}/verdict", _text(verdict))
+        self._store.set(f"{self._room}/verdict", _text(verdict))
         self._verdict = verdict
 
-    def _late(self, session: int, now_s: float) -> list[int]:
-        gone = [rank for rank, seen in enumerate(self._seen) if seen.record.left and seen.record.session >= session]
-        accused = {lost for seen in self._seen if seen.record.session >= session for lost in seen.record.lost}
-        late = [rank for rank, seen in enumerate(self._seen) if seen.still_s(now_s) > self._deadline_s]
+    def _late(self, now_s: float) -> list[int]:
+        gone = [
+            rank for rank, seen in enumerate(self._seen) if seen.record.left and seen.record.session >= self._session
+        ]
+        accused = {lost for seen in self._seen if seen.record.session >= self._session for lost in seen.record.lost}
+        late = [rank for rank, seen in enumerate(self._seen) if seen.still_s(now_s) > self.deadline_s]
         if self._is_deciding:
             return [rank for rank in (0,) if rank in (*gone, *late)]
         return sorted(accused) or gone or late
 
-    def _why(self, session: int, late: Iterable[int], now_s: float) -> str:
+    def _why(self, late: Iterable[int], now_s: float) -> str:
         reasons = []
         for rank in list(late)[:8]:
             seen = self._seen[rank]
@@ -359,38 +291,40 @@ class Pulse:
                 reasons.append(f"rank {rank} has closed its connection")
             elif record.left:
                 reasons.append(f"rank {rank} gave up ({record.left})")
-            elif record.session < session:
+            elif record.session < self._session:
                 reasons.append(f"rank {rank} has not come within {still_s:.1f} s")
             else:
                 reasons.append(f"rank {rank} stands still at {record.phase!r} for {still_s:.1f} s")
         return "; ".join(reasons)
 
-    def _listen(self, session: int) -> None:
-        verdict = msgspec.json.decode(self._store.get(f"{self._name}/verdict"), type=_Verdict)
+    def _listen(self) -> None:
+        verdict = msgspec.json.decode(self._store.get(f"{self._room}/verdict"), type=_Verdict)
         now_s = self._clock()
         if (verdict.session, verdict.beat) != (self._verdict.session, self._verdict.beat):
             self._verdict_s = now_s
         self._verdict = verdict
-        if self._fault is not None or verdict.session < session:
-            is_late = now_s - self._verdict_s > self._deadline_s
+        if self._fault is not None or verdict.session < self._session:
+            is_late = now_s - self._verdict_s > self.deadline_s
             if is_late and self._fault is None:
                 self._fault = self._lost([0], f"rank 0 has not come within {now_s - self._verdict_s:.1f} s")
             return
-        if verdict.reason and verdict.session == session:
+        if verdict.reason and verdict.session == self._session:
             self._fault = RankLostError(verdict.reason, ranks=verdict.ranks, phase=verdict.phase)
             self._mine.has_read = True
             self._wake.set()
-        elif now_s - self._verdict_s > self._deadline_s:
+        elif now_s - self._verdict_s > self.deadline_s:
             self._fault = self._lost([0], f"rank 0 is silent for {now_s - self._verdict_s:.1f} s")
 
     def _lost(self, ranks: Iterable[int], why: str, phase: str = "") -> RankLostError:
-        at = phase or self._mine.phase
-        return RankLostError(
-            f"{why}, while rank {self._rank} was at {self._mine.phase!r}; restart the job: it resumes from the newest "
-            "committed checkpoint",
-            ranks=ranks,
-            phase=at,
-        )
+        mine = self._mine.phase
+        return rank_lost(f"{why}, while rank {self._rank} was at {mine!r}", ranks, phase=phase or mine)
+
+
+def make_room(store: KeyValueStore, room: str, *, size: int) -> None:
+    """Make the records of all ranks, so that nobody waits for a key."""
+    empty = _text(_Record())
+    keys = [f"{room}/{rank}" for rank in range(size)]
+    store.multi_set([*keys, f"{room}/verdict"], [empty] * size + [_text(_Verdict())])
 
 
 def _text(value: msgspec.Struct) -> str:

@@ -7,29 +7,23 @@ answers it, so that those who do not answer can be named (FORMAT invariant 13).
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from cloudckpt.errors import RankLostError
-from cloudckpt.ranks.link import BrokenError, new_gloo_group, store_of_our_own
-from cloudckpt.ranks.pulse import KeyValueStore
+from cloudckpt.ranks.calling import begun
+from cloudckpt.ranks.naming import named_ranks, rank_lost
+from cloudckpt.ranks.world import BrokenError, KeyValueStore, new_gloo_group, store_of_our_own
 
 __all__ = ["Vote"]
-
-logger = logging.getLogger(__name__)
-
-_Result = TypeVar("_Result")
 
 _ROOM = "cloudckpt/votes"
 # Ranks that train together come within this; a pause would outlast the answer, which is there after half of it.
@@ -49,20 +43,6 @@ def _yield_core() -> None:
         os.sched_yield()
     else:
         time.sleep(0)
-
-
-def _begun(call: Callable[[], _Result]) -> Future[_Result]:
-    """Call something, in a thread that holds nobody up, should it never return."""
-    future: Future[_Result] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as exc:  # noqa: BLE001 (the end of a thread: raised where somebody waits)
-            future.set_exception(exc)
-
-    threading.Thread(target=run, name="cloudckpt-vote", daemon=True).start()
-    return future
 
 
 class Vote:
@@ -108,7 +88,7 @@ class Vote:
         if self._gloo is not None:
             return
         # In a thread: it asks rank 0's store, which may not answer, and Python runs handlers meanwhile.
-        opening = _begun(lambda: (new_gloo_group(timeout=timedelta(seconds=self._timeout_s)), store_of_our_own()))
+        opening = begun(lambda: (new_gloo_group(timeout=timedelta(seconds=self._timeout_s)), store_of_our_own()))
         try:
             self._gloo, self._store = opening.result(timeout=self._timeout_s)
         except FutureTimeoutError:
@@ -138,7 +118,7 @@ class Vote:
         asking, store = self._asking, self._store
         if store is None or (asking is not None and not asking.done()):
             return False
-        self._asking = _begun(partial(store.check, [self._alarm]))
+        self._asking = begun(partial(store.check, [self._alarm]))
         return asking is not None and asking.exception() is None and asking.result()
 
     @property
@@ -148,24 +128,21 @@ class Vote:
     def _lost(self, what: str) -> RankLostError:
         """Raise the alarm, and name the ranks that do not answer it."""
         try:
-            late = _begun(self._not_answering).result(timeout=_ANSWERING_S + _STORE_S)
-        except FutureTimeoutError:
-            late = [0]  # it keeps the store
-        names = f"ranks {late}" if late else "other ranks"
-        return RankLostError(
-            f"{names} did not come to {what}, or died, while rank {self._rank} waited; restart the job: it resumes "
-            "from the newest committed checkpoint",
-            ranks=late,
-            phase=what,
-        )
-
-    def _not_answering(self) -> list[int]:
-        keys = [f"{_ROOM}/{self._count}/{rank}" for rank in range(self.size)]
-        try:
-            store = self._store or store_of_our_own()
-            store.set(keys[self._rank], "here")
-            store.set(self._alarm, "raised")
+            store = self._store or begun(store_of_our_own).result(timeout=_STORE_S)
+            begun(partial(self._alarm_all, store)).result(timeout=_STORE_S)
             time.sleep(_ANSWERING_S)
-            return [rank for rank, key in enumerate(keys) if not store.check([key])]
-        except RuntimeError:  # torch's DistError: the store lives in rank 0's process
-            return [0]
+            late = begun(partial(self._not_answering, store)).result(timeout=_STORE_S)
+        except (FutureTimeoutError, RuntimeError):  # torch's DistError: the store lives in rank 0's process
+            late = [0]
+        names = named_ranks(late) if late else "other ranks"
+        return rank_lost(f"{names} did not come to {what}, or died, while rank {self._rank} waited", late, phase=what)
+
+    def _alarm_all(self, store: KeyValueStore) -> None:
+        store.set(self._answer_of(self._rank), "here")
+        store.set(self._alarm, "raised")
+
+    def _not_answering(self, store: KeyValueStore) -> list[int]:
+        return [rank for rank in range(self.size) if not store.check([self._answer_of(rank)])]
+
+    def _answer_of(self, rank: int) -> str:
+        return f"{_ROOM}/{self._count}/{rank}"

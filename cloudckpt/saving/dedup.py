@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from cloudckpt.errors import SaveFailedError
 from cloudckpt.format import DTYPES, BoxTable, Column, ragged_places, row_products, untiled
+from cloudckpt.ranks import named_ranks
 
 __all__ = ["share_out"]
 
@@ -346,7 +347,7 @@ def _describe_hole(tables: Sequence[BoxTable], tensors: _Tensors, number: int) -
     name, shape = tensors.names[number], tensors.shapes[number]
     empty = [rank for rank, table in enumerate(tables) if not _holds(table, name, is_hollow=0 in shape)]
     what = f"the boxes of all ranks do not cover {name} {shape} exactly once"
-    return f"{what}, {_named(empty)} {'has' if len(empty) == 1 else 'have'} none of it" if empty else what
+    return f"{what}, {named_ranks(empty)} {'has' if len(empty) == 1 else 'have'} none of it" if empty else what
 
 
 def _holds(table: BoxTable, name: str, *, is_hollow: bool) -> bool:
@@ -366,17 +367,4 @@ def _failure(problems: Sequence[str], *, count: int = 0) -> SaveFailedError:
 
 
 def _variants(ranks_of: Mapping[str, Sequence[int]]) -> str:
-    return " and ".join(f"{what} on {_named(ranks)}" for what, ranks in ranks_of.items())
-
-
-def _named(ranks: Sequence[int]) -> str:
-    """Return `rank 3`, `ranks 0, 2` or, of thousands, runs such as `ranks 0-2047`."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    texts = [str(start) if start == stop else f"{start}-{stop}" for start, stop in runs]
-    more = [f"and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else []
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join([*texts[:_SHOWN], *more])}"
+    return " and ".join(f"{what} on {named_ranks(ranks)}" for what, ranks in ranks_of.items())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,10 @@ import pytest
 import torch.distributed as dist
 
 from cloudckpt.errors import AccessDeniedError, FencedError, OptionsError, RankLostError
-from cloudckpt.ranks.group import Group, RanksFailedError
+from cloudckpt.ranks.calling import Caller
+from cloudckpt.ranks.group import Group, UndecidedError
+from cloudckpt.ranks.meeting import Meeting
+from cloudckpt.ranks.message import RanksFailedError
 from tests.ranks.processes import World, free_port, run
 
 DEADLINE_S = 1.5
@@ -212,6 +217,115 @@ def test_ranks_that_lost_one_meet_again_when_it_is_back() -> None:
     assert [value[3] for value in values] == ["3 ranks again"] * 3
 
 
+def _lose_in_the_decision() -> list[str]:
+    group = Group.of_world()
+
+    def decide(_: list[int]) -> int:
+        raise RankLostError("rank 1 was lost before", ranks=[1])
+
+    seen = []
+    with pytest.raises(RankLostError) as caught, group.session("work", deadline_s=30):
+        group.conclude("commit", lambda: 1, decide)
+    seen.append(str(caught.value))
+    with group.session("again", deadline_s=30):
+        seen.append(str(group.conclude("commit", lambda: 1, sum)))
+    return seen
+
+
+def test_a_loss_that_was_the_decision_leaves_the_group_usable() -> None:
+    assert run(2, _lose_in_the_decision) == [["rank 1 was lost before", "2"]] * 2
+
+
+def _decide_and_stand_still() -> str:
+    group, held = Group.of_world(), threading.Event()
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("cloudckpt.ranks").addHandler(handler)
+
+    def decide(values: list[int]) -> int:
+        group._open_link().submit(held.wait)  # the thread gets to no message
+        return sum(values)
+
+    try:
+        with group.session("work", deadline_s=DEADLINE_S):
+            total = group.conclude("commit", lambda: 1, decide)
+    except UndecidedError:
+        return "undecided"  # by rank 1, if it was not told in the end
+    held.set()
+    return f"{total}: {lines}"
+
+
+def test_ranks_that_could_not_be_told_of_what_stands_are_named_also_if_sending_never_began() -> None:
+    said = run(2, _decide_and_stand_still)[0]
+    assert said == "2: [\"rank 0: rank 1 could not be told of 'commit', which stands\"]"
+
+
+def _leave_by_an_error() -> list[str]:
+    group = Group.of_world()
+    with pytest.raises((ValueError, RankLostError)), group.session("work", deadline_s=DEADLINE_S):
+        _suffer("raise") if group.rank == 1 else group.agree("one", lambda: 1, sum)
+    stop_s = time.monotonic() + 30
+    while (names := _threads_of_ours()) and group.rank == 1 and time.monotonic() < stop_s:
+        time.sleep(0.01)
+    return names
+
+
+def _threads_of_ours() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("cloudckpt")]
+
+
+def test_a_link_that_was_given_up_keeps_no_thread() -> None:
+    assert run(2, _leave_by_an_error)[1] == []
+
+
+def _join_late() -> int:
+    """Let the thread that meets the other ranks begin when it was looked for three times."""
+    begin, looks = threading.Event(), iter(range(3))
+    serve, fault = Caller._serve, Meeting.fault
+
+    def serve_late(self: Caller) -> None:
+        begin.wait()
+        serve(self)
+
+    def look(self: Meeting) -> RankLostError | None:
+        if next(looks, None) is None:
+            begin.set()
+        return fault(self)
+
+    Caller._serve, Meeting.fault = serve_late, look  # type: ignore[method-assign]
+    group = Group.of_world()
+    with group.session("work", deadline_s=30):
+        return group.agree("one", lambda: 1, sum)
+
+
+def test_no_rank_is_lost_because_a_thread_of_ours_begins_late() -> None:
+    assert run(2, _join_late) == [2, 2]
+
+
+def _come_alone(how: str) -> tuple[tuple[int, ...], float]:
+    group = Group.of_world()
+    dist.barrier()
+    if group.rank == 0:
+        time.sleep(0.2)  # until the other one has left the barrier
+        _suffer(how)
+    time.sleep(0.6)
+    began_s = time.monotonic()
+    with pytest.raises(RankLostError) as caught, group.session("work", deadline_s=DEADLINE_S):
+        group.agree("one", lambda: 1, sum)
+    return caught.value.ranks, time.monotonic() - began_s
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_a_rank_0_that_was_lost_before_the_first_session_is_named_in_time(how: str) -> None:
+    outcome = World(2, _come_alone, how).outcomes(timeout_s=DEADLINE_S + 30, but=[0])[1]
+    assert outcome.has_ended, "rank 1 waits for ever"
+    assert outcome.error is None, outcome.trace
+    ranks, elapsed_s = outcome.value
+    assert ranks == (0,)
+    assert elapsed_s < DEADLINE_S + 10
+
+
 def test_a_process_without_a_group_decides_alone() -> None:
     assert not dist.is_initialized()
     group = Group.of_world()
@@ -224,8 +338,13 @@ def test_a_process_without_a_group_decides_alone() -> None:
 
 
 _ENDING = """
-import os, sys
+import atexit, sys, threading
 import torch.distributed as dist
+
+def tell():  # after what the package does at the end
+    print([thread.name for thread in threading.enumerate() if thread.name.startswith("cloudckpt")], file=sys.stderr)
+
+atexit.register(tell)
 from cloudckpt.ranks.group import Group
 
 dist.init_process_group("gloo")
@@ -238,7 +357,9 @@ if sys.argv[1] == "destroy":
 
 
 @pytest.mark.parametrize("how", ["destroy", "leave"])
-def test_processes_end_well_whether_they_destroy_the_process_group_or_not(how: str) -> None:
+def test_processes_end_well_and_without_a_thread_of_ours_whether_they_destroy_the_process_group_or_not(
+    how: str,
+) -> None:
     port = str(free_port())
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
@@ -253,4 +374,5 @@ def test_processes_end_well_whether_they_destroy_the_process_group_or_not(how: s
     ]
     ended = [(process.communicate(timeout=60)[1], process.returncode) for process in processes]
 
-    assert [code for _, code in ended] == [0, 0], ended
+    # A daemon thread that is left may hold the gloo group when the interpreter goes, and the process aborts.
+    assert ended == [("[]\n", 0)] * 2

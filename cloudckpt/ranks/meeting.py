@@ -1,0 +1,135 @@
+"""Bring the ranks together for their first session: each finds the room that rank 0 has opened, and waits for all.
+
+    rank 0    a new number ──▶ a room: the records of all ranks ──announced──▶ store
+    others    store ──▶ the newest room, until every rank is in it
+
+A store may remember rooms of processes that are gone. `meet` runs on a thread that may hang in a request to rank 0's
+store; the rank asks `fault` meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from cloudckpt.errors import RankLostError
+from cloudckpt.ranks.naming import rank_lost
+from cloudckpt.ranks.pulse import Pulse, make_room
+from cloudckpt.ranks.world import KeyValueStore, store_of_our_own
+
+__all__ = ["Meeting"]
+
+_ROOM = "cloudckpt/ranks"
+_ANNOUNCED = f"{_ROOM}/announced"
+_LOOK_S = 0.005
+
+
+class Meeting:
+    """One rank's way to its first session with the others.
+
+    Attributes:
+        number: of the room, 0 before one was found.
+        pulse: of this rank in that room, None before.
+        period_s: seconds between two looks at `fault`.
+    """
+
+    period_s = 0.05
+
+    def __init__(
+        self,
+        phase: str,
+        *,
+        rank: int,
+        size: int,
+        after: int,
+        deadline_s: float,
+        connect: Callable[[], KeyValueStore] = store_of_our_own,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin to count the seconds; `meet` does the rest.
+
+        Args:
+            phase: what the ranks meet for.
+            rank: this one.
+            size: how many there are.
+            after: the number of the meeting that ended, 0 for none.
+            deadline_s: how long to wait for a rank, from now on.
+            connect: connects to the store.
+            clock: monotonic seconds.
+        """
+        self.number = 0
+        self.pulse: Pulse | None = None
+        self._phase = phase
+        self._rank = rank
+        self._size = size
+        self._after = after
+        self._deadline_s = deadline_s
+        self._connect = connect
+        self._clock = clock
+        # Not when `meet` begins: its thread may get a core late, and is waited for from now on.
+        self._began_s = self._answered_s = clock()
+
+    def meet(self) -> Pulse:
+        """Return the pulse of the first session, in which all ranks are.
+
+        Raises:
+            RankLostError: a rank did not come, or the store is gone.
+        """
+        try:
+            store = self._connect()
+            if self._rank == 0:
+                self._enter(store, self._open_room(store))
+            while self.pulse is None or not self.pulse.is_complete():
+                if self._rank != 0 and (newest := self._announced(store)) > max(self._after, self.number):
+                    self._enter(store, newest)
+                self._refuse_late()
+                time.sleep(_LOOK_S)
+        except dist.DistError as exc:
+            raise rank_lost(f"the process group's store is gone ({exc}), which rank 0 keeps", [0]) from exc
+        return self.pulse
+
+    def _enter(self, store: KeyValueStore, number: int) -> None:
+        if self.pulse is not None:
+            self.pulse.end()
+        self.number = number
+        self.pulse = Pulse(
+            store,
+            f"{_ROOM}/{number}",
+            rank=self._rank,
+            size=self._size,
+            phase=self._phase,
+            deadline_s=self._deadline_s,
+            clock=self._clock,
+        ).begin()
+        self.pulse.enter(self._phase, is_waiting=True)
+
+    def _open_room(self, store: KeyValueStore) -> int:
+        number = int(store.add(f"{_ROOM}/count", 1))
+        make_room(store, f"{_ROOM}/{number}", size=self._size)
+        store.set(_ANNOUNCED, str(number))
+        return number
+
+    def _announced(self, store: KeyValueStore) -> int:
+        number = int(store.get(_ANNOUNCED)) if store.check([_ANNOUNCED]) else 0
+        self._answered_s = self._clock()
+        return number
+
+    def _refuse_late(self) -> None:
+        if self.pulse is None and self._clock() - self._began_s > self._deadline_s:
+            raise self._lost(f"rank 0 has not come within {self._deadline_s:.1f} s")
+        if self.pulse is not None and (fault := self.pulse.fault()) is not None:
+            raise fault
+
+    def fault(self) -> RankLostError | None:
+        """Return why to stop waiting, or None to go on."""
+        if self.pulse is not None:
+            return self.pulse.fault()
+        silent_s = self._clock() - self._answered_s
+        if silent_s <= self._deadline_s:
+            return None
+        return self._lost(f"the process group's store did not answer for {silent_s:.1f} s")
+
+    def _lost(self, why: str) -> RankLostError:
+        return rank_lost(f"{why}, while rank {self._rank} was at {self._phase!r}", [0], phase=self._phase)

@@ -1,0 +1,117 @@
+"""Take from torch's default process group what the ranks of a job need to speak beside it.
+
+    has_world, refuse_lonely_rank   is there one?
+    store_of_our_own                a connection to its key-value store        new_gloo_group   a group of our own
+    breaking                        what gloo raises ──▶ `BrokenError`
+
+What asks rank 0's store may not return, so it is called on a thread that nobody needs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Protocol, cast
+
+import torch.distributed as dist
+
+from cloudckpt.errors import OptionsError
+
+__all__ = [
+    "BrokenError",
+    "KeyValueStore",
+    "breaking",
+    "has_world",
+    "new_gloo_group",
+    "refuse_lonely_rank",
+    "store_of_our_own",
+]
+
+# Only a backstop: the pulse finds who is late long before. A gloo group that times out is lost as a whole.
+_GLOO_TIMEOUT = timedelta(hours=24)
+# Each rank of thousands would else open a connection to every other one, more than a process may have files.
+_LAZY = "TORCH_GLOO_LAZY_INIT"
+
+
+class KeyValueStore(Protocol):
+    """What is used of a c10d store."""
+
+    def set(self, key: str, value: str, /) -> None:
+        """Put a value."""
+
+    def get(self, key: str, /) -> bytes:
+        """Return a value; waits for the key."""
+
+    def multi_get(self, keys: list[str], /) -> list[bytes]:
+        """Return several values; waits for the keys."""
+
+    def multi_set(self, keys: list[str], values: list[str], /) -> None:
+        """Put several values."""
+
+    def check(self, keys: list[str], /) -> bool:
+        """Tell whether all keys are there."""
+
+    def add(self, key: str, amount: int, /) -> int:
+        """Add to a number, and return it."""
+
+
+class BrokenError(Exception):
+    """A connection of the gloo group broke.
+
+    Attributes:
+        rank: to which rank, None if gloo does not say.
+    """
+
+    def __init__(self, message: str, rank: int | None) -> None:
+        super().__init__(message)
+        self.rank = rank
+
+
+@contextmanager
+def breaking(rank: int | None) -> Iterator[None]:
+    """Tell a broken connection from other errors; gloo raises all as RuntimeError."""
+    try:
+        yield
+    except RuntimeError as exc:
+        raise BrokenError(f"a connection broke ({exc})", rank) from exc
+
+
+def has_world() -> bool:
+    """Tell whether the default process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def refuse_lonely_rank() -> None:
+    """Refuse to act as the only rank when the launcher started several and no process group exists.
+
+    DCP would silently treat each process as the coordinator of a save of its own.
+    """
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size.isdigit() and int(world_size) > 1 and not has_world():
+        raise OptionsError(
+            f"WORLD_SIZE is {world_size} and no process group exists; call torch.distributed.init_process_group() "
+            "before saving or restoring"
+        )
+
+
+def new_gloo_group(timeout: timedelta = _GLOO_TIMEOUT) -> dist.ProcessGroup:
+    """Make the group with connections on first use: rank 0 talks to all, and few others to each other."""
+    before = os.environ.get(_LAZY)
+    os.environ[_LAZY] = "1"
+    try:
+        with breaking(None):
+            return cast("dist.ProcessGroup", dist.new_group(backend="gloo", timeout=timeout))
+    finally:
+        if before is None:
+            del os.environ[_LAZY]
+        else:
+            os.environ[_LAZY] = before
+
+
+def store_of_our_own() -> KeyValueStore:
+    """Return a second connection to the process group's store: a request that waits there blocks no trainer's."""
+    store = dist.distributed_c10d._get_default_store()  # noqa: SLF001 (there is no public way to it)
+    clone = getattr(store, "clone", None)
+    return cast("KeyValueStore", store if clone is None else clone())
