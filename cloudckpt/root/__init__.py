@@ -3,7 +3,8 @@
 The catalog is the only room that creates or deletes a manifest.
 """
 
-from cloudckpt.root.catalog import Catalog, Checkpoint
+from cloudckpt.root.catalog import Catalog
+from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.pruning import Pruner
 from cloudckpt.root.retention import KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
 from cloudckpt.root.sweep import Orphan, sweep

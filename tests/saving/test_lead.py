@@ -12,7 +12,7 @@ import torch
 import cloudckpt
 from cloudckpt import Options, RankLostError, SaveFailedError
 from cloudckpt.ranks.group import Group
-from cloudckpt.root.catalog import Catalog
+from cloudckpt.root import Catalog
 from cloudckpt.saving.lead import PlanMemory, save_state
 from cloudckpt.saving.output import Target
 from cloudckpt.state.capture import bind, capture
