@@ -3,13 +3,13 @@
 Everything in the caller's `state` dict is of one of five kinds; each kind has one adapter here:
 
     nn.Module        get_model_state_dict       tensors restored in place (DDP and FSDP names unwrapped)
-    Optimizer        state_dict by parameter names, so that it survives resharding and reordering
+    Optimizer        state_dict by parameter names, so that it survives resharding (`optimizers`, `fsdp1`)
     Stateful         state_dict / load_state_dict; those of `PerRank` are each rank's own
     Tensor           restored in place
     anything else    containers and plain values, restored into the dict
 
 A dict, list or tuple with modules, optimizers or other objects in it is taken apart, and each is an entry of its own.
-Knows PyTorch's objects; knows nothing of stores, steps or shards, nor of what a checkpoint holds (`restore` does).
+Knows PyTorch's objects; knows nothing of stores, steps or shards, nor of what a checkpoint holds (`matching` does).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.format import Flat, PathElement, codec
 from cloudckpt.state.accumulation import AccumulationWindow, WindowEntry
 from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, is_tensor, mapping_of
-from cloudckpt.state.optimizers import optimizer_entry
+from cloudckpt.state.fsdp1 import flat_optimizer_entry
+from cloudckpt.state.optimizers import OptimizerEntry
 from cloudckpt.state.per_rank import PerRank, PerRankEntry, is_stateful_loader
 
 __all__ = ["bind", "capture"]
@@ -196,7 +197,7 @@ def _entry(place: Place, modules: Mapping[str, nn.Module]) -> Entry:
     if isinstance(value, nn.Module):
         return _ModuleEntry(place, value)
     if isinstance(value, Optimizer):
-        return optimizer_entry(place, value, modules)
+        return flat_optimizer_entry(place, value, modules) or OptimizerEntry(place, value, modules)
     if isinstance(value, AccumulationWindow):
         return WindowEntry(place, value)
     if isinstance(value, PerRank) or is_stateful_loader(value):
