@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -255,7 +254,7 @@ class GceSource:
         return reply.text
 
 
-def is_ec2(dmi: Path = DMI, environ: Mapping[str, str] = os.environ) -> bool:
+def is_ec2(dmi: Path, environ: Mapping[str, str]) -> bool:
     """Tell whether this is an EC2 instance, by the names that its DMI tables carry.
 
     Never if AWS_EC2_METADATA_DISABLED, which the AWS SDKs heed, forbids to ask.
@@ -267,7 +266,7 @@ def is_ec2(dmi: Path = DMI, environ: Mapping[str, str] = os.environ) -> bool:
     return "Amazon EC2" in vendors or _dmi(dmi, "bios_version").endswith(".amazon")
 
 
-def is_gce(dmi: Path = DMI) -> bool:
+def is_gce(dmi: Path) -> bool:
     """Tell whether this is a Compute Engine machine, by the name that its DMI tables carry."""
     return _dmi(dmi, "product_name") == "Google Compute Engine"
 

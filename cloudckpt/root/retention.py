@@ -94,7 +94,7 @@ class KeepFor:
 
 
 def removable(
-    checkpoints: Sequence[Checkpoint], rules: Sequence[RetentionRule], *, protected: Collection[tuple[int, int]] = ()
+    checkpoints: Sequence[Checkpoint], rules: Sequence[RetentionRule], *, protected: Collection[tuple[int, int]]
 ) -> list[Checkpoint]:
     """Return which of the committed `checkpoints`, in whatever order they come, may go; oldest first.
 
