@@ -33,7 +33,7 @@ from cloudckpt import (
 from cloudckpt.format.keys import MANIFEST_NAME
 from cloudckpt.loading.lead import _Loading
 from cloudckpt.ranks.group import Group
-from cloudckpt.saving.lead import _Coordinator
+from cloudckpt.saving.coordinator import Coordinator
 from cloudckpt.saving.source import Source
 from cloudckpt.saving.tally import Written
 from tests.ranks.processes import Outcome, World
@@ -176,7 +176,7 @@ def _arm(case: Case, manager: CheckpointManager, state: dict[str, Any]) -> None:
     springs: dict[str, Callable[[], None]] = {
         "opening": lambda: state["part"].before.update(state_dict=trap),
         "plan": lambda: _spring_in_plan(trap),
-        "share": lambda: _spring(_Coordinator, "share_out", trap),
+        "share": lambda: _spring(Coordinator, "share_out", trap),
         "stage": lambda: _spring(Source, "view", trap),
         "upload": lambda: _spring(inner, "put", trap, when=lambda key, _: key.endswith(".safetensors")),
         "gather": lambda: _spring(Written, "encode", trap),

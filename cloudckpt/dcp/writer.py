@@ -1,10 +1,10 @@
 """Write what a DCP save plan names: a storage writer for `torch.distributed.checkpoint`'s own `save`.
 
-    SavePlan ──output──▶ shards, and one WriteResult ──gathered by DCP──▶ plan == results? ──▶ index, manifest
+    SavePlan ──saving──▶ shards, and one WriteResult ──gathered by DCP──▶ plan == results? ──▶ index, manifest
 
 `StorageWriter` is implemented directly: DCP's own file-system writer loses the errors of its helper threads and
-overwrites in place. Planners stay DCP's or the user's; `source` takes the bytes out of them, and `tally` compares
-plan and results. Keeps FORMAT invariants 2, 3 and 4.
+overwrites in place. Planners stay DCP's or the user's; `saving` takes the bytes out of them, and compares plan and
+results. Keeps FORMAT invariants 2, 3 and 4.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from cloudckpt.dcp.address import Address
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import JsonValue, PathElement, codec, metadata_to_json, metrics_to_json, new_attempt
 from cloudckpt.options import Options
 from cloudckpt.ranks import refuse_lonely_rank
-from cloudckpt.root import Catalog, Checkpoint, Target
+from cloudckpt.root import Checkpoint, Target
 from cloudckpt.saving import (
     RankOutput,
     Record,
@@ -38,9 +39,9 @@ from cloudckpt.saving import (
     object_of,
     stats_of,
 )
-from cloudckpt.store import StoreStats, open_store, probe_create
+from cloudckpt.store import StoreStats, probe_create
 
-__all__ = ["CloudWriter", "portable_state"]
+__all__ = ["CloudWriter"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +82,10 @@ class CloudWriter(StorageWriter):
             OptionsError: metrics that are no numbers.
             UnsupportedValueError: metadata that the codec refuses.
         """
-        self._url = os.fspath(url)
-        self._storage_options = storage_options
-        self._engine = engine
-        self._options = options or Options()
+        self._address = Address(url, storage_options=storage_options, engine=engine, options=options)
+        self._options = self._address.options
         self._metrics = metrics_to_json(metrics)
         self._metadata = metadata_to_json(metadata)
-        self._target: Target | None = None
         self._begin()
 
     def _begin(self) -> None:
@@ -103,15 +101,8 @@ class CloudWriter(StorageWriter):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Point the writer at another URL."""
         if checkpoint_id is not None:
-            self._close()
-            self._url = os.fspath(checkpoint_id)
+            self._address.move(checkpoint_id)
         self._begin()
-
-    def _close(self) -> None:
-        """Let go of the store."""
-        if self._target is not None:
-            self._target.catalog.store.close()
-        self._target = None
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -131,24 +122,19 @@ class CloudWriter(StorageWriter):
         self._began_s = time.monotonic()
         self._rank = int(str(kwargs.get("rank") or 0))
         self._is_coordinator = is_coordinator
-        target = self._open()
-        self._stats_before = stats_of(target.catalog.store)
+        catalog = self._address.catalog()
+        self._stats_before = stats_of(catalog.store)
         if is_coordinator:
-            probe_create(target.catalog.store, single_writer=self._options.single_writer)
-            if target.catalog.is_taken(""):
-                raise target.catalog.exists_error("")
+            probe_create(catalog.store, single_writer=self._options.single_writer)
+            if catalog.is_taken(""):
+                raise catalog.exists_error("")
         # Each rank draws its own. A broadcast would need a process group, which DCP does not hand to a writer, or the
         # default one, where a trainer's own collectives may be under way in another thread; a plan would carry an old
         # one, because DCP's plan caching uses the plan of an earlier save again. The index says who wrote under which.
         self._attempt = new_attempt()
 
-    def _open(self) -> Target:
-        if self._target is None:
-            store = open_store(
-                self._url, storage_options=self._storage_options, engine=self._engine, options=self._options
-            )
-            self._target = Target(catalog=Catalog(store))
-        return self._target
+    def _target(self) -> Target:
+        return Target(catalog=self._address.catalog())
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Refuse what the format cannot hold, before a byte is written."""
@@ -167,7 +153,7 @@ class CloudWriter(StorageWriter):
         with self._closing_after_a_fault():
             results = self._write(plan, planner)
         if not self._is_coordinator:
-            self._close()
+            self._address.close()
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -175,7 +161,7 @@ class CloudWriter(StorageWriter):
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         tensors = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO]
         values = _values_of([item for item in plan.items if item.type is WriteItemType.BYTE_IO], planner)
-        output = RankOutput(self._open(), attempt=self._attempt, rank=self._rank, options=self._options)
+        output = RankOutput(self._target(), attempt=self._attempt, rank=self._rank, options=self._options)
         part = lay_out_part(tensors, planner, attempt=self._attempt, options=self._options)
         message = output.write(part, values).encode()
         # One message per rank: an object per item would take minutes where thousands of ranks meet.
@@ -190,7 +176,7 @@ class CloudWriter(StorageWriter):
         try:
             yield
         except BaseException:
-            self._close()
+            self._address.close()
             raise
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -198,7 +184,7 @@ class CloudWriter(StorageWriter):
         try:
             self.checkpoint = self._commit(metadata, results)
         finally:
-            self._close()
+            self._address.close()
 
     def _commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> Checkpoint:
         messages = (result.storage_data for of_rank in results for result in of_rank)
@@ -214,23 +200,7 @@ class CloudWriter(StorageWriter):
             began_s=self._began_s,
             spent_before=self._stats_before,
         )
-        return commit_index(self._open(), index, record)
-
-    def __getstate__(self) -> dict[str, object]:
-        """Pickle without connections; refuses options, because they may hold credentials (FORMAT invariant 16)."""
-        return portable_state(self.__dict__, self._storage_options, kept_open="_target")
-
-
-def portable_state(
-    state: Mapping[str, object], storage_options: Mapping[str, object] | None, *, kept_open: str
-) -> dict[str, object]:
-    """Return what a writer or reader may carry to another process: everything but its open store."""
-    if storage_options:
-        raise OptionsError(
-            "a writer or reader with storage_options cannot be pickled, because they may hold credentials; let the "
-            "environment or a profile supply them, and pass no storage_options"
-        )
-    return {**state, kept_open: None}
+        return commit_index(self._target(), index, record)
 
 
 def _values_of(items: Sequence[WriteItem], planner: SavePlanner) -> dict[str, JsonValue]:

@@ -4,7 +4,7 @@
     read items ──layout──▶ spans ──download, verified──▶ landings ──▶ target tensors
 
 Every piece in the index is one chunk to DCP, so its planners reshard over pieces and stay untouched. Used by
-`CloudReader`, whom DCP leads through a load, and by `loading`, which leads one itself. No pickle is read: a value is
+`CloudReader`, whom DCP leads through a load, and by `lead`, which leads one itself. No pickle is read: a value is
 decoded by our codec and, for planners that expect one, made into bytes in memory. Keeps FORMAT invariants 1 and 12.
 """
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -30,7 +29,7 @@ from cloudckpt.format import DTYPES, Box, BoxPlace, BoxTable, Index, Manifest, c
 from cloudckpt.loading.input import RankInput, decode_index, describe, read_index_bytes
 from cloudckpt.loading.passing import Step, plan_passing
 from cloudckpt.options import Options
-from cloudckpt.ranks import Countdown, Group, MissingPartsError, Packet, RanksFailedError, named_ranks
+from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, own_failures, plain_errors
 from cloudckpt.root import Candidate, Catalog, Checkpoint
 from cloudckpt.state import Saved, Targets, bind, plan_restore
 from cloudckpt.transfer import Gauge
@@ -157,23 +156,22 @@ class _Search:
 
     def may_go_on(self, checkpoint: Checkpoint, failures: Mapping[int, BaseException]) -> bool:
         """Tell whether the ranks failed because bytes are corrupt, so that the next candidate is worth a try."""
-        own = _own_failures(failures)
-        for error in own.values():
-            if not isinstance(error, IntegrityError):
-                return False
-        first = own[min(own)]
-        if isinstance(first, IntegrityError):
-            self._note(checkpoint, first)
+        own = own_failures(failures)
+        corrupt = [error for _, error in sorted(own.items()) if isinstance(error, IntegrityError)]
+        if len(corrupt) < len(own):
+            return False
+        self._note(checkpoint, corrupt[0])
         return True
-
-
-def _own_failures(failures: Mapping[int, BaseException]) -> Mapping[int, BaseException]:
-    """Leave out the ranks that failed only because another one did."""
-    return {rank: error for rank, error in failures.items() if not isinstance(error, MissingPartsError)} or failures
 
 
 class _Loading:
     """The restore of one checkpoint, on one rank."""
+
+    # What this rank found in `_plan`, for the steps after it.
+    _index: Index
+    _targets: Targets
+    _extra: dict[str, torch.Tensor]
+    _filling: _Filling
 
     def __init__(
         self,
@@ -190,10 +188,6 @@ class _Loading:
         self._group = group
         self._options = options
         self._gauge = gauge
-        self._targets: Targets | None = None
-        self._extra: dict[str, torch.Tensor] = {}
-        self._index: Index | None = None
-        self._filling: _Filling | None = None
 
     def run(self, what: str, state: MutableMapping[str, object], *, strict: bool, extra: Extra | None) -> None:
         """Go through the steps; raises as the group's exchanges do."""
@@ -226,8 +220,6 @@ class _Loading:
         return choice == "always" or (choice == "auto" and self._catalog.store.engine != "local")
 
     def _read(self, steps: Sequence[Step]) -> None:
-        if self._filling is None or self._index is None:
-            return
         watch = replace(self._group.watch(self._options.progress_timeout_s), gauge=self._gauge)
         source = RankInput(self._catalog.store, self._checkpoint, self._index, self._options, watch)
         packets = self._filling.take_over(steps, self._group.rank)
@@ -240,10 +232,9 @@ class _Loading:
             self._group.end_passing(passing)
 
     def _apply(self, extra: Extra | None) -> None:
-        if self._targets is not None and self._index is not None:
-            self._targets.apply()
-            if extra is not None:
-                extra.apply(self._extra)
+        self._targets.apply()
+        if extra is not None:
+            extra.apply(self._extra)
 
 
 def fill(tensors: Mapping[str, torch.Tensor], source: RankInput, index: Index) -> None:
@@ -260,12 +251,11 @@ class _Filling:
         self._pieces = index.covering(self._boxes, near=near)
         self._planner = _NotingPlanner(flatten_state_dict=False)
         self._index = index
-        self._items: list[ReadItem] = []
         self._table = BoxTable.of(())
-        if tensors:
-            with torch.no_grad():
-                self._planner.set_up_planner(dict(tensors), describe(index, self._pieces), is_coordinator=False)
-                self._items = self._planner.create_local_plan().items
+        with torch.no_grad():
+            self._planner.set_up_planner(dict(tensors), describe(index, self._pieces), is_coordinator=False)
+            self._items = self._planner.create_local_plan().items
+        self._planner.expect(self._items)
 
     def shareable(self) -> BoxTable:
         """Return the boxes that other ranks may need just as they are, in the order in which they are stored."""
@@ -343,23 +333,6 @@ class _NotingPlanner(DefaultLoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
         """Note that a part is complete; called by one thread at a time."""
         key = _key_of(read_item.dest_index)
-        missing = getattr(self, "_missing", None)
-        if missing is None:
-            return
-        missing[key] -= 1
-        if missing[key] == 0 and key in self._watched:
+        self._missing[key] -= 1
+        if self._missing[key] == 0 and key in self._watched:
             self._watched[key].count_down()
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """Turn what some ranks met into one error: the first one's own, which says on which ranks it was met."""
-    try:
-        yield
-    except RanksFailedError as exc:
-        own = _own_failures(exc.failures)
-        ranks = sorted(own)
-        first = own[ranks[0]]
-        if ranks != [0]:
-            first.add_note(f"on {named_ranks(ranks)}")
-        raise first from exc

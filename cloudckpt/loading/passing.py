@@ -1,4 +1,4 @@
-"""Decide who reads what several ranks need of a checkpoint, and passes it on to the others.
+"""Decide which rank reads what several need of a checkpoint, and passes it on to the others.
 
     the boxes that each rank could be given ──▶ one reader per box, even in bytes ──▶ each rank its own steps, in the
                                                                                      same order on all ranks

@@ -25,7 +25,7 @@ from cloudckpt.options import Options
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
 from cloudckpt.ranks import refuse_lonely_rank
 from cloudckpt.report import Advice, Journal, Progress, Show, advise
-from cloudckpt.root import Catalog, Checkpoint, Choice, Orphan, Pruner, RetentionRule, Wanted, best_first, sweep
+from cloudckpt.root import Catalog, Checkpoint, Choice, Orphan, Pruner, RetentionRule, Wanted, sweep
 from cloudckpt.saving import SaveHandle
 from cloudckpt.store import open_store
 
@@ -295,7 +295,8 @@ class CheckpointManager:
 
         Checkpoints without that metric, or with nan, do not count; None if none counts.
         """
-        return next(iter(best_first(self.checkpoints(), metric, mode)), None)
+        self._refuse_closed()
+        return self._catalog.best(metric, mode)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Return every readable checkpoint, oldest first by (epoch, step)."""

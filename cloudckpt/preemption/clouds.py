@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +27,7 @@ __all__ = ["DMI", "Ec2Source", "GceSource", "is_ec2", "is_gce"]
 
 DMI = Path("/sys/class/dmi/id")
 
+# By its address, because a name server may hang.
 _LINK_LOCAL = "http://169.254.169.254"
 _TIMEOUT_S = 2.0
 _MOST_BODY_BYTES = 64 * 1024
@@ -35,6 +35,8 @@ _TOKEN_TTL_S = 21_600
 # EC2 warns 2 minutes ahead; a time far outside of that is a mistake of somebody's, not a notice.
 _MOST_PAST_S = 300.0
 _MOST_AHEAD_S = 3_600.0
+# From the preemption on, which is seen a little later.
+_PREEMPTED_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,34 +226,19 @@ class GceSource:
         *,
         endpoint: str = _LINK_LOCAL,
         timeout_s: float = _TIMEOUT_S,
-        preempted_s: float = 30.0,
-        maintenance_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Ask the metadata server at `endpoint`; each request ends within `timeout_s`.
-
-        Args:
-            endpoint: `http://` and a host; by its address, because a name server may hang.
-            timeout_s: seconds for one request.
-            preempted_s: seconds that a preempted machine has, from when it was seen.
-            maintenance_s: the same for a host maintenance that ends the machine; None if that is not known.
-            clock: monotonic seconds.
-        """
-        for name, value in (("preempted_s", preempted_s), ("maintenance_s", maintenance_s)):
-            if value is not None and not value > 0:
-                raise OptionsError(f"{name} is {value}; give a number of seconds above 0")
+        """Ask the metadata server at `endpoint`; each request ends within `timeout_s`."""
         self._endpoint = _Endpoint(endpoint, timeout_s=timeout_s)
-        self._preempted_s = preempted_s
-        self._maintenance_s = maintenance_s
         self._clock = clock
 
     def poll(self) -> Iterator[Notice]:
         if self._value("preempted", ("TRUE", "FALSE")) == "TRUE":
-            yield self._notice("gce preempted", "Compute Engine preempts this machine", self._preempted_s)
+            yield self._notice("gce preempted", "Compute Engine preempts this machine", _PREEMPTED_S)
         events = ("NONE", "MIGRATE_ON_HOST_MAINTENANCE", "TERMINATE_ON_HOST_MAINTENANCE")
         if self._value("maintenance-event", events) == "TERMINATE_ON_HOST_MAINTENANCE":
             reason = "Compute Engine will stop this machine for host maintenance"
-            yield self._notice("gce maintenance-event", reason, self._maintenance_s)
+            yield self._notice("gce maintenance-event", reason, None)
 
     def _notice(self, source: str, reason: str, left_s: float | None) -> Notice:
         now_s = self._clock()
@@ -267,7 +254,7 @@ class GceSource:
         return reply.text
 
 
-def is_ec2(dmi: Path = DMI, environ: Mapping[str, str] = os.environ) -> bool:
+def is_ec2(dmi: Path, environ: Mapping[str, str]) -> bool:
     """Tell whether this is an EC2 instance, by the names that its DMI tables carry.
 
     Never if AWS_EC2_METADATA_DISABLED, which the AWS SDKs heed, forbids to ask.
@@ -279,7 +266,7 @@ def is_ec2(dmi: Path = DMI, environ: Mapping[str, str] = os.environ) -> bool:
     return "Amazon EC2" in vendors or _dmi(dmi, "bios_version").endswith(".amazon")
 
 
-def is_gce(dmi: Path = DMI) -> bool:
+def is_gce(dmi: Path) -> bool:
     """Tell whether this is a Compute Engine machine, by the name that its DMI tables carry."""
     return _dmi(dmi, "product_name") == "Google Compute Engine"
 

@@ -19,11 +19,11 @@ from typing import TypeAlias
 
 from cloudckpt.preemption.notices import Notice
 
-__all__ = ["Handler", "SignalWatch"]
+__all__ = ["SignalWatch"]
 
 logger = logging.getLogger(__name__)
 
-Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
+_Handler: TypeAlias = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 """What `signal.getsignal` returns."""
 
 
@@ -50,7 +50,7 @@ class SignalWatch:
         self._pid = os.getpid()
         self._is_open = True
         self._deadlines_s: dict[int, float] = {}
-        self.previous: dict[int, Handler] = {}
+        self.previous: dict[int, _Handler] = {}
         for number in signals:
             self._install(number)
 
@@ -99,7 +99,7 @@ class SignalWatch:
 
         If Python calls somebody else's handler first, what the end of the process is, is theirs to decide.
         """
-        handler: Handler = signal.getsignal(number)
+        handler: _Handler = signal.getsignal(number)
         while isinstance(watch := getattr(handler, "__self__", None), SignalWatch) and watch.is_over(number):
             if watch is self:
                 return True

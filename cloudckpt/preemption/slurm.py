@@ -14,12 +14,12 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from cloudckpt.errors import OptionsError
 from cloudckpt.preemption.notices import Notice, SourceError
 
 __all__ = ["SlurmSource"]
 
 _TIMEOUT_S = 5.0
+_REFRESH_S = 300.0
 # An end so long ago is that of another job, whose environment this process has inherited.
 _MOST_PAST_S = 300.0
 
@@ -38,7 +38,6 @@ class SlurmSource:
         self,
         *,
         lead_s: float = 120.0,
-        refresh_s: float = 300.0,
         command: Sequence[str] = ("scontrol", "--oneliner", "show", "job"),
         environ: Mapping[str, str] = os.environ,
         clock: Callable[[], float] = time.monotonic,
@@ -48,17 +47,12 @@ class SlurmSource:
 
         Args:
             lead_s: seconds for the last save.
-            refresh_s: seconds between two questions to the controller.
             command: what is run, with the job's number after it.
             environ: where the variables of Slurm are.
             clock: monotonic seconds.
             wall_clock: Unix seconds.
         """
-        for name, value in (("slurm_lead_s", lead_s), ("refresh_s", refresh_s)):
-            if not value > 0:
-                raise OptionsError(f"{name} is {value}; give a number of seconds above 0")
         self._lead_s = lead_s
-        self._refresh_s = refresh_s
         self._command = tuple(command)
         self._environ = environ
         self._clock = clock
@@ -95,7 +89,7 @@ class SlurmSource:
     def _refresh(self) -> None:
         """Ask the controller if it is time to; an end that is known outlives a failure."""
         if self._clock() >= self._next_s:
-            self._next_s = self._clock() + self._refresh_s
+            self._next_s = self._clock() + _REFRESH_S
             try:
                 self._end_s, self._failure = self._asked_end_s(), ""
             except SourceError as exc:

@@ -3,9 +3,10 @@
 Over a gloo group of our own. Here is the only pickle of the package: between processes of one job, never to a store.
 """
 
-from cloudckpt.ranks.group import Group, MissingPartsError, UndecidedError
+from cloudckpt.ranks.group import Group
 from cloudckpt.ranks.message import RanksFailedError
 from cloudckpt.ranks.naming import named_ranks
+from cloudckpt.ranks.outcome import own_failures, plain_errors
 from cloudckpt.ranks.packet import Countdown, Packet
 from cloudckpt.ranks.vote import Vote
 from cloudckpt.ranks.world import refuse_lonely_rank
@@ -13,11 +14,11 @@ from cloudckpt.ranks.world import refuse_lonely_rank
 __all__ = [
     "Countdown",
     "Group",
-    "MissingPartsError",
     "Packet",
     "RanksFailedError",
-    "UndecidedError",
     "Vote",
     "named_ranks",
+    "own_failures",
+    "plain_errors",
     "refuse_lonely_rank",
 ]

@@ -3,11 +3,12 @@
 The catalog is the only room that creates or deletes a manifest.
 """
 
-from cloudckpt.root.catalog import Catalog, Checkpoint
+from cloudckpt.root.catalog import Catalog
+from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.choice import Candidate, Choice, Wanted, only
 from cloudckpt.root.destination import Destination, Epoch, OwnUrl, Target
 from cloudckpt.root.pruning import Pruner
-from cloudckpt.root.retention import KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule, best_first
+from cloudckpt.root.retention import KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
 from cloudckpt.root.sweep import Orphan, sweep
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "RetentionRule",
     "Target",
     "Wanted",
-    "best_first",
     "only",
     "sweep",
 ]

@@ -16,10 +16,10 @@ import os
 import platform
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Literal
 
 import msgspec
 
@@ -47,9 +47,10 @@ from cloudckpt.format import (
     parse_checkpoint_prefix,
     parse_epoch_key,
 )
+from cloudckpt.root.checkpoint import Checkpoint, best_first
 from cloudckpt.store import Store
 
-__all__ = ["Catalog", "Checkpoint"]
+__all__ = ["Catalog"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,61 +58,18 @@ _CLAIM_LIMIT_BYTES = 64 << 10
 _READERS = 16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """One committed checkpoint.
-
-    Attributes:
-        step: training step, -1 for a checkpoint outside a root.
-        epoch: incarnation of the job that saved it, 0 outside a root.
-        attempt: which attempt's objects make it up.
-        url: its prefix; `cloudckpt.load(state, url)` reads it.
-        metrics: what the caller measured at the save.
-        metadata: the caller's own.
-        created_at: when, by the saving coordinator's clock.
-        total_bytes: bytes of all its shards.
-        world_size: ranks that saved it.
-        digest: SHA-256 of its manifest.
-        manifest: the manifest itself.
-    """
-
-    step: int
-    epoch: int
-    attempt: str
-    url: str
-    metrics: Mapping[str, float]
-    metadata: Mapping[str, object]
-    created_at: datetime
-    total_bytes: int
-    world_size: int
-    digest: str
-    manifest: Manifest = field(repr=False)
-    prefix: str = field(repr=False)
-
-    @property
-    def created_at_s(self) -> float:
-        """Seconds since 1970."""
-        return self.created_at.timestamp()
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """(epoch, step): what makes one checkpoint newer than another (FORMAT invariant 10)."""
-        return self.epoch, self.step
-
-
 class Catalog:
     """The checkpoints below one root, or the one checkpoint at a URL."""
 
-    def __init__(self, store: Store, *, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+    def __init__(self, store: Store) -> None:
         """Wrap `store`, which stays the caller's to close."""
         self.store = store
-        self._clock = clock
         self._known: dict[str, Checkpoint] = {}
         self._lock = threading.Lock()
 
     def with_store(self, store: Store) -> Catalog:
         """Return this catalog over another way to the same objects; what either has read, both know."""
-        other = Catalog(store, clock=self._clock)
+        other = Catalog(store)
         other._known, other._lock = self._known, self._lock
         return other
 
@@ -216,11 +174,7 @@ class Catalog:
                 return found
             logger.warning("skipping a checkpoint whose manifest cannot be read: %s", found)
             failures.append(found)
-        if failures:
-            raise ManifestError(
-                f"{len(failures)} checkpoints are at {self.store.url} and none can be read; the newest: {failures[0]}",
-                key=failures[0].key,
-            ) from failures[0]
+        self._refuse_unreadable(failures)
         return None
 
     def all(self) -> list[Checkpoint]:
@@ -240,12 +194,27 @@ class Catalog:
                 elif found is not None:
                     logger.warning("a checkpoint's manifest cannot be read: %s", found)
                     failures.append(found)
-        if failures and not known:
+        if not known:
+            self._refuse_unreadable(failures)
+        return sorted(known.values(), key=lambda checkpoint: checkpoint.order)
+
+    def _refuse_unreadable(self, failures: Sequence[ManifestError]) -> None:
+        if failures:
             raise ManifestError(
-                f"{len(failures)} checkpoints are at {self.store.url} and none can be read; the first: {failures[0]}",
+                f"{len(failures)} checkpoints are at {self.store.url} and none can be read; the newest: {failures[0]}",
                 key=failures[0].key,
             ) from failures[0]
-        return sorted(known.values(), key=lambda checkpoint: checkpoint.order)
+
+    def best(self, metric: str, mode: Literal["min", "max"]) -> Checkpoint | None:
+        """Return the checkpoint with the smallest (`min`) or largest (`max`) `metric`; the newer of equals.
+
+        Checkpoints without that metric, or with nan, do not count; None if none counts.
+
+        Raises:
+            OptionsError: the metric has no name, or the mode is neither `min` nor `max`.
+            CloudCkptError: what `all` raises.
+        """
+        return next(iter(best_first(self.all(), metric, mode)), None)
 
     def find(self, step: int) -> Checkpoint:
         """Return the checkpoint of `step`, of the newest epoch that committed it.
@@ -285,7 +254,7 @@ class Catalog:
                 format_version=FORMAT_VERSION,
                 epoch=epoch,
                 nonce=secrets.token_hex(8),
-                created_at=self._now(),
+                created_at=_now(),
                 host=platform.node(),
                 pid=os.getpid(),
                 resumed_from=None if resumed_from is None else (resumed_from.step, resumed_from.epoch),
@@ -316,9 +285,6 @@ class Catalog:
             return ""
         return f" (host {claim.host!r}, process {claim.pid}, at {claim.created_at})"
 
-    def _now(self) -> str:
-        return self._clock().astimezone(UTC).isoformat(timespec="milliseconds")
-
     # -- deciding ------------------------------------------------------------------------------------------
 
     def commit(self, manifest: Manifest, *, prefix: str) -> Checkpoint:
@@ -334,7 +300,7 @@ class Catalog:
         """
         if manifest.epoch:
             self.fence(manifest.epoch)
-        manifest = msgspec.structs.replace(manifest, created_at=self._now())
+        manifest = msgspec.structs.replace(manifest, created_at=_now())
         data = manifest.encode()
         try:
             self.store.create(prefix + MANIFEST_NAME, data)
@@ -390,7 +356,7 @@ class Catalog:
             step=place[0],
             epoch=place[1],
             attempt=new_attempt(),
-            created_at=self._now(),
+            created_at=_now(),
         )
         try:
             self.store.create(prefix + MANIFEST_NAME, manifest.encode())
@@ -405,6 +371,10 @@ class Catalog:
             return Manifest.decode(self.store.read(key, limit_bytes=MANIFEST_LIMIT_BYTES), key=key).state == "void"
         except (ManifestError, ObjectNotFoundError):
             return False
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _few(steps: Sequence[int]) -> str:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cloudckpt.errors import IntegrityError, OptionsError
-from cloudckpt.root.catalog import Catalog, Checkpoint
-from cloudckpt.root.retention import KeepBest, RetentionRule, best_first
+from cloudckpt.root.catalog import Catalog
+from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.retention import KeepBest, RetentionRule
 
 __all__ = ["Candidate", "Choice", "Wanted", "only"]
 
@@ -63,7 +64,9 @@ class Choice:
                 f"step {self.wanted!r} says nothing here; give 'latest', a step, manager.best('name'), or 'best' with "
                 "a KeepBest rule in retention"
             )
-        yield from best_first(self.catalog.all(), rule.metric, rule.mode)[:1]
+        best = self.catalog.best(rule.metric, rule.mode)
+        if best is not None:
+            yield best
 
 
 def only(catalog: Catalog) -> Iterator[Candidate]:

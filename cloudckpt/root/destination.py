@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cloudckpt.format import checkpoint_prefix
-from cloudckpt.root.catalog import Catalog, Checkpoint
+from cloudckpt.root.catalog import Catalog
+from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.store import RetryingStore, probe_create
 
 __all__ = ["Destination", "Epoch", "OwnUrl", "Target"]

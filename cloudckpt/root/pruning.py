@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cloudckpt.errors import CheckpointExistsError, CloudCkptError
-from cloudckpt.root.catalog import Catalog, Checkpoint
-from cloudckpt.root.retention import RetentionRule, plan
+from cloudckpt.root.catalog import Catalog
+from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.retention import RetentionRule, removable
 
 __all__ = ["Pruner"]
 
@@ -45,8 +46,6 @@ class Pruner:
 
         A failure is logged and left to the next save, because the checkpoint itself is safe.
         """
-        if not self._rules and not self._removals:
-            return
         try:
             self._prune(checkpoint)
         except CloudCkptError as exc:
@@ -56,14 +55,13 @@ class Pruner:
 
     def _prune(self, newest: Checkpoint) -> None:
         if self._rules:
-            existing = {found.order: found for found in self._catalog.all()}
             # Our own newest is never in question, even when a newer epoch has checkpoints of its own by now.
-            removed = plan(list(existing.values()), self._rules, protected={newest.order}).remove
+            removed = removable(self._catalog.all(), self._rules, protected={newest.order})
             if removed:
                 # A newer job may be restoring what we would remove.
                 self._catalog.fence(newest.epoch)
-            for epoch_step in removed:
-                self._uncommit(existing[epoch_step])
+            for checkpoint in removed:
+                self._uncommit(checkpoint)
         self._remove_due()
 
     def _uncommit(self, checkpoint: Checkpoint) -> None:

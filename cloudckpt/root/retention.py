@@ -9,62 +9,21 @@ Keeps the parts of FORMAT invariants 8 and 10 that are decisions.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias, TypeVar
+from typing import Literal, Protocol
 
 from cloudckpt.errors import OptionsError
+from cloudckpt.root.checkpoint import Checkpoint, best_first, check_metric
 
-__all__ = [
-    "KeepBest",
-    "KeepEvery",
-    "KeepFor",
-    "KeepLast",
-    "Kept",
-    "Order",
-    "RetentionPlan",
-    "RetentionRule",
-    "best_first",
-    "order_of",
-    "plan",
-]
-
-Order: TypeAlias = tuple[int, int]
-"""(epoch, step): which checkpoint it is, and whether it is newer than another."""
-
-
-class Kept(Protocol):
-    """What a rule may know of one committed checkpoint."""
-
-    @property
-    def step(self) -> int | None:
-        """Training step; None only outside a root, where no rule applies."""
-        ...
-
-    @property
-    def epoch(self) -> int:
-        """Incarnation of the job that saved it."""
-        ...
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """What the caller measured at the save."""
-        ...
-
-    @property
-    def created_at_s(self) -> float:
-        """Seconds since 1970, by the saving job's clock."""
-        ...
-
-
-KeptT = TypeVar("KeptT", bound=Kept)
+__all__ = ["KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule", "removable"]
 
 
 class RetentionRule(Protocol):
-    """A reason to keep checkpoints. `str(rule)` is how a log or a dry run names the reason."""
+    """A reason to keep checkpoints."""
 
-    def keep(self, checkpoints: Sequence[Kept]) -> set[Order]:
-        """Return which of `checkpoints` (committed, not empty, oldest first) must stay."""
+    def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
+        """Return which of `checkpoints` (committed, not empty, oldest first) must stay, by their (epoch, step)."""
         ...
 
 
@@ -77,11 +36,8 @@ class KeepLast:
     def __post_init__(self) -> None:
         _check_count("KeepLast", "n", self.n)
 
-    def keep(self, checkpoints: Sequence[Kept]) -> set[Order]:
-        return {order_of(checkpoint) for checkpoint in checkpoints[-self.n :]}
-
-    def __str__(self) -> str:
-        return f"last {self.n}"
+    def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
+        return {checkpoint.order for checkpoint in checkpoints[-self.n :]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +52,11 @@ class KeepBest:
     mode: Literal["min", "max"] = "min"
 
     def __post_init__(self) -> None:
-        _check_metric(self.metric, self.mode)
+        check_metric(self.metric, self.mode)
         _check_count("KeepBest", "n", self.n)
 
-    def keep(self, checkpoints: Sequence[Kept]) -> set[Order]:
-        return {order_of(checkpoint) for checkpoint in best_first(checkpoints, self.metric, self.mode)[: self.n]}
-
-    def __str__(self) -> str:
-        return f"best {self.n} by {self.metric} ({self.mode})"
+    def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
+        return {checkpoint.order for checkpoint in best_first(checkpoints, self.metric, self.mode)[: self.n]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,11 +68,8 @@ class KeepEvery:
     def __post_init__(self) -> None:
         _check_count("KeepEvery", "steps", self.steps)
 
-    def keep(self, checkpoints: Sequence[Kept]) -> set[Order]:
-        return {order_of(one) for one in checkpoints if one.step is not None and one.step % self.steps == 0}
-
-    def __str__(self) -> str:
-        return f"every {self.steps} steps"
+    def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
+        return {one.order for one in checkpoints if one.step % self.steps == 0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,87 +88,26 @@ class KeepFor:
         """The whole age, in seconds."""
         return self.hours * 3600 + self.seconds
 
-    def keep(self, checkpoints: Sequence[Kept]) -> set[Order]:
-        newest_s = checkpoints[-1].created_at_s
-        return {order_of(one) for one in checkpoints if newest_s - one.created_at_s <= self.age_s}
-
-    def __str__(self) -> str:
-        return f"not {self.age_s:g} s older than the newest"
+    def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
+        newest = checkpoints[-1].created_at
+        return {one.order for one in checkpoints if (newest - one.created_at).total_seconds() <= self.age_s}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RetentionPlan:
-    """What stays and why, and what goes.
+def removable(
+    checkpoints: Sequence[Checkpoint], rules: Sequence[RetentionRule], *, protected: Collection[tuple[int, int]]
+) -> list[Checkpoint]:
+    """Return which of the committed `checkpoints`, in whatever order they come, may go; oldest first.
 
-    Attributes:
-        keep: (epoch, step) → the reasons, oldest first.
-        remove: (epoch, step) in the order of removal, oldest first.
+    The newest and the `protected`, by their (epoch, step), always stay. Without rules everything does; from the first
+    rule on, a further rule never removes more.
     """
-
-    keep: Mapping[Order, tuple[str, ...]]
-    remove: tuple[Order, ...]
-
-
-def plan(
-    checkpoints: Sequence[Kept], rules: Sequence[RetentionRule], *, protected: Collection[Order] = ()
-) -> RetentionPlan:
-    """Return what stays of the committed `checkpoints`, in whatever order they come.
-
-    The newest and the `protected` (pinned, resumed from, in flight) always stay. Without rules everything does; from
-    the first rule on, a further rule never removes more.
-
-    Raises:
-        OptionsError: two checkpoints are the same one.
-    """
-    oldest_first = sorted(checkpoints, key=order_of)
-    reasons: dict[Order, list[str]] = {order_of(checkpoint): [] for checkpoint in oldest_first}
-    if len(reasons) != len(oldest_first):
-        raise OptionsError("two checkpoints have the same (epoch, step); list each of a root once")
-    for reason, kept in _decisions(oldest_first, rules, protected):
-        for order in kept & reasons.keys():
-            reasons[order].append(reason)
-    return RetentionPlan(
-        keep={order: tuple(why) for order, why in reasons.items() if why},
-        remove=tuple(order for order, why in reasons.items() if not why),
-    )
-
-
-def _decisions(
-    oldest_first: Sequence[Kept], rules: Sequence[RetentionRule], protected: Collection[Order]
-) -> list[tuple[str, set[Order]]]:
-    if not oldest_first:
+    if not checkpoints or not rules:
         return []
-    always = [("newest", {order_of(oldest_first[-1])}), ("protected", set(protected))]
-    if not rules:
-        return [*always, ("no rules", set(map(order_of, oldest_first)))]
-    return [*always, *((str(rule), rule.keep(oldest_first)) for rule in rules)]
-
-
-def best_first(checkpoints: Sequence[KeptT], metric: str, mode: Literal["min", "max"]) -> list[KeptT]:
-    """Return those that have the metric, best first; of equal ones the newer first. NaN counts as absent.
-
-    Raises:
-        OptionsError: the metric has no name, or the mode is neither `min` nor `max`.
-    """
-    _check_metric(metric, mode)
-    sign = 1 if mode == "min" else -1
-    scored = [one for one in checkpoints if not math.isnan(one.metrics.get(metric, math.nan))]
-    newest_first = sorted(scored, key=order_of, reverse=True)
-    return sorted(newest_first, key=lambda one: sign * one.metrics[metric])
-
-
-def order_of(checkpoint: Kept) -> Order:
-    """Return (epoch, step), by which checkpoints are told apart and ordered."""
-    return checkpoint.epoch, -1 if checkpoint.step is None else checkpoint.step
+    oldest_first = sorted(checkpoints, key=lambda one: one.order)
+    kept = {oldest_first[-1].order, *protected}.union(*(rule.keep(oldest_first) for rule in rules))
+    return [one for one in oldest_first if one.order not in kept]
 
 
 def _check_count(rule: str, name: str, count: int) -> None:
     if type(count) is not int or count < 1:
         raise OptionsError(f"{rule} has {name}={count!r}; give a whole number from 1")
-
-
-def _check_metric(metric: str, mode: str) -> None:
-    if not metric:
-        raise OptionsError(f"the metric is {metric!r}; give the name under which `save` gets it")
-    if mode not in ("min", "max"):
-        raise OptionsError(f"mode is {mode!r}; 'min' keeps the smallest {metric}, 'max' the largest")

@@ -15,7 +15,7 @@ from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, parse_checkpoint_pref
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.store import ObjectInfo, Store
 
-__all__ = ["Orphan", "find_orphans", "sweep"]
+__all__ = ["Orphan", "sweep"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,18 +36,18 @@ class Orphan:
 
 
 def sweep(catalog: Catalog, *, older_than_s: float, dry_run: bool) -> list[Orphan]:
-    """Void and remove orphans (see `find_orphans`); return what was removed, or would be in a dry run."""
-    orphans = find_orphans(catalog, older_than_s=older_than_s)
+    """Void and remove orphans; return what was removed, or would be in a dry run.
+
+    Their epoch is not the highest that was claimed, and their newest object is older than `older_than_s`: no running
+    job can own them any more.
+    """
+    orphans = _orphans(catalog, older_than_s=older_than_s)
     if dry_run:
         return orphans
     return [orphan for orphan in orphans if _remove(catalog, orphan)]
 
 
-def find_orphans(catalog: Catalog, *, older_than_s: float) -> list[Orphan]:
-    """Return the prefixes without a commit that no running job can own any more.
-
-    Their epoch is not the highest that was claimed, and their newest object is older than `older_than_s`.
-    """
+def _orphans(catalog: Catalog, *, older_than_s: float) -> list[Orphan]:
     highest = catalog.highest_epoch()
     now_s: float | None = None
     found = []

@@ -1,8 +1,8 @@
 """Lead the ranks of a group through one save: the same steps as DCP's own `save`, over messages that cannot hang.
 
-    flat state ──open──▶ _Opened ──agree──▶ _Order ──plan, lay out──▶ _Laid ──(stage)──▶ _Part ──commit──▶ Checkpoint
+    flat state ──open──▶ _Opened ──agree──▶ Order ──plan, lay out──▶ _Laid ──(stage)──▶ RankPart ──commit──▶ Checkpoint
                                  │ alike?           │ who writes what?               │ plan == results?
-                                 ╰──────────────── rank 0: _Coordinator ─────────────╯
+                                 ╰──────────────── rank 0: Coordinator ─────────────╯
 
 Each arrow makes a value that does not change any more; an error on the way is a value, too, until the exchange in
 which all ranks hear of it. `begin_save` goes as far as _Laid in the training's thread; `PendingSave.stage` copies
@@ -15,11 +15,10 @@ plans as objects are too much for one. Keeps FORMAT invariants 2, 3, 4 and 13.
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -31,7 +30,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from cloudckpt.errors import CloudCkptError, CommitUnknownError, OptionsError, RankLostError, SaveFailedError
+from cloudckpt.errors import SaveFailedError
 from cloudckpt.format import (
     Box,
     BoxTable,
@@ -39,20 +38,25 @@ from cloudckpt.format import (
     Flat,
     JsonValue,
     Manifest,
-    PathElement,
     codec,
     metadata_to_json,
     metrics_to_json,
-    new_attempt,
 )
 from cloudckpt.options import Options
-from cloudckpt.ranks import Group, RanksFailedError, UndecidedError
+from cloudckpt.ranks import Group, plain_errors
 from cloudckpt.root import Checkpoint, Destination, Target
-from cloudckpt.saving.dedup import share_out
-from cloudckpt.saving.output import Part, RankOutput, Record, commit_index, lay_out_part, stats_of
+from cloudckpt.saving.coordinator import (
+    Coordinator,
+    Opening,
+    Order,
+    PlanMemory,
+    RankPart,
+    digests_of,
+    refuse_values,
+)
+from cloudckpt.saving.output import Part, RankOutput, Record, lay_out_part, stats_of
 from cloudckpt.saving.snapshot import Staged, take_snapshot
 from cloudckpt.saving.source import check_layout, check_tensor, chunk_of
-from cloudckpt.saving.tally import Written, assemble, check_against_names
 from cloudckpt.state import is_tensor
 from cloudckpt.transfer import AbandonedError, Gauge, Slabs, StageClosedError
 
@@ -61,25 +65,6 @@ __all__ = ["PendingSave", "PlanMemory", "Session", "begin_save"]
 _T = TypeVar("_T")
 
 _SHOWN = 8
-
-
-@dataclass(slots=True)
-class PlanMemory:
-    """What the plan of one save leaves for the next save of a state with the same structure.
-
-    Attributes:
-        plan_id: which plan; all ranks must have the same one to use it again.
-        digest: of this rank's names and boxes when it was made.
-        rows: which of its boxes this rank writes.
-        paths: name → path in the nested state, on rank 0 of all ranks' names.
-        tensors: names of all tensors, on rank 0.
-    """
-
-    plan_id: str = ""
-    digest: bytes = b""
-    rows: Column = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    paths: dict[str, list[PathElement]] = field(default_factory=dict)
-    tensors: frozenset[str] = frozenset()
 
 
 class Session:
@@ -95,7 +80,7 @@ class Session:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
-            stack.enter_context(_plain_errors(self.group))
+            stack.enter_context(plain_errors(self.group.size, _failed))
             stack.enter_context(self.group.session(self.what, deadline_s=self.options.progress_timeout_s))
             self._stack = stack.pop_all()
         return self
@@ -140,7 +125,7 @@ def begin_save(
     """
     group, what, options = session.group, session.what, session.options
     memory = memory or PlanMemory()
-    coordinator = _Coordinator(destination, memory, options, claims_later=slabs is not None)
+    coordinator = Coordinator(destination, memory, options, claims_later=slabs is not None)
     opened = _tried(lambda: _open(_got(flat), is_coordinator=group.rank == 0))
     record = _tried(
         lambda: Record(
@@ -153,7 +138,7 @@ def begin_save(
     order = group.agree(f"{what}: opening", lambda: _opening(opened, record, memory), coordinator.decide)
     mine, record = _got(opened), _got(record)
     if not order.is_alike:
-        group.agree(f"{what}: comparing values", lambda: _digests(mine.values), _refuse_values)
+        group.agree(f"{what}: comparing values", lambda: digests_of(mine.values), refuse_values)
     if not order.is_planned:
         _plan(mine, memory, coordinator, group, what)
     engine = destination.catalog.store.engine
@@ -237,14 +222,14 @@ class PendingSave:
             finally:
                 self._close_stage()
 
-    def _upload(self, prefix: str, gauge: Gauge | None) -> _Part:
+    def _upload(self, prefix: str, gauge: Gauge | None) -> RankPart:
         laid, lead = _got(self._laid), self._lead
         began_s = time.monotonic()
         watch = replace(lead.group.watch(lead.options.progress_timeout_s), check=self._check, gauge=gauge)
         target = Target(catalog=lead.coordinator.destination.catalog, prefix=prefix)
         output = RankOutput(target, attempt=lead.order.attempt, rank=lead.group.rank, options=lead.options, watch=watch)
         written = output.write(laid.part, lead.values, laid.staged)
-        return _Part(written.encode(), time.monotonic() - began_s, self._stage_s + output.stage_s, time.monotonic())
+        return RankPart(written.encode(), time.monotonic() - began_s, self._stage_s + output.stage_s, time.monotonic())
 
 
 # -- the values on the way ----------------------------------------------------------------------------------
@@ -270,39 +255,11 @@ class _Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class _Opening:
-    """What a rank says first: a digest of its values, and which plan it could use again."""
-
-    values: bytes
-    plan_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """What rank 0 answers: where to write (None: said later); or that values differ, or that a plan is to be made."""
-
-    prefix: str | None = None
-    attempt: str = ""
-    is_alike: bool = True
-    is_planned: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class _Laid:
     """What one rank writes: its boxes placed into shards, and where copies of them go, if any are to be made."""
 
     part: Part
     staged: Staged | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What one rank has done, and when it was done with it (on its own clock)."""
-
-    written: bytes
-    upload_s: float
-    stage_s: float
-    ended_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,18 +269,18 @@ class _Lead:
     what: str
     group: Group
     options: Options
-    coordinator: _Coordinator
-    order: _Order
+    coordinator: Coordinator
+    order: Order
     record: Record
     values: Mapping[str, JsonValue]
 
-    def finish(self, upload: Callable[[str], _Part], check: Callable[[], None]) -> Checkpoint:
+    def finish(self, upload: Callable[[str], RankPart], check: Callable[[], None]) -> Checkpoint:
         """Have every rank upload, and rank 0 commit; return, on every rank, what is committed."""
         prefix = self.order.prefix
         if prefix is None:
             prefix = self.group.agree(f"{self.what}: claiming", lambda: None, lambda _: self.coordinator.place())
 
-        def commit(parts: Sequence[_Part]) -> bytes:
+        def commit(parts: Sequence[RankPart]) -> bytes:
             check()
             return self.coordinator.commit(parts, self.order.attempt, self.record, self.group)
 
@@ -349,14 +306,14 @@ def _open(flat: Flat, *, is_coordinator: bool) -> _Opened:
     return _Opened(planner=planner, items=items, values=values, message=message, digest=digest)
 
 
-def _opening(opened: _Opened | Exception, record: Record | Exception, memory: PlanMemory) -> _Opening:
+def _opening(opened: _Opened | Exception, record: Record | Exception, memory: PlanMemory) -> Opening:
     mine = _got(opened)
     _got(record)
     values = xxhash.xxh3_128_digest(msgspec.json.encode(mine.values))
-    return _Opening(values, memory.plan_id if memory.digest == mine.digest else "")
+    return Opening(values, memory.plan_id if memory.digest == mine.digest else "")
 
 
-def _plan(mine: _Opened, memory: PlanMemory, coordinator: _Coordinator, group: Group, what: str) -> None:
+def _plan(mine: _Opened, memory: PlanMemory, coordinator: Coordinator, group: Group, what: str) -> None:
     """Learn which boxes this rank writes, and remember it."""
     # Rank 0 overwrites what belongs to the plan before it is known that all ranks get the new one.
     memory.plan_id = ""
@@ -388,69 +345,6 @@ def _got(value: _T | Exception) -> _T:
     return value
 
 
-# -- rank 0 -------------------------------------------------------------------------------------------------
-
-
-class _Coordinator:
-    """Rank 0's side: where the save goes, who writes what, and whether all of it was written. Idle on other ranks."""
-
-    def __init__(self, destination: Destination, memory: PlanMemory, options: Options, *, claims_later: bool) -> None:
-        self.destination = destination
-        self._memory = memory
-        self._options = options
-        self._claims_later = claims_later
-        self._target: Target | None = None
-
-    def decide(self, openings: Sequence[_Opening]) -> _Order:
-        if len({opening.values for opening in openings}) > 1:
-            return _Order(is_alike=False)
-        plans = {opening.plan_id for opening in openings}
-        is_placed = self.destination.is_claimed or not self._claims_later
-        return _Order(
-            prefix=self.place() if is_placed else None,
-            attempt=new_attempt(),
-            is_planned=len(plans) == 1 and bool(plans.pop()),
-        )
-
-    def place(self) -> str:
-        """Ask the store where the save goes; it refuses if it may not go there."""
-        self._target = self.destination.take()
-        return self._target.prefix
-
-    def share_out(self, messages: Sequence[bytes]) -> list[tuple[str, bytes]]:
-        decoded = [msgspec.msgpack.decode(message, type=tuple[bytes, bytes]) for message in messages]
-        tables = [BoxTable.decode(table) for table, _ in decoded]
-        rows = share_out(tables)
-        self._memory.tensors = frozenset(name for table in tables for name in table.names)
-        self._memory.paths = {}
-        # The ranks of a sharded model have the same paths, byte for byte; each is looked at once.
-        for data in dict.fromkeys(paths for _, paths in decoded):
-            for name, path in msgspec.json.decode(data, type=dict[str, list[PathElement]]).items():
-                self._memory.paths.setdefault(name, path)
-        plan_id = secrets.token_hex(8)
-        return [(plan_id, of_rank.astype(np.int64).tobytes()) for of_rank in rows]
-
-    def commit(self, parts: Sequence[_Part], attempt: str, record: Record, group: Group) -> bytes:
-        """Compare what was written with the plan, and commit it; return the manifest."""
-        if self._target is None:
-            raise OptionsError("only rank 0 commits")
-        slowest = max(range(len(parts)), key=lambda rank: parts[rank].upload_s)
-        seconds = {
-            **record.seconds,
-            "stage_s": max(part.stage_s for part in parts),
-            "upload_s": parts[slowest].upload_s,
-            "gather_s": time.monotonic() - parts[group.rank].ended_s,
-            "slowest_rank": float(slowest),
-        }
-        written = [Written.decode(part.written) for part in parts]
-        index = assemble(written, attempt=attempt, block_bytes=self._options.block_bytes, paths=self._memory.paths)
-        group.tick()
-        check_against_names(self._memory.tensors, index)
-        group.tick()
-        full = replace(record, world_size=group.size, seconds=seconds)
-        return commit_index(self._target, index, full).manifest.encode()
-
-
 def _box_of(item: WriteItem) -> Box:
     data = item.tensor_data
     if data is not None:
@@ -459,63 +353,5 @@ def _box_of(item: WriteItem) -> Box:
     return Box(chunk.name, chunk.dtype, chunk.shape, chunk.offsets, chunk.sizes)
 
 
-# -- ranks that differ --------------------------------------------------------------------------------------
-
-
-def _digests(values: Mapping[str, JsonValue]) -> dict[str, bytes]:
-    return {name: xxhash.xxh3_128_digest(msgspec.json.encode(value)) for name, value in values.items()}
-
-
-def _refuse_values(found: Sequence[Mapping[str, bytes]]) -> None:
-    """Say which ranks have which values that others have not; a checkpoint would hold one of them only."""
-    parts = []
-    for name in sorted({name for digests in found for name in digests}):
-        by_value: dict[bytes | None, list[int]] = {}
-        for rank, digests in enumerate(found):
-            by_value.setdefault(digests.get(name), []).append(rank)
-        missing = by_value.pop(None, [])
-        if missing:
-            parts.append(f"{name!r} is missing on {_ranks(missing)}")
-        if len(by_value) > 1:
-            parts.append(f"{name!r} differs between {' and '.join(_ranks(ranks) for ranks in by_value.values())}")
-    shown = "; ".join(parts[:_SHOWN])
-    raise SaveFailedError(
-        f"the ranks hold different states, and nothing was written: {shown}. Give every rank the same values, or keep "
-        "what belongs to one rank out of the state"
-    )
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:_SHOWN]))
-    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{', …' if len(ranks) > _SHOWN else ''}"
-
-
-# -- what the caller is told --------------------------------------------------------------------------------
-
-
-@contextmanager
-def _plain_errors(group: Group) -> Iterator[None]:
-    """Turn what the ranks met into the error that says whether something was committed."""
-    try:
-        yield
-    except RanksFailedError as exc:
-        raise _failure(exc.failures, group.size) from exc
-    except UndecidedError as exc:
-        raise CommitUnknownError(
-            f"rank 0 was lost when it was about to commit: the checkpoint is whole or not there; {exc}", op="create"
-        ) from exc
-    except RankLostError as exc:
-        failures = dict.fromkeys(exc.ranks, exc)
-        raise SaveFailedError(f"the save failed and nothing was committed: {exc}", failures=failures) from exc
-
-
-def _failure(failures: Mapping[int, BaseException], size: int) -> BaseException:
-    """Choose what to raise: the error that every rank met, or a `SaveFailedError` with each rank's own."""
-    first = failures[min(failures)]
-    kinds = {(type(error), str(error)) for error in failures.values()}
-    if isinstance(first, CloudCkptError) and len(failures) == size and len(kinds) == 1:
-        return first
-    if size == 1 and not isinstance(first, CloudCkptError):
-        return SaveFailedError(f"the save failed and nothing was committed: {first!r}", failures=failures)
-    text = "; ".join(f"rank {rank}: {error}" for rank, error in sorted(failures.items())[:_SHOWN])
+def _failed(text: str, failures: Mapping[int, BaseException]) -> SaveFailedError:
     return SaveFailedError(f"the save failed and nothing was committed: {text}", failures=failures)

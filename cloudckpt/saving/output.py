@@ -4,8 +4,8 @@
                                             ╰──stage──▶ copies ──upload──▶ the same, while the tensors change
     what all ranks wrote ──plan == results?──▶ index ──put──▶ manifest ──create──▶ committed     (the coordinator)
 
-Used by `CloudWriter`, whom DCP leads through a save, and by `saving`, which leads one itself. Knows DCP's planners;
-keeps FORMAT invariants 2, 3 and 4.
+Used by `CloudWriter`, whom DCP leads through a save, and by `lead`, which leads one itself. Knows DCP's planners; keeps
+FORMAT invariants 2, 3 and 4.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
            ──strided ones──▶ torch's own copy    ├──▶ slabs that hold a shard's bytes in their order
            ──CUDA tensors──▶ side stream         ╯
 
-Knows tensors and where a shard's pieces lie; memory and threads are `staging`'s. Called by the training's thread.
+Knows tensors and where a shard's pieces lie; memory and threads are `transfer`'s. Called by the training's thread.
 """
 
 from __future__ import annotations

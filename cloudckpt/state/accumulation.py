@@ -14,13 +14,14 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cloudckpt.errors import OptionsError, StateMismatchError
 from cloudckpt.format import Flat, PathElement
 from cloudckpt.ranks import Group
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of, shape_of
+from cloudckpt.state.fsdp1 import is_fsdp1
 from cloudckpt.state.optimizers import clean_name
 from cloudckpt.state.per_rank import RankName
 
@@ -67,7 +68,7 @@ class AccumulationWindow:
             raise OptionsError(f"steps is {steps} and on_save {on_save!r}; give 1 or more, and 'refuse' or 'keep'")
         self._model = model if isinstance(model, nn.Module) else None
         self._parameters = _named(model)
-        if on_save == "keep" and self._model is not None and _is_fsdp1(self._model):
+        if on_save == "keep" and self._model is not None and is_fsdp1(self._model):
             raise OptionsError(
                 "on_save='keep' cannot name the gradients of an FSDP1 module, which are flattened; use fully_shard, "
                 "or on_save='refuse' and save where a window begins"
@@ -169,10 +170,6 @@ def _named(model: nn.Module | Iterable[torch.Tensor]) -> dict[str, torch.Tensor]
     if isinstance(model, nn.Module):
         return {clean_name(model, path): held for path, held in model.named_parameters() if held.requires_grad}
     return {str(place): held for place, held in enumerate(model)}
-
-
-def _is_fsdp1(model: nn.Module) -> bool:
-    return any(isinstance(part, FullyShardedDataParallel) for part in model.modules())
 
 
 def _has_hidden_gradients(model: nn.Module) -> bool:

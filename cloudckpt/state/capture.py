@@ -3,19 +3,19 @@
 Everything in the caller's `state` dict is of one of five kinds; each kind has one adapter here:
 
     nn.Module        get_model_state_dict       tensors restored in place (DDP and FSDP names unwrapped)
-    Optimizer        state_dict by parameter names, so that it survives resharding and reordering
+    Optimizer        state_dict by parameter names, so that it survives resharding (`optimizers`, `fsdp1`)
     Stateful         state_dict / load_state_dict; those of `PerRank` are each rank's own
     Tensor           restored in place
     anything else    containers and plain values, restored into the dict
 
 A dict, list or tuple with modules, optimizers or other objects in it is taken apart, and each is an entry of its own.
-Knows PyTorch's objects; knows nothing of stores, steps or shards, nor of what a checkpoint holds (`restore` does).
+Knows PyTorch's objects; knows nothing of stores, steps or shards, nor of what a checkpoint holds (`matching` does).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
-from typing import TypeGuard, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -32,7 +32,8 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.format import Flat, PathElement, codec
 from cloudckpt.state.accumulation import AccumulationWindow, WindowEntry
 from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, is_tensor, mapping_of
-from cloudckpt.state.optimizers import optimizer_entry
+from cloudckpt.state.fsdp1 import flat_optimizer_entry
+from cloudckpt.state.optimizers import OptimizerEntry
 from cloudckpt.state.per_rank import PerRank, PerRankEntry, is_stateful_loader
 from cloudckpt.state.rng import Generators
 
@@ -55,37 +56,10 @@ class _ModuleEntry(Entry):
         return get_model_state_dict(self._module, options=StateDictOptions(strict=False))
 
     def load(self, restored: object, live: object) -> None:
-        state = mapping_of(restored, self.name)
-        if self._is_filled_in_place(state):
-            return
-        given = cast("dict[str, ValueType]", state)
-        set_model_state_dict(self._module, given, options=StateDictOptions(strict=False))
-
-    def _is_filled_in_place(self, state: Mapping[str, object]) -> bool:
-        """Tell whether loading would only copy the module's memory to itself."""
-        if any(_notices_a_load(part) for part in self._module.modules()):
-            return False
-        own = {
-            tensor.data_ptr() for tensor in [*self._module.parameters(), *self._module.buffers()] if _is_plain(tensor)
-        }
-        return all(_is_plain(value) and value.data_ptr() in own for value in state.values())
-
-
-def _notices_a_load(module: nn.Module) -> bool:
-    """Tell whether a module does more in `load_state_dict` than to copy; what PyTorch ships only copies."""
-    kind = type(module)
-    hooks = (vars(module).get(f"_load_state_dict_{when}_hooks") for when in ("pre", "post"))
-    if any(hooks):
-        return True
-    is_overridden = any(
-        getattr(kind, method) is not getattr(nn.Module, method)
-        for method in ("load_state_dict", "_load_from_state_dict", "set_extra_state")
-    )
-    return is_overridden and not kind.__module__.startswith("torch.nn.modules.")
-
-
-def _is_plain(value: object) -> TypeGuard[torch.Tensor]:
-    return type(value) in (torch.Tensor, nn.Parameter, nn.Buffer) and bool(cast("torch.Tensor", value).numel())
+        # Also where every tensor was filled in place: what a module does in its own loading has to be done, and torch
+        # copies no memory to itself (0.04 s of a core for 700 tensors, 1.7 s for 23,000, no memory).
+        state = cast("dict[str, ValueType]", mapping_of(restored, self.name))
+        set_model_state_dict(self._module, state, options=StateDictOptions(strict=False))
 
 
 class _StatefulEntry(Entry):
@@ -197,7 +171,7 @@ def _entry(place: Place, modules: Mapping[str, nn.Module]) -> Entry:
     if isinstance(value, nn.Module):
         return _ModuleEntry(place, value)
     if isinstance(value, Optimizer):
-        return optimizer_entry(place, value, modules)
+        return flat_optimizer_entry(place, value, modules) or OptimizerEntry(place, value, modules)
     if isinstance(value, AccumulationWindow):
         return WindowEntry(place, value)
     if isinstance(value, PerRank) or is_stateful_loader(value):

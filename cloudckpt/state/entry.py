@@ -1,7 +1,7 @@
 """Say what one object of the state must be able to do to be saved and restored; its kinds are elsewhere.
 
-state        modules, objects with state_dict, tensors, values
-optimizers   optimizers
+capture      modules, objects with state_dict, tensors, values
+optimizers   optimizers; of FSDP1 modules: fsdp1
 per_rank     objects that each rank has for itself
 accumulation gradients between two steps
 """

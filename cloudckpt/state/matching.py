@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import cast
 
 import torch
@@ -43,7 +44,7 @@ class Targets:
     apply: Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Saved:
     """What a checkpoint holds: shapes and dtypes of its tensors, its values, and the paths of both."""
 
@@ -51,23 +52,21 @@ class Saved:
     dtypes: Mapping[str, torch.dtype]
     values: Mapping[str, object]
     paths: Mapping[str, Sequence[PathElement]]
-    _tops: dict[str, list[tuple[str, list[PathElement]]]] = field(default_factory=dict, init=False, repr=False)
-    _owned: dict[str, dict[RankName, str]] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        for name in self.shapes:
-            owner = RankName.parse(name) if name.startswith(_OURS) else None
-            if owner is not None:
-                self._owned.setdefault(owner.name, {})[owner] = name
 
     def names(self) -> list[str]:
         """All names, in the order in which they were saved."""
         known = [name for name in self.paths if name in self.shapes or name in self.values]
         return known + [name for name in [*self.shapes, *self.values] if name not in self.paths]
 
+    @cached_property
     def owned(self) -> Mapping[str, Mapping[RankName, str]]:
         """What each rank saved for itself: the name in the state → whose it is → the tensor's name."""
-        return self._owned
+        found: dict[str, dict[RankName, str]] = {}
+        for name in self.shapes:
+            owner = RankName.parse(name)
+            if owner is not None:
+                found.setdefault(owner.name, {})[owner] = name
+        return found
 
     def path(self, name: str) -> list[PathElement]:
         """Where a name stood in the nested state; a checkpoint that says nothing has dots in its names for steps.
@@ -79,43 +78,16 @@ class Saved:
     def below(self, path: Sequence[PathElement]) -> list[str]:
         """The names of all that stood at `path` or below it."""
         wanted = list(path)
-        return [name for name, found in self._by_top().get(repr(wanted[0]), []) if found[: len(wanted)] == wanted]
+        return [name for name, found in self._by_top.get(repr(wanted[0]), []) if found[: len(wanted)] == wanted]
 
-    def _by_top(self) -> dict[str, list[tuple[str, list[PathElement]]]]:
+    @cached_property
+    def _by_top(self) -> Mapping[str, list[tuple[str, list[PathElement]]]]:
         """Names and paths by the first step of the path: a state with many entries looks each of them up."""
-        if not self._tops:
-            for name in self.names():
-                path = self.path(name)
-                self._tops.setdefault(repr(path[0]), []).append((name, path))
-        return self._tops
-
-
-@dataclass(slots=True)
-class _Planned:
-    """One entry's part of a restore.
-
-    Attributes:
-        entry: whose it is.
-        live: what `fillable` returned.
-        restored: the nested state for `load`.
-        is_shared: whether there is one.
-        own: what is for `load_own`.
-        is_owned: whether ranks saved something for themselves.
-    """
-
-    entry: Entry
-    live: object
-    restored: object
-    is_shared: bool = True
-    own: dict[str, torch.Tensor] = field(default_factory=dict)
-    is_owned: bool = False
-
-    def load(self) -> None:
-        """Hand everything to the entry."""
-        if self.is_shared:
-            self.entry.load(self.restored, self.live)
-        if self.is_owned:
-            self.entry.load_own(self.own)
+        tops: dict[str, list[tuple[str, list[PathElement]]]] = {}
+        for name in self.names():
+            path = self.path(name)
+            tops.setdefault(repr(path[0]), []).append((name, path))
+        return tops
 
 
 def plan_restore(entries: Sequence[Entry], saved: Saved, *, strict: bool) -> Targets:
@@ -138,8 +110,8 @@ def plan_restore(entries: Sequence[Entry], saved: Saved, *, strict: bool) -> Tar
     matching.refuse_mismatch()
 
     def apply() -> None:
-        for planned in matching.planned:
-            planned.load()
+        for load in matching.loads:
+            load()
 
     return Targets(tensors=matching.tensors, apply=apply)
 
@@ -153,13 +125,14 @@ class _Matching:
         self._misfit = Misfit()
         self._mismatched: dict[str, tuple[_Shape, _Shape]] = {}
         self._claimed: set[str] = set()
+        self._tops: set[str] = set()
         self.tensors: dict[str, object] = {}
-        self.planned: list[_Planned] = []
+        self.loads: list[Callable[[], None]] = []
 
     def match(self, entry: Entry) -> None:
         """Decide where each name of one entry comes from."""
         in_checkpoint = self._saved.below(entry.path)
-        owned = {name: found for name, found in self._saved.owned().items() if entry.holds_own(name)}
+        owned = {name: found for name, found in self._saved.owned.items() if entry.holds_own(name)}
         self._claimed.update(in_checkpoint)
         self._claimed.update(owned)
         if not in_checkpoint and not owned:
@@ -169,11 +142,13 @@ class _Matching:
         if sizes - {RankName.here(entry.name).size}:
             self._refuse_other_world(entry, sizes)
             return
-        planned = self._shared(entry, in_checkpoint) if in_checkpoint else _Planned(entry, {}, {}, is_shared=False)
-        planned.own, planned.is_owned = self._own_targets(entry, owned), bool(owned)
-        self.planned.append(planned)
+        self._tops.add(str(entry.path[0]))
+        if in_checkpoint:
+            self._match_shared(entry, in_checkpoint)
+        if owned:
+            self.loads.append(partial(entry.load_own, self._own_targets(entry, owned)))
 
-    def _shared(self, entry: Entry, in_checkpoint: Sequence[str]) -> _Planned:
+    def _match_shared(self, entry: Entry, in_checkpoint: Sequence[str]) -> None:
         """Plan what all ranks share of an entry."""
         nested = entry.fillable()
         live = entry.flat(nested)
@@ -189,7 +164,7 @@ class _Matching:
             self._keep_rest(live, leaves, paths)
         restored = _nested(leaves, paths, entry.path)
         self._add(entry.compare(restored, self._saved.dtypes))
-        return _Planned(entry, nested, restored)
+        self.loads.append(partial(entry.load, restored, nested))
 
     def _own_targets(self, entry: Entry, owned: Mapping[str, Mapping[RankName, str]]) -> dict[str, torch.Tensor]:
         """Return targets for what this rank saved for itself."""
@@ -273,13 +248,12 @@ class _Matching:
 
     def _unclaimed(self) -> list[str]:
         """Return what is in the checkpoint and belongs to no entry."""
-        tops = {str(planned.entry.path[0]) for planned in self.planned}
         found = []
         for name in self._saved.names():
             top = str(self._saved.path(name)[0])
             if name not in self._claimed and not top.startswith(_OURS):
-                found.append(name if top in tops else top)
-        for name in self._saved.owned():
+                found.append(name if top in self._tops else top)
+        for name in self._saved.owned:
             if name not in self._claimed:
                 found.append(name)
                 if name in self._misfit.missing and self._strict:

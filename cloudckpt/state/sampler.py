@@ -1,7 +1,6 @@
 """Deal the samples of a data epoch to the ranks so that training can stop anywhere and go on with any number of ranks.
 
-    (seed, data epoch) ──▶ one order of all samples, the same for any number of ranks
-    order[consumed:]   ──▶ dealt like cards: rank r of n takes every n-th, from the r-th on
+    order[consumed:] ──▶ dealt like cards: rank r of n takes every n-th, from the r-th on
 
 After k samples on each rank exactly the first k × n of what was dealt are consumed, whatever the batch size is, so one
 number says where all ranks stand. It counts what the training loop was handed, not what worker processes have drawn
@@ -18,11 +17,11 @@ from itertools import islice
 from typing import Literal, TypeVar
 
 import torch
-import xxhash
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from cloudckpt.errors import OptionsError, StateMismatchError
 from cloudckpt.ranks import Group
+from cloudckpt.state.order import Order, mixed
 
 __all__ = ["ResumableSampler"]
 
@@ -84,19 +83,16 @@ class ResumableSampler(Sampler[int]):
         Raises:
             OptionsError: no such rank or tail, or an empty data set.
         """
-        self._length = data_source if isinstance(data_source, int) else len(data_source)
+        length = data_source if isinstance(data_source, int) else len(data_source)
         self._rank, self._size = _place(rank, num_replicas)
-        if self._length < 1 or tail not in ("even", "drop", "pad", "uneven"):
+        if length < 1 or tail not in ("even", "drop", "pad", "uneven"):
             raise OptionsError(
-                f"{self._length} samples with tail {tail!r}; give 1 or more, and 'even', 'drop', 'pad' or 'uneven'"
+                f"{length} samples with tail {tail!r}; give 1 or more, and 'even', 'drop', 'pad' or 'uneven'"
             )
-        self._shuffle = shuffle
-        self._seed = seed
+        self._order = Order(length, seed=seed, is_shuffled=shuffle)
         self._tail = tail
         self._data_epoch = 0
         self._consumed = 0
-        self._order: tuple[int, torch.Tensor] | None = None
-        self._fingerprint: tuple[int, str] | None = None
         self._iteration = 0
         self._jumps = 0
         self._is_handing_out = False
@@ -116,18 +112,21 @@ class ResumableSampler(Sampler[int]):
     @property
     def padded(self) -> int:
         """How many samples at the end of this rank's share of the data epoch are padding: 0 or 1."""
-        left = self._length - self._consumed
-        return int(self._tail == "pad" and left > 0 and 0 < left % self._size <= self._rank)
+        return int(self._tail == "pad" and 0 < self._left % self._size <= self._rank)
+
+    @property
+    def _left(self) -> int:
+        """Samples of this data epoch that no rank was handed."""
+        return self._order.length - self._consumed
 
     def __len__(self) -> int:
         """Return how many samples of this data epoch are left for this rank."""
         return self._share_of(self._rank)
 
     def _share_of(self, rank: int) -> int:
-        left = self._length - self._consumed
         if self._tail == "drop":
-            return left // self._size
-        return -(-left // self._size) if self._tail == "pad" else max(0, -(-(left - rank) // self._size))
+            return self._left // self._size
+        return -(-(self._left if self._tail == "pad" else max(0, self._left - rank)) // self._size)
 
     def set_data_epoch(self, data_epoch: int) -> None:
         """Go to the start of a data epoch; stay where it is, if that data epoch is under way.
@@ -167,23 +166,8 @@ class ResumableSampler(Sampler[int]):
 
     def _share(self) -> torch.Tensor:
         start = self._consumed + self._rank
-        places = torch.arange(start, start + self._share_of(self._rank) * self._size, self._size) % self._length
-        return self._order_of(self._data_epoch)[places] if self._shuffle else places
-
-    def _order_of(self, data_epoch: int) -> torch.Tensor:
-        """Return the order of all samples of a data epoch."""
-        if self._order is None or self._order[0] != data_epoch:
-            generator = torch.Generator().manual_seed(_mixed(self._seed, data_epoch))
-            self._order = data_epoch, torch.randperm(self._length, generator=generator)
-        return self._order[1]
-
-    def _fingerprint_of(self, data_epoch: int) -> str:
-        """Return a digest of an order, so that another one that some other torch makes of the seed is noticed."""
-        if not self._shuffle:
-            return ""
-        if self._fingerprint is None or self._fingerprint[0] != data_epoch:
-            self._fingerprint = data_epoch, xxhash.xxh3_64_hexdigest(self._order_of(data_epoch).numpy().data)
-        return self._fingerprint[1]
+        places = torch.arange(start, start + len(self) * self._size, self._size) % self._order.length
+        return self._order.samples(self._data_epoch, places)
 
     # -- the training loop -------------------------------------------------------------------------------------
 
@@ -246,8 +230,7 @@ class ResumableSampler(Sampler[int]):
         self._jump(self._data_epoch + 1, 0)
 
     def _log_left_out(self, batch_size: int, steps: int, *, drop_last: bool, has_merged: bool) -> None:
-        left = self._length - self._consumed
-        left_out = left if has_merged and not steps else left % (batch_size * self._size)
+        left_out = self._left if has_merged and not steps else self._left % (batch_size * self._size)
         if self._tail == "even" and not drop_last and 0 < left_out < self._size and not (has_merged and steps):
             logger.warning(
                 "data epoch %d ends with %d samples for %d ranks, which are left out: not every rank would have a "
@@ -262,7 +245,7 @@ class ResumableSampler(Sampler[int]):
 
         A loader draws it from torch's generator otherwise, once per iterator; a resumed run makes one more of these.
         """
-        with _seeded(_mixed(self._seed, self._data_epoch, self._consumed, self._rank)):
+        with _seeded(mixed(self._order.seed, self._data_epoch, self._consumed, self._rank)):
             return iter(loader)
 
     def steps_left(self, batch_size: int, *, drop_last: bool = False) -> int:
@@ -300,8 +283,7 @@ class ResumableSampler(Sampler[int]):
 
     def _move(self, samples: int) -> None:
         """Count samples of every rank; the last batch may be smaller, and smaller on some ranks than on others."""
-        left = self._length - self._consumed
-        dealt = left - left % self._size if self._tail == "drop" else left
+        dealt = self._left - self._left % self._size if self._tail == "drop" else self._left
         self._consumed += min(samples * self._size, dealt)
 
     # -- state -------------------------------------------------------------------------------------------------
@@ -311,10 +293,10 @@ class ResumableSampler(Sampler[int]):
         return {
             "data_epoch": self._data_epoch,
             "consumed": self._consumed,
-            "length": self._length,
-            "shuffle": self._shuffle,
-            "seed": self._seed,
-            "order": self._fingerprint_of(self._data_epoch) if self._consumed else "",
+            "length": self._order.length,
+            "shuffle": self._order.is_shuffled,
+            "seed": self._order.seed,
+            "order": self._order.fingerprint(self._data_epoch) if self._consumed else "",
             "num_replicas": self._size,
         }
 
@@ -323,16 +305,17 @@ class ResumableSampler(Sampler[int]):
         data_epoch, consumed, length = (state_dict.get(key) for key in ("data_epoch", "consumed", "length"))
         if type(data_epoch) is not int or type(consumed) is not int or type(length) is not int or data_epoch < 0:
             return ["is no state of a ResumableSampler in the checkpoint"]
+        order = self._order
         reasons = [
             f"has {key} {mine!r} here and {state_dict.get(key)!r} there"
-            for key, mine in (("length", self._length), ("shuffle", self._shuffle), ("seed", self._seed))
+            for key, mine in (("length", order.length), ("shuffle", order.is_shuffled), ("seed", order.seed))
             if state_dict.get(key) != mine
         ]
         if reasons:
             reasons[-1] += " (the position means nothing then: give the same, or leave the sampler out of the state)"
         elif not 0 <= consumed <= length:
             reasons.append(f"stands at {consumed} of {length} samples there")
-        elif consumed and state_dict.get("order") != self._fingerprint_of(data_epoch):
+        elif consumed and state_dict.get("order") != order.fingerprint(data_epoch):
             reasons.append(
                 f"makes another order of data epoch {data_epoch} here than there (another torch?); go on with the one "
                 f"that saved it, or leave the sampler out of the state and call set_data_epoch({data_epoch + 1})"
@@ -388,11 +371,6 @@ def _place(rank: int | None, num_replicas: int | None) -> tuple[int, int]:
     if not 0 <= rank < num_replicas:
         raise OptionsError(f"rank {rank} of {num_replicas}; ranks count from 0")
     return rank, num_replicas
-
-
-def _mixed(*numbers: int) -> int:
-    """Return one seed from several numbers, so that close ones have nothing in common."""
-    return xxhash.xxh3_64_intdigest("/".join(map(str, numbers)).encode()) >> 1
 
 
 @contextmanager

@@ -668,8 +668,7 @@ def test_writer_and_reader_close_the_stores_that_they_open(tmp_path: Path, monke
         opened.append(store)
         return store
 
-    for room in ("writer", "reader"):
-        monkeypatch.setattr(f"cloudckpt.dcp.{room}.open_store", remembered)
+    monkeypatch.setattr("cloudckpt.dcp.address.open_store", remembered)
     state = {"t": torch.ones(3)}
     dcp.save(state, storage_writer=CloudWriter(tmp_path / "c"))
     failure(lambda: dcp.save({"t": torch.eye(2).to_sparse()}, storage_writer=CloudWriter(tmp_path / "d")))

@@ -225,13 +225,6 @@ def test_a_live_migration_is_no_notice_and_a_termination_is(server: MetadataServ
     assert (notice.source, notice.deadline_s) == ("gce maintenance-event", None)
 
 
-def test_the_time_before_a_maintenance_can_be_stated(server: MetadataServer) -> None:
-    server.answers[MAINTENANCE] = Answer(b"TERMINATE_ON_HOST_MAINTENANCE")
-    source = GceSource(endpoint=server.url, maintenance_s=3_600.0, clock=fixed_clock)
-
-    assert [notice.deadline_s for notice in source.poll()] == [4_600.0]
-
-
 def test_what_the_metadata_server_did_not_say_is_no_notice(server: MetadataServer) -> None:
     server.answers[PREEMPTED] = Answer(b"TRUE", is_google=False)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from random import Random
 
 import pytest
@@ -12,30 +12,45 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.root.retention import (
-    KeepBest,
-    KeepEvery,
-    KeepFor,
-    KeepLast,
-    Kept,
-    RetentionRule,
-    best_first,
-    order_of,
-    plan,
-)
+from cloudckpt.format import FORMAT_VERSION, Manifest
+from cloudckpt.root.checkpoint import Checkpoint, best_first
+from cloudckpt.root.retention import KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule, removable
+
+Order = tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
-    step: int
-    epoch: int = 1
-    metrics: dict[str, float] = field(default_factory=dict)
-    created_at_s: float = 0.0
+def one(step: int, epoch: int = 1, metrics: Mapping[str, float] | None = None, created_at_s: float = 0.0) -> Checkpoint:
+    return Checkpoint(
+        step=step,
+        epoch=epoch,
+        attempt="0" * 16,
+        url="",
+        metrics=metrics or {},
+        metadata={},
+        created_at=datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=created_at_s),
+        total_bytes=0,
+        world_size=1,
+        digest="",
+        manifest=Manifest(
+            format_version=FORMAT_VERSION, state="committed", step=step, epoch=epoch, attempt="0" * 16, created_at=""
+        ),
+        prefix="",
+    )
 
 
-def saved(*losses: float) -> list[Saved]:
+def saved(*losses: float) -> list[Checkpoint]:
     """Steps 1, 2, 3… of epoch 1 with these losses."""
-    return [Saved(step, metrics={"loss": loss}) for step, loss in enumerate(losses, start=1)]
+    return [one(step, metrics={"loss": loss}) for step, loss in enumerate(losses, start=1)]
+
+
+def removed(
+    history: Sequence[Checkpoint], chosen: Sequence[RetentionRule], protected: set[Order] | None = None
+) -> list[Order]:
+    return orders_of(removable(history, chosen, protected=protected or set()))
+
+
+def orders_of(history: Sequence[Checkpoint]) -> list[Order]:
+    return [checkpoint.order for checkpoint in history]
 
 
 values = st.sampled_from([-math.inf, -1.0, -0.0, 0.0, 0.5, 1.0, 2.0, math.inf, math.nan])
@@ -43,7 +58,7 @@ histories = st.dictionaries(
     st.tuples(st.integers(1, 3), st.integers(0, 12)),
     st.tuples(st.dictionaries(st.sampled_from(["loss", "acc"]), values), st.floats(0, 1e6)),
     max_size=14,
-).map(lambda found: [Saved(step, epoch, *facts) for (epoch, step), facts in found.items()])
+).map(lambda found: [one(step, epoch, *facts) for (epoch, step), facts in found.items()])
 rules = st.one_of(
     st.integers(1, 5).map(KeepLast),
     st.builds(KeepBest, st.sampled_from(["loss", "acc"]), st.integers(1, 4), st.sampled_from(["min", "max"])),
@@ -56,104 +71,87 @@ orders = st.sets(st.tuples(st.integers(1, 3), st.integers(0, 12)), max_size=5)
 
 @settings(deadline=None)
 @given(histories, rule_lists, orders)
-def test_keep_and_remove_split_the_whole_history(
-    history: list[Saved], chosen: list[RetentionRule], protected: set[tuple[int, int]]
-) -> None:
-    decided = plan(history, chosen, protected=protected)
-
-    assert sorted([*decided.keep, *decided.remove]) == sorted(map(order_of, history))
-
-
-@settings(deadline=None)
-@given(histories, rule_lists, orders)
 def test_the_newest_and_the_protected_always_stay(
-    history: list[Saved], chosen: list[RetentionRule], protected: set[tuple[int, int]]
+    history: list[Checkpoint], chosen: list[RetentionRule], protected: set[Order]
 ) -> None:
-    decided = plan(history, chosen, protected=protected)
+    gone = set(removed(history, chosen, protected))
 
-    present = set(map(order_of, history))
-    newest = {max(present)} if present else set()
-    assert set(decided.remove) & (newest | protected) == set()
+    newest = {max(orders_of(history))} if history else set()
+    assert gone & (newest | protected) == set()
+    assert gone <= set(orders_of(history))
 
 
 @settings(deadline=None)
 @given(histories, rule_lists.filter(bool), rules, orders)
 def test_a_further_rule_never_removes_more(
-    history: list[Saved], chosen: list[RetentionRule], further: RetentionRule, protected: set[tuple[int, int]]
+    history: list[Checkpoint], chosen: list[RetentionRule], further: RetentionRule, protected: set[Order]
 ) -> None:
-    before = plan(history, chosen, protected=protected)
-    after = plan(history, [*chosen, further], protected=protected)
+    before = removed(history, chosen, protected)
+    after = removed(history, [*chosen, further], protected)
 
-    assert set(after.remove) <= set(before.remove)
+    assert set(after) <= set(before)
 
 
 @settings(deadline=None)
 @given(histories, rule_lists, orders, st.randoms(use_true_random=False))
 def test_the_order_of_the_input_changes_nothing(
-    history: list[Saved],
+    history: list[Checkpoint],
     chosen: list[RetentionRule],
-    protected: set[tuple[int, int]],
+    protected: set[Order],
     random: Random,
 ) -> None:
     shuffled = list(history)
     random.shuffle(shuffled)
 
-    assert plan(shuffled, chosen, protected=protected) == plan(history, chosen, protected=protected)
+    assert removed(shuffled, chosen, protected) == removed(history, chosen, protected)
 
 
 @settings(deadline=None)
 @given(histories, rule_lists, orders)
 def test_removal_goes_oldest_first(
-    history: list[Saved], chosen: list[RetentionRule], protected: set[tuple[int, int]]
+    history: list[Checkpoint], chosen: list[RetentionRule], protected: set[Order]
 ) -> None:
-    decided = plan(history, chosen, protected=protected)
+    gone = removed(history, chosen, protected)
 
-    assert list(decided.remove) == sorted(decided.remove)
-    assert list(decided.keep) == sorted(decided.keep)
+    assert gone == sorted(gone)
 
 
 @settings(deadline=None)
 @given(histories, rule_lists, orders)
 def test_pruning_twice_removes_nothing_the_second_time(
-    history: list[Saved], chosen: list[RetentionRule], protected: set[tuple[int, int]]
+    history: list[Checkpoint], chosen: list[RetentionRule], protected: set[Order]
 ) -> None:
-    first = plan(history, chosen, protected=protected)
-    survivors = [one for one in history if order_of(one) in first.keep]
+    gone = removed(history, chosen, protected)
+    survivors = [found for found in history if found.order not in gone]
 
-    assert plan(survivors, chosen, protected=protected).remove == ()
+    assert removed(survivors, chosen, protected) == []
 
 
 @settings(deadline=None)
 @given(histories, st.integers(1, 4), st.sampled_from(["min", "max"]))
-def test_keep_best_keeps_none_worse_than_one_it_drops(history: list[Saved], n: int, mode: str) -> None:
+def test_keep_best_keeps_none_worse_than_one_it_drops(history: list[Checkpoint], n: int, mode: str) -> None:
     rule = KeepBest("loss", n, mode)  # type: ignore[arg-type]
-    usable = [one for one in history if not math.isnan(one.metrics.get("loss", math.nan))]
+    usable = [found for found in history if not math.isnan(found.metrics.get("loss", math.nan))]
 
     kept = rule.keep(history)
 
     assert len(kept) == min(n, len(usable))
-    inside = [one.metrics["loss"] for one in usable if order_of(one) in kept]
-    outside = [one.metrics["loss"] for one in usable if order_of(one) not in kept]
+    inside = [found.metrics["loss"] for found in usable if found.order in kept]
+    outside = [found.metrics["loss"] for found in usable if found.order not in kept]
     worse = (lambda a, b: a > b) if mode == "min" else (lambda a, b: a < b)
     assert not [(a, b) for a in inside for b in outside if worse(a, b)]
 
 
 def test_without_rules_everything_stays() -> None:
-    decided = plan(saved(3.0, 2.0, 1.0), [])
-
-    assert list(decided.keep) == [(1, 1), (1, 2), (1, 3)]
+    assert removed(saved(3.0, 2.0, 1.0), []) == []
 
 
-def test_nothing_saved_is_a_plan_for_nothing() -> None:
-    decided = plan([], [KeepLast(1), KeepFor(hours=1)], protected={(1, 1)})
-
-    assert (decided.keep, decided.remove) == ({}, ())
+def test_of_nothing_nothing_is_removed() -> None:
+    assert removed([], [KeepLast(1), KeepFor(hours=1)], protected={(1, 1)}) == []
 
 
 def test_the_lowest_loss_is_the_one_that_stays() -> None:
-    decided = plan(saved(0.9, 0.1, 0.5, 0.7), [KeepBest("loss")])
-
-    assert decided.remove == ((1, 1), (1, 3))
+    assert removed(saved(0.9, 0.1, 0.5, 0.7), [KeepBest("loss")]) == [(1, 1), (1, 3)]
 
 
 def test_mode_max_keeps_the_largest() -> None:
@@ -161,7 +159,7 @@ def test_mode_max_keeps_the_largest() -> None:
 
 
 def test_nan_and_missing_metrics_are_never_best() -> None:
-    history = [*saved(math.nan, 5.0), Saved(3), Saved(4, metrics={"acc": 0.0})]
+    history = [*saved(math.nan, 5.0), one(3), one(4, metrics={"acc": 0.0})]
 
     assert KeepBest("loss", n=3).keep(history) == {(1, 2)}
 
@@ -174,67 +172,43 @@ def test_infinite_metrics_take_their_place(mode: str, best: float) -> None:
 
 
 def test_of_equal_metrics_the_newer_is_better() -> None:
-    history = [Saved(9, epoch=1, metrics={"loss": 1.0}), Saved(2, epoch=2, metrics={"loss": 1.0})]
+    history = [one(9, epoch=1, metrics={"loss": 1.0}), one(2, epoch=2, metrics={"loss": 1.0})]
 
     assert KeepBest("loss").keep(history) == {(2, 2)}
     assert KeepBest("loss", mode="max").keep(history) == {(2, 2)}
 
 
 def test_a_later_epoch_is_newer_than_a_higher_step() -> None:
-    history = [Saved(900, epoch=1), Saved(901, epoch=1), Saved(100, epoch=2)]
+    history = [one(900, epoch=1), one(901, epoch=1), one(100, epoch=2)]
 
-    assert plan(history, [KeepLast(1)]).remove == ((1, 900), (1, 901))
+    assert removed(history, [KeepLast(1)]) == [(1, 900), (1, 901)]
 
 
 def test_keep_every_counts_step_zero() -> None:
-    history = [Saved(step) for step in (0, 5, 10, 15, 20)]
+    history = [one(step) for step in (0, 5, 10, 15, 20)]
 
     assert KeepEvery(steps=10).keep(history) == {(1, 0), (1, 10), (1, 20)}
 
 
 def test_keep_for_measures_age_against_the_newest_checkpoint() -> None:
-    history = [Saved(step, created_at_s=1000.0 + 3600 * step) for step in range(5)]
+    history = [one(step, created_at_s=1000.0 + 3600 * step) for step in range(5)]
 
     assert KeepFor(hours=2).keep(history) == {(1, 2), (1, 3), (1, 4)}
     assert KeepFor(hours=1, seconds=3600).keep(history) == {(1, 2), (1, 3), (1, 4)}
 
 
 def test_keep_for_keeps_what_claims_to_be_newer_than_the_newest() -> None:
-    history = [Saved(1, created_at_s=9e9), Saved(2, created_at_s=0.0)]
+    history = [one(1, created_at_s=9e9), one(2, created_at_s=0.0)]
 
-    assert plan(history, [KeepFor(seconds=1)]).remove == ()
-
-
-def test_every_reason_is_named() -> None:
-    history = saved(0.1, 0.9, 0.8)
-    chosen = [KeepLast(2), KeepBest("loss"), KeepEvery(steps=3), KeepFor(hours=1)]
-
-    decided = plan(history, chosen, protected={(1, 2), (7, 7)})
-
-    age = "not 3600 s older than the newest"
-    assert decided.keep == {
-        (1, 1): ("best 1 by loss (min)", age),
-        (1, 2): ("protected", "last 2", age),
-        (1, 3): ("newest", "last 2", "every 3 steps", age),
-    }
+    assert removed(history, [KeepFor(seconds=1)]) == []
 
 
 def test_a_rule_of_ones_own_takes_part() -> None:
     class KeepFirst:
-        def keep(self, checkpoints: Sequence[Kept]) -> set[tuple[int, int]]:
-            return {order_of(checkpoints[0]), (99, 99)}
+        def keep(self, checkpoints: Sequence[Checkpoint]) -> set[Order]:
+            return {checkpoints[0].order, (99, 99)}
 
-        def __str__(self) -> str:
-            return "the first"
-
-    decided = plan(saved(1.0, 2.0, 3.0), [KeepFirst()])
-
-    assert decided.keep == {(1, 1): ("the first",), (1, 3): ("newest",)}
-
-
-def test_one_checkpoint_listed_twice_is_refused() -> None:
-    with pytest.raises(OptionsError, match="same"):
-        plan([Saved(1), Saved(1)], [KeepLast(1)])
+    assert removed(saved(1.0, 2.0, 3.0), [KeepFirst()]) == [(1, 2)]
 
 
 @pytest.mark.parametrize(

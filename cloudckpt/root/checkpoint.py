@@ -1,0 +1,72 @@
+"""Say what one committed checkpoint is, and which of several is the newest or the best. Pure values, no I/O."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Literal
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.format import Manifest
+
+__all__ = ["Checkpoint", "best_first", "check_metric"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One committed checkpoint.
+
+    Attributes:
+        step: training step, -1 for a checkpoint outside a root.
+        epoch: incarnation of the job that saved it, 0 outside a root.
+        attempt: which attempt's objects make it up.
+        url: its prefix; `cloudckpt.load(state, url)` reads it.
+        metrics: what the caller measured at the save.
+        metadata: the caller's own.
+        created_at: when, by the saving coordinator's clock.
+        total_bytes: bytes of all its shards.
+        world_size: ranks that saved it.
+        digest: SHA-256 of its manifest.
+        manifest: the manifest itself.
+    """
+
+    step: int
+    epoch: int
+    attempt: str
+    url: str
+    metrics: Mapping[str, float]
+    metadata: Mapping[str, object]
+    created_at: datetime
+    total_bytes: int
+    world_size: int
+    digest: str
+    manifest: Manifest = field(repr=False)
+    prefix: str = field(repr=False)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """(epoch, step): what makes one checkpoint newer than another (FORMAT invariant 10)."""
+        return self.epoch, self.step
+
+
+def best_first(checkpoints: Sequence[Checkpoint], metric: str, mode: Literal["min", "max"]) -> list[Checkpoint]:
+    """Return those that have the metric, best first; of equal ones the newer first. NaN counts as absent.
+
+    Raises:
+        OptionsError: the metric has no name, or the mode is neither `min` nor `max`.
+    """
+    check_metric(metric, mode)
+    sign = 1 if mode == "min" else -1
+    scored = [one for one in checkpoints if not math.isnan(one.metrics.get(metric, math.nan))]
+    newest_first = sorted(scored, key=lambda one: one.order, reverse=True)
+    return sorted(newest_first, key=lambda one: sign * one.metrics[metric])
+
+
+def check_metric(metric: str, mode: str) -> None:
+    """Raise `OptionsError` for a metric without a name, or a mode that is none."""
+    if not metric:
+        raise OptionsError(f"the metric is {metric!r}; give the name under which `save` gets it")
+    if mode not in ("min", "max"):
+        raise OptionsError(f"mode is {mode!r}; 'min' keeps the smallest {metric}, 'max' the largest")

@@ -1,0 +1,160 @@
+"""Save and restore the optimizer of an FSDP1 module, whose parameters are flattened and cut over the ranks.
+
+Only PyTorch finds the tensors in them; knows its FSDP1 and the sharded tensors that come with it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharded_tensor.shard import Shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    ShardedOptimStateDictConfig,
+    ShardedStateDictConfig,
+    StateDictType,
+)
+from torch.distributed.fsdp._common_utils import _get_param_to_fqns
+from torch.optim import Optimizer
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.format import PathElement
+from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of, shape_of
+from cloudckpt.state.optimizers import Named, NamedEntry, groups_of, parameter_of
+
+__all__ = ["flat_optimizer_entry", "is_fsdp1"]
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Tell whether a module has parts that FSDP1 has wrapped."""
+    return any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
+
+
+def flat_optimizer_entry(place: Place, optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> Entry | None:
+    """Return the adapter of an optimizer over an FSDP1 module of `modules`; None for any other optimizer.
+
+    Raises:
+        OptionsError: it has parameters of an FSDP1 module and others besides.
+    """
+    own = {id(parameter) for group in groups_of(optimizer) for parameter in group["params"]}
+    for top, module in modules.items():
+        if not is_fsdp1(module) or own.isdisjoint(map(id, module.parameters())):
+            continue
+        names = {
+            id(parameter): Named(clean := [_without_compile(name) for name in found], f"{top}.{clean[0]}")
+            for parameter, found in _get_param_to_fqns(module).items()
+        }
+        if own <= names.keys():
+            return _FlatEntry(place, optimizer, names, module)
+        raise OptionsError(
+            f"{place.name!r} has parameters of the FSDP module {top!r} and others besides, which cannot be named "
+            "together; give each such module an optimizer of its own"
+        )
+    return None
+
+
+class _FlatEntry(NamedEntry):
+    """The optimizer of an FSDP1 module: each rank has pieces of flattened parameters, where only PyTorch finds tensors.
+
+    For a save it gathers them and cuts them again along their first dimension. A restore fills tensors that are cut
+    like the module's own, from which PyTorch makes the pieces.
+    """
+
+    def __init__(self, place: Place, optimizer: Optimizer, names: Mapping[int, Named], module: nn.Module) -> None:
+        super().__init__(place, optimizer, names)
+        self._module = module
+        self._fsdp_names = {
+            _without_compile(name): name
+            for names_of_one in _get_param_to_fqns(module).values()
+            for name in names_of_one
+        }
+
+    def current(self) -> object:
+        with _sharded(self._module) as group:
+            found = FullyShardedDataParallel.optim_state_dict(self._module, self._optimizer, group=group)
+        # A parameter without state has an empty one, if only its unit was gathered.
+        state = {_without_compile(name): value for name, value in found["state"].items() if value != {}}
+        groups = zip(found["param_groups"], self._groups, strict=True)
+        return {"state": state, "param_groups": [{**group, "params": names} for group, names in groups]}
+
+    def fillable(self) -> object:
+        return {}  # `current` makes copies
+
+    @cached_property
+    def _cuts(self) -> Mapping[str, object]:
+        """The module's tensors, cut over the ranks as a part of the state that is as large is."""
+        return get_model_state_dict(self._module, options=StateDictOptions(strict=False))
+
+    def allocate(self, below: Sequence[PathElement], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        name = parameter_of(below)
+        alike = self._cuts.get(name) if name else None
+        if isinstance(alike, ShardedTensor) and shape_of(alike) == shape:
+            return cast("torch.Tensor", _empty_like_sharded(alike, dtype))
+        if isinstance(alike, torch.Tensor) and shape_of(alike) == shape:
+            return torch.empty_like(alike, dtype=dtype, requires_grad=False)
+        return super().allocate(below, shape, dtype)
+
+    def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
+        """Compare also what is flattened into one parameter, which has one state."""
+        misfit = super().compare(restored, dtypes)
+        state = self.restored_state(restored)
+        for named in self._named:
+            keys = {frozenset(mapping_of(state.get(name, {}), self.name)) for name in named.names}
+            if len(keys) > 1:
+                misfit.reasons.append(
+                    f"{self.name} has one state for all of {', '.join(named.names)}, and not so there"
+                )
+        return misfit
+
+    def load(self, restored: object, live: object) -> None:
+        state = {self._fsdp_names.get(name, name): value for name, value in self.restored_state(restored).items()}
+        groups = self.restored_groups(restored)
+        for group, names in zip(groups, self._groups, strict=True):
+            group["params"] = [self._fsdp_names[name] for name in names]
+        with _sharded(self._module) as process_group:
+            flat = FullyShardedDataParallel.optim_state_dict_to_load(
+                self._module,
+                self._optimizer,
+                {"state": state, "param_groups": groups},
+                group=process_group,
+            )
+        self.load_numbered(flat["state"], flat["param_groups"])
+
+
+@contextmanager
+def _sharded(module: nn.Module) -> Iterator[ProcessGroup | None]:
+    """Have FSDP1 give and take optimizer state in parts, not whole; yields the ranks that share the module."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"FSDP\.state_dict_type\(\)", category=FutureWarning)
+        with FullyShardedDataParallel.state_dict_type(
+            module,
+            StateDictType.SHARDED_STATE_DICT,
+            ShardedStateDictConfig(offload_to_cpu=False),
+            ShardedOptimStateDictConfig(offload_to_cpu=False),
+        ):
+            yield FullyShardedDataParallel.fsdp_modules(module)[0].process_group
+
+
+def _without_compile(name: str) -> str:
+    return name.replace("_orig_mod.", "")
+
+
+def _empty_like_sharded(tensor: ShardedTensor, dtype: torch.dtype) -> ShardedTensor:
+    """Return a tensor of another dtype, cut in the same way; without any word to the other ranks."""
+    metadata = tensor.metadata()
+    shards = [Shard(torch.empty_like(shard.tensor, dtype=dtype), shard.metadata) for shard in tensor.local_shards()]
+    return ShardedTensor._init_from_local_shards_and_global_metadata(  # noqa: SLF001 (the public ways all talk)
+        shards,
+        replace(metadata, tensor_properties=replace(metadata.tensor_properties, dtype=dtype, requires_grad=False)),
+        process_group=tensor._process_group,  # noqa: SLF001 (of the ranks that share it)
+    )

@@ -1,0 +1,78 @@
+"""Which of the committed checkpoints a catalog names as the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cloudckpt.errors import OptionsError
+from cloudckpt.format import FORMAT_VERSION, IndexRef, Manifest, checkpoint_prefix, metrics_to_json, new_attempt
+from cloudckpt.root import Catalog
+from cloudckpt.store import open_store
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Iterator[Catalog]:
+    store = open_store(str(tmp_path))
+    yield Catalog(store)
+    store.close()
+
+
+def commit(catalog: Catalog, step: int, epoch: int = 1, **metrics: float) -> None:
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        state="committed",
+        step=step,
+        epoch=epoch,
+        attempt=new_attempt(),
+        created_at="",
+        world_size=1,
+        index=IndexRef(size_bytes=1, sha256="0" * 64),
+        metrics=metrics_to_json(metrics),
+    )
+    catalog.commit(manifest, prefix=checkpoint_prefix(step, epoch))
+
+
+def best_step(catalog: Catalog, metric: str, mode: str) -> int | None:
+    found = catalog.best(metric, mode)  # type: ignore[arg-type]
+    return None if found is None else found.step
+
+
+@pytest.mark.parametrize(("mode", "step"), [("min", 2), ("max", 3)])
+def test_the_best_is_the_smallest_or_the_largest_as_the_mode_says(catalog: Catalog, mode: str, step: int) -> None:
+    for number, loss in enumerate([0.5, -math.inf, math.inf, 0.1], start=1):
+        commit(catalog, number, loss=loss)
+
+    assert best_step(catalog, "loss", mode) == step
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_of_equals_the_newer_is_the_best_and_a_later_epoch_is_newer(catalog: Catalog, mode: str) -> None:
+    commit(catalog, 9, epoch=1, loss=1.0)
+    commit(catalog, 2, epoch=2, loss=1.0)
+
+    assert best_step(catalog, "loss", mode) == 2
+
+
+def test_nan_and_missing_metrics_are_never_best(catalog: Catalog) -> None:
+    commit(catalog, 1, loss=5.0)
+    commit(catalog, 2, loss=math.nan)
+    commit(catalog, 3, acc=0.0)
+
+    assert best_step(catalog, "loss", "min") == best_step(catalog, "loss", "max") == 1
+
+
+def test_nothing_is_best_where_no_checkpoint_has_the_metric(catalog: Catalog) -> None:
+    assert best_step(catalog, "loss", "min") is None
+    commit(catalog, 1, acc=1.0)
+
+    assert best_step(catalog, "loss", "min") is None
+
+
+@pytest.mark.parametrize(("metric", "mode"), [("", "min"), ("loss", "least")])
+def test_a_metric_without_a_name_and_an_unknown_mode_are_refused(catalog: Catalog, metric: str, mode: str) -> None:
+    with pytest.raises(OptionsError):
+        best_step(catalog, metric, mode)
