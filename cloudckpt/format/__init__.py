@@ -8,15 +8,7 @@ from cloudckpt.format.boxes import Box, BoxTable, Column, ragged_places, row_pro
 from cloudckpt.format.builder import IndexBuilder
 from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, JsonValue
 from cloudckpt.format.environment import environment
-from cloudckpt.format.index import (
-    FORMAT_VERSION,
-    INDEX_LIMIT_BYTES,
-    BoxPlace,
-    ChunkEntry,
-    Index,
-    ShardEntry,
-    TensorEntry,
-)
+from cloudckpt.format.index import BoxPlace, Index, ShardEntry
 from cloudckpt.format.keys import (
     EPOCHS_PREFIX,
     MANIFEST_NAME,
@@ -40,8 +32,8 @@ from cloudckpt.format.manifest import (
     metadata_to_json,
     metrics_to_json,
 )
-from cloudckpt.format.record import shown
-from cloudckpt.format.section import Section
+from cloudckpt.format.record import FORMAT_VERSION, INDEX_LIMIT_BYTES, shown
+from cloudckpt.format.section import ChunkEntry, Section, TensorEntry
 from cloudckpt.format.shard import block_digests, verify_blocks
 from cloudckpt.format.tiling import untiled
 from cloudckpt.format.tree import Flat, PathElement, flatten, unflatten

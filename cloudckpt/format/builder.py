@@ -95,7 +95,7 @@ def _record_of(section: Section, attempt: str, decoded_bytes: int, frame: bytes)
     return RankRecord(
         rank=section.rank,
         attempt="" if section.attempt == attempt else section.attempt,
-        shard_count=len(section.numbers),
+        shard_count=len(section.shard_sizes),
         stored_bytes=int(section.shard_sizes.sum()),
         piece_count=len(section),
         size_bytes=len(frame),

@@ -23,7 +23,7 @@ __all__ = [
     "shown",
 ]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 1
 
 # Every count, size and coordinate is below this: exact in any JSON reader, and sums of a few fit 64 bits.
 NUMBER_LIMIT = 1 << 53

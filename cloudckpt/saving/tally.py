@@ -179,7 +179,6 @@ class _Assembly:
             Section(
                 rank=written.rank,
                 attempt=written.attempt,
-                numbers=np.arange(len(written.shard_sizes), dtype=np.int64),
                 shard_sizes=written.shard_sizes,
                 digests=written.digests,
                 tensor=self._common_numbers(written)[written.boxes.tensor],

@@ -15,25 +15,24 @@ from typing import cast
 
 import torch
 
-from cloudckpt.format import Index, codec
+from cloudckpt.format import Index
 from cloudckpt.state.per_rank import pack, unpack
 
 __all__ = ["apply_rng", "capture_rng", "packed_rng", "restore_rng", "rng_name", "rng_targets"]
 
 logger = logging.getLogger(__name__)
 
-# Of all ranks together, as checkpoints of format version 1 have it.
-_OF_ALL = "cloudckpt.rng"
+_PREFIX = "cloudckpt.rng"
 
 
 def rng_name(rank: int) -> str:
     """Return the name under which a rank's generators are saved."""
-    return f"{_OF_ALL}.r{rank:05d}"
+    return f"{_PREFIX}.r{rank:05d}"
 
 
 def packed_rng() -> torch.Tensor:
     """Return this process's generators as bytes."""
-    return pack(capture_rng(), key=_OF_ALL)
+    return pack(capture_rng(), key=_PREFIX)
 
 
 def rng_targets(index: Index, rank: int) -> dict[str, torch.Tensor]:
@@ -42,13 +41,11 @@ def rng_targets(index: Index, rank: int) -> dict[str, torch.Tensor]:
     return {} if saved is None else {rng_name(rank): torch.empty(saved.shape, dtype=torch.uint8)}
 
 
-def apply_rng(index: Index, filled: Mapping[str, torch.Tensor]) -> bool:
+def apply_rng(_index: Index, filled: Mapping[str, torch.Tensor]) -> bool:
     """Put the generators back; return whether the checkpoint had any for this rank."""
     states: object = None
     for tensor in filled.values():
-        states = unpack(tensor, key=_OF_ALL)
-    if _OF_ALL in index.values:
-        states = codec.decode(index.values[_OF_ALL], key=_OF_ALL)
+        states = unpack(tensor, key=_PREFIX)
     if isinstance(states, dict):
         restore_rng(cast("dict[str, object]", states))
     return isinstance(states, dict)

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError, UnsupportedValueError
-from cloudckpt.format.index import FORMAT_VERSION
 from cloudckpt.format.manifest import (
     MANIFEST_LIMIT_BYTES,
     EpochClaim,
@@ -28,6 +27,7 @@ from cloudckpt.format.manifest import (
     metadata_to_json,
     metrics_to_json,
 )
+from cloudckpt.format.record import FORMAT_VERSION
 
 KEY = "step-0000012000-e0003/manifest.json"
 
@@ -441,12 +441,6 @@ def test_a_version_that_never_was_is_not_newer(version: int) -> None:
 @pytest.mark.parametrize("resumed_from", [None, (11_500, 2), (0, 0)])
 def test_a_claim_comes_back_as_it_was(resumed_from: tuple[int, int] | None) -> None:
     claim = msgspec.structs.replace(CLAIM, resumed_from=resumed_from)
-
-    assert decode_claim(claim.encode(), key="epochs/0000000003.json") == claim
-
-
-def test_a_claim_of_version_1_is_read() -> None:
-    claim = msgspec.structs.replace(CLAIM, format_version=1)
 
     assert decode_claim(claim.encode(), key="epochs/0000000003.json") == claim
 

@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.metadata import (
 from cloudckpt.errors import SaveFailedError, UnsupportedValueError
 from cloudckpt.format.boxes import Box, BoxTable
 from cloudckpt.format.codec import DTYPES
-from cloudckpt.format.index import ChunkEntry, Index, TensorEntry
+from cloudckpt.format.index import Index
 from cloudckpt.format.layout import Chunk, lay_out
+from cloudckpt.format.section import ChunkEntry, TensorEntry
 from cloudckpt.saving.tally import Written, assemble, check_against_plan
 
 ATTEMPT = "0123456789abcdef"

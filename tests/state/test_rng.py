@@ -14,6 +14,7 @@ import torch
 from cloudckpt import CheckpointManager
 from cloudckpt.errors import ManifestError
 from cloudckpt.format import codec
+from cloudckpt.format.builder import IndexBuilder
 from cloudckpt.format.index import Index
 from cloudckpt.state.rng import apply_rng, capture_rng, restore_rng
 
@@ -125,7 +126,7 @@ def test_a_gpu_s_generator_goes_on_through_a_checkpoint(tmp_path: Path) -> None:
 def test_generators_that_are_no_json_are_an_integrity_error() -> None:
     with pytest.raises(ManifestError, match="is no JSON"):
         apply_rng(
-            Index.of(attempt="0" * 16, block_bytes=4096, tensors={}, values={}, paths={}, sections=[]),
+            Index(*IndexBuilder(attempt="0" * 16, block_bytes=4096).finish({}, {}), key="index.bin"),
             {"x": torch.zeros(4, dtype=torch.uint8)},
         )
 
