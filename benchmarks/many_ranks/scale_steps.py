@@ -198,7 +198,7 @@ def _reader_checks_all(directory: Path) -> Found:
     watch = _Watch("check")
     data = (directory / "index").read_bytes()
     with watch.time("check"):
-        Index.decode(data, key="index").check(key="index")
+        Index.decode(data, key="index").check()
     return watch.end()
 
 

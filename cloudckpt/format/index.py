@@ -16,15 +16,14 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 import xxhash
-import zstandard
 
 from cloudckpt.errors import ManifestError, OptionsError, UnsupportedValueError
-from cloudckpt.format.builder import LEVEL, Writers
+from cloudckpt.format.builder import Writers
 from cloudckpt.format.cover import Cover
 from cloudckpt.format.header import Header, header_problems, table_problems
-from cloudckpt.format.record import decode_record, decompress, may_decode, shown
+from cloudckpt.format.record import compress, decode_record, decompress, may_decode, shown
 from cloudckpt.format.section import ChunkEntry, Section, SectionError, TensorEntry, Tensors
-from cloudckpt.format.shard import DIGEST_BYTES
+from cloudckpt.format.shard import DIGEST_BYTES, block_counts
 from cloudckpt.format.tiling import Tiling
 
 __all__ = ["BoxPlace", "Index", "ShardEntry"]
@@ -103,7 +102,7 @@ class Index:
                 key=exc.object,
                 type_name="str",
             ) from exc
-        head = zstandard.ZstdCompressor(level=LEVEL).compress(text)
+        head = compress(text)
         data = b"".join((_MAGIC, _LENGTH.pack(len(head)), head, *self._frames.values()))
         decoded_bytes = len(text) + sum(record.decoded_bytes for record in self._header.ranks)
         if not may_decode(len(head), len(text)) or not may_decode(len(data), decoded_bytes):
@@ -135,18 +134,17 @@ class Index:
         places = np.cumsum([at + size_bytes, *(record.size_bytes for record in header.ranks)]).tolist()
         index = cls(header, [memoryview(data)[start:stop] for start, stop in pairwise(places)], key=key)
         if index.piece_count < _CHECKED_PIECES:
-            index.check(key=key)
+            index.check()
         return index
 
     # -- consistency -----------------------------------------------------------------------------------------------
 
-    def check(self, *, key: str) -> None:
+    def check(self) -> None:
         """Raise `ManifestError` unless every piece lies inside its shard and the pieces tile their tensors.
 
         Decodes every section; takes time in proportion to the pieces, however they lie.
         """
-        self._key = key
-        _refuse(self.problems(), key)
+        _refuse(self.problems(), self._key)
         self._is_checked = True
 
     def problems(self) -> Iterator[str]:
@@ -194,21 +192,10 @@ class Index:
             counts += np.bincount(section.tensor, minlength=len(counts))
         return dict(zip(self._names, counts.tolist(), strict=True))
 
-    def pieces(self, name: str) -> list[ChunkEntry]:
-        """Return the pieces of one tensor."""
-        number = self._names.index(name)
-        writer = self._header.tensors[name].writer
-        sections = [self.section(writer)] if writer >= 0 else self._each_section()
-        return [
-            chunk
-            for section in sections
-            for _, chunk in section.chunks(np.flatnonzero(section.tensor == number), self._columns)
-        ]
-
     def all_pieces(self) -> dict[str, list[ChunkEntry]]:
         """Return the pieces of every tensor, by name, and check them first; an object per piece."""
         if not self._is_checked:
-            self.check(key=self._key)
+            self.check()
         found: list[list[ChunkEntry]] = [[] for _ in self._names]
         for section in self._each_section():
             for number, chunk in section.chunks(np.arange(len(section)), self._columns):
@@ -294,7 +281,7 @@ class Index:
 
 
 def _shards_of(section: Section, block_bytes: int) -> Iterator[ShardEntry]:
-    stops = (np.cumsum(section.block_counts(block_bytes)) * DIGEST_BYTES).tolist()
+    stops = (np.cumsum(block_counts(section.shard_sizes, block_bytes)) * DIGEST_BYTES).tolist()
     places = zip(section.shard_sizes.tolist(), [0, *stops[:-1]], stops, strict=False)
     for number, (size_bytes, first, stop) in enumerate(places):
         yield ShardEntry(section.rank, number, section.attempt, size_bytes, section.digests[first:stop])

@@ -17,6 +17,7 @@ __all__ = [
     "FORMAT_VERSION",
     "INDEX_LIMIT_BYTES",
     "NUMBER_LIMIT",
+    "compress",
     "decode_record",
     "decompress",
     "may_decode",
@@ -35,6 +36,8 @@ _DECODED_LIMIT_BYTES = 4 << 30
 _SHRINK_LIMIT = 256
 _SHRINK_FREE_BYTES = 16 << 20
 _SHOWN = 200
+# A seventh smaller than at 3, and still 0.05 ms a section; higher levels cost more and save nothing.
+_LEVEL = 6
 
 _Record = TypeVar("_Record", bound=msgspec.Struct)
 
@@ -93,6 +96,11 @@ def may_decode(size_bytes: int, decoded_bytes: int) -> bool:
     """Tell whether a reader takes an index of this size that decodes to that size."""
     limit_bytes = min(_DECODED_LIMIT_BYTES, max(_SHRINK_FREE_BYTES, _SHRINK_LIMIT * size_bytes))
     return size_bytes <= INDEX_LIMIT_BYTES and 0 <= decoded_bytes <= limit_bytes
+
+
+def compress(data: bytes) -> bytes:
+    """Return one zstd frame of an index, which states its decoded size."""
+    return zstandard.ZstdCompressor(level=_LEVEL).compress(data)
 
 
 def decompress(data: bytes | memoryview, *, key: str) -> bytes:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cloudckpt.format.boxes import Column, ragged_places, row_products
 from cloudckpt.format.codec import DTYPES
 from cloudckpt.format.record import NUMBER_LIMIT, shown
-from cloudckpt.format.shard import DIGEST_BYTES
+from cloudckpt.format.shard import DIGEST_BYTES, block_counts
 
 __all__ = ["ChunkEntry", "Section", "SectionError", "TensorEntry", "Tensors"]
 
@@ -122,33 +122,9 @@ class Section:
         """Return how many pieces there are."""
         return len(self.tensor)
 
-    def in_order(self, tensors: Tensors) -> Section:
-        """Return the section with its pieces in the order of their bytes."""
-        firsts = tensors.firsts(self.tensor)
-        stops = self.start + row_products(self.sizes, firsts)
-        order = np.lexsort((stops, self.start, self.shard))
-        if (order == np.arange(len(order))).all():
-            return self
-        places = ragged_places(firsts, order)
-        return Section(
-            rank=self.rank,
-            attempt=self.attempt,
-            shard_sizes=self.shard_sizes,
-            digests=self.digests,
-            tensor=self.tensor[order],
-            shard=self.shard[order],
-            start=self.start[order],
-            offsets=self.offsets[places],
-            sizes=self.sizes[places],
-        )
-
     def nbytes(self, tensors: Tensors) -> Column:
         """Return each piece's bytes."""
         return row_products(self.sizes, tensors.firsts(self.tensor)) * tensors.item_bytes[self.tensor]
-
-    def block_counts(self, block_bytes: int) -> Column:
-        """Return each shard's number of blocks."""
-        return -(-self.shard_sizes // block_bytes)
 
     def chunks(self, rows: Column, tensors: Tensors) -> Iterator[tuple[int, ChunkEntry]]:
         """Yield some of the pieces one by one, each with its tensor's number."""
@@ -189,7 +165,7 @@ class Section:
         shard_sizes = source.column(shards)
         if ((shard_sizes <= _LENGTH_BYTES) | (shard_sizes >= NUMBER_LIMIT)).any():
             raise SectionError("it has a shard without data, or beyond any store")
-        blocks = -(-shard_sizes // block_bytes)
+        blocks = block_counts(shard_sizes, block_bytes)
         # Added up in floating point first: a sum of hostile integers may wrap around to a small one.
         if blocks.sum(dtype=np.float64) * DIGEST_BYTES > len(data):
             raise SectionError(f"{len(data)} bytes cannot hold the digests of its shards")

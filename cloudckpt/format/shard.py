@@ -15,8 +15,9 @@ import msgspec
 import xxhash
 
 from cloudckpt.errors import UnsupportedValueError
+from cloudckpt.format.boxes import Column
 
-__all__ = ["DIGEST_BYTES", "Entry", "block_count", "block_digests", "encode_header", "verify_blocks"]
+__all__ = ["DIGEST_BYTES", "Entry", "block_counts", "block_digests", "encode_header", "verify_blocks"]
 
 DIGEST_BYTES = 8
 
@@ -86,9 +87,9 @@ def _shape(entry: Entry) -> list[int]:
     return list(entry.shape) if entry.dtype in _NAMED_DTYPES else [entry.nbytes]
 
 
-def block_count(size_bytes: int, block_bytes: int) -> int:
-    """Return how many blocks an object of `size_bytes` has; the last may be short."""
-    return -(-size_bytes // block_bytes)
+def block_counts(sizes_bytes: Column, block_bytes: int) -> Column:
+    """Return how many blocks objects of these sizes have; the last of each may be short."""
+    return -(-sizes_bytes // block_bytes)
 
 
 def block_digests(buffers: Iterable[memoryview], *, block_bytes: int) -> bytes:

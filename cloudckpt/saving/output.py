@@ -119,7 +119,7 @@ class RankOutput:
 
         The bytes are those of the tensors themselves, or what was copied from them into `staged`.
         """
-        uploaded = upload(
+        digests = upload(
             self._target.catalog.store,
             [self._job(shard, part) if staged is None else self._staged_job(shard, staged) for shard in part.shards],
             block_bytes=self._options.block_bytes,
@@ -127,7 +127,6 @@ class RankOutput:
             budget=Budget(self._options.transfer_budget_bytes if staged is None else staged.transfer_bytes),
             watch=self._watch,
         )
-        digests = [done.digests for done in uploaded]
         return Written.of(part.chunks, part.shards, digests, values, rank=self._rank, attempt=self._attempt)
 
     def _job(self, shard: ShardLayout, part: Part) -> ShardJob:
@@ -144,7 +143,6 @@ class RankOutput:
         staging_bytes = Staging.room_for(piece.nbytes for piece in shard.pieces if source.is_staged(piece))
         return ShardJob(
             key=self._key(shard),
-            size_bytes=shard.size_bytes,
             # A transport may copy a body once.
             cost_bytes=shard.size_bytes + staging_bytes,
             staging_bytes=staging_bytes,
@@ -154,7 +152,6 @@ class RankOutput:
     def _staged_job(self, shard: ShardLayout, staged: Staged) -> ShardJob:
         return ShardJob(
             key=self._key(shard),
-            size_bytes=shard.size_bytes,
             cost_bytes=0 if staged.is_sent_in_place else shard.size_bytes,
             staging_bytes=0,
             open=lambda _: [memoryview(shard.header), staged.stage.open(shard.number)],

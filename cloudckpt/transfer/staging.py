@@ -87,15 +87,13 @@ class Slabs:
         """Bytes that are held, lent ones included."""
         return self._held_bytes
 
-    def take(
-        self, size_bytes: int, *, limit_bytes: int, most_bytes: int | None = None, is_pinned: bool = False
-    ) -> _Slab:
+    def take(self, size_bytes: int, *, limit_bytes: int, most_bytes: int, is_pinned: bool = False) -> _Slab:
         """Return the smallest idle slab that is large enough, or a new one.
 
         Args:
             size_bytes: of the memory wanted.
             limit_bytes: what may be held afterwards: idle slabs that do not fit make room for a new one.
-            most_bytes: how large the slab may be, if it is larger than need be; None for any size.
+            most_bytes: how large the slab may be, if it is larger than need be.
             is_pinned: page-locked, for copies from a device.
         """
         with self._lock:
@@ -104,7 +102,7 @@ class Slabs:
                 for slab in self._idle
                 if slab.is_pinned >= is_pinned
                 and slab.size_bytes >= size_bytes
-                and (slab.is_exact(size_bytes) or most_bytes is None or slab.size_bytes <= most_bytes)
+                and (slab.is_exact(size_bytes) or slab.size_bytes <= most_bytes)
             ]
             if fitting:
                 slab = min(fitting, key=lambda slab: slab.size_bytes)
@@ -168,12 +166,6 @@ class Slabs:
             # Called without Python's lock, and in small parts, so that training gets the core in between.
             ctypes.memset(address + start, 0, min(_HUGE_BYTES, slab.size_bytes - start))
             time.sleep(_TOUCH_PAUSE_S)
-
-    def wait_until_touched(self) -> None:
-        """Wait for what `touch_ahead` began."""
-        toucher = self._toucher
-        if toucher is not None:
-            toucher.join()
 
     def stop_touching(self) -> None:
         """Let `touch_ahead` end where it is: the memory is needed now."""

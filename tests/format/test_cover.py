@@ -124,7 +124,7 @@ def test_a_large_index_is_checked_where_it_is_read(monkeypatch: pytest.MonkeyPat
     assert [chunk.rank for chunk in index.covering({"a": [((0,), (4,))], "b": [((0,), (4,))]}, near=0)["b"]] == [0, 1]
     assert opened(index) == [0]
     for refused in (
-        lambda: index.check(key="index.bin"),
+        index.check,
         index.all_pieces,
         lambda: index.covering({"a": [((0,), (8,))]}, near=1),
     ):

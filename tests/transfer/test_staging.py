@@ -236,32 +236,41 @@ def test_held_memory_stays_within_the_budget_whatever_becomes_of_the_structure(t
 
 def test_a_slab_is_used_again_and_the_smallest_that_fits_is_taken() -> None:
     slabs = Slabs()
-    large, small = slabs.take(5 * PAGE, limit_bytes=100 * PAGE), slabs.take(PAGE, limit_bytes=100 * PAGE)
+    large, small = (
+        slabs.take(5 * PAGE, limit_bytes=100 * PAGE, most_bytes=100 * PAGE),
+        slabs.take(PAGE, limit_bytes=100 * PAGE, most_bytes=100 * PAGE),
+    )
     slabs.give(large)
     slabs.give(small)
-    assert slabs.take(PAGE, limit_bytes=100 * PAGE) is small
-    assert slabs.take(5 * PAGE, limit_bytes=100 * PAGE) is large
+    assert slabs.take(PAGE, limit_bytes=100 * PAGE, most_bytes=100 * PAGE) is small
+    assert slabs.take(5 * PAGE, limit_bytes=100 * PAGE, most_bytes=100 * PAGE) is large
     assert slabs.held_bytes == 6 * PAGE
 
 
 def test_idle_slabs_that_are_too_small_make_room_for_a_new_one() -> None:
     slabs = Slabs()
-    lent = [slabs.take(PAGE, limit_bytes=4 * PAGE) for _ in range(4)]
+    lent = [slabs.take(PAGE, limit_bytes=4 * PAGE, most_bytes=4 * PAGE) for _ in range(4)]
     for slab in lent:
         slabs.give(slab)
-    slabs.take(3 * PAGE, limit_bytes=4 * PAGE)
+    slabs.take(3 * PAGE, limit_bytes=4 * PAGE, most_bytes=4 * PAGE)
     assert slabs.held_bytes == 4 * PAGE
+
+
+def wait_until_touched() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "cloudckpt-touch":
+            thread.join()
 
 
 def test_memory_is_touched_ahead_once() -> None:
     slabs = Slabs()
     slabs.touch_ahead([4 * MIB, PAGE, 4 * MIB])
-    slabs.wait_until_touched()
+    wait_until_touched()
     assert slabs.held_bytes == 8 * MIB + PAGE
     slabs.touch_ahead([4 * MIB, 4 * MIB])
-    slabs.wait_until_touched()
+    wait_until_touched()
     assert slabs.held_bytes == 8 * MIB + PAGE
-    assert bytes(slabs.take(4 * MIB, limit_bytes=8 * MIB).memory[:64]) == bytes(64)
+    assert bytes(slabs.take(4 * MIB, limit_bytes=8 * MIB, most_bytes=8 * MIB).memory[:64]) == bytes(64)
 
 
 def test_a_save_interrupts_touching_and_what_was_not_touched_is_as_good() -> None:
@@ -279,7 +288,7 @@ def test_a_save_interrupts_touching_and_what_was_not_touched_is_as_good() -> Non
 
 def test_closing_ends_touching_and_lets_go_of_everything_once_it_is_given_back() -> None:
     slabs = Slabs()
-    lent = slabs.take(PAGE, limit_bytes=PAGE)
+    lent = slabs.take(PAGE, limit_bytes=PAGE, most_bytes=PAGE)
     slabs.touch_ahead([64 * MIB] * 8)
     slabs.close()
     assert slabs.held_bytes == PAGE
