@@ -15,8 +15,8 @@ from functools import partial
 
 from cloudckpt.format import block_digests
 from cloudckpt.store import Store
+from cloudckpt.transfer.memory import Scratch
 from cloudckpt.transfer.pool import Budget, Watch, Work, run_all
-from cloudckpt.transfer.scratch import Scratch
 
 __all__ = ["ShardJob", "upload"]
 

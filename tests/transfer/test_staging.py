@@ -17,7 +17,8 @@ import cloudckpt
 from cloudckpt import CheckpointManager, Options
 from cloudckpt.errors import CloudCkptError
 from cloudckpt.options import KIB, MIB
-from cloudckpt.transfer.staging import Copy, Slabs, Stage, StageClosedError, copy_all
+from cloudckpt.transfer.memory import Slabs
+from cloudckpt.transfer.staging import Copy, Stage, StageClosedError, copy_all
 from raw_access import FreshPrefix
 from tests.store.gates import PATIENCE_S, Gate, before, slow, wait_for
 

@@ -30,8 +30,8 @@ from cloudckpt.store import RetryingStore
 from cloudckpt.store.base import Store
 from cloudckpt.store.local import LocalStore
 from cloudckpt.transfer.download import Fetch, ShardSource, download
+from cloudckpt.transfer.memory import Scratch
 from cloudckpt.transfer.pool import Budget
-from cloudckpt.transfer.scratch import Scratch
 from cloudckpt.transfer.upload import ShardJob, upload
 from tests.store.fault_store import Bucket, FaultKind, FaultStore, Op, denied, refused, transient
 
