@@ -7,7 +7,6 @@ from cloudckpt.format import codec
 from cloudckpt.format.boxes import Box, BoxTable, Column, ragged_places, row_products
 from cloudckpt.format.builder import IndexBuilder
 from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, JsonValue
-from cloudckpt.format.environment import environment
 from cloudckpt.format.index import BoxPlace, Index, ShardEntry
 from cloudckpt.format.keys import (
     EPOCHS_PREFIX,
@@ -32,7 +31,7 @@ from cloudckpt.format.manifest import (
     metadata_to_json,
     metrics_to_json,
 )
-from cloudckpt.format.record import FORMAT_VERSION, INDEX_LIMIT_BYTES, shown
+from cloudckpt.format.record import FORMAT_VERSION, INDEX_LIMIT_BYTES, lone_surrogates
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry
 from cloudckpt.format.shard import block_digests, verify_blocks
 from cloudckpt.format.tiling import untiled
@@ -72,11 +71,11 @@ __all__ = [
     "codec",
     "decode_claim",
     "digest_of",
-    "environment",
     "epoch_key",
     "flatten",
     "index_key",
     "lay_out",
+    "lone_surrogates",
     "metadata_to_json",
     "metrics_to_json",
     "new_attempt",
@@ -86,7 +85,6 @@ __all__ = [
     "ragged_places",
     "row_products",
     "shard_key",
-    "shown",
     "unflatten",
     "untiled",
     "verify_blocks",

@@ -17,11 +17,11 @@ import msgspec
 import numpy as np
 import xxhash
 
-from cloudckpt.errors import ManifestError, OptionsError, UnsupportedValueError
+from cloudckpt.errors import ManifestError, OptionsError
 from cloudckpt.format.builder import Writers
 from cloudckpt.format.cover import Cover
 from cloudckpt.format.header import Header, header_problems, table_problems
-from cloudckpt.format.record import compress, decode_record, decompress, may_decode, shown
+from cloudckpt.format.record import compress, decode_record, decompress, lone_surrogates, may_decode, shown
 from cloudckpt.format.section import ChunkEntry, Section, SectionError, TensorEntry, Tensors
 from cloudckpt.format.shard import DIGEST_BYTES, block_counts
 from cloudckpt.format.tiling import Tiling
@@ -97,11 +97,7 @@ class Index:
         try:
             text = msgspec.json.encode(self._header)
         except UnicodeEncodeError as exc:
-            raise UnsupportedValueError(
-                f"{shown(exc.object)} has lone surrogates, which JSON cannot hold; rename that entry of the state",
-                key=exc.object,
-                type_name="str",
-            ) from exc
+            raise lone_surrogates(exc.object) from exc
         head = compress(text)
         data = b"".join((_MAGIC, _LENGTH.pack(len(head)), head, *self._frames.values()))
         decoded_bytes = len(text) + sum(record.decoded_bytes for record in self._header.ranks)

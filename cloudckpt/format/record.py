@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 import zstandard
 
-from cloudckpt.errors import FormatVersionError, ManifestError
+from cloudckpt.errors import FormatVersionError, ManifestError, UnsupportedValueError
 
 __all__ = [
     "FORMAT_VERSION",
@@ -20,6 +20,7 @@ __all__ = [
     "compress",
     "decode_record",
     "decompress",
+    "lone_surrogates",
     "may_decode",
     "shown",
 ]
@@ -90,6 +91,15 @@ def shown(value: object) -> str:
     """Return `repr(value)` for a message, where foreign text has neither control characters nor megabytes."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def lone_surrogates(name: str) -> UnsupportedValueError:
+    """Return the error for a name that is no Unicode text: undecodable file names have lone surrogates."""
+    return UnsupportedValueError(
+        f"{shown(name)} has lone surrogates, which JSON cannot hold; rename that entry of the state",
+        key=name,
+        type_name="str",
+    )
 
 
 def may_decode(size_bytes: int, decoded_bytes: int) -> bool:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import msgspec
 import xxhash
 
-from cloudckpt.errors import UnsupportedValueError
 from cloudckpt.format.boxes import Column
+from cloudckpt.format.record import lone_surrogates
 
 __all__ = ["DIGEST_BYTES", "Entry", "block_counts", "block_digests", "encode_header", "verify_blocks"]
 
@@ -70,11 +70,7 @@ def encode_header(entries: Sequence[Entry], *, metadata: dict[str, str]) -> byte
     try:
         text = msgspec.json.encode(header)
     except UnicodeEncodeError as exc:
-        raise UnsupportedValueError(
-            f"tensor name {exc.object!r} has lone surrogates, which JSON cannot hold; rename it",
-            key=exc.object,
-            type_name="str",
-        ) from exc
+        raise lone_surrogates(exc.object) from exc
     padding = -(8 + len(text)) % _ALIGNMENT_BYTES
     return struct.pack("<Q", len(text) + padding) + text + b" " * padding
 

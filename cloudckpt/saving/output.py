@@ -27,13 +27,13 @@ from cloudckpt.format import (
     Metric,
     ShardLayout,
     digest_of,
-    environment,
     index_key,
     lay_out,
     shard_key,
 )
 from cloudckpt.options import Options
 from cloudckpt.root import Catalog, Checkpoint
+from cloudckpt.saving.environment import environment
 from cloudckpt.saving.snapshot import Staged
 from cloudckpt.saving.source import Source, Staging, chunk_of
 from cloudckpt.saving.tally import Written
