@@ -31,7 +31,7 @@ from cloudckpt.format.manifest import (
     metadata_to_json,
     metrics_to_json,
 )
-from cloudckpt.format.record import FORMAT_VERSION, INDEX_LIMIT_BYTES, lone_surrogates
+from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry
 from cloudckpt.format.shard import block_digests, verify_blocks
 from cloudckpt.format.tiling import untiled
@@ -42,7 +42,6 @@ __all__ = [
     "DTYPE_NAMES",
     "EPOCHS_PREFIX",
     "FORMAT_VERSION",
-    "INDEX_LIMIT_BYTES",
     "MANIFEST_LIMIT_BYTES",
     "MANIFEST_NAME",
     "Box",

@@ -37,7 +37,6 @@ from cloudckpt.errors import (
 )
 from cloudckpt.format import (
     DTYPES,
-    INDEX_LIMIT_BYTES,
     ChunkEntry,
     Index,
     PathElement,
@@ -70,8 +69,8 @@ def read_index_bytes(catalog: Catalog, checkpoint: Checkpoint) -> bytes:
     """
     key = checkpoint.prefix + index_key(checkpoint.attempt)
     committed = checkpoint.manifest.index
-    if committed is None or committed.size_bytes > INDEX_LIMIT_BYTES:
-        raise ManifestError(f"the manifest of {checkpoint.url} commits no readable index", key=key)
+    if committed is None:
+        raise ManifestError(f"the manifest of {checkpoint.url} commits no index", key=key)
     try:
         data = catalog.store.read(key, limit_bytes=committed.size_bytes + 1)
     except ObjectNotFoundError as exc:

@@ -310,7 +310,6 @@ MAY_BE_LARGE = {
     ("world_size",),
     ("total_bytes",),
     ("shard_count",),
-    ("index", "size_bytes"),
     ("pid",),
 }
 """Counts that nothing else contradicts, up to 2**53: a key or a message is all that becomes of them."""

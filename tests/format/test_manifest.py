@@ -27,7 +27,7 @@ from cloudckpt.format.manifest import (
     metadata_to_json,
     metrics_to_json,
 )
-from cloudckpt.format.record import FORMAT_VERSION
+from cloudckpt.format.record import FORMAT_VERSION, INDEX_LIMIT_BYTES
 
 KEY = "step-0000012000-e0003/manifest.json"
 
@@ -89,7 +89,7 @@ manifests = st.builds(
     total_bytes=counts,
     tensor_count=counts,
     shard_count=counts,
-    index=st.builds(IndexRef, size_bytes=st.integers(1, 2**53 - 1), sha256=st.just("0f" * 32)),
+    index=st.builds(IndexRef, size_bytes=st.integers(1, INDEX_LIMIT_BYTES), sha256=st.just("0f" * 32)),
     metrics=metrics.map(metrics_to_json),
     metadata=st.dictionaries(st.text(max_size=9), plain_values, max_size=3).map(metadata_to_json),
     environment=st.dictionaries(st.text(max_size=9), st.text(max_size=9), max_size=3),
@@ -301,6 +301,15 @@ def test_a_void_manifest_has_no_index() -> None:
     for wrong in (changed(VOID, index={"size_bytes": 1, "sha256": "ab" * 32}), changed(COMMITTED, index=None)):
         with pytest.raises(ManifestError, match=r"its state is (void|committed), and it has (an|no) index"):
             Manifest.decode(wrong, key=KEY)
+
+
+def test_an_index_larger_than_a_reader_takes_is_refused_before_it_is_asked_for() -> None:
+    largest = changed(COMMITTED, index={"size_bytes": INDEX_LIMIT_BYTES, "sha256": "ab" * 32})
+    larger = changed(COMMITTED, index={"size_bytes": INDEX_LIMIT_BYTES + 1, "sha256": "ab" * 32})
+
+    assert Manifest.decode(largest, key=KEY).index == IndexRef(size_bytes=INDEX_LIMIT_BYTES, sha256="ab" * 32)
+    with pytest.raises(ManifestError, match="a size that is not read"):
+        Manifest.decode(larger, key=KEY)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.1, -0.0, 5e-324, 1.7976931348623157e308])
