@@ -15,7 +15,7 @@ import numpy as np
 from cloudckpt.format.boxes import Box, BoxTable, Column, ragged_places
 from cloudckpt.format.codec import DTYPES
 from cloudckpt.format.layout import Chunk, lay_out
-from cloudckpt.format.shard import DIGEST_BYTES, block_count
+from cloudckpt.format.shard import DIGEST_BYTES, block_counts
 from cloudckpt.options import Options
 from cloudckpt.saving.tally import Written
 
@@ -148,7 +148,7 @@ class Fsdp:
         origin = table.offsets[ragged_places(table.firsts(), laid.chunk)]
         names, dtypes, shapes = laid.tensors
         block_bytes = Options().block_bytes
-        blocks = sum(block_count(size, block_bytes) for size in laid.shard_sizes.tolist())
+        blocks = int(block_counts(laid.shard_sizes, block_bytes).sum())
         return Written(
             rank=rank,
             attempt=self.attempt,

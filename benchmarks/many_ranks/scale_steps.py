@@ -26,9 +26,10 @@ from benchmarks.many_ranks.layouts import MODELS, Fsdp
 from benchmarks.shared.targets import Ground
 from benchmarks.sink.process import SinkClient
 from cloudckpt.format.boxes import BoxTable
-from cloudckpt.format.index import INDEX_LIMIT_BYTES, Index
+from cloudckpt.format.index import Index
 from cloudckpt.format.keys import checkpoint_prefix, index_key
 from cloudckpt.format.manifest import IndexRef, Manifest, digest_of
+from cloudckpt.format.record import FORMAT_VERSION, INDEX_LIMIT_BYTES
 from cloudckpt.options import Options
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.saving.dedup import share_out
@@ -197,7 +198,7 @@ def _reader_checks_all(directory: Path) -> Found:
     watch = _Watch("check")
     data = (directory / "index").read_bytes()
     with watch.time("check"):
-        Index.decode(data, key="index").check(key="index")
+        Index.decode(data, key="index").check()
     return watch.end()
 
 
@@ -252,7 +253,7 @@ def measure_stores(index_path: Path, ground: Ground) -> Found:
 
 def _manifest(attempt: str, index: bytes = b"-", *, step: int = 1) -> Manifest:
     return Manifest(
-        format_version=1,
+        format_version=FORMAT_VERSION,
         state="committed",
         step=step,
         epoch=1,

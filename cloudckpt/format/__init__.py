@@ -7,16 +7,7 @@ from cloudckpt.format import codec
 from cloudckpt.format.boxes import Box, BoxTable, Column, ragged_places, row_products
 from cloudckpt.format.builder import IndexBuilder
 from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, JsonValue
-from cloudckpt.format.environment import environment
-from cloudckpt.format.index import (
-    FORMAT_VERSION,
-    INDEX_LIMIT_BYTES,
-    BoxPlace,
-    ChunkEntry,
-    Index,
-    ShardEntry,
-    TensorEntry,
-)
+from cloudckpt.format.index import BoxPlace, Index, ShardEntry
 from cloudckpt.format.keys import (
     EPOCHS_PREFIX,
     MANIFEST_NAME,
@@ -40,8 +31,8 @@ from cloudckpt.format.manifest import (
     metadata_to_json,
     metrics_to_json,
 )
-from cloudckpt.format.record import shown
-from cloudckpt.format.section import Section
+from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates
+from cloudckpt.format.section import ChunkEntry, Section, TensorEntry
 from cloudckpt.format.shard import block_digests, verify_blocks
 from cloudckpt.format.tiling import untiled
 from cloudckpt.format.tree import Flat, PathElement, flatten, unflatten
@@ -51,7 +42,6 @@ __all__ = [
     "DTYPE_NAMES",
     "EPOCHS_PREFIX",
     "FORMAT_VERSION",
-    "INDEX_LIMIT_BYTES",
     "MANIFEST_LIMIT_BYTES",
     "MANIFEST_NAME",
     "Box",
@@ -80,11 +70,11 @@ __all__ = [
     "codec",
     "decode_claim",
     "digest_of",
-    "environment",
     "epoch_key",
     "flatten",
     "index_key",
     "lay_out",
+    "lone_surrogates",
     "metadata_to_json",
     "metrics_to_json",
     "new_attempt",
@@ -94,7 +84,6 @@ __all__ = [
     "ragged_places",
     "row_products",
     "shard_key",
-    "shown",
     "unflatten",
     "untiled",
     "verify_blocks",

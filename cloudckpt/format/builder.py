@@ -9,18 +9,14 @@ from collections.abc import Mapping
 
 import numpy as np
 import xxhash
-import zstandard
 
 from cloudckpt.format.codec import JsonValue
 from cloudckpt.format.header import Header, RankRecord, TensorRecord
-from cloudckpt.format.record import FORMAT_VERSION
+from cloudckpt.format.record import FORMAT_VERSION, compress
 from cloudckpt.format.section import Section, TensorEntry, Tensors
 from cloudckpt.format.tree import PathElement
 
-__all__ = ["LEVEL", "IndexBuilder", "Writers"]
-
-# A seventh smaller than at 3, and still 0.05 ms a section; higher levels cost more and save nothing.
-LEVEL = 6
+__all__ = ["IndexBuilder", "Writers"]
 
 
 class IndexBuilder:
@@ -39,12 +35,12 @@ class IndexBuilder:
         self._sections: dict[int, tuple[RankRecord, bytes]] = {}
 
     def add(self, section: Section) -> None:
-        """Add what a rank wrote, once per rank."""
+        """Add what a rank wrote, once per rank; its pieces in the order of their bytes, as a layout places them."""
         if len(self._columns) < len(self.tensors):
             self._columns = Tensors(list(self.tensors.values()))
             self._writers.grow(len(self.tensors))
-        data = section.in_order(self._columns).encode(self._columns)
-        frame = zstandard.ZstdCompressor(level=LEVEL).compress(data)
+        data = section.encode(self._columns)
+        frame = compress(data)
         self._sections[section.rank] = _record_of(section, self._attempt, len(data), frame), frame
         self._writers.see(section)
 
@@ -95,7 +91,7 @@ def _record_of(section: Section, attempt: str, decoded_bytes: int, frame: bytes)
     return RankRecord(
         rank=section.rank,
         attempt="" if section.attempt == attempt else section.attempt,
-        shard_count=len(section.numbers),
+        shard_count=len(section.shard_sizes),
         stored_bytes=int(section.shard_sizes.sum()),
         piece_count=len(section),
         size_bytes=len(frame),

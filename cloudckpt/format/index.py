@@ -16,29 +16,17 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 import xxhash
-import zstandard
 
-from cloudckpt.errors import ManifestError, OptionsError, UnsupportedValueError
-from cloudckpt.format.builder import LEVEL, IndexBuilder, Writers
-from cloudckpt.format.codec import JsonValue
+from cloudckpt.errors import ManifestError, OptionsError
+from cloudckpt.format.builder import Writers
 from cloudckpt.format.cover import Cover
-from cloudckpt.format.header import Header, TensorRecord, header_problems, table_problems
-from cloudckpt.format.index_v1 import decode_v1
-from cloudckpt.format.record import FORMAT_VERSION, INDEX_LIMIT_BYTES, decode_record, decompress, may_decode, shown
+from cloudckpt.format.header import Header, header_problems, table_problems
+from cloudckpt.format.record import compress, decode_record, decompress, lone_surrogates, may_decode, shown
 from cloudckpt.format.section import ChunkEntry, Section, SectionError, TensorEntry, Tensors
-from cloudckpt.format.shard import DIGEST_BYTES
+from cloudckpt.format.shard import DIGEST_BYTES, block_counts
 from cloudckpt.format.tiling import Tiling
-from cloudckpt.format.tree import PathElement
 
-__all__ = [
-    "FORMAT_VERSION",
-    "INDEX_LIMIT_BYTES",
-    "BoxPlace",
-    "ChunkEntry",
-    "Index",
-    "ShardEntry",
-    "TensorEntry",
-]
+__all__ = ["BoxPlace", "Index", "ShardEntry"]
 
 BoxPlace = tuple[tuple[int, ...], tuple[int, ...]]
 """(offsets, sizes) of a box."""
@@ -77,12 +65,12 @@ class Index:
     """
 
     def __init__(self, header: Header, frames: Sequence[bytes | memoryview], *, key: str) -> None:
-        """Use `Index.of` or `Index.decode`; the header must be without `header_problems`."""
+        """Use `IndexBuilder` or `Index.decode`; the header must be without `header_problems`."""
         self._header = header
         self._records = {record.rank: record for record in header.ranks}
         self._frames = dict(zip(self._records, frames, strict=True))
         self._sections: dict[int, Section] = {}
-        self._shards: dict[int, dict[int, ShardEntry]] = {}
+        self._shards: dict[int, list[ShardEntry]] = {}
         self._is_checked = False
         self._key = key
         self._names = list(header.tensors)
@@ -97,25 +85,6 @@ class Index:
         self.shard_count = sum(record.shard_count for record in header.ranks)
         self.total_bytes = sum(record.stored_bytes for record in header.ranks)
 
-    @classmethod
-    def of(
-        cls,
-        *,
-        attempt: str,
-        block_bytes: int,
-        tensors: Mapping[str, TensorEntry],
-        values: Mapping[str, JsonValue],
-        paths: Mapping[str, list[PathElement]],
-        sections: Iterable[Section],
-        key: str = "",
-    ) -> Index:
-        """Return an index of what ranks wrote."""
-        builder = IndexBuilder(attempt=attempt, block_bytes=block_bytes)
-        builder.tensors.update(tensors)
-        for section in sections:
-            builder.add(section)
-        return cls(*builder.finish(values, paths), key=key)
-
     # -- bytes ---------------------------------------------------------------------------------------------------
 
     def encode(self) -> bytes:
@@ -128,12 +97,8 @@ class Index:
         try:
             text = msgspec.json.encode(self._header)
         except UnicodeEncodeError as exc:
-            raise UnsupportedValueError(
-                f"{shown(exc.object)} has lone surrogates, which JSON cannot hold; rename that entry of the state",
-                key=exc.object,
-                type_name="str",
-            ) from exc
-        head = zstandard.ZstdCompressor(level=LEVEL).compress(text)
+            raise lone_surrogates(exc.object) from exc
+        head = compress(text)
         data = b"".join((_MAGIC, _LENGTH.pack(len(head)), head, *self._frames.values()))
         decoded_bytes = len(text) + sum(record.decoded_bytes for record in self._header.ranks)
         if not may_decode(len(head), len(text)) or not may_decode(len(data), decoded_bytes):
@@ -153,60 +118,29 @@ class Index:
             ManifestError: not an index of a known version, larger than the limits, or inconsistent in itself.
         """
         if not data.startswith(_MAGIC):
-            return cls._decode_v1(data, key)
+            raise ManifestError(f"{key} is no index of a checkpoint; restore an older step", key=key)
         at = len(_MAGIC) + _LENGTH.size
         (size_bytes,) = _LENGTH.unpack(data[len(_MAGIC) : at]) if len(data) >= at else (len(data),)
         if size_bytes > len(data) - at:
             raise _inconsistent(key, f"its header would have {size_bytes} bytes")
         text = decompress(memoryview(data)[at : at + size_bytes], key=key)
         header = decode_record(text, Header, key=key)
-        if header.format_version != FORMAT_VERSION:
-            raise ManifestError(
-                f"{key} has not the form of version {header.format_version}; restore an older step", key=key
-            )
         _refuse(header_problems(header), key)
         _refuse(table_problems(header.ranks, len(data) - at - size_bytes, len(data), len(text)), key)
         places = np.cumsum([at + size_bytes, *(record.size_bytes for record in header.ranks)]).tolist()
         index = cls(header, [memoryview(data)[start:stop] for start, stop in pairwise(places)], key=key)
         if index.piece_count < _CHECKED_PIECES:
-            index.check(key=key)
-        return index
-
-    @classmethod
-    def _decode_v1(cls, data: bytes, key: str) -> Index:
-        old = decode_v1(data, key=key)
-        bare = Header(
-            format_version=FORMAT_VERSION,
-            attempt=old.attempt,
-            block_bytes=old.block_bytes,
-            tensors={name: TensorRecord(tensor.dtype, tensor.shape, -1) for name, tensor in old.tensors.items()},
-            values=old.values,
-            paths=old.paths,
-            ranks=[],
-        )
-        _refuse(header_problems(bare), key)
-        _refuse(old.problems(), key)
-        index = cls.of(
-            attempt=old.attempt,
-            block_bytes=old.block_bytes,
-            tensors=old.entries(),
-            values=old.values,
-            paths=old.paths,
-            sections=old.sections(),
-            key=key,
-        )
-        index.check(key=key)
+            index.check()
         return index
 
     # -- consistency -----------------------------------------------------------------------------------------------
 
-    def check(self, *, key: str) -> None:
+    def check(self) -> None:
         """Raise `ManifestError` unless every piece lies inside its shard and the pieces tile their tensors.
 
         Decodes every section; takes time in proportion to the pieces, however they lie.
         """
-        self._key = key
-        _refuse(self.problems(), key)
+        _refuse(self.problems(), self._key)
         self._is_checked = True
 
     def problems(self) -> Iterator[str]:
@@ -239,7 +173,7 @@ class Index:
         """Return one shard; `number` must be one that a piece names."""
         section = self.section(rank)
         if rank not in self._shards:
-            self._shards[rank] = {shard.number: shard for shard in _shards_of(section, self.block_bytes)}
+            self._shards[rank] = list(_shards_of(section, self.block_bytes))
         return self._shards[rank][number]
 
     def shards(self) -> Iterator[ShardEntry]:
@@ -254,21 +188,10 @@ class Index:
             counts += np.bincount(section.tensor, minlength=len(counts))
         return dict(zip(self._names, counts.tolist(), strict=True))
 
-    def pieces(self, name: str) -> list[ChunkEntry]:
-        """Return the pieces of one tensor."""
-        number = self._names.index(name)
-        writer = self._header.tensors[name].writer
-        sections = [self.section(writer)] if writer >= 0 else self._each_section()
-        return [
-            chunk
-            for section in sections
-            for _, chunk in section.chunks(np.flatnonzero(section.tensor == number), self._columns)
-        ]
-
     def all_pieces(self) -> dict[str, list[ChunkEntry]]:
         """Return the pieces of every tensor, by name, and check them first; an object per piece."""
         if not self._is_checked:
-            self.check(key=self._key)
+            self.check()
         found: list[list[ChunkEntry]] = [[] for _ in self._names]
         for section in self._each_section():
             for number, chunk in section.chunks(np.arange(len(section)), self._columns):
@@ -347,16 +270,16 @@ class Index:
             )
         except SectionError as exc:
             raise _inconsistent(self._key, f"the section of rank {rank} cannot be decoded: {exc}") from exc
-        _refuse(section.problems(self._names, self._columns, self.block_bytes), self._key)
+        _refuse(section.problems(self._names, self._columns), self._key)
         if int(section.shard_sizes.sum()) != record.stored_bytes:
             raise _inconsistent(self._key, f"the shards of rank {rank} have not {record.stored_bytes} bytes together")
         return section
 
 
 def _shards_of(section: Section, block_bytes: int) -> Iterator[ShardEntry]:
-    stops = (np.cumsum(section.block_counts(block_bytes)) * DIGEST_BYTES).tolist()
-    places = zip(section.numbers.tolist(), section.shard_sizes.tolist(), [0, *stops[:-1]], stops, strict=False)
-    for number, size_bytes, first, stop in places:
+    stops = (np.cumsum(block_counts(section.shard_sizes, block_bytes)) * DIGEST_BYTES).tolist()
+    places = zip(section.shard_sizes.tolist(), [0, *stops[:-1]], stops, strict=False)
+    for number, (size_bytes, first, stop) in enumerate(places):
         yield ShardEntry(section.rank, number, section.attempt, size_bytes, section.digests[first:stop])
 
 

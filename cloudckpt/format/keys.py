@@ -76,9 +76,9 @@ def is_attempt(text: str) -> bool:
     return _ATTEMPT.match(text) is not None
 
 
-def index_key(attempt: str, *, format_version: int = 2) -> str:
-    """Return the index's key, relative to its checkpoint; its manifest says of which version it is."""
-    return f"{attempt}/index.json.zst" if format_version == 1 else f"{attempt}/index.bin"
+def index_key(attempt: str) -> str:
+    """Return the index's key, relative to its checkpoint."""
+    return f"{attempt}/index.bin"
 
 
 def shard_key(attempt: str, rank: int, number: int) -> str:

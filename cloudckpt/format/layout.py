@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from cloudckpt.format.shard import Entry, encode_header
 
@@ -77,18 +78,6 @@ class ShardLayout:
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Box:
-    """A contiguous box of a chunk, before it has a place in a shard."""
-
-    chunk: int
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    local_start: int
-    nbytes: int
-    entry_bytes: int
-
-
 @dataclass(frozen=True, slots=True, order=True)
 class Span:
     """One ranged read of an object: the bytes [start, stop)."""
@@ -123,68 +112,56 @@ def lay_out(chunks: Sequence[Chunk], *, shard_bytes: int, metadata: dict[str, st
     Small chunks share a shard; a chunk larger than a shard is cut into contiguous boxes. Within a shard wider
     dtypes come first, so that every piece is aligned to its own element size. Deterministic.
     """
-    boxes = (box for number, chunk in enumerate(chunks) for box in _boxes(number, chunk, shard_bytes))
-    groups = _pack(boxes, shard_bytes)
+    groups = _pack(_pieces(chunks, shard_bytes), chunks, shard_bytes)
     return [_place(number, group, chunks, metadata) for number, group in enumerate(groups)]
 
 
-def _boxes(number: int, chunk: Chunk, shard_bytes: int) -> Iterator[_Box]:
-    item = chunk.itemsize_bytes
-    local_start = 0
-    # JSON spends at most 6 bytes on a character and 63 on the numbers of a dimension, the slice included.
-    entry_bytes = 160 + 6 * len(chunk.name) + 64 * len(chunk.sizes)
-    for offsets, sizes in split_box(chunk.sizes, limit=max(1, shard_bytes // item)):
-        nbytes = math.prod(sizes) * item
-        origin = tuple(base + offset for base, offset in zip(chunk.offsets, offsets, strict=True))
-        yield _Box(number, origin, sizes, local_start, nbytes, entry_bytes)
-        local_start += nbytes
+def _pieces(chunks: Sequence[Chunk], shard_bytes: int) -> Iterator[Piece]:
+    """Yield the pieces of every chunk, before they have a place in a shard."""
+    for number, chunk in enumerate(chunks):
+        item = chunk.itemsize_bytes
+        local_start = 0
+        for offsets, sizes in split_box(chunk.sizes, limit=max(1, shard_bytes // item)):
+            nbytes = math.prod(sizes) * item
+            origin = tuple(base + offset for base, offset in zip(chunk.offsets, offsets, strict=True))
+            yield Piece(chunk=number, offsets=origin, sizes=sizes, local_start=local_start, start=0, nbytes=nbytes)
+            local_start += nbytes
 
 
-def _pack(boxes: Iterable[_Box], shard_bytes: int) -> list[list[_Box]]:
+def _pack(pieces: Iterable[Piece], chunks: Sequence[Chunk], shard_bytes: int) -> list[list[Piece]]:
     """Fill one shard after the other, in order; keeps neighbours together, which makes partial loads cheap."""
-    groups: list[list[_Box]] = []
+    groups: list[list[Piece]] = []
     room = header_room = 0
-    for box in boxes:
-        if not groups or box.nbytes > room or box.entry_bytes > header_room:
+    for piece in pieces:
+        # JSON spends at most 6 bytes on a character and 63 on the numbers of a dimension, the slice included.
+        entry_bytes = 160 + 6 * len(chunks[piece.chunk].name) + 64 * len(piece.sizes)
+        if not groups or piece.nbytes > room or entry_bytes > header_room:
             groups.append([])
             room, header_room = shard_bytes, _HEADER_LIMIT_BYTES
-        groups[-1].append(box)
-        room -= box.nbytes
-        header_room -= box.entry_bytes
+        groups[-1].append(piece)
+        room -= piece.nbytes
+        header_room -= entry_bytes
     return groups
 
 
-def _place(number: int, group: list[_Box], chunks: Sequence[Chunk], metadata: dict[str, str]) -> ShardLayout:
-    group = sorted(group, key=lambda box: -chunks[box.chunk].itemsize_bytes)
-    names = _unique_names(group, chunks)
+def _place(number: int, group: list[Piece], chunks: Sequence[Chunk], metadata: dict[str, str]) -> ShardLayout:
+    group = sorted(group, key=lambda piece: -chunks[piece.chunk].itemsize_bytes)
     entries = [
-        Entry(name=name, dtype=chunks[box.chunk].dtype, shape=box.sizes, nbytes=box.nbytes)
-        for name, box in zip(names, group, strict=True)
+        Entry(name=name, dtype=chunks[piece.chunk].dtype, shape=piece.sizes, nbytes=piece.nbytes)
+        for name, piece in zip(_unique_names(group, chunks), group, strict=True)
     ]
     header = encode_header(entries, metadata=metadata)
-    start = len(header)
-    pieces = []
-    for box in group:
-        pieces.append(
-            Piece(
-                chunk=box.chunk,
-                offsets=box.offsets,
-                sizes=box.sizes,
-                local_start=box.local_start,
-                start=start,
-                nbytes=box.nbytes,
-            )
-        )
-        start += box.nbytes
-    return ShardLayout(number=number, header=header, pieces=tuple(pieces), size_bytes=start)
+    starts = list(accumulate((piece.nbytes for piece in group), initial=len(header)))
+    pieces = tuple(replace(piece, start=start) for piece, start in zip(group, starts, strict=False))
+    return ShardLayout(number=number, header=header, pieces=pieces, size_bytes=starts[-1])
 
 
-def _unique_names(group: list[_Box], chunks: Sequence[Chunk]) -> list[str]:
-    """Name each box for safetensors readers: the tensor's name, with its slice when it is only a part."""
+def _unique_names(group: list[Piece], chunks: Sequence[Chunk]) -> list[str]:
+    """Name each piece for safetensors readers: the tensor's name, with its slice when it is only a part."""
     seen: set[str] = {"__metadata__"}
     names = []
-    for box in group:
-        name = base = _entry_name(box, chunks[box.chunk])
+    for piece in group:
+        name = base = _entry_name(piece, chunks[piece.chunk])
         again = 2
         while name in seen:
             name, again = f"{base}#{again}", again + 1
@@ -193,10 +170,10 @@ def _unique_names(group: list[_Box], chunks: Sequence[Chunk]) -> list[str]:
     return names
 
 
-def _entry_name(box: _Box, chunk: Chunk) -> str:
-    if box.sizes == chunk.shape:
+def _entry_name(piece: Piece, chunk: Chunk) -> str:
+    if piece.sizes == chunk.shape:
         return chunk.name
-    slices = ",".join(f"{start}:{start + size}" for start, size in zip(box.offsets, box.sizes, strict=True))
+    slices = ",".join(f"{start}:{start + size}" for start, size in zip(piece.offsets, piece.sizes, strict=True))
     return f"{chunk.name}[{slices}]"
 
 

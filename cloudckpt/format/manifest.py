@@ -21,7 +21,7 @@ from cloudckpt.format import codec
 from cloudckpt.format.codec import JsonValue
 from cloudckpt.format.codec.walk import is_text
 from cloudckpt.format.keys import is_attempt
-from cloudckpt.format.record import decode_record
+from cloudckpt.format.record import INDEX_LIMIT_BYTES, NUMBER_LIMIT, decode_record
 
 __all__ = [
     "MANIFEST_LIMIT_BYTES",
@@ -37,7 +37,6 @@ __all__ = [
 # A manifest is a few KiB; user metadata may make it larger, but it is read in one request and held in memory.
 MANIFEST_LIMIT_BYTES = 4 << 20
 
-_NUMBER_LIMIT = 1 << 53
 _SHA256 = re.compile(r"\A[0-9a-f]{64}\Z")
 # How every manifest ends, in every version. The seal covers the bytes as they stand, not what they decode to: so
 # damage is told from a newer version, and a later release reads what this one sealed.
@@ -60,8 +59,8 @@ class IndexRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     sha256: str
 
     def is_possible(self) -> bool:
-        """Tell whether an object can have this size and digest."""
-        return 0 < self.size_bytes < _NUMBER_LIMIT and _SHA256.match(self.sha256) is not None
+        """Tell whether an index that a reader takes can have this size and digest."""
+        return 0 < self.size_bytes <= INDEX_LIMIT_BYTES and _SHA256.match(self.sha256) is not None
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -138,7 +137,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Return what in it contradicts itself or cannot be."""
         problems = []
         counts = (self.epoch, self.world_size, self.total_bytes, self.tensor_count, self.shard_count, self.step or 0)
-        if any(not 0 <= count < _NUMBER_LIMIT for count in counts):
+        if any(not 0 <= count < NUMBER_LIMIT for count in counts):
             problems.append("a count is negative or absurd")
         if not is_attempt(self.attempt):
             problems.append(f"attempt {self.attempt[:40]!r} is no attempt id")
@@ -147,7 +146,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if (self.index is not None) != (self.state == "committed"):
             problems.append(f"its state is {self.state}, and it has {'an' if self.index else 'no'} index")
         if self.index is not None and not self.index.is_possible():
-            problems.append("its index has no digest or size")
+            problems.append("its index has no digest, or a size that is not read")
         return problems
 
     def _has_time(self) -> bool:
@@ -198,7 +197,7 @@ class EpochClaim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 def decode_claim(data: bytes, *, key: str) -> EpochClaim:
     """Read a claim back, or raise `ManifestError`."""
     claim = decode_record(data, EpochClaim, key=key)
-    if any(not 0 <= count < _NUMBER_LIMIT for count in (claim.epoch, claim.pid, *(claim.resumed_from or ()))):
+    if any(not 0 <= count < NUMBER_LIMIT for count in (claim.epoch, claim.pid, *(claim.resumed_from or ()))):
         raise ManifestError(f"claim {key} is inconsistent: a count is negative or absurd", key=key)
     return claim
 

@@ -18,16 +18,16 @@ from numpy.typing import NDArray
 from cloudckpt.format.boxes import Column, ragged_places, row_products
 from cloudckpt.format.codec import DTYPES
 from cloudckpt.format.record import NUMBER_LIMIT, shown
-from cloudckpt.format.shard import DIGEST_BYTES
+from cloudckpt.format.shard import DIGEST_BYTES, block_counts
 
 __all__ = ["ChunkEntry", "Section", "SectionError", "TensorEntry", "Tensors"]
 
 # The length of a safetensors header stands before it, so no piece starts earlier.
 _LENGTH_BYTES = 8
 _WIDTHS = {1: "<i1", 2: "<i2", 4: "<i4", 8: "<i8"}
-# A row has at least a tensor, a shard and a gap; a shard at least a number, a size and one digest.
+# A row has at least a tensor, a shard and a gap; a shard at least a size and one digest.
 _ROW_BYTES = 3
-_SHARD_BYTES = 2 + DIGEST_BYTES
+_SHARD_BYTES = 1 + DIGEST_BYTES
 
 
 class SectionError(ValueError):
@@ -99,11 +99,10 @@ class Section:
     Attributes:
         rank: the rank.
         attempt: the attempt that its shards' keys carry.
-        numbers: its shards' numbers, ascending; a shard's place here is what `shard` holds.
-        shard_sizes: bytes of each shard object.
+        shard_sizes: bytes of each shard object; a shard's place here is its number.
         digests: 8 bytes per block, shard after shard.
         tensor: of each piece, the number of its tensor.
-        shard: of each piece, the place of its shard.
+        shard: of each piece, the number of its shard.
         start: of each piece, its first byte in the shard object.
         offsets: where the pieces start in their tensors, one value per dimension, piece after piece.
         sizes: their extents, in the same way.
@@ -111,7 +110,6 @@ class Section:
 
     rank: int
     attempt: str
-    numbers: Column
     shard_sizes: Column
     digests: bytes
     tensor: Column
@@ -124,41 +122,16 @@ class Section:
         """Return how many pieces there are."""
         return len(self.tensor)
 
-    def in_order(self, tensors: Tensors) -> Section:
-        """Return the section with its pieces in the order of their bytes."""
-        firsts = tensors.firsts(self.tensor)
-        stops = self.start + row_products(self.sizes, firsts)
-        order = np.lexsort((stops, self.start, self.shard))
-        if (order == np.arange(len(order))).all():
-            return self
-        places = ragged_places(firsts, order)
-        return Section(
-            rank=self.rank,
-            attempt=self.attempt,
-            numbers=self.numbers,
-            shard_sizes=self.shard_sizes,
-            digests=self.digests,
-            tensor=self.tensor[order],
-            shard=self.shard[order],
-            start=self.start[order],
-            offsets=self.offsets[places],
-            sizes=self.sizes[places],
-        )
-
     def nbytes(self, tensors: Tensors) -> Column:
         """Return each piece's bytes."""
         return row_products(self.sizes, tensors.firsts(self.tensor)) * tensors.item_bytes[self.tensor]
-
-    def block_counts(self, block_bytes: int) -> Column:
-        """Return each shard's number of blocks."""
-        return -(-self.shard_sizes // block_bytes)
 
     def chunks(self, rows: Column, tensors: Tensors) -> Iterator[tuple[int, ChunkEntry]]:
         """Yield some of the pieces one by one, each with its tensor's number."""
         places = ragged_places(tensors.firsts(self.tensor), rows)
         offsets, sizes = self.offsets[places].tolist(), self.sizes[places].tolist()
         stops = np.cumsum(tensors.dimensions[self.tensor[rows]]).tolist()
-        columns = (self.tensor[rows].tolist(), self.numbers[self.shard[rows]].tolist(), self.start[rows].tolist())
+        columns = (self.tensor[rows].tolist(), self.shard[rows].tolist(), self.start[rows].tolist())
         for tensor, number, start, first, stop in zip(*columns, [0, *stops], stops, strict=False):
             yield tensor, ChunkEntry(tuple(offsets[first:stop]), tuple(sizes[first:stop]), self.rank, number, start)
 
@@ -168,7 +141,7 @@ class Section:
         """Return the columns as they stand in a frame."""
         stops = self.start + self.nbytes(tensors)
         gaps = self.start - np.where(_is_head(self.shard), 0, _before(stops))
-        columns = [_packed(np.diff(self.numbers, prepend=0)), _packed(self.shard_sizes), self.digests]
+        columns = [_packed(self.shard_sizes), self.digests]
         columns += [_packed(np.diff(values, prepend=0)) for values in (self.tensor, self.shard)]
         columns.append(_packed(gaps))
         for places in _axes(tensors, self.tensor):
@@ -189,11 +162,10 @@ class Section:
         source = _Source(data)
         if shards * _SHARD_BYTES + pieces * _ROW_BYTES > len(data):
             raise SectionError(f"{len(data)} bytes cannot hold {shards} shards and {pieces} pieces")
-        numbers = np.cumsum(source.column(shards))
         shard_sizes = source.column(shards)
         if ((shard_sizes <= _LENGTH_BYTES) | (shard_sizes >= NUMBER_LIMIT)).any():
             raise SectionError("it has a shard without data, or beyond any store")
-        blocks = -(-shard_sizes // block_bytes)
+        blocks = block_counts(shard_sizes, block_bytes)
         # Added up in floating point first: a sum of hostile integers may wrap around to a small one.
         if blocks.sum(dtype=np.float64) * DIGEST_BYTES > len(data):
             raise SectionError(f"{len(data)} bytes cannot hold the digests of its shards")
@@ -208,7 +180,6 @@ class Section:
         return cls(
             rank=rank,
             attempt=attempt,
-            numbers=numbers,
             shard_sizes=shard_sizes,
             digests=digests,
             tensor=tensor,
@@ -220,12 +191,11 @@ class Section:
 
     # -- consistency -------------------------------------------------------------------------------------------
 
-    def problems(self, names: Sequence[str], tensors: Tensors, block_bytes: int) -> Iterator[str]:
-        """Yield what is wrong with the section by itself: shards, bounds, and bytes that two pieces claim."""
-        yield from self._shard_problems(block_bytes)
+    def problems(self, names: Sequence[str], tensors: Tensors) -> Iterator[str]:
+        """Yield what is wrong with a decoded section by itself: bounds, and bytes that two pieces claim."""
         firsts = tensors.firsts(self.tensor)
         is_wrong = ~self._is_inside(tensors, firsts)
-        is_wrong |= ~((self.shard >= 0) & (self.shard < len(self.numbers)))
+        is_wrong |= ~((self.shard >= 0) & (self.shard < len(self.shard_sizes)))
         if is_wrong.any():
             yield self._misplaced(names, firsts, int(np.argmax(is_wrong)))
             return
@@ -235,19 +205,6 @@ class Section:
             yield self._misplaced(names, firsts, int(np.argmax(is_wrong)))
             return
         yield from self._overlaps(nbytes)
-
-    def _shard_problems(self, block_bytes: int) -> Iterator[str]:
-        numbers, sizes = self.numbers, self.shard_sizes
-        is_wrong = (np.diff(numbers, prepend=-1) <= 0) | (numbers < 0) | (numbers >= NUMBER_LIMIT)
-        if is_wrong.any():
-            number = int(numbers[np.argmax(is_wrong)])
-            yield f"shard {(self.rank, number)} is listed twice or cannot have that number"
-        is_wrong = (sizes <= _LENGTH_BYTES) | (sizes >= NUMBER_LIMIT)
-        if is_wrong.any():
-            place = int(np.argmax(is_wrong))
-            yield f"shard {(self.rank, int(numbers[place]))} has {sizes[place]} bytes"
-        elif len(self.digests) != DIGEST_BYTES * sum(self.block_counts(block_bytes).tolist()):
-            yield f"rank {self.rank} has {len(self.digests)} bytes of digests for {sum(sizes.tolist())} bytes"
 
     def _is_inside(self, tensors: Tensors, firsts: Column) -> NDArray[np.bool_]:
         lengths = np.diff(firsts)
@@ -272,7 +229,7 @@ class Section:
         is_twice = (shard[1:] < shard[:-1]) | ((shard[1:] == shard[:-1]) & (start[1:] < stop[:-1]))
         if is_twice.any():
             row = int(np.argmax(is_twice)) + 1
-            yield f"two pieces share byte {start[row]} of shard {(self.rank, int(self.numbers[shard[row]]))}"
+            yield f"two pieces share byte {start[row]} of shard {(self.rank, int(shard[row]))}"
 
 
 class _Source:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import msgspec
 import xxhash
 
-from cloudckpt.errors import UnsupportedValueError
+from cloudckpt.format.boxes import Column
+from cloudckpt.format.record import lone_surrogates
 
-__all__ = ["DIGEST_BYTES", "Entry", "block_count", "block_digests", "encode_header", "verify_blocks"]
+__all__ = ["DIGEST_BYTES", "Entry", "block_counts", "block_digests", "encode_header", "verify_blocks"]
 
 DIGEST_BYTES = 8
 
@@ -69,11 +70,7 @@ def encode_header(entries: Sequence[Entry], *, metadata: dict[str, str]) -> byte
     try:
         text = msgspec.json.encode(header)
     except UnicodeEncodeError as exc:
-        raise UnsupportedValueError(
-            f"tensor name {exc.object!r} has lone surrogates, which JSON cannot hold; rename it",
-            key=exc.object,
-            type_name="str",
-        ) from exc
+        raise lone_surrogates(exc.object) from exc
     padding = -(8 + len(text)) % _ALIGNMENT_BYTES
     return struct.pack("<Q", len(text) + padding) + text + b" " * padding
 
@@ -86,9 +83,9 @@ def _shape(entry: Entry) -> list[int]:
     return list(entry.shape) if entry.dtype in _NAMED_DTYPES else [entry.nbytes]
 
 
-def block_count(size_bytes: int, block_bytes: int) -> int:
-    """Return how many blocks an object of `size_bytes` has; the last may be short."""
-    return -(-size_bytes // block_bytes)
+def block_counts(sizes_bytes: Column, block_bytes: int) -> Column:
+    """Return how many blocks objects of these sizes have; the last of each may be short."""
+    return -(-sizes_bytes // block_bytes)
 
 
 def block_digests(buffers: Iterable[memoryview], *, block_bytes: int) -> bytes:

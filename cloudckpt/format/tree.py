@@ -16,6 +16,7 @@ from cloudckpt.errors import ManifestError, OptionsError, UnsupportedValueError
 from cloudckpt.format import codec
 from cloudckpt.format.codec import JsonValue
 from cloudckpt.format.codec.walk import is_key, is_text
+from cloudckpt.format.record import lone_surrogates
 
 __all__ = ["PATH_LIMIT", "Flat", "PathElement", "flatten", "unflatten"]
 
@@ -75,11 +76,7 @@ class _Flattening:
 
     def _add(self, leaf: object, name: str, path: list[PathElement]) -> None:
         if not is_text(name):
-            raise UnsupportedValueError(
-                f"{name!r} has lone surrogates, which a checkpoint cannot hold in a name; rename the key",
-                key=name,
-                type_name="str",
-            )
+            raise lone_surrogates(name)
         if name in self.flat.leaves:
             raise OptionsError(f"two entries of the state are both named {name!r}; rename one of the keys")
         self.flat.leaves[name] = leaf

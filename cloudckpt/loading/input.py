@@ -37,7 +37,6 @@ from cloudckpt.errors import (
 )
 from cloudckpt.format import (
     DTYPES,
-    INDEX_LIMIT_BYTES,
     ChunkEntry,
     Index,
     PathElement,
@@ -68,10 +67,10 @@ def read_index_bytes(catalog: Catalog, checkpoint: Checkpoint) -> bytes:
         ChecksumError: it is not byte for byte what was committed.
         ManifestError: the manifest names none.
     """
-    key = checkpoint.prefix + index_key(checkpoint.attempt, format_version=checkpoint.manifest.format_version)
+    key = checkpoint.prefix + index_key(checkpoint.attempt)
     committed = checkpoint.manifest.index
-    if committed is None or committed.size_bytes > INDEX_LIMIT_BYTES:
-        raise ManifestError(f"the manifest of {checkpoint.url} commits no readable index", key=key)
+    if committed is None:
+        raise ManifestError(f"the manifest of {checkpoint.url} commits no index", key=key)
     try:
         data = catalog.store.read(key, limit_bytes=committed.size_bytes + 1)
     except ObjectNotFoundError as exc:
@@ -97,7 +96,7 @@ def read_index_bytes(catalog: Catalog, checkpoint: Checkpoint) -> bytes:
 
 def decode_index(checkpoint: Checkpoint, data: bytes) -> Index:
     """Decode the bytes that `read_index_bytes` returned; raises `ManifestError` if it is no index of the checkpoint."""
-    key = checkpoint.prefix + index_key(checkpoint.attempt, format_version=checkpoint.manifest.format_version)
+    key = checkpoint.prefix + index_key(checkpoint.attempt)
     index = Index.decode(data, key=key)
     if index.attempt != checkpoint.attempt:
         raise ManifestError(f"index {key} is of attempt {index.attempt}; restore an older step", key=key)

@@ -27,13 +27,13 @@ from cloudckpt.format import (
     Metric,
     ShardLayout,
     digest_of,
-    environment,
     index_key,
     lay_out,
     shard_key,
 )
 from cloudckpt.options import Options
 from cloudckpt.root import Checkpoint, Target
+from cloudckpt.saving.environment import environment
 from cloudckpt.saving.snapshot import Staged
 from cloudckpt.saving.source import Source, Staging, chunk_of
 from cloudckpt.saving.tally import Written
@@ -109,7 +109,7 @@ class RankOutput:
 
         The bytes are those of the tensors themselves, or what was copied from them into `staged`.
         """
-        uploaded = upload(
+        digests = upload(
             self._target.catalog.store,
             [self._job(shard, part) if staged is None else self._staged_job(shard, staged) for shard in part.shards],
             block_bytes=self._options.block_bytes,
@@ -117,7 +117,6 @@ class RankOutput:
             budget=Budget(self._options.transfer_budget_bytes if staged is None else staged.transfer_bytes),
             watch=self._watch,
         )
-        digests = [done.digests for done in uploaded]
         return Written.of(part.chunks, part.shards, digests, values, rank=self._rank, attempt=self._attempt)
 
     def _job(self, shard: ShardLayout, part: Part) -> ShardJob:

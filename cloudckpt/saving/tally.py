@@ -17,7 +17,7 @@ import numpy as np
 import zstandard
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from cloudckpt.errors import ManifestError, SaveFailedError, UnsupportedValueError
+from cloudckpt.errors import ManifestError, SaveFailedError
 from cloudckpt.format import (
     DTYPE_NAMES,
     Box,
@@ -32,7 +32,7 @@ from cloudckpt.format import (
     ShardLayout,
     TensorEntry,
     index_key,
-    shown,
+    lone_surrogates,
 )
 
 __all__ = ["Written", "assemble", "check_against_names", "check_against_plan"]
@@ -118,11 +118,7 @@ class Written:
         try:
             return zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(message))
         except UnicodeEncodeError as exc:
-            raise UnsupportedValueError(
-                f"{shown(exc.object)} has lone surrogates, which JSON cannot hold; rename that entry of the state",
-                key=exc.object,
-                type_name="str",
-            ) from exc
+            raise lone_surrogates(exc.object) from exc
 
     @classmethod
     def decode(cls, data: bytes) -> Written:
@@ -179,7 +175,6 @@ class _Assembly:
             Section(
                 rank=written.rank,
                 attempt=written.attempt,
-                numbers=np.arange(len(written.shard_sizes), dtype=np.int64),
                 shard_sizes=written.shard_sizes,
                 digests=written.digests,
                 tensor=self._common_numbers(written)[written.boxes.tensor],

@@ -5,11 +5,10 @@ in them.
 """
 
 from cloudckpt.transfer.download import Fetch, ShardSource, download
-from cloudckpt.transfer.host_memory import free_bytes, ranks_here
+from cloudckpt.transfer.memory import Scratch, Slabs, bytes_of
 from cloudckpt.transfer.pool import OWN_SHARE, AbandonedError, Budget, Gauge, Watch
-from cloudckpt.transfer.scratch import Scratch
-from cloudckpt.transfer.staging import Copy, Slabs, Stage, StageClosedError, copying_threads
-from cloudckpt.transfer.tensor_memory import bytes_of
+from cloudckpt.transfer.share import copying_threads, free_bytes, ranks_here
+from cloudckpt.transfer.staging import Copy, Stage, StageClosedError
 from cloudckpt.transfer.upload import ShardJob, upload
 
 __all__ = [

@@ -42,7 +42,7 @@ class Budget:
         self._running = 0
         self._changed = threading.Condition()
 
-    def admit(self, size_bytes: int, *, timeout_s: float | None = None) -> bool:
+    def admit(self, size_bytes: int, *, timeout_s: float) -> bool:
         """Let one job begin: wait until its bytes fit, or no other job runs (so that the largest one can run, alone).
 
         Called by one thread, job after job; that keeps their order, and no large job is passed for ever.

@@ -1,4 +1,4 @@
-"""Keep one copy of a rank's shards in host memory, which is used again from save to save.
+"""Copy a rank's shards into host memory by all cores, and lend the copies to whoever puts them.
 
     tensor memory ──copied by all cores──▶ slabs ──put──▶ store ──▶ the slabs are free again
 
@@ -10,34 +10,19 @@ that they are to put and give its slab back afterwards, so that a state of any s
 from __future__ import annotations
 
 import ctypes
-import logging
-import mmap
-import os
 import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
-
-import numpy as np
-import torch
 
 from cloudckpt.errors import CloudCkptError
-from cloudckpt.transfer.host_memory import ranks_here
+from cloudckpt.transfer.memory import Slab, Slabs, address_of
 
-__all__ = ["Copy", "Slabs", "Stage", "StageClosedError", "copy_all", "copying_threads"]
+__all__ = ["Copy", "Stage", "StageClosedError", "copy_all"]
 
-logger = logging.getLogger(__name__)
-
-_HUGE_BYTES = 2 << 20
 # Large enough to cost nothing: 2 GiB were copied 4 % faster than by segments of 4 MiB. Of less, each thread has some.
 _MOST_SEGMENT_BYTES = 16 << 20
 _LEAST_SEGMENT_BYTES = 1 << 20
 _SEGMENTS_PER_THREAD = 4
-# Between two touches of huge pages: training gets the core.
-_TOUCH_PAUSE_S = 0.0005
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,165 +33,8 @@ class Copy:
     source: memoryview
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Slab:
-    memory: memoryview
-    is_pinned: bool
-
-    @property
-    def size_bytes(self) -> int:
-        return self.memory.nbytes
-
-    def is_exact(self, size_bytes: int) -> bool:
-        """Tell whether a new slab for so many bytes would be as large."""
-        return self.size_bytes == _rounded(size_bytes)
-
-
 class StageClosedError(CloudCkptError):
     """The upload that waited for these copies has ended; its own error says why."""
-
-
-class Slabs:
-    """Host memory that is taken, given back and taken again. Any thread may enter.
-
-    First touches of fresh pages cost ten times the copy into them (0.2 to 0.5 GB/s on a virtual machine), so memory
-    is kept from save to save and can be touched ahead of time.
-    """
-
-    def __init__(self) -> None:
-        """Hold nothing yet."""
-        self._idle: list[_Slab] = []
-        self._held_bytes = 0
-        self._lock = threading.Lock()
-        self._toucher: threading.Thread | None = None
-        self._is_hurried = threading.Event()
-        self._is_closed = False
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes that are held, lent ones included."""
-        return self._held_bytes
-
-    def take(
-        self, size_bytes: int, *, limit_bytes: int, most_bytes: int | None = None, is_pinned: bool = False
-    ) -> _Slab:
-        """Return the smallest idle slab that is large enough, or a new one.
-
-        Args:
-            size_bytes: of the memory wanted.
-            limit_bytes: what may be held afterwards: idle slabs that do not fit make room for a new one.
-            most_bytes: how large the slab may be, if it is larger than need be; None for any size.
-            is_pinned: page-locked, for copies from a device.
-        """
-        with self._lock:
-            fitting = [
-                slab
-                for slab in self._idle
-                if slab.is_pinned >= is_pinned
-                and slab.size_bytes >= size_bytes
-                and (slab.is_exact(size_bytes) or most_bytes is None or slab.size_bytes <= most_bytes)
-            ]
-            if fitting:
-                slab = min(fitting, key=lambda slab: slab.size_bytes)
-                self._idle.remove(slab)
-                return slab
-            while self._idle and self._held_bytes + size_bytes > limit_bytes:
-                smallest = min(self._idle, key=lambda slab: slab.size_bytes)
-                self._idle.remove(smallest)
-                self._held_bytes -= smallest.size_bytes
-            slab = _new_slab(size_bytes, is_pinned=is_pinned)
-            self._held_bytes += slab.size_bytes
-            return slab
-
-    def give(self, slab: _Slab) -> None:
-        """Take a slab back, which nobody uses any more."""
-        with self._lock:
-            if self._is_closed:
-                self._held_bytes -= slab.size_bytes
-            else:
-                self._idle.append(slab)
-
-    def touch_ahead(self, sizes_bytes: Sequence[int], *, is_pinned: bool = False) -> None:
-        """Have slabs of these sizes ready, touched, some time from now; returns at once."""
-        self.stop_touching()
-        missing = self._missing(sizes_bytes, is_pinned=is_pinned)
-        if not missing:
-            return
-        self._toucher = threading.Thread(
-            target=partial(self._touch, missing, is_pinned=is_pinned), name="cloudckpt-touch", daemon=True
-        )
-        self._toucher.start()
-
-    def _missing(self, sizes_bytes: Sequence[int], *, is_pinned: bool) -> list[int]:
-        """Return the sizes for which there is no idle slab."""
-        with self._lock:
-            idle = Counter(slab.size_bytes for slab in self._idle if slab.is_pinned >= is_pinned)
-        missing = []
-        for size_bytes in sorted(sizes_bytes):
-            if idle[_rounded(size_bytes)]:
-                idle[_rounded(size_bytes)] -= 1
-            else:
-                missing.append(size_bytes)
-        return missing
-
-    def _touch(self, sizes_bytes: Sequence[int], *, is_pinned: bool) -> None:
-        for size_bytes in sizes_bytes:
-            if self._is_hurried.is_set():
-                return
-            slab = _new_slab(size_bytes, is_pinned=is_pinned)
-            with self._lock:
-                self._held_bytes += slab.size_bytes
-            self._touch_slab(slab)
-            self.give(slab)
-
-    def _touch_slab(self, slab: _Slab) -> None:
-        """Write to every page; a slab that is given up in the middle is as good, but for the time of its first use."""
-        address = _address(slab.memory)
-        for start in range(0, slab.size_bytes, _HUGE_BYTES):
-            if self._is_hurried.is_set():
-                return
-            # Called without Python's lock, and in small parts, so that training gets the core in between.
-            ctypes.memset(address + start, 0, min(_HUGE_BYTES, slab.size_bytes - start))
-            time.sleep(_TOUCH_PAUSE_S)
-
-    def wait_until_touched(self) -> None:
-        """Wait for what `touch_ahead` began."""
-        toucher = self._toucher
-        if toucher is not None:
-            toucher.join()
-
-    def stop_touching(self) -> None:
-        """Let `touch_ahead` end where it is: the memory is needed now."""
-        toucher, self._toucher = self._toucher, None
-        if toucher is not None:
-            self._is_hurried.set()
-            toucher.join()
-            self._is_hurried.clear()
-
-    def close(self) -> None:
-        """Let go of idle memory, and of what is lent once it is given back."""
-        self._is_closed = True
-        self.stop_touching()
-        with self._lock:
-            self._held_bytes -= sum(slab.size_bytes for slab in self._idle)
-            self._idle.clear()
-
-
-def _new_slab(size_bytes: int, *, is_pinned: bool) -> _Slab:
-    if is_pinned:
-        array: np.ndarray = torch.empty(_rounded(size_bytes), dtype=torch.uint8, pin_memory=True).numpy()
-        return _Slab(memory=array.data, is_pinned=True)
-    memory = mmap.mmap(-1, _rounded(size_bytes))
-    if size_bytes >= _HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return _Slab(memory=memoryview(memory), is_pinned=False)
-
-
-def _rounded(size_bytes: int) -> int:
-    """Return the bytes of a slab for so many; a shard of empty tensors has a page, too."""
-    rounding = _HUGE_BYTES if size_bytes >= _HUGE_BYTES else mmap.PAGESIZE
-    return max(1, -(-size_bytes // rounding)) * rounding
 
 
 class Stage:
@@ -221,7 +49,7 @@ class Stage:
         self._is_pinned = is_pinned
         # What is left when all shards lie side by side; negative if they cannot.
         self._spare_bytes = limit_bytes - sum(sizes_bytes)
-        self._lent: dict[int, _Slab] = {}
+        self._lent: dict[int, Slab] = {}
         self._charged: dict[int, int] = {}
         self._staged: set[int] = set()
         self._opened: set[int] = set()
@@ -394,17 +222,6 @@ def copy_all(copies: Sequence[Copy], *, threads: int) -> None:
 
 def _segments(copies: Sequence[Copy], segment_bytes: int) -> Iterator[tuple[int, int, int]]:
     for copy in copies:
-        target, source = _address(copy.target), _address(copy.source)
+        target, source = address_of(copy.target), address_of(copy.source)
         for start in range(0, copy.source.nbytes, segment_bytes):
             yield target + start, source + start, min(segment_bytes, copy.source.nbytes - start)
-
-
-def _address(memory: memoryview) -> int:
-    """Return where bytes lie; valid as long as somebody holds the view."""
-    return int(np.frombuffer(memory, dtype=np.uint8).__array_interface__["data"][0])
-
-
-def copying_threads() -> int:
-    """Return how many threads of this rank may copy at once: its share of the cores that it may run on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks_here())

@@ -1,6 +1,6 @@
 """Put laid-out shards on a store in parallel, digesting their bytes on the way.
 
-    ShardJob.open(staging) ──▶ [header, view, view, …] ──▶ block digests ──▶ store.put, one request ──▶ Uploaded
+    ShardJob.open(staging) ──▶ [header, view, view, …] ──▶ block digests ──▶ store.put, one request ──▶ the digests
 
 Knows bytes, budgets and threads; knows nothing of tensors, steps or manifests. The views are tensor memory
 wherever that is possible, and else lie in the staging memory; nothing is copied here. Each job runs on one pool
@@ -15,10 +15,10 @@ from functools import partial
 
 from cloudckpt.format import block_digests
 from cloudckpt.store import Store
+from cloudckpt.transfer.memory import Scratch
 from cloudckpt.transfer.pool import Budget, Watch, Work, run_all
-from cloudckpt.transfer.scratch import Scratch
 
-__all__ = ["ShardJob", "Uploaded", "upload"]
+__all__ = ["ShardJob", "upload"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class ShardJob:
 
     Attributes:
         key: where, below the store's root.
-        size_bytes: of the whole object.
+        size_bytes: how large it is.
         cost_bytes: host memory that it may take while it is in flight, staging included.
         staging_bytes: host memory that `open` is to be given.
         open: returns its bytes as views, whose memory stays unchanged until the put has returned.
@@ -42,15 +42,6 @@ class ShardJob:
     release: Callable[[], None] = lambda: None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Uploaded:
-    """One durable shard: its size, and 8 digest bytes per block."""
-
-    key: str
-    size_bytes: int
-    digests: bytes
-
-
 def upload(
     store: Store,
     jobs: Sequence[ShardJob],
@@ -59,8 +50,8 @@ def upload(
     concurrency: int,
     budget: Budget,
     watch: Watch | None = None,
-) -> list[Uploaded]:
-    """Put every shard; return their records in the order of `jobs`.
+) -> list[bytes]:
+    """Put every shard; return the digests of each one's blocks, 8 bytes per block, once all of them are durable.
 
     Raises:
         CloudCkptError: the first fault, when no put is under way any more. Objects already put stay: they carry an
@@ -69,7 +60,7 @@ def upload(
     """
     scratch = Scratch()
 
-    def put(job: ShardJob) -> Uploaded:
+    def put(job: ShardJob) -> bytes:
         try:
             with scratch.lend(job.staging_bytes) as staging:
                 buffers = job.open(staging)
@@ -78,7 +69,7 @@ def upload(
         finally:
             job.release()
             budget.free(job.cost_bytes)
-        return Uploaded(key=job.key, size_bytes=job.size_bytes, digests=digests)
+        return digests
 
     work = [
         Work(name=job.key, size_bytes=job.size_bytes, cost_bytes=job.cost_bytes, call=partial(put, job)) for job in jobs

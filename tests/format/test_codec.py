@@ -27,7 +27,8 @@ from torch.optim import lr_scheduler, swa_utils
 
 from cloudckpt.errors import ManifestError, UnsupportedValueError
 from cloudckpt.format import codec
-from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, MAX_DEPTH, MAX_INLINE_BYTES, MAX_INT_DIGITS, MAX_NODES
+from cloudckpt.format.codec import DTYPE_NAMES, DTYPES
+from cloudckpt.format.codec.walk import MAX_DEPTH, MAX_INLINE_BYTES, MAX_INT_DIGITS, MAX_NODES
 
 Json = Any
 

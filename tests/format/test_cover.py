@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from cloudckpt.errors import ManifestError, OptionsError
 from cloudckpt.format import cover as cover_module
 from cloudckpt.format import index as index_module
-from cloudckpt.format.index import Index, TensorEntry
-from cloudckpt.format.section import Section
+from cloudckpt.format.builder import IndexBuilder
+from cloudckpt.format.index import Index
+from cloudckpt.format.section import Section, TensorEntry
 
 ATTEMPT = "0123456789abcdef"
 
@@ -24,15 +25,15 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]
 def index_of(tensors: dict[str, tuple[int, ...]], boxes: dict[int, list[tuple[str, Box]]]) -> Index:
     """Return an index of uint8 tensors whose boxes each rank wrote one after the other into one shard."""
     numbers = {name: number for number, name in enumerate(tensors)}
-    sections = []
+    builder = IndexBuilder(attempt=ATTEMPT, block_bytes=1 << 20)
+    builder.tensors.update({name: TensorEntry("uint8", shape) for name, shape in tensors.items()})
     for rank, of_rank in boxes.items():
         lengths = [int(np.prod(sizes, dtype=np.int64)) for _, (_, sizes) in of_rank]
         stops = 64 + np.cumsum([0, *lengths])
-        sections.append(
+        builder.add(
             Section(
                 rank=rank,
                 attempt=ATTEMPT,
-                numbers=np.zeros(1, dtype=np.int64),
                 shard_sizes=stops[-1:].astype(np.int64),
                 digests=bytes(8),
                 tensor=np.asarray([numbers[name] for name, _ in of_rank], dtype=np.int64),
@@ -42,15 +43,7 @@ def index_of(tensors: dict[str, tuple[int, ...]], boxes: dict[int, list[tuple[st
                 sizes=np.asarray([v for _, (_, sizes) in of_rank for v in sizes], dtype=np.int64),
             )
         )
-    return Index.of(
-        attempt=ATTEMPT,
-        block_bytes=1 << 20,
-        tensors={name: TensorEntry("uint8", shape) for name, shape in tensors.items()},
-        values={},
-        paths={},
-        sections=sections,
-        key="index.bin",
-    )
+    return Index(*builder.finish({}, {}), key="index.bin")
 
 
 def rows_on_ranks(ranks: int, *, rows: int = 4) -> Index:
@@ -131,7 +124,7 @@ def test_a_large_index_is_checked_where_it_is_read(monkeypatch: pytest.MonkeyPat
     assert [chunk.rank for chunk in index.covering({"a": [((0,), (4,))], "b": [((0,), (4,))]}, near=0)["b"]] == [0, 1]
     assert opened(index) == [0]
     for refused in (
-        lambda: index.check(key="index.bin"),
+        index.check,
         index.all_pieces,
         lambda: index.covering({"a": [((0,), (8,))]}, near=1),
     ):

@@ -169,7 +169,6 @@ def test_keys_have_the_documented_form() -> None:
 
     assert prefix + MANIFEST_NAME == "step-0000012000-e0003/manifest.json"
     assert prefix + index_key(ATTEMPT) == f"step-0000012000-e0003/{ATTEMPT}/index.bin"
-    assert prefix + index_key(ATTEMPT, format_version=1) == f"step-0000012000-e0003/{ATTEMPT}/index.json.zst"
     assert prefix + shard_key(ATTEMPT, 3, 7) == f"step-0000012000-e0003/{ATTEMPT}/r00003-0007.safetensors"
     assert epoch_key(3) == EPOCHS_PREFIX + "0000000003.json"
 

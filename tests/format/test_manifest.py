@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError, UnsupportedValueError
-from cloudckpt.format.index import FORMAT_VERSION
 from cloudckpt.format.manifest import (
     MANIFEST_LIMIT_BYTES,
     EpochClaim,
@@ -28,6 +27,7 @@ from cloudckpt.format.manifest import (
     metadata_to_json,
     metrics_to_json,
 )
+from cloudckpt.format.record import FORMAT_VERSION, INDEX_LIMIT_BYTES
 
 KEY = "step-0000012000-e0003/manifest.json"
 
@@ -89,7 +89,7 @@ manifests = st.builds(
     total_bytes=counts,
     tensor_count=counts,
     shard_count=counts,
-    index=st.builds(IndexRef, size_bytes=st.integers(1, 2**53 - 1), sha256=st.just("0f" * 32)),
+    index=st.builds(IndexRef, size_bytes=st.integers(1, INDEX_LIMIT_BYTES), sha256=st.just("0f" * 32)),
     metrics=metrics.map(metrics_to_json),
     metadata=st.dictionaries(st.text(max_size=9), plain_values, max_size=3).map(metadata_to_json),
     environment=st.dictionaries(st.text(max_size=9), st.text(max_size=9), max_size=3),
@@ -303,6 +303,15 @@ def test_a_void_manifest_has_no_index() -> None:
             Manifest.decode(wrong, key=KEY)
 
 
+def test_an_index_larger_than_a_reader_takes_is_refused_before_it_is_asked_for() -> None:
+    largest = changed(COMMITTED, index={"size_bytes": INDEX_LIMIT_BYTES, "sha256": "ab" * 32})
+    larger = changed(COMMITTED, index={"size_bytes": INDEX_LIMIT_BYTES + 1, "sha256": "ab" * 32})
+
+    assert Manifest.decode(largest, key=KEY).index == IndexRef(size_bytes=INDEX_LIMIT_BYTES, sha256="ab" * 32)
+    with pytest.raises(ManifestError, match="a size that is not read"):
+        Manifest.decode(larger, key=KEY)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.1, -0.0, 5e-324, 1.7976931348623157e308])
 def test_every_float_survives_as_a_metric(value: float) -> None:
     manifest = msgspec.structs.replace(COMMITTED, metrics=metrics_to_json({"loss": value}))
@@ -441,12 +450,6 @@ def test_a_version_that_never_was_is_not_newer(version: int) -> None:
 @pytest.mark.parametrize("resumed_from", [None, (11_500, 2), (0, 0)])
 def test_a_claim_comes_back_as_it_was(resumed_from: tuple[int, int] | None) -> None:
     claim = msgspec.structs.replace(CLAIM, resumed_from=resumed_from)
-
-    assert decode_claim(claim.encode(), key="epochs/0000000003.json") == claim
-
-
-def test_a_claim_of_version_1_is_read() -> None:
-    claim = msgspec.structs.replace(CLAIM, format_version=1)
 
     assert decode_claim(claim.encode(), key="epochs/0000000003.json") == claim
 

@@ -18,8 +18,9 @@ from torch.distributed.checkpoint.metadata import (
 from cloudckpt.errors import SaveFailedError, UnsupportedValueError
 from cloudckpt.format.boxes import Box, BoxTable
 from cloudckpt.format.codec import DTYPES
-from cloudckpt.format.index import ChunkEntry, Index, TensorEntry
+from cloudckpt.format.index import Index
 from cloudckpt.format.layout import Chunk, lay_out
+from cloudckpt.format.section import ChunkEntry, TensorEntry
 from cloudckpt.saving.tally import Written, assemble, check_against_plan
 
 ATTEMPT = "0123456789abcdef"
@@ -112,11 +113,11 @@ def test_ranks_that_name_tensors_in_different_orders_are_merged() -> None:
         "a": TensorEntry("float32", (2, 3)),
         "c": TensorEntry("float32", (1, 3)),
     }
-    assert index.pieces("a") == [
+    assert index.all_pieces()["a"] == [
         ChunkEntry(offsets=(0, 0), sizes=(1, 3), rank=0, number=0, start=64),
         ChunkEntry(offsets=(1, 0), sizes=(1, 3), rank=1, number=0, start=76),
     ]
-    assert index.pieces("c") == [ChunkEntry(offsets=(0, 0), sizes=(1, 3), rank=0, number=0, start=76)]
+    assert index.all_pieces()["c"] == [ChunkEntry(offsets=(0, 0), sizes=(1, 3), rank=0, number=0, start=76)]
     assert [(shard.rank, shard.attempt, shard.digests) for shard in index.shards()] == [
         (0, "f" * 16, bytes(8)),
         (1, ATTEMPT, bytes([1]) * 8),

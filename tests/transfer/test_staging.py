@@ -17,7 +17,8 @@ import cloudckpt
 from cloudckpt import CheckpointManager, Options
 from cloudckpt.errors import CloudCkptError
 from cloudckpt.options import KIB, MIB
-from cloudckpt.transfer.staging import Copy, Slabs, Stage, StageClosedError, copy_all
+from cloudckpt.transfer.memory import Slabs
+from cloudckpt.transfer.staging import Copy, Stage, StageClosedError, copy_all
 from raw_access import FreshPrefix
 from tests.store.gates import PATIENCE_S, Gate, before, slow, wait_for
 
@@ -180,7 +181,7 @@ def test_what_happens_to_the_state_never_changes_what_is_saved_on_s3(s3_url: Fre
 def used_at_puts(manager: CheckpointManager) -> list[int]:
     """Note how many bytes are staged, or being staged, at each put of a shard."""
     seen: list[int] = []
-    before(manager, lambda key: seen.append(lent_bytes(manager._slabs)), when=lambda key: key.endswith(".safetensors"))
+    before(manager, lambda key: seen.append(lent_bytes(manager._saves._slabs)), when=lambda key: key.endswith(".safetensors"))
     return seen
 
 
@@ -210,7 +211,7 @@ def test_a_state_of_any_size_passes_through_a_limited_memory(tmp_path: Path, bud
             state = {name: tensor.clone() for name, tensor in expected.items()}
         assert len(seen) >= 190
         assert max(seen) <= budget_bytes
-        assert manager._slabs.held_bytes <= budget_bytes
+        assert manager._saves._slabs.held_bytes <= budget_bytes
 
 
 def test_held_memory_stays_within_the_budget_whatever_becomes_of_the_structure(tmp_path: Path) -> None:
@@ -226,9 +227,9 @@ def test_held_memory_stays_within_the_budget_whatever_becomes_of_the_structure(t
             assert checkpoint is not None
             found = cloudckpt.read(checkpoint.url)
             assert all(torch.equal(found[name], tensor) for name, tensor in state.items()), step
-            held.append(manager._slabs.held_bytes)
+            held.append(manager._saves._slabs.held_bytes)
         assert max(held) <= budget_bytes
-        assert lent_bytes(manager._slabs) == 0
+        assert lent_bytes(manager._saves._slabs) == 0
 
 
 # -- slabs -------------------------------------------------------------------------------------------------
@@ -236,32 +237,41 @@ def test_held_memory_stays_within_the_budget_whatever_becomes_of_the_structure(t
 
 def test_a_slab_is_used_again_and_the_smallest_that_fits_is_taken() -> None:
     slabs = Slabs()
-    large, small = slabs.take(5 * PAGE, limit_bytes=100 * PAGE), slabs.take(PAGE, limit_bytes=100 * PAGE)
+    large, small = (
+        slabs.take(5 * PAGE, limit_bytes=100 * PAGE, most_bytes=100 * PAGE),
+        slabs.take(PAGE, limit_bytes=100 * PAGE, most_bytes=100 * PAGE),
+    )
     slabs.give(large)
     slabs.give(small)
-    assert slabs.take(PAGE, limit_bytes=100 * PAGE) is small
-    assert slabs.take(5 * PAGE, limit_bytes=100 * PAGE) is large
+    assert slabs.take(PAGE, limit_bytes=100 * PAGE, most_bytes=100 * PAGE) is small
+    assert slabs.take(5 * PAGE, limit_bytes=100 * PAGE, most_bytes=100 * PAGE) is large
     assert slabs.held_bytes == 6 * PAGE
 
 
 def test_idle_slabs_that_are_too_small_make_room_for_a_new_one() -> None:
     slabs = Slabs()
-    lent = [slabs.take(PAGE, limit_bytes=4 * PAGE) for _ in range(4)]
+    lent = [slabs.take(PAGE, limit_bytes=4 * PAGE, most_bytes=4 * PAGE) for _ in range(4)]
     for slab in lent:
         slabs.give(slab)
-    slabs.take(3 * PAGE, limit_bytes=4 * PAGE)
+    slabs.take(3 * PAGE, limit_bytes=4 * PAGE, most_bytes=4 * PAGE)
     assert slabs.held_bytes == 4 * PAGE
+
+
+def wait_until_touched() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "cloudckpt-touch":
+            thread.join()
 
 
 def test_memory_is_touched_ahead_once() -> None:
     slabs = Slabs()
     slabs.touch_ahead([4 * MIB, PAGE, 4 * MIB])
-    slabs.wait_until_touched()
+    wait_until_touched()
     assert slabs.held_bytes == 8 * MIB + PAGE
     slabs.touch_ahead([4 * MIB, 4 * MIB])
-    slabs.wait_until_touched()
+    wait_until_touched()
     assert slabs.held_bytes == 8 * MIB + PAGE
-    assert bytes(slabs.take(4 * MIB, limit_bytes=8 * MIB).memory[:64]) == bytes(64)
+    assert bytes(slabs.take(4 * MIB, limit_bytes=8 * MIB, most_bytes=8 * MIB).memory[:64]) == bytes(64)
 
 
 def test_a_save_interrupts_touching_and_what_was_not_touched_is_as_good() -> None:
@@ -279,7 +289,7 @@ def test_a_save_interrupts_touching_and_what_was_not_touched_is_as_good() -> Non
 
 def test_closing_ends_touching_and_lets_go_of_everything_once_it_is_given_back() -> None:
     slabs = Slabs()
-    lent = slabs.take(PAGE, limit_bytes=PAGE)
+    lent = slabs.take(PAGE, limit_bytes=PAGE, most_bytes=PAGE)
     slabs.touch_ahead([64 * MIB] * 8)
     slabs.close()
     assert slabs.held_bytes == PAGE
@@ -413,5 +423,5 @@ def test_a_shard_that_is_put_slowly_keeps_its_slab_after_the_save_was_given_up(t
         gate.await_request()
         with pytest.raises(cloudckpt.SaveFailedError, match=r"abandoned after 0.2 s; nothing was committed"):
             manager.close()
-        assert manager._slabs.held_bytes > 0
-    wait_for(lambda: manager._slabs.held_bytes == 0)
+        assert manager._saves._slabs.held_bytes > 0
+    wait_for(lambda: manager._saves._slabs.held_bytes == 0)

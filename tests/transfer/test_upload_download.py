@@ -30,9 +30,9 @@ from cloudckpt.store import RetryingStore
 from cloudckpt.store.base import Store
 from cloudckpt.store.local import LocalStore
 from cloudckpt.transfer.download import Fetch, ShardSource, download
-from cloudckpt.transfer.pool import Budget
-from cloudckpt.transfer.scratch import Scratch
-from cloudckpt.transfer.upload import ShardJob, Uploaded, upload
+from cloudckpt.transfer.memory import Scratch
+from cloudckpt.transfer.pool import Budget, Watch
+from cloudckpt.transfer.upload import ShardJob, upload
 from tests.store.fault_store import Bucket, FaultKind, FaultStore, Op, denied, refused, transient
 
 BLOCK_BYTES = 10
@@ -51,7 +51,7 @@ def job(number: int, size_bytes: int = 100, cost_bytes: int | None = None) -> Sh
     )
 
 
-def put_all(store: Store, jobs: Sequence[ShardJob], *, concurrency: int = 4, limit_bytes: int = 1000) -> list[Uploaded]:
+def put_all(store: Store, jobs: Sequence[ShardJob], *, concurrency: int = 4, limit_bytes: int = 1000) -> list[bytes]:
     return upload(store, jobs, block_bytes=BLOCK_BYTES, concurrency=concurrency, budget=Budget(limit_bytes))
 
 
@@ -78,18 +78,15 @@ class InFlight:
 # -- upload ------------------------------------------------------------------------------------------------------
 
 
-def test_every_shard_is_put_whole_and_recorded_in_order_with_its_digests() -> None:
+def test_every_shard_is_put_whole_and_its_digests_come_back_in_order() -> None:
     bucket = Bucket()
     jobs = [job(number, size_bytes=95 + number) for number in range(20)]
 
-    records = put_all(FaultStore(bucket), jobs)
+    found = put_all(FaultStore(bucket), jobs)
 
-    assert [record.key for record in records] == [one.key for one in jobs]
-    for number, record in enumerate(records):
-        data = bytes([number]) * (95 + number)
-        assert bucket.raw_get(record.key) == data
-        assert record.size_bytes == len(data)
-        assert record.digests == block_digests([memoryview(data)], block_bytes=BLOCK_BYTES)
+    contents = [bytes([number]) * (95 + number) for number in range(20)]
+    assert [bucket.raw_get(one.key) for one in jobs] == contents
+    assert found == [block_digests([memoryview(data)], block_bytes=BLOCK_BYTES) for data in contents]
 
 
 def test_nothing_to_put_is_nothing() -> None:
@@ -441,3 +438,31 @@ def test_memory_is_of_the_size_asked_for_and_no_more_is_held_than_was_lent_at_on
             assert memory.nbytes == size_bytes
     assert len(scratch._idle) <= 1
     assert sum(map(len, scratch._idle)) == max(sizes_bytes, default=0)
+
+
+class Noting:
+    """A gauge that remembers."""
+
+    def __init__(self) -> None:
+        self.totals: list[int] = []
+        self.moved: list[int] = []
+
+    def begin(self, total_bytes: int) -> None:
+        self.totals.append(total_bytes)
+
+    def move(self, size_bytes: int) -> None:
+        self.moved.append(size_bytes)
+
+
+def test_a_gauge_is_told_of_all_bytes_at_the_begin_and_of_each_transfer_that_has_ended() -> None:
+    gauge = Noting()
+    upload(
+        FaultStore(),
+        [job(number) for number in range(5)],
+        block_bytes=4096,
+        concurrency=2,
+        budget=Budget(10_000),
+        watch=Watch(gauge=gauge),
+    )
+    assert gauge.totals == [sum(gauge.moved)]
+    assert len(gauge.moved) == 5

@@ -19,19 +19,9 @@ from __future__ import annotations
 from cloudckpt.format.codec.decoding import Decoder
 from cloudckpt.format.codec.dtypes import DTYPE_NAMES, DTYPES
 from cloudckpt.format.codec.encoding import Encoder
-from cloudckpt.format.codec.walk import MAX_DEPTH, MAX_INLINE_BYTES, MAX_INT_DIGITS, MAX_NODES, JsonValue
+from cloudckpt.format.codec.walk import JsonValue
 
-__all__ = [
-    "DTYPES",
-    "DTYPE_NAMES",
-    "MAX_DEPTH",
-    "MAX_INLINE_BYTES",
-    "MAX_INT_DIGITS",
-    "MAX_NODES",
-    "JsonValue",
-    "decode",
-    "encode",
-]
+__all__ = ["DTYPES", "DTYPE_NAMES", "JsonValue", "decode", "encode"]
 
 
 def encode(value: object, *, key: str) -> JsonValue:

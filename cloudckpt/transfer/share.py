@@ -1,4 +1,4 @@
-"""Tell what of this machine is a rank's: the memory that it may still take, and how many ranks share the rest.
+"""Tell what of this machine is a rank's share: the memory that it may still take, the cores that may copy for it.
 
 Memory is the least of what the machine and its control group leave.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["free_bytes", "ranks_here"]
+__all__ = ["copying_threads", "free_bytes", "ranks_here"]
 
 _GROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
@@ -50,3 +50,9 @@ def ranks_here() -> int:
     """Return how many ranks run on this machine, as torchrun says; 1 where nobody says."""
     said = os.environ.get("LOCAL_WORLD_SIZE", "")
     return max(1, int(said)) if said.isdigit() else 1
+
+
+def copying_threads() -> int:
+    """Return how many threads of this rank may copy at once: its share of the cores that it may run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // ranks_here())

@@ -14,7 +14,7 @@ def refuse(*arguments, **options):
     raise SystemExit("a process was started")
 
 subprocess.Popen.__init__ = refuse
-from cloudckpt.format.environment import environment
+from cloudckpt.saving.environment import environment
 print(environment("file:///root", "local")["platform"])
 """
 
