@@ -303,17 +303,16 @@ class Pulse:
         if (verdict.session, verdict.beat) != (self._verdict.session, self._verdict.beat):
             self._verdict_s = now_s
         self._verdict = verdict
-        if self._fault is not None or verdict.session < self._session:
-            is_late = now_s - self._verdict_s > self.deadline_s
-            if is_late and self._fault is None:
-                self._fault = self._lost([0], f"rank 0 has not come within {now_s - self._verdict_s:.1f} s")
+        if self._fault is not None:
             return
+        silent_s = now_s - self._verdict_s
         if verdict.reason and verdict.session == self._session:
             self._fault = RankLostError(verdict.reason, ranks=verdict.ranks, phase=verdict.phase)
             self._mine.has_read = True
             self._wake.set()
-        elif now_s - self._verdict_s > self.deadline_s:
-            self._fault = self._lost([0], f"rank 0 is silent for {now_s - self._verdict_s:.1f} s")
+        elif silent_s > self.deadline_s:
+            said = "has not come within" if verdict.session < self._session else "is silent for"
+            self._fault = self._lost([0], f"rank 0 {said} {silent_s:.1f} s")
 
     def _lost(self, ranks: Iterable[int], why: str, phase: str = "") -> RankLostError:
         mine = self._mine.phase
