@@ -92,7 +92,7 @@ class CloudWriter(StorageWriter):
         self._attempt = ""
         self._rank = 0
         self._is_coordinator = False
-        self._began_s = 0.0
+        self._began_s = time.monotonic()
         self._stats_before = StoreStats()
         self.checkpoint: Checkpoint | None = None
 
@@ -119,7 +119,6 @@ class CloudWriter(StorageWriter):
             raise OptionsError("CloudWriter needs use_collectives=True: one manifest commits all ranks' shards")
         refuse_lonely_rank()
         self._begin()
-        self._began_s = time.monotonic()
         self._rank = int(str(kwargs.get("rank") or 0))
         self._is_coordinator = is_coordinator
         catalog = self._address.catalog()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch.distributed as dist
 
@@ -48,22 +49,13 @@ class Meeting:
         connect: Callable[[], KeyValueStore] = store_of_our_own,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Begin to count the seconds; `meet` does the rest.
-
-        Args:
-            phase: what the ranks meet for.
-            rank: this one.
-            size: how many there are.
-            after: the number of the meeting that ended, 0 for none.
-            deadline_s: how long to wait for a rank, from now on.
-            connect: connects to the store.
-            clock: monotonic seconds.
-        """
+        """Begin to count `deadline_s`; the meeting before was number `after`, or 0."""
         self.number = 0
         self.pulse: Pulse | None = None
         self._phase = phase
         self._rank = rank
         self._size = size
+        self._speak = partial(Pulse, rank=rank, size=size, phase=phase, deadline_s=deadline_s, clock=clock)
         self._after = after
         self._deadline_s = deadline_s
         self._connect = connect
@@ -94,15 +86,7 @@ class Meeting:
         if self.pulse is not None:
             self.pulse.end()
         self.number = number
-        self.pulse = Pulse(
-            store,
-            f"{_ROOM}/{number}",
-            rank=self._rank,
-            size=self._size,
-            phase=self._phase,
-            deadline_s=self._deadline_s,
-            clock=self._clock,
-        ).begin()
+        self.pulse = self._speak(store, f"{_ROOM}/{number}").begin()
         self.pulse.enter(self._phase, is_waiting=True)
 
     def _open_room(self, store: KeyValueStore) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import msgspec
 
@@ -96,25 +97,14 @@ class Pulse:
         session: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Speak for `rank` of `size` and listen to the others, from `begin` on.
-
-        Args:
-            store: where the ranks' records are.
-            room: the keys' prefix.
-            rank: this one.
-            size: how many there are.
-            phase: what this rank does.
-            deadline_s: how long something may stand still, from now on.
-            session: the number of the session in the room.
-            clock: monotonic seconds.
-        """
+        """Speak for `rank` of `size` below `room`, and listen, from `begin` on; `deadline_s` counts from now on."""
         self.deadline_s = deadline_s
         self._store = store
         self._room = room
         self._rank = rank
-        self._size = size
         self._session = session
         self._clock = clock
+        self._next = partial(Pulse, store, room, rank=rank, size=size, session=session + 1, clock=clock)
         self._mine = _Record(session=session, ticks=1, phase=phase)
         self._verdict = _Verdict()
         self._answered_s = self._verdict_s = now_s = clock()
@@ -140,16 +130,7 @@ class Pulse:
 
     def next(self, phase: str, *, deadline_s: float) -> Pulse:
         """Begin the next session in the same room."""
-        return Pulse(
-            self._store,
-            self._room,
-            rank=self._rank,
-            size=self._size,
-            phase=phase,
-            deadline_s=deadline_s,
-            session=self._session + 1,
-            clock=self._clock,
-        ).begin()
+        return self._next(phase=phase, deadline_s=deadline_s).begin()
 
     @property
     def period_s(self) -> float:
@@ -255,7 +236,7 @@ class Pulse:
         self._answered_s = self._clock()
 
     def _judge(self) -> None:
-        data = self._store.multi_get([f"{self._room}/{rank}" for rank in range(self._size)])
+        data = self._store.multi_get([f"{self._room}/{rank}" for rank in range(len(self._seen))])
         records = [msgspec.json.decode(record, type=_Record) for record in data]
         now_s = self._clock()
         for seen, record in zip(self._seen, records, strict=True):
@@ -303,17 +284,16 @@ class Pulse:
         if (verdict.session, verdict.beat) != (self._verdict.session, self._verdict.beat):
             self._verdict_s = now_s
         self._verdict = verdict
-        if self._fault is not None or verdict.session < self._session:
-            is_late = now_s - self._verdict_s > self.deadline_s
-            if is_late and self._fault is None:
-                self._fault = self._lost([0], f"rank 0 has not come within {now_s - self._verdict_s:.1f} s")
+        if self._fault is not None:
             return
+        silent_s = now_s - self._verdict_s
         if verdict.reason and verdict.session == self._session:
             self._fault = RankLostError(verdict.reason, ranks=verdict.ranks, phase=verdict.phase)
             self._mine.has_read = True
             self._wake.set()
-        elif now_s - self._verdict_s > self.deadline_s:
-            self._fault = self._lost([0], f"rank 0 is silent for {now_s - self._verdict_s:.1f} s")
+        elif silent_s > self.deadline_s:
+            said = "has not come within" if verdict.session < self._session else "is silent for"
+            self._fault = self._lost([0], f"rank 0 {said} {silent_s:.1f} s")
 
     def _lost(self, ranks: Iterable[int], why: str, phase: str = "") -> RankLostError:
         mine = self._mine.phase

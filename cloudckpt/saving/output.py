@@ -58,7 +58,7 @@ class Record:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     metadata: Mapping[str, JsonValue] = field(default_factory=dict)
     world_size: int = 1
-    began_s: float = 0.0
+    began_s: float = field(default_factory=time.monotonic)
     spent_before: StoreStats = field(default_factory=StoreStats)
     seconds: Mapping[str, float] = field(default_factory=dict)
 
