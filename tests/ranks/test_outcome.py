@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from cloudckpt.errors import CloudCkptError, CommitUnknownError, OptionsError, RankLostError, SaveFailedError
-from cloudckpt.ranks import RanksFailedError, UndecidedError, plain_errors
-from cloudckpt.ranks.group import MissingPartsError
+from cloudckpt.ranks import RanksFailedError, plain_errors
+from cloudckpt.ranks.group import MissingPartsError, UndecidedError
 
 
 def told(
