@@ -4,7 +4,7 @@
 
 A source that is absent, slow, hangs or lies costs a log line and nothing else: its error ends in its watcher, which
 asks less and less often. A thread per source, so that one that hangs keeps no other from being heard. Knows nothing
-of signals, checkpoints or ranks; the sources themselves are in `notices_cloud` and `notices_slurm`.
+of signals, checkpoints or ranks; the sources themselves are in `clouds` and `slurm`.
 """
 
 from __future__ import annotations
