@@ -64,6 +64,7 @@ NOT_RUN = {
     ("ARCHITECTURE.md", "save:"): "the way of one tensor",
     ("cloudckpt/format/FORMAT.md", "<root>/epochs/"): "keys",
     ("cloudckpt/format/FORMAT.md", "cloudckpt index"): "the first bytes of an index",
+    ("README.md", "saves     block"): "printed by str(Advice), whose words tests/report holds",
     ("README.md", "torchrun --nproc-per-node 8 train.py"): "a program of the reader's",
 }
 # What a page names that is not in the repository → why.
