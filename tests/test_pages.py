@@ -1,4 +1,4 @@
-"""The pages tell the truth: their snippets run, and the commands, options, files and attributes that they name exist.
+"""Pages and docstrings tell the truth: their snippets run, and the commands, options, files and attributes named exist.
 
 The blocks of a page run in their order, in one namespace and one empty directory. What a page cannot show whole stands
 in `PREAMBLE` and `FILLED_IN`; `s3://` and `gs://` reach servers on loopback by the environment, and nothing else is
@@ -7,6 +7,7 @@ replaced. What is not run stands in `NOT_RUN`.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import shlex
@@ -26,6 +27,11 @@ import cloudckpt
 from cloudckpt.cli import app
 from servers import GcsServer, S3Server
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
+]
+
 ROOT = Path(__file__).resolve().parent.parent
 PATTERNS = ("README.md", "ARCHITECTURE.md", "docs/*.md", "*/README.md", "cloudckpt/format/FORMAT.md")
 PAGES = sorted({str(path.relative_to(ROOT)) for pattern in PATTERNS for path in ROOT.glob(pattern)})
@@ -37,7 +43,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from cloudckpt import AccumulationWindow, CheckpointManager, KeepBest, KeepLast, ResumableSampler
 
-def train_step(state):
+def train_step(*_):
     loss = model(torch.randn(8, 4)).square().mean()
     optimizer.zero_grad()
     loss.backward()
@@ -48,11 +54,33 @@ def train_step(state):
 model = nn.Linear(4, 1)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
-dataset = TensorDataset(torch.randn(256, 4))
+dataset, batches = TensorDataset(torch.randn(256, 4)), torch.randn(8, 2, 4)
 sampler = ResumableSampler(dataset)
 state = {"model": model, "optimizer": optimizer}
 state_dict = {"weight": torch.ones(3)}
 total = 502
+"""
+# The same for docstrings, which are shorter.
+MORE = """
+from pathlib import Path
+import torch.distributed.checkpoint as dcp
+import cloudckpt
+from cloudckpt import *
+
+def loss(batch):
+    return model(batch).square().mean()
+
+class Stream:
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+stream, train, data_epochs = Stream(), train_step, 2
+manager = CheckpointManager("./root")
+if __name__ == "CloudReader":  # its checkpoint
+    cloudckpt.save(state_dict, "s3://bucket/run-7/step-0000012000-e0003")
 """
 # What a page leaves to the reader → the name of what fills it in here.
 FILLED_IN = {"…as printed…": "secret", "http://127.0.0.1:S3_PORT": "s3", "http://127.0.0.1:GCS_PORT": "gs"}
@@ -131,6 +159,8 @@ COMMANDS = sorted(
     {(block.page, command) for block in BLOCKS for command in block.commands}
     | {(page, one) for page in PAGES for one in quoted_in(page) if one.split()[0] in PROGRAMS and " " in one}
 )
+SNIPPET = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+EXPLAINED = [name for name in cloudckpt.__all__ if SNIPPET.search(inspect.getdoc(getattr(cloudckpt, name)) or "")]
 RUNNABLE = [page for page in PAGES if any(block.language == "python" for block in blocks_of(page))]
 
 
@@ -167,8 +197,14 @@ def filled_in(
     return {"secret": s3["secret"], "s3": s3["endpoint_url"], "gs": fake_gcs_server.endpoint_url}
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("name", EXPLAINED)
+def test_the_snippet_of_a_docstring_runs(name: str, filled_in: dict[str, str]) -> None:
+    names: dict[str, object] = {"__name__": name}
+    exec(PREAMBLE + MORE, names)
+    for text in SNIPPET.findall(inspect.getdoc(getattr(cloudckpt, name)) or ""):
+        exec(compile(text, name, "exec"), names)
+
+
 @pytest.mark.parametrize("page", RUNNABLE)
 def test_the_snippets_of_a_page_run_in_their_order(page: str, filled_in: dict[str, str]) -> None:
     names: dict[str, object] = {"__name__": page}
