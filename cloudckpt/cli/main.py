@@ -1,11 +1,12 @@
 """Answer a person at a terminal: the command `cloudckpt`, put together from a module a command.
 
 Tables for people by default, JSON lines for programs with `--json`. An error is one line on stderr with the next
-action, and the status is 1; 2 where the command line itself is wrong.
+action, after warnings of what was tried, and the status is 1; 2 where the command line itself is wrong.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
@@ -29,11 +30,12 @@ def _print_version(is_asked: bool) -> None:  # noqa: FBT001 (typer calls it)
 @app.callback(epilog="Ends with 0 if all went well, 1 with the reason on stderr, and 2 for a wrong command line.")
 def _main(
     *,
-    version: Annotated[
+    version: Annotated[  # noqa: ARG001 (its callback answers)
         bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Look at checkpoints on local disk, S3, GCS or any fsspec URL."""
+    logging.basicConfig(level=logging.WARNING, format="cloudckpt: %(message)s")
 
 
 app.command()(ls)

@@ -222,6 +222,16 @@ def test_the_installed_command_runs_and_its_status_is_the_answer(root: Path, tmp
     assert "Traceback" not in bad.stderr
 
 
+def test_a_warning_on_the_way_is_told_as_errors_are_and_the_rest_is_listed(root: Path) -> None:
+    (root / "step-0000000100-e0001" / "manifest.json").write_text("{}")
+    command = str(Path(sys.executable).with_name("cloudckpt"))
+    done = subprocess.run([command, "ls", str(root), "--json"], capture_output=True, text=True, check=False)
+    assert [json.loads(line)["step"] for line in done.stdout.splitlines()] == [9, 1000]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("cloudckpt: a checkpoint's manifest cannot be read: ")
+    assert done.returncode == 0
+
+
 def test_without_a_command_the_help_is_shown() -> None:
     result = run()
     assert "ls" in result.output
