@@ -45,12 +45,16 @@ def save(
     Args:
         state: name → nn.Module, Optimizer, object with state_dict/load_state_dict, tensor, container or plain value.
         url: a directory, `s3://…`, `gs://…` or any fsspec URL that holds no checkpoint yet.
-        storage_options: fsspec's own options for the URL, the same for both engines.
-        engine: `auto`, `local`, `obstore` or `fsspec`.
+        storage_options: fsspec's own options for the URL, the same for every engine.
+        what moves the bytes: `auto` (our own code for a disk, obstore for s3, fsspec for the rest), or `local`,
+            `obstore` or `fsspec` where it serves the URL.
         options: sizes, parallelism, patience.
         metrics: numbers to be kept with the checkpoint.
         metadata: values to be kept with the checkpoint.
         progress: what is shown on stderr, as for `CheckpointManager`.
+
+    Returns:
+        The committed checkpoint.
 
     Raises:
         CheckpointExistsError: the URL holds a checkpoint; it was not changed.
@@ -98,16 +102,22 @@ def load(
         state: as for `save`; tensors are filled where they are, plain values are put into the dict.
         url: the checkpoint's prefix, for example `Checkpoint.url`.
         storage_options: fsspec's own options for the URL.
-        engine: `auto`, `local`, `obstore` or `fsspec`.
+        what moves the bytes: `auto` (our own code for a disk, obstore for s3, fsspec for the rest), or `local`,
+            `obstore` or `fsspec` where it serves the URL.
         options: sizes, parallelism, patience.
         strict: refuse a checkpoint that has entries which `state` lacks, or lacks some that it has.
         progress: what is shown on stderr, as for `CheckpointManager`.
+
+    Returns:
+        The checkpoint that was loaded.
 
     Raises:
         CheckpointNotFoundError: nothing is committed at the URL.
         StateMismatchError: names or shapes differ; nothing was changed.
         IntegrityError: an object is missing or differs from what was committed. Tensors may hold a mixture of old
             and restored values: load another checkpoint before going on.
+        RankLostError: another rank died, hangs or never came. Tensors may hold a mixture.
+        StorageError: the store could not be read.
     """
     refuse_lonely_rank()
     group = Group.of_world()
@@ -150,13 +160,15 @@ def read(
         keys: names or shell globs of names (`model.*`, `optimizer.state.*.exp_avg`); None reads everything. A name
             also selects all that lies below it.
         storage_options: fsspec's own options for the URL.
-        engine: `auto`, `local`, `obstore` or `fsspec`.
+        what moves the bytes: `auto` (our own code for a disk, obstore for s3, fsspec for the rest), or `local`,
+            `obstore` or `fsspec` where it serves the URL.
         options: sizes, parallelism, patience.
         progress: `bar` or `auto` show a bar on a terminal; there is no line.
 
     Raises:
         CheckpointNotFoundError: nothing is committed at the URL, or a key matches nothing.
         IntegrityError: an object is missing or differs from what was committed.
+        StorageError: the store could not be read.
     """
     chosen = options or Options()
     with _opened(url, storage_options, engine, chosen) as store:

@@ -184,7 +184,7 @@ class IntegrityError(CloudCkptError):
     """Bytes on the store are not what a commit recorded.
 
     Attributes:
-        key: the object that is wrong, relative to the checkpoint.
+        key: the object that is wrong, below the URL that was opened; where a value is, its name or "".
     """
 
     def __init__(self, message: str, *, key: str = "") -> None:

@@ -1,6 +1,6 @@
-"""What a person types: the command `cloudckpt`."""
+"""What a person types: the command `cloudckpt`, a module a command."""
 
-from cloudckpt.cli.commands import app
+from cloudckpt.cli.main import app
 
 __all__ = [
     "app",

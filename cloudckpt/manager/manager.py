@@ -74,8 +74,9 @@ class CheckpointManager:
 
         Args:
             url: the root: a directory, `s3://…`, `gs://…` or any fsspec URL. It need not exist; a bucket must.
-            storage_options: fsspec's own options, the same for both engines.
-            engine: `auto` (obstore for s3, gcsfs for gs), `local`, `obstore` or `fsspec`.
+            storage_options: fsspec's own options, the same for every engine.
+            what moves the bytes: `auto` (our own code for a disk, obstore for s3, fsspec for the rest), or `local`,
+                `obstore` or `fsspec` where it serves the URL.
             options: sizes, parallelism, patience.
             retention: rules of which each keeps some checkpoints; without rules all are kept.
             save_every_steps: the interval of `should_save`, in training steps.
@@ -150,7 +151,7 @@ class CheckpointManager:
         return self._preemption.exit_code if self._preemption is not None else EXIT_PREEMPTED
 
     def report(self, mtbf_s: float | None = None) -> Advice:
-        """Say what saves cost, and how often to save; `print(manager.report(mtbf_s=7200))` is for people.
+        """Say what saves cost, and how often to save; printed, it is a few lines for a person.
 
         Args:
             mtbf_s: mean seconds between failures of the job; None if not known.
@@ -231,6 +232,9 @@ class CheckpointManager:
     def wait(self, timeout: float | None = None) -> None:
         """Wait for a save under way.
 
+        Args:
+            timeout: seconds to wait; None waits as long as the save's own deadlines let it live.
+
         Raises:
             TimeoutError: it goes on.
             SaveFailedError: it failed; also one that failed before and nobody was told.
@@ -294,6 +298,10 @@ class CheckpointManager:
         """Return the checkpoint with the smallest (`min`) or largest (`max`) `metric`; the newer of equals.
 
         Checkpoints without that metric, or with nan, do not count; None if none counts.
+
+        Raises:
+            OptionsError: the metric has no name, or the mode is neither `min` nor `max`.
+            CloudCkptError: what `checkpoints` raises.
         """
         self._refuse_closed()
         return self._catalog.best(metric, mode)

@@ -160,31 +160,46 @@ class Advice:
     goodput_present: float | None = None
     goodput_best: float | None = None
 
-    def text(self) -> str:
-        """Say it in a few lines."""
-        if self.costs.blocked_s is None:
-            return "no save was measured yet, so there is no advice on the interval"
-        lines = [f"{_measured(self.costs)}"]
-        if self.mtbf_s is None or self.best_s is None:
-            return "\n".join([*lines, "how often the job fails is not known: give mtbf_s for advice on the interval"])
-        steps = f", {_counted(self.best_steps, 'step')}" if self.best_steps is not None else ""
-        young, daly = _span(self.young_s), _span(self.daly_s)
-        lines.append(
-            f"with one failure each {_span(self.mtbf_s)} the best interval is {_span(self.best_s)}{steps} "
-            f"(Young {young}, Daly {daly})"
+    def __str__(self) -> str:
+        """Say it for a person, a line for each subject; what is not known comes with how to learn it."""
+        subjects = {"saves": self._saves(), "restore": self._restore()}
+        if self.costs.blocked_s is not None:
+            subjects |= {"interval": self._interval(), "goodput": self._gain()}
+        return "\n".join(f"{subject:<10}{said}" for subject, said in subjects.items() if said)
+
+    def _saves(self) -> str:
+        costs = self.costs
+        if costs.blocked_s is None:
+            return "none was measured yet; ask again after the first save"
+        committed = "" if costs.commit_s is None else f", are committed after {_span(costs.commit_s)}"
+        return f"block training for {_span(costs.blocked_s)}{committed} ({_counted(costs.saves, 'save')})"
+
+    def _restore(self) -> str:
+        if self.costs.restart_s is not None:
+            return f"takes {_span(self.costs.restart_s)}"
+        return (
+            "" if self.costs.blocked_s is None else "was not measured and counts nothing; manager.restore measures it"
         )
-        return "\n".join([*lines, self._gain()])
+
+    def _interval(self) -> str:
+        now = _span(self.present_interval_s) if self.present_interval_s is not None else "unknown (ask should_save)"
+        if self.best_s is None:
+            return f"now {now}; give mtbf_s, the seconds between failures, to learn the best"
+        best = f"now {now}, best {_span(self.best_s)}"
+        if self.best_steps is not None:
+            best += f" (save_every_steps={self.best_steps})"
+        return (
+            f"{best} with a failure every {_span(self.mtbf_s)}; Young {_span(self.young_s)}, Daly {_span(self.daly_s)}"
+        )
 
     def _gain(self) -> str:
-        unknown = "" if self.costs.restart_s is not None else " (a restart was not measured, and counts nothing)"
-        best = f"{_percent(self.goodput_best)}{unknown}"
+        if self.goodput_best is None:
+            return ""
+        best = f"at best {_percent(self.goodput_best)}"
         if self.present_interval_s is None:
-            return f"the present interval is not known; goodput at best {best}"
+            return best
         lost_s = self.present_interval_s / 2 + self.costs.commit_lag_s + (self.costs.restart_s or 0.0)
-        return (
-            f"now every {_span(self.present_interval_s)}: a failure costs about {_span(lost_s)}; "
-            f"goodput {_percent(self.goodput_present)}, at best {best}"
-        )
+        return f"now {_percent(self.goodput_present)}, {best}; a failure costs about {_span(lost_s)} now"
 
 
 def advise(costs: Costs, mtbf_s: float | None = None) -> Advice:
@@ -240,13 +255,7 @@ def _check_known(name: str, value: float | None, *, is_zero_allowed: bool) -> No
         _check(name, value, is_zero_allowed=is_zero_allowed)
 
 
-def _measured(costs: Costs) -> str:
-    committed = "" if costs.commit_s is None else f" and commit after {_span(costs.commit_s)}"
-    counted = f" (mean of {_counted(costs.saves, 'save')})" if costs.saves else ""
-    return f"saves block {_span(costs.blocked_s)}{committed}{counted}"
-
-
-def _counted(count: int | None, noun: str) -> str:
+def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 

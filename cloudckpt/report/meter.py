@@ -28,11 +28,6 @@ class Meter:
         self._steps = 0
         self._training_s = 0.0
 
-    @property
-    def last_commit_s(self) -> float:
-        """How long the last save took from its begin to its commit, 0 if none has ended."""
-        return self._commit_s[-1] if self._commit_s else 0.0
-
     def note_step(self, step: int) -> None:
         """Note that training has come to the end of a step."""
         with self._lock:

@@ -30,6 +30,7 @@ class Checkpoint:
         world_size: ranks that saved it.
         digest: SHA-256 of its manifest.
         manifest: the manifest itself.
+        prefix: where it stands below the root that was opened, with its slash; "" if the URL opened is its own.
     """
 
     step: int

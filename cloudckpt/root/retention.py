@@ -42,7 +42,7 @@ class KeepLast:
 
 @dataclass(frozen=True, slots=True)
 class KeepBest:
-    """Keep the `n` best by a metric: the smallest for `min`, the largest for `max`.
+    """Keep the `n` best by `metric`: the smallest where `mode` is `min`, the largest where it is `max`.
 
     A checkpoint without the metric, or with NaN, is never among the best. Of equal ones the newer is better.
     """
@@ -74,7 +74,7 @@ class KeepEvery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeepFor:
-    """Keep what is at most so much older than the newest checkpoint; the two parts add up."""
+    """Keep what is at most `hours` and `seconds` together older than the newest checkpoint."""
 
     hours: float = 0.0
     seconds: float = 0.0

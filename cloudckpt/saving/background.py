@@ -14,7 +14,6 @@ import atexit
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 
 from cloudckpt.errors import CloudCkptError, CommitUnknownError, SaveFailedError
@@ -36,14 +35,12 @@ class SaveHandle:
     Attributes:
         step: the training step.
         is_skipped: whether nothing was saved, because another save was under way (`on_busy="skip"`).
-        began_s: when it began, on the monotonic clock.
     """
 
     def __init__(self, step: int, *, is_skipped: bool = False) -> None:
         """Made by `CheckpointManager.async_save`."""
         self.step = step
         self.is_skipped = is_skipped
-        self.began_s = time.monotonic()
         self._pending: PendingSave | None = None
         self._ended_with: Callable[[Checkpoint | BaseException], None] = lambda _: None
         self._patience_s = 0.0
@@ -193,7 +190,12 @@ class Background:
         handle = SaveHandle(step)
         handle._pending, handle._ended_with, handle._patience_s = pending, ended_with, self._patience_s
         _UNDER_WAY.append(handle)
-        threading.Thread(target=handle._run, name="cloudckpt-save", daemon=True).start()
+        try:
+            threading.Thread(target=handle._run, name="cloudckpt-save", daemon=True).start()
+        except RuntimeError as exc:
+            # The ranks' session has to end, and the other ranks to hear why.
+            pending.abandon(f"its thread could not be started: {exc}")
+            handle._run()
         try:
             pending.stage()
         except StageClosedError:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 import cloudckpt
 from cloudckpt import CheckpointManager
-from cloudckpt.cli.commands import app
+from cloudckpt.cli import app
 from servers import FreshPrefix
 
 
@@ -74,14 +76,67 @@ def test_ls_of_one_checkpoint_shows_that_one(root: Path, tmp_path: Path) -> None
     assert "│    - │     - │" in run("ls", tmp_path / "alone").stdout
 
 
-def test_ls_of_an_empty_or_missing_root_says_that_nothing_is_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["ls", "show"])
+@pytest.mark.parametrize("place", ["empty", "missing"])
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_where_nothing_is_committed_the_status_is_1_and_nothing_is_made(
+    tmp_path: Path, command: str, place: str, flags: tuple[str, ...]
+) -> None:
     (tmp_path / "empty").mkdir()
-    for place in ("empty", "missing"):
-        result = run("ls", tmp_path / place)
-        assert result.exit_code == 0
-        assert result.stdout == f"no committed checkpoint at file://{tmp_path}/{place}\n"
-        assert run("ls", tmp_path / place, "--json").stdout == ""
-    assert not (tmp_path / "missing").exists()
+    check_fails(run(command, tmp_path / place, *flags), 1, f"no committed checkpoint at file://{tmp_path}/{place};")
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+def test_ls_of_attempts_without_a_commit_tells_how_many_are_there(root: Path) -> None:
+    for manifest in root.rglob("manifest.json"):
+        manifest.unlink()
+    check_fails(run("ls", root), 1, "attempts without a commit: 3;")
+
+
+def test_ls_of_an_empty_prefix_in_a_bucket_fails_as_that_of_a_directory(s3_url: FreshPrefix) -> None:
+    check_fails(run("ls", s3_url.url, "-o", json.dumps(dict(s3_url.storage_options))), 1, s3_url.url, "check the URL")
+
+
+def test_times_are_in_utc_and_say_so(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        listed, shown = run("ls", root).stdout, run("show", root).stdout
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    created = json.loads(run("show", root, "--json").stdout)["created_at"]
+    moment = created.partition(".")[0].replace("T", " ")
+    assert created.endswith("+00:00")
+    assert "created (UTC)" in listed
+    assert moment in listed
+    assert f"{moment} UTC" in shown
+
+
+def test_the_version_is_the_packages() -> None:
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"cloudckpt {cloudckpt.__version__}\n")
+
+
+def test_an_error_of_several_lines_is_told_in_one(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise cloudckpt.StorageError("the store said:\n  no\n")
+
+    monkeypatch.setattr(cloudckpt.root.Catalog, "all", refuse)
+    check_fails(run("ls", root), 1, "the store said: no")
+
+
+def test_a_traceback_does_not_show_the_storage_options() -> None:
+    program = (
+        "from cloudckpt.cli import app, asking\n"
+        "asking.open_store = lambda *given, **named: 1 / 0\n"
+        "app(['ls', 's3://bucket/x'])"
+    )
+    environment = {**os.environ, "CLOUDCKPT_STORAGE_OPTIONS": '{"secret": "canary"}'}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+    assert "canary" not in done.stderr
 
 
 def test_show_of_a_root_shows_the_newest(root: Path) -> None:
@@ -113,12 +168,6 @@ def test_what_goes_into_a_pipe_is_not_cut_to_the_width_of_a_terminal(tmp_path: P
     cloudckpt.save({name: torch.ones(2)}, tmp_path / "c", metrics={f"a rather long metric {n}": n for n in range(9)})
     assert name in run("show", tmp_path / "c").stdout
     assert "a rather long metric 8 8" in run("ls", tmp_path / "c").stdout
-
-
-@pytest.mark.parametrize("name", ["nothing", "empty"])
-def test_show_of_nothing_fails_in_one_line(tmp_path: Path, name: str) -> None:
-    (tmp_path / "empty").mkdir()
-    check_fails(run("show", tmp_path / name), 1, "no committed checkpoint at", name)
 
 
 @pytest.mark.parametrize("command", ["ls", "show"])
@@ -171,6 +220,16 @@ def test_the_installed_command_runs_and_its_status_is_the_answer(root: Path, tmp
     assert bad.returncode == 1
     assert bad.stdout == ""
     assert "Traceback" not in bad.stderr
+
+
+def test_a_warning_on_the_way_is_told_as_errors_are_and_the_rest_is_listed(root: Path) -> None:
+    (root / "step-0000000100-e0001" / "manifest.json").write_text("{}")
+    command = str(Path(sys.executable).with_name("cloudckpt"))
+    done = subprocess.run([command, "ls", str(root), "--json"], capture_output=True, text=True, check=False)
+    assert [json.loads(line)["step"] for line in done.stdout.splitlines()] == [9, 1000]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("cloudckpt: a checkpoint's manifest cannot be read: ")
+    assert done.returncode == 0
 
 
 def test_without_a_command_the_help_is_shown() -> None:

@@ -150,29 +150,36 @@ def test_advice_holds_the_intervals_and_what_they_are_worth() -> None:
     assert advice.goodput_best == goodput(55.0, 0.21, 7_200.0, 12.0, 4.1 - 0.21)
 
 
-def test_advice_is_said_in_lines_for_a_person() -> None:
-    assert advise(MEASURED, 2 * HOUR_S).text().splitlines() == [
-        "saves block 0.21 s and commit after 4.1 s (mean of 8 saves)",
-        "with one failure each 2.0 h the best interval is 55 s, 110 steps (Young 55 s, Daly 55 s)",
-        "now every 8.3 min: a failure costs about 4.4 min; goodput 96.3 %, at best 99.0 %",
+def test_printed_advice_says_costs_interval_and_goodput_in_units() -> None:
+    assert str(advise(MEASURED, 2 * HOUR_S)).splitlines() == [
+        "saves     block training for 0.21 s, are committed after 4.1 s (8 saves)",
+        "restore   takes 12 s",
+        "interval  now 8.3 min, best 55 s (save_every_steps=110) with a failure every 2.0 h; Young 55 s, Daly 55 s",
+        "goodput   now 96.3 %, at best 99.0 %; a failure costs about 4.4 min now",
     ]
 
 
-def test_without_a_save_or_a_failure_rate_the_text_says_what_is_missing() -> None:
-    assert advise(Costs(), HOUR_S).text() == "no save was measured yet, so there is no advice on the interval"
-    assert advise(Costs(saves=1, blocked_s=2.0)).text().splitlines() == [
-        "saves block 2 s (mean of 1 save)",
-        "how often the job fails is not known: give mtbf_s for advice on the interval",
+def test_printed_advice_says_how_to_learn_what_is_not_known() -> None:
+    assert str(advise(Costs(), HOUR_S)) == "saves     none was measured yet; ask again after the first save"
+    assert str(advise(Costs(saves=1, blocked_s=2.0))).splitlines() == [
+        "saves     block training for 2 s (1 save)",
+        "restore   was not measured and counts nothing; manager.restore measures it",
+        "interval  now unknown (ask should_save); give mtbf_s, the seconds between failures, to learn the best",
     ]
 
 
-def test_what_was_not_measured_is_named_and_counts_nothing() -> None:
+def test_the_repr_of_advice_is_all_its_numbers() -> None:
+    assert repr(advise(MEASURED, 2 * HOUR_S)).startswith("Advice(costs=Costs(saves=8, blocked_s=0.21, ")
+
+
+def test_what_was_not_measured_counts_nothing() -> None:
     advice = advise(Costs(saves=2, blocked_s=2.0), HOUR_S)
 
     assert advice.goodput_best == goodput(best_interval_s(2.0, HOUR_S), 2.0, HOUR_S, 0.0)
-    assert advice.text().splitlines()[-1] == (
-        "the present interval is not known; goodput at best 96.7 % (a restart was not measured, and counts nothing)"
-    )
+    assert str(advice).splitlines()[2:] == [
+        "interval  now unknown (ask should_save), best 119 s with a failure every 60.0 min; Young 2.0 min, Daly 119 s",
+        "goodput   at best 96.7 %",
+    ]
 
 
 def test_the_interval_is_never_shorter_than_a_save_takes_in_the_background() -> None:

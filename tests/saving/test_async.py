@@ -316,6 +316,25 @@ def interrupted(*_: Any, **__: Any) -> Any:
 # -- what it costs -----------------------------------------------------------------------------------------
 
 
+def test_a_save_whose_thread_cannot_start_fails_at_the_call_and_the_next_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "cloudckpt-save":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with CheckpointManager(tmp_path) as manager:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(CloudCkptError, match="its thread could not be started: can't start new thread"):
+                manager.async_save(1, state_of(1))
+        manager.async_save(2, state_of(2)).result()
+        assert steps_of(manager) == [2]
+
+
 def test_the_report_tells_what_the_saves_cost(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as manager:
         slow(manager, 0.05)

@@ -181,7 +181,11 @@ def test_what_happens_to_the_state_never_changes_what_is_saved_on_s3(s3_url: Fre
 def used_at_puts(manager: CheckpointManager) -> list[int]:
     """Note how many bytes are staged, or being staged, at each put of a shard."""
     seen: list[int] = []
-    before(manager, lambda key: seen.append(lent_bytes(manager._saves._slabs)), when=lambda key: key.endswith(".safetensors"))
+    before(
+        manager,
+        lambda key: seen.append(lent_bytes(manager._saves._slabs)),
+        when=lambda key: key.endswith(".safetensors"),
+    )
     return seen
 
 

@@ -1,0 +1,43 @@
+"""`cloudckpt ls`: which checkpoints are committed at a URL."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from cloudckpt.cli.asking import AsJson, Engine, StorageOptions, Url, nothing_at, opened, the_one_at
+from cloudckpt.cli.printing import in_utc, print_table, summary
+from cloudckpt.root import Checkpoint
+
+__all__ = ["ls"]
+
+
+def ls(url: Url, *, storage_options: StorageOptions = "{}", engine: Engine = "auto", as_json: AsJson = False) -> None:
+    """List the committed checkpoints below a root, oldest first, or the one at the URL.
+
+    Ends with 1 if there is none. An empty directory counts as a missing one, because in a bucket they are the same.
+    """
+    with opened(url, storage_options, engine) as catalog:
+        checkpoints = catalog.all() or [one for one in [the_one_at(catalog)] if one]
+        if not checkpoints:
+            raise nothing_at(catalog)
+        if as_json:
+            for checkpoint in checkpoints:
+                typer.echo(json.dumps(summary(checkpoint)))
+            return
+        columns = ("step", "epoch", "created (UTC)", "bytes", "shards", "ranks", "metrics")
+        numbers = ("step", "epoch", "bytes", "shards", "ranks")
+        print_table(catalog.store.url, columns, map(_row, checkpoints), numbers=numbers, folded="metrics")
+
+
+def _row(checkpoint: Checkpoint) -> tuple[str, ...]:
+    return (
+        "-" if checkpoint.step < 0 else str(checkpoint.step),
+        str(checkpoint.epoch or "-"),
+        in_utc(checkpoint.created_at),
+        f"{checkpoint.total_bytes:,}",
+        str(checkpoint.manifest.shard_count),
+        str(checkpoint.world_size),
+        "  ".join(f"{name} {value:.6g}" for name, value in checkpoint.metrics.items()),
+    )

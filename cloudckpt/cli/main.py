@@ -1,0 +1,42 @@
+"""Answer a person at a terminal: the command `cloudckpt`, put together from a module a command.
+
+Tables for people by default, JSON lines for programs with `--json`. An error is one line on stderr with the next
+action, after warnings of what was tried, and the status is 1; 2 where the command line itself is wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+import cloudckpt
+from cloudckpt.cli.ls import ls
+from cloudckpt.cli.show import show
+
+__all__ = ["app"]
+
+# Locals are left out of a traceback: storage options hold secrets (FORMAT invariant 16).
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+
+def _print_version(is_asked: bool) -> None:  # noqa: FBT001 (typer calls it)
+    if is_asked:
+        typer.echo(f"cloudckpt {cloudckpt.__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Ends with 0 if all went well, 1 with the reason on stderr, and 2 for a wrong command line.")
+def _main(
+    *,
+    version: Annotated[  # noqa: ARG001 (its callback answers)
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Look at checkpoints on local disk, S3, GCS or any fsspec URL."""
+    logging.basicConfig(level=logging.WARNING, format="cloudckpt: %(message)s")
+
+
+app.command()(ls)
+app.command()(show)
