@@ -38,7 +38,7 @@ $(BIN)/pip:
 # Not on every platform is there a wheel of each; a peer that is not there has a row that says so.
 .venv/.ready-peers: pyproject.toml constraints.txt | $(BIN)/pip
 	@$(PINNED) $(BIN)/python $(INSTALL) -e '.[peers]' && touch $@ \
-	|| echo "not installed, as pip says above: the peers that pyproject.toml names; the others are measured without them"
+	|| echo "not installed: s3torchconnector, for the reason above; the other peers are measured without it"
 
 $(LOCALSTACK_READY): localstack/requirements.txt
 	@test -x $(LOCALSTACK_VENV)/bin/pip || $(PYTHON) -m venv $(LOCALSTACK_VENV)
