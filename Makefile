@@ -1,43 +1,55 @@
-# Every target first makes what it needs. `make demo` and `make test` are all that a fresh clone has to know.
+# Every target first installs what it needs, and no more. `make demo` and `make test` are all that a fresh clone has to know.
 
 PYTHON ?= python3
 LOCALSTACK_VENV := $(or $(CLOUDCKPT_LOCALSTACK_VENV),.venv-localstack)
-BIN := .venv/bin
-READY := .venv/.ready
 LOCALSTACK_READY := $(LOCALSTACK_VENV)/.ready
-PIP_FLAGS := --quiet --disable-pip-version-check
+BIN := .venv/bin
+# In the environment, unlike -c, they also hold where pip builds what comes as source only (the second for newer pips).
+PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check
 # Many tests wait: for deadlines, for other processes. Each worker has servers of its own; a file stays on one worker.
 WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help setup setup-localstack demo test test-all lint check bench servers-up servers-down format constraints
+.PHONY: help setup setup-localstack dev demo test test-all lint check format bench package servers-up servers-down constraints
+# Two installations into one environment must not meet.
+.NOTPARALLEL:
 
 help:
 	@echo "make demo [URL=s3://…|gs://…|DIR]  train, kill, resume, compare (SeaweedFS on loopback unless URL is given)"
 	@echo "make test | test-all               the default suite | the slow tests too; ARGS='-k name' narrows either"
-	@echo "make check                         format, lint, types and the default suite"
-	@echo "make format                        put the code in shape"
 	@echo "make bench [ARGS='--quick']        measure against other ways to save"
 	@echo "make servers-up | servers-down     SeaweedFS, LocalStack and fake-gcs-server in the background"
-	@echo "make setup | setup-localstack      the virtual environments; the other targets call them"
+	@echo "make setup | setup-localstack      the environments of the tests; the other targets call them"
+	@echo "make dev                           install what the targets below need, too"
+	@echo "make check                         format, lint, types and the default suite"
+	@echo "make format                        put the code in shape"
+	@echo "make package                       build wheel and sdist into dist/, and use the wheel as a stranger would"
+	@echo "make constraints                   write down what is installed as what CI installs"
 
-setup: $(READY)
+$(BIN)/pip:
+	$(PYTHON) -m venv .venv
 
-# Without build isolation: hatchling, too, is the pinned one, and is fetched once.
-$(READY): pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt hatchling editables
-	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-build-isolation -e '.[dev]'
+# One environment serves all: each extra of pyproject.toml comes on top, when a target first asks for it.
+.venv/.ready-%: pyproject.toml constraints.txt | $(BIN)/pip
+	$(PINNED) $(BIN)/python $(INSTALL) -e '.[$*]'
 	@touch $@
 
-setup-localstack: $(LOCALSTACK_READY)
+# Not on every platform is there a wheel of each; a peer that is not there has a row that says so.
+.venv/.ready-peers: pyproject.toml constraints.txt | $(BIN)/pip
+	@$(PINNED) $(BIN)/python $(INSTALL) -e '.[peers]' && touch $@ \
+	|| echo "not installed: s3torchconnector, for the reason above; the other peers are measured without it"
 
 $(LOCALSTACK_READY): localstack/requirements.txt
-	@test -x $(LOCALSTACK_VENV)/bin/python || $(PYTHON) -m venv $(LOCALSTACK_VENV)
-	$(LOCALSTACK_VENV)/bin/python -m pip install $(PIP_FLAGS) -r localstack/requirements.txt
+	@test -x $(LOCALSTACK_VENV)/bin/pip || $(PYTHON) -m venv $(LOCALSTACK_VENV)
+	$(LOCALSTACK_VENV)/bin/python $(INSTALL) -r localstack/requirements.txt
 	@touch $@
 
-demo: setup
+setup: .venv/.ready-test
+setup-localstack: $(LOCALSTACK_READY)
+dev: .venv/.ready-dev
+
+demo: .venv/.ready-demo
 	$(BIN)/python examples/demo.py $(if $(URL),--url '$(URL)') $(ARGS)
 
 test: setup setup-localstack
@@ -46,15 +58,28 @@ test: setup setup-localstack
 test-all: setup setup-localstack
 	$(PYTEST) -m 'slow or not slow' $(ARGS)
 
-lint: setup
+bench: .venv/.ready-bench .venv/.ready-peers
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+# Against the empty tree git checks every line: for what a merge left open, and for blanks at ends.
+lint: dev
+	git diff --check $$(git hash-object -t tree /dev/null)
+	@! git ls-files | grep -E '\.(orig|rej)$$|~$$' || { echo "not to be tracked: left by a merge or an editor"; exit 1; }
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 check: lint test
 
-bench: setup
-	$(BIN)/python benchmarks/run.py $(ARGS)
+format: dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+package: dev
+	rm -rf dist
+	$(PINNED) $(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python .ci/package.py
 
 servers-up: setup setup-localstack
 	$(BIN)/python localstack/servers.py up
@@ -62,12 +87,9 @@ servers-up: setup setup-localstack
 servers-down: setup
 	$(BIN)/python localstack/servers.py down
 
-format: setup
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
-
+# Up to its third comment the file is written by hand: `pip freeze` sees no environment in which something is built.
 # The local version (`+cpu`) is one index's own; the pin must hold on any.
-constraints: setup
-	@head -n 2 constraints.txt > constraints.txt.new
+constraints: dev .venv/.ready-peers
+	@sed '/^# Seen/q' constraints.txt > constraints.txt.new
 	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >> constraints.txt.new
 	@mv constraints.txt.new constraints.txt

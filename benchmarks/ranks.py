@@ -7,7 +7,8 @@
     python benchmarks/ranks.py --quick               smoke test: 64 MiB, 1 run
 
 Peers take turns, at the same number of ranks, and ratios come from the same run; a peer is told apart from the one
-before it by fresh processes. The exit status is 1 when a peer fails or does not restore what it saved.
+before it by fresh processes; one whose package is not installed has a row that says so. The exit status is 1 when a
+peer fails or does not restore what it saved.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def _peers_for(target: Target, options: argparse.Namespace) -> list[str]:
 def _measure(target: Target, names: Iterable[str], options: argparse.Namespace) -> Results:
     results = Results(target=options.target)
     for name in names:
-        results.rows[name] = Row(peer=name, title=RANK_PEERS[name].title)
+        results.rows[name] = Row(peer=name, title=RANK_PEERS[name].row_title)
     for turn in range(options.runs):
         for row in results.rows.values():
             _log(f"{options.target}: run {turn + 1} of {options.runs}: {row.peer}")
@@ -126,7 +127,7 @@ def _measure(target: Target, names: Iterable[str], options: argparse.Namespace) 
 
 def _take_turn(row: Row, target: Target, options: argparse.Namespace) -> None:
     """Save and load once with one peer, on a ground of its own."""
-    if row.failure:
+    if row.failure or not RANK_PEERS[row.peer].is_installed:
         return
     with target.ground() as ground:
         for op in ("save", "load"):
@@ -138,7 +139,7 @@ def _take_turn(row: Row, target: Target, options: argparse.Namespace) -> None:
 
 
 def _overhead(target: Target, names: Iterable[str], options: argparse.Namespace) -> list[OverheadRow]:
-    rows = [OverheadRow(peer=name, title=RANK_PEERS[name].title) for name in names]
+    rows = [OverheadRow(peer=name, title=RANK_PEERS[name].row_title) for name in names]
     for turn in range(options.runs):
         for row in rows:
             _log(f"{options.target}: overhead {turn + 1} of {options.runs}: {row.peer}")
@@ -147,7 +148,7 @@ def _overhead(target: Target, names: Iterable[str], options: argparse.Namespace)
 
 
 def _take_overhead_turn(row: OverheadRow, target: Target, options: argparse.Namespace) -> None:
-    if row.failure:
+    if row.failure or not RANK_PEERS[row.peer].is_installed:
         return
     with target.ground() as ground:
         try:

@@ -5,8 +5,9 @@
     python benchmarks/run.py --targets s3slow --peers dcp,cloudckpt-obstore
     python benchmarks/run.py --requests                           requests per save and restore, by operation
 
-Peers of one target take turns, so that the machine's drift hits all alike, and ratios come from the same run. The exit
-status is 1 when a peer fails or does not restore what it saved, 3 when a goal is missed and `--check-goals` is given.
+Peers of one target take turns, so that the machine's drift hits all alike, and ratios come from the same run. A peer
+whose package is not installed has a row that says so. The exit status is 1 when a peer fails or does not restore what
+it saved, 3 when a goal is missed and `--check-goals` is given.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _run_target(name: str, options: argparse.Namespace) -> Results:
         chosen = _peers_for(target, options.peers)
         results = Results(target=name)
         for peer, description in chosen.items():
-            results.rows[peer] = Row(peer=peer, title=description.title, is_load_only=description.is_load_only)
+            results.rows[peer] = Row(peer=peer, title=description.row_title, is_load_only=description.is_load_only)
         for turn in range(options.runs):
             for row in results.rows.values():
                 _log(f"{name}: run {turn + 1} of {options.runs}: {row.peer}")
@@ -86,7 +87,7 @@ def _peers_for(target: Target, wanted: Sequence[str]) -> Mapping[str, Peer]:
 
 def _take_turn(row: Row, target: Target, options: argparse.Namespace) -> None:
     """Save and load once with one peer, on a ground of its own."""
-    if row.failure:
+    if row.failure or not PEERS[row.peer].is_installed:
         return
     with target.ground() as ground:
         for op in ("save", "load"):

@@ -1,9 +1,13 @@
-"""Stream PyTorch checkpoints straight to local disk, S3 or GCS, whole or not at all."""
+"""Stream PyTorch checkpoints straight to local disk, S3 or GCS, whole or not at all.
 
+A name is imported when it is first asked for: most of them stand on `torch.distributed.checkpoint`, which takes longer
+to import than all of the package, and who imports cloudckpt need not save in that process.
+"""
+
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-from cloudckpt.checkpoint import load, read, save
-from cloudckpt.dcp import CloudReader, CloudWriter
 from cloudckpt.errors import (
     AccessDeniedError,
     BucketNotFoundError,
@@ -29,18 +33,19 @@ from cloudckpt.errors import (
     StorageError,
     UnsupportedValueError,
 )
-from cloudckpt.manager import CheckpointManager
 from cloudckpt.options import Options, RetryPolicy
-from cloudckpt.preemption import Notice, Preemption
-from cloudckpt.report import Advice
-from cloudckpt.root import Checkpoint, KeepBest, KeepEvery, KeepFor, KeepLast
-from cloudckpt.saving import SaveHandle
-from cloudckpt.state import AccumulationWindow, PerRank, ResumableSampler
 
-try:
-    __version__ = version("cloudckpt")
-except PackageNotFoundError:
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    from cloudckpt.checkpoint import load, read, save
+    from cloudckpt.dcp import CloudReader, CloudWriter
+    from cloudckpt.manager import CheckpointManager
+    from cloudckpt.preemption import Notice, Preemption
+    from cloudckpt.report import Advice
+    from cloudckpt.root import Checkpoint, KeepBest, KeepEvery, KeepFor, KeepLast
+    from cloudckpt.saving import SaveHandle
+    from cloudckpt.state import AccumulationWindow, PerRank, ResumableSampler
+
+    __version__: str
 
 __all__ = [
     "AccessDeniedError",
@@ -87,3 +92,36 @@ __all__ = [
     "read",
     "save",
 ]
+
+# The imports above, for a running program: the room, and what comes from it.
+_LATE = {
+    "checkpoint": ("load", "read", "save"),
+    "dcp": ("CloudReader", "CloudWriter"),
+    "manager": ("CheckpointManager",),
+    "preemption": ("Notice", "Preemption"),
+    "report": ("Advice",),
+    "root": ("Checkpoint", "KeepBest", "KeepEvery", "KeepFor", "KeepLast"),
+    "saving": ("SaveHandle",),
+    "state": ("AccumulationWindow", "PerRank", "ResumableSampler"),
+}
+
+if not TYPE_CHECKING:  # a type checker that saw it would let every misspelt name pass
+
+    def __getattr__(name: str) -> object:
+        if name == "__version__":
+            value = _installed_version()
+        elif room := next((room for room, names in _LATE.items() if name in names), None):
+            value = getattr(import_module(f"{__name__}.{room}"), name)
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__, "__version__"})
+
+    def _installed_version() -> str:
+        try:
+            return version(__name__)
+        except PackageNotFoundError:
+            return "0+unknown"

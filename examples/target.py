@@ -71,7 +71,7 @@ def seaweedfs_target() -> Iterator[Target]:
     try:
         from servers import seaweedfs
     except ImportError as exc:
-        raise DemoError(f"SeaweedFS needs {exc.name}: pip install -e '.[test,demo]', or give --url") from exc
+        raise DemoError(f"SeaweedFS needs {exc.name}: pip install -e '.[demo]', or give --url") from exc
 
     with tempfile.TemporaryDirectory(prefix="cloudckpt-seaweedfs-") as directory, seaweedfs(Path(directory)) as server:
         url = server.make_bucket("cloudckpt-demo")

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from benchmarks.one_process.peers import Place
+from benchmarks.one_process.peers import PeerKind, Place
 from benchmarks.shared.states import State
 
 __all__ = ["CONNECTOR", "MANAGED", "RANK_PEERS", "RankPeer", "RankPeerKind"]
@@ -44,13 +44,10 @@ class RankPeer(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RankPeerKind:
-    """What the tables call a peer, where it writes, and how it is opened."""
+class RankPeerKind(PeerKind):
+    """And how it is opened."""
 
-    title: str
     open: Callable[[Place], RankPeer]
-    is_for_local: bool = False
-    is_for_s3: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +156,7 @@ def _connector(place: Place, *, thread_count: int, part_bytes: int) -> RankPeer:
 
 def _connector_kind(title: str, *, thread_count: int = 1, part_bytes: int = 8 * MIB) -> RankPeerKind:
     opened = partial(_connector, thread_count=thread_count, part_bytes=part_bytes)
-    return RankPeerKind(title=f"s3torchconnector DCP, {title}", open=opened, is_for_s3=True)
+    return RankPeerKind(title=f"s3torchconnector DCP, {title}", open=opened, is_for_s3=True, package=CONNECTOR)
 
 
 def _ours(engine: str, title: str, **where: bool) -> RankPeerKind:

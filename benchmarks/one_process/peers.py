@@ -11,13 +11,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import fsspec
 import torch
-from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from benchmarks.shared.states import State
 
-__all__ = ["PEERS", "Peer", "Place"]
+__all__ = ["PEERS", "Peer", "PeerKind", "Place"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,23 +42,43 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Peer:
-    """One way to save and load.
+class PeerKind:
+    """What the tables call a peer, where it writes, and what it needs.
 
     Attributes:
-        title: what the table calls it.
-        save: writes a state to an empty place.
-        load: restores a state in place; or returns new tensors, where that is what the peer measures.
         is_for_local: whether it writes to a directory.
         is_for_s3: whether it writes to S3.
-        is_load_only: its save is another peer's, so only its load is a result.
+        package: what has to be installed for it, beside what the benchmark itself imports.
     """
 
     title: str
-    save: Callable[[State, Place], None]
-    load: Callable[[State, Place], State]
     is_for_local: bool = False
     is_for_s3: bool = False
+    package: str = ""
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether it can be measured here."""
+        return not self.package or find_spec(self.package) is not None
+
+    @property
+    def row_title(self) -> str:
+        """Its title, with what stands in the place of numbers."""
+        return self.title if self.is_installed else f"{self.title}; not installed: {self.package}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer(PeerKind):
+    """One way to save and load.
+
+    Attributes:
+        save: writes a state to an empty place.
+        load: restores a state in place; or returns new tensors, where that is what the peer measures.
+        is_load_only: its save is another peer's, so only its load is a result.
+    """
+
+    save: Callable[[State, Place], None]
+    load: Callable[[State, Place], State]
     is_load_only: bool = False
 
 
@@ -155,15 +175,19 @@ def _torch_fsspec_load(state: State, place: Place) -> State:
 
 
 def _safetensors_save(state: State, place: Place) -> None:
+    from safetensors.torch import save_file
+
     save_file(state, _file(place))
 
 
 def _safetensors_save_durably(state: State, place: Place) -> None:
-    save_file(state, _file(place))
+    _safetensors_save(state, place)
     _fsync(_file(place))
 
 
 def _safetensors_load(state: State, place: Place) -> State:
+    from safetensors.torch import load_file
+
     return _copied(state, load_file(_file(place)))
 
 
@@ -230,11 +254,13 @@ PEERS: Mapping[str, Peer] = {
         save=_safetensors_save,
         load=_safetensors_load,
         is_for_local=True,
+        package="safetensors",
     ),
     "safetensors-fsync": Peer(
         title="safetensors save_file + fsync / load_file + copy",
         save=_safetensors_save_durably,
         load=_safetensors_load,
         is_for_local=True,
+        package="safetensors",
     ),
 }

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,18 @@ def test_an_unknown_peer_is_refused_by_name(capsys: pytest.CaptureFixture[str]) 
         run.main(["--peers", "cloudckpt,nobody"])
     assert caught.value.code == 2
     assert "nobody unknown; choose from cloudckpt-obstore" in capsys.readouterr().err
+
+
+def test_a_peer_that_is_not_installed_has_a_row_that_says_so_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(run.PEERS, "safetensors", replace(PEERS["safetensors"], package="no_such_package"))
+    monkeypatch.setattr(run, "measure", lambda spec: took(0.5))
+    arguments = ["--targets", "local", "--quick", "--directory", str(tmp_path), "--peers", "torch,safetensors"]
+    assert run.main(arguments) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[1].startswith("| torch.save / torch.load + copy | **2.00**")
+    assert rows[2].startswith("| safetensors save_file / load_file + copy; not installed: no_such_package | – | – |")
 
 
 def took(seconds: float, extra_bytes: int = 0) -> Measurement:

@@ -175,6 +175,19 @@ def test_peers_take_turns_and_one_that_fails_is_named_and_left_out(
     assert "- **stock DCP failed**: it broke" in printed
 
 
+@pytest.mark.parametrize("mode", [[], ["--overhead"]])
+def test_a_peer_that_is_not_installed_has_a_row_that_says_so_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, mode: list[str]
+) -> None:
+    monkeypatch.setitem(ranks.RANK_PEERS, "dcp", replace(ranks.RANK_PEERS["dcp"], package="no_such_package"))
+    monkeypatch.setattr(ranks, "measure_ranks", lambda spec: took(0.5))
+    monkeypatch.setattr(ranks, "count_saves", lambda spec: Saves(wall_s=[0.5, 0.5], phases=[], requests=None))
+    assert ranks.main(["--target", "local", "--quick", "--directory", str(tmp_path), *mode]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert rows[-2].startswith("| cloudckpt (fsync of every shard) | **")
+    assert rows[-1].startswith("| stock DCP; not installed: no_such_package | – | – | – |")
+
+
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
