@@ -22,8 +22,8 @@ import fsspec.asyn
 from aiohttp import payload
 
 from cloudckpt.store.base import ObjectInfo
-from cloudckpt.store.buffers import pieces
-from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
+from cloudckpt.store.buffers import check_end, check_length, check_limit, pieces, place
+from cloudckpt.store.facts import BodyLengthError
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -217,26 +217,19 @@ async def fill(memory: memoryview, chunks: AsyncIterator[bytes]) -> None:
     """Copy a reply's chunks into `memory`, which they must fill exactly."""
     filled = 0
     async for chunk in chunks:
-        stop = filled + len(chunk)
-        if stop > memory.nbytes:
-            raise BodyLengthError(stop, memory.nbytes)
-        memory[filled:stop] = chunk
-        filled = stop
-    if filled < memory.nbytes:
-        raise BodyLengthError(filled, memory.nbytes)
+        filled = place(chunk, memory, filled)
+    check_length(filled, memory.nbytes)
 
 
 async def take(chunks: AsyncIterator[bytes], length_bytes: int | None, limit_bytes: int) -> bytes:
     """Return a small reply whole; hold no more than `limit_bytes` of it."""
-    if length_bytes is not None and length_bytes > limit_bytes:
-        raise ObjectSizeError(f"the object has {length_bytes} bytes, where at most {limit_bytes} were expected")
+    check_limit(length_bytes or 0, limit_bytes)
     data = bytearray()
     async for chunk in chunks:
-        if len(data) + len(chunk) > limit_bytes:
-            raise ObjectSizeError(f"the object has more than the {limit_bytes} bytes that were expected at most")
+        check_limit(len(data) + len(chunk), limit_bytes)
         data += chunk
-    if length_bytes is not None and len(data) != length_bytes:
-        raise BodyLengthError(len(data), length_bytes)
+    if length_bytes is not None:
+        check_length(len(data), length_bytes)
     return bytes(data)
 
 
@@ -246,8 +239,8 @@ _CONTENT_RANGE = re.compile(r"\Abytes (\d+)-(\d+)/(\d+|\*)\Z")
 def check_range(content_range: str, length_bytes: int, start: int, stop: int) -> None:
     """Compare what a reply's headers promise with the range that was asked for."""
     match = _CONTENT_RANGE.match(content_range)
-    if match and match.group(3) != "*" and int(match.group(3)) < stop:
-        raise ObjectSizeError(f"the object has {match.group(3)} bytes, and [{start}, {stop}) were asked for")
+    if match and match.group(3) != "*":
+        check_end(int(match.group(3)), start, stop)
     # A reply without the header is the whole object: the range was ignored, which is fine if it was the whole.
     first = int(match.group(1)) if match else 0
     if first != start or length_bytes != stop - start:
