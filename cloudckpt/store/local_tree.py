@@ -77,12 +77,10 @@ class LocalTree:
                 fd = self._disk.open_to_read(name, at=directory)
         except NotADirectoryError as exc:
             raise absent from exc
-        try:
+        with _closing(fd):
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise absent
             yield fd
-        finally:
-            os.close(fd)
 
     def _open_root(self) -> int:
         try:
@@ -123,19 +121,8 @@ class LocalTree:
             self._durable[path] = inode
 
     def _sync_path(self, path: Path) -> None:
-        fd = self._disk.open_path(str(path))
-        try:
+        with _closing(self._disk.open_path(str(path))) as fd:
             self._disk.sync_directory(fd)
-        finally:
-            os.close(fd)
-
-    @contextmanager
-    def _below(self, fd: int, name: str) -> Iterator[int]:
-        child = self._disk.open_directory(name, at=fd)
-        try:
-            yield child
-        finally:
-            os.close(child)
 
     # -- listing -------------------------------------------------------------------------------------------
 
@@ -161,7 +148,7 @@ class LocalTree:
             if entry.is_file(follow_symlinks=False):
                 yield describe(key, entry.stat(follow_symlinks=False))
             elif entry.is_dir(follow_symlinks=False):
-                with self._below(fd, entry.name) as child:
+                with _closing(self._disk.open_directory(entry.name, at=fd)) as child:
                     for name, below in self._entries(child, key + "/"):
                         yield from self._objects(child, name, below)
             elif key not in self._skipped:
@@ -197,7 +184,7 @@ class LocalTree:
 
     def _remove_hollow(self, fd: int, name: str, *, even_empty: bool) -> bool:
         """Remove a directory if nothing below it is an object or a living writer's; tell whether it is gone."""
-        with self._below(fd, name) as child:
+        with _closing(self._disk.open_directory(name, at=fd)) as child:
             entries = self._objects_first(child)
             if not (entries or even_empty):
                 return False
@@ -207,18 +194,23 @@ class LocalTree:
         return True
 
     def _remove_if_dead(self, fd: int, temp: str) -> bool:
-        file = self._disk.open_to_read(temp, at=fd)
-        try:
+        with _closing(self._disk.open_to_read(temp, at=fd)) as file:
             is_dead = try_lock(file)
             if is_dead:  # a writer that lives after all, on a network disk without locks, will start anew
                 self._disk.unlink(temp, at=fd)
             return is_dead
-        finally:
-            os.close(file)
 
     def _objects_first(self, fd: int) -> list[os.DirEntry[str]]:
         """Return what an open directory holds; who looks for one object need not look into directories before."""
         return sorted(self._disk.entries(fd), key=lambda entry: entry.is_dir(follow_symlinks=False))
+
+
+@contextmanager
+def _closing(fd: int) -> Iterator[int]:
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def try_lock(fd: int) -> bool:

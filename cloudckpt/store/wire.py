@@ -13,7 +13,7 @@ import asyncio
 import os
 import re
 import weakref
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import fsspec.asyn
 from aiohttp import payload
 
+from cloudckpt.errors import OptionsError
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, pieces, place
 from cloudckpt.store.facts import BodyLengthError
@@ -39,6 +40,7 @@ __all__ = [
     "close_when_dropped",
     "fill",
     "memory_for",
+    "own_options",
     "take",
 ]
 
@@ -94,6 +96,18 @@ class Wire(Protocol):
     def close(self) -> None:
         """Release connections."""
         ...
+
+
+def own_options(options: Mapping[str, object], refused: Sequence[str]) -> dict[str, object]:
+    """Return the options of fsspec's that a wire of ours hands on: less what it sets itself, and none that it refuses.
+
+    Refused is what would take the client out of our hands, or make one name mean several objects.
+    """
+    found = [name for name in refused if options.get(name)]
+    if found:
+        raise OptionsError(f"storage_options {found} cannot be used with cloudckpt; leave them out")
+    left_out = {"skip_instance_cache", "use_listings_cache", *refused}
+    return {name: value for name, value in options.items() if name not in left_out}
 
 
 class OnLoop:
