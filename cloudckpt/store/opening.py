@@ -30,9 +30,6 @@ Engine = Literal["auto", "local", "obstore", "fsspec"]
 _ENGINES: Mapping[str, tuple[str, ...]] = {
     "s3": ("obstore", "fsspec"),
     "gs": ("fsspec", "obstore"),
-    "az": ("fsspec",),
-    "abfs": ("fsspec",),
-    "abfss": ("fsspec",),
 }
 
 
