@@ -14,10 +14,11 @@ from typing import Protocol, runtime_checkable
 
 from cloudckpt.errors import OptionsError
 
-__all__ = ["Listing", "ObjectInfo", "Store", "check_key"]
+__all__ = ["Listing", "ObjectInfo", "Store", "check_delimiter", "check_key", "is_key"]
 
 _BAD_SEGMENT = re.compile(r"\A\.{0,2}\Z")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
+# A lone surrogate is how Python shows a name on a disk that is no text.
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,3 +139,18 @@ def check_key(key: str) -> str:
     if any(_BAD_SEGMENT.match(segment) for segment in key.split("/")):
         raise OptionsError(f"object key {key!r} has an empty, '.' or '..' segment")
     return key
+
+
+def is_key(name: str) -> bool:
+    """Tell whether a name can be a key; others are foreign, made by other tools, and never listed."""
+    try:
+        check_key(name)
+    except OptionsError:
+        return False
+    return True
+
+
+def check_delimiter(delimiter: str) -> None:
+    """Refuse to split keys anywhere else than where they have segments."""
+    if delimiter not in ("", "/"):
+        raise OptionsError(f"delimiter {delimiter!r} is unknown to a store; give '/' or none")

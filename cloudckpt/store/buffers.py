@@ -1,6 +1,6 @@
-"""Check and cut the memory that callers lend to a store: flat views of bytes, in pieces that a socket takes well.
+"""Check, cut and fill the memory that callers lend to a store: flat views of bytes, in pieces that a socket takes well.
 
-Pure; copies only runs of small buffers.
+Also says which lengths of objects and replies are wrong. Pure; copies only runs of small buffers, and what it fills.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import KIB, MIB
+from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
 
-__all__ = ["check_destination", "flat", "joined", "pieces"]
+__all__ = ["check_destination", "check_end", "check_length", "check_limit", "flat", "joined", "pieces", "place"]
 
 # 64 KiB to 4 MiB were measured on loopback: 1 MiB carries 2.7 GB/s, 64 KiB 2.0, 4 MiB 1.5 (asyncio copies the rest).
 _STEP_BYTES = MIB
@@ -58,3 +59,30 @@ def pieces(buffers: Sequence[memoryview]) -> Iterator[memoryview]:
     for buffer in joined(buffers):
         for start in range(0, buffer.nbytes, _STEP_BYTES):
             yield buffer[start : start + _STEP_BYTES]
+
+
+def place(chunk: bytes | memoryview, memory: memoryview, start: int) -> int:
+    """Copy the next chunk of a reply to its place in the memory for the whole; return where the one after it goes."""
+    stop = start + len(chunk)
+    if stop > memory.nbytes:
+        raise BodyLengthError(stop, memory.nbytes)
+    memory[start:stop] = chunk
+    return stop
+
+
+def check_length(got_bytes: int, wanted_bytes: int) -> None:
+    """Refuse a reply that brought less or more than was asked for."""
+    if got_bytes != wanted_bytes:
+        raise BodyLengthError(got_bytes, wanted_bytes)
+
+
+def check_end(size_bytes: int, start: int, stop: int) -> None:
+    """Refuse to read past the end of an object."""
+    if size_bytes < stop:
+        raise ObjectSizeError(f"the object has {size_bytes} bytes, and [{start}, {stop}) were asked for")
+
+
+def check_limit(size_bytes: int, limit_bytes: int) -> None:
+    """Refuse an object that is larger than any that is right, before it takes memory."""
+    if size_bytes > limit_bytes:
+        raise ObjectSizeError(f"the object has more than the {limit_bytes} bytes that were expected at most")

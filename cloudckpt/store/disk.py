@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
+import stat
 from collections.abc import Sequence
 
 __all__ = ["Disk"]
@@ -35,9 +35,10 @@ class Disk:
         try:
             return os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
         except NotADirectoryError:
-            if not self.is_link(name, at=at):
-                raise
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name)
+            # The kernel says so of a link, too, and that one must not read as "there is nothing below".
+            if stat.S_ISLNK(os.lstat(name, dir_fd=at).st_mode):
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), name) from None
+            raise
 
     def open_to_read(self, name: str, *, at: int) -> int:
         """Open what may be an object; `ELOOP` if the name is a symbolic link."""
@@ -47,24 +48,9 @@ class Disk:
         """Make and open a file that was not there, for its owner alone."""
         return os.open(name, _WRITE_NEW, 0o600, dir_fd=at)
 
-    def close(self, fd: int) -> None:
-        """Close a descriptor."""
-        os.close(fd)
-
     def make_directory(self, name: str, *, at: int | None) -> None:
         """Make a directory, for its owner alone; without `at`, `name` is a path."""
         os.mkdir(name, 0o700, dir_fd=at)
-
-    def is_link(self, name: str, *, at: int | None) -> bool:
-        """Tell whether the name is a symbolic link, dangling or not."""
-        try:
-            return (os.lstat(name, dir_fd=at).st_mode & 0o170000) == 0o120000
-        except FileNotFoundError:
-            return False
-
-    def status(self, fd: int) -> os.stat_result:
-        """Describe what a descriptor stands for."""
-        return os.fstat(fd)
 
     def write(self, fd: int, buffers: Sequence[memoryview], *, offset: int) -> int:
         """Gather buffers into the file at `offset`; return how many bytes the kernel took."""
@@ -120,11 +106,3 @@ class Disk:
         """Return what a directory holds, in no order."""
         with os.scandir(fd) as found:
             return list(found)
-
-    def lock(self, fd: int) -> bool:
-        """Mark an open file as in use until it is closed; False if somebody else did, or if nobody can tell."""
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True

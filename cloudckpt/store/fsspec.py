@@ -9,22 +9,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 
+from fsspec import available_protocols, get_filesystem_class
+
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
-from cloudckpt.store.location import Location
+from cloudckpt.store.location import LOCAL_SCHEMES, Location
 from cloudckpt.store.wire import Wire
 from cloudckpt.store.wired import WiredStore
 
-__all__ = ["GCS_SCHEMES", "S3_SCHEMES", "FsspecStore", "fsspec_wire"]
-
-S3_SCHEMES = frozenset({"s3", "s3a"})
-GCS_SCHEMES = frozenset({"gs", "gcs"})
+__all__ = ["FsspecStore", "fsspec_wire"]
 
 
 class FsspecStore(WiredStore):
     """Objects below one root URL, moved by fsspec's libraries. See `Store` for the verbs."""
-
-    bucket_schemes = S3_SCHEMES | GCS_SCHEMES
 
     @property
     def engine(self) -> str:
@@ -33,10 +30,11 @@ class FsspecStore(WiredStore):
     @property
     def is_create_atomic(self) -> bool:
         # memory:// lives in one process, where a lock of ours makes it so.
-        return self._location.scheme in S3_SCHEMES | GCS_SCHEMES | {"memory"}
+        return self._location.scheme in ("s3", "gs", "memory")
 
     def _check_options(self) -> None:
-        """Refuse misspelt options of s3fs and gcsfs, which would else fail late, or be ignored."""
+        """Refuse a scheme that nothing serves, and misspelt options of s3fs and gcsfs, which would else be ignored."""
+        _check_filesystem(self._location.scheme)
         known = _known_options(self._location.scheme)
         unknown = sorted(set(self._options) - known) if known else []
         if unknown:
@@ -49,11 +47,11 @@ class FsspecStore(WiredStore):
 
 def fsspec_wire(where: Location, options: Mapping[str, object], *, retry: RetryPolicy, signed_payload: bool) -> Wire:
     """Connect the wire for a location's scheme; its library is imported here, so that a run pays for what it uses."""
-    if where.scheme in S3_SCHEMES:
+    if where.scheme == "s3":
         from cloudckpt.store.wire_s3 import S3Wire
 
         return S3Wire(where.bucket, options, retry=retry, signed_payload=signed_payload)
-    if where.scheme in GCS_SCHEMES:
+    if where.scheme == "gs":
         from cloudckpt.store.wire_gcs import GcsWire
 
         return GcsWire(where.bucket, options, retry=retry)
@@ -62,13 +60,24 @@ def fsspec_wire(where: Location, options: Mapping[str, object], *, retry: RetryP
     return AnyWire(where.scheme, where.bucket, options, retry=retry)
 
 
+def _check_filesystem(scheme: str) -> None:
+    """Say what is missing before an engine trips over it."""
+    try:
+        get_filesystem_class(scheme)
+    except ValueError as exc:
+        known = ", ".join(f"{name}://" for name in sorted(available_protocols()) if name not in LOCAL_SCHEMES)
+        raise OptionsError(f"scheme {scheme}:// is unknown; fsspec knows {known}") from exc
+    except ImportError as exc:
+        raise OptionsError(f"{scheme}:// needs a package that is not installed: {exc}") from exc
+
+
 def _known_options(scheme: str) -> set[str]:
-    if scheme in S3_SCHEMES:
+    if scheme == "s3":
         from s3fs import S3FileSystem
 
         # What s3fs does not know itself it hands to aiobotocore's session, which knows a profile.
         return _parameters(S3FileSystem) | {"profile", "listings_expiry_time", "max_paths", "use_listings_cache"}
-    if scheme in GCS_SCHEMES:
+    if scheme == "gs":
         from gcsfs.core import GCSFileSystem
 
         return _parameters(GCSFileSystem) | {"listings_expiry_time", "max_paths", "use_listings_cache"}

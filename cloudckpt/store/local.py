@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import errno
 import os
-import re
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from urllib.parse import quote_from_bytes, unquote_to_bytes
+from urllib.parse import quote_from_bytes
 
 from cloudckpt.errors import (
     AccessDeniedError,
@@ -24,22 +23,21 @@ from cloudckpt.errors import (
     CreateNotEnforcedError,
     ObjectExistsError,
     ObjectNotFoundError,
-    OptionsError,
     StorageError,
     TransientError,
 )
 from cloudckpt.options import MIB
-from cloudckpt.store.base import Listing, ObjectInfo
-from cloudckpt.store.buffers import check_destination, flat
+from cloudckpt.store.base import Listing, ObjectInfo, check_delimiter
+from cloudckpt.store.buffers import check_destination, check_end, check_length, check_limit, flat, pieces
 from cloudckpt.store.disk import Disk
-from cloudckpt.store.local_tree import ABSENT, LocalTree, describe, new_temp_name, segments_of
+from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
+from cloudckpt.store.local_tree import ABSENT, TEMP_PREFIX, LocalTree, describe, segments_of, try_lock
+from cloudckpt.store.location import local_path
 
-__all__ = ["LocalStore", "local_path"]
+__all__ = ["LocalStore"]
 
-_SCHEME = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*):(?=/)")
-_IOV_MAX = 1024
 # After each so many bytes the device is told to start, so that the fsync at the end waits only for the last of them.
-_WRITEBACK_BYTES = 8 * MIB
+_BATCH_BYTES = 8 * MIB
 # A concurrent delete may take a directory that a put has just made for an empty one; this often it starts anew.
 _REMAKE_LIMIT = 50
 # How file systems say that they have no hard links (FAT, some network and FUSE ones), or no exclusive rename.
@@ -50,7 +48,7 @@ _FULL = "free space or let retention remove old checkpoints, then save again"
 _DENIED = "check the owner and the mode of the directory"
 _COLLISION = "an object and a directory cannot share a name on a disk; choose other keys or another root"
 _BUSY = "the file system is busy"
-_ADVICE: dict[int, tuple[type[StorageError], str]] = {
+_ADVICE: dict[int | None, tuple[type[StorageError], str]] = {
     errno.ENOENT: (ObjectNotFoundError, "there is no object of that key"),
     errno.ENOSPC: (StorageError, _FULL),
     errno.EDQUOT: (StorageError, _FULL),
@@ -74,9 +72,9 @@ _ADVICE: dict[int, tuple[type[StorageError], str]] = {
 }
 
 # The store has a verb `list`, so that its methods cannot name the type.
-_Buffers = list[memoryview]
 _Names = list[str]
-_Kept = list[tuple[str, OSError]]
+# Gives a temp name its key, in an open directory.
+_Publish = Callable[[int, str, str], None]
 
 
 class LocalStore:
@@ -107,60 +105,46 @@ class LocalStore:
         return f"LocalStore({self.url!r})"
 
     def put(self, key: str, buffers: Sequence[memoryview]) -> None:
-        with self._our_errors("put", key):
-            self._publish("put", key, flat(buffers), self._replace)
+        self._write("put", key, buffers, self._replace)
 
     def create(self, key: str, data: bytes) -> None:
-        with self._our_errors("create", key):
-            self._publish("create", key, flat([memoryview(data)]), self._claim)
+        self._write("create", key, [memoryview(data)], self._claim)
 
     def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
         view = check_destination(start, stop, into)
         if view is None:
             view = memoryview(bytearray(stop - start))
         with self._our_errors("get", key), self._tree.object(key) as fd:
-            size_bytes = self._disk.status(fd).st_size
-            if stop > size_bytes or not self._fill(fd, view, start):
-                raise StorageError(
-                    f"{key!r} in {self._root} has {size_bytes} bytes, and [{start}, {stop}) were asked for; "
-                    "it was cut short, or is not the object that was meant",
-                    op="get",
-                    key=key,
-                )
+            check_end(os.fstat(fd).st_size, start, stop)
+            self._fill(fd, view, start)
         return view
 
     def read(self, key: str, *, limit_bytes: int) -> bytes:
         with self._our_errors("read", key), self._tree.object(key) as fd:
-            size_bytes = self._disk.status(fd).st_size
-            data = bytearray(min(size_bytes, limit_bytes))
-            if size_bytes > limit_bytes or not self._fill(fd, memoryview(data), 0):
-                raise StorageError(
-                    f"{key!r} in {self._root} has {size_bytes} bytes, and {limit_bytes} are the most allowed",
-                    op="read",
-                    key=key,
-                )
+            check_limit(size_bytes := os.fstat(fd).st_size, limit_bytes)
+            data = bytearray(size_bytes)
+            self._fill(fd, memoryview(data), 0)
         return bytes(data)
 
     def head(self, key: str) -> ObjectInfo:
         with self._our_errors("head", key), self._tree.object(key) as fd:
-            return describe(key, self._disk.status(fd))
+            return describe(key, os.fstat(fd))
 
     def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
-        if delimiter not in ("", "/"):
-            raise OptionsError(f"delimiter {delimiter!r} is unknown to a disk; give '/' or none")
+        check_delimiter(delimiter)
         with self._our_errors("list", prefix):
             return self._tree.listing(prefix, by_directory=bool(delimiter))
 
     def delete(self, keys: Sequence[str]) -> None:
-        groups: dict[tuple[str, ...], _Names] = {}
+        names: dict[tuple[str, ...], _Names] = {}
         for key in keys:
             *parents, name = segments_of(key)
-            groups.setdefault(tuple(parents), []).append(name)
-        kept: _Kept = []
-        for directory, names in groups.items():
-            kept += self._delete_below(directory, names)
+            names.setdefault(tuple(parents), []).append(name)
+        kept: dict[str, OSError] = {}
+        for directory, below in names.items():
+            kept |= self._delete_below(directory, below)
         if kept:
-            key, cause = kept[0]
+            key, cause = next(iter(kept.items()))
             also = f"; {len(kept)} of {len(keys)} objects may still be there"
             raise self._explained(cause, "delete", key, also=also) from cause
 
@@ -170,54 +154,42 @@ class LocalStore:
     def close(self) -> None:
         """Do nothing: no descriptor outlives a verb."""
 
-    def remove_leftovers(self) -> int:
-        """Remove all temp names that crashed writers left below the root; return how many.
-
-        `delete` does the same in the directories that it empties, so this is for what no checkpoint owns.
-        """
-        with self._our_errors("delete", ""):
-            return self._tree.remove_leftovers()
-
     # -- writing -------------------------------------------------------------------------------------------
 
-    def _publish(self, op: str, key: str, buffers: _Buffers, publish: Callable[[int, str, str], None]) -> None:
+    def _write(self, op: str, key: str, buffers: Sequence[memoryview], publish: _Publish) -> None:
         *parents, name = segments_of(key)
-        for _ in range(_REMAKE_LIMIT):
-            with suppress(FileNotFoundError), self._tree.directory(parents, make=True) as fd:
-                return self._write_and_publish(fd, name, buffers, publish)
-        raise TransientError(
-            f"{op} of {key!r} in {self._root}: its directory vanished {_REMAKE_LIMIT} times; see what deletes there",
-            op=op,
-            key=key,
-        )
+        with self._our_errors(op, key):
+            for _ in range(_REMAKE_LIMIT):
+                with suppress(FileNotFoundError), self._tree.directory(parents, make=True) as fd:
+                    return self._write_below(fd, name, flat(buffers), publish)
+            raise TransientError(
+                f"{op} of {key!r} in {self._root}: its directory vanished {_REMAKE_LIMIT} times; see what deletes there"
+            )
 
-    def _write_and_publish(
-        self, fd: int, name: str, buffers: _Buffers, publish: Callable[[int, str, str], None]
-    ) -> None:
-        temp = new_temp_name()
+    def _write_below(self, fd: int, name: str, buffers: Sequence[memoryview], publish: _Publish) -> None:
+        temp = TEMP_PREFIX + secrets.token_hex(16)
         file = self._disk.open_new(temp, at=fd)
         try:
-            self._disk.lock(file)
-            self._write(file, buffers)
+            try_lock(file)
+            offset = 0
+            for batch in _batches(buffers):
+                offset = self._write_batch(file, batch, offset)
             self._disk.sync(file)
             publish(fd, temp, name)
         except BaseException:  # an interrupt, too, must not leave a shard's worth of bytes behind
             self._discard(temp, at=fd)
             raise
         finally:
-            self._disk.close(file)
+            os.close(file)
 
-    def _write(self, file: int, buffers: _Buffers) -> None:
-        offset = started = 0
-        for batch in _batches(buffers):
-            rest = batch
-            while rest:
-                taken = self._disk.write(file, rest, offset=offset)
-                offset += taken
-                rest = _rest(rest, taken)
-            if offset - started >= _WRITEBACK_BYTES:
-                self._disk.start_writeback(file, offset=started, size_bytes=offset - started)
-                started = offset
+    def _write_batch(self, file: int, batch: Sequence[memoryview], start: int) -> int:
+        offset = start
+        while batch:
+            taken = self._disk.write(file, batch, offset=offset)
+            offset += taken
+            batch = _rest(batch, taken)
+        self._disk.start_writeback(file, offset=start, size_bytes=offset - start)
+        return offset
 
     def _replace(self, fd: int, temp: str, name: str) -> None:
         self._disk.rename(temp, name, at=fd)
@@ -227,30 +199,23 @@ class LocalStore:
         try:
             self._link(fd, temp, name)
         except FileExistsError as exc:
-            raise ObjectExistsError(
-                f"{name!r} in {self._root} is taken; the object there was left as it is", op="create", key=name
-            ) from exc
+            raise ObjectExistsError(f"{name!r} in {self._root} is taken; the object there was left as it is") from exc
         self._discard(temp, at=fd)
         try:
             self._disk.sync_directory(fd)
         except OSError as exc:
             raise CommitUnknownError(
                 f"{name!r} in {self._root} was created, but the disk did not confirm it ({_errno_name(exc)}), so a "
-                "power cut may undo it; look at the device, then whether the object is there",
-                op="create",
-                key=name,
+                "power cut may undo it; look at the device, then whether the object is there"
             ) from exc
 
     def _link(self, fd: int, temp: str, name: str) -> None:
         """Give the temp object its key, exclusively: by a link, else by a rename that never replaces."""
         try:
-            self._disk.link(temp, name, at=fd)
+            return self._disk.link(temp, name, at=fd)
         except OSError as exc:
             if exc.errno not in _NO_LINKS:
                 raise
-            self._rename_new(fd, temp, name)
-
-    def _rename_new(self, fd: int, temp: str, name: str) -> None:
         try:
             self._disk.rename_new(temp, name, at=fd)
         except OSError as exc:
@@ -258,9 +223,7 @@ class LocalStore:
                 raise
             raise CreateNotEnforcedError(
                 f"the file system of {self._root} has neither hard links nor exclusive renames, so two jobs could both "
-                "commit there; choose a root on another file system",
-                op="create",
-                key=name,
+                "commit there; choose a root on another file system"
             ) from exc
 
     def _discard(self, temp: str, *, at: int) -> None:
@@ -270,39 +233,31 @@ class LocalStore:
 
     # -- reading and deleting ------------------------------------------------------------------------------
 
-    def _fill(self, fd: int, view: memoryview, start: int) -> bool:
+    def _fill(self, fd: int, view: memoryview, start: int) -> None:
         filled = 0
-        while filled < view.nbytes:
-            count = self._disk.read(fd, view[filled:], offset=start + filled)
-            if not count:
-                return False
+        while filled < view.nbytes and (count := self._disk.read(fd, view[filled:], offset=start + filled)):
             filled += count
-        return True
+        check_length(filled, view.nbytes)
 
-    def _delete_below(self, parents: tuple[str, ...], names: Sequence[str]) -> _Kept:
-        """Delete names of one directory; return (key, reason) of those that may still be there."""
-        kept: _Kept = []
+    def _delete_below(self, parents: tuple[str, ...], names: Sequence[str]) -> dict[str, OSError]:
+        """Delete names of one directory; return key → reason of those that may still be there."""
+        kept: dict[str, OSError] = {}
+        keys = {name: "/".join([*parents, name]) for name in names}
         try:
             with suppress(*ABSENT), self._tree.directory(parents) as fd:
-                for name in names:
-                    kept += self._unlink(fd, parents, name)
+                for name, key in keys.items():
+                    try:
+                        self._disk.unlink(name, at=fd)
+                    except (FileNotFoundError, IsADirectoryError):
+                        pass  # a directory is no object, so no object has that key
+                    except OSError as exc:
+                        kept[key] = exc
                 # Else a power cut could bring a manifest back while its shards stay away (FORMAT invariant 7).
                 self._disk.sync_directory(fd)
-        except StorageError:
-            raise  # some of ours are an OSError, too
         except OSError as exc:
-            return [("/".join([*parents, name]), exc) for name in names]
-        self._tree.remove_hollow(parents)
+            return dict.fromkeys(keys.values(), exc)
+        self._tree.tidy(parents)
         return kept
-
-    def _unlink(self, fd: int, parents: tuple[str, ...], name: str) -> _Kept:
-        try:
-            self._disk.unlink(name, at=fd)
-        except (FileNotFoundError, IsADirectoryError):  # a directory is no object, so no object has that key
-            return []
-        except OSError as exc:
-            return [("/".join([*parents, name]), exc)]
-        return []
 
     # -- errors --------------------------------------------------------------------------------------------
 
@@ -313,71 +268,37 @@ class LocalStore:
         except StorageError as exc:
             exc.op, exc.key = op, key
             raise
+        except (BodyLengthError, ObjectSizeError) as exc:
+            raise StorageError(
+                f"{op} of {key!r} in {self._root}: {exc}; it was cut short, or is not the object that was meant",
+                op=op,
+                key=key,
+            ) from exc
         except OSError as exc:
             raise self._explained(exc, op, key) from exc
 
     def _explained(self, cause: OSError, op: str, key: str, *, also: str = "") -> StorageError:
-        kind, advice = _ADVICE.get(cause.errno or 0, (StorageError, "the system's manual explains this error"))
+        kind, advice = _ADVICE.get(cause.errno, (StorageError, "the system's manual explains this error"))
         what = os.strerror(cause.errno) if cause.errno else str(cause)
         message = f"{op} of {key!r} in {self._root}: {what} ({_errno_name(cause)}); {advice}{also}"
         return kind(message, op=op, key=key)
 
 
-def local_path(url: str | os.PathLike[str]) -> str:
-    """Return the absolute path that a local URL or path names.
-
-    `dir`, `./dir` and `/abs` are paths as they stand; a leading `~` is the home directory (`./~` is a directory of
-    that name). `file:///abs` is percent-decoded, and knows no `~`.
-
-    Raises:
-        OptionsError: it is empty, of another scheme or host, or holds a NUL.
-    """
-    path = os.fspath(url)
-    scheme = _SCHEME.match(path)
-    path = _expanded(path) if scheme is None else _path_of_url(path, scheme[1].lower(), path[scheme.end() :])
-    if not path or "\0" in path:
-        raise OptionsError(f"{path!r} is no path; give a directory")
-    return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links, so that the URL shows another place
-
-
-def _expanded(path: str) -> str:
-    try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError as exc:
-        raise OptionsError(
-            f"{path!r} names the home directory of nobody; write ./~ for a directory of that name"
-        ) from exc
-
-
-def _path_of_url(url: str, scheme: str, rest: str) -> str:
-    if scheme not in ("file", "local"):
-        raise OptionsError(f"a URL of scheme {scheme} is no path on a disk")
-    # Three slashes: an empty host and an absolute path. Two would make the first directory a host.
-    if not rest.startswith("///"):
-        raise OptionsError(f"{url!r} does not name an absolute path on this machine; write {scheme}:///abs/path")
-    return os.fsdecode(unquote_to_bytes(rest[2:]))
-
-
-def _batches(buffers: list[memoryview]) -> Iterator[list[memoryview]]:
+def _batches(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
     """Cut buffers into what one system call takes, small enough that write-back starts early on a large one, too."""
     batch: list[memoryview] = []
     batch_bytes = 0
-    for piece in _pieces(buffers):
-        if len(batch) == _IOV_MAX or batch_bytes + piece.nbytes > _WRITEBACK_BYTES:
-            yield batch
-            batch, batch_bytes = [], 0
+    for piece in pieces(buffers):
         batch.append(piece)
         batch_bytes += piece.nbytes
-    yield batch
+        if batch_bytes >= _BATCH_BYTES:
+            yield batch
+            batch, batch_bytes = [], 0
+    if batch:
+        yield batch
 
 
-def _pieces(buffers: list[memoryview]) -> Iterator[memoryview]:
-    for buffer in buffers:
-        for start in range(0, buffer.nbytes, _WRITEBACK_BYTES):
-            yield buffer[start : start + _WRITEBACK_BYTES]
-
-
-def _rest(batch: list[memoryview], taken: int) -> list[memoryview]:
+def _rest(batch: Sequence[memoryview], taken: int) -> Sequence[memoryview]:
     """Return what is left of `batch` after its first `taken` bytes."""
     for index, buffer in enumerate(batch):
         if taken < buffer.nbytes:

@@ -1,19 +1,29 @@
-"""Split a store's URL into scheme, bucket and root prefix, and keys into what a store is asked for.
+"""Read a store's URL, once and for every engine: scheme, bucket and root prefix, or a path on a disk.
 
-Pure values. The path of a URL is taken literally, as fsspec takes it: nothing is percent-decoded.
+Pure values. The path of a URL is taken literally, as fsspec takes it: nothing but file:// is percent-decoded.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.store.base import Listing, ObjectInfo, check_key
+from cloudckpt.store.base import Listing, ObjectInfo, check_key, is_key
 
-__all__ = ["Location", "parse_location"]
+__all__ = ["LOCAL_SCHEMES", "Location", "local_path", "parse_location", "scheme_of"]
+
+# "" stands for a path.
+LOCAL_SCHEMES = frozenset({"", "file", "local"})
 
 _URL = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*)://(.*)\Z", re.DOTALL)
+_ONE_SLASH = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*):/(?!/)")
+_SAME = {"s3a": "s3", "gcs": "gs"}
+_WITH_BUCKETS = frozenset({"s3", "gs"})
+_BUCKET = re.compile(r"\A(?:[A-Za-z0-9][A-Za-z0-9._-]*|arn:aws[a-z-]*:s3[A-Za-z0-9:._-]*)\Z")
 # The name of an access point stands behind a slash of its own: arn:aws:s3:region:account:accesspoint/name.
 _ACCESS_POINT = re.compile(r"\A(arn:[^/]*?:(?:outpost/[^/]+/)?(?:accesspoint|bucket)[:/][^/]+)(?:/(.*))?\Z", re.DOTALL)
 # Azure writes container@account where others have a bucket.
@@ -50,34 +60,94 @@ class Location:
         found = [
             ObjectInfo(key=info.key[cut:], size_bytes=info.size_bytes, modified_s=info.modified_s)
             for info in objects
-            if _is_key(info.key[cut:])
+            if is_key(info.key[cut:])
         ]
-        below = {prefix[cut:] for prefix in prefixes if _is_key(prefix[cut:].removesuffix("/"))}
+        below = {prefix[cut:] for prefix in prefixes if is_key(prefix[cut:].removesuffix("/"))}
         return Listing(objects=tuple(sorted(found, key=lambda info: info.key)), prefixes=tuple(sorted(below)))
 
 
-def parse_location(url: str, *, needs_bucket: bool = True) -> Location:
-    """Read `scheme://bucket/prefix`; credentials inside are refused, and never repeated."""
-    match = _URL.match(url)
-    if match is None:
+def scheme_of(url: str) -> str:
+    """Return a URL's scheme in its usual spelling, or "" for a path.
+
+    Raises:
+        OptionsError: it is neither, but a URL that was taken for a path once, or one that stacks filesystems.
+    """
+    if url.startswith(("/", ".", "~")):
+        return ""
+    found = _URL.match(url)
+    if found:
+        scheme = found[1].lower()
+        return _SAME.get(scheme, scheme)
+    eaten = _ONE_SLASH.match(url)
+    if eaten:
+        raise OptionsError(
+            f"the URL has one slash after {eaten[1]}: where it needs two; a pathlib.Path eats the other, so pass a str"
+        )
+    if "://" in url:
+        raise OptionsError("the URL has no plain scheme; chained URLs (a::b://) cannot be written to safely")
+    return ""
+
+
+def parse_location(url: str) -> Location:
+    """Read `scheme://bucket/prefix`, its scheme in the usual spelling.
+
+    Raises:
+        OptionsError: it holds what may be a credential, which is not repeated, or what engines would read differently.
+    """
+    scheme = scheme_of(url)
+    if not scheme:
         raise OptionsError("a store's URL looks like scheme://bucket/prefix")
-    scheme, rest = match.group(1).lower(), match.group(2)
+    rest = url.partition("://")[2]
+    place = rest.partition("/")[0]
+    user, at, _ = place.rpartition("@")
+    if (at and (scheme not in _CONTAINER_AT_ACCOUNT or ":" in user)) or "?" in url or "#" in url:
+        raise OptionsError(
+            f"the {scheme}:// URL holds a user, a password, a query or a fragment, which logs and manifests would show "
+            "(this message does not); pass credentials in storage_options"
+        )
+    if scheme in _WITH_BUCKETS and not _BUCKET.match(place):
+        raise OptionsError(
+            f"the {scheme}:// URL does not begin with a bucket's name (it is not repeated here, since it may hold a "
+            f"credential); write {scheme}://bucket/prefix"
+        )
     named = _ACCESS_POINT.match(rest)
-    bucket, prefix = (named.group(1), named.group(2) or "") if named else rest.partition("/")[::2]
-    user, at, _ = bucket.rpartition("@")
-    if at and (scheme not in _CONTAINER_AT_ACCOUNT or ":" in user):
-        raise OptionsError(f"the {scheme} URL has credentials or a user in it; pass them in storage_options")
-    if needs_bucket and not bucket:
-        raise OptionsError(f"the {scheme} URL names no bucket; write {scheme}://bucket/prefix")
-    prefix = prefix.strip("/")
+    bucket, prefix = named.groups("") if named else (place, rest[len(place) + 1 :])
+    prefix = prefix.rstrip("/")
     if prefix:
         check_key(prefix)
     return Location(scheme=scheme, bucket=bucket, prefix=prefix)
 
 
-def _is_key(name: str) -> bool:
+def local_path(url: str | os.PathLike[str]) -> str:
+    """Return the absolute path that a local URL or path names.
+
+    `dir`, `./dir` and `/abs` are paths as they stand; a leading `~` is the home directory (`./~` is a directory of
+    that name). `file:///abs` is percent-decoded, and knows no `~`.
+
+    Raises:
+        OptionsError: it is empty, of another scheme or host, or holds a NUL.
+    """
+    path = os.fspath(url)
+    scheme = scheme_of(path)
+    if scheme not in LOCAL_SCHEMES:
+        raise OptionsError(f"a URL of scheme {scheme} is no path on a disk")
+    if scheme:
+        path = path.partition("://")[2]
+        # Three slashes: an empty host and an absolute path. Two would make the first directory a host.
+        if not path.startswith("/"):
+            raise OptionsError(f"{url!r} does not name an absolute path on this machine; write {scheme}:///abs/path")
+        path = os.fsdecode(unquote_to_bytes(path))
+    elif path.startswith("~"):
+        path = _expanded(path)
+    if not path or "\0" in path:
+        raise OptionsError(f"{path!r} is no path; give a directory")
+    return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links, so that the URL shows another place
+
+
+def _expanded(path: str) -> str:
     try:
-        check_key(name)
-    except OptionsError:
-        return False
-    return True
+        return str(Path(path).expanduser())
+    except RuntimeError as exc:
+        raise OptionsError(
+            f"{path!r} names the home directory of nobody; write ./~ for a directory of that name"
+        ) from exc

@@ -11,7 +11,7 @@ import logging
 from functools import partial
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.store.fsspec import GCS_SCHEMES, S3_SCHEMES, fsspec_wire
+from cloudckpt.store.fsspec import fsspec_wire
 from cloudckpt.store.wire import Wire
 from cloudckpt.store.wired import WiredStore
 
@@ -23,8 +23,6 @@ logger = logging.getLogger(__name__)
 class ObstoreStore(WiredStore):
     """Objects below one root URL, moved by obstore. See `Store` for the verbs."""
 
-    bucket_schemes = S3_SCHEMES | GCS_SCHEMES
-
     @property
     def engine(self) -> str:
         return "obstore"
@@ -34,11 +32,11 @@ class ObstoreStore(WiredStore):
         return True
 
     def _check_options(self) -> None:
-        if self._location.scheme in S3_SCHEMES:
+        if self._location.scheme == "s3":
             from cloudckpt.store.obstore_s3 import S3Options
 
             S3Options.read(self._options, signed_payload=self._signed_payload)
-        elif self._location.scheme in GCS_SCHEMES:
+        elif self._location.scheme == "gs":
             from cloudckpt.store.obstore_gcs import check_gcs_options
 
             check_gcs_options(self._options)
@@ -56,7 +54,7 @@ class ObstoreStore(WiredStore):
             logger.warning("obstore does not survive a fork: fsspec serves %s in this process", self.url)
             return by_fsspec()
         bucket = self._location.bucket
-        if self._location.scheme in S3_SCHEMES:
+        if self._location.scheme == "s3":
             from cloudckpt.store.obstore_s3 import S3Options, s3_client
 
             options = S3Options.read(self._options, signed_payload=self._signed_payload)

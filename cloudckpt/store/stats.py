@@ -85,16 +85,6 @@ class StoreStats(Mapping[str, OpStats]):
         """Retries of all verbs."""
         return self.total.retries
 
-    @property
-    def bytes(self) -> int:
-        """Payload of all verbs, both ways."""
-        return self.total.bytes
-
-    @property
-    def seconds(self) -> float:
-        """Seconds inside requests, summed over verbs and threads."""
-        return self.total.seconds
-
 
 class Recorder:
     """The running count behind the snapshots. Any thread may add."""

@@ -13,7 +13,7 @@ import asyncio
 import os
 import re
 import weakref
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import fsspec.asyn
 from aiohttp import payload
 
+from cloudckpt.errors import OptionsError
 from cloudckpt.store.base import ObjectInfo
-from cloudckpt.store.buffers import pieces
-from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
+from cloudckpt.store.buffers import check_end, check_length, check_limit, pieces, place
+from cloudckpt.store.facts import BodyLengthError
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -39,6 +40,7 @@ __all__ = [
     "close_when_dropped",
     "fill",
     "memory_for",
+    "own_options",
     "take",
 ]
 
@@ -94,6 +96,18 @@ class Wire(Protocol):
     def close(self) -> None:
         """Release connections."""
         ...
+
+
+def own_options(options: Mapping[str, object], refused: Sequence[str]) -> dict[str, object]:
+    """Return the options of fsspec's that a wire of ours hands on: less what it sets itself, and none that it refuses.
+
+    Refused is what would take the client out of our hands, or make one name mean several objects.
+    """
+    found = [name for name in refused if options.get(name)]
+    if found:
+        raise OptionsError(f"storage_options {found} cannot be used with cloudckpt; leave them out")
+    left_out = {"skip_instance_cache", "use_listings_cache", *refused}
+    return {name: value for name, value in options.items() if name not in left_out}
 
 
 class OnLoop:
@@ -217,26 +231,19 @@ async def fill(memory: memoryview, chunks: AsyncIterator[bytes]) -> None:
     """Copy a reply's chunks into `memory`, which they must fill exactly."""
     filled = 0
     async for chunk in chunks:
-        stop = filled + len(chunk)
-        if stop > memory.nbytes:
-            raise BodyLengthError(stop, memory.nbytes)
-        memory[filled:stop] = chunk
-        filled = stop
-    if filled < memory.nbytes:
-        raise BodyLengthError(filled, memory.nbytes)
+        filled = place(chunk, memory, filled)
+    check_length(filled, memory.nbytes)
 
 
 async def take(chunks: AsyncIterator[bytes], length_bytes: int | None, limit_bytes: int) -> bytes:
     """Return a small reply whole; hold no more than `limit_bytes` of it."""
-    if length_bytes is not None and length_bytes > limit_bytes:
-        raise ObjectSizeError(f"the object has {length_bytes} bytes, where at most {limit_bytes} were expected")
+    check_limit(length_bytes or 0, limit_bytes)
     data = bytearray()
     async for chunk in chunks:
-        if len(data) + len(chunk) > limit_bytes:
-            raise ObjectSizeError(f"the object has more than the {limit_bytes} bytes that were expected at most")
+        check_limit(len(data) + len(chunk), limit_bytes)
         data += chunk
-    if length_bytes is not None and len(data) != length_bytes:
-        raise BodyLengthError(len(data), length_bytes)
+    if length_bytes is not None:
+        check_length(len(data), length_bytes)
     return bytes(data)
 
 
@@ -246,8 +253,8 @@ _CONTENT_RANGE = re.compile(r"\Abytes (\d+)-(\d+)/(\d+|\*)\Z")
 def check_range(content_range: str, length_bytes: int, start: int, stop: int) -> None:
     """Compare what a reply's headers promise with the range that was asked for."""
     match = _CONTENT_RANGE.match(content_range)
-    if match and match.group(3) != "*" and int(match.group(3)) < stop:
-        raise ObjectSizeError(f"the object has {match.group(3)} bytes, and [{start}, {stop}) were asked for")
+    if match and match.group(3) != "*":
+        check_end(int(match.group(3)), start, stop)
     # A reply without the header is the whole object: the range was ignored, which is fine if it was the whole.
     first = int(match.group(1)) if match else 0
     if first != start or length_bytes != stop - start:

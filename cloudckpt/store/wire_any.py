@@ -19,7 +19,8 @@ import fsspec.core
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
-from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
+from cloudckpt.store.buffers import check_end, check_limit
+from cloudckpt.store.facts import BodyLengthError
 from cloudckpt.store.redact import hide
 from cloudckpt.store.wire import OnLoop, Page
 
@@ -63,9 +64,7 @@ class AnyWire:
     def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
         data = memoryview(self._call("cat_file", self._root + name, start=start, end=stop))
         if data.nbytes != stop - start:
-            size_bytes = self.head(name).size_bytes
-            if size_bytes < stop:
-                raise ObjectSizeError(f"the object has {size_bytes} bytes, and [{start}, {stop}) were asked for")
+            check_end(self.head(name).size_bytes, start, stop)
             raise BodyLengthError(data.nbytes, stop - start)
         if into is None:
             return data
@@ -74,8 +73,7 @@ class AnyWire:
 
     def read(self, name: str, limit_bytes: int) -> bytes:
         data: bytes = self._call("cat_file", self._root + name, start=0, end=limit_bytes + 1)
-        if len(data) > limit_bytes:
-            raise ObjectSizeError(f"the object has more than the {limit_bytes} bytes that were expected at most")
+        check_limit(len(data), limit_bytes)
         return data
 
     def head(self, name: str) -> ObjectInfo:

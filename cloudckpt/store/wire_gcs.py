@@ -27,14 +27,13 @@ from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.classify import is_absence
 from cloudckpt.store.facts import GarbledReplyError, HttpStatusError
 from cloudckpt.store.redact import hide
-from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, take
+from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
 
 __all__ = ["GcsWire", "gcs_filesystem"]
 
 # Deletes go one by one, since emulators and private endpoints have no batches; so many at a time.
 _DELETES_AT_ONCE = 16
 _REFUSED = ("asynchronous", "loop", "version_aware", "requests_timeout", "timeout")
-_OURS = ("skip_instance_cache", "use_listings_cache")
 # Random, so that no object holds it by chance.
 _BOUNDARY = f"cloudckpt-{secrets.token_hex(16)}"
 # Enough of an error body to find the reason in it.
@@ -46,11 +45,7 @@ class GcsWire(OnLoop):
 
     def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy) -> None:
         super().__init__(retry.request_timeout_s)
-        own = {name: value for name, value in options.items() if name not in _OURS}
-        refused = [name for name in _REFUSED if own.pop(name, None)]
-        if refused:
-            raise OptionsError(f"storage_options {refused} cannot be used with cloudckpt; leave them out")
-        self._fs = gcs_filesystem(own, self.loop)
+        self._fs = gcs_filesystem(own_options(options, _REFUSED), self.loop)
         self._objects = f"b/{quote(bucket, safe='')}/o"
         self._timeout = ClientTimeout(
             total=None, sock_connect=retry.connect_timeout_s, sock_read=retry.request_timeout_s

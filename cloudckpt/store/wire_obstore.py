@@ -18,8 +18,7 @@ import obstore
 
 from cloudckpt.options import MIB
 from cloudckpt.store.base import ObjectInfo
-from cloudckpt.store.buffers import joined
-from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
+from cloudckpt.store.buffers import check_end, check_length, check_limit, joined, place
 from cloudckpt.store.obstore_s3 import ObstoreClient
 from cloudckpt.store.wire import Page, Wire
 
@@ -58,23 +57,22 @@ class ObstoreWire:
 
     def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
         reply = obstore.get(self._store(), name, options={"range": (start, stop)})
-        size_bytes = reply.meta["size"]
-        if size_bytes < stop:
-            raise ObjectSizeError(f"the object has {size_bytes} bytes, and [{start}, {stop}) were asked for")
-        if into is not None:
-            _fill(into, reply)
-            return into
-        data = memoryview(reply.bytes())
-        _check_length(data.nbytes, stop - start)
-        return data
+        check_end(reply.meta["size"], start, stop)
+        if into is None:
+            data = memoryview(reply.bytes())
+            check_length(data.nbytes, stop - start)
+            return data
+        filled = 0
+        for chunk in reply.stream(min_chunk_size=_CHUNK_BYTES):
+            filled = place(memoryview(chunk), into, filled)
+        check_length(filled, into.nbytes)
+        return into
 
     def read(self, name: str, limit_bytes: int) -> bytes:
         reply = obstore.get(self._store(), name)
-        size_bytes = reply.meta["size"]
-        if size_bytes > limit_bytes:
-            raise ObjectSizeError(f"the object has {size_bytes} bytes, where at most {limit_bytes} were expected")
+        check_limit(reply.meta["size"], limit_bytes)
         data = bytes(reply.bytes())
-        _check_length(len(data), size_bytes)
+        check_length(len(data), reply.meta["size"])
         return data
 
     def head(self, name: str) -> ObjectInfo:
@@ -108,19 +106,3 @@ class ObstoreWire:
 
     def _attributes(self) -> dict[str, str] | None:
         return dict(self._client.attributes) or None
-
-
-def _check_length(got_bytes: int, wanted_bytes: int) -> None:
-    if got_bytes != wanted_bytes:
-        raise BodyLengthError(got_bytes, wanted_bytes)
-
-
-def _fill(memory: memoryview, reply: obstore.GetResult) -> None:
-    filled = 0
-    for chunk in reply.stream(min_chunk_size=_CHUNK_BYTES):
-        stop = filled + len(chunk)
-        if stop > memory.nbytes:
-            raise BodyLengthError(stop, memory.nbytes)
-        memory[filled:stop] = chunk
-        filled = stop
-    _check_length(filled, memory.nbytes)

@@ -31,6 +31,7 @@ from cloudckpt.store.wire import (
     close_when_dropped,
     fill,
     memory_for,
+    own_options,
     take,
 )
 
@@ -38,9 +39,7 @@ __all__ = ["S3Wire"]
 
 # A bulk delete takes no more keys.
 _DELETE_LIMIT = 1000
-# What would take the client out of our hands, or make one name mean several objects.
 _REFUSED = ("asynchronous", "loop", "version_aware")
-_OURS = ("skip_instance_cache", "use_listings_cache")
 
 
 class _Client(Closing, Protocol):
@@ -61,10 +60,7 @@ class S3Wire(OnLoop):
 
     def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy, signed_payload: bool) -> None:
         super().__init__(retry.request_timeout_s)
-        own = {name: value for name, value in options.items() if name not in _OURS}
-        refused = [name for name in _REFUSED if own.pop(name, None)]
-        if refused:
-            raise OptionsError(f"storage_options {refused} cannot be used with cloudckpt; leave them out")
+        own = own_options(options, _REFUSED)
         given = own.pop("config_kwargs", None) or {}
         if not isinstance(given, Mapping):
             raise OptionsError("config_kwargs is no mapping")

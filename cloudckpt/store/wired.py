@@ -18,7 +18,7 @@ from typing import NoReturn, TypeVar
 
 from cloudckpt.errors import OptionsError, StorageError
 from cloudckpt.options import RetryPolicy
-from cloudckpt.store.base import Listing, ObjectInfo
+from cloudckpt.store.base import Listing, ObjectInfo, check_delimiter
 from cloudckpt.store.buffers import check_destination, flat
 from cloudckpt.store.classify import ask, deletion_error
 from cloudckpt.store.location import parse_location
@@ -55,9 +55,6 @@ def _close(wire: Wire) -> None:
 class WiredStore(ABC):
     """Objects below one root URL, moved over a `Wire` that a subclass connects. See `Store` for the verbs."""
 
-    # Schemes whose URL must name a bucket.
-    bucket_schemes: frozenset[str]
-
     def __init__(
         self,
         url: str,
@@ -74,9 +71,7 @@ class WiredStore(ABC):
             retry: gives the time limits of a request; repeating one is not done here.
             signed_payload: hash and sign request bodies (S3).
         """
-        if "::" in url:
-            raise OptionsError("chained URLs (a::b) stack filesystems, whose writes are not atomic; give a plain one")
-        self._location = parse_location(url, needs_bucket=url.partition("://")[0].lower() in self.bucket_schemes)
+        self._location = parse_location(url)
         self._options = dict(storage_options or {})
         self._retry = retry or RetryPolicy()
         self._signed_payload = signed_payload
@@ -129,8 +124,7 @@ class WiredStore(ABC):
         return ObjectInfo(key=key, size_bytes=found.size_bytes, modified_s=found.modified_s)
 
     def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
-        if delimiter not in ("", "/"):
-            raise OptionsError(f"delimiter {delimiter!r} is unknown to a store; give '/' or none")
+        check_delimiter(delimiter)
         objects: list[ObjectInfo] = []
         prefixes: list[str] = []
         for page in self._pages(prefix, delimiter):

@@ -61,7 +61,7 @@ def recorder(tmp_path: Path) -> Recorder:
 
 
 def record(recorder: Recorder) -> None:
-    """Two saves, a lost race for a manifest, an overwrite, a prune, and directories that another process left."""
+    """Two saves, a lost race for a manifest, an overwrite, a prune, a save again, and another process's directories."""
     recorder.create("epochs/1.json", b"claim")
     for step in ("s1", "s2"):
         for number in range(3):
@@ -72,6 +72,7 @@ def record(recorder: Recorder) -> None:
     recorder.put("s2/attempt/0", b"again")
     recorder.delete("s1/manifest")
     recorder.delete("s1/attempt/0", "s1/attempt/1", "s1/attempt/2")
+    recorder.put("s1/attempt/0", b"in directories that were removed and made again")
     disk = JournalDisk(recorder.journal)
     for path in ("s3", "s3/attempt"):
         disk.make_directory(f"{recorder.journal.base}/runs/7/{path}", at=None)
