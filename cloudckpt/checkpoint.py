@@ -46,8 +46,8 @@ def save(
         state: name → nn.Module, Optimizer, object with state_dict/load_state_dict, tensor, container or plain value.
         url: a directory, `s3://…`, `gs://…` or any fsspec URL that holds no checkpoint yet.
         storage_options: fsspec's own options for the URL, the same for every engine.
-        engine: what moves the bytes where it serves the URL: `local`, `obstore`, `fsspec`, or `auto`: our own code for a
-            disk, obstore for s3, fsspec for the rest.
+        engine: what moves the bytes: `local`, `obstore` or `fsspec`, where it serves the URL, or `auto`: our own code
+            for a disk, obstore for s3, fsspec for the rest.
         options: sizes, parallelism, patience.
         metrics: numbers to be kept with the checkpoint.
         metadata: values to be kept with the checkpoint.
@@ -102,8 +102,8 @@ def load(
         state: as for `save`; tensors are filled where they are, plain values are put into the dict.
         url: the checkpoint's prefix, for example `Checkpoint.url`.
         storage_options: fsspec's own options for the URL.
-        engine: what moves the bytes where it serves the URL: `local`, `obstore`, `fsspec`, or `auto`: our own code for a
-            disk, obstore for s3, fsspec for the rest.
+        engine: what moves the bytes: `local`, `obstore` or `fsspec`, where it serves the URL, or `auto`: our own code
+            for a disk, obstore for s3, fsspec for the rest.
         options: sizes, parallelism, patience.
         strict: refuse a checkpoint that has entries which `state` lacks, or lacks some that it has.
         progress: what is shown on stderr, as for `CheckpointManager`.
@@ -160,8 +160,8 @@ def read(
         keys: names or shell globs of names (`model.*`, `optimizer.state.*.exp_avg`); None reads everything. A name
             also selects all that lies below it.
         storage_options: fsspec's own options for the URL.
-        engine: what moves the bytes where it serves the URL: `local`, `obstore`, `fsspec`, or `auto`: our own code for a
-            disk, obstore for s3, fsspec for the rest.
+        engine: what moves the bytes: `local`, `obstore` or `fsspec`, where it serves the URL, or `auto`: our own code
+            for a disk, obstore for s3, fsspec for the rest.
         options: sizes, parallelism, patience.
         progress: `bar` or `auto` show a bar on a terminal; there is no line.
 

@@ -75,8 +75,8 @@ class CheckpointManager:
         Args:
             url: the root: a directory, `s3://…`, `gs://…` or any fsspec URL. It need not exist; a bucket must.
             storage_options: fsspec's own options, the same for every engine.
-            engine: what moves the bytes where it serves the URL: `local`, `obstore`, `fsspec`, or `auto`: our own code for a
-                disk, obstore for s3, fsspec for the rest.
+            engine: what moves the bytes: `local`, `obstore` or `fsspec`, where it serves the URL, or `auto`: our own code
+                for a disk, obstore for s3, fsspec for the rest.
             options: sizes, parallelism, patience.
             retention: rules of which each keeps some checkpoints; without rules all are kept.
             save_every_steps: the interval of `should_save`, in training steps.
