@@ -1,9 +1,5 @@
 """Own one root of checkpoints for one job: when to save, what to keep, what to resume from.
 
-    save        claim epoch (once) ─▶ agree ─▶ upload ─▶ committed ─▶ prune by the retention rules
-    async_save  claim epoch (once) ─▶ agree ─▶ copy  ─▶ returns; the rest goes on in a thread of its own
-    restore     newest ─▶ load_state; corrupt? say so loudly and try the next older one
-
 The outside of it: what is promised, and who of `saves`, `restores` and `root` keeps it. With several ranks each has a
 manager and calls the same of it; only rank 0's claims, lists and prunes. Keeps FORMAT invariants 5, 8 and 10. A manager
 belongs to one thread, and has at most one save under way.
@@ -75,8 +71,7 @@ class CheckpointManager:
         Args:
             url: the root: a directory, `s3://…`, `gs://…` or any fsspec URL. It need not exist; a bucket must.
             storage_options: fsspec's own options, the same for every engine.
-            engine: what moves the bytes: `local`, `obstore` or `fsspec`, where it serves the URL, or `auto`: our own code
-                for a disk, obstore for s3, fsspec for the rest.
+            engine: what moves the bytes: `auto` (the best that serves the URL), `local`, `obstore` or `fsspec`.
             options: sizes, parallelism, patience.
             retention: rules of which each keeps some checkpoints; without rules all are kept.
             save_every_steps: the interval of `should_save`, in training steps.
@@ -84,8 +79,7 @@ class CheckpointManager:
             preemption: heed notices that this machine goes: True for SIGTERM, SIGUSR1 and what the machine itself
                 offers (EC2, GCE, Slurm), or a `Preemption`, which is started here and stopped by whoever made it.
             save_rng: save and restore the random number generators of this process.
-            prune_grace_s: seconds between the end of a pruned checkpoint and the removal of its shards, for
-                readers that are in the middle of it.
+            prune_grace_s: seconds between the end of a pruned checkpoint and that of its shards, for readers of it.
             progress: what rank 0 shows on stderr of saves and restores: `auto` a bar on a terminal and one line for
                 each that is done, `bar` and `line` either of them in any case, `off` nothing. A line that the log
                 shows (cloudckpt at INFO) is not shown twice.
@@ -348,11 +342,10 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self.close()
-            return
         try:
             self.close()
         except CloudCkptError as exc:
+            if error is None:
+                raise
             # The exception that ends the block is the one to be seen.
             logger.error("while the manager was closed: %s", exc)  # noqa: TRY400
