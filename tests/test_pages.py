@@ -92,6 +92,7 @@ NOT_RUN = {
     ("ARCHITECTURE.md", "save:"): "the way of one tensor",
     ("cloudckpt/format/FORMAT.md", "<root>/epochs/"): "keys",
     ("cloudckpt/format/FORMAT.md", "cloudckpt index"): "the first bytes of an index",
+    ("README.md", "cloudckpt: nothing is committed"): "printed by Progress, whose words tests/report holds",
     ("README.md", "saves     block"): "printed by str(Advice), whose words tests/report holds",
     ("README.md", "torchrun --nproc-per-node 8 train.py"): "a program of the reader's",
 }
