@@ -57,8 +57,8 @@ class CloudReader(StorageReader):
 
         Args:
             url: the checkpoint's prefix.
-            storage_options: fsspec's own options, the same for both engines.
-            engine: `auto`, `obstore` or `fsspec`.
+            storage_options: fsspec's own options, the same for every engine.
+            engine: what moves the bytes: `auto` (the best that serves the URL), `local`, `obstore` or `fsspec`.
             options: sizes, parallelism, patience.
         """
         self._address = Address(url, storage_options=storage_options, engine=engine, options=options)

@@ -72,8 +72,8 @@ class CloudWriter(StorageWriter):
 
         Args:
             url: a directory, `s3://…`, `gs://…` or any fsspec URL; it becomes one checkpoint.
-            storage_options: fsspec's own options, the same for both engines.
-            engine: `auto`, `obstore` or `fsspec`.
+            storage_options: fsspec's own options, the same for every engine.
+            engine: what moves the bytes: `auto` (the best that serves the URL), `local`, `obstore` or `fsspec`.
             options: sizes, parallelism, patience.
             metrics: numbers to be kept with the checkpoint.
             metadata: values to be kept with the checkpoint.
