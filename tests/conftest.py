@@ -1,23 +1,24 @@
 """Give tests real object stores on loopback: each server starts when a test first asks, and stops at the end.
 
-With xdist each worker has servers of its own. A test gets an empty prefix, so it may keep what it likes there.
+All workers of pytest-xdist share them. A test gets an empty prefix, so it may keep what it likes there.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import secrets
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import botocore.loaders
+import botocore.session
 import pytest
 
-from servers import FreshPrefix, GcsServer, S3Server, Server, fake_gcs, localstack_s3, seaweedfs
-
-ServerT = TypeVar("ServerT", bound=Server)
+from servers import FreshPrefix, GcsServer, S3Server, Server
+from sharing import Host, Kind, shared_server
 
 # In time, since no module above imports gcsfs: its default class asks for the bucket's kind by gRPC, which no
 # emulator speaks.
@@ -30,41 +31,64 @@ os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.d
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 
+# Each session of botocore reads and parses its description of S3 anew, which is most of the cost of a client; within a
+# session it is read once and shared, so it may be shared between sessions.
+botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)
+
+_ADDRESS = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the process that outlives the workers own the servers."""
+    if hasattr(config, "workerinput"):
+        config.stash[_ADDRESS] = config.workerinput["servers"]
+        return
+    host = Host()
+    config.add_cleanup(host.close)
+    config.stash[_ADDRESS] = host.address
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker of pytest-xdist where the host is."""
+    node.workerinput["servers"] = node.config.stash[_ADDRESS]
+
+
+def pytest_collection_finish() -> None:
+    """Take thousands of tests and modules out of every later search for garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 @contextmanager
-def _running(
-    start: Callable[[Path], AbstractContextManager[ServerT]], factory: pytest.TempPathFactory
-) -> Iterator[ServerT]:
-    directory = factory.mktemp(start.__name__)
-    with start(directory) as server:
-        yield server
-    # The data of a whole run is large, and pytest keeps its directories.
-    shutil.rmtree(directory / "data", ignore_errors=True)
+def _shared(config: pytest.Config, kind: Kind) -> Iterator[Any]:
+    server = shared_server(config.stash[_ADDRESS], kind)
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")
-def seaweedfs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+def seaweedfs_server(pytestconfig: pytest.Config) -> Iterator[S3Server]:
     """A SeaweedFS: a real S3 store that checks signatures."""
-    with _running(seaweedfs, tmp_path_factory) as server:
+    with _shared(pytestconfig, "seaweedfs") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def localstack_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+def localstack_server(pytestconfig: pytest.Config) -> Iterator[S3Server]:
     """A LocalStack with S3 alone."""
-    with _running(localstack_s3, tmp_path_factory) as server:
+    with _shared(pytestconfig, "localstack") as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def fake_gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GcsServer]:
+def fake_gcs_server(pytestconfig: pytest.Config) -> Iterator[GcsServer]:
     """A fake-gcs-server: the JSON API of GCS."""
-    with _running(fake_gcs, tmp_path_factory) as server:
+    with _shared(pytestconfig, "fake-gcs") as server:
         yield server
 
 
 def _fresh_prefix(server: Server) -> FreshPrefix:
-    if "tests" not in server.buckets():
-        server.make_bucket("tests")
     return FreshPrefix(url=f"{server.scheme}://tests/{secrets.token_hex(6)}", server=server)
 
 

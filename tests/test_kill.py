@@ -7,7 +7,6 @@ a round costs a fraction of a second and the moments of the kills spread over th
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -27,6 +26,7 @@ from cloudckpt.format.keys import MANIFEST_NAME
 from cloudckpt.options import KIB
 from cloudckpt.store import open_store
 from raw_access import FreshPrefix
+from tests.ranks.processes import fork
 
 KILLS = 30
 OPTIONS = Options(shard_bytes=256 * KIB, block_bytes=64 * KIB, span_bytes=128 * KIB, memory_budget_bytes=4096 * KIB)
@@ -54,7 +54,7 @@ def check_whole(found: Mapping[str, object], step: int) -> None:
         assert torch.equal(tensors[name], tensor), f"{name} of step {step}"
 
 
-def work(url: str, storage_options: dict[str, object], engine: str, told: Connection) -> None:
+def work(told: Connection, url: str, storage_options: dict[str, object], engine: str) -> None:
     """Be one incarnation of a job: restore, verify everything, save until killed."""
     torch.set_num_threads(1)
     with CheckpointManager(
@@ -101,13 +101,7 @@ class Job:
     @contextmanager
     def start(self, record: Record) -> Iterator[Connection]:
         """Run one incarnation until it has restored; kill it at the end of the block."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "cloudckpt", "s3fs", "obstore"])
-        ours, theirs = context.Pipe(duplex=False)
-        arguments = (self.url, self.storage_options, self.engine, theirs)
-        child = context.Process(target=work, args=arguments, daemon=True)
-        child.start()
-        theirs.close()
+        child, ours = fork(work, self.url, self.storage_options, self.engine)
         try:
             said, step = receive(ours)
             assert said == "restored"

@@ -38,10 +38,6 @@ from cloudckpt.store import open_store
 
 __all__ = ["Found", "Size", "in_a_process", "measure_index", "measure_latest", "measure_plan", "measure_stores"]
 
-# What takes seconds to import is imported once, in the process that the others are forked from.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed.checkpoint"])
-
 Found = dict[str, float]
 """Quantity → seconds, bytes or a count, as its name says."""
 
@@ -73,7 +69,10 @@ class Size:
 
 def in_a_process(step: Callable[..., Found], *args: object) -> Found:
     """Run a step in a fresh process, so that its memory is its own."""
-    with ProcessPoolExecutor(1, mp_context=_CONTEXT) as pool:
+    context = multiprocessing.get_context("forkserver")
+    # What takes seconds to import is imported once, in the process that the others are forked from.
+    context.set_forkserver_preload(["torch", "torch.distributed.checkpoint"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(step, *args).result()
 
 

@@ -6,8 +6,9 @@
 
 Records go through the key-value store that the process group was made with, over a connection of its own, from a
 thread that lives as long as a session: so a rank that waits in a collective, or is stopped in one, is seen all the
-same, and nothing is sent while nobody saves. Two requests per rank and period. A rank is late when its record, or its
-progress while it is not waiting itself, stands still for the deadline (FORMAT invariant 13).
+same, and nothing is sent while nobody saves. Two requests per rank and period, sooner until all have come. A rank is
+late when its record, or its progress while it is not waiting itself, stands still for the deadline (FORMAT
+invariant 13).
 """
 
 from __future__ import annotations
@@ -212,10 +213,13 @@ class Pulse:
     # -- the session's thread ------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        # Ranks come within moments of each other: who waits a whole period for the last of them waits for nothing.
+        pause_s = _SHORTEST_PERIOD_S / 10
         is_last = False
         while not is_last:
-            self._wake.wait(self.period_s)
+            self._wake.wait(pause_s)
             self._wake.clear()
+            pause_s = self.period_s if self.is_complete() else min(2 * pause_s, self.period_s)
             is_last = self._ending.is_set()  # asked before the beat, which then tells what was said before the end
             try:
                 self._beat()

@@ -20,6 +20,7 @@ import requests
 from botocore.config import Config
 from botocore.exceptions import ClientError
 
+from server_process import end_group_of
 from servers import FreshPrefix, GcsServer, S3Server, Server, ServerStartError, fake_gcs, localstack_s3, seaweedfs
 
 LOCALSTACK = Path(__file__).resolve().parents[2] / "localstack"
@@ -194,6 +195,20 @@ def test_the_command_line_keeps_one_server_up_until_down(tmp_path: Path) -> None
     assert down == "fake-gcs: stopped\n"
     _until_gone(server.pid)
     assert _command_line("status", "fake-gcs", state=tmp_path) == "fake-gcs: not running\n"
+
+
+def test_a_detached_server_is_ended_although_nobody_buries_it() -> None:
+    parent_code = (
+        "import subprocess, time\n"
+        "print(subprocess.Popen(['sleep', '3600'], start_new_session=True).pid, flush=True)\n"
+        "time.sleep(3600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", parent_code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        end_group_of(pid, grace_s=60)
+        assert psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        parent.kill()
 
 
 def test_down_leaves_a_stranger_with_a_reused_process_id_alone(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from cloudckpt.preemption.notices import Notice
 from cloudckpt.preemption.slurm import SlurmSource
 from cloudckpt.preemption.watch import EXIT_PREEMPTED, Preemption, auto_sources
 from tests.preemption.metadata_server import ACTION, REBALANCE, Answer, action, metadata_server
-from tests.ranks.processes import _CONTEXT
+from tests.ranks.processes import fork
 
 WATCHED = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -466,17 +466,14 @@ def test_a_wrong_option_is_refused_by_name(options: dict[str, Any], message: str
 
 def outcome(function: Callable[[Connection], None]) -> tuple[list[Any], int | None]:
     """Run `function` in a process of its own; return what it sent, and how it ended."""
-    ours, theirs = _CONTEXT.Pipe(duplex=False)
-    process = _CONTEXT.Process(target=function, args=(theirs,))
-    process.start()
-    theirs.close()
+    process, pipe = fork(function, is_daemon=False)
     said = []
     while True:
         try:
-            said.append(ours.recv())
+            said.append(pipe.recv())
         except EOFError:
             break
-    ours.close()
+    pipe.close()
     process.join()
     return said, process.exitcode
 

@@ -1,10 +1,12 @@
 """Run one function on several ranks: processes of one gloo process group on loopback, forked from a warm server.
 
     outcomes = run(4, function, *args)      one Outcome per rank, in order
+    process, pipe = fork(function, *args)   one process without a group: function(its end of the pipe, *args)
 
-The server has torch and cloudckpt imported, so that a rank starts in a fraction of a second. `function(*args)` runs in
-every rank after `init_process_group`; it must be importable (a module-level function of a test module or of
-`tests`), and what it returns must pickle. A rank that a test kills or stops has an Outcome without a value.
+The server has imported what ranks need, so that one starts in 0.05 s of processor time; what it lacks is imported by
+each of them, for a second. `function(*args)` runs in every rank after `init_process_group`; it must be importable (a
+module-level function of a test module or of `tests`), and what it returns must pickle. A rank that a test kills or
+stops has an Outcome without a value.
 """
 
 from __future__ import annotations
@@ -24,10 +26,38 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+# Most of these are imported by torch or by us only where they are first needed.
+PRELOADED = [
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch.utils.data",
+    "pytest",
+    "numpy.random",
+    "obstore",
+    "s3fs",
+    "cloudckpt.checkpoint",
+    "cloudckpt.dcp",
+    "cloudckpt.manager",
+    "tests.ranks.models",
+]
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch._dynamo", "pytest", "cloudckpt"]
-)
+# A process has one such server, and whoever names its modules last before the first start wins.
+_CONTEXT.set_forkserver_preload(PRELOADED)
+
+
+def fork(function: Callable[..., Any], *args: Any, is_daemon: bool = True) -> tuple[BaseProcess, Connection]:
+    """Start `function(pipe, *args)` in a process of its own; return it, and the end of the pipe to hear it by.
+
+    A daemon ends with this process, and may have no children.
+    """
+    ours, theirs = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=function, args=(theirs, *args), daemon=is_daemon)
+    process.start()
+    theirs.close()
+    return process, ours
 
 
 @dataclass
@@ -86,12 +116,8 @@ class World:
         self._pipes: list[Connection] = []
         self.processes: list[BaseProcess] = []
         for rank in range(size):
-            ours, theirs = _CONTEXT.Pipe(duplex=False)
-            process = _CONTEXT.Process(target=_main, args=(theirs, rank, size, port, sys.path, (function, *args)))
-            process.daemon = True
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
+            process, pipe = fork(_main, rank, size, port, sys.path, (function, *args))
+            self._pipes.append(pipe)
             self.processes.append(process)
 
     def send(self, rank: int, number: signal.Signals) -> None:
