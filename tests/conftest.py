@@ -16,9 +16,11 @@ from typing import Any
 import botocore.loaders
 import botocore.session
 import pytest
+from hypothesis import settings
 
 from servers import FreshPrefix, GcsServer, S3Server, Server
 from sharing import Host, Kind, shared_server
+from tests import effort
 
 # In time, since no module above imports gcsfs: its default class asks for the bucket's kind by gRPC, which no
 # emulator speaks.
@@ -34,6 +36,9 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 # Each session of botocore reads and parses its description of S3 anew, which is most of the cost of a client; within a
 # session it is read once and shared, so it may be shared between sessions.
 botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)
+
+# `--hypothesis-profile` comes after this.
+settings.load_profile(effort.SHORT)
 
 _ADDRESS = pytest.StashKey[str]()
 

@@ -22,6 +22,7 @@ from cloudckpt.errors import FormatVersionError, ManifestError
 from cloudckpt.format.index import FORMAT_VERSION, ChunkEntry, Index
 from cloudckpt.format.manifest import IndexRef, Manifest, digest_of
 from cloudckpt.options import MAX_BLOCK_BYTES, MIB
+from tests.effort import examples
 
 KEY = "step-0000000007-e0001/0123456789abcdef/index.json.zst"
 
@@ -395,7 +396,7 @@ def test_every_flipped_bit_is_refused_or_leaves_an_index_that_is_consistent() ->
     assert refused > 4 * len(data)
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(st.integers(0, len(TEXT) - 1), st.integers(0, 30), st.binary(max_size=30) | st.text('[]{},:"0123456789-.eE'))
 def test_other_text_in_a_right_frame_is_refused_or_leaves_an_index_that_is_consistent(
     start: int, length: int, other: bytes | str

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudckpt.errors import OptionsError
@@ -54,7 +54,6 @@ rule_lists = st.lists(rules, max_size=4)
 orders = st.sets(st.tuples(st.integers(1, 3), st.integers(0, 12)), max_size=5)
 
 
-@settings(deadline=None)
 @given(histories, rule_lists, orders)
 def test_keep_and_remove_split_the_whole_history(
     history: list[Saved], chosen: list[RetentionRule], protected: set[tuple[int, int]]
@@ -64,7 +63,6 @@ def test_keep_and_remove_split_the_whole_history(
     assert sorted([*decided.keep, *decided.remove]) == sorted(map(order_of, history))
 
 
-@settings(deadline=None)
 @given(histories, rule_lists, orders)
 def test_the_newest_and_the_protected_always_stay(
     history: list[Saved], chosen: list[RetentionRule], protected: set[tuple[int, int]]
@@ -76,7 +74,6 @@ def test_the_newest_and_the_protected_always_stay(
     assert set(decided.remove) & (newest | protected) == set()
 
 
-@settings(deadline=None)
 @given(histories, rule_lists.filter(bool), rules, orders)
 def test_a_further_rule_never_removes_more(
     history: list[Saved], chosen: list[RetentionRule], further: RetentionRule, protected: set[tuple[int, int]]
@@ -87,7 +84,6 @@ def test_a_further_rule_never_removes_more(
     assert set(after.remove) <= set(before.remove)
 
 
-@settings(deadline=None)
 @given(histories, rule_lists, orders, st.randoms(use_true_random=False))
 def test_the_order_of_the_input_changes_nothing(
     history: list[Saved],
@@ -101,7 +97,6 @@ def test_the_order_of_the_input_changes_nothing(
     assert plan(shuffled, chosen, protected=protected) == plan(history, chosen, protected=protected)
 
 
-@settings(deadline=None)
 @given(histories, rule_lists, orders)
 def test_removal_goes_oldest_first(
     history: list[Saved], chosen: list[RetentionRule], protected: set[tuple[int, int]]
@@ -112,7 +107,6 @@ def test_removal_goes_oldest_first(
     assert list(decided.keep) == sorted(decided.keep)
 
 
-@settings(deadline=None)
 @given(histories, rule_lists, orders)
 def test_pruning_twice_removes_nothing_the_second_time(
     history: list[Saved], chosen: list[RetentionRule], protected: set[tuple[int, int]]
@@ -123,7 +117,6 @@ def test_pruning_twice_removes_nothing_the_second_time(
     assert plan(survivors, chosen, protected=protected).remove == ()
 
 
-@settings(deadline=None)
 @given(histories, st.integers(1, 4), st.sampled_from(["min", "max"]))
 def test_keep_best_keeps_none_worse_than_one_it_drops(history: list[Saved], n: int, mode: str) -> None:
     rule = KeepBest("loss", n, mode)  # type: ignore[arg-type]
