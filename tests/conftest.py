@@ -9,6 +9,7 @@ import functools
 import gc
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import botocore.loaders
 import botocore.session
 import pytest
+from hypothesis import settings
 
 from servers import FreshPrefix, GcsServer, S3Server, Server
 from sharing import Host, Kind, shared_server
+from tests import effort
 
 # In time, since no module above imports gcsfs: its default class asks for the bucket's kind by gRPC, which no
 # emulator speaks.
@@ -29,17 +32,23 @@ for _name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_",
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
-
+# Before torch is imported. Workers, ranks and programs share the cores, so that threads of torch would only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Each session of botocore reads and parses its description of S3 anew, which is most of the cost of a client; within a
 # session it is read once and shared, so it may be shared between sessions.
 botocore.session.create_loader = functools.cache(botocore.loaders.create_loader)
+
+# `--hypothesis-profile` comes after this.
+settings.load_profile(effort.SHORT)
 
 _ADDRESS = pytest.StashKey[str]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let the process that outlives the workers own the servers."""
+    # A shell starts what runs in its background with interrupts ignored, and tests send some to themselves.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):
         config.stash[_ADDRESS] = config.workerinput["servers"]
         return

@@ -19,7 +19,7 @@ import pytest
 import torch
 from botocore.config import Config
 from botocore.exceptions import ClientError
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import run
@@ -225,7 +225,6 @@ def test_sink_ends_with_its_parent() -> None:
         assert process.wait(timeout=30) == 0
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 300_000), st.booleans()), max_size=40))
 def test_arena_never_gives_a_byte_to_two_bodies(steps: list[tuple[int, bool]]) -> None:
     arena = Arena(MIB)

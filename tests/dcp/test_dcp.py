@@ -65,6 +65,7 @@ from cloudckpt.options import KIB
 from cloudckpt.saving.tally import Written
 from cloudckpt.store import RetryingStore, open_store
 from servers import FreshPrefix
+from tests.effort import examples
 
 # DCP says so in every process that has no group.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -820,7 +821,7 @@ def _shape_and_cuts(draw: st.DrawFn) -> tuple[tuple[int, ...], list[list[int]], 
     return shape, cuts[0], cuts[1]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     _shape_and_cuts(),
     st.sampled_from([torch.uint8, torch.int16, torch.int64]),

@@ -746,7 +746,7 @@ everything = st.recursive(
     ),
     max_leaves=12,
 )
-lenient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+lenient = settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 @lenient

@@ -16,6 +16,7 @@ from cloudckpt.format import index as index_module
 from cloudckpt.format.builder import IndexBuilder
 from cloudckpt.format.index import Index
 from cloudckpt.format.section import Section, TensorEntry
+from tests.effort import examples
 
 ATTEMPT = "0123456789abcdef"
 
@@ -176,7 +177,7 @@ def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Box]]:
     return shape, [(tuple(at for at, _ in cell), tuple(size for _, size in cell)) for cell in product(*sides)]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(st.lists(grids(), min_size=1, max_size=3), st.data())
 def test_exactly_the_pieces_that_overlap_what_is_wanted_are_found(
     made: list[tuple[tuple[int, ...], list[Box]]], data: st.DataObject

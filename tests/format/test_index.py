@@ -29,6 +29,7 @@ from cloudckpt.format.index import Index, ShardEntry
 from cloudckpt.format.record import FORMAT_VERSION
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry
 from cloudckpt.options import MAX_BLOCK_BYTES, MIB, Options
+from tests.effort import examples
 
 KEY = "step-0000000007-e0001/0123456789abcdef/index.bin"
 ATTEMPT = "0123456789abcdef"
@@ -549,7 +550,7 @@ def covers_once(shape: tuple[int, ...], boxes: list[Box]) -> bool:
     return bool((counts == 1).all())
 
 
-lenient = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+lenient = settings(max_examples=examples(300), suppress_health_check=[HealthCheck.too_slow])
 
 
 @lenient
@@ -930,7 +931,7 @@ def test_every_flipped_bit_of_a_section_with_a_right_digest_is_refused_or_consis
     assert refused > 2 * sum(map(len, sections))
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(st.integers(0, 1), st.integers(0, 60), st.integers(0, 12), st.binary(max_size=12))
 def test_other_bytes_in_a_section_are_refused_or_leave_an_index_that_is_consistent(
     place: int, start: int, length: int, other: bytes
@@ -947,7 +948,7 @@ def test_other_bytes_in_a_section_are_refused_or_leave_an_index_that_is_consiste
     assert content_of(Index.decode(found.encode(), key=KEY)) == content_of(found)
 
 
-@settings(deadline=None, max_examples=1000)
+@settings(max_examples=examples(1000))
 @given(st.integers(0, len(TEXT) - 1), st.integers(0, 30), st.binary(max_size=30) | st.text('[]{},:"0123456789-.eE'))
 def test_other_text_in_a_right_frame_is_refused_or_leaves_an_index_that_is_consistent(
     start: int, length: int, other: bytes | str

@@ -22,6 +22,7 @@ from cloudckpt.format.keys import (
     shard_key,
 )
 from cloudckpt.store.base import check_key
+from tests.effort import examples
 
 LIMIT = 10**10
 ATTEMPT = "0123456789abcdef"
@@ -42,13 +43,12 @@ def digits(least: int, most: int) -> st.SearchStrategy[str]:
     return st.text("0123456789", min_size=least, max_size=most)
 
 
-@settings(deadline=None)
 @given(steps, epochs)
 def test_a_checkpoint_prefix_reads_back_as_what_it_was_derived_from(step: int, epoch: int) -> None:
     assert parse_checkpoint_prefix(checkpoint_prefix(step, epoch)) == (step, epoch)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(near(st.builds("step-{}-e{}/".format, digits(9, 11), digits(3, 11))))
 def test_no_other_text_reads_as_a_checkpoint_prefix(text: str) -> None:
     place = parse_checkpoint_prefix(text)
@@ -56,13 +56,12 @@ def test_no_other_text_reads_as_a_checkpoint_prefix(text: str) -> None:
     assert place is None or checkpoint_prefix(*place) == text
 
 
-@settings(deadline=None)
 @given(epochs)
 def test_an_epoch_key_reads_back_as_its_epoch(epoch: int) -> None:
     assert parse_epoch_key(epoch_key(epoch)) == epoch
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(near(digits(9, 11).map("epochs/{}.json".format)))
 def test_no_other_text_reads_as_an_epoch_key(text: str) -> None:
     epoch = parse_epoch_key(text)
@@ -126,13 +125,11 @@ def test_a_claim_of_another_form_is_not_ours(text: str) -> None:
     assert parse_epoch_key(text) is None
 
 
-@settings(deadline=None)
 @given(steps, steps, epochs)
 def test_prefixes_of_one_epoch_sort_as_their_steps(step: int, other: int, epoch: int) -> None:
     assert (checkpoint_prefix(step, epoch) < checkpoint_prefix(other, epoch)) == (step < other)
 
 
-@settings(deadline=None)
 @given(epochs, epochs)
 def test_claims_sort_as_their_epochs(epoch: int, other: int) -> None:
     assert (epoch_key(epoch) < epoch_key(other)) == (epoch < other)
@@ -156,7 +153,6 @@ def test_a_shard_has_no_negative_number(rank: int, number: int) -> None:
         shard_key(ATTEMPT, rank, number)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**20), st.integers(0, 10**6), st.integers(0, 2**20), st.integers(0, 10**6))
 def test_different_shards_have_different_keys(rank: int, number: int, other_rank: int, other_number: int) -> None:
     is_same_key = shard_key(ATTEMPT, rank, number) == shard_key(ATTEMPT, other_rank, other_number)
@@ -173,7 +169,6 @@ def test_keys_have_the_documented_form() -> None:
     assert epoch_key(3) == EPOCHS_PREFIX + "0000000003.json"
 
 
-@settings(deadline=None)
 @given(steps, epochs, st.integers(0, 2**53), st.integers(0, 2**53))
 def test_every_derived_key_is_one_that_a_store_takes(step: int, epoch: int, rank: int, number: int) -> None:
     attempt = new_attempt()
@@ -191,7 +186,7 @@ def test_attempts_are_recognised_and_never_alike() -> None:
     assert [attempt for attempt in attempts if not is_attempt(attempt)] == []
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(near(st.text("0123456789abcdef", min_size=15, max_size=17)))
 def test_no_other_text_is_an_attempt(text: str) -> None:
     assert is_attempt(text) == (re.fullmatch("[0-9a-f]{16}", text, re.ASCII) is not None)

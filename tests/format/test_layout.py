@@ -18,6 +18,7 @@ from safetensors.torch import load
 from cloudckpt.format import layout
 from cloudckpt.format.codec import DTYPES
 from cloudckpt.format.layout import Chunk, Piece, ShardLayout, Span, lay_out, plan_spans, split_box
+from tests.effort import examples
 
 METADATA = {"cloudckpt": "0123456789abcdef"}
 
@@ -76,7 +77,7 @@ def build(shard: ShardLayout, contents: list[bytes]) -> bytes:
 # -- shards --------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(any_chunks, any_limit)
 def test_every_element_is_in_exactly_one_piece_and_where_the_piece_says(chunks: list[Chunk], limit: int) -> None:
     shards = lay_out(chunks, shard_bytes=limit, metadata=METADATA)
@@ -93,7 +94,7 @@ def test_every_element_is_in_exactly_one_piece_and_where_the_piece_says(chunks: 
         assert sorted(held) == list(range(math.prod(one.sizes)))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(any_chunks, any_limit)
 def test_no_shard_exceeds_its_size_unless_one_element_does(chunks: list[Chunk], limit: int) -> None:
     for shard in lay_out(chunks, shard_bytes=limit, metadata=METADATA):
@@ -102,7 +103,7 @@ def test_no_shard_exceeds_its_size_unless_one_element_does(chunks: list[Chunk], 
             assert math.prod(piece.sizes) == 1
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(any_chunks, any_limit)
 def test_pieces_fill_their_shard_without_holes_and_aligned(chunks: list[Chunk], limit: int) -> None:
     shards = lay_out(chunks, shard_bytes=limit, metadata=METADATA)
@@ -117,7 +118,6 @@ def test_pieces_fill_their_shard_without_holes_and_aligned(chunks: list[Chunk], 
         assert shard.size_bytes == at
 
 
-@settings(deadline=None)
 @given(any_chunks, any_limit)
 def test_every_chunk_has_a_place_even_an_empty_one(chunks: list[Chunk], limit: int) -> None:
     shards = lay_out(chunks, shard_bytes=limit, metadata=METADATA)
@@ -126,7 +126,6 @@ def test_every_chunk_has_a_place_even_an_empty_one(chunks: list[Chunk], limit: i
     assert [shard for shard in shards if not shard.pieces] == []
 
 
-@settings(deadline=None)
 @given(any_chunks, any_limit)
 def test_the_same_chunks_have_the_same_layout(chunks: list[Chunk], limit: int) -> None:
     assert lay_out(chunks, shard_bytes=limit, metadata=METADATA) == lay_out(
@@ -134,7 +133,7 @@ def test_the_same_chunks_have_the_same_layout(chunks: list[Chunk], limit: int) -
     )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=examples(200))
 @given(any_chunks, any_limit)
 def test_the_safetensors_library_finds_every_piece(chunks: list[Chunk], limit: int) -> None:
     contents = [content(number, one.nbytes) for number, one in enumerate(chunks)]
@@ -279,7 +278,7 @@ def blocks_of(start: int, stop: int, block: int) -> set[int]:
     return set(range(start // block, -(-stop // block))) if start < stop else set()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(any_reads())
 def test_spans_read_each_touched_block_once_and_no_other(reads: tuple[list[tuple[int, int]], int, int, int]) -> None:
     ranges, size, block, span = reads
@@ -290,7 +289,7 @@ def test_spans_read_each_touched_block_once_and_no_other(reads: tuple[list[tuple
     assert read == sorted(set().union(*(blocks_of(start, stop, block) for start, stop in ranges)))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(any_reads())
 def test_spans_are_whole_blocks_of_at_most_one_span(reads: tuple[list[tuple[int, int]], int, int, int]) -> None:
     ranges, size, block, span = reads
@@ -301,7 +300,7 @@ def test_spans_are_whole_blocks_of_at_most_one_span(reads: tuple[list[tuple[int,
     assert [one for one in spans if not 0 < one.stop - one.start <= span or one.stop > size] == []
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=examples(300))
 @given(any_reads())
 def test_neighbours_are_read_together_up_to_a_span(reads: tuple[list[tuple[int, int]], int, int, int]) -> None:
     ranges, size, block, span = reads
@@ -311,7 +310,6 @@ def test_neighbours_are_read_together_up_to_a_span(reads: tuple[list[tuple[int, 
     assert [a for a, b in pairwise(spans) if a.stop == b.start and a.stop - a.start < span] == []
 
 
-@settings(deadline=None)
 @given(any_reads(), st.randoms())
 def test_spans_do_not_depend_on_the_order_of_the_ranges(
     reads: tuple[list[tuple[int, int]], int, int, int], chance: Any

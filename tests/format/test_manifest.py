@@ -28,6 +28,7 @@ from cloudckpt.format.manifest import (
     metrics_to_json,
 )
 from cloudckpt.format.record import FORMAT_VERSION, INDEX_LIMIT_BYTES
+from tests.effort import examples
 
 KEY = "step-0000012000-e0003/manifest.json"
 
@@ -113,7 +114,6 @@ def changed(manifest: Manifest, **changes: Any) -> bytes:
 # -- round trip ----------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(manifests)
 def test_a_manifest_comes_back_as_it_was(manifest: Manifest) -> None:
     data = manifest.encode()
@@ -277,7 +277,7 @@ def test_a_manifest_that_was_written_anew_is_refused(change: Any) -> None:
     assert caught.value.key == KEY
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=examples(500))
 @given(st.integers(0, len(COMMITTED.encode()) - 1), st.integers(0, 40), st.binary(max_size=40))
 def test_other_bytes_under_a_right_seal_are_a_manifest_or_refused(start: int, length: int, other: bytes) -> None:
     """What whoever can write to the prefix can do: the reader may meet anything."""
@@ -358,7 +358,6 @@ def test_no_metrics_and_no_metadata_are_empty() -> None:
     assert (metrics_to_json(None), metadata_to_json(None)) == ({}, {})
 
 
-@settings(deadline=None)
 @given(st.dictionaries(st.text(max_size=9), plain_values, max_size=3))
 def test_metadata_comes_back_with_its_types(values: dict[str, object]) -> None:
     manifest = msgspec.structs.replace(COMMITTED, metadata=metadata_to_json(values))

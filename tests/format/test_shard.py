@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load
@@ -72,7 +72,6 @@ def test_the_digest_is_the_published_one() -> None:
     assert block_digests([memoryview(b"")], block_bytes=8) == b""
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=12), st.integers(1, 64))
 def test_digests_do_not_depend_on_how_the_bytes_are_cut(data: bytes, cuts: list[int], block_bytes: int) -> None:
     digests = block_digests(views(data, cuts), block_bytes=block_bytes)
@@ -81,7 +80,6 @@ def test_digests_do_not_depend_on_how_the_bytes_are_cut(data: bytes, cuts: list[
     assert len(digests) == DIGEST_BYTES * -(-len(data) // block_bytes)
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300), st.integers(1, 64), st.data())
 def test_unchanged_blocks_pass_wherever_a_span_starts(data: bytes, block_bytes: int, draw: st.DataObject) -> None:
     digests = digests_of(data, block_bytes)
@@ -143,7 +141,6 @@ def test_a_block_without_a_digest_is_bad() -> None:
 # -- header --------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(max_size=30), st.sampled_from(sorted(DTYPES)), st.integers(0, 5)), max_size=8))
 def test_the_data_starts_aligned_and_follows_the_entries_without_holes(parts: list[tuple[str, str, int]]) -> None:
     entries = [entry(dtype, name=f"{place}{name}", shape=(size,)) for place, (name, dtype, size) in enumerate(parts)]

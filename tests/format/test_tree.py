@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from cloudckpt.errors import ManifestError, OptionsError, UnsupportedValueError
 from cloudckpt.format.tree import PATH_LIMIT, Flat, flatten, unflatten
+from tests.effort import examples
 
 
 class Tensor:
@@ -84,7 +85,7 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(300), suppress_health_check=[HealthCheck.too_slow])
 @given(states)
 def test_a_nested_state_comes_back_with_types_and_order(state: dict[str, object]) -> None:
     try:
@@ -96,7 +97,7 @@ def test_a_nested_state_comes_back_with_types_and_order(state: dict[str, object]
     assert same(rebuild(found), state)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(states)
 def test_every_tensor_is_a_leaf_of_its_own(state: dict[str, object]) -> None:
     try:
@@ -341,7 +342,7 @@ steps = (
 )
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=examples(500))
 @given(st.lists(st.lists(steps, max_size=4), max_size=6))
 def test_any_paths_build_a_state_or_are_refused(paths: list[list[Any]]) -> None:
     named = {str(number): path for number, path in enumerate(paths)}

@@ -6,7 +6,7 @@ import math
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudckpt.errors import OptionsError
@@ -41,7 +41,6 @@ def test_saves_without_a_cost_have_no_interval_at_all() -> None:
     assert (young_interval_s(0.0, 60.0), daly_interval_s(0.0, 60.0), best_interval_s(0.0, 60.0)) == (0.0, 0.0, 0.0)
 
 
-@settings(deadline=None)
 @given(st.floats(1e-8, 1e-2), mtbfs_s)
 def test_where_saves_are_cheap_all_intervals_agree(share: float, mtbf_s: float) -> None:
     cost_s = share * mtbf_s
@@ -52,7 +51,6 @@ def test_where_saves_are_cheap_all_intervals_agree(share: float, mtbf_s: float) 
     assert young_interval_s(cost_s, mtbf_s) == pytest.approx(best_s, rel=0.06)
 
 
-@settings(deadline=None)
 @given(costs_s, mtbfs_s, st.floats(0.01, 100.0), st.floats(0, 1e4), st.floats(0, 1e4))
 def test_no_interval_beats_the_best(
     cost_s: float, mtbf_s: float, factor: float, restart_s: float, lag_s: float
@@ -64,7 +62,6 @@ def test_no_interval_beats_the_best(
     assert other <= goodput(best_s, cost_s, mtbf_s, restart_s, lag_s) * (1 + 1e-12)
 
 
-@settings(deadline=None)
 @given(st.floats(1e-6, 3.0), mtbfs_s, st.floats(1.01, 3.0))
 def test_dearer_saves_or_rarer_failures_mean_longer_intervals(share: float, mtbf_s: float, factor: float) -> None:
     cost_s = share * mtbf_s
@@ -73,7 +70,6 @@ def test_dearer_saves_or_rarer_failures_mean_longer_intervals(share: float, mtbf
         assert interval_s(cost_s, mtbf_s * factor) > interval_s(cost_s, mtbf_s)
 
 
-@settings(deadline=None)
 @given(st.floats(1e-6, 1e6), costs_s, mtbfs_s, st.floats(0, 1e4), st.floats(0, 1e4))
 def test_goodput_is_a_share_and_falls_with_each_cost(
     interval_s: float, cost_s: float, mtbf_s: float, restart_s: float, lag_s: float
@@ -198,7 +194,6 @@ def test_saves_that_cost_nothing_are_best_after_each_step() -> None:
     assert without_steps.goodput_best == pytest.approx(math.exp(-0.01))
 
 
-@settings(deadline=None)
 @given(costs_s, st.floats(0, 100.0), st.integers(1, 2_000), st.floats(0.01, 100.0), mtbfs_s)
 def test_no_number_of_steps_that_saves_allow_beats_the_advised_one(
     blocked_s: float, lag_s: float, steps: int, step_s: float, mtbf_s: float

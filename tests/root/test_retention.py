@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from cloudckpt.errors import OptionsError
@@ -69,7 +69,6 @@ rule_lists = st.lists(rules, max_size=4)
 orders = st.sets(st.tuples(st.integers(1, 3), st.integers(0, 12)), max_size=5)
 
 
-@settings(deadline=None)
 @given(histories, rule_lists, orders)
 def test_the_newest_and_the_protected_always_stay(
     history: list[Checkpoint], chosen: list[RetentionRule], protected: set[Order]
@@ -81,7 +80,6 @@ def test_the_newest_and_the_protected_always_stay(
     assert gone <= set(orders_of(history))
 
 
-@settings(deadline=None)
 @given(histories, rule_lists.filter(bool), rules, orders)
 def test_a_further_rule_never_removes_more(
     history: list[Checkpoint], chosen: list[RetentionRule], further: RetentionRule, protected: set[Order]
@@ -92,7 +90,6 @@ def test_a_further_rule_never_removes_more(
     assert set(after) <= set(before)
 
 
-@settings(deadline=None)
 @given(histories, rule_lists, orders, st.randoms(use_true_random=False))
 def test_the_order_of_the_input_changes_nothing(
     history: list[Checkpoint],
@@ -106,7 +103,6 @@ def test_the_order_of_the_input_changes_nothing(
     assert removed(shuffled, chosen, protected) == removed(history, chosen, protected)
 
 
-@settings(deadline=None)
 @given(histories, rule_lists, orders)
 def test_removal_goes_oldest_first(
     history: list[Checkpoint], chosen: list[RetentionRule], protected: set[Order]
@@ -116,7 +112,6 @@ def test_removal_goes_oldest_first(
     assert gone == sorted(gone)
 
 
-@settings(deadline=None)
 @given(histories, rule_lists, orders)
 def test_pruning_twice_removes_nothing_the_second_time(
     history: list[Checkpoint], chosen: list[RetentionRule], protected: set[Order]
@@ -127,7 +122,6 @@ def test_pruning_twice_removes_nothing_the_second_time(
     assert removed(survivors, chosen, protected) == []
 
 
-@settings(deadline=None)
 @given(histories, st.integers(1, 4), st.sampled_from(["min", "max"]))
 def test_keep_best_keeps_none_worse_than_one_it_drops(history: list[Checkpoint], n: int, mode: str) -> None:
     rule = KeepBest("loss", n, mode)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from cloudckpt.errors import SaveFailedError
 from cloudckpt.format.boxes import Box, BoxTable
 from cloudckpt.format.codec import DTYPES
 from cloudckpt.saving.dedup import share_out
+from tests.effort import examples
 from tests.ranks.processes import run
 
 Shape = tuple[int, ...]
@@ -90,7 +91,7 @@ def jobs(draw: st.DrawFn) -> list[list[Box]]:
 
 
 @given(jobs())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_every_element_is_written_exactly_once_by_a_rank_that_has_it(job: list[list[Box]]) -> None:
     tables = tables_of(*job)
     shares = written(tables)
@@ -108,7 +109,7 @@ def test_every_element_is_written_exactly_once_by_a_rank_that_has_it(job: list[l
 
 
 @given(jobs())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_the_same_tables_give_the_same_shares_after_a_journey(job: list[list[Box]]) -> None:
     tables = tables_of(*job)
     again = share_out([BoxTable.decode(table.encode()) for table in tables])
@@ -177,7 +178,7 @@ sizes_of_job = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 
 @given(sizes_of_job, st.integers(1, 7))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_replicas_are_spread_as_a_greedy_walk_from_the_largest_would(sizes: list[int], world_size: int) -> None:
     boxes = [whole(f"t{number}", (size,)) for number, size in enumerate(sizes)]
     heap = [(0, rank) for rank in range(world_size)]

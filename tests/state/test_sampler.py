@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SequentialSample
 import cloudckpt
 from cloudckpt import CheckpointManager, Options, OptionsError, StateMismatchError
 from cloudckpt.state.sampler import ResumableSampler
+from tests.effort import examples
 from tests.ranks.processes import run
 
 CALM = Options(progress_timeout_s=60)
@@ -129,7 +130,7 @@ def _dealt(step: Sequence[Sequence[int]]) -> list[int]:
 worlds = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 4), st.integers(0, 5)), min_size=1, max_size=4)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.integers(1, 80), worlds, st.booleans())
 def test_interruptions_and_other_worlds_leave_the_order_as_it_is(
     length: int, runs: list[tuple[int, int, int]], shuffle: bool
@@ -157,7 +158,7 @@ def _merging(sampler: ResumableSampler, length: int, batch_size: int) -> DataLoa
     return DataLoader(Numbers(length), batch_sampler=sampler.in_batches(batch_size), collate_fn=list)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.integers(1, 80), worlds)
 def test_batches_of_the_sampler_s_own_lose_nothing_however_often_the_world_changes(
     length: int, runs: list[tuple[int, int, int]]
