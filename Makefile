@@ -56,7 +56,7 @@ test: setup setup-localstack
 	$(PYTEST) $(ARGS)
 
 test-all: setup setup-localstack
-	$(PYTEST) -m 'slow or not slow' $(ARGS)
+	$(PYTEST) -m 'slow or not slow' --hypothesis-profile=long $(ARGS)
 
 bench: .venv/.ready-bench .venv/.ready-peers
 	$(BIN)/python benchmarks/run.py $(ARGS)
