@@ -6,6 +6,7 @@ gigabytes and minutes where they meet. Pure values; `encode` is what ranks of on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from cloudckpt.format.codec import DTYPES
 
-__all__ = ["Box", "BoxTable", "Column", "ragged_places", "row_products"]
+__all__ = ["Box", "BoxTable", "Column", "ragged_places", "row_products", "starts_of"]
 
 Column = NDArray[np.int64]
 
@@ -31,6 +32,16 @@ class Box(NamedTuple):
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+
+    @property
+    def itemsize_bytes(self) -> int:
+        """Bytes per element."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the box, row-major and dense."""
+        return math.prod(self.sizes) * self.itemsize_bytes
 
 
 _Head = tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[int, ...], ...]]
@@ -91,6 +102,10 @@ class BoxTable:
         """Return how many boxes there are."""
         return len(self.tensor)
 
+    def has_same_tensors(self, other: BoxTable) -> bool:
+        """Tell whether two tables number the same tensors alike; at no cost where they share them."""
+        return (self.names, self.dtypes, self.shapes) == (other.names, other.dtypes, other.shapes)
+
     def dimensions(self) -> Column:
         """Return each box's number of dimensions."""
         of_tensor: Column = np.asarray([len(shape) for shape in self.shapes], dtype=np.int64)
@@ -98,7 +113,7 @@ class BoxTable:
 
     def firsts(self) -> Column:
         """Return where each box's values begin in `offsets` and `sizes`, and where the last one's end."""
-        return np.concatenate(([0], np.cumsum(self.dimensions()))).astype(np.int64)
+        return starts_of(self.dimensions())
 
     def elements(self) -> Column:
         """Return each box's number of elements."""
@@ -165,6 +180,11 @@ def _decoded_head(head: bytes) -> _Head:
     """Decode the names of a table; thousands of ranks name the same tensors, and share them then."""
     decoded: _Head = msgspec.msgpack.decode(head, type=_Head)
     return decoded
+
+
+def starts_of(lengths: Column) -> Column:
+    """Return where rows of these lengths begin in a ragged column, and where the last one ends."""
+    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
 
 
 def row_products(values: Column, firsts: Column) -> Column:

@@ -32,7 +32,6 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from cloudckpt.errors import SaveFailedError
 from cloudckpt.format import (
-    Box,
     BoxTable,
     Column,
     Flat,
@@ -56,7 +55,7 @@ from cloudckpt.saving.coordinator import (
 )
 from cloudckpt.saving.output import Part, RankOutput, Record, lay_out_part, stats_of
 from cloudckpt.saving.snapshot import Staged, take_snapshot
-from cloudckpt.saving.source import check_layout, check_tensor, chunk_of
+from cloudckpt.saving.source import check_tensor, chunk_of
 from cloudckpt.state import is_tensor
 from cloudckpt.transfer import AbandonedError, Gauge, Slabs, StageClosedError
 
@@ -301,7 +300,7 @@ def _open(flat: Flat, *, is_coordinator: bool) -> _Opened:
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(tensors, None, is_coordinator)
     items = planner.create_local_plan().items
-    message = msgspec.msgpack.encode((BoxTable.of(map(_box_of, items)).encode(), msgspec.json.encode(flat.paths)))
+    message = msgspec.msgpack.encode((BoxTable.of(map(chunk_of, items)).encode(), msgspec.json.encode(flat.paths)))
     digest = xxhash.xxh3_128_digest(message)
     return _Opened(planner=planner, items=items, values=values, message=message, digest=digest)
 
@@ -343,14 +342,6 @@ def _got(value: _T | Exception) -> _T:
     if isinstance(value, Exception):
         raise value
     return value
-
-
-def _box_of(item: WriteItem) -> Box:
-    data = item.tensor_data
-    if data is not None:
-        check_layout(item.index.fqn, data.properties.layout, data.properties.dtype)
-    chunk = chunk_of(item)
-    return Box(chunk.name, chunk.dtype, chunk.shape, chunk.offsets, chunk.sizes)
 
 
 def _failed(text: str, failures: Mapping[int, BaseException]) -> SaveFailedError:

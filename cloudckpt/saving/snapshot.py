@@ -16,7 +16,7 @@ from itertools import accumulate
 
 import torch
 
-from cloudckpt.format import DTYPE_NAMES, Chunk, ShardLayout, lay_out
+from cloudckpt.format import DTYPE_NAMES, Box, ShardLayout, lay_out
 from cloudckpt.options import Options
 from cloudckpt.saving.source import Source
 from cloudckpt.transfer import Copy, Slabs, Stage, copying_threads, free_bytes, ranks_here
@@ -94,14 +94,7 @@ def expected_shards(
         if part is not tensor or number % size == rank
     ]
     chunks = [
-        Chunk(
-            name=str(number),
-            dtype=DTYPE_NAMES[tensor.dtype],
-            itemsize_bytes=tensor.dtype.itemsize,
-            shape=tuple(tensor.shape),
-            offsets=(0,) * tensor.dim(),
-            sizes=tuple(tensor.shape),
-        )
+        Box(str(number), DTYPE_NAMES[tensor.dtype], (*tensor.shape,), (0,) * tensor.dim(), (*tensor.shape,))
         for number, tensor in enumerate(own)
         if tensor.dtype in DTYPE_NAMES
     ]
@@ -124,7 +117,7 @@ def _within(sizes: Sequence[int], limit_bytes: int) -> list[int]:
     return [size for size, total in zip(sizes, totals, strict=True) if total <= limit_bytes] or list(sizes[:1])
 
 
-def take_snapshot(staged: Staged, shards: Sequence[ShardLayout], chunks: Sequence[Chunk], source: Source) -> None:
+def take_snapshot(staged: Staged, shards: Sequence[ShardLayout], chunks: Sequence[Box], source: Source) -> None:
     """Copy every shard's bytes; return when the tensors may change.
 
     Raises:
@@ -164,7 +157,7 @@ class _Place:
 
 
 def _copies(
-    shard: ShardLayout, chunks: Sequence[Chunk], source: Source, memory: memoryview, *, is_pinned: bool
+    shard: ShardLayout, chunks: Sequence[Box], source: Source, memory: memoryview, *, is_pinned: bool
 ) -> list[Copy]:
     """Copy what has no bytes of its own on the host; return the copies that are left."""
     copies = []
