@@ -51,7 +51,7 @@ class Saves:
         save_rng: bool,
     ) -> None:
         """Nothing is written before the first save."""
-        self.epoch = Epoch(catalog, store, is_single_writer=options.single_writer)
+        self.epoch = Epoch(catalog, is_single_writer=options.single_writer)
         self.background = Background(patience_s=options.finish_timeout_s)
         self._store = store
         self._catalog = catalog
@@ -74,6 +74,11 @@ class Saves:
             state, self._to_prepare = self._to_prepare, None
             self._touch_ahead(state)
         return self._schedule.ask(step, self._votes())
+
+    @property
+    def generators(self) -> Generators | None:
+        """This process's generators, if they are saved and restored."""
+        return Generators(Group.of_world().rank) if self._save_rng else None
 
     def _votes(self) -> Vote:
         group = Group.of_world()
@@ -181,7 +186,7 @@ class Saves:
             with Session(group, f"save of step {step}", options) as session:
                 pending = begin_save(
                     session,
-                    captured(state, Generators(group.rank) if self._save_rng else None),
+                    captured(state, self.generators),
                     self.epoch.step(step, catalog),
                     memory=self._plan,
                     metrics=metrics,

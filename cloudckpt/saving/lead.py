@@ -36,7 +36,6 @@ from cloudckpt.format import (
     Column,
     Flat,
     JsonValue,
-    Manifest,
     codec,
     metadata_to_json,
     metrics_to_json,
@@ -284,7 +283,7 @@ class _Lead:
             return self.coordinator.commit(parts, self.order.attempt, self.record, self.group)
 
         data = self.group.conclude(f"{self.what}: upload and commit", lambda: upload(prefix), commit)
-        return self.coordinator.destination.catalog.adopt(Manifest.decode(data, key=prefix), prefix=prefix)
+        return self.coordinator.destination.catalog.adopt(data, prefix=prefix)
 
 
 # -- one rank's steps ---------------------------------------------------------------------------------------
