@@ -18,14 +18,12 @@ from typing import Generic, Protocol, TypeVar
 
 from cloudckpt.errors import CloudCkptError, RankLostError, StalledError
 
-__all__ = ["OWN_SHARE", "AbandonedError", "Budget", "Gauge", "Watch", "Work", "run_all"]
+__all__ = ["AbandonedError", "Budget", "Gauge", "Watch", "Work", "run_all"]
 
 _Result = TypeVar("_Result")
 
 # How often the waiting thread looks whether something stands still.
 _LOOK_S = 0.2
-# Of the deadline: a rank names its own transfer that stands still before the others can only say that the rank does.
-OWN_SHARE = 0.8
 
 
 class AbandonedError(CloudCkptError):
