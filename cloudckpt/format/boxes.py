@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -45,13 +45,6 @@ class Box(NamedTuple):
 
 
 _Head = tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[int, ...], ...]]
-
-
-class _Message(msgspec.Struct, array_like=True):
-    head: bytes
-    tensor: bytes
-    offsets: bytes
-    sizes: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -108,8 +101,7 @@ class BoxTable:
 
     def dimensions(self) -> Column:
         """Return each box's number of dimensions."""
-        of_tensor: Column = np.asarray([len(shape) for shape in self.shapes], dtype=np.int64)
-        return of_tensor[self.tensor] if len(self.tensor) else np.zeros(0, dtype=np.int64)
+        return np.asarray([len(shape) for shape in self.shapes], dtype=np.int64)[self.tensor]
 
     def firsts(self) -> Column:
         """Return where each box's values begin in `offsets` and `sizes`, and where the last one's end."""
@@ -121,21 +113,14 @@ class BoxTable:
 
     def nbytes(self) -> Column:
         """Return each box's bytes, dense."""
-        item = np.asarray([DTYPES[dtype].itemsize for dtype in self.dtypes], dtype=np.int64)
-        return self.elements() * (item[self.tensor] if len(self.tensor) else 1)
+        item_bytes = np.asarray([DTYPES[dtype].itemsize for dtype in self.dtypes], dtype=np.int64)
+        return self.elements() * item_bytes[self.tensor]
 
     def take(self, rows: Sequence[int] | Column) -> BoxTable:
         """Return some of the boxes, in the order of `rows`; the tensors and their numbers stay."""
         chosen = np.asarray(rows, dtype=np.int64)
         places = ragged_places(self.firsts(), chosen)
-        return BoxTable(
-            names=self.names,
-            dtypes=self.dtypes,
-            shapes=self.shapes,
-            tensor=self.tensor[chosen],
-            offsets=self.offsets[places],
-            sizes=self.sizes[places],
-        )
+        return replace(self, tensor=self.tensor[chosen], offsets=self.offsets[places], sizes=self.sizes[places])
 
     def __iter__(self) -> Iterator[Box]:
         """Yield the boxes one by one; for tables that are known to be small."""
@@ -152,27 +137,18 @@ class BoxTable:
 
     def encode(self) -> bytes:
         """Return the table for another rank of the same job; not a format of the store."""
-        message = _Message(
-            head=msgspec.msgpack.encode((self.names, self.dtypes, self.shapes)),
-            tensor=self.tensor.tobytes(),
-            offsets=self.offsets.tobytes(),
-            sizes=self.sizes.tobytes(),
-        )
+        head = msgspec.msgpack.encode((self.names, self.dtypes, self.shapes))
+        message = (head, self.tensor.tobytes(), self.offsets.tobytes(), self.sizes.tobytes())
         return zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(message))
 
     @classmethod
     def decode(cls, data: bytes) -> BoxTable:
         """Read back what `encode` gave."""
-        message = msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(data), type=_Message)
-        names, dtypes, shapes = _decoded_head(message.head)
-        return cls(
-            names=names,
-            dtypes=dtypes,
-            shapes=shapes,
-            tensor=np.frombuffer(message.tensor, dtype=np.int64),
-            offsets=np.frombuffer(message.offsets, dtype=np.int64),
-            sizes=np.frombuffer(message.sizes, dtype=np.int64),
-        )
+        message = zstandard.ZstdDecompressor().decompress(data)
+        head, *columns = msgspec.msgpack.decode(message, type=tuple[bytes, bytes, bytes, bytes])
+        names, dtypes, shapes = _decoded_head(head)
+        tensor, offsets, sizes = (np.frombuffer(column, dtype=np.int64) for column in columns)
+        return cls(names=names, dtypes=dtypes, shapes=shapes, tensor=tensor, offsets=offsets, sizes=sizes)
 
 
 @lru_cache(maxsize=2)

@@ -50,7 +50,6 @@ class Saves:
         pruner: Pruner,
         save_rng: bool,
     ) -> None:
-        """Nothing is written before the first save."""
         self.epoch = Epoch(catalog, is_single_writer=options.single_writer)
         self.background = Background(patience_s=options.finish_timeout_s)
         self._store = store
@@ -119,7 +118,7 @@ class Saves:
             raise OptionsError(f"on_busy is {on_busy!r}; give 'wait' or 'skip'")
         if on_busy == "skip" and not self.is_preempted and self._is_busy(step):
             logger.info("rank %d: step %d is skipped: another save is under way", Group.of_world().rank, step)
-            return SaveHandle(step, is_skipped=True)
+            return SaveHandle(step)
         entry, pending = self._begin(step, state, metrics, metadata, slabs=self._slabs)
         handle = self.background.begin(step, pending, partial(self._ended, step, entry))
         entry.unblocked(step, staged_bytes=pending.size_bytes)

@@ -69,14 +69,12 @@ class Group:
             return cls()
         world = dist.group.WORLD
         with _LOCK:
-            group = _OF_WORLD.get(id(world))
+            group = _OF_WORLD[0] if _OF_WORLD else None
             if group is None or group.world is not world:
-                for gone in _OF_WORLD.values():  # of a process group that was destroyed
-                    gone.close()
-                _OF_WORLD.clear()
+                _forget()  # that of a process group that was destroyed
                 group = cls(rank=dist.get_rank(), size=dist.get_world_size())
                 group.world = world
-                _OF_WORLD[id(world)] = group
+                _OF_WORLD.append(group)
         return group
 
     def close(self) -> None:
@@ -321,13 +319,13 @@ class Group:
 
 
 _LOCK = threading.Lock()
-_OF_WORLD: dict[int, Group] = {}
+_OF_WORLD: list[Group] = []  # one at most
 
 
 @atexit.register
 def _forget() -> None:
-    """Let go of the gloo groups and their threads while the interpreter is whole."""
-    for group in _OF_WORLD.values():
+    """Let go of the gloo group and its thread; at the end, while the interpreter is whole."""
+    for group in _OF_WORLD:
         group.close()
     _OF_WORLD.clear()
 

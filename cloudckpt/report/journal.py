@@ -31,7 +31,6 @@ class Journal:
     def __init__(
         self, store: RetryingStore, progress: Progress, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Begin empty; `progress` shows people what the log says."""
         self.store = store
         self.progress = progress
         self.meter = Meter(clock=clock)
@@ -51,7 +50,6 @@ class Entry:
     """
 
     def __init__(self, journal: Journal, rank: int) -> None:
-        """Made by `Journal.begin`."""
         self.rank = rank
         self.began_s = journal.clock()
         self._journal = journal

@@ -14,6 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,8 +121,7 @@ def _describe_conflicts(tables: Sequence[BoxTable], conflicts: Mapping[str, None
 # -- the boxes, in the order of their places ----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Boxes:
+class _Boxes(NamedTuple):
     """Boxes of all ranks in the order of their places, those of one place in the order of ranks.
 
     An element has the number that its tensor's base and its row-major place give; inside one tensor a box is known
@@ -137,25 +137,18 @@ class _Boxes:
     @classmethod
     def of(cls, tables: Sequence[BoxTable], tensors: _Tensors) -> _Boxes:
         """Collect the boxes that may have to be written; raise if one leaves its tensor."""
+        starts = _starts(tables)
         parts = [
-            cls._in(table, of_table[table.tensor], tensors, rank)
+            cls._in(table, of_table[table.tensor], tensors, rank, starts[rank])
             for rank, (table, of_table) in enumerate(zip(tables, tensors.of_table, strict=True))
         ]
-        for part, start in zip(parts, _starts(tables), strict=False):
-            part.at[:] += start
-        first = _joined([part.first for part in parts])
         # Stable, so that ranks stay in order. Each rank's boxes are one ascending run, which this sort merges.
-        order = np.argsort(first, kind="stable")
-        return cls(
-            first=first[order],
-            last=_joined([part.last for part in parts])[order],
-            nbytes=_joined([part.nbytes for part in parts])[order],
-            rank=_joined([part.rank for part in parts])[order],
-            at=_joined([part.at for part in parts])[order],
-        )
+        order = np.argsort(_joined([part.first for part in parts]), kind="stable")
+        return cls(*(_joined(columns)[order] for columns in zip(*parts, strict=True)))
 
     @classmethod
-    def _in(cls, table: BoxTable, tensor: Column, tensors: _Tensors, rank: int) -> _Boxes:
+    def _in(cls, table: BoxTable, tensor: Column, tensors: _Tensors, rank: int, start: int) -> _Boxes:
+        """Return one rank's boxes, whose table begins at row `start` of all."""
         firsts, places = tensors.columns.firsts(tensor), ragged_places(tensors.columns.bases, tensor)
         elements = row_products(table.sizes, firsts)
         rows = np.flatnonzero((elements > 0) | tensors.is_hollow[tensor])
@@ -163,13 +156,8 @@ class _Boxes:
         strides, is_full = tensors.strides[places], elements > 0
         first = tensors.firsts[tensor] + _row_sums(table.offsets * strides, firsts) * is_full
         last = tensors.firsts[tensor] + _row_sums((table.offsets + table.sizes - 1) * strides, firsts) * is_full
-        return cls(
-            first=first[rows],
-            last=last[rows],
-            nbytes=(elements * tensors.columns.item_bytes[tensor])[rows],
-            rank=np.full(len(rows), rank, dtype=np.int64),
-            at=rows,
-        )
+        nbytes = elements * tensors.columns.item_bytes[tensor]
+        return cls(first[rows], last[rows], nbytes[rows], np.full(len(rows), rank, dtype=np.int64), rows + start)
 
     def are_first(self) -> NDArray[np.bool_]:
         """Tell of each box whether it is the first one at its place."""

@@ -162,7 +162,6 @@ class PendingSave:
     """
 
     def __init__(self, lead: _Lead, laid: _Laid | Exception, stack: ExitStack) -> None:
-        """Made by `begin_save`."""
         self._lead = lead
         self._laid = laid
         self._stack = stack

@@ -18,7 +18,7 @@ import torch
 
 from cloudckpt.format import DTYPE_NAMES, Box, ShardLayout, lay_out
 from cloudckpt.options import Options
-from cloudckpt.saving.source import Source
+from cloudckpt.saving.source import Source, Staging
 from cloudckpt.transfer import Copy, Slabs, Stage, copying_threads, free_bytes, ranks_here
 
 __all__ = ["Staged", "expected_shards", "staging_limits", "take_snapshot"]
@@ -142,20 +142,6 @@ def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
-class _Place:
-    """The one place of a piece in its shard's memory."""
-
-    def __init__(self, memory: memoryview, *, is_pinned: bool) -> None:
-        self.is_pinned = is_pinned
-        self.is_taken = False
-        self.memory = memory
-
-    def take(self, size_bytes: int) -> memoryview:
-        """Return the place."""
-        self.is_taken = True
-        return self.memory[:size_bytes]
-
-
 def _copies(
     shard: ShardLayout, chunks: Sequence[Box], source: Source, memory: memoryview, *, is_pinned: bool
 ) -> list[Copy]:
@@ -163,8 +149,9 @@ def _copies(
     copies = []
     for piece in shard.pieces:
         start = piece.start - len(shard.header)
-        place = _Place(memory[start : start + piece.nbytes], is_pinned=is_pinned)
-        view = source.view(chunks[piece.chunk], piece, place)
-        if piece.nbytes and not place.is_taken:
-            copies.append(Copy(place.memory, view))
+        place = memory[start : start + piece.nbytes]
+        room = Staging(place)
+        view = source.view(chunks[piece.chunk], piece, room, is_lazy=is_pinned)
+        if piece.nbytes and not room.used_bytes:
+            copies.append(Copy(place, view))
     return copies

@@ -71,7 +71,6 @@ class Recorder:
     """The running count behind the snapshots. Any thread may add."""
 
     def __init__(self) -> None:
-        """Start from nothing."""
         self._lock = threading.Lock()
         self._ops = StoreStats()
 
