@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 
@@ -20,10 +18,10 @@ from cloudckpt.loading import RankInput, fill, load_state, read_index
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, refuse_lonely_rank
 from cloudckpt.report import Journal, Progress, Show
-from cloudckpt.root import Catalog, Checkpoint, OwnUrl, only
+from cloudckpt.root import Catalog, Checkpoint, own_url
 from cloudckpt.saving import Session, begin_save
-from cloudckpt.state import bind, captured
-from cloudckpt.store import RetryingStore, open_store
+from cloudckpt.state import captured
+from cloudckpt.store import open_store
 from cloudckpt.transfer import Watch
 
 __all__ = ["load", "read", "save"]
@@ -66,14 +64,14 @@ def save(
     refuse_lonely_rank()
     chosen = options or Options()
     group = Group.of_world()
-    with _opened(url, storage_options, engine, chosen) as store:
+    with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
         journal = Journal(store, Progress(progress))
         entry = journal.begin(rank=group.rank)
         with Session(group, "save", chosen) as session:
             pending = begin_save(
                 session,
                 captured(state),
-                OwnUrl(Catalog(store), store, chosen.single_writer),
+                own_url(Catalog(store), is_single_writer=chosen.single_writer),
                 metrics=metrics,
                 metadata=metadata,
             )
@@ -120,28 +118,22 @@ def load(
         StorageError: the store could not be read.
     """
     refuse_lonely_rank()
-    group = Group.of_world()
-    if group.size == 1:
-        bind(state)  # refuses a wrong call before anything is asked of the store
     chosen = options or Options()
-    with _opened(url, storage_options, engine, chosen) as store:
+    with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
         catalog = Catalog(store)
-        entry = Journal(store, Progress(progress)).begin(rank=group.rank)
-        with entry.bar("loading") as bar:
-            found = load_state(
-                state,
-                partial(only, catalog),
-                catalog=catalog,
-                group=group,
-                options=chosen,
-                strict=strict,
-                gauge=bar,
-                what="load",
-            )
-        if found is None:
-            raise CheckpointNotFoundError(f"no committed checkpoint at {store.url}")
-        entry.restored(found)
-        return found
+        found = load_state(
+            state,
+            map(catalog.open, [""]),
+            catalog=catalog,
+            journal=Journal(store, Progress(progress)),
+            options=chosen,
+            strict=strict,
+            what="load",
+            shown="loading",
+        )
+    if found is None:
+        raise CheckpointNotFoundError(f"no committed checkpoint at {store.url}")
+    return found
 
 
 def read(
@@ -171,34 +163,22 @@ def read(
         StorageError: the store could not be read.
     """
     chosen = options or Options()
-    with _opened(url, storage_options, engine, chosen) as store:
+    with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
         entry = Journal(store, Progress(progress)).begin(rank=0)
         catalog = Catalog(store)
         checkpoint = catalog.open()
         index = read_index(catalog, checkpoint)
         names = _select(index, keys, checkpoint.url)
-        tensors = {name: _empty(index, name) for name in names if name in index.tensors}
+        tensors = {
+            name: torch.empty(saved.shape, dtype=DTYPES[saved.dtype])
+            for name in names
+            if (saved := index.tensors.get(name)) is not None
+        }
         values = {name: codec.decode(index.values[name], key=name) for name in names if name in index.values}
         with entry.bar("reading") as bar:
             fill(tensors, RankInput(store, checkpoint, index, chosen, Watch(gauge=bar)), index)
         leaves = {name: tensors[name] if name in tensors else values[name] for name in names}
         return unflatten(leaves, _paths_of_some(index, names))
-
-
-@contextmanager
-def _opened(
-    url: str | os.PathLike[str], storage_options: Mapping[str, object] | None, engine: str, options: Options
-) -> Iterator[RetryingStore]:
-    store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=options)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
-def _empty(index: Index, name: str) -> torch.Tensor:
-    """Return a new host tensor to be filled."""
-    return torch.empty(index.tensors[name].shape, dtype=DTYPES[index.tensors[name].dtype])
 
 
 def _paths_of_some(index: Index, names: Sequence[str]) -> dict[str, list[PathElement]]:

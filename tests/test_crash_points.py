@@ -24,7 +24,7 @@ from cloudckpt import (
 from cloudckpt.format.keys import MANIFEST_NAME
 from cloudckpt.options import KIB
 from cloudckpt.store import RetryingStore
-from cloudckpt.store.probe import forget_probes
+from cloudckpt.store.probe import _proven
 from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, denied, refused, transient
 
 OPTIONS = Options(shard_bytes=4 * KIB, block_bytes=KIB, span_bytes=2 * KIB, concurrency=1, memory_budget_bytes=64 * KIB)
@@ -55,15 +55,15 @@ def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FaultStore]]:
         return RetryingStore(pushed[-1], PATIENCE, sleep=lambda _: None)
 
     monkeypatch.setattr("cloudckpt.manager.manager.open_store", open_pushed)
-    forget_probes()
+    _proven.clear()
     yield pushed
-    forget_probes()
+    _proven.clear()
 
 
 @contextmanager
 def manager_on(client: FaultStore, clients: list[FaultStore]) -> Iterator[CheckpointManager]:
     clients.append(client)
-    forget_probes()
+    _proven.clear()
     with CheckpointManager(
         "memory://bucket/root", options=OPTIONS, retention=[KeepLast(2)], prune_grace_s=0, save_rng=False
     ) as manager:

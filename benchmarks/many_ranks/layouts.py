@@ -6,20 +6,19 @@ parameters in bfloat16, Adam's two averages in float32, a step counter per param
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from cloudckpt.format.boxes import Box, BoxTable, Column, ragged_places
-from cloudckpt.format.codec import DTYPES
-from cloudckpt.format.layout import Chunk, lay_out
+from cloudckpt.format.layout import lay_out
 from cloudckpt.format.shard import DIGEST_BYTES, block_counts
 from cloudckpt.options import Options
 from cloudckpt.saving.tally import Written
 
-__all__ = ["MODELS", "Fsdp", "Model", "Tensor", "chunks_of"]
+__all__ = ["MODELS", "Fsdp", "Model", "Tensor"]
 
 Shape = tuple[int, ...]
 
@@ -168,26 +167,10 @@ class Fsdp:
         )
 
 
-def chunks_of(boxes: Iterable[Box]) -> list[Chunk]:
-    """Return boxes as what a layout places."""
-    return [
-        Chunk(
-            name=box.name,
-            dtype=box.dtype,
-            itemsize_bytes=DTYPES[box.dtype].itemsize,
-            shape=box.shape,
-            offsets=box.offsets,
-            sizes=box.sizes,
-        )
-        for box in boxes
-    ]
-
-
 def _lay(table: BoxTable) -> _Laid:
     """Lay boxes out in shards. Ranks whose boxes are as large share this; their headers differ by a few digits."""
     boxes = list(table)
-    chunks = chunks_of(boxes)
-    shards = lay_out(chunks, shard_bytes=Options().shard_bytes, metadata={})
+    shards = lay_out(boxes, shard_bytes=Options().shard_bytes, metadata={})
     pieces = [(shard, piece) for shard in shards for piece in shard.pieces]
     named = BoxTable.of(boxes[piece.chunk]._replace(offsets=piece.offsets, sizes=piece.sizes) for _, piece in pieces)
     chunk = np.asarray([piece.chunk for _, piece in pieces], dtype=np.int64)

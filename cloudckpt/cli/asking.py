@@ -31,11 +31,8 @@ def opened(url: str, storage_options: str, engine: str) -> Iterator[Catalog]:
     """Open what a command was given; an error of ours inside of the block ends the command with 1."""
     options = _parsed(storage_options)
     try:
-        store = open_store(url, storage_options=options, engine=engine)
-        try:
+        with open_store(url, storage_options=options, engine=engine) as store:
             yield Catalog(store)
-        finally:
-            store.close()
     except CloudCkptError as exc:
         raise _ended(" ".join(str(exc).split()), status=1) from exc
 

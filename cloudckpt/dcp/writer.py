@@ -32,7 +32,6 @@ from cloudckpt.saving import (
     Written,
     assemble,
     check_against_plan,
-    check_layout,
     chunk_of,
     commit_index,
     lay_out_part,
@@ -140,7 +139,7 @@ class CloudWriter(StorageWriter):
         with self._closing_after_a_fault():
             for item in plan.items:
                 if item.tensor_data is not None:
-                    check_layout(item.index.fqn, item.tensor_data.properties.layout, item.tensor_data.properties.dtype)
+                    chunk_of(item)
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:

@@ -19,7 +19,7 @@ from cloudckpt.format.keys import (
     parse_epoch_key,
     shard_key,
 )
-from cloudckpt.format.layout import Chunk, Piece, ShardLayout, Span, lay_out, plan_spans
+from cloudckpt.format.layout import Piece, ShardLayout, Span, lay_out, plan_spans
 from cloudckpt.format.manifest import (
     MANIFEST_LIMIT_BYTES,
     EpochClaim,
@@ -32,7 +32,7 @@ from cloudckpt.format.manifest import (
     metrics_to_json,
 )
 from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates
-from cloudckpt.format.section import ChunkEntry, Section, TensorEntry
+from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
 from cloudckpt.format.shard import block_digests, verify_blocks
 from cloudckpt.format.tiling import untiled
 from cloudckpt.format.tree import Flat, PathElement, flatten, unflatten
@@ -47,7 +47,6 @@ __all__ = [
     "Box",
     "BoxPlace",
     "BoxTable",
-    "Chunk",
     "ChunkEntry",
     "Column",
     "EpochClaim",
@@ -65,6 +64,7 @@ __all__ = [
     "ShardLayout",
     "Span",
     "TensorEntry",
+    "Tensors",
     "block_digests",
     "checkpoint_prefix",
     "codec",

@@ -6,8 +6,9 @@ gigabytes and minutes where they meet. Pure values; `encode` is what ranks of on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from cloudckpt.format.codec import DTYPES
 
-__all__ = ["Box", "BoxTable", "Column", "ragged_places", "row_products"]
+__all__ = ["Box", "BoxTable", "Column", "ragged_places", "row_products", "starts_of"]
 
 Column = NDArray[np.int64]
 
@@ -32,15 +33,18 @@ class Box(NamedTuple):
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
 
+    @property
+    def itemsize_bytes(self) -> int:
+        """Bytes per element."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the box, row-major and dense."""
+        return math.prod(self.sizes) * self.itemsize_bytes
+
 
 _Head = tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[int, ...], ...]]
-
-
-class _Message(msgspec.Struct, array_like=True):
-    head: bytes
-    tensor: bytes
-    offsets: bytes
-    sizes: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -91,14 +95,17 @@ class BoxTable:
         """Return how many boxes there are."""
         return len(self.tensor)
 
+    def has_same_tensors(self, other: BoxTable) -> bool:
+        """Tell whether two tables number the same tensors alike; at no cost where they share them."""
+        return (self.names, self.dtypes, self.shapes) == (other.names, other.dtypes, other.shapes)
+
     def dimensions(self) -> Column:
         """Return each box's number of dimensions."""
-        of_tensor: Column = np.asarray([len(shape) for shape in self.shapes], dtype=np.int64)
-        return of_tensor[self.tensor] if len(self.tensor) else np.zeros(0, dtype=np.int64)
+        return np.asarray([len(shape) for shape in self.shapes], dtype=np.int64)[self.tensor]
 
     def firsts(self) -> Column:
         """Return where each box's values begin in `offsets` and `sizes`, and where the last one's end."""
-        return np.concatenate(([0], np.cumsum(self.dimensions()))).astype(np.int64)
+        return starts_of(self.dimensions())
 
     def elements(self) -> Column:
         """Return each box's number of elements."""
@@ -106,21 +113,14 @@ class BoxTable:
 
     def nbytes(self) -> Column:
         """Return each box's bytes, dense."""
-        item = np.asarray([DTYPES[dtype].itemsize for dtype in self.dtypes], dtype=np.int64)
-        return self.elements() * (item[self.tensor] if len(self.tensor) else 1)
+        item_bytes = np.asarray([DTYPES[dtype].itemsize for dtype in self.dtypes], dtype=np.int64)
+        return self.elements() * item_bytes[self.tensor]
 
     def take(self, rows: Sequence[int] | Column) -> BoxTable:
         """Return some of the boxes, in the order of `rows`; the tensors and their numbers stay."""
         chosen = np.asarray(rows, dtype=np.int64)
         places = ragged_places(self.firsts(), chosen)
-        return BoxTable(
-            names=self.names,
-            dtypes=self.dtypes,
-            shapes=self.shapes,
-            tensor=self.tensor[chosen],
-            offsets=self.offsets[places],
-            sizes=self.sizes[places],
-        )
+        return replace(self, tensor=self.tensor[chosen], offsets=self.offsets[places], sizes=self.sizes[places])
 
     def __iter__(self) -> Iterator[Box]:
         """Yield the boxes one by one; for tables that are known to be small."""
@@ -137,27 +137,18 @@ class BoxTable:
 
     def encode(self) -> bytes:
         """Return the table for another rank of the same job; not a format of the store."""
-        message = _Message(
-            head=msgspec.msgpack.encode((self.names, self.dtypes, self.shapes)),
-            tensor=self.tensor.tobytes(),
-            offsets=self.offsets.tobytes(),
-            sizes=self.sizes.tobytes(),
-        )
+        head = msgspec.msgpack.encode((self.names, self.dtypes, self.shapes))
+        message = (head, self.tensor.tobytes(), self.offsets.tobytes(), self.sizes.tobytes())
         return zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(message))
 
     @classmethod
     def decode(cls, data: bytes) -> BoxTable:
         """Read back what `encode` gave."""
-        message = msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(data), type=_Message)
-        names, dtypes, shapes = _decoded_head(message.head)
-        return cls(
-            names=names,
-            dtypes=dtypes,
-            shapes=shapes,
-            tensor=np.frombuffer(message.tensor, dtype=np.int64),
-            offsets=np.frombuffer(message.offsets, dtype=np.int64),
-            sizes=np.frombuffer(message.sizes, dtype=np.int64),
-        )
+        message = zstandard.ZstdDecompressor().decompress(data)
+        head, *columns = msgspec.msgpack.decode(message, type=tuple[bytes, bytes, bytes, bytes])
+        names, dtypes, shapes = _decoded_head(head)
+        tensor, offsets, sizes = (np.frombuffer(column, dtype=np.int64) for column in columns)
+        return cls(names=names, dtypes=dtypes, shapes=shapes, tensor=tensor, offsets=offsets, sizes=sizes)
 
 
 @lru_cache(maxsize=2)
@@ -165,6 +156,11 @@ def _decoded_head(head: bytes) -> _Head:
     """Decode the names of a table; thousands of ranks name the same tensors, and share them then."""
     decoded: _Head = msgspec.msgpack.decode(head, type=_Head)
     return decoded
+
+
+def starts_of(lengths: Column) -> Column:
+    """Return where rows of these lengths begin in a ragged column, and where the last one ends."""
+    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int64)
 
 
 def row_products(values: Column, firsts: Column) -> Column:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cloudckpt.format.boxes import Column, ragged_places
+from cloudckpt.format.boxes import Column, ragged_places, starts_of
 from cloudckpt.format.section import ChunkEntry, Section, Tensors
 from cloudckpt.format.tiling import Tiling
 
@@ -36,7 +36,7 @@ class Cover:
         self._starts = self._padded([offsets for _, offsets, _ in wanted], 0)
         self._sizes = self._padded([sizes for _, _, sizes in wanted], 1)
         self._counts = np.bincount(tensor, minlength=len(tensors)).astype(np.int64)
-        self._firsts = np.concatenate(([0], np.cumsum(self._counts))).astype(np.int64)
+        self._firsts = starts_of(self._counts)
         self._by_tensor = np.argsort(tensor, kind="stable")
         self._missing = self._sizes.prod(axis=1)
         self._tiling = Tiling([tuple(sizes) for sizes in self._sizes.tolist()])

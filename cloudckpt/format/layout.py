@@ -13,38 +13,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from cloudckpt.format.shard import Entry, encode_header
+from cloudckpt.format.boxes import Box
+from cloudckpt.format.shard import encode_header
 
-__all__ = ["Chunk", "Piece", "ShardLayout", "Span", "lay_out", "plan_spans", "split_box"]
+__all__ = ["Piece", "ShardLayout", "Span", "lay_out", "plan_spans", "split_box"]
 
 # safetensors readers refuse a header over 100 MB; this bounds an estimate that never falls below the real size.
 _HEADER_LIMIT_BYTES = 64 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """One rank's box of one tensor, to be written.
-
-    Attributes:
-        name: the tensor's name.
-        dtype: torch's name of its dtype.
-        itemsize_bytes: bytes per element.
-        shape: the whole tensor's shape.
-        offsets: where the box starts in the tensor.
-        sizes: the box's extent.
-    """
-
-    name: str
-    dtype: str
-    itemsize_bytes: int
-    shape: tuple[int, ...]
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the box, row-major and dense."""
-        return math.prod(self.sizes) * self.itemsize_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +81,7 @@ def split_box(sizes: Sequence[int], *, limit: int) -> Iterator[tuple[tuple[int, 
             yield (index, *offsets), (1, *part)
 
 
-def lay_out(chunks: Sequence[Chunk], *, shard_bytes: int, metadata: dict[str, str]) -> list[ShardLayout]:
+def lay_out(chunks: Sequence[Box], *, shard_bytes: int, metadata: dict[str, str]) -> list[ShardLayout]:
     """Place every chunk's bytes into shards of at most `shard_bytes` data bytes each.
 
     Small chunks share a shard; a chunk larger than a shard is cut into contiguous boxes. Within a shard wider
@@ -116,7 +91,7 @@ def lay_out(chunks: Sequence[Chunk], *, shard_bytes: int, metadata: dict[str, st
     return [_place(number, group, chunks, metadata) for number, group in enumerate(groups)]
 
 
-def _pieces(chunks: Sequence[Chunk], shard_bytes: int) -> Iterator[Piece]:
+def _pieces(chunks: Sequence[Box], shard_bytes: int) -> Iterator[Piece]:
     """Yield the pieces of every chunk, before they have a place in a shard."""
     for number, chunk in enumerate(chunks):
         item = chunk.itemsize_bytes
@@ -128,7 +103,7 @@ def _pieces(chunks: Sequence[Chunk], shard_bytes: int) -> Iterator[Piece]:
             local_start += nbytes
 
 
-def _pack(pieces: Iterable[Piece], chunks: Sequence[Chunk], shard_bytes: int) -> list[list[Piece]]:
+def _pack(pieces: Iterable[Piece], chunks: Sequence[Box], shard_bytes: int) -> list[list[Piece]]:
     """Fill one shard after the other, in order; keeps neighbours together, which makes partial loads cheap."""
     groups: list[list[Piece]] = []
     room = header_room = 0
@@ -144,10 +119,10 @@ def _pack(pieces: Iterable[Piece], chunks: Sequence[Chunk], shard_bytes: int) ->
     return groups
 
 
-def _place(number: int, group: list[Piece], chunks: Sequence[Chunk], metadata: dict[str, str]) -> ShardLayout:
+def _place(number: int, group: list[Piece], chunks: Sequence[Box], metadata: dict[str, str]) -> ShardLayout:
     group = sorted(group, key=lambda piece: -chunks[piece.chunk].itemsize_bytes)
     entries = [
-        Entry(name=name, dtype=chunks[piece.chunk].dtype, shape=piece.sizes, nbytes=piece.nbytes)
+        chunks[piece.chunk]._replace(name=name, offsets=piece.offsets, sizes=piece.sizes)
         for name, piece in zip(_unique_names(group, chunks), group, strict=True)
     ]
     header = encode_header(entries, metadata=metadata)
@@ -156,7 +131,7 @@ def _place(number: int, group: list[Piece], chunks: Sequence[Chunk], metadata: d
     return ShardLayout(number=number, header=header, pieces=pieces, size_bytes=starts[-1])
 
 
-def _unique_names(group: list[Piece], chunks: Sequence[Chunk]) -> list[str]:
+def _unique_names(group: list[Piece], chunks: Sequence[Box]) -> list[str]:
     """Name each piece for safetensors readers: the tensor's name, with its slice when it is only a part."""
     seen: set[str] = {"__metadata__"}
     names = []
@@ -170,7 +145,7 @@ def _unique_names(group: list[Piece], chunks: Sequence[Chunk]) -> list[str]:
     return names
 
 
-def _entry_name(piece: Piece, chunk: Chunk) -> str:
+def _entry_name(piece: Piece, chunk: Box) -> str:
     if piece.sizes == chunk.shape:
         return chunk.name
     slices = ",".join(f"{start}:{start + size}" for start, size in zip(piece.offsets, piece.sizes, strict=True))

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, cast
 
 import msgspec
 
@@ -42,7 +42,6 @@ _SHA256 = re.compile(r"\A[0-9a-f]{64}\Z")
 # damage is told from a newer version, and a later release reads what this one sealed.
 _SEAL = re.compile(rb'"sha256": "([0-9a-f]{64})"\n}\n\Z')
 _SEAL_BYTES = len('"sha256": ""\n}\n') + 64
-_NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 Metric = float | Literal["nan", "inf", "-inf"]
 
@@ -157,7 +156,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def metric_values(self) -> dict[str, float]:
         """Return the metrics as numbers."""
-        return {name: _NON_FINITE[value] if isinstance(value, str) else value for name, value in self.metrics.items()}
+        return {name: float(value) for name, value in self.metrics.items()}
 
     def metadata_values(self) -> dict[str, object]:
         """Return the caller's metadata as Python values."""
@@ -209,7 +208,7 @@ def metrics_to_json(metrics: Mapping[str, object] | None) -> dict[str, Metric]:
         if not isinstance(name, str) or not name or not is_text(name):
             raise OptionsError(f"metric name {name!r} is not a non-empty string of Unicode text")
         number = _number(name, value)
-        result[name] = number if math.isfinite(number) else _non_finite_name(number)
+        result[name] = number if math.isfinite(number) else cast("Metric", str(number))
     return result
 
 
@@ -220,12 +219,6 @@ def _number(name: str, value: object) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError) as exc:  # RuntimeError: a tensor without data
         raise OptionsError(f"metric {name!r} is {value!r}; give a number, e.g. float(loss)") from exc
     raise OptionsError(f"metric {name!r} is the text {value!r}; give a number")
-
-
-def _non_finite_name(number: float) -> Literal["nan", "inf", "-inf"]:
-    if math.isnan(number):
-        return "nan"
-    return "inf" if number > 0 else "-inf"
 
 
 def metadata_to_json(metadata: Mapping[str, object] | None) -> dict[str, JsonValue]:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cloudckpt.format.boxes import Column, ragged_places, row_products
+from cloudckpt.format.boxes import Column, ragged_places, row_products, starts_of
 from cloudckpt.format.codec import DTYPES
 from cloudckpt.format.record import NUMBER_LIMIT, shown
 from cloudckpt.format.shard import DIGEST_BYTES, block_counts
@@ -70,7 +70,7 @@ class Tensors:
     Attributes:
         shapes: each tensor's shape.
         dimensions: each tensor's number of dimensions.
-        bases: where each tensor's extents begin in `extents`.
+        bases: where each tensor's extents begin in `extents`, and where the last one's end.
         extents: all extents, tensor after tensor.
         item_bytes: bytes per element.
     """
@@ -79,7 +79,7 @@ class Tensors:
         """Take tensors whose dtypes are known and whose shapes are possible."""
         self.shapes = tuple(entry.shape for entry in entries)
         self.dimensions = _column([len(shape) for shape in self.shapes])
-        self.bases = np.cumsum(self.dimensions) - self.dimensions
+        self.bases = starts_of(self.dimensions)
         self.extents = _column([size for shape in self.shapes for size in shape])
         self.item_bytes = _column([entry.itemsize_bytes for entry in entries])
 
@@ -89,7 +89,7 @@ class Tensors:
 
     def firsts(self, tensor: Column) -> Column:
         """Return where the values of boxes of these tensors begin in a ragged column, and where the last one's end."""
-        return np.concatenate(([0], np.cumsum(self.dimensions[tensor]))).astype(np.int64)
+        return starts_of(self.dimensions[tensor])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

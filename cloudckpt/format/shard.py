@@ -8,16 +8,15 @@ block, blocks counted from the object's first byte, so that the header is covere
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import msgspec
 import xxhash
 
-from cloudckpt.format.boxes import Column
+from cloudckpt.format.boxes import Box, Column
 from cloudckpt.format.record import lone_surrogates
 
-__all__ = ["DIGEST_BYTES", "Entry", "block_counts", "block_digests", "encode_header", "verify_blocks"]
+__all__ = ["DIGEST_BYTES", "block_counts", "block_digests", "encode_header", "verify_blocks"]
 
 DIGEST_BYTES = 8
 
@@ -46,18 +45,8 @@ _NAMED_DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Entry:
-    """One piece as a shard's header names it: `nbytes` bytes of `dtype` (torch's name) in row-major `shape`."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-def encode_header(entries: Sequence[Entry], *, metadata: dict[str, str]) -> bytes:
-    """Return the head of a safetensors object whose data is the entries' bytes, in order, without holes.
+def encode_header(entries: Iterable[Box], *, metadata: dict[str, str]) -> bytes:
+    """Return the head of a safetensors object whose data is the boxes' bytes, in order, without holes.
 
     Raises:
         UnsupportedValueError: a name is no Unicode text.
@@ -66,21 +55,15 @@ def encode_header(entries: Sequence[Entry], *, metadata: dict[str, str]) -> byte
     stop = 0
     for entry in entries:
         start, stop = stop, stop + entry.nbytes
-        header[entry.name] = {"dtype": _dtype_name(entry), "shape": _shape(entry), "data_offsets": [start, stop]}
+        known = _NAMED_DTYPES.get(entry.dtype)
+        shape = entry.sizes if known else (entry.nbytes,)
+        header[entry.name] = {"dtype": known or "U8", "shape": shape, "data_offsets": (start, stop)}
     try:
         text = msgspec.json.encode(header)
     except UnicodeEncodeError as exc:
         raise lone_surrogates(exc.object) from exc
     padding = -(8 + len(text)) % _ALIGNMENT_BYTES
     return struct.pack("<Q", len(text) + padding) + text + b" " * padding
-
-
-def _dtype_name(entry: Entry) -> str:
-    return _NAMED_DTYPES.get(entry.dtype, "U8")
-
-
-def _shape(entry: Entry) -> list[int]:
-    return list(entry.shape) if entry.dtype in _NAMED_DTYPES else [entry.nbytes]
 
 
 def block_counts(sizes_bytes: Column, block_bytes: int) -> Column:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cloudckpt.format.boxes import Column
+from cloudckpt.format.boxes import Column, starts_of
 
 __all__ = ["Tiling", "untiled"]
 
@@ -62,7 +62,7 @@ class Tiling:
 
     def add(self, tensor: Column, offsets: Column, sizes: Column) -> None:
         """Add boxes, given as to `untiled`."""
-        firsts = np.concatenate(([0], np.cumsum(self._dimensions[tensor]))).astype(np.int64)
+        firsts = starts_of(self._dimensions[tensor])
         for at in range(0, len(tensor), _SLAB_ROWS):
             stop = min(at + _SLAB_ROWS, len(tensor))
             values = slice(firsts[at], firsts[stop])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -25,11 +25,12 @@ from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.tensor import DTensor, Replicate
 
 from cloudckpt.errors import IntegrityError, MissingShardError
-from cloudckpt.format import DTYPES, Box, BoxPlace, BoxTable, Index, Manifest, codec
+from cloudckpt.format import DTYPES, Box, BoxPlace, BoxTable, Index, codec
 from cloudckpt.loading.input import RankInput, decode_index, describe, read_index_bytes
 from cloudckpt.loading.passing import Step, plan_passing
 from cloudckpt.options import Options
 from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, own_failures, plain_errors
+from cloudckpt.report import Journal
 from cloudckpt.root import Candidate, Catalog, Checkpoint
 from cloudckpt.state import Saved, Targets, bind, plan_restore
 from cloudckpt.transfer import Gauge
@@ -62,29 +63,29 @@ class Extra(Protocol):
 
 def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     state: MutableMapping[str, object],
-    candidates: Callable[[], Iterator[Candidate]],
+    candidates: Iterator[Candidate],
     *,
     catalog: Catalog,
-    group: Group,
+    journal: Journal,
     options: Options,
     strict: bool,
+    what: str,
+    shown: str,
     extra: Extra | None = None,
-    gauge: Gauge | None = None,
-    what: str = "restore",
 ) -> Checkpoint | None:
-    """Restore a state on all ranks of the group from the first candidate that is whole.
+    """Restore a state on all ranks from the first candidate that is whole.
 
     Args:
         state: this rank's objects.
-        candidates: yields checkpoints, best first; called on rank 0 only. Each one that is corrupt is logged, and the
-            next one is tried.
+        candidates: checkpoints, best first; only rank 0's are asked for, one after the other. Each one that is corrupt
+            is logged, and the next one is tried.
         catalog: this rank's own.
-        group: the ranks that restore.
+        journal: is told.
         options: sizes, parallelism, patience.
         strict: refuse a checkpoint whose entries differ from those of `state`.
-        extra: what else is restored.
-        gauge: is told how many of this rank's bytes have moved.
         what: what the ranks do; ranks that do different things are told so.
+        shown: the same for a person who watches.
+        extra: what else is restored.
 
     Returns:
         The checkpoint, or None when there was no candidate.
@@ -95,30 +96,33 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
         RankLostError: a rank was lost. Tensors may hold a mixture.
         CloudCkptError: what else a rank met, in words of the first one.
     """
+    group = Group.of_world()
+    entry = journal.begin(rank=group.rank)
+    if group.size == 1:
+        bind(state)  # refuses a wrong call before anything is asked of the store
     search = _Search(candidates, catalog)
-    with plain_errors(), group.session(what, deadline_s=options.progress_timeout_s):
-        while True:
-            found = group.agree(f"{what}: finding", lambda: None, lambda _: search.next())
-            if found is None:
-                return None
-            checkpoint = catalog.adopt(Manifest.decode(found.manifest, key=found.prefix), prefix=found.prefix)
-            loading = _Loading(checkpoint, found.index, catalog, group, options, gauge)
+    checkpoint = None
+    with entry.bar(shown) as bar, plain_errors(), group.session(what, deadline_s=options.progress_timeout_s):
+        while (found := group.agree(f"{what}: finding", lambda: None, lambda _: search.next())) is not None:
+            checkpoint = catalog.adopt(found.manifest, prefix=found.prefix)
+            loading = _Loading(checkpoint, found.index, catalog, group, options, bar)
             try:
                 loading.run(f"{what} of {checkpoint.url}", state, strict=strict, extra=extra)
             except RanksFailedError as exc:
                 if not search.may_go_on(checkpoint, exc.failures):
                     raise
-                continue
-            return checkpoint
+            else:
+                break
+    entry.restored(checkpoint)
+    return checkpoint
 
 
 class _Search:
     """Which checkpoint is tried next, on rank 0."""
 
-    def __init__(self, candidates: Callable[[], Iterator[Candidate]], catalog: Catalog) -> None:
-        self._make = candidates
+    def __init__(self, candidates: Iterator[Candidate], catalog: Catalog) -> None:
+        self._candidates = candidates
         self._catalog = catalog
-        self._candidates: Iterator[Candidate] | None = None
         self._failures: list[tuple[Checkpoint | None, IntegrityError]] = []
 
     def next(self) -> _Found | None:
@@ -127,8 +131,6 @@ class _Search:
         Raises:
             IntegrityError: there were some, and all are corrupt.
         """
-        if self._candidates is None:
-            self._candidates = self._make()
         for candidate in self._candidates:
             try:
                 if isinstance(candidate, IntegrityError):

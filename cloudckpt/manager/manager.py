@@ -1,6 +1,6 @@
 """Own one root of checkpoints for one job: when to save, what to keep, what to resume from.
 
-The outside of it: what is promised, and who of `saves`, `restores` and `root` keeps it. With several ranks each has a
+The outside of it: what is promised, and who of `saves`, `loading` and `root` keeps it. With several ranks each has a
 manager and calls the same of it; only rank 0's claims, lists and prunes. Keeps FORMAT invariants 5, 8 and 10. A manager
 belongs to one thread, and has at most one save under way.
 """
@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from cloudckpt.errors import CloudCkptError, OptionsError
-from cloudckpt.manager.restores import restore_from
+from cloudckpt.loading import load_state
 from cloudckpt.manager.saves import Saves
 from cloudckpt.options import Options
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
@@ -100,7 +100,6 @@ class CheckpointManager:
         self._journal = Journal(self._store, shown)
         self._catalog = Catalog(self._store)
         self._retention = tuple(retention)
-        self._save_rng = save_rng
         self._saves = Saves(
             self._store,
             self._catalog,
@@ -240,11 +239,7 @@ class CheckpointManager:
             raise OptionsError(f"the manager of {self.url} is closed; open another one")
 
     def restore(
-        self,
-        state: MutableMapping[str, object],
-        step: Wanted = "latest",
-        *,
-        strict: bool = True,
+        self, state: MutableMapping[str, object], step: Wanted = "latest", *, strict: bool = True
     ) -> Checkpoint | None:
         """Restore `state` in place; return the checkpoint that it came from.
 
@@ -268,13 +263,17 @@ class CheckpointManager:
         """
         self._refuse_closed()
         self._saves.background.wait()
-        checkpoint = self._saves.epoch.resumed_from = restore_from(
-            Choice(self._catalog, step, self._retention),
+        choice = Choice(self._catalog, step, self._retention)
+        checkpoint = self._saves.epoch.resumed_from = load_state(
             state,
-            options=self._saves.options,
+            choice.candidates(),
+            catalog=self._catalog,
             journal=self._journal,
+            options=self._saves.options,
             strict=strict,
-            has_rng=self._save_rng,
+            what=f"restore of {choice}",
+            shown=f"restoring {choice}",
+            extra=self._saves.generators,
         )
         return checkpoint
 

@@ -50,8 +50,7 @@ class Saves:
         pruner: Pruner,
         save_rng: bool,
     ) -> None:
-        """Nothing is written before the first save."""
-        self.epoch = Epoch(catalog, store, is_single_writer=options.single_writer)
+        self.epoch = Epoch(catalog, is_single_writer=options.single_writer)
         self.background = Background(patience_s=options.finish_timeout_s)
         self._store = store
         self._catalog = catalog
@@ -74,6 +73,11 @@ class Saves:
             state, self._to_prepare = self._to_prepare, None
             self._touch_ahead(state)
         return self._schedule.ask(step, self._votes())
+
+    @property
+    def generators(self) -> Generators | None:
+        """This process's generators, if they are saved and restored."""
+        return Generators(Group.of_world().rank) if self._save_rng else None
 
     def _votes(self) -> Vote:
         group = Group.of_world()
@@ -114,7 +118,7 @@ class Saves:
             raise OptionsError(f"on_busy is {on_busy!r}; give 'wait' or 'skip'")
         if on_busy == "skip" and not self.is_preempted and self._is_busy(step):
             logger.info("rank %d: step %d is skipped: another save is under way", Group.of_world().rank, step)
-            return SaveHandle(step, is_skipped=True)
+            return SaveHandle(step)
         entry, pending = self._begin(step, state, metrics, metadata, slabs=self._slabs)
         handle = self.background.begin(step, pending, partial(self._ended, step, entry))
         entry.unblocked(step, staged_bytes=pending.size_bytes)
@@ -181,7 +185,7 @@ class Saves:
             with Session(group, f"save of step {step}", options) as session:
                 pending = begin_save(
                     session,
-                    captured(state, Generators(group.rank) if self._save_rng else None),
+                    captured(state, self.generators),
                     self.epoch.step(step, catalog),
                     memory=self._plan,
                     metrics=metrics,

@@ -73,6 +73,9 @@ class Preemption:
     A process that was preempted should exit with `exit_code`, which tells its end from success (0), from an error of
     Python's (1) and from a kill (137): Slurm requeues it by itself if RequeueExit lists 143, Kubernetes can name it in
     a podFailurePolicy, and torchrun counts any code but 0 as a failure, and restarts as --max-restarts allows.
+
+    Attributes:
+        exit_code: what the process should exit with once it has saved.
     """
 
     def __init__(  # noqa: PLR0913 (keyword-only options, each of its own kind)
@@ -122,7 +125,7 @@ class Preemption:
         self._poll_s = poll_s
         self._slurm_lead_s = slurm_lead_s
         self._act_on_advice = act_on_rebalance
-        self._exit_code = exit_code
+        self.exit_code = exit_code
         self._clock = clock
         self._seen: list[Notice] = []
         self._logged_count = 0
@@ -134,11 +137,6 @@ class Preemption:
         self._pid = 0
 
     # -- asking --------------------------------------------------------------------------------------------
-
-    @property
-    def exit_code(self) -> int:
-        """What the process should exit with once it has saved."""
-        return self._exit_code
 
     @property
     def notice(self) -> Notice | None:

@@ -4,9 +4,7 @@ Over a gloo group of our own. Here is the only pickle of the package: between pr
 """
 
 from cloudckpt.ranks.group import Group
-from cloudckpt.ranks.message import RanksFailedError
-from cloudckpt.ranks.naming import named_ranks
-from cloudckpt.ranks.outcome import own_failures, plain_errors
+from cloudckpt.ranks.outcome import RanksFailedError, named_ranks, own_failures, plain_errors
 from cloudckpt.ranks.packet import Countdown, Packet
 from cloudckpt.ranks.vote import Vote
 from cloudckpt.ranks.world import refuse_lonely_rank

@@ -28,7 +28,6 @@ class Caller:
     """One thread that calls what it is given, until it is told to stop."""
 
     def __init__(self, name: str) -> None:
-        """Start the thread."""
         self._calls: queue.SimpleQueue[tuple[Future[object], Callable[[], object]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         _CALLERS.add(self)

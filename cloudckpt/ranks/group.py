@@ -30,26 +30,21 @@ from cloudckpt.ranks.calling import Caller
 from cloudckpt.ranks.link import Link
 from cloudckpt.ranks.meeting import Meeting
 from cloudckpt.ranks.message import Sent, answers, done, pickled, unpickled
-from cloudckpt.ranks.naming import named_ranks
+from cloudckpt.ranks.outcome import MissingPartsError, UndecidedError, named_ranks
 from cloudckpt.ranks.packet import Packet
 from cloudckpt.ranks.pulse import Pulse
 from cloudckpt.ranks.world import BrokenError, has_world, new_gloo_group
-from cloudckpt.transfer import OWN_SHARE, Watch
+from cloudckpt.transfer import Watch
 
-__all__ = ["Group", "MissingPartsError", "UndecidedError"]
+__all__ = ["Group"]
 
 logger = logging.getLogger(__name__)
 
+# Of the deadline: a rank names its own transfer that stands still before the others can only say that the rank does.
+_OWN_SHARE = 0.8
+
 _Mine = TypeVar("_Mine")
 _Result = TypeVar("_Result")
-
-
-class UndecidedError(Exception):
-    """Rank 0 was lost when it had all it needed to decide: nobody here knows whether it did."""
-
-
-class MissingPartsError(Exception):
-    """Another rank could not read what it was to pass on to this one; its own error says why."""
 
 
 class Group:
@@ -74,14 +69,12 @@ class Group:
             return cls()
         world = dist.group.WORLD
         with _LOCK:
-            group = _OF_WORLD.get(id(world))
+            group = _OF_WORLD[0] if _OF_WORLD else None
             if group is None or group.world is not world:
-                for gone in _OF_WORLD.values():  # of a process group that was destroyed
-                    gone.close()
-                _OF_WORLD.clear()
+                _forget()  # that of a process group that was destroyed
                 group = cls(rank=dist.get_rank(), size=dist.get_world_size())
                 group.world = world
-                _OF_WORLD[id(world)] = group
+                _OF_WORLD.append(group)
         return group
 
     def close(self) -> None:
@@ -161,7 +154,7 @@ class Group:
         try:
             pulse = _outlast(meeting, caller.submit(meeting.meet))
             self._generation = meeting.number
-            gloo = _wait(pulse, caller.submit(new_gloo_group))
+            gloo = _wait(pulse, name, caller.submit(new_gloo_group))
             pulse.enter(what, is_waiting=False)
         except BaseException as exc:
             caller.stop()
@@ -220,7 +213,7 @@ class Group:
 
     def watch(self, deadline_s: float) -> Watch:
         """Return how this rank's own transfers are watched over, where `deadline_s` is the others' patience with it."""
-        return Watch(deadline_s=OWN_SHARE * deadline_s, tick=self.tick, check=self.check)
+        return Watch(deadline_s=_OWN_SHARE * deadline_s, tick=self.tick, check=self.check)
 
     def check(self) -> None:
         """Raise if a rank is known to be lost."""
@@ -246,10 +239,7 @@ class Group:
         """
         if passing is None:
             return
-        link = self._open_link()
-        link.pulse.enter("passing tensors on", is_waiting=True)
-        failed = _wait(link.pulse, passing)
-        link.pulse.enter("passing tensors on", is_waiting=False)
+        failed = _wait(self._open_link().pulse, "passing tensors on", passing)
         if failed:
             raise MissingPartsError(f"{named_ranks(failed)} could not read what they were to pass on")
 
@@ -285,23 +275,18 @@ class Group:
         is_final: bool,
     ) -> Sent:
         link = self._open_link()
-        link.pulse.enter(phase, is_waiting=True)
-        parts = _wait(link.pulse, link.submit(partial(link.gather, self.size)))
+        parts = _wait(link.pulse, phase, link.submit(partial(link.gather, self.size)))
         if is_final and (fault := link.pulse.decide()) is not None:
             raise fault
-        link.pulse.enter(phase, is_waiting=False)
         told = answers([sent, *map(unpickled, parts)], decide)
-        link.pulse.enter(phase, is_waiting=True)
         if is_same:
-            _wait(link.pulse, link.submit(partial(link.broadcast, pickled(told[0]))))
+            _wait(link.pulse, phase, link.submit(partial(link.broadcast, pickled(told[0]))))
+            return told[0]
+        messages = [pickled(told[min(rank, len(told) - 1)]) for rank in range(1, self.size)]
+        if is_final:
+            self._tell_what_stands(link, phase, messages)
         else:
-            dealt = [told[min(rank, len(told) - 1)] for rank in range(self.size)]
-            messages = [pickled(answer) for answer in dealt[1:]]
-            if is_final:
-                self._tell_what_stands(link, phase, messages)
-            else:
-                _wait(link.pulse, link.submit(partial(link.scatter, messages)))
-        link.pulse.enter(phase, is_waiting=False)
+            _wait(link.pulse, phase, link.submit(partial(link.scatter, messages)))
         return told[0]
 
     def _tell_what_stands(self, link: Link, phase: str, messages: Sequence[bytes]) -> None:
@@ -310,9 +295,11 @@ class Group:
         No verdict is passed on a rank that does not take it: the others would take that for the end of this session.
         """
         untold = list(range(1, self.size))
+        link.pulse.enter(phase, is_waiting=True)
         telling = link.submit(partial(link.scatter, messages, untold=untold))
         with suppress(FutureTimeoutError):
             telling.result(timeout=link.pulse.deadline_s)
+        link.pulse.enter(phase, is_waiting=False)
         if untold:
             self._leave_link()
             logger.warning("rank 0: %s could not be told of %r, which stands", named_ranks(untold), phase)
@@ -323,10 +310,7 @@ class Group:
         # A rank that was stopped knows that it was given up before it hands its part over, not afterwards.
         if (fault := link.pulse.catch_up()) is not None:
             raise fault
-        link.pulse.enter(phase, is_waiting=True)
-        answer = _wait(link.pulse, link.submit(partial(link.ask, pickled(sent), is_same=is_same)))
-        link.pulse.enter(phase, is_waiting=False)
-        return unpickled(answer)
+        return unpickled(_wait(link.pulse, phase, link.submit(partial(link.ask, pickled(sent), is_same=is_same))))
 
     def _open_link(self) -> Link:
         if self._link is None or not self._is_open:
@@ -335,23 +319,26 @@ class Group:
 
 
 _LOCK = threading.Lock()
-_OF_WORLD: dict[int, Group] = {}
+_OF_WORLD: list[Group] = []  # one at most
 
 
 @atexit.register
 def _forget() -> None:
-    """Let go of the gloo groups and their threads while the interpreter is whole."""
-    for group in _OF_WORLD.values():
+    """Let go of the gloo group and its thread; at the end, while the interpreter is whole."""
+    for group in _OF_WORLD:
         group.close()
     _OF_WORLD.clear()
 
 
-def _wait(pulse: Pulse, future: Future[_Result]) -> _Result:
+def _wait(pulse: Pulse, phase: str, future: Future[_Result]) -> _Result:
     """Wait for the link's thread, but for no rank that is late."""
+    pulse.enter(phase, is_waiting=True)
     try:
-        return _outlast(pulse, future)
+        found = _outlast(pulse, future)
     except BrokenError as exc:
         raise pulse.blame(exc.rank) from exc
+    pulse.enter(phase, is_waiting=False)
+    return found
 
 
 def _outlast(watch: Meeting | Pulse, future: Future[_Result]) -> _Result:

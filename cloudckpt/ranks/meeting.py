@@ -16,7 +16,7 @@ from functools import partial
 import torch.distributed as dist
 
 from cloudckpt.errors import RankLostError
-from cloudckpt.ranks.naming import rank_lost
+from cloudckpt.ranks.outcome import rank_lost
 from cloudckpt.ranks.pulse import Pulse, make_room
 from cloudckpt.ranks.world import KeyValueStore, store_of_our_own
 

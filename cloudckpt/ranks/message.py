@@ -7,28 +7,17 @@ pickled   Sent ──▶ bytes                unpickled
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
 from cloudckpt.errors import CloudCkptError, OptionsError
+from cloudckpt.ranks.outcome import RanksFailedError
 
-__all__ = ["RanksFailedError", "Sent", "answers", "done", "pickled", "unpickled"]
+__all__ = ["Sent", "answers", "done", "pickled", "unpickled"]
 
 _Mine = TypeVar("_Mine")
 _Result = TypeVar("_Result")
-
-
-class RanksFailedError(Exception):
-    """What some ranks raised where each did its own part; turned into an error for the caller by whoever led them.
-
-    Attributes:
-        failures: rank → its error.
-    """
-
-    def __init__(self, failures: Mapping[int, BaseException]) -> None:
-        super().__init__(dict(failures))
-        self.failures = dict(failures)
 
 
 @dataclass(frozen=True, slots=True)

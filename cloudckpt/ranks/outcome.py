@@ -1,21 +1,68 @@
-"""Turn what the ranks of a save or restore met into the one error that its caller sees.
+"""Say what the ranks of a save or restore met: the errors that are told between them, and the one that the caller sees.
 
-Ranks' own errors reach every rank as one `RanksFailedError`, rank → error; whoever leads the ranks says here what comes
-of it. Nothing is sent.
+    each rank's own error ──RanksFailedError, rank → error──▶ every rank ──plain_errors──▶ one error
+
+Every error and log line lists ranks in one way, and says of lost ones what to do. Nothing is sent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from cloudckpt.errors import CloudCkptError, CommitUnknownError, RankLostError
-from cloudckpt.ranks.group import MissingPartsError, UndecidedError
-from cloudckpt.ranks.message import RanksFailedError
 
-__all__ = ["own_failures", "plain_errors"]
+__all__ = [
+    "MissingPartsError",
+    "RanksFailedError",
+    "UndecidedError",
+    "named_ranks",
+    "own_failures",
+    "plain_errors",
+    "rank_lost",
+]
 
 _SHOWN = 8
+
+
+class RanksFailedError(Exception):
+    """What some ranks raised where each did its own part; turned into an error for the caller by whoever led them.
+
+    Attributes:
+        failures: rank → its error.
+    """
+
+    def __init__(self, failures: Mapping[int, BaseException]) -> None:
+        super().__init__(dict(failures))
+        self.failures = dict(failures)
+
+
+class UndecidedError(Exception):
+    """Rank 0 was lost when it had all it needed to decide: nobody here knows whether it did."""
+
+
+class MissingPartsError(Exception):
+    """Another rank could not read what it was to pass on to this one; its own error says why."""
+
+
+def named_ranks(ranks: Iterable[int]) -> str:
+    """Return `rank 3`, `ranks 0, 2` or, of thousands, runs such as `ranks 0-2047`, whatever order they come in."""
+    runs: list[list[int]] = []
+    for rank in sorted(set(ranks)):
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    texts = [str(start) if start == stop else f"{start}-{stop}" for start, stop in runs]
+    more = [f"and {len(texts) - _SHOWN} more"] if len(texts) > _SHOWN else []
+    is_one = len(runs) == 1 and runs[0][0] == runs[0][1]
+    return f"{'rank' if is_one else 'ranks'} {', '.join([*texts[:_SHOWN], *more])}"
+
+
+def rank_lost(why: str, ranks: Iterable[int], *, phase: str = "") -> RankLostError:
+    """Return the error for ranks that are lost."""
+    advice = "restart the job: it resumes from the newest committed checkpoint"
+    return RankLostError(f"{why}; {advice}", ranks=ranks, phase=phase)
 
 
 @contextmanager

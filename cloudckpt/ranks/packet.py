@@ -23,7 +23,6 @@ class Countdown:
     """Something that is ready when all of its parts are, or never will be."""
 
     def __init__(self, count: int) -> None:
-        """Wait for `count` parts."""
         self._count = count
         self._is_given_up = False
         self._changed = threading.Condition()

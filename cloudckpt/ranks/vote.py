@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from cloudckpt.errors import RankLostError
 from cloudckpt.ranks.calling import begun
-from cloudckpt.ranks.naming import named_ranks, rank_lost
+from cloudckpt.ranks.outcome import named_ranks, rank_lost
 from cloudckpt.ranks.world import BrokenError, KeyValueStore, new_gloo_group, store_of_our_own
 
 __all__ = ["Vote"]

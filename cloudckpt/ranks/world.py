@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Protocol, cast
+from typing import TypeAlias, cast
 
 import torch.distributed as dist
 
@@ -34,27 +34,7 @@ _GLOO_TIMEOUT = timedelta(hours=24)
 # Each rank of thousands would else open a connection to every other one, more than a process may have files.
 _LAZY = "TORCH_GLOO_LAZY_INIT"
 
-
-class KeyValueStore(Protocol):
-    """What is used of a c10d store."""
-
-    def set(self, key: str, value: str, /) -> None:
-        """Put a value."""
-
-    def get(self, key: str, /) -> bytes:
-        """Return a value; waits for the key."""
-
-    def multi_get(self, keys: list[str], /) -> list[bytes]:
-        """Return several values; waits for the keys."""
-
-    def multi_set(self, keys: list[str], values: list[str], /) -> None:
-        """Put several values."""
-
-    def check(self, keys: list[str], /) -> bool:
-        """Tell whether all keys are there."""
-
-    def add(self, key: str, amount: int, /) -> int:
-        """Add to a number, and return it."""
+KeyValueStore: TypeAlias = "dist.distributed_c10d.Store"
 
 
 class BrokenError(Exception):

@@ -119,10 +119,8 @@ class Costs:
     def __post_init__(self) -> None:
         if type(self.saves) is not int or self.saves < 0:
             raise OptionsError(f"saves is {self.saves!r}; give a whole number from 0")
-        for name, is_zero_allowed in (("blocked_s", True), ("commit_s", True), ("restart_s", True)):
-            _check_known(name, getattr(self, name), is_zero_allowed=is_zero_allowed)
-        for name in ("interval_s", "step_s"):
-            _check_known(name, getattr(self, name), is_zero_allowed=False)
+        for name in ("blocked_s", "commit_s", "restart_s", "interval_s", "step_s"):
+            _check_known(name, getattr(self, name), is_zero_allowed=name not in ("interval_s", "step_s"))
         if self.commit_s is not None and self.blocked_s is not None and self.commit_s < self.blocked_s:
             raise OptionsError(
                 f"commit_s is {self.commit_s}, less than blocked_s ({self.blocked_s}): both begin together"
@@ -172,7 +170,8 @@ class Advice:
         if costs.blocked_s is None:
             return "none was measured yet; ask again after the first save"
         committed = "" if costs.commit_s is None else f", are committed after {_span(costs.commit_s)}"
-        return f"block training for {_span(costs.blocked_s)}{committed} ({_counted(costs.saves, 'save')})"
+        saves = "1 save" if costs.saves == 1 else f"{costs.saves} saves"
+        return f"block training for {_span(costs.blocked_s)}{committed} ({saves})"
 
     def _restore(self) -> str:
         if self.costs.restart_s is not None:
@@ -253,10 +252,6 @@ def _check(name: str, value: float, *, is_zero_allowed: bool = True) -> None:
 def _check_known(name: str, value: float | None, *, is_zero_allowed: bool) -> None:
     if value is not None:
         _check(name, value, is_zero_allowed=is_zero_allowed)
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _percent(share: float | None) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from cloudckpt.report.meter import Meter
 from cloudckpt.report.progress import Bar, Progress, as_bytes
@@ -31,7 +31,6 @@ class Journal:
     def __init__(
         self, store: RetryingStore, progress: Progress, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Begin empty; `progress` shows people what the log says."""
         self.store = store
         self.progress = progress
         self.meter = Meter(clock=clock)
@@ -51,17 +50,14 @@ class Entry:
     """
 
     def __init__(self, journal: Journal, rank: int) -> None:
-        """Made by `Journal.begin`."""
         self.rank = rank
         self.began_s = journal.clock()
         self._journal = journal
         self._before = journal.store.stats()
 
-    @contextmanager
-    def bar(self, what: str) -> Iterator[Bar]:
+    def bar(self, what: str) -> AbstractContextManager[Bar]:
         """Show how far it is while the block runs."""
-        with self._journal.progress.bar(what, rank=self.rank) as bar:
-            yield bar
+        return self._journal.progress.bar(what, rank=self.rank)
 
     def unblocked(self, step: int, staged_bytes: int | None = None) -> None:
         """Note that training goes on; with the bytes that were copied, if the rest goes on in the background."""

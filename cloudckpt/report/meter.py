@@ -18,7 +18,6 @@ class Meter:
     """What one job's saves have cost so far."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin at nothing."""
         self._clock = clock
         self._lock = threading.Lock()
         self._blocked_s: list[float] = []

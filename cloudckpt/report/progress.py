@@ -33,7 +33,6 @@ class Bar:
     """How many bytes have moved. Any thread may tell it; without a terminal it is nothing."""
 
     def __init__(self, drawn: RichProgress | None = None, task: TaskID | None = None) -> None:
-        """Made by `Progress.bar`."""
         self._drawn = drawn
         self._task = task
 

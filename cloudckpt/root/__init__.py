@@ -5,8 +5,8 @@ The catalog is the only room that creates or deletes a manifest.
 
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
-from cloudckpt.root.choice import Candidate, Choice, Wanted, only
-from cloudckpt.root.destination import Destination, Epoch, OwnUrl, Target
+from cloudckpt.root.choice import Candidate, Choice, Wanted
+from cloudckpt.root.destination import Destination, Epoch, Target, own_url
 from cloudckpt.root.pruning import Pruner
 from cloudckpt.root.retention import KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
 from cloudckpt.root.sweep import Orphan, sweep
@@ -23,11 +23,10 @@ __all__ = [
     "KeepFor",
     "KeepLast",
     "Orphan",
-    "OwnUrl",
     "Pruner",
     "RetentionRule",
     "Target",
     "Wanted",
-    "only",
+    "own_url",
     "sweep",
 ]

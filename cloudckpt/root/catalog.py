@@ -95,9 +95,9 @@ class Catalog:
             raise CheckpointNotFoundError(f"the attempt at {self._url(prefix)} was swept before it committed")
         return self._remember(manifest, data, prefix)
 
-    def adopt(self, manifest: Manifest, *, prefix: str) -> Checkpoint:
-        """Return the checkpoint whose manifest rank 0 has read or created. No request."""
-        return self._remember(manifest, manifest.encode(), prefix)
+    def adopt(self, data: bytes, *, prefix: str) -> Checkpoint:
+        """Return the checkpoint whose manifest has these bytes, which rank 0 has read or created. No request."""
+        return self._remember(Manifest.decode(data, key=prefix + MANIFEST_NAME), data, prefix)
 
     def _check_place(self, manifest: Manifest, prefix: str) -> None:
         place = parse_checkpoint_prefix(prefix)
@@ -306,7 +306,7 @@ class Catalog:
             self.store.create(prefix + MANIFEST_NAME, data)
         except ObjectExistsError as exc:
             raise self.exists_error(prefix) from exc
-        return self._remember(Manifest.decode(data, key=prefix + MANIFEST_NAME), data, prefix)
+        return self.adopt(data, prefix=prefix)
 
     def exists_error(self, prefix: str) -> CheckpointExistsError:
         """Return the error that says that the place is taken."""

@@ -14,7 +14,7 @@ from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.retention import KeepBest, RetentionRule
 
-__all__ = ["Candidate", "Choice", "Wanted", "only"]
+__all__ = ["Candidate", "Choice", "Wanted"]
 
 Candidate = Checkpoint | IntegrityError
 """A checkpoint to be tried, or why one that is there cannot be."""
@@ -67,13 +67,3 @@ class Choice:
         best = self.catalog.best(rule.metric, rule.mode)
         if best is not None:
             yield best
-
-
-def only(catalog: Catalog) -> Iterator[Candidate]:
-    """Yield the one checkpoint at a URL.
-
-    Raises:
-        CheckpointNotFoundError: there is none.
-        ManifestError: its manifest cannot be trusted.
-    """
-    yield catalog.open()

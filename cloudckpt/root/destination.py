@@ -1,20 +1,21 @@
 """Say where a save goes: a URL of its own, or the next step of a root, which a job's first save claims.
 
-OwnUrl     probe, and refuse a URL that holds a checkpoint
+own_url    probe, and refuse a URL that holds a checkpoint
 Epoch      of one job on one root: claimed with its first save; then every step has one place
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 from cloudckpt.format import checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
-from cloudckpt.store import RetryingStore, probe_create
+from cloudckpt.store import probe_create
 
-__all__ = ["Destination", "Epoch", "OwnUrl", "Target"]
+__all__ = ["Destination", "Epoch", "Target", "own_url"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,45 +28,32 @@ class Target:
     epoch: int = 0
 
 
-class Destination(Protocol):
+@dataclass(frozen=True, slots=True)
+class Destination:
     """Where a save may go, once rank 0 has asked the store.
 
     Attributes:
         catalog: this rank's own, over the store that the shards go to.
+        take: returns where the checkpoint goes; on rank 0. Raises `CheckpointExistsError` if there is one, which is not
+            changed, and `StorageError` if the store cannot be written to, or ignores what a create asks of it.
         is_claimed: whether `take` asks the store for nothing, so that training need not be kept waiting for it.
     """
 
-    @property
-    def catalog(self) -> Catalog: ...
-
-    @property
-    def is_claimed(self) -> bool: ...
-
-    def take(self) -> Target:
-        """Return where the checkpoint goes; on rank 0.
-
-        Raises:
-            CheckpointExistsError: there is one; it was not changed.
-            StorageError: the store cannot be written to, or ignores what a create asks of it.
-        """
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class OwnUrl:
-    """A URL that is to hold one checkpoint."""
-
     catalog: Catalog
-    store: RetryingStore
-    is_single_writer: bool
-    is_claimed: bool = False
+    take: Callable[[], Target]
+    is_claimed: bool
 
-    def take(self) -> Target:
-        """Probe the store, and refuse a URL that holds a checkpoint."""
-        probe_create(self.store, single_writer=self.is_single_writer)
-        if self.catalog.is_taken(""):
-            raise self.catalog.exists_error("")
-        return Target(catalog=self.catalog)
+
+def own_url(catalog: Catalog, *, is_single_writer: bool) -> Destination:
+    """Return a URL that is to hold one checkpoint; `take` probes the store, and refuses one that holds one."""
+
+    def take() -> Target:
+        probe_create(catalog.store, single_writer=is_single_writer)
+        if catalog.is_taken(""):
+            raise catalog.exists_error("")
+        return Target(catalog=catalog)
+
+    return Destination(catalog, take, is_claimed=False)
 
 
 class Epoch:
@@ -79,10 +67,9 @@ class Epoch:
         newest: the newest checkpoint of this epoch.
     """
 
-    def __init__(self, catalog: Catalog, store: RetryingStore, *, is_single_writer: bool) -> None:
+    def __init__(self, catalog: Catalog, *, is_single_writer: bool) -> None:
         """Nothing is written before the first `take` of a step."""
         self._catalog = catalog
-        self._store = store
         self._is_single_writer = is_single_writer
         self.number = 0
         self.resumed_from: Checkpoint | None = None
@@ -99,34 +86,17 @@ class Epoch:
             OptionsError: a step that is negative, or larger than keys hold.
         """
         checkpoint_prefix(step, self.number or 1)
-        return _Step(self, step, catalog)
+        return Destination(catalog, partial(self._take, step, catalog), is_claimed=self.number > 0)
 
     def note(self, checkpoint: Checkpoint) -> None:
         """Note a commit of this epoch; on every rank."""
         self.number, self.newest = checkpoint.epoch, checkpoint
 
-    def claim(self) -> None:
-        """Claim the epoch, if that is still to be done; on rank 0."""
+    def _take(self, step: int, catalog: Catalog) -> Target:
         if self.number == 0:
-            probe_create(self._store, single_writer=self._is_single_writer)
+            probe_create(self._catalog.store, single_writer=self._is_single_writer)
             self.number = self._catalog.claim(resumed_from=self.resumed_from)
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One step of an epoch."""
-
-    epoch: Epoch
-    step: int
-    catalog: Catalog
-
-    @property
-    def is_claimed(self) -> bool:
-        return self.epoch.number > 0
-
-    def take(self) -> Target:
-        self.epoch.claim()
-        prefix = checkpoint_prefix(self.step, self.epoch.number)
-        if self.epoch.newest is not None and self.catalog.knows(prefix):
-            raise self.catalog.exists_error(prefix)
-        return Target(catalog=self.catalog, prefix=prefix, step=self.step, epoch=self.epoch.number)
+        prefix = checkpoint_prefix(step, self.number)
+        if self.newest is not None and catalog.knows(prefix):
+            raise catalog.exists_error(prefix)
+        return Target(catalog=catalog, prefix=prefix, step=step, epoch=self.number)

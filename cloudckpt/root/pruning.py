@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from cloudckpt.errors import CheckpointExistsError, CloudCkptError
 from cloudckpt.root.catalog import Catalog
@@ -18,14 +17,6 @@ from cloudckpt.root.retention import RetentionRule, removable
 __all__ = ["Pruner"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class _Removal:
-    """A checkpoint whose manifest is gone and whose shards go once readers had time to notice."""
-
-    prefix: str
-    uncommitted_s: float
 
 
 class Pruner:
@@ -39,7 +30,8 @@ class Pruner:
         self._rules = tuple(rules)
         self._grace_s = grace_s
         self._clock = clock
-        self._removals: list[_Removal] = []
+        # Prefixes whose manifest is gone, and since when: their shards go once readers had time to notice.
+        self._uncommitted_s: dict[str, float] = {}
 
     def prune_after(self, checkpoint: Checkpoint) -> None:
         """Uncommit what no rule keeps, and remove what is due; never the checkpoint that was just committed.
@@ -61,13 +53,10 @@ class Pruner:
                 # A newer job may be restoring what we would remove.
                 self._catalog.fence(newest.epoch)
             for checkpoint in removed:
-                self._uncommit(checkpoint)
+                self._catalog.uncommit(checkpoint)
+                self._uncommitted_s[checkpoint.prefix] = self._clock()
+                logger.info("pruned step %s of epoch %d", checkpoint.step, checkpoint.epoch)
         self._remove_due()
-
-    def _uncommit(self, checkpoint: Checkpoint) -> None:
-        self._catalog.uncommit(checkpoint)
-        self._removals.append(_Removal(checkpoint.prefix, self._clock()))
-        logger.info("pruned step %s of epoch %d", checkpoint.step, checkpoint.epoch)
 
     def end(self) -> None:
         """Remove what is due; shards still in their grace time stay for a sweep, and so does what cannot be removed."""
@@ -78,10 +67,10 @@ class Pruner:
 
     def _remove_due(self) -> None:
         """Remove the shards of what was uncommitted a grace time ago."""
-        due = [removal for removal in self._removals if self._clock() - removal.uncommitted_s >= self._grace_s]
-        for removal in due:
+        due = [prefix for prefix, at_s in self._uncommitted_s.items() if self._clock() - at_s >= self._grace_s]
+        for prefix in due:
             try:
-                self._catalog.remove_objects(removal.prefix)
+                self._catalog.remove_objects(prefix)
             except CheckpointExistsError:
-                logger.warning("%s was committed again while it was pruned; it stays", removal.prefix)
-            self._removals.remove(removal)
+                logger.warning("%s was committed again while it was pruned; it stays", prefix)
+            del self._uncommitted_s[prefix]

@@ -4,7 +4,7 @@ from cloudckpt.saving.background import Background, SaveHandle
 from cloudckpt.saving.lead import PendingSave, PlanMemory, Session, begin_save
 from cloudckpt.saving.output import RankOutput, Record, commit_index, lay_out_part, stats_of
 from cloudckpt.saving.snapshot import expected_shards
-from cloudckpt.saving.source import check_layout, chunk_of, object_of
+from cloudckpt.saving.source import chunk_of, object_of
 from cloudckpt.saving.tally import Written, assemble, check_against_plan
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "assemble",
     "begin_save",
     "check_against_plan",
-    "check_layout",
     "chunk_of",
     "commit_index",
     "expected_shards",

@@ -37,30 +37,31 @@ class SaveHandle:
         is_skipped: whether nothing was saved, because another save was under way (`on_busy="skip"`).
     """
 
-    def __init__(self, step: int, *, is_skipped: bool = False) -> None:
+    def __init__(
+        self,
+        step: int,
+        pending: PendingSave | None = None,
+        ended_with: Callable[[Checkpoint | BaseException], None] = lambda _: None,
+        patience_s: float = 0.0,
+    ) -> None:
         """Made by `CheckpointManager.async_save`."""
         self.step = step
-        self.is_skipped = is_skipped
-        self._pending: PendingSave | None = None
-        self._ended_with: Callable[[Checkpoint | BaseException], None] = lambda _: None
-        self._patience_s = 0.0
+        self.is_skipped = pending is None
+        self._pending = pending
+        self._ended_with = ended_with
+        self._patience_s = patience_s
         self._checkpoint: Checkpoint | None = None
         self._error: BaseException | None = None
         self._is_told = False
         self._is_abandoned = False
         self._ended = threading.Event()
-        if is_skipped:
+        if self.is_skipped:
             self._ended.set()
 
     def __repr__(self) -> str:
-        return f"SaveHandle(step={self.step}, {self._word()})"
-
-    def _word(self) -> str:
-        if self.is_skipped:
-            return "skipped"
-        if not self.done():
-            return "under way"
-        return "failed" if self._error is not None else "committed"
+        end = "failed" if self._error is not None else "committed"
+        word = "skipped" if self.is_skipped else end if self.done() else "under way"
+        return f"SaveHandle(step={self.step}, {word})"
 
     # -- asking --------------------------------------------------------------------------------------------
 
@@ -113,8 +114,7 @@ class SaveHandle:
     def _abandon(self, why: str) -> None:
         """Begin nothing more, and wait a moment for that to be noticed."""
         self._is_abandoned = True
-        pending = self._pending
-        if pending is not None:
+        if (pending := self._pending) is not None:
             pending.abandon(why)
         self._ended.wait(_NOTICING_S)
 
@@ -187,8 +187,7 @@ class Background:
         Raises:
             CloudCkptError: it failed before everything was staged; nothing was committed.
         """
-        handle = SaveHandle(step)
-        handle._pending, handle._ended_with, handle._patience_s = pending, ended_with, self._patience_s
+        handle = SaveHandle(step, pending, ended_with, self._patience_s)
         _UNDER_WAY.append(handle)
         try:
             threading.Thread(target=handle._run, name="cloudckpt-save", daemon=True).start()

@@ -14,12 +14,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cloudckpt.errors import SaveFailedError
-from cloudckpt.format import DTYPES, BoxTable, Column, ragged_places, row_products, untiled
+from cloudckpt.format import BoxTable, Column, TensorEntry, Tensors, ragged_places, row_products, untiled
 from cloudckpt.ranks import named_ranks
 
 __all__ = ["share_out"]
@@ -45,78 +46,82 @@ def share_out(tables: Sequence[BoxTable]) -> list[Column]:
         SaveFailedError: the ranks differ in what a tensor or a box is, or have no box for some of its elements.
     """
     tensors = _agree(tables)
-    geometry = _Geometry.of(tensors)
-    boxes = _Boxes.of(tables, tensors, geometry)
+    boxes = _Boxes.of(tables, tensors)
     is_first = boxes.are_first()
     _refuse_other_sizes(tables, boxes, is_first)
     is_written = np.zeros(sum(map(len, tables)), dtype=np.bool_)
     is_written[boxes.at[_choose(boxes, is_first, len(tables))]] = True
     starts = _starts(tables)
     rows = [np.flatnonzero(is_written[start:stop]) for start, stop in itertools.pairwise(starts)]
-    _refuse_untiled(tables, tensors, geometry, rows)
+    _refuse_untiled(tables, tensors, rows)
     return rows
 
 
 # -- the tensors, which all ranks must know alike -----------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Tensors:
-    """The tensors of all ranks together, and where each table's own ones stand among them."""
+    """The tensors of all ranks together: where each table's own ones stand among them, and their elements in a row."""
 
     names: list[str]
-    dtypes: list[str]
-    shapes: list[tuple[int, ...]]
     of_table: list[Column]
+    columns: Tensors
+    is_hollow: NDArray[np.bool_]  # of each tensor: it has no elements
+    firsts: Column  # of each tensor: the number of its first element; one without elements takes a number, too
+    strides: Column  # of each dimension, row-major
+
+    @classmethod
+    def of(cls, entries: Mapping[str, TensorEntry], of_table: list[Column]) -> _Tensors:
+        shapes = [entry.shape for entry in entries.values()]
+        strides = [math.prod(shape[axis + 1 :]) for shape in shapes for axis in range(len(shape))]
+        return cls(
+            names=list(entries),
+            of_table=of_table,
+            columns=Tensors(list(entries.values())),
+            is_hollow=np.asarray([0 in shape for shape in shapes], dtype=np.bool_),
+            firsts=np.cumsum([0, *(max(1, math.prod(shape)) for shape in shapes)], dtype=np.int64)[:-1],
+            strides=np.asarray(strides, dtype=np.int64),
+        )
 
 
 def _agree(tables: Sequence[BoxTable]) -> _Tensors:
     """Number the tensors of all ranks; raise if two ranks give one name to different tensors."""
     numbers: dict[str, int] = {}
-    kinds: list[tuple[str, tuple[int, ...]]] = []
+    entries: dict[str, TensorEntry] = {}
     conflicts: dict[str, None] = {}
     of_table: list[Column] = []
     for table, before in zip(tables, [None, *tables], strict=False):
-        if before is not None and _has_same_tensors(table, before):
+        if before is not None and table.has_same_tensors(before):  # as neighbouring ranks of most jobs do
             of_table.append(of_table[-1])
             continue
-        column = np.zeros(len(table.names), dtype=np.int64)
-        for place, (name, kind) in enumerate(_kinds_in(table)):
-            number = column[place] = numbers.setdefault(name, len(kinds))
-            if number == len(kinds):
-                kinds.append(kind)
-            elif kinds[number] != kind:
+        for name, entry in _entries_in(table):
+            numbers.setdefault(name, len(numbers))
+            if entries.setdefault(name, entry) != entry:
                 conflicts[name] = None
-        of_table.append(column)
+        of_table.append(np.asarray([numbers[name] for name in table.names], dtype=np.int64))
     if conflicts:
         raise _failure(_describe_conflicts(tables, conflicts))
-    dtypes, shapes = [dtype for dtype, _ in kinds], [shape for _, shape in kinds]
-    return _Tensors(names=list(numbers), dtypes=dtypes, shapes=shapes, of_table=of_table)
+    return _Tensors.of(entries, of_table)
 
 
-def _has_same_tensors(table: BoxTable, other: BoxTable) -> bool:
-    """Tell whether two tables number the same tensors alike, as neighbouring ranks of most jobs do."""
-    return table.names == other.names and table.shapes == other.shapes and table.dtypes == other.dtypes
-
-
-def _kinds_in(table: BoxTable) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-    return zip(table.names, zip(table.dtypes, table.shapes, strict=True), strict=True)
+def _entries_in(table: BoxTable) -> Iterator[tuple[str, TensorEntry]]:
+    return zip(table.names, map(TensorEntry, table.dtypes, table.shapes), strict=True)
 
 
 def _describe_conflicts(tables: Sequence[BoxTable], conflicts: Mapping[str, None]) -> list[str]:
     found: dict[str, dict[str, list[int]]] = {name: defaultdict(list) for name in conflicts}
     for rank, table in enumerate(tables):
-        for name, (dtype, shape) in _kinds_in(table):
+        for name, entry in _entries_in(table):
             if name in found:
-                found[name][f"{dtype} {shape}"].append(rank)
+                found[name][f"{entry.dtype} {entry.shape}"].append(rank)
     return [f"{name} is {_variants(of_name)}" for name, of_name in found.items()]
 
 
 # -- the boxes, in the order of their places ----------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Boxes:
+class _Boxes(NamedTuple):
     """Boxes of all ranks in the order of their places, those of one place in the order of ranks.
 
     An element has the number that its tensor's base and its row-major place give; inside one tensor a box is known
@@ -130,75 +135,33 @@ class _Boxes:
     at: Column  # the box's row in all tables, one after the other
 
     @classmethod
-    def of(cls, tables: Sequence[BoxTable], tensors: _Tensors, geometry: _Geometry) -> _Boxes:
+    def of(cls, tables: Sequence[BoxTable], tensors: _Tensors) -> _Boxes:
         """Collect the boxes that may have to be written; raise if one leaves its tensor."""
+        starts = _starts(tables)
         parts = [
-            cls._in(table, tensor[table.tensor], geometry, rank)
-            for rank, (table, tensor) in enumerate(zip(tables, tensors.of_table, strict=True))
+            cls._in(table, of_table[table.tensor], tensors, rank, starts[rank])
+            for rank, (table, of_table) in enumerate(zip(tables, tensors.of_table, strict=True))
         ]
-        for part, start in zip(parts, _starts(tables), strict=False):
-            part.at[:] += start
-        first = _joined([part.first for part in parts])
         # Stable, so that ranks stay in order. Each rank's boxes are one ascending run, which this sort merges.
-        order = np.argsort(first, kind="stable")
-        return cls(
-            first=first[order],
-            last=_joined([part.last for part in parts])[order],
-            nbytes=_joined([part.nbytes for part in parts])[order],
-            rank=_joined([part.rank for part in parts])[order],
-            at=_joined([part.at for part in parts])[order],
-        )
+        order = np.argsort(_joined([part.first for part in parts]), kind="stable")
+        return cls(*(_joined(columns)[order] for columns in zip(*parts, strict=True)))
 
     @classmethod
-    def _in(cls, table: BoxTable, tensor: Column, geometry: _Geometry, rank: int) -> _Boxes:
-        firsts, places = geometry.firsts_of(tensor), ragged_places(geometry.firsts, tensor)
+    def _in(cls, table: BoxTable, tensor: Column, tensors: _Tensors, rank: int, start: int) -> _Boxes:
+        """Return one rank's boxes, whose table begins at row `start` of all."""
+        firsts, places = tensors.columns.firsts(tensor), ragged_places(tensors.columns.bases, tensor)
         elements = row_products(table.sizes, firsts)
-        rows = np.flatnonzero((elements > 0) | geometry.is_hollow[tensor])
-        _refuse_outside(table, rows, geometry.extents[places], firsts, rank)
-        strides, is_full = geometry.strides[places], elements > 0
-        first = geometry.bases[tensor] + _row_sums(table.offsets * strides, firsts) * is_full
-        last = geometry.bases[tensor] + _row_sums((table.offsets + table.sizes - 1) * strides, firsts) * is_full
-        return cls(
-            first=first[rows],
-            last=last[rows],
-            nbytes=(elements * geometry.item_bytes[tensor])[rows],
-            rank=np.full(len(rows), rank, dtype=np.int64),
-            at=rows,
-        )
+        rows = np.flatnonzero((elements > 0) | tensors.is_hollow[tensor])
+        _refuse_outside(table, rows, tensors.columns.extents[places], firsts, rank)
+        strides, is_full = tensors.strides[places], elements > 0
+        first = tensors.firsts[tensor] + _row_sums(table.offsets * strides, firsts) * is_full
+        last = tensors.firsts[tensor] + _row_sums((table.offsets + table.sizes - 1) * strides, firsts) * is_full
+        nbytes = elements * tensors.columns.item_bytes[tensor]
+        return cls(first[rows], last[rows], nbytes[rows], np.full(len(rows), rank, dtype=np.int64), rows + start)
 
     def are_first(self) -> NDArray[np.bool_]:
         """Tell of each box whether it is the first one at its place."""
         return np.concatenate(([True] * bool(len(self.first)), self.first[1:] != self.first[:-1])).astype(np.bool_)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Geometry:
-    """Where the elements of all tensors stand in one long row."""
-
-    bases: Column  # of each tensor: the number of its first element; one without elements takes a number too
-    is_hollow: NDArray[np.bool_]  # of each tensor: it has no elements
-    item_bytes: Column  # of each tensor
-    firsts: Column  # of each tensor: where its dimensions begin
-    extents: Column  # of each dimension
-    strides: Column  # of each dimension, row-major
-
-    @classmethod
-    def of(cls, tensors: _Tensors) -> _Geometry:
-        shapes = tensors.shapes
-        counts = [max(1, math.prod(shape)) for shape in shapes]
-        strides = [math.prod(shape[axis + 1 :]) for shape in shapes for axis in range(len(shape))]
-        return cls(
-            bases=np.cumsum([0, *counts], dtype=np.int64)[:-1],
-            is_hollow=np.asarray([0 in shape for shape in shapes], dtype=np.bool_),
-            item_bytes=np.asarray([DTYPES[dtype].itemsize for dtype in tensors.dtypes], dtype=np.int64),
-            firsts=np.cumsum([0, *map(len, shapes)], dtype=np.int64),
-            extents=np.asarray([extent for shape in shapes for extent in shape], dtype=np.int64),
-            strides=np.asarray(strides, dtype=np.int64),
-        )
-
-    def firsts_of(self, tensor: Column) -> Column:
-        """Return where the values of boxes of these tensors begin, box after box, and where the last one's end."""
-        return np.concatenate((np.zeros(1, dtype=np.int64), np.cumsum(np.diff(self.firsts)[tensor])))
 
 
 def _joined(columns: Sequence[Column]) -> Column:
@@ -330,21 +293,23 @@ def _refuse_other_sizes(tables: Sequence[BoxTable], boxes: _Boxes, is_first: NDA
     raise _failure([f"the box of {name} at {at} is {_variants(sizes)}" for (name, at), sizes in found.items()])
 
 
-def _refuse_untiled(tables: Sequence[BoxTable], tensors: _Tensors, geometry: _Geometry, rows: Sequence[Column]) -> None:
+def _refuse_untiled(tables: Sequence[BoxTable], tensors: _Tensors, rows: Sequence[Column]) -> None:
     """Raise unless the chosen boxes cover every tensor exactly once, and every tensor has a box."""
     numbers = [of_table[table.tensor] for of_table, table in zip(tensors.of_table, tables, strict=True)]
-    places = [ragged_places(geometry.firsts_of(of), chosen) for of, chosen in zip(numbers, rows, strict=True)]
+    places = [ragged_places(tensors.columns.firsts(of), chosen) for of, chosen in zip(numbers, rows, strict=True)]
     tensor = _joined([of[chosen] for of, chosen in zip(numbers, rows, strict=True)])
     offsets = _joined([table.offsets[of] for table, of in zip(tables, places, strict=True)])
     sizes = _joined([table.sizes[of] for table, of in zip(tables, places, strict=True)])
     is_missing = np.bincount(tensor, minlength=len(tensors.names)) == 0
-    broken = sorted({*np.flatnonzero(is_missing).tolist(), *untiled(tensors.shapes, tensor, offsets, sizes).tolist()})
+    broken = sorted(
+        {*np.flatnonzero(is_missing).tolist(), *untiled(tensors.columns.shapes, tensor, offsets, sizes).tolist()}
+    )
     if broken:
         raise _failure([_describe_hole(tables, tensors, number) for number in broken[:_SHOWN]], count=len(broken))
 
 
 def _describe_hole(tables: Sequence[BoxTable], tensors: _Tensors, number: int) -> str:
-    name, shape = tensors.names[number], tensors.shapes[number]
+    name, shape = tensors.names[number], tensors.columns.shapes[number]
     empty = [rank for rank, table in enumerate(tables) if not _holds(table, name, is_hollow=0 in shape)]
     what = f"the boxes of all ranks do not cover {name} {shape} exactly once"
     return f"{what}, {named_ranks(empty)} {'has' if len(empty) == 1 else 'have'} none of it" if empty else what

@@ -32,12 +32,10 @@ from torch.distributed.checkpoint.planner import WriteItem
 
 from cloudckpt.errors import SaveFailedError
 from cloudckpt.format import (
-    Box,
     BoxTable,
     Column,
     Flat,
     JsonValue,
-    Manifest,
     codec,
     metadata_to_json,
     metrics_to_json,
@@ -56,7 +54,7 @@ from cloudckpt.saving.coordinator import (
 )
 from cloudckpt.saving.output import Part, RankOutput, Record, lay_out_part, stats_of
 from cloudckpt.saving.snapshot import Staged, take_snapshot
-from cloudckpt.saving.source import check_layout, check_tensor, chunk_of
+from cloudckpt.saving.source import check_tensor, chunk_of
 from cloudckpt.state import is_tensor
 from cloudckpt.transfer import AbandonedError, Gauge, Slabs, StageClosedError
 
@@ -164,7 +162,6 @@ class PendingSave:
     """
 
     def __init__(self, lead: _Lead, laid: _Laid | Exception, stack: ExitStack) -> None:
-        """Made by `begin_save`."""
         self._lead = lead
         self._laid = laid
         self._stack = stack
@@ -285,7 +282,7 @@ class _Lead:
             return self.coordinator.commit(parts, self.order.attempt, self.record, self.group)
 
         data = self.group.conclude(f"{self.what}: upload and commit", lambda: upload(prefix), commit)
-        return self.coordinator.destination.catalog.adopt(Manifest.decode(data, key=prefix), prefix=prefix)
+        return self.coordinator.destination.catalog.adopt(data, prefix=prefix)
 
 
 # -- one rank's steps ---------------------------------------------------------------------------------------
@@ -301,7 +298,7 @@ def _open(flat: Flat, *, is_coordinator: bool) -> _Opened:
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(tensors, None, is_coordinator)
     items = planner.create_local_plan().items
-    message = msgspec.msgpack.encode((BoxTable.of(map(_box_of, items)).encode(), msgspec.json.encode(flat.paths)))
+    message = msgspec.msgpack.encode((BoxTable.of(map(chunk_of, items)).encode(), msgspec.json.encode(flat.paths)))
     digest = xxhash.xxh3_128_digest(message)
     return _Opened(planner=planner, items=items, values=values, message=message, digest=digest)
 
@@ -343,14 +340,6 @@ def _got(value: _T | Exception) -> _T:
     if isinstance(value, Exception):
         raise value
     return value
-
-
-def _box_of(item: WriteItem) -> Box:
-    data = item.tensor_data
-    if data is not None:
-        check_layout(item.index.fqn, data.properties.layout, data.properties.dtype)
-    chunk = chunk_of(item)
-    return Box(chunk.name, chunk.dtype, chunk.shape, chunk.offsets, chunk.sizes)
 
 
 def _failed(text: str, failures: Mapping[int, BaseException]) -> SaveFailedError:

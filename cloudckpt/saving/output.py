@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 from cloudckpt.format import (
     FORMAT_VERSION,
-    Chunk,
+    Box,
     Index,
     IndexRef,
     JsonValue,
@@ -73,7 +73,7 @@ class Part:
         source: hands the tensors out.
     """
 
-    chunks: list[Chunk]
+    chunks: list[Box]
     shards: list[ShardLayout]
     source: Source
 

@@ -16,9 +16,9 @@ from itertools import accumulate
 
 import torch
 
-from cloudckpt.format import DTYPE_NAMES, Chunk, ShardLayout, lay_out
+from cloudckpt.format import DTYPE_NAMES, Box, ShardLayout, lay_out
 from cloudckpt.options import Options
-from cloudckpt.saving.source import Source
+from cloudckpt.saving.source import Source, Staging
 from cloudckpt.transfer import Copy, Slabs, Stage, copying_threads, free_bytes, ranks_here
 
 __all__ = ["Staged", "expected_shards", "staging_limits", "take_snapshot"]
@@ -94,14 +94,7 @@ def expected_shards(
         if part is not tensor or number % size == rank
     ]
     chunks = [
-        Chunk(
-            name=str(number),
-            dtype=DTYPE_NAMES[tensor.dtype],
-            itemsize_bytes=tensor.dtype.itemsize,
-            shape=tuple(tensor.shape),
-            offsets=(0,) * tensor.dim(),
-            sizes=tuple(tensor.shape),
-        )
+        Box(str(number), DTYPE_NAMES[tensor.dtype], (*tensor.shape,), (0,) * tensor.dim(), (*tensor.shape,))
         for number, tensor in enumerate(own)
         if tensor.dtype in DTYPE_NAMES
     ]
@@ -124,7 +117,7 @@ def _within(sizes: Sequence[int], limit_bytes: int) -> list[int]:
     return [size for size, total in zip(sizes, totals, strict=True) if total <= limit_bytes] or list(sizes[:1])
 
 
-def take_snapshot(staged: Staged, shards: Sequence[ShardLayout], chunks: Sequence[Chunk], source: Source) -> None:
+def take_snapshot(staged: Staged, shards: Sequence[ShardLayout], chunks: Sequence[Box], source: Source) -> None:
     """Copy every shard's bytes; return when the tensors may change.
 
     Raises:
@@ -149,29 +142,16 @@ def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
     return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
-class _Place:
-    """The one place of a piece in its shard's memory."""
-
-    def __init__(self, memory: memoryview, *, is_pinned: bool) -> None:
-        self.is_pinned = is_pinned
-        self.is_taken = False
-        self.memory = memory
-
-    def take(self, size_bytes: int) -> memoryview:
-        """Return the place."""
-        self.is_taken = True
-        return self.memory[:size_bytes]
-
-
 def _copies(
-    shard: ShardLayout, chunks: Sequence[Chunk], source: Source, memory: memoryview, *, is_pinned: bool
+    shard: ShardLayout, chunks: Sequence[Box], source: Source, memory: memoryview, *, is_pinned: bool
 ) -> list[Copy]:
     """Copy what has no bytes of its own on the host; return the copies that are left."""
     copies = []
     for piece in shard.pieces:
         start = piece.start - len(shard.header)
-        place = _Place(memory[start : start + piece.nbytes], is_pinned=is_pinned)
-        view = source.view(chunks[piece.chunk], piece, place)
-        if piece.nbytes and not place.is_taken:
-            copies.append(Copy(place.memory, view))
+        place = memory[start : start + piece.nbytes]
+        room = Staging(place)
+        view = source.view(chunks[piece.chunk], piece, room, is_lazy=is_pinned)
+        if piece.nbytes and not room.used_bytes:
+            copies.append(Copy(place, view))
     return copies

@@ -1,6 +1,6 @@
 """Take the bytes and values behind planned items out of a DCP planner, and refuse what has none.
 
-    WriteItem ──▶ Chunk        the planned box, for the layout
+    WriteItem ──▶ Box          the planned box, for the layout
     Piece     ──▶ memoryview   the tensor's own memory where it is dense on the host, else a copy of that piece alone
     BYTE_IO   ──▶ object       never the bytes that the planner pickled
 
@@ -14,7 +14,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Protocol, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -22,13 +22,13 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 from cloudckpt.errors import OptionsError, UnsupportedValueError
-from cloudckpt.format import DTYPE_NAMES, Chunk, Piece, ShardLayout
+from cloudckpt.format import DTYPE_NAMES, Box, Piece, ShardLayout
 from cloudckpt.transfer import bytes_of
 
-__all__ = ["Room", "Source", "Staging", "check_layout", "check_tensor", "chunk_of", "object_of"]
+__all__ = ["Source", "Staging", "check_tensor", "chunk_of", "object_of"]
 
 
-def check_layout(name: str, layout: torch.layout, dtype: torch.dtype) -> None:
+def _check_layout(name: str, layout: torch.layout, dtype: torch.dtype) -> None:
     """Raise `UnsupportedValueError` for a tensor that has no dense bytes."""
     if layout is not torch.strided:
         raise UnsupportedValueError(
@@ -56,54 +56,43 @@ def check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedValueError(
             f"tensor {name!r} is nested; save tensor.unbind() as a list", key=name, type_name="nested tensor"
         )
-    check_layout(name, tensor.layout, tensor.dtype)
+    _check_layout(name, tensor.layout, tensor.dtype)
     if tensor.is_meta:
         raise UnsupportedValueError(
             f"tensor {name!r} is on the meta device and has no data; materialize it first", key=name, type_name="meta"
         )
 
 
-def chunk_of(item: WriteItem) -> Chunk:
-    """Return the box that an item plans to write."""
+def chunk_of(item: WriteItem) -> Box:
+    """Return the box that an item plans to write.
+
+    Raises:
+        UnsupportedValueError: it has no dense bytes.
+    """
     data = item.tensor_data
     if data is None:
         raise OptionsError(f"the planner planned tensor {item.index.fqn!r} without its sizes")
-    dtype = data.properties.dtype
-    return Chunk(
-        name=item.index.fqn,
-        dtype=DTYPE_NAMES[dtype],
-        itemsize_bytes=dtype.itemsize,
-        shape=tuple(data.size),
-        offsets=tuple(data.chunk.offsets),
-        sizes=tuple(data.chunk.sizes),
+    _check_layout(item.index.fqn, data.properties.layout, data.properties.dtype)
+    return Box(
+        item.index.fqn,
+        DTYPE_NAMES[data.properties.dtype],
+        tuple(data.size),
+        tuple(data.chunk.offsets),
+        tuple(data.chunk.sizes),
     )
 
 
-class Room(Protocol):
-    """Memory for pieces that must be copied before they are sent."""
-
-    @property
-    def is_pinned(self) -> bool:
-        """Whether a copy from a device may go on after it was begun; whoever has the room waits for it."""
-
-    def take(self, size_bytes: int) -> memoryview:
-        """Return memory for the next piece."""
-
-
 class Staging:
-    """Memory for the pieces of one shard, one after the other."""
-
-    is_pinned = False
+    """Memory for pieces that must be copied before they are sent, one after the other; `used_bytes` of it are taken."""
 
     def __init__(self, memory: memoryview) -> None:
-        """Cut pieces from `memory`."""
         self._memory = memory
-        self._used_bytes = 0
+        self.used_bytes = 0
 
     def take(self, size_bytes: int) -> memoryview:
         """Return the next `size_bytes`, aligned for any dtype."""
-        start = self._used_bytes
-        self._used_bytes += _aligned(size_bytes)
+        start = self.used_bytes
+        self.used_bytes += _aligned(size_bytes)
         return self._memory[start : start + size_bytes]
 
     @staticmethod
@@ -131,8 +120,11 @@ class Source:
         """Tell whether the piece's bytes will be copied to the host, or together, before they are sent."""
         return not self._is_stock or not _has_host_bytes(self._resolve(piece.chunk))
 
-    def view(self, chunk: Chunk, piece: Piece, room: Room) -> memoryview:
-        """Return the piece's bytes: the tensor's own memory where it is dense on the host, else some of `room`."""
+    def view(self, chunk: Box, piece: Piece, room: Staging, *, is_lazy: bool = False) -> memoryview:
+        """Return the piece's bytes: the tensor's own memory where it is dense on the host, else some of `room`.
+
+        Where `is_lazy`, a copy from a device may go on after it was begun; whoever has the room waits for it.
+        """
         with self._lock:
             tensor = self._tensors.get(piece.chunk)
             if tensor is None:
@@ -140,7 +132,7 @@ class Source:
             self._uses[piece.chunk] -= 1
             if self._uses[piece.chunk] == 0:
                 del self._tensors[piece.chunk]
-        return _piece_view(tensor, chunk, piece, room)
+        return _piece_view(tensor, chunk, piece, room, is_lazy=is_lazy)
 
     def forget(self) -> None:
         """Let go of the caller's tensors, all of which were copied."""
@@ -172,7 +164,7 @@ def _has_host_bytes(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
-def _piece_view(tensor: torch.Tensor, chunk: Chunk, piece: Piece, room: Room) -> memoryview:
+def _piece_view(tensor: torch.Tensor, chunk: Box, piece: Piece, room: Staging, *, is_lazy: bool) -> memoryview:
     if piece.nbytes == 0:
         return memoryview(b"")
     if _has_host_bytes(tensor):
@@ -182,7 +174,7 @@ def _piece_view(tensor: torch.Tensor, chunk: Chunk, piece: Piece, room: Room) ->
         box = box.narrow(axis, start - base, size)
     memory = room.take(piece.nbytes)
     target = torch.frombuffer(memory, dtype=torch.uint8).view(tensor.dtype).reshape(piece.sizes)
-    target.copy_(box, non_blocking=room.is_pinned)
+    target.copy_(box, non_blocking=is_lazy)
     return memory
 
 

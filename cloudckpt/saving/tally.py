@@ -9,7 +9,6 @@ Columns all the way: the coordinator of thousands of ranks makes no object per p
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 
 import msgspec
@@ -22,7 +21,6 @@ from cloudckpt.format import (
     DTYPE_NAMES,
     Box,
     BoxTable,
-    Chunk,
     Column,
     Index,
     IndexBuilder,
@@ -40,19 +38,7 @@ __all__ = ["Written", "assemble", "check_against_names", "check_against_plan"]
 _REPORTED = 10
 
 
-class _Message(msgspec.Struct, array_like=True):
-    rank: int
-    attempt: str
-    boxes: bytes
-    shard: bytes
-    start: bytes
-    shard_sizes: bytes
-    digests: bytes
-    values: dict[str, JsonValue]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Written:
+class Written(msgspec.Struct, frozen=True, kw_only=True, eq=False, array_like=True):
     """What one rank wrote, complete and durable.
 
     Attributes:
@@ -78,7 +64,7 @@ class Written:
     @classmethod
     def of(
         cls,
-        chunks: Sequence[Chunk],
+        chunks: Sequence[Box],
         shards: Sequence[ShardLayout],
         digests: Sequence[bytes],
         values: Mapping[str, JsonValue],
@@ -91,7 +77,9 @@ class Written:
         return cls(
             rank=rank,
             attempt=attempt,
-            boxes=BoxTable.of(_box(chunks[piece.chunk], piece.offsets, piece.sizes) for _, piece in pieces),
+            boxes=BoxTable.of(
+                chunks[piece.chunk]._replace(offsets=piece.offsets, sizes=piece.sizes) for _, piece in pieces
+            ),
             shard=np.asarray([shard.number for shard, _ in pieces], dtype=np.int64),
             start=np.asarray([piece.start for _, piece in pieces], dtype=np.int64),
             shard_sizes=np.asarray([shard.size_bytes for shard in shards], dtype=np.int64),
@@ -105,39 +93,24 @@ class Written:
         Raises:
             UnsupportedValueError: a name is no Unicode text.
         """
-        message = _Message(
-            rank=self.rank,
-            attempt=self.attempt,
-            boxes=self.boxes.encode(),
-            shard=self.shard.tobytes(),
-            start=self.start.tobytes(),
-            shard_sizes=self.shard_sizes.tobytes(),
-            digests=self.digests,
-            values=self.values,
-        )
         try:
-            return zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(message))
+            return zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(self, enc_hook=_to_bytes))
         except UnicodeEncodeError as exc:
             raise lone_surrogates(exc.object) from exc
 
     @classmethod
     def decode(cls, data: bytes) -> Written:
         """Read back what `encode` gave."""
-        message = msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(data), type=_Message)
-        return cls(
-            rank=message.rank,
-            attempt=message.attempt,
-            boxes=BoxTable.decode(message.boxes),
-            shard=np.frombuffer(message.shard, dtype=np.int64),
-            start=np.frombuffer(message.start, dtype=np.int64),
-            shard_sizes=np.frombuffer(message.shard_sizes, dtype=np.int64),
-            digests=message.digests,
-            values=message.values,
-        )
+        packed = zstandard.ZstdDecompressor().decompress(data)
+        return msgspec.msgpack.decode(packed, type=cls, dec_hook=_from_bytes)
 
 
-def _box(chunk: Chunk, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Box:
-    return Box(chunk.name, chunk.dtype, chunk.shape, offsets, sizes)
+def _to_bytes(value: BoxTable | Column) -> bytes:
+    return value.encode() if isinstance(value, BoxTable) else value.tobytes()
+
+
+def _from_bytes(kind: type, data: bytes) -> BoxTable | Column:
+    return BoxTable.decode(data) if kind is BoxTable else np.frombuffer(data, dtype=np.int64)
 
 
 def assemble(
@@ -196,7 +169,7 @@ class _Assembly:
     def _common_numbers(self, written: Written) -> Column:
         boxes = written.boxes
         # Ranks mostly name the same tensors, and then their tables share the names.
-        if self._last is not None and _has_same_tensors(self._last[0], boxes):
+        if self._last is not None and boxes.has_same_tensors(self._last[0]):
             return self._last[1]
         for name, dtype, shape in zip(boxes.names, boxes.dtypes, boxes.shapes, strict=True):
             entry = TensorEntry(dtype, shape)
@@ -211,10 +184,6 @@ class _Assembly:
         common = np.asarray([self._numbers[name] for name in boxes.names], dtype=np.int64)
         self._last = boxes, common
         return common
-
-
-def _has_same_tensors(one: BoxTable, other: BoxTable) -> bool:
-    return one.names is other.names and one.dtypes is other.dtypes and one.shapes is other.shapes
 
 
 def check_against_names(planned: Collection[str], index: Index) -> None:

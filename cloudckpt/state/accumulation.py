@@ -44,6 +44,9 @@ class AccumulationWindow:
 
     Save it with the model: `{"model": model, "optimizer": optimizer, "window": window}`. A restore puts the gradients
     and the position back, and clears the gradients where the checkpoint has none.
+
+    Attributes:
+        steps: micro-batches per optimizer step.
     """
 
     def __init__(
@@ -73,14 +76,9 @@ class AccumulationWindow:
                 "on_save='keep' cannot name the gradients of an FSDP1 module, which are flattened; use fully_shard, "
                 "or on_save='refuse' and save where a window begins"
             )
-        self._steps = steps
+        self.steps = steps
         self._on_save = on_save
         self._position = 0
-
-    @property
-    def steps(self) -> int:
-        """Micro-batches per optimizer step."""
-        return self._steps
 
     @property
     def position(self) -> int:
@@ -89,7 +87,7 @@ class AccumulationWindow:
 
     def advance(self) -> bool:
         """Count one micro-batch, after its backward pass; return whether it is time for the optimizer step."""
-        self._position = (self._position + 1) % self._steps
+        self._position = (self._position + 1) % self.steps
         return self._position == 0
 
     def state_dict(self) -> dict[str, object]:
@@ -98,13 +96,13 @@ class AccumulationWindow:
         Raises:
             OptionsError: it is the middle of a window, and gradients are not to be kept or cannot be.
         """
-        state: dict[str, object] = {"position": self._position, "steps": self._steps}
+        state: dict[str, object] = {"position": self._position, "steps": self.steps}
         if self._position:
             state[_GRADIENTS] = self._gradients()
         return state
 
     def _gradients(self) -> dict[str, torch.Tensor]:
-        where = f"{self._position} of {self._steps} micro-batches are accumulated"
+        where = f"{self._position} of {self.steps} micro-batches are accumulated"
         if self._on_save == "refuse":
             raise OptionsError(
                 f"{where}, and their gradients would be lost; save after the optimizer step (position 0), or give "
@@ -129,8 +127,8 @@ class AccumulationWindow:
         position, steps = state_dict.get("position"), state_dict.get("steps")
         if type(position) is not int or type(steps) is not int or not 0 <= position < steps:
             return ["is no state of an AccumulationWindow in the checkpoint"]
-        if position and steps != self._steps:
-            text = f"was saved after {position} of {steps} micro-batches and has windows of {self._steps} here "
+        if position and steps != self.steps:
+            text = f"was saved after {position} of {steps} micro-batches and has windows of {self.steps} here "
             return [text + f"(restore with steps={steps}, or restore a checkpoint from where a window begins)"]
         return []
 

@@ -183,7 +183,8 @@ class _Matching:
     def _refuse_other_world(self, entry: Entry, sizes: set[int]) -> None:
         """Refuse what only the ranks of the saving world can take; without `strict` the entry stays as it is."""
         here = RankName.here(entry.name).size
-        text = f"{entry.name} was saved by {_ranks(max(sizes - {here}))}, each for itself, and here {_is_are(here)}"
+        there, is_are = max(sizes - {here}), "are" if here > 1 else "is"
+        text = f"{entry.name} was saved by {_ranks(there)}, each for itself, and here {is_are} {_ranks(here)}"
         if self._strict:
             self._misfit.reasons.append(
                 f"{text} ({entry.other_world}; or pass strict=False, and it stays as it is while the rest is restored)"
@@ -235,14 +236,14 @@ class _Matching:
         """Raise once, with everything that does not fit."""
         misfit = self._misfit
         misfit.unexpected += self._unclaimed()
-        missing = dict.fromkeys(misfit.missing if self._strict else ())
-        unexpected = dict.fromkeys(misfit.unexpected if self._strict else ())
+        missing = list(dict.fromkeys(misfit.missing if self._strict else ()))
+        unexpected = list(dict.fromkeys(misfit.unexpected if self._strict else ()))
         if not (missing or unexpected or self._mismatched or misfit.reasons):
             return
         raise StateMismatchError(
-            _mismatch_message(list(missing), list(unexpected), self._mismatched, misfit.reasons),
-            missing=list(missing),
-            unexpected=list(unexpected),
+            _mismatch_message(missing, unexpected, self._mismatched, misfit.reasons),
+            missing=missing,
+            unexpected=unexpected,
             mismatched=self._mismatched,
         )
 
@@ -265,10 +266,6 @@ class _Matching:
 
 def _ranks(count: int) -> str:
     return f"{count} rank{'s' if count > 1 else ''}"
-
-
-def _is_are(count: int) -> str:
-    return f"{'are' if count > 1 else 'is'} {_ranks(count)}"
 
 
 def _nested(

@@ -23,7 +23,6 @@ class Order:
     """
 
     def __init__(self, length: int, *, seed: int, is_shuffled: bool) -> None:
-        """Make no order yet."""
         self.length = length
         self.seed = seed
         self.is_shuffled = is_shuffled

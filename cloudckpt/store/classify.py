@@ -65,8 +65,8 @@ _FULL = _Verdict(StorageError, "the store is full, or its quota is used up; free
 _UNKNOWN = _Verdict(StorageError, "see the cause")
 
 
-def _each(verdict: _Verdict, names: str) -> dict[str, _Verdict]:
-    return dict.fromkeys(names.split(), verdict)
+def _each(verdict: _Verdict, names: str, *, below: str = "") -> dict[str, _Verdict]:
+    return {below + name: verdict for name in names.split()}
 
 
 _BY_CODE: dict[str, _Verdict] = {
@@ -111,60 +111,44 @@ _BY_STATUS: dict[int, _Verdict] = {
     507: _FULL,
 }
 
+_FACTS = "cloudckpt.store.facts."
+_OBSTORE = "obstore.exceptions."
+_BOTOCORE = "botocore.exceptions."
+_GOOGLE = "google.auth.exceptions."
+_PYTHON = "builtins."
+
 # The classes of one exception are tried from the most special to the most general.
 _BY_TYPE: dict[str, _Verdict] = {
-    "cloudckpt.store.facts.BodyLengthError": _AGAIN,
-    "cloudckpt.store.facts.GarbledReplyError": _AGAIN,
-    "cloudckpt.store.facts.ObjectSizeError": _OTHER_OBJECT,
-    "obstore.exceptions.AlreadyExistsError": _TAKEN,
-    "obstore.exceptions.PreconditionError": _TAKEN,
-    "obstore.exceptions.PermissionDeniedError": _DENIED,
-    "obstore.exceptions.UnauthenticatedError": _EXPIRED,
-    "obstore.exceptions.UnknownConfigurationKeyError": _OPTIONS,
+    **_each(_AGAIN, "BodyLengthError GarbledReplyError", below=_FACTS),
+    **_each(_OTHER_OBJECT, "ObjectSizeError", below=_FACTS),
+    **_each(_TAKEN, "AlreadyExistsError PreconditionError", below=_OBSTORE),
+    **_each(_DENIED, "PermissionDeniedError", below=_OBSTORE),
+    **_each(_EXPIRED, "UnauthenticatedError", below=_OBSTORE),
+    **_each(_OPTIONS, "UnknownConfigurationKeyError", below=_OBSTORE),
     # the kinds of obstore's HTTP client, as `facts` names them
-    "obstore.HttpError:Connect": _AGAIN,
-    "obstore.HttpError:Request": _AGAIN,
-    "obstore.HttpError:Timeout": _AGAIN,
-    "obstore.HttpError:Interrupted": _AGAIN,
-    "obstore.HttpError:Decode": _AGAIN,
-    "obstore.InvalidListResponse": _AGAIN,
-    "obstore.BareRedirect": _REGION,
-    "obstore.InvalidCertificate": _TLS,
-    "ssl.SSLCertVerificationError": _TLS,
-    "botocore.exceptions.NoCredentialsError": _NO_CREDENTIALS,
-    "botocore.exceptions.PartialCredentialsError": _NO_CREDENTIALS,
-    "botocore.exceptions.CredentialRetrievalError": _EXPIRED,
-    "botocore.exceptions.TokenRetrievalError": _EXPIRED,
-    "botocore.exceptions.SSOError": _EXPIRED,
-    "botocore.exceptions.ProfileNotFound": _OPTIONS,
-    "botocore.exceptions.ConfigNotFound": _OPTIONS,
-    "botocore.exceptions.ConfigParseError": _OPTIONS,
-    "botocore.exceptions.NoRegionError": _OPTIONS,
-    "botocore.exceptions.InvalidRegionError": _OPTIONS,
-    "botocore.exceptions.ParamValidationError": _OPTIONS,
-    "botocore.exceptions.InvalidConfigError": _OPTIONS,
-    "botocore.exceptions.UnsupportedS3ConfigurationError": _OPTIONS,
-    "botocore.exceptions.HTTPClientError": _AGAIN,
-    "botocore.exceptions.ConnectionError": _AGAIN,
-    "botocore.exceptions.IncompleteReadError": _AGAIN,
-    "botocore.exceptions.FlexibleChecksumError": _AGAIN,
-    "botocore.exceptions.ResponseStreamingError": _AGAIN,
-    "botocore.parsers.ResponseParserError": _AGAIN,
-    "aiohttp.client_exceptions.ClientError": _AGAIN,
-    "aiohttp.http_exceptions.HttpProcessingError": _AGAIN,
-    "google.auth.exceptions.DefaultCredentialsError": _NO_CREDENTIALS,
-    "google.auth.exceptions.RefreshError": _EXPIRED,
-    "google.auth.exceptions.TransportError": _AGAIN,
-    "gcsfs.retry.NonRetryableError": _EXPIRED,
-    "gcsfs.retry.ChecksumError": _AGAIN,
-    "requests.exceptions.RequestException": _AGAIN,
-    "asyncio.exceptions.CancelledError": _AGAIN,
-    "concurrent.futures._base.CancelledError": _AGAIN,
-    "builtins.TimeoutError": _AGAIN,
-    "builtins.ConnectionError": _AGAIN,
-    "builtins.FileExistsError": _TAKEN,
-    "builtins.FileNotFoundError": _NO_OBJECT,
-    "builtins.PermissionError": _DENIED,
+    **_each(_AGAIN, "Connect Request Timeout Interrupted Decode", below="obstore.HttpError:"),
+    **_each(_AGAIN, "InvalidListResponse", below="obstore."),
+    **_each(_REGION, "BareRedirect", below="obstore."),
+    **_each(_TLS, "obstore.InvalidCertificate ssl.SSLCertVerificationError"),
+    **_each(_NO_CREDENTIALS, "NoCredentialsError PartialCredentialsError", below=_BOTOCORE),
+    **_each(_EXPIRED, "CredentialRetrievalError TokenRetrievalError SSOError", below=_BOTOCORE),
+    **_each(_OPTIONS, "ProfileNotFound ConfigNotFound ConfigParseError NoRegionError", below=_BOTOCORE),
+    **_each(_OPTIONS, "InvalidRegionError ParamValidationError InvalidConfigError", below=_BOTOCORE),
+    **_each(_OPTIONS, "UnsupportedS3ConfigurationError", below=_BOTOCORE),
+    **_each(_AGAIN, "HTTPClientError ConnectionError IncompleteReadError FlexibleChecksumError", below=_BOTOCORE),
+    **_each(_AGAIN, "ResponseStreamingError", below=_BOTOCORE),
+    **_each(_AGAIN, "botocore.parsers.ResponseParserError requests.exceptions.RequestException"),
+    **_each(_AGAIN, "aiohttp.client_exceptions.ClientError aiohttp.http_exceptions.HttpProcessingError"),
+    **_each(_NO_CREDENTIALS, "DefaultCredentialsError", below=_GOOGLE),
+    **_each(_EXPIRED, "RefreshError", below=_GOOGLE),
+    **_each(_AGAIN, "TransportError", below=_GOOGLE),
+    **_each(_EXPIRED, "NonRetryableError", below="gcsfs.retry."),
+    **_each(_AGAIN, "ChecksumError", below="gcsfs.retry."),
+    **_each(_AGAIN, "asyncio.exceptions.CancelledError concurrent.futures._base.CancelledError"),
+    **_each(_AGAIN, "TimeoutError ConnectionError", below=_PYTHON),
+    **_each(_TAKEN, "FileExistsError", below=_PYTHON),
+    **_each(_NO_OBJECT, "FileNotFoundError", below=_PYTHON),
+    **_each(_DENIED, "PermissionError", below=_PYTHON),
 }
 
 
@@ -187,7 +171,9 @@ def classify(exc: BaseException, *, op: str, key: str, url: str) -> CloudCkptErr
     facts = facts_of(exc)
     verdict = _verdict(facts, op)
     reply = f"{facts.status} {facts.code}".strip() if facts.status else facts.code
-    what = reply or (str(exc) if isinstance(exc, BodyLengthError | ObjectSizeError) else _short(facts.types[0]))
+    what = reply or (
+        str(exc) if isinstance(exc, BodyLengthError | ObjectSizeError) else facts.types[0].rpartition(".")[2]
+    )
     message = f"{op} of {key!r} in {url} failed ({what}): {verdict.advice}"
     error = (
         verdict.error(message, op=op, key=key) if issubclass(verdict.error, StorageError) else verdict.error(message)
@@ -242,10 +228,6 @@ def _status_verdict(status: int, op: str) -> _Verdict:
         return _BY_STATUS[status]
     # Proxies in front of stores have codes of their own up there (520 to 530 and others).
     return _AGAIN if status >= 512 else _UNKNOWN
-
-
-def _short(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def _shorn(exc: BaseException, facts: Facts) -> str:

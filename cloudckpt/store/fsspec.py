@@ -23,9 +23,7 @@ __all__ = ["FsspecStore", "fsspec_wire"]
 class FsspecStore(WiredStore):
     """Objects below one root URL, moved by fsspec's libraries. See `Store` for the verbs."""
 
-    @property
-    def engine(self) -> str:
-        return "fsspec"
+    engine = "fsspec"
 
     @property
     def is_create_atomic(self) -> bool:

@@ -80,6 +80,9 @@ _Publish = Callable[[int, str, str], None]
 class LocalStore:
     """Objects below one directory; `create` is exclusive among all processes that see the same disk."""
 
+    engine = "local"
+    is_create_atomic = True
+
     def __init__(self, url: str | os.PathLike[str], *, disk: Disk | None = None) -> None:
         """Look at `url` (see `local_path`); nothing is made before the first write.
 
@@ -92,14 +95,6 @@ class LocalStore:
     @property
     def url(self) -> str:
         return "file://" + quote_from_bytes(os.fsencode(self._root), safe="/")
-
-    @property
-    def engine(self) -> str:
-        return "local"
-
-    @property
-    def is_create_atomic(self) -> bool:
-        return True
 
     def __repr__(self) -> str:
         return f"LocalStore({self.url!r})"

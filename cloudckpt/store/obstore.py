@@ -23,13 +23,8 @@ logger = logging.getLogger(__name__)
 class ObstoreStore(WiredStore):
     """Objects below one root URL, moved by obstore. See `Store` for the verbs."""
 
-    @property
-    def engine(self) -> str:
-        return "obstore"
-
-    @property
-    def is_create_atomic(self) -> bool:
-        return True
+    engine = "obstore"
+    is_create_atomic = True
 
     def _check_options(self) -> None:
         if self._location.scheme == "s3":

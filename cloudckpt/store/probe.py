@@ -13,7 +13,7 @@ import threading
 from cloudckpt.errors import CreateNotEnforcedError, ObjectExistsError, StorageError, is_transient
 from cloudckpt.store.base import Store
 
-__all__ = ["forget_probes", "probe_create"]
+__all__ = ["probe_create"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,12 +44,6 @@ def probe_create(store: Store, *, single_writer: bool = False) -> None:
     _ask(store)
     with _lock:
         _proven.add(place)
-
-
-def forget_probes() -> None:
-    """Probe every store anew; for a process that replaces a store behind its URL, as tests do."""
-    with _lock:
-        _proven.clear()
 
 
 def _ask(store: Store) -> None:

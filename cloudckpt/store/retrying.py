@@ -68,7 +68,11 @@ class _Means:
 
 
 class RetryingStore:
-    """A store whose verbs try again: each ends by `policy.deadline_s`, after at most `policy.max_attempts` requests."""
+    """A store whose verbs try again: each ends by `policy.deadline_s`, after at most `policy.max_attempts` requests.
+
+    Attributes:
+        inner: the store below, whose verbs make one request each.
+    """
 
     def __init__(
         self,
@@ -80,31 +84,17 @@ class RetryingStore:
         rng: random.Random | None = None,
     ) -> None:
         """Wrap `store`, which is closed with this one."""
-        self._store = store
+        self.inner = store
+        self.url = store.url
+        self.engine = store.engine
+        self.is_create_atomic = store.is_create_atomic
         self._sleep = sleep
         self._means = _Means(store=store, policy=policy, clock=clock, rng=rng or random.Random())
         self._is_closed = False
 
-    @property
-    def url(self) -> str:
-        return self._store.url
-
-    @property
-    def engine(self) -> str:
-        return self._store.engine
-
-    @property
-    def is_create_atomic(self) -> bool:
-        return self._store.is_create_atomic
-
-    @property
-    def inner(self) -> Store:
-        """The store below, whose verbs make one request each."""
-        return self._store
-
     def within(self, policy: RetryPolicy) -> RetryingStore:
         """Return this store with another patience; both count together, and this one is to be closed."""
-        other = RetryingStore(self._store, policy, sleep=self._sleep, clock=self._means.clock, rng=self._means.rng)
+        other = RetryingStore(self.inner, policy, sleep=self._sleep, clock=self._means.clock, rng=self._means.rng)
         other._means.recorder = self._means.recorder
         return other
 
@@ -122,7 +112,7 @@ class RetryingStore:
     def put(self, key: str, buffers: Sequence[memoryview]) -> None:
         check_key(key)
         size_bytes = sum(buffer.nbytes for buffer in buffers)
-        self._run("put", key, lambda: self._store.put(key, buffers), lambda _: size_bytes)
+        self._run("put", key, lambda: self.inner.put(key, buffers), lambda _: size_bytes)
 
     def create(self, key: str, data: bytes) -> None:
         """Create the object, or find out that it was created; see `Store.create`.
@@ -134,7 +124,7 @@ class RetryingStore:
             CommitUnknownError: it may have landed, and cannot be read back; nothing was deleted.
             StorageError: it was refused, and nothing landed.
         """
-        creation = _Creation(self._store, check_key(key), data)
+        creation = _Creation(self.inner, check_key(key), data)
         try:
             self._run("create", key, creation.step, lambda _: len(data))
         except (ObjectExistsError, CommitUnknownError):
@@ -156,33 +146,33 @@ class RetryingStore:
         return self._run(
             "get",
             key,
-            lambda: self._store.get(key, start=start, stop=stop, into=into),
+            lambda: self.inner.get(key, start=start, stop=stop, into=into),
             lambda view: view.nbytes,
         )
 
     def read(self, key: str, *, limit_bytes: int) -> bytes:
         check_key(key)
-        return self._run("read", key, lambda: self._store.read(key, limit_bytes=limit_bytes), len)
+        return self._run("read", key, lambda: self.inner.read(key, limit_bytes=limit_bytes), len)
 
     def head(self, key: str) -> ObjectInfo:
         check_key(key)
-        return self._run("head", key, lambda: self._store.head(key))
+        return self._run("head", key, lambda: self.inner.head(key))
 
     def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
-        return self._run("list", prefix, lambda: self._store.list(prefix, delimiter=delimiter))
+        return self._run("list", prefix, lambda: self.inner.list(prefix, delimiter=delimiter))
 
     def delete(self, keys: Sequence[str]) -> None:
         if keys:
             names = [check_key(key) for key in keys]
-            self._run("delete", names[0], lambda: self._store.delete(names))
+            self._run("delete", names[0], lambda: self.inner.delete(names))
 
     def refresh(self) -> None:
-        self._store.refresh()
+        self.inner.refresh()
 
     def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
-            self._store.close()
+            self.inner.close()
 
     def stats(self) -> StoreStats:
         """Return what was asked of the store so far; two snapshots subtract."""

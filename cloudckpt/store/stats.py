@@ -6,7 +6,6 @@ A snapshot before and one after make the cost of what lay between. `Recorder` is
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 __all__ = ["OpStats", "Recorder", "StoreStats"]
@@ -29,43 +28,25 @@ class OpStats:
     seconds: float = 0.0
 
     def __add__(self, other: OpStats) -> OpStats:
-        return OpStats(
-            requests=self.requests + other.requests,
-            retries=self.retries + other.retries,
-            bytes=self.bytes + other.bytes,
-            seconds=self.seconds + other.seconds,
-        )
+        return self._with(other, 1)
 
     def __sub__(self, other: OpStats) -> OpStats:
+        return self._with(other, -1)
+
+    def _with(self, other: OpStats, sign: int) -> OpStats:
         return OpStats(
-            requests=self.requests - other.requests,
-            retries=self.retries - other.retries,
-            bytes=self.bytes - other.bytes,
-            seconds=self.seconds - other.seconds,
+            requests=self.requests + sign * other.requests,
+            retries=self.retries + sign * other.retries,
+            bytes=self.bytes + sign * other.bytes,
+            seconds=self.seconds + sign * other.seconds,
         )
 
 
-class StoreStats(Mapping[str, OpStats]):
-    """An immutable snapshot: verb → its costs. A verb that was never used costs nothing and is not iterated over."""
+class StoreStats(dict[str, OpStats]):
+    """A snapshot: verb → its costs. A verb that was never used costs nothing, and is not in it."""
 
-    def __init__(self, ops: Mapping[str, OpStats] | None = None) -> None:
-        """Keep a copy of `ops`."""
-        self._ops = dict(ops or {})
-
-    def __getitem__(self, op: str) -> OpStats:
-        return self._ops.get(op, OpStats())
-
-    def __contains__(self, op: object) -> bool:
-        return op in self._ops
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._ops)
-
-    def __len__(self) -> int:
-        return len(self._ops)
-
-    def __repr__(self) -> str:
-        return f"StoreStats({self._ops!r})"
+    def __missing__(self, op: str) -> OpStats:
+        return OpStats()
 
     def __sub__(self, earlier: StoreStats) -> StoreStats:
         return StoreStats({op: self[op] - earlier[op] for op in self if self[op] != earlier[op]})
@@ -90,14 +71,13 @@ class Recorder:
     """The running count behind the snapshots. Any thread may add."""
 
     def __init__(self) -> None:
-        """Start from nothing."""
         self._lock = threading.Lock()
-        self._ops: dict[str, OpStats] = {}
+        self._ops = StoreStats()
 
     def add(self, op: str, stats: OpStats) -> None:
         """Add what a request cost."""
         with self._lock:
-            self._ops[op] = self._ops.get(op, OpStats()) + stats
+            self._ops[op] += stats
 
     def snapshot(self) -> StoreStats:
         """Return the count so far."""

@@ -133,10 +133,6 @@ class OnLoop:
         finally:
             future.cancel()  # does nothing to a request that has ended
 
-    def run_each(self, requests: Sequence[Coroutine[object, object, None]]) -> list[BaseException | None]:
-        """Run requests side by side; return what each raised."""
-        return self.run(_gathered(requests))
-
 
 class Closing(Protocol):
     """What has connections of its own on the loop."""
@@ -156,10 +152,6 @@ def close_when_dropped(
 def _close_on(loop: asyncio.AbstractEventLoop, client: Closing, pid: int) -> None:
     if pid == os.getpid() and loop.is_running():
         asyncio.run_coroutine_threadsafe(client.close(), loop)
-
-
-async def _gathered(requests: Sequence[Coroutine[object, object, None]]) -> list[BaseException | None]:
-    return await asyncio.gather(*requests, return_exceptions=True)
 
 
 class GatherBody(payload.Payload):

@@ -7,6 +7,7 @@ bucket's kind by gRPC. See `wire` for threads and limits.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 from asyncio import AbstractEventLoop
@@ -93,7 +94,7 @@ class GcsWire(OnLoop):
         failed: dict[str, str | Exception] = {}
         for start in range(0, len(names), _DELETES_AT_ONCE):
             batch, headers = names[start : start + _DELETES_AT_ONCE], self._headers()
-            raised = self.run_each([self._delete(name, headers) for name in batch])
+            raised = self.run(self._delete_each(batch, headers))
             failed.update(
                 {
                     name: error if isinstance(error, Exception) else TimeoutError("cancelled")
@@ -150,6 +151,9 @@ class GcsWire(OnLoop):
         url = self._object_url(name, "download/storage/v1", alt="media")
         async with self._reply("GET", url, headers) as reply:
             return await take(reply.content.iter_any(), reply.content_length, limit_bytes)
+
+    async def _delete_each(self, names: Sequence[str], headers: Mapping[str, str]) -> list[BaseException | None]:
+        return await asyncio.gather(*(self._delete(name, headers) for name in names), return_exceptions=True)
 
     async def _delete(self, name: str, headers: Mapping[str, str]) -> None:
         async with self._reply("DELETE", self._object_url(name), headers):

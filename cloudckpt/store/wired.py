@@ -86,14 +86,6 @@ class WiredStore(ABC):
     def url(self) -> str:
         return self._location.url
 
-    @property
-    @abstractmethod
-    def engine(self) -> str: ...
-
-    @property
-    @abstractmethod
-    def is_create_atomic(self) -> bool: ...
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
@@ -125,12 +117,18 @@ class WiredStore(ABC):
 
     def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
         check_delimiter(delimiter)
-        objects: list[ObjectInfo] = []
-        prefixes: list[str] = []
-        for page in self._pages(prefix, delimiter):
-            objects += page.objects
-            prefixes += page.prefixes
-        return self._location.listing(objects, prefixes)
+        pages = [self._page(prefix, delimiter, "")]
+        while mark := pages[-1].mark:
+            pages.append(self._page(prefix, delimiter, mark))
+            if pages[-1].mark == mark:
+                raise StorageError(f"listing {prefix!r} in {self.url} goes round in circles", op="list", key=prefix)
+        return self._location.listing(
+            [info for page in pages for info in page.objects], [name for page in pages for name in page.prefixes]
+        )
+
+    def _page(self, prefix: str, delimiter: str, mark: str) -> Page:
+        start = self._location.path_prefix(prefix)
+        return self._ask("list", prefix, lambda wire: wire.page(start, delimiter, mark))
 
     def delete(self, keys: Sequence[str]) -> None:
         names = {self._location.path(key): key for key in keys}
@@ -155,20 +153,6 @@ class WiredStore(ABC):
     def close(self) -> None:
         self._is_closed = True
         self.refresh()
-
-    def _pages(self, prefix: str, delimiter: str) -> Iterator[Page]:
-        start, mark = self._location.path_prefix(prefix), ""
-        while True:
-            page = self._page(prefix, start, delimiter, mark)
-            yield page
-            if not page.mark:
-                return
-            if page.mark == mark:
-                raise StorageError(f"listing {prefix!r} in {self.url} goes round in circles", op="list", key=prefix)
-            mark = page.mark
-
-    def _page(self, prefix: str, start: str, delimiter: str, mark: str) -> Page:
-        return self._ask("list", prefix, lambda wire: wire.page(start, delimiter, mark))
 
     # ---- connections
 

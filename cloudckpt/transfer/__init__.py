@@ -6,13 +6,12 @@ in them.
 
 from cloudckpt.transfer.download import Fetch, ShardSource, download
 from cloudckpt.transfer.memory import Scratch, Slabs, bytes_of
-from cloudckpt.transfer.pool import OWN_SHARE, AbandonedError, Budget, Gauge, Watch
+from cloudckpt.transfer.pool import AbandonedError, Budget, Gauge, Watch
 from cloudckpt.transfer.share import copying_threads, free_bytes, ranks_here
 from cloudckpt.transfer.staging import Copy, Stage, StageClosedError
 from cloudckpt.transfer.upload import ShardJob, upload
 
 __all__ = [
-    "OWN_SHARE",
     "AbandonedError",
     "Budget",
     "Copy",

@@ -53,7 +53,6 @@ class Scratch:
     """Memory that is taken, given back and taken again."""
 
     def __init__(self) -> None:
-        """Hold nothing yet."""
         self._idle: list[mmap.mmap] = []
         self._lock = threading.Lock()
 
@@ -111,7 +110,6 @@ class Slabs:
     """
 
     def __init__(self) -> None:
-        """Hold nothing yet."""
         self._idle: list[Slab] = []
         self._held_bytes = 0
         self._lock = threading.Lock()

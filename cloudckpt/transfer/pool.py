@@ -18,14 +18,12 @@ from typing import Generic, Protocol, TypeVar
 
 from cloudckpt.errors import CloudCkptError, RankLostError, StalledError
 
-__all__ = ["OWN_SHARE", "AbandonedError", "Budget", "Gauge", "Watch", "Work", "run_all"]
+__all__ = ["AbandonedError", "Budget", "Gauge", "Watch", "Work", "run_all"]
 
 _Result = TypeVar("_Result")
 
 # How often the waiting thread looks whether something stands still.
 _LOOK_S = 0.2
-# Of the deadline: a rank names its own transfer that stands still before the others can only say that the rank does.
-OWN_SHARE = 0.8
 
 
 class AbandonedError(CloudCkptError):
@@ -36,7 +34,6 @@ class Budget:
     """Bytes of memory that jobs may have in use at once."""
 
     def __init__(self, limit_bytes: int) -> None:
-        """Allow `limit_bytes`."""
         self._limit_bytes = limit_bytes
         self._used_bytes = 0
         self._running = 0
@@ -89,10 +86,6 @@ class Work(Generic[_Result]):
     call: Callable[[], _Result]
 
 
-def _nothing() -> None:
-    """Do nothing."""
-
-
 class Gauge(Protocol):
     """Whoever wants to know how many bytes have moved; any thread may tell it."""
 
@@ -117,8 +110,8 @@ class Watch:
     """
 
     deadline_s: float = 600.0
-    tick: Callable[[], None] = _nothing
-    check: Callable[[], None] = _nothing
+    tick: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None
     gauge: Gauge | None = None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.many_ranks import scale_steps
-from benchmarks.many_ranks.layouts import MODELS, Fsdp, Model, chunks_of
+from benchmarks.many_ranks.layouts import MODELS, Fsdp, Model
 from benchmarks.many_ranks.requests import count_on
 from benchmarks.many_ranks.scale_steps import Size
 from benchmarks.scale import Row, growth_table
@@ -43,7 +43,7 @@ def test_the_played_pieces_are_those_of_a_real_layout(rank: int) -> None:
     for earlier in range(rank):  # so that what ranks have in common was laid out for another one
         layout.written(earlier, rows)
     played = layout.written(rank, rows)
-    chunks = chunks_of(layout.table(rank).take(rows))
+    chunks = list(layout.table(rank).take(rows))
     shards = lay_out(chunks, shard_bytes=Options().shard_bytes, metadata={})
     real = Written.of(chunks, shards, [b""] * len(shards), {}, rank=rank, attempt=layout.attempt)
     assert list(played.boxes) == list(real.boxes)

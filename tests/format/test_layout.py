@@ -16,26 +16,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from cloudckpt.format import layout
+from cloudckpt.format.boxes import Box
 from cloudckpt.format.codec import DTYPES
-from cloudckpt.format.layout import Chunk, Piece, ShardLayout, Span, lay_out, plan_spans, split_box
+from cloudckpt.format.layout import Piece, ShardLayout, Span, lay_out, plan_spans, split_box
 from tests.effort import examples
 
 METADATA = {"cloudckpt": "0123456789abcdef"}
 
 
-def chunk(name: str, *shape: int, dtype: str = "float32", offsets: Any = None, sizes: Any = None) -> Chunk:
-    return Chunk(
-        name=name,
-        dtype=dtype,
-        itemsize_bytes=DTYPES[dtype].itemsize,
-        shape=shape,
-        offsets=offsets or (0,) * len(shape),
-        sizes=shape if sizes is None else sizes,
-    )
+def chunk(name: str, *shape: int, dtype: str = "float32", offsets: Any = None, sizes: Any = None) -> Box:
+    return Box(name, dtype, shape, offsets or (0,) * len(shape), shape if sizes is None else sizes)
 
 
 @st.composite
-def any_chunk(draw: st.DrawFn) -> Chunk:
+def any_chunk(draw: st.DrawFn) -> Box:
     """A box of a tensor of up to four small dimensions, empty and 0-d ones included."""
     shape = draw(st.lists(st.integers(0, 6), max_size=4))
     sizes = [draw(st.integers(0, extent)) for extent in shape]
@@ -49,7 +43,7 @@ any_chunks = st.lists(any_chunk(), max_size=8)
 any_limit = st.integers(1, 300)
 
 
-def elements(one: Chunk, piece: Piece) -> list[int]:
+def elements(one: Box, piece: Piece) -> list[int]:
     """Return which elements of its chunk a piece holds, numbered in the chunk's row-major order."""
     numbers = np.arange(math.prod(one.sizes)).reshape(one.sizes)
     box = tuple(
@@ -79,7 +73,7 @@ def build(shard: ShardLayout, contents: list[bytes]) -> bytes:
 
 @settings(max_examples=examples(200))
 @given(any_chunks, any_limit)
-def test_every_element_is_in_exactly_one_piece_and_where_the_piece_says(chunks: list[Chunk], limit: int) -> None:
+def test_every_element_is_in_exactly_one_piece_and_where_the_piece_says(chunks: list[Box], limit: int) -> None:
     shards = lay_out(chunks, shard_bytes=limit, metadata=METADATA)
 
     for number, one in enumerate(chunks):
@@ -96,7 +90,7 @@ def test_every_element_is_in_exactly_one_piece_and_where_the_piece_says(chunks: 
 
 @settings(max_examples=examples(200))
 @given(any_chunks, any_limit)
-def test_no_shard_exceeds_its_size_unless_one_element_does(chunks: list[Chunk], limit: int) -> None:
+def test_no_shard_exceeds_its_size_unless_one_element_does(chunks: list[Box], limit: int) -> None:
     for shard in lay_out(chunks, shard_bytes=limit, metadata=METADATA):
         if shard.size_bytes - len(shard.header) > limit:
             (piece,) = (piece for piece in shard.pieces if piece.nbytes)
@@ -105,7 +99,7 @@ def test_no_shard_exceeds_its_size_unless_one_element_does(chunks: list[Chunk], 
 
 @settings(max_examples=examples(200))
 @given(any_chunks, any_limit)
-def test_pieces_fill_their_shard_without_holes_and_aligned(chunks: list[Chunk], limit: int) -> None:
+def test_pieces_fill_their_shard_without_holes_and_aligned(chunks: list[Box], limit: int) -> None:
     shards = lay_out(chunks, shard_bytes=limit, metadata=METADATA)
 
     assert [shard.number for shard in shards] == list(range(len(shards)))
@@ -119,7 +113,7 @@ def test_pieces_fill_their_shard_without_holes_and_aligned(chunks: list[Chunk], 
 
 
 @given(any_chunks, any_limit)
-def test_every_chunk_has_a_place_even_an_empty_one(chunks: list[Chunk], limit: int) -> None:
+def test_every_chunk_has_a_place_even_an_empty_one(chunks: list[Box], limit: int) -> None:
     shards = lay_out(chunks, shard_bytes=limit, metadata=METADATA)
 
     assert {piece.chunk for shard in shards for piece in shard.pieces} == set(range(len(chunks)))
@@ -127,7 +121,7 @@ def test_every_chunk_has_a_place_even_an_empty_one(chunks: list[Chunk], limit: i
 
 
 @given(any_chunks, any_limit)
-def test_the_same_chunks_have_the_same_layout(chunks: list[Chunk], limit: int) -> None:
+def test_the_same_chunks_have_the_same_layout(chunks: list[Box], limit: int) -> None:
     assert lay_out(chunks, shard_bytes=limit, metadata=METADATA) == lay_out(
         list(chunks), shard_bytes=limit, metadata=dict(METADATA)
     )
@@ -135,7 +129,7 @@ def test_the_same_chunks_have_the_same_layout(chunks: list[Chunk], limit: int) -
 
 @settings(max_examples=examples(200))
 @given(any_chunks, any_limit)
-def test_the_safetensors_library_finds_every_piece(chunks: list[Chunk], limit: int) -> None:
+def test_the_safetensors_library_finds_every_piece(chunks: list[Box], limit: int) -> None:
     contents = [content(number, one.nbytes) for number, one in enumerate(chunks)]
     # A bool of another value than 0 and 1 is no value that a tensor may hold.
     contents = [bytes(map((1).__and__, data)) for data in contents]

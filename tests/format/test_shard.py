@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Callable
 from itertools import pairwise
@@ -18,8 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import load
 
 from cloudckpt.errors import UnsupportedValueError
+from cloudckpt.format.boxes import Box
 from cloudckpt.format.codec import DTYPES
-from cloudckpt.format.shard import DIGEST_BYTES, Entry, block_digests, encode_header, verify_blocks
+from cloudckpt.format.shard import DIGEST_BYTES, block_digests, encode_header, verify_blocks
 
 SAFETENSORS_NAMES = {
     "bool": "BOOL",
@@ -53,8 +53,8 @@ def views(data: bytes, cuts: list[int]) -> list[memoryview]:
     return [memoryview(data)[start:stop] for start, stop in pairwise(edges)]
 
 
-def entry(dtype: str, *, name: str = "w", shape: tuple[int, ...] = (3,)) -> Entry:
-    return Entry(name=name, dtype=dtype, shape=shape, nbytes=math.prod(shape) * DTYPES[dtype].itemsize)
+def entry(dtype: str, *, name: str = "w", shape: tuple[int, ...] = (3,)) -> Box:
+    return Box(name, dtype, shape, (0,) * len(shape), shape)
 
 
 def header_of(data: bytes) -> dict[str, object]:

@@ -17,9 +17,9 @@ import torch.distributed as dist
 
 from cloudckpt.errors import AccessDeniedError, FencedError, OptionsError, RankLostError
 from cloudckpt.ranks.calling import Caller
-from cloudckpt.ranks.group import Group, UndecidedError
+from cloudckpt.ranks.group import Group
 from cloudckpt.ranks.meeting import Meeting
-from cloudckpt.ranks.message import RanksFailedError
+from cloudckpt.ranks.outcome import RanksFailedError, UndecidedError
 from tests.ranks.processes import World, free_port, run
 
 DEADLINE_S = 1.5

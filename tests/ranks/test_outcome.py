@@ -1,4 +1,4 @@
-"""What the caller of a save or restore is told of what the ranks met."""
+"""What the caller of a save or restore is told of what the ranks met, and how ranks are named: alike everywhere."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from cloudckpt.errors import CloudCkptError, CommitUnknownError, OptionsError, RankLostError, SaveFailedError
-from cloudckpt.ranks import RanksFailedError, plain_errors
-from cloudckpt.ranks.group import MissingPartsError, UndecidedError
+from cloudckpt.ranks import RanksFailedError, named_ranks, plain_errors
+from cloudckpt.ranks.outcome import MissingPartsError, UndecidedError
 
 
 def told(
@@ -91,3 +91,18 @@ def test_a_rank_0_that_was_lost_about_to_commit_leaves_the_outcome_unknown() -> 
 
     assert isinstance(error, CommitUnknownError)
     assert "whole or not there" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [
+        ([3], "rank 3"),
+        ([0, 2], "ranks 0, 2"),
+        ([0, 1], "ranks 0-1"),
+        (range(2048), "ranks 0-2047"),
+        ([7, 5, 6, 1, 5], "ranks 1, 5-7"),
+        (range(0, 100, 2), "ranks 0, 2, 4, 6, 8, 10, 12, 14, and 42 more"),
+    ],
+)
+def test_ranks_are_named_in_runs_and_no_more_than_people_read(ranks: list[int], text: str) -> None:
+    assert named_ranks(ranks) == text

@@ -13,7 +13,7 @@ import cloudckpt
 from cloudckpt import Options, RankLostError, SaveFailedError
 from cloudckpt.ranks.group import Group
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.root.destination import OwnUrl
+from cloudckpt.root.destination import own_url
 from cloudckpt.saving.lead import PlanMemory, Session, begin_save
 from cloudckpt.state.capture import captured
 from cloudckpt.store import open_store
@@ -30,7 +30,7 @@ class LosingGroup(Group):
 def _save(state: dict[str, Any], url: Path, group: Group, memory: PlanMemory) -> None:
     store = open_store(str(url))
     try:
-        destination = OwnUrl(Catalog(store), store, is_single_writer=False)
+        destination = own_url(Catalog(store), is_single_writer=False)
         with Session(group, "save", Options()) as session:
             pending = begin_save(session, captured(state), destination, memory=memory)
         pending.finish()

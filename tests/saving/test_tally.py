@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -19,7 +20,7 @@ from cloudckpt.errors import SaveFailedError, UnsupportedValueError
 from cloudckpt.format.boxes import Box, BoxTable
 from cloudckpt.format.codec import DTYPES
 from cloudckpt.format.index import Index
-from cloudckpt.format.layout import Chunk, lay_out
+from cloudckpt.format.layout import lay_out
 from cloudckpt.format.section import ChunkEntry, TensorEntry
 from cloudckpt.saving.tally import Written, assemble, check_against_plan
 
@@ -79,8 +80,8 @@ def test_a_message_brings_everything_to_the_coordinator() -> None:
 
 def test_what_was_laid_out_is_what_is_reported() -> None:
     chunks = [
-        Chunk(name="w", dtype="float32", itemsize_bytes=4, shape=(8, 16), offsets=(4, 0), sizes=(4, 16)),
-        Chunk(name="b", dtype="int8", itemsize_bytes=1, shape=(3,), offsets=(0,), sizes=(3,)),
+        Box("w", "float32", (8, 16), (4, 0), (4, 16)),
+        Box("b", "int8", (3,), (0,), (3,)),
     ]
     shards = lay_out(chunks, shard_bytes=128, metadata={})
 
@@ -184,7 +185,7 @@ def test_a_tensor_that_is_not_covered_exactly_once_is_listed(ranks: list[int]) -
 
 def test_a_piece_beyond_its_shard_is_a_failed_save() -> None:
     report = written(0, [row("w", 0, 1)])
-    index = assembled(replace(report, start=report.start + 1))
+    index = assembled(structs.replace(report, start=report.start + 1))
 
     with pytest.raises(SaveFailedError, match=r"'w' has a piece .* that leaves the tensor or its shard"):
         check_against_plan(planned(index), index)

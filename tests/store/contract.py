@@ -32,7 +32,7 @@ from cloudckpt.errors import (
 )
 from cloudckpt.options import MIB, Options, RetryPolicy
 from cloudckpt.store import RetryingStore, Store, open_store, probe_create
-from cloudckpt.store.probe import forget_probes
+from cloudckpt.store.probe import _proven
 
 __all__ = ["Backend", "CredentialContract", "RemoteContract", "StoreContract"]
 
@@ -309,7 +309,7 @@ class StoreContract:
         assert len(backend.raw_list()) == 20
 
     def test_the_store_passes_the_probe_and_keeps_nothing_of_it(self, store: RetryingStore, backend: Backend) -> None:
-        forget_probes()
+        _proven.clear()
         probe_create(store)
         assert backend.raw_list() == []
 

@@ -13,16 +13,16 @@ from cloudckpt.errors import AccessDeniedError, CreateNotEnforcedError, RetryExh
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import Store
 from cloudckpt.store.local import LocalStore
-from cloudckpt.store.probe import forget_probes, probe_create
+from cloudckpt.store.probe import _proven, probe_create
 from cloudckpt.store.retrying import RetryingStore
 from tests.store.fault_store import Bucket, FaultKind, FaultStore, denied
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_known_yet() -> Iterator[None]:
-    forget_probes()
+    _proven.clear()
     yield
-    forget_probes()
+    _proven.clear()
 
 
 @pytest.fixture(params=["raw", "retrying"])

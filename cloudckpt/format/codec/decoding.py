@@ -262,7 +262,7 @@ def _decode_numpy_scalar(walk: Decoder, data: object) -> np.generic:
 
 def _numpy_scalar(walk: Decoder, dtype: np.dtype[Any], item: Any) -> np.generic:  # noqa: ANN401  see _NUMPY_ITEM
     carrier: np.dtype[Any] = np.dtype(np.int64) if dtype.kind in "mM" else dtype
-    if isinstance(item, int) and carrier.kind in "iu" and not _fits(item, carrier):
+    if carrier.kind in "iu" and not np.iinfo(carrier).min <= item <= np.iinfo(carrier).max:
         raise walk.error(f"has a number that {dtype} cannot hold")
     with np.errstate(all="ignore"):  # what overflows is found by the comparison
         array = np.array(item, carrier)
@@ -270,11 +270,6 @@ def _numpy_scalar(walk: Decoder, dtype: np.dtype[Any], item: Any) -> np.generic:
         raise walk.error(f"has a number that {dtype} cannot hold")
     scalar: np.generic = array.reshape(1).view(dtype)[0]
     return scalar
-
-
-def _fits(item: int, dtype: np.dtype[Any]) -> bool:
-    limits = np.iinfo(dtype)
-    return int(limits.min) <= item <= int(limits.max)
 
 
 _PLAIN: dict[type, Callable[[Decoder, Any], object]] = {
