@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from cloudckpt import manager as manager_module
+from cloudckpt.manager import manager as manager_module
 from cloudckpt.store import RetryingStore, open_store
 
 __all__ = ["RankRequests", "count_on", "requests_of_ranks"]
