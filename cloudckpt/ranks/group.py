@@ -135,10 +135,10 @@ class Group:
         """Leave a session by an error: the others have it too, or are told now."""
         if self._settled is not None and (error is self._settled or error.__cause__ is self._settled):
             return
-        self._leave_link()
         if not isinstance(error, RankLostError | UndecidedError):
             pulse.leave(f"{type(error).__name__}: {error}")
         pulse.linger()
+        self._leave_link()
 
     def _leave_link(self) -> None:
         """Leave the link to itself; the next session is for whoever is there then."""

@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from cloudckpt.ranks.calling import Caller
 from cloudckpt.ranks.packet import Packet, landing_of, packed, slices, unpack
 from cloudckpt.ranks.pulse import Pulse
-from cloudckpt.ranks.world import BrokenError, breaking
+from cloudckpt.ranks.world import BrokenError, breaking, let_go
 
 __all__ = ["Link"]
 
@@ -41,11 +42,27 @@ class Link:
     def __init__(self, caller: Caller, gloo: dist.ProcessGroup, pulse: Pulse) -> None:
         self.pulse = pulse
         self.submit = caller.submit
-        self.give_up = caller.stop
         self._caller = caller
-        self._gloo = gloo
+        self._held: dist.ProcessGroup | None = gloo
         self._has_asked = self._is_retracted = False
         self._lock = threading.Lock()
+
+    @property
+    def _gloo(self) -> dist.ProcessGroup:
+        if self._held is None:
+            raise BrokenError("this rank has given up", None)
+        return self._held
+
+    def give_up(self) -> None:
+        """Let the thread end, and its last act be to let the group go.
+
+        Then the connections close, and threads of other ranks that wait for this one come back. Else they would when
+        this process ends; and one that comes back from C++ when Python has gone aborts its process.
+        """
+        gloo, self._held = self._held, None
+        if gloo is not None:
+            self.submit(partial(let_go, gloo))
+        self._caller.stop()
 
     def close(self) -> None:
         """End the thread, so that the gloo group is let go in the thread that calls.

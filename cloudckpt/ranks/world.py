@@ -1,7 +1,8 @@
 """Take from torch's default process group what the ranks of a job need to speak beside it.
 
     has_world, refuse_lonely_rank   is there one?
-    store_of_our_own                a connection to its key-value store        new_gloo_group   a group of our own
+    store_of_our_own                a connection to its key-value store
+    new_gloo_group, let_go          a group of our own
     breaking                        what gloo raises ──▶ `BrokenError`
 
 What asks rank 0's store may not return, so it is called on a thread that nobody needs.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TypeAlias, cast
 
@@ -24,6 +25,7 @@ __all__ = [
     "KeyValueStore",
     "breaking",
     "has_world",
+    "let_go",
     "new_gloo_group",
     "refuse_lonely_rank",
     "store_of_our_own",
@@ -88,6 +90,13 @@ def new_gloo_group(timeout: timedelta = _GLOO_TIMEOUT) -> dist.ProcessGroup:
             del os.environ[_LAZY]
         else:
             os.environ[_LAZY] = before
+
+
+def let_go(group: dist.ProcessGroup) -> None:
+    """Forget a group of our own; its connections close with the last one who holds it, and the others' waits end."""
+    # The trainer may have destroyed all groups already.
+    with suppress(ValueError, RuntimeError, AssertionError, KeyError):
+        dist.destroy_process_group(group)
 
 
 def store_of_our_own() -> KeyValueStore:
