@@ -85,24 +85,21 @@ def lay_out_part(items: Sequence[WriteItem], planner: SavePlanner, *, attempt: s
     return Part(chunks, shards, Source(items, planner, shards))
 
 
+@dataclass(slots=True, kw_only=True)
 class RankOutput:
-    """The shards of one rank in one attempt.
+    """The shards that one rank writes to `target`, in one attempt.
 
     Attributes:
         stage_s: thread seconds spent on copies into host memory.
     """
 
-    def __init__(
-        self, target: Target, *, attempt: str, rank: int, options: Options, watch: Watch | None = None
-    ) -> None:
-        """Write to `target` as `rank`, under keys of `attempt`."""
-        self._target = target
-        self._attempt = attempt
-        self._rank = rank
-        self._options = options
-        self._watch = watch
-        self._lock = threading.Lock()
-        self.stage_s = 0.0
+    target: Target
+    attempt: str
+    rank: int
+    options: Options
+    watch: Watch | None = None
+    stage_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def write(self, part: Part, values: Mapping[str, JsonValue], staged: Staged | None = None) -> Written:
         """Upload the shards; return what became of them, with `values`, once all is durable.
@@ -110,14 +107,14 @@ class RankOutput:
         The bytes are those of the tensors themselves, or what was copied from them into `staged`.
         """
         digests = upload(
-            self._target.catalog.store,
+            self.target.catalog.store,
             [self._job(shard, part) if staged is None else self._staged_job(shard, staged) for shard in part.shards],
-            block_bytes=self._options.block_bytes,
-            concurrency=self._options.concurrency,
-            budget=Budget(self._options.transfer_budget_bytes if staged is None else staged.transfer_bytes),
-            watch=self._watch,
+            block_bytes=self.options.block_bytes,
+            concurrency=self.options.concurrency,
+            budget=Budget(self.options.transfer_budget_bytes if staged is None else staged.transfer_bytes),
+            watch=self.watch,
         )
-        return Written.of(part.chunks, part.shards, digests, values, rank=self._rank, attempt=self._attempt)
+        return Written.of(part.chunks, part.shards, digests, values, rank=self.rank, attempt=self.attempt)
 
     def _job(self, shard: ShardLayout, part: Part) -> ShardJob:
         source = part.source
@@ -151,7 +148,7 @@ class RankOutput:
         )
 
     def _key(self, shard: ShardLayout) -> str:
-        return self._target.prefix + shard_key(self._attempt, self._rank, shard.number)
+        return self.target.prefix + shard_key(self.attempt, self.rank, shard.number)
 
 
 def commit_index(target: Target, index: Index, record: Record) -> Checkpoint:

@@ -10,7 +10,7 @@ Knows tensors and where a shard's pieces lie; memory and threads are `transfer`'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -128,7 +128,7 @@ def take_snapshot(staged: Staged, shards: Sequence[ShardLayout], chunks: Sequenc
         stream.wait_stream(torch.cuda.current_stream())
 
     def plan(number: int, memory: memoryview) -> list[Copy]:
-        with _on(stream):
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
             return _copies(shards[number], chunks, source, memory, is_pinned=staged.is_pinned)
 
     def settle() -> None:
@@ -136,10 +136,6 @@ def take_snapshot(staged: Staged, shards: Sequence[ShardLayout], chunks: Sequenc
             stream.synchronize()
 
     staged.stage.run(plan, settle=settle, threads=copying_threads())
-
-
-def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def _copies(
