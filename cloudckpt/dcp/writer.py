@@ -29,12 +29,12 @@ from cloudckpt.root import Checkpoint, Target
 from cloudckpt.saving import (
     RankOutput,
     Record,
+    Source,
     Written,
     assemble,
     check_against_plan,
     chunk_of,
     commit_index,
-    lay_out_part,
     object_of,
     stats_of,
 )
@@ -160,8 +160,8 @@ class CloudWriter(StorageWriter):
         tensors = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO]
         values = _values_of([item for item in plan.items if item.type is WriteItemType.BYTE_IO], planner)
         output = RankOutput(target=self._target(), attempt=self._attempt, rank=self._rank, options=self._options)
-        part = lay_out_part(tensors, planner, attempt=self._attempt, options=self._options)
-        message = output.write(part, values).encode()
+        source = Source(tensors, planner, attempt=self._attempt, shard_bytes=self._options.shard_bytes)
+        message = output.write(source, values).encode()
         # One message per rank: an object per item would take minutes where thousands of ranks meet.
         return [
             WriteResult(

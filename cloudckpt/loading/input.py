@@ -29,13 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from cloudckpt.errors import (
-    ChecksumError,
-    ManifestError,
-    MissingShardError,
-    ObjectNotFoundError,
-    StorageError,
-)
+from cloudckpt.errors import ChecksumError, ManifestError, MissingShardError, ObjectNotFoundError, StorageError
 from cloudckpt.format import (
     DTYPES,
     ChunkEntry,

@@ -30,30 +30,14 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
 from cloudckpt.errors import SaveFailedError
-from cloudckpt.format import (
-    BoxTable,
-    Column,
-    Flat,
-    JsonValue,
-    codec,
-    metadata_to_json,
-    metrics_to_json,
-)
+from cloudckpt.format import BoxTable, Column, Flat, JsonValue, codec, metadata_to_json, metrics_to_json
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, plain_errors
 from cloudckpt.root import Checkpoint, Destination, Target
-from cloudckpt.saving.coordinator import (
-    Coordinator,
-    Opening,
-    Order,
-    PlanMemory,
-    RankPart,
-    digests_of,
-    refuse_values,
-)
-from cloudckpt.saving.output import Part, RankOutput, Record, lay_out_part, stats_of
+from cloudckpt.saving.coordinator import Coordinator, Opening, Order, PlanMemory, RankPart, digests_of, refuse_values
+from cloudckpt.saving.output import RankOutput, Record, stats_of
 from cloudckpt.saving.snapshot import Staged, take_snapshot
-from cloudckpt.saving.source import check_tensor, chunk_of
+from cloudckpt.saving.source import Source, check_tensor, chunk_of
 from cloudckpt.state import is_tensor
 from cloudckpt.transfer import AbandonedError, Gauge, Slabs, Stage, StageClosedError
 
@@ -167,7 +151,7 @@ class PendingSave:
     @property
     def size_bytes(self) -> int:
         """Bytes of this rank's part."""
-        return 0 if isinstance(self._laid, Exception) else sum(shard.size_bytes for shard in self._laid.part.shards)
+        return 0 if isinstance(self._laid, Exception) else sum(shard.size_bytes for shard in self._laid.source.shards)
 
     def stage(self) -> None:
         """Copy this rank's part; afterwards the state may change. Needs `finish` at work in another thread.
@@ -179,9 +163,9 @@ class PendingSave:
         if isinstance(laid, Exception) or laid.staged is None:
             raise StageClosedError("there is no room to stage in") from (laid if isinstance(laid, Exception) else None)
         began_s = time.monotonic()
-        take_snapshot(laid.staged, laid.part.shards, laid.part.chunks, laid.part.source)
+        take_snapshot(laid.staged, laid.source)
         self._stage_s = time.monotonic() - began_s
-        laid.part.source.forget()
+        laid.source.forget()
 
     def abandon(self, why: str) -> None:
         """Let `finish` fail soon, unless the commit is decided. Any thread may call it."""
@@ -228,7 +212,7 @@ class PendingSave:
         output = RankOutput(
             target=target, attempt=lead.order.attempt, rank=lead.group.rank, options=lead.options, watch=watch
         )
-        written = output.write(laid.part, lead.values, laid.staged)
+        written = output.write(laid.source, lead.values, laid.staged)
         return RankPart(written.encode(), time.monotonic() - began_s, self._stage_s + output.stage_s, time.monotonic())
 
 
@@ -250,7 +234,7 @@ class _Opened:
 class _Laid:
     """What one rank writes: its boxes placed into shards, and where copies of them go, if any are to be made."""
 
-    part: Part
+    source: Source
     staged: Staged | None
 
 
@@ -316,10 +300,11 @@ def _plan(mine: _Opened, memory: PlanMemory, coordinator: Coordinator, group: Gr
 
 def _lay_out(mine: _Opened, rows: Column, attempt: str, options: Options, slabs: Slabs | None, *, engine: str) -> _Laid:
     """Place what this rank writes into shards, and find room for copies of them."""
-    part = lay_out_part([mine.items[row] for row in rows.tolist()], mine.planner, attempt=attempt, options=options)
+    items = [mine.items[row] for row in rows.tolist()]
+    source = Source(items, mine.planner, attempt=attempt, shard_bytes=options.shard_bytes)
     if slabs is None:
-        return _Laid(part, None)
-    return _Laid(part, Staged.of(slabs, part.shards, part.source, options, engine=engine))
+        return _Laid(source, None)
+    return _Laid(source, Staged.of(slabs, source, options, engine=engine))
 
 
 def _tried(call: Callable[[], _T]) -> _T | Exception:

@@ -142,12 +142,10 @@ class PerRankEntry(Entry):
     def load_own(self, own: Mapping[str, torch.Tensor]) -> None:
         if self.name not in own:
             raise ManifestError(f"{self.name!r} was saved by every rank but this one", key=self.name)
-        self._load(unpack(own[self.name], key=self.name))
+        self.load(unpack(own[self.name], key=self.name), None)
 
     def load(self, restored: object, live: object) -> None:
-        self._load(restored)  # from before it counted as each rank's own: the same for all ranks
-
-    def _load(self, restored: object) -> None:
+        # Not of `load_own`: from before it counted as each rank's own, and the same for all ranks.
         self._stateful.load_state_dict(mapping_of(restored, self.name))
         if is_stateful_loader(self._stateful):
             _open_loader(self._stateful)

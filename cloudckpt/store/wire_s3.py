@@ -24,17 +24,7 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.s3_config import s3_config
-from cloudckpt.store.wire import (
-    GatherBody,
-    OnLoop,
-    Page,
-    borrowed,
-    check_range,
-    fill,
-    memory_for,
-    own_options,
-    take,
-)
+from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
 
 __all__ = ["S3Wire"]
 
