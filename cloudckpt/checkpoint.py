@@ -67,7 +67,7 @@ def save(
     with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
         journal = Journal(store, Progress(progress))
         entry = journal.begin(rank=group.rank)
-        with Session(group, "save", chosen) as session:
+        with Session.of(group, "save", chosen) as session:
             pending = begin_save(
                 session,
                 captured(state),
@@ -100,8 +100,7 @@ def load(
         state: as for `save`; tensors are filled where they are, plain values are put into the dict.
         url: the checkpoint's prefix, for example `Checkpoint.url`.
         storage_options: fsspec's own options for the URL.
-        engine: what moves the bytes: `local`, `obstore` or `fsspec`, where it serves the URL, or `auto`: our own code
-            for a disk, obstore for s3, fsspec for the rest.
+        engine: what moves the bytes, as for `save`.
         options: sizes, parallelism, patience.
         strict: refuse a checkpoint that has entries which `state` lacks, or lacks some that it has.
         progress: what is shown on stderr, as for `CheckpointManager`.
@@ -152,8 +151,7 @@ def read(
         keys: names or shell globs of names (`model.*`, `optimizer.state.*.exp_avg`); None reads everything. A name
             also selects all that lies below it.
         storage_options: fsspec's own options for the URL.
-        engine: what moves the bytes: `local`, `obstore` or `fsspec`, where it serves the URL, or `auto`: our own code
-            for a disk, obstore for s3, fsspec for the rest.
+        engine: what moves the bytes, as for `save`.
         options: sizes, parallelism, patience.
         progress: `bar` or `auto` show a bar on a terminal; there is no line.
 

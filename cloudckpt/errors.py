@@ -125,15 +125,7 @@ class StorageError(CloudCkptError):
         elapsed_s: seconds spent on it, waits included.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        op: str = "",
-        key: str = "",
-        attempts: int = 1,
-        elapsed_s: float = 0.0,
-    ) -> None:
+    def __init__(self, message: str, *, op: str = "", key: str = "", attempts: int = 1, elapsed_s: float = 0.0) -> None:
         super().__init__(message)
         self.op = op
         self.key = key

@@ -2,6 +2,4 @@
 
 from cloudckpt.cli.main import app
 
-__all__ = [
-    "app",
-]
+__all__ = ["app"]

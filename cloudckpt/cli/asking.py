@@ -63,6 +63,6 @@ def the_one_at(catalog: Catalog) -> Checkpoint | None:
 
 def nothing_at(catalog: Catalog) -> CheckpointNotFoundError:
     """Say that nothing is committed. A bucket cannot tell an empty root from a missing one, so nothing here does."""
-    undecided = len(catalog.prefixes())
+    undecided = len(catalog.places())
     why = f"attempts without a commit: {undecided}; ask again when a save has ended" if undecided else "check the URL"
     return CheckpointNotFoundError(f"no committed checkpoint at {catalog.store.url}; {why}")

@@ -3,7 +3,4 @@
 from cloudckpt.dcp.reader import CloudReader
 from cloudckpt.dcp.writer import CloudWriter
 
-__all__ = [
-    "CloudReader",
-    "CloudWriter",
-]
+__all__ = ["CloudReader", "CloudWriter"]

@@ -62,8 +62,7 @@ class CloudReader(StorageReader):
             options: sizes, parallelism, patience.
         """
         self._address = Address(url, storage_options=storage_options, engine=engine, options=options)
-        self._found: _Found | None = None
-        self._failure: CloudCkptError | None = None
+        self._found: _Found | CloudCkptError | None = None
 
     # -- the steps of a load, in DCP's order ---------------------------------------------------------------
 
@@ -84,13 +83,12 @@ class CloudReader(StorageReader):
         DCP takes any exception here for "this rank has its own metadata" and hides it; so a failure is kept, and
         raised from `set_up_storage_reader`, where it reaches the caller.
         """
-        self._failure = None
         try:
             refuse_lonely_rank()
-            self._found = self._found or self._find()
-            return describe(self._found.index, self._found.pieces)
+            found = self._found = self._found if isinstance(self._found, _Found) else self._find()
+            return describe(found.index, found.pieces)
         except CloudCkptError as exc:
-            self._failure = exc
+            self._found = exc
             return Metadata(state_dict_metadata={})
 
     def _find(self) -> _Found:
@@ -101,9 +99,9 @@ class CloudReader(StorageReader):
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: object, **kwargs: object) -> None:  # noqa: FBT001
         """Raise what `read_metadata` met."""
-        if self._failure is not None:
+        if isinstance(self._found, CloudCkptError):
             self._address.close()
-            raise self._failure
+            raise self._found
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Leave the plan to DCP's planners."""
@@ -116,7 +114,7 @@ class CloudReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Fill every target that the plan names; return when all of them are complete."""
         found = self._found
-        if found is None:
+        if not isinstance(found, _Found):
             raise OptionsError("read_data was called before read_metadata; load through torch.distributed.checkpoint")
         store = self._address.catalog().store
         try:

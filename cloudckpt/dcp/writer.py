@@ -29,12 +29,12 @@ from cloudckpt.root import Checkpoint, Target
 from cloudckpt.saving import (
     RankOutput,
     Record,
+    Source,
     Written,
     assemble,
     check_against_plan,
     chunk_of,
     commit_index,
-    lay_out_part,
     object_of,
     stats_of,
 )
@@ -159,12 +159,16 @@ class CloudWriter(StorageWriter):
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         tensors = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO]
         values = _values_of([item for item in plan.items if item.type is WriteItemType.BYTE_IO], planner)
-        output = RankOutput(self._target(), attempt=self._attempt, rank=self._rank, options=self._options)
-        part = lay_out_part(tensors, planner, attempt=self._attempt, options=self._options)
-        message = output.write(part, values).encode()
+        output = RankOutput(target=self._target(), attempt=self._attempt, rank=self._rank, options=self._options)
+        source = Source(tensors, planner, attempt=self._attempt, shard_bytes=self._options.shard_bytes)
+        message = output.write(source, values).encode()
         # One message per rank: an object per item would take minutes where thousands of ranks meet.
         return [
-            WriteResult(index=item.index, size_in_bytes=_nbytes(item), storage_data=None if place else message)
+            WriteResult(
+                index=item.index,
+                size_in_bytes=0 if item.tensor_data is None else chunk_of(item).nbytes,
+                storage_data=None if place else message,
+            )
             for place, item in enumerate(plan.items)
         ]
 
@@ -208,11 +212,6 @@ def _values_of(items: Sequence[WriteItem], planner: SavePlanner) -> dict[str, Js
             raise OptionsError(f"the plan names value {item.index.fqn!r} twice; a plan must describe what is written")
         values[item.index.fqn] = codec.encode(object_of(item, planner), key=item.index.fqn)
     return values
-
-
-def _nbytes(item: WriteItem) -> int:
-    """Return the bytes of an item's chunk, 0 for a value."""
-    return 0 if item.tensor_data is None else chunk_of(item).nbytes
 
 
 def _paths_of(metadata: Metadata) -> dict[str, list[PathElement]]:

@@ -74,15 +74,13 @@ def decode_record(data: bytes, schema: type[_Record], *, key: str) -> _Record:
 
 
 def _refuse_double_names(data: bytes, canonical: bytes, key: str) -> None:
-    """Refuse an object with a name twice, of which one reader takes the first and another the last.
-
-    What encodes to the same bytes again has none; only other text, such as an indented manifest, is searched.
-    """
+    """Refuse an object with a name twice, of which one reader takes the first and another the last."""
 
     def refuse(pairs: list[tuple[str, object]]) -> None:
         if len({name for name, _ in pairs}) != len(pairs):
             raise ManifestError(f"{key} has a name twice in one object; restore an older step", key=key)
 
+    # What encodes to the same bytes again has none; only other text, such as an indented manifest, is searched.
     if data != canonical:
         json.loads(data, object_pairs_hook=refuse)
 

@@ -287,11 +287,9 @@ def _packed(values: Column) -> bytes:
 
 
 def _starts(shard: Column, gaps: Column, nbytes: Column) -> Column:
-    """Return each piece's first byte: its gap after the piece before it, or after the shard's first byte.
-
-    Sums may wrap around where the columns lie; then the first piece beyond its shard still shows, since it is at most
-    one gap and one piece away from a right one.
-    """
+    """Return each piece's first byte: its gap after the piece before it, or after the shard's first byte."""
+    # Sums may wrap around where the columns lie; then the first piece beyond its shard still shows, since it is at most
+    # one gap and one piece away from a right one.
     is_head = _is_head(shard)
     sums = np.cumsum(gaps + np.where(is_head, 0, _before(nbytes)))
     bases = (sums - gaps)[is_head]

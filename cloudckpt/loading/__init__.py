@@ -3,11 +3,4 @@
 from cloudckpt.loading.input import Pieces, RankInput, describe, read_index
 from cloudckpt.loading.lead import fill, load_state
 
-__all__ = [
-    "Pieces",
-    "RankInput",
-    "describe",
-    "fill",
-    "load_state",
-    "read_index",
-]
+__all__ = ["Pieces", "RankInput", "describe", "fill", "load_state", "read_index"]

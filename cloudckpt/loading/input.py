@@ -15,6 +15,7 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,13 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from cloudckpt.errors import (
-    ChecksumError,
-    ManifestError,
-    MissingShardError,
-    ObjectNotFoundError,
-    StorageError,
-)
+from cloudckpt.errors import ChecksumError, ManifestError, MissingShardError, ObjectNotFoundError, StorageError
 from cloudckpt.format import (
     DTYPES,
     ChunkEntry,
@@ -108,18 +103,15 @@ def read_index(catalog: Catalog, checkpoint: Checkpoint) -> Index:
     return decode_index(checkpoint, read_index_bytes(catalog, checkpoint))
 
 
+@dataclass(frozen=True, slots=True)
 class RankInput:
-    """The bytes of one checkpoint that one rank reads."""
+    """The bytes of one checkpoint that one rank reads from a store."""
 
-    def __init__(
-        self, store: Store, checkpoint: Checkpoint, index: Index, options: Options, watch: Watch | None = None
-    ) -> None:
-        """Read from `store`, below the checkpoint's prefix."""
-        self._store = store
-        self._prefix = checkpoint.prefix
-        self._index = index
-        self._options = options
-        self._watch = watch
+    store: Store
+    checkpoint: Checkpoint
+    index: Index
+    options: Options
+    watch: Watch | None = None
 
     def read(self, items: Sequence[ReadItem], planner: LoadPlanner, pieces: Pieces) -> None:
         """Fill every target that the items name; return when all of them are complete.
@@ -133,13 +125,13 @@ class RankInput:
             IntegrityError: an object is missing or differs from what was committed.
             StorageError: the store could not be read. In either case targets may hold a mixture.
         """
-        budget = Budget(self._options.transfer_budget_bytes)
+        budget = Budget(self.options.transfer_budget_bytes)
         landings = self._landings(items, planner, pieces, budget)
         fetches = [
-            fetch for place in sorted(landings) for fetch in self._fetches(self._index.shard(*place), landings[place])
+            fetch for place in sorted(landings) for fetch in self._fetches(self.index.shard(*place), landings[place])
         ]
-        concurrency = self._options.concurrency
-        download(self._store, fetches, concurrency=concurrency, budget=budget, watch=self._watch)
+        concurrency = self.options.concurrency
+        download(self.store, fetches, concurrency=concurrency, budget=budget, watch=self.watch)
 
     def _landings(
         self, items: Sequence[ReadItem], planner: LoadPlanner, pieces: Pieces, budget: Budget
@@ -151,25 +143,25 @@ class RankInput:
         for item in items:
             name = item.storage_index.fqn
             if item.type is LoadItemType.BYTE_IO:
-                _load_value(item, planner, self._index)
+                _load_value(item, planner, self.index)
                 continue
             piece = by_offset[name, tuple(item.storage_index.offset or ())]
-            landings[piece.rank, piece.number].append(Landing(item, taking, self._index.tensors[name], piece))
+            landings[piece.rank, piece.number].append(Landing(item, taking, self.index.tensors[name], piece))
         return landings
 
     def _fetches(self, entry: ShardEntry, landings: list[Landing]) -> list[Fetch]:
         source = ShardSource(
-            key=self._prefix + shard_key(entry.attempt, entry.rank, entry.number),
+            key=self.checkpoint.prefix + shard_key(entry.attempt, entry.rank, entry.number),
             size_bytes=entry.size_bytes,
             digests=entry.digests,
-            block_bytes=self._index.block_bytes,
+            block_bytes=self.index.block_bytes,
         )
         spans = plan_spans(
             [(landing.start, landing.stop) for landing in landings],
             size_bytes=entry.size_bytes,
-            block_bytes=self._index.block_bytes,
+            block_bytes=self.index.block_bytes,
             # The blocks are the writer's choice; a span holds at least one of them.
-            span_bytes=max(1, self._options.span_bytes // self._index.block_bytes) * self._index.block_bytes,
+            span_bytes=max(1, self.options.span_bytes // self.index.block_bytes) * self.index.block_bytes,
         )
         starts = [span.start for span in spans]
         takers: list[list[Landing]] = [[] for _ in spans]

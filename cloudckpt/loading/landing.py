@@ -94,12 +94,12 @@ class Landing:
         with self._taking.lock:
             if self._into is None:
                 target = self._resolve()
-                self._into = bytes_of(target) if self._is_direct(target) else self._take_buffer()
+                if self._is_direct(target):
+                    self._into = bytes_of(target)
+                else:
+                    self._buffer = self._taking.scratch.take(self.stop - self.start)
+                    self._into = np.frombuffer(self._buffer, dtype=np.uint8)
             return self._into
-
-    def _take_buffer(self) -> np.ndarray:
-        self._buffer = self._taking.scratch.take(self.stop - self.start)
-        return np.frombuffer(self._buffer, dtype=np.uint8)
 
     def _resolve(self) -> torch.Tensor:
         target = self._taking.planner.resolve_tensor(self._item).detach()

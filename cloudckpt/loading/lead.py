@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol, cast
 
 import torch
@@ -54,11 +54,9 @@ class Extra(Protocol):
 
     def targets(self, index: Index) -> dict[str, torch.Tensor]:
         """Return the tensors to be filled."""
-        ...
 
     def apply(self, filled: Mapping[str, torch.Tensor]) -> None:
         """Take them, filled."""
-        ...
 
 
 def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
@@ -166,43 +164,34 @@ class _Search:
         return True
 
 
+@dataclass
 class _Loading:
     """The restore of one checkpoint, on one rank."""
 
+    checkpoint: Checkpoint
+    index_bytes: bytes
+    catalog: Catalog
+    group: Group
+    options: Options
+    gauge: Gauge | None
     # What this rank found in `_plan`, for the steps after it.
-    _index: Index
-    _targets: Targets
-    _extra: dict[str, torch.Tensor]
-    _filling: _Filling
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        index_bytes: bytes,
-        catalog: Catalog,
-        group: Group,
-        options: Options,
-        gauge: Gauge | None,
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._index_bytes = index_bytes
-        self._catalog = catalog
-        self._group = group
-        self._options = options
-        self._gauge = gauge
+    _index: Index = field(init=False)
+    _targets: Targets = field(init=False)
+    _extra: dict[str, torch.Tensor] = field(init=False)
+    _filling: _Filling = field(init=False)
 
     def run(self, what: str, state: MutableMapping[str, object], *, strict: bool, extra: Extra | None) -> None:
         """Go through the steps; raises as the group's exchanges do."""
-        steps = self._group.deal(
+        steps = self.group.deal(
             f"{what}: plan",
             lambda: self._plan(state, strict=strict, extra=extra).encode(),
             plan_passing,
         )
-        self._group.agree(f"{what}: read", lambda: self._read(steps), lambda _: None)
-        self._group.agree(f"{what}: apply", lambda: self._apply(extra), lambda _: None)
+        self.group.agree(f"{what}: read", lambda: self._read(steps), lambda _: None)
+        self.group.agree(f"{what}: apply", lambda: self._apply(extra), lambda _: None)
 
     def _plan(self, state: MutableMapping[str, object], *, strict: bool, extra: Extra | None) -> BoxTable:
-        self._index = index = decode_index(self._checkpoint, self._index_bytes)
+        self._index = index = decode_index(self.checkpoint, self.index_bytes)
         saved = Saved(
             shapes={name: tensor.shape for name, tensor in index.tensors.items()},
             dtypes={name: DTYPES[tensor.dtype] for name, tensor in index.tensors.items()},
@@ -212,26 +201,26 @@ class _Loading:
         self._targets = plan_restore(bind(state), saved, strict=strict)
         self._extra = extra.targets(index) if extra is not None else {}
         tensors = {**self._targets.tensors, **self._extra}
-        self._filling = _Filling(tensors, index, near=self._group.rank)
+        self._filling = _Filling(tensors, index, near=self.group.rank)
         return self._filling.shareable() if self._is_read_once() else BoxTable.of(())
 
     def _is_read_once(self) -> bool:
-        choice = self._options.read_once
-        if self._group.size == 1:
+        choice = self.options.read_once
+        if self.group.size == 1:
             return False
-        return choice == "always" or (choice == "auto" and self._catalog.store.engine != "local")
+        return choice == "always" or (choice == "auto" and self.catalog.store.engine != "local")
 
     def _read(self, steps: Sequence[Step]) -> None:
-        watch = replace(self._group.watch(self._options.progress_timeout_s), gauge=self._gauge)
-        source = RankInput(self._catalog.store, self._checkpoint, self._index, self._options, watch)
-        packets = self._filling.take_over(steps, self._group.rank)
-        passing = self._group.begin_passing(packets)
+        watch = replace(self.group.watch(self.options.progress_timeout_s), gauge=self.gauge)
+        source = RankInput(self.catalog.store, self.checkpoint, self._index, self.options, watch)
+        packets = self._filling.take_over(steps, self.group.rank)
+        passing = self.group.begin_passing(packets)
         try:
             self._filling.read(source)
         finally:
             for packet in packets:
                 packet.give_up()
-            self._group.end_passing(passing)
+            self.group.end_passing(passing)
 
     def _apply(self, extra: Extra | None) -> None:
         self._targets.apply()

@@ -9,7 +9,7 @@ other one, too. Ranks with the same boxes, as replicas have them, are looked at 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cloudckpt.format import Box, BoxTable
@@ -63,14 +63,11 @@ def plan_passing(messages: Sequence[bytes]) -> list[list[Step]]:
     for reader, boxes in plan.turns(len(messages)):
         ranks = plan.ranks(boxes[0])
         takers = tuple(rank for rank in ranks if rank != reader)
-        for kind, row_of in _rows_by_kind(boxes, plan.holders).items():
+        for kind in plan.holders[boxes[0]].rows:
+            rows = tuple(plan.holders[box].rows[kind] for box in boxes)
             for rank in plan.members[kind]:
-                steps[rank].append(Step(reader, takers if rank == reader else (), row_of))
+                steps[rank].append(Step(reader, takers if rank == reader else (), rows))
     return steps
-
-
-def _rows_by_kind(boxes: Sequence[Box], holders: Mapping[Box, _Holders]) -> dict[int, tuple[int, ...]]:
-    return {kind: tuple(holders[box].rows[kind] for box in boxes) for kind in holders[boxes[0]].rows}
 
 
 class _Plan:
@@ -99,11 +96,8 @@ class _Plan:
         ]
 
     def _queues(self, size: int) -> list[list[Box]]:
-        """Cut the boxes of the same holders into runs of even bytes, one for each holder.
-
-        Runs, and not the best fit of single boxes: neighbours lie in the same blocks of a shard, and whole blocks are
-        read.
-        """
+        """Cut the boxes of the same holders into runs of even bytes, one for each holder."""
+        # Not the best fit of single boxes: neighbours lie in the same blocks of a shard, and whole blocks are read.
         loads = [0] * size
         queues: list[list[Box]] = [[] for _ in range(size)]
         for boxes in self._by_holders().values():

@@ -101,7 +101,6 @@ class CheckpointManager:
         self._catalog = Catalog(self._store)
         self._retention = tuple(retention)
         self._saves = Saves(
-            self._store,
             self._catalog,
             options=chosen,
             schedule=schedule,

@@ -22,7 +22,6 @@ from cloudckpt.report import Entry, Journal
 from cloudckpt.root import Catalog, Checkpoint, Epoch, Pruner
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
 from cloudckpt.state import Generators, bind, capture, captured
-from cloudckpt.store import RetryingStore
 from cloudckpt.transfer import Slabs
 
 __all__ = ["Saves"]
@@ -41,7 +40,6 @@ class Saves:
 
     def __init__(
         self,
-        store: RetryingStore,
         catalog: Catalog,
         *,
         options: Options,
@@ -52,7 +50,6 @@ class Saves:
     ) -> None:
         self.epoch = Epoch(catalog, is_single_writer=options.single_writer)
         self.background = Background(patience_s=options.finish_timeout_s)
-        self._store = store
         self._catalog = catalog
         self.options = options
         self._schedule = schedule
@@ -139,7 +136,11 @@ class Saves:
     def _touch_ahead(self, state: MutableMapping[str, object]) -> None:
         group = Group.of_world()
         sizes, is_pinned = expected_shards(
-            capture(bind(state)).leaves, self.options, rank=group.rank, size=group.size, engine=self._store.engine
+            capture(bind(state)).leaves,
+            self.options,
+            rank=group.rank,
+            size=group.size,
+            engine=self._journal.store.engine,
         )
         self._slabs.touch_ahead(sizes, is_pinned=is_pinned)
 
@@ -182,7 +183,7 @@ class Saves:
         catalog, options = self._means()
         self._is_beginning = True
         try:
-            with Session(group, f"save of step {step}", options) as session:
+            with Session.of(group, f"save of step {step}", options) as session:
                 pending = begin_save(
                     session,
                     captured(state, self.generators),
@@ -203,7 +204,7 @@ class Saves:
         if left_s is None:
             return self._catalog, self.options
         options = self.options.within(left_s)
-        return self._catalog.with_store(self._store.within(options.retry)), options
+        return self._catalog.with_store(self._journal.store.within(options.retry)), options
 
     def _ended(self, step: int, entry: Entry, outcome: Checkpoint | BaseException) -> None:
         """Note what became of a save, and prune after a commit; perhaps in a background save's thread."""

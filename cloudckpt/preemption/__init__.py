@@ -4,9 +4,4 @@ from cloudckpt.preemption.notices import Notice
 from cloudckpt.preemption.schedule import Schedule
 from cloudckpt.preemption.watch import EXIT_PREEMPTED, Preemption
 
-__all__ = [
-    "EXIT_PREEMPTED",
-    "Notice",
-    "Preemption",
-    "Schedule",
-]
+__all__ = ["EXIT_PREEMPTED", "Notice", "Preemption", "Schedule"]

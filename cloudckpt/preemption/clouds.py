@@ -136,10 +136,7 @@ class Ec2Source:
         self._token = ""
 
     def poll(self) -> Iterator[Notice]:
-        for ask in (self._action, self._recommendation):
-            notice = ask()
-            if notice is not None:
-                yield notice
+        yield from filter(None, (ask() for ask in (self._action, self._recommendation)))
 
     def _action(self) -> Notice | None:
         path = "/latest/meta-data/spot/instance-action"

@@ -58,7 +58,6 @@ class NoticeSource(Protocol):
     @property
     def name(self) -> str:
         """What the source is called in a log."""
-        ...
 
     def poll(self) -> Iterable[Notice]:
         """Ask once, in bounded time, and return or yield what holds now; nothing if all is well.
@@ -68,7 +67,6 @@ class NoticeSource(Protocol):
         Raises:
             Exception: of any kind; no answer could be had.
         """
-        ...
 
 
 class CheckSource:
@@ -100,17 +98,13 @@ class Watcher:
 
     def __init__(self, source: NoticeSource, take: Callable[[Notice], None], *, poll_s: float) -> None:
         """Hand what `source` says to `take`, asking every `poll_s` seconds and less often where no answer comes."""
+        self.name = source.name
         self._source = source
         self._take = take
         self._poll_s = poll_s
         self._failures = 0
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-
-    @property
-    def name(self) -> str:
-        """The source's name."""
-        return self._source.name
 
     @property
     def wait_s(self) -> float:

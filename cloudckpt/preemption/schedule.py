@@ -127,11 +127,6 @@ class Schedule:
         """Return the seconds until the end as far as it is known; inf if it is not."""
         return math.inf if self.deadline is None else self.deadline.left_s(self._clock())
 
-    @property
-    def needs_vote(self) -> bool:
-        """Whether the ranks could answer differently by themselves."""
-        return self._every_s is not None or self._preemption is not None
-
     def hear(self) -> None:
         """Heed a notice at once, where there is no other rank to agree with, and nobody asks at every step.
 
@@ -153,8 +148,8 @@ class Schedule:
         """
         self._is_asked = True
         is_due = self._every_steps is not None and (step + 1) % self._every_steps == 0
-        if not self.needs_vote:
-            return is_due
+        if self._every_s is None and self._preemption is None:
+            return is_due  # no rank could answer differently
         now_s = self._clock()
         left_ms = self._left_ms(now_s)
         mine = [step, -step, int(self._is_time(now_s)), -left_ms, *self._standing(step, now_s)]

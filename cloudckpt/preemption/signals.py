@@ -38,11 +38,7 @@ class SignalWatch:
     ) -> None:
         """Install the handlers, in the main thread; each of `signals` is appended to `seen` when it first comes.
 
-        Args:
-            signals: which to watch. One that is handled by code outside of Python is left alone, with a warning.
-            grace_s: signal → the seconds that it leaves.
-            seen: where notices go.
-            clock: monotonic seconds.
+        A signal that is handled by code outside of Python is left alone, with a warning.
         """
         self._grace_s = grace_s
         self._seen = seen
@@ -95,10 +91,8 @@ class SignalWatch:
         self._seen.append(Notice(source=name, reason=reason, deadline_s=deadline_s, received_s=now_s))
 
     def _is_end_allowed(self, number: int) -> bool:
-        """Tell whether all watches from the installed handler down to this one let the process end.
-
-        If Python calls somebody else's handler first, what the end of the process is, is theirs to decide.
-        """
+        """Tell whether all watches from the installed handler down to this one let the process end."""
+        # If Python calls somebody else's handler first, what the end of the process is, is theirs to decide.
         handler: _Handler = signal.getsignal(number)
         while isinstance(watch := getattr(handler, "__self__", None), SignalWatch) and watch.is_over(number):
             if watch is self:

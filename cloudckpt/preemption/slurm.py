@@ -43,15 +43,7 @@ class SlurmSource:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Give notice `lead_s` seconds before the end of the job.
-
-        Args:
-            lead_s: seconds for the last save.
-            command: what is run, with the job's number after it.
-            environ: where the variables of Slurm are.
-            clock: monotonic seconds.
-            wall_clock: Unix seconds.
-        """
+        """Give notice `lead_s` seconds before the end of the job; `command` is run with the job's number after it."""
         self._lead_s = lead_s
         self._command = tuple(command)
         self._environ = environ

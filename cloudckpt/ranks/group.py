@@ -29,8 +29,16 @@ from cloudckpt.errors import OptionsError, RankLostError
 from cloudckpt.ranks.calling import Caller
 from cloudckpt.ranks.link import Link
 from cloudckpt.ranks.meeting import Meeting
-from cloudckpt.ranks.message import Sent, answers, done, pickled, unpickled
-from cloudckpt.ranks.outcome import MissingPartsError, UndecidedError, named_ranks
+from cloudckpt.ranks.outcome import (
+    MissingPartsError,
+    Sent,
+    UndecidedError,
+    answers,
+    done,
+    named_ranks,
+    pickled,
+    unpickled,
+)
 from cloudckpt.ranks.packet import Packet
 from cloudckpt.ranks.pulse import Pulse
 from cloudckpt.ranks.world import BrokenError, has_world, new_gloo_group
@@ -290,10 +298,8 @@ class Group:
         return told[0]
 
     def _tell_what_stands(self, link: Link, phase: str, messages: Sequence[bytes]) -> None:
-        """Send each other rank its answer to a decision that stands, also if some are not there any more.
-
-        No verdict is passed on a rank that does not take it: the others would take that for the end of this session.
-        """
+        """Send each other rank its answer to a decision that stands, also if some are not there any more."""
+        # No verdict is passed on a rank that does not take it: the others would take that for the end of this session.
         untold = list(range(1, self.size))
         link.pulse.enter(phase, is_waiting=True)
         telling = link.submit(partial(link.scatter, messages, untold=untold))

@@ -49,13 +49,7 @@ class Vote:
     """The votes of this process with the other ranks of the default process group. One thread."""
 
     def __init__(self, *, rank: int, size: int, timeout_s: float) -> None:
-        """Prepare; the group is made at the first vote, together with all other ranks.
-
-        Args:
-            rank: this one.
-            size: how many there are; a single one agrees with itself.
-            timeout_s: how long to wait for a rank.
-        """
+        """Wait `timeout_s` for a rank; the group is made at the first vote, together with all other ranks."""
         self._rank = rank
         self.size = size
         self._timeout_s = timeout_s

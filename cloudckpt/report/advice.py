@@ -120,7 +120,8 @@ class Costs:
         if type(self.saves) is not int or self.saves < 0:
             raise OptionsError(f"saves is {self.saves!r}; give a whole number from 0")
         for name in ("blocked_s", "commit_s", "restart_s", "interval_s", "step_s"):
-            _check_known(name, getattr(self, name), is_zero_allowed=name not in ("interval_s", "step_s"))
+            if (value := getattr(self, name)) is not None:
+                _check(name, value, is_zero_allowed=name not in ("interval_s", "step_s"))
         if self.commit_s is not None and self.blocked_s is not None and self.commit_s < self.blocked_s:
             raise OptionsError(
                 f"commit_s is {self.commit_s}, less than blocked_s ({self.blocked_s}): both begin together"
@@ -207,7 +208,8 @@ def advise(costs: Costs, mtbf_s: float | None = None) -> Advice:
     Raises:
         OptionsError: `mtbf_s` is not a finite number above 0.
     """
-    _check_known("mtbf_s", mtbf_s, is_zero_allowed=False)
+    if mtbf_s is not None:
+        _check("mtbf_s", mtbf_s, is_zero_allowed=False)
     blocked_s, present_s = costs.blocked_s, costs.interval_s
     if blocked_s is None or mtbf_s is None:
         return Advice(costs=costs, mtbf_s=mtbf_s, present_interval_s=present_s)
@@ -247,11 +249,6 @@ def _check(name: str, value: float, *, is_zero_allowed: bool = True) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 <= value < math.inf or (value == 0 and not is_zero_allowed):
         raise OptionsError(f"{name} is {value!r}; give seconds, {'0 or more' if is_zero_allowed else 'above 0'}")
-
-
-def _check_known(name: str, value: float | None, *, is_zero_allowed: bool) -> None:
-    if value is not None:
-        _check(name, value, is_zero_allowed=is_zero_allowed)
 
 
 def _percent(share: float | None) -> str:

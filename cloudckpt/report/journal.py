@@ -26,7 +26,7 @@ _PHASES = ("plan", "stage", "upload", "gather", "commit")
 
 
 class Journal:
-    """The saves and restores of one job on one store."""
+    """The saves and restores of one job on one store; `progress` shows people what the log says."""
 
     def __init__(
         self, store: RetryingStore, progress: Progress, *, clock: Callable[[], float] = time.monotonic

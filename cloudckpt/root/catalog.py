@@ -130,14 +130,11 @@ class Catalog:
     def _url(self, prefix: str) -> str:
         return f"{self.store.url}/{prefix}".rstrip("/")
 
-    def prefixes(self) -> list[str]:
-        """Return the prefixes of all attempts below the root, committed or not, newest first by (epoch, step)."""
-        found = {}
-        for prefix in self.store.list("", delimiter="/").prefixes:
-            place = parse_checkpoint_prefix(prefix)
-            if place is not None:
-                found[prefix] = (place[1], place[0])
-        return sorted(found, key=lambda prefix: found[prefix], reverse=True)
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Return (epoch, step) of all attempts below the root, committed or not, by their prefix; newest first."""
+        prefixes = self.store.list("", delimiter="/").prefixes
+        found = {prefix: place[::-1] for prefix in prefixes if (place := parse_checkpoint_prefix(prefix))}
+        return dict(sorted(found.items(), key=lambda item: item[1], reverse=True))
 
     def newest_first(self) -> Iterable[Checkpoint | ManifestError]:
         """Yield committed checkpoints from the newest down, reading each manifest only when it is asked for.
@@ -146,7 +143,7 @@ class Catalog:
         reached raises. A manifest of a newer format raises `FormatVersionError`: going past it would silently
         go back in time.
         """
-        for prefix in self.prefixes():
+        for prefix in self.places():
             found = self._look(prefix)
             if isinstance(found, FormatVersionError):
                 raise found
@@ -182,7 +179,7 @@ class Catalog:
 
         Raises what `newest` raises.
         """
-        prefixes = self.prefixes()
+        prefixes = self.places()
         with self._lock:
             known = {prefix: self._known[prefix] for prefix in prefixes if prefix in self._known}
         unknown = [prefix for prefix in prefixes if prefix not in known]
@@ -222,16 +219,14 @@ class Catalog:
         Raises:
             CheckpointNotFoundError: no epoch committed that step; the message names the nearest ones.
         """
-        prefixes = self.prefixes()
-        for prefix in prefixes:
-            place = parse_checkpoint_prefix(prefix)
-            if place is not None and place[0] == step:
-                found = self._look(prefix)
-                if isinstance(found, ManifestError):
-                    raise found
-                if found is not None:
-                    return found
-        steps = sorted({place[0] for prefix in prefixes if (place := parse_checkpoint_prefix(prefix))})
+        places = self.places()
+        for prefix, (_, found_step) in places.items():
+            found = self._look(prefix) if found_step == step else None
+            if isinstance(found, ManifestError):
+                raise found
+            if found is not None:
+                return found
+        steps = sorted({found_step for _, found_step in places.values()})
         raise CheckpointNotFoundError(
             f"no committed checkpoint of step {step} at {self.store.url}; steps there: {_few(steps)}"
         )

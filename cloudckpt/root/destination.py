@@ -76,11 +76,7 @@ class Epoch:
         self.newest: Checkpoint | None = None
 
     def step(self, step: int, catalog: Catalog) -> Destination:
-        """Return where a step goes; refuse, without a request, one that has no place.
-
-        Args:
-            step: the training step.
-            catalog: the root's, over the store with the patience that this save has.
+        """Return where a step goes, by a catalog over the store with the patience that this save has. No request.
 
         Raises:
             OptionsError: a step that is negative, or larger than keys hold.

@@ -24,7 +24,6 @@ class RetentionRule(Protocol):
 
     def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
         """Return which of `checkpoints` (committed, not empty, oldest first) must stay, by their (epoch, step)."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

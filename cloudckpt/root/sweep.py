@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, parse_checkpoint_prefix
+from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.store import ObjectInfo, Store
 
@@ -51,11 +51,8 @@ def _orphans(catalog: Catalog, *, older_than_s: float) -> list[Orphan]:
     highest = catalog.highest_epoch()
     now_s: float | None = None
     found = []
-    for prefix in catalog.prefixes():
-        place = parse_checkpoint_prefix(prefix)
-        if place is None or place[1] >= highest or catalog.knows(prefix):
-            continue
-        rest = _uncommitted(catalog, prefix)
+    for prefix, (epoch, _) in catalog.places().items():
+        rest = () if epoch >= highest or catalog.knows(prefix) else _uncommitted(catalog, prefix)
         if not rest:
             continue
         now_s = _now_s(catalog.store) if now_s is None else now_s

@@ -2,9 +2,9 @@
 
 from cloudckpt.saving.background import Background, SaveHandle
 from cloudckpt.saving.lead import PendingSave, PlanMemory, Session, begin_save
-from cloudckpt.saving.output import RankOutput, Record, commit_index, lay_out_part, stats_of
+from cloudckpt.saving.output import RankOutput, Record, commit_index, stats_of
 from cloudckpt.saving.snapshot import expected_shards
-from cloudckpt.saving.source import chunk_of, object_of
+from cloudckpt.saving.source import Source, chunk_of, object_of
 from cloudckpt.saving.tally import Written, assemble, check_against_plan
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Record",
     "SaveHandle",
     "Session",
+    "Source",
     "Written",
     "assemble",
     "begin_save",
@@ -22,7 +23,6 @@ __all__ = [
     "chunk_of",
     "commit_index",
     "expected_shards",
-    "lay_out_part",
     "object_of",
     "stats_of",
 ]

@@ -160,18 +160,18 @@ class Background:
     def __init__(self, *, patience_s: float) -> None:
         """Nothing is under way; the end waits for `patience_s` at most."""
         self._patience_s = patience_s
-        self._handle: SaveHandle | None = None
+        self._handle = SaveHandle(-1)  # of none
 
     @property
     def is_busy(self) -> bool:
         """Whether a save is under way."""
-        return self._handle is not None and not self._handle.done()
+        return not self._handle.done()
 
     @property
     def is_untold(self) -> bool:
         """Whether the last one has failed, and nobody was told yet."""
         handle = self._handle
-        return handle is not None and handle.done() and handle._error is not None and not handle._is_told
+        return handle.done() and handle._error is not None and not handle._is_told
 
     def begin(
         self, step: int, pending: PendingSave, ended_with: Callable[[Checkpoint | BaseException], None]
@@ -209,8 +209,7 @@ class Background:
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for the save under way, without asking what became of it."""
-        if self._handle is not None:
-            self._handle._ended.wait(timeout)
+        self._handle._ended.wait(timeout)
 
     def settle(self, timeout: float | None = None) -> None:
         """Wait for the save under way; raise what it failed with, also if that was long ago and nobody was told.
@@ -219,7 +218,7 @@ class Background:
             TimeoutError: it goes on.
             CloudCkptError: it failed.
         """
-        if self._handle is not None and (self.is_busy or self.is_untold):
+        if self.is_busy or self.is_untold:
             self._handle.result(timeout)
 
     def end(self) -> None:
@@ -229,8 +228,7 @@ class Background:
             SaveFailedError: it was abandoned; nothing was committed.
             CommitUnknownError: it was abandoned, and may be committed all the same.
         """
-        if self._handle is not None:
-            self._handle._finish_or_abandon(self._patience_s)
+        self._handle._finish_or_abandon(self._patience_s)
 
 
 _UNDER_WAY: list[SaveHandle] = []
@@ -242,8 +240,7 @@ def _after_fork() -> None:
     _UNDER_WAY.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _at_exit() -> None:

@@ -78,21 +78,21 @@ class RankPart:
     ended_s: float
 
 
+@dataclass(slots=True)
 class Coordinator:
     """Rank 0's side: where the save goes, who writes what, and whether all of it was written. Idle on other ranks."""
 
-    def __init__(self, destination: Destination, memory: PlanMemory, options: Options, *, claims_later: bool) -> None:
-        self.destination = destination
-        self._memory = memory
-        self._options = options
-        self._claims_later = claims_later
-        self._target: Target | None = None
+    destination: Destination
+    memory: PlanMemory
+    options: Options
+    claims_later: bool
+    _target: Target | None = None
 
     def decide(self, openings: Sequence[Opening]) -> Order:
         if len({opening.values for opening in openings}) > 1:
             return Order(is_alike=False)
         plans = {opening.plan_id for opening in openings}
-        is_placed = self.destination.is_claimed or not self._claims_later
+        is_placed = self.destination.is_claimed or not self.claims_later
         return Order(
             prefix=self.place() if is_placed else None,
             attempt=new_attempt(),
@@ -108,12 +108,12 @@ class Coordinator:
         decoded = [msgspec.msgpack.decode(message, type=tuple[bytes, bytes]) for message in messages]
         tables = [BoxTable.decode(table) for table, _ in decoded]
         rows = share_out(tables)
-        self._memory.tensors = frozenset(name for table in tables for name in table.names)
-        self._memory.paths = {}
+        self.memory.tensors = frozenset(name for table in tables for name in table.names)
+        self.memory.paths = {}
         # The ranks of a sharded model have the same paths, byte for byte; each is looked at once.
         for data in dict.fromkeys(paths for _, paths in decoded):
             for name, path in msgspec.json.decode(data, type=dict[str, list[PathElement]]).items():
-                self._memory.paths.setdefault(name, path)
+                self.memory.paths.setdefault(name, path)
         plan_id = secrets.token_hex(8)
         return [(plan_id, of_rank.astype(np.int64).tobytes()) for of_rank in rows]
 
@@ -130,9 +130,9 @@ class Coordinator:
             "slowest_rank": float(slowest),
         }
         written = [Written.decode(part.written) for part in parts]
-        index = assemble(written, attempt=attempt, block_bytes=self._options.block_bytes, paths=self._memory.paths)
+        index = assemble(written, attempt=attempt, block_bytes=self.options.block_bytes, paths=self.memory.paths)
         group.tick()
-        check_against_names(self._memory.tensors, index)
+        check_against_names(self.memory.tensors, index)
         group.tick()
         full = replace(record, world_size=group.size, seconds=seconds)
         return commit_index(self._target, index, full).manifest.encode()

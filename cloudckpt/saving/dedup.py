@@ -138,13 +138,14 @@ class _Boxes(NamedTuple):
     def of(cls, tables: Sequence[BoxTable], tensors: _Tensors) -> _Boxes:
         """Collect the boxes that may have to be written; raise if one leaves its tensor."""
         starts = _starts(tables)
-        parts = [
+        parts = [cls(*np.zeros((5, 0), dtype=np.int64))]
+        parts += [
             cls._in(table, of_table[table.tensor], tensors, rank, starts[rank])
             for rank, (table, of_table) in enumerate(zip(tables, tensors.of_table, strict=True))
         ]
         # Stable, so that ranks stay in order. Each rank's boxes are one ascending run, which this sort merges.
-        order = np.argsort(_joined([part.first for part in parts]), kind="stable")
-        return cls(*(_joined(columns)[order] for columns in zip(*parts, strict=True)))
+        order = np.argsort(np.concatenate([part.first for part in parts]), kind="stable")
+        return cls(*(np.concatenate(columns)[order] for columns in zip(*parts, strict=True)))
 
     @classmethod
     def _in(cls, table: BoxTable, tensor: Column, tensors: _Tensors, rank: int, start: int) -> _Boxes:
@@ -207,10 +208,8 @@ def _choose(boxes: _Boxes, is_first: NDArray[np.bool_], world_size: int) -> Colu
 
 
 def _alike(ranks: Column, starts: Column, counts: Column, nbytes: Column) -> Iterator[tuple[Column, Column, int]]:
-    """Yield boxes of one size on the same ranks together, largest first: (their starts, the ranks, their bytes).
-
-    Of equal sizes those with the fewest holders come first, because the others can still make up for them.
-    """
+    """Yield boxes of one size on the same ranks together, largest first: (their starts, the ranks, their bytes)."""
+    # Of equal sizes those with the fewest holders come first, because the others can still make up for them.
     if not len(starts):
         return
     sums = np.concatenate((np.zeros(1, dtype=np.uint64), np.cumsum(_scattered(ranks))))
@@ -240,10 +239,8 @@ def _differ_from_the_one_before(ranks: Column, starts: Column, counts: Column) -
 
 
 def _deal(loads: Column, count: int, size_bytes: int) -> Column:
-    """Return how many of `count` boxes each rank takes, if each goes to the one that has the least so far.
-
-    One by one they would fill the ranks like water: up to a common level, with less than one box of difference.
-    """
+    """Return how many of `count` boxes each rank takes, if each goes to the one that has the least so far."""
+    # One by one they would fill the ranks like water: up to a common level, with less than one box of difference.
     order = np.argsort(loads, kind="stable")
     levels = loads[order]
     volumes = count * size_bytes + np.cumsum(levels)

@@ -19,22 +19,21 @@ _PACKAGES = ("cloudckpt", "torch", "numpy", "fsspec", "s3fs", "gcsfs", "obstore"
 @cache
 def environment(root_url: str, data_path: str) -> dict[str, str]:
     """Return the environment record of this process for a root and the engine that moves its bytes."""
-    record = {f"package.{name}": version for name in _PACKAGES if (version := _version(name))}
-    record["python"] = f"{platform.python_implementation()} {platform.python_version()}"
-    record["platform"] = _platform()
-    record["machine"] = platform.machine()
-    record["device"] = _device()
-    record["root"] = root_url
-    record["data_path"] = data_path
-    return record
+    return {
+        **{f"package.{name}": version for name in _PACKAGES if (version := _version(name))},
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "platform": _platform(),
+        "machine": platform.machine(),
+        "device": _device(),
+        "root": root_url,
+        "data_path": data_path,
+    }
 
 
 def _platform() -> str:
-    """Return system, release, machine and C library, without another process.
-
-    `platform.platform()` runs `uname -p`. In a save's thread that can wait for ever: a worker of a DataLoader that the
-    main thread forks at that moment inherits the pipe whose end the start of `uname` waits for.
-    """
+    """Return system, release, machine and C library, without another process."""
+    # `platform.platform()` runs `uname -p`. In a save's thread that can wait for ever: a worker of a DataLoader that
+    # the main thread forks at that moment inherits the pipe whose end the start of `uname` waits for.
     library = "".join(platform.libc_ver())
     return "-".join(filter(None, (platform.system(), platform.release(), platform.machine(), library)))
 

@@ -16,10 +16,9 @@ plans as objects are too much for one. Keeps FORMAT invariants 2, 3, 4 and 13.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Self, TypeVar
 
 import msgspec
@@ -31,32 +30,16 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
 from cloudckpt.errors import SaveFailedError
-from cloudckpt.format import (
-    BoxTable,
-    Column,
-    Flat,
-    JsonValue,
-    codec,
-    metadata_to_json,
-    metrics_to_json,
-)
+from cloudckpt.format import BoxTable, Column, Flat, JsonValue, codec, metadata_to_json, metrics_to_json
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, plain_errors
 from cloudckpt.root import Checkpoint, Destination, Target
-from cloudckpt.saving.coordinator import (
-    Coordinator,
-    Opening,
-    Order,
-    PlanMemory,
-    RankPart,
-    digests_of,
-    refuse_values,
-)
-from cloudckpt.saving.output import Part, RankOutput, Record, lay_out_part, stats_of
+from cloudckpt.saving.coordinator import Coordinator, Opening, Order, PlanMemory, RankPart, digests_of, refuse_values
+from cloudckpt.saving.output import RankOutput, Record, stats_of
 from cloudckpt.saving.snapshot import Staged, take_snapshot
-from cloudckpt.saving.source import check_tensor, chunk_of
+from cloudckpt.saving.source import Source, check_tensor, chunk_of
 from cloudckpt.state import is_tensor
-from cloudckpt.transfer import AbandonedError, Gauge, Slabs, StageClosedError
+from cloudckpt.transfer import AbandonedError, Gauge, Slabs, Stage, StageClosedError
 
 __all__ = ["PendingSave", "PlanMemory", "Session", "begin_save"]
 
@@ -65,28 +48,25 @@ _T = TypeVar("_T")
 _SHOWN = 8
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """The ranks together for one save: from its begin until a `PendingSave` has taken it over, or an error ends it."""
 
-    def __init__(self, group: Group, what: str, options: Options) -> None:
-        """Of the ranks of `group`; those that do another thing than `what` are told so."""
-        self.group = group
-        self.what = what
-        self.options = options
-        self.began_s = time.monotonic()
-        self._stack = ExitStack()
+    group: Group
+    what: str
+    options: Options
+    began_s: float
+    _stack: ExitStack
 
-    def __enter__(self) -> Self:
+    @classmethod
+    @contextmanager
+    def of(cls, group: Group, what: str, options: Options) -> Iterator[Self]:
+        """Bring the ranks of `group` together; those that do another thing than `what` are told so."""
+        began_s = time.monotonic()
         with ExitStack() as stack:
-            stack.enter_context(plain_errors(self.group.size, _failed))
-            stack.enter_context(self.group.session(self.what, deadline_s=self.options.progress_timeout_s))
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        return self._stack.__exit__(kind, error, trace)
+            stack.enter_context(plain_errors(group.size, _failed))
+            stack.enter_context(group.session(what, deadline_s=options.progress_timeout_s))
+            yield cls(group=group, what=what, options=options, began_s=began_s, _stack=stack)
 
     def hand_over(self) -> ExitStack:
         """Let it end in another thread: where what is returned ends."""
@@ -171,7 +151,7 @@ class PendingSave:
     @property
     def size_bytes(self) -> int:
         """Bytes of this rank's part."""
-        return 0 if isinstance(self._laid, Exception) else sum(shard.size_bytes for shard in self._laid.part.shards)
+        return 0 if isinstance(self._laid, Exception) else sum(shard.size_bytes for shard in self._laid.source.shards)
 
     def stage(self) -> None:
         """Copy this rank's part; afterwards the state may change. Needs `finish` at work in another thread.
@@ -183,9 +163,9 @@ class PendingSave:
         if isinstance(laid, Exception) or laid.staged is None:
             raise StageClosedError("there is no room to stage in") from (laid if isinstance(laid, Exception) else None)
         began_s = time.monotonic()
-        take_snapshot(laid.staged, laid.part.shards, laid.part.chunks, laid.part.source)
+        take_snapshot(laid.staged, laid.source)
         self._stage_s = time.monotonic() - began_s
-        laid.part.source.forget()
+        laid.source.forget()
 
     def abandon(self, why: str) -> None:
         """Let `finish` fail soon, unless the commit is decided. Any thread may call it."""
@@ -193,8 +173,13 @@ class PendingSave:
         self._close_stage()
 
     def _close_stage(self) -> None:
-        if not isinstance(self._laid, Exception) and self._laid.staged is not None:
-            self._laid.staged.stage.close()
+        if (stage := self._stage) is not None:
+            stage.close()
+
+    @property
+    def _stage(self) -> Stage | None:
+        staged = None if isinstance(self._laid, Exception) else self._laid.staged
+        return None if staged is None else staged.stage
 
     def _check(self) -> None:
         if self._abandoned:
@@ -212,8 +197,8 @@ class PendingSave:
         lead = self._lead
         lead.group.take_over()
         with self._stack:
-            if not isinstance(self._laid, Exception) and self._laid.staged is not None:
-                self._laid.staged.stage.wait_for_first()
+            if (stage := self._stage) is not None:
+                stage.wait_for_first()
             try:
                 return lead.finish(lambda prefix: self._upload(prefix, gauge), self._check)
             finally:
@@ -224,8 +209,10 @@ class PendingSave:
         began_s = time.monotonic()
         watch = replace(lead.group.watch(lead.options.progress_timeout_s), check=self._check, gauge=gauge)
         target = Target(catalog=lead.coordinator.destination.catalog, prefix=prefix)
-        output = RankOutput(target, attempt=lead.order.attempt, rank=lead.group.rank, options=lead.options, watch=watch)
-        written = output.write(laid.part, lead.values, laid.staged)
+        output = RankOutput(
+            target=target, attempt=lead.order.attempt, rank=lead.group.rank, options=lead.options, watch=watch
+        )
+        written = output.write(laid.source, lead.values, laid.staged)
         return RankPart(written.encode(), time.monotonic() - began_s, self._stage_s + output.stage_s, time.monotonic())
 
 
@@ -234,15 +221,7 @@ class PendingSave:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Opened:
-    """What one rank brings.
-
-    Attributes:
-        planner: hands out the data of the items.
-        items: its boxes, as DCP's planner has them.
-        values: name → value in its JSON form.
-        message: names, boxes and paths, for whoever plans.
-        digest: of the message.
-    """
+    """What one rank brings: its boxes as DCP's planner has them, its values, and names, boxes and paths for rank 0."""
 
     planner: DefaultSavePlanner
     items: list[WriteItem]
@@ -255,7 +234,7 @@ class _Opened:
 class _Laid:
     """What one rank writes: its boxes placed into shards, and where copies of them go, if any are to be made."""
 
-    part: Part
+    source: Source
     staged: Staged | None
 
 
@@ -321,10 +300,11 @@ def _plan(mine: _Opened, memory: PlanMemory, coordinator: Coordinator, group: Gr
 
 def _lay_out(mine: _Opened, rows: Column, attempt: str, options: Options, slabs: Slabs | None, *, engine: str) -> _Laid:
     """Place what this rank writes into shards, and find room for copies of them."""
-    part = lay_out_part([mine.items[row] for row in rows.tolist()], mine.planner, attempt=attempt, options=options)
+    items = [mine.items[row] for row in rows.tolist()]
+    source = Source(items, mine.planner, attempt=attempt, shard_bytes=options.shard_bytes)
     if slabs is None:
-        return _Laid(part, None)
-    return _Laid(part, Staged.of(slabs, part.shards, part.source, options, engine=engine))
+        return _Laid(source, None)
+    return _Laid(source, Staged.of(slabs, source, options, engine=engine))
 
 
 def _tried(call: Callable[[], _T]) -> _T | Exception:

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-
-from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 from cloudckpt.format import (
     FORMAT_VERSION,
-    Box,
     Index,
     IndexRef,
     JsonValue,
@@ -28,19 +25,18 @@ from cloudckpt.format import (
     ShardLayout,
     digest_of,
     index_key,
-    lay_out,
     shard_key,
 )
 from cloudckpt.options import Options
 from cloudckpt.root import Checkpoint, Target
 from cloudckpt.saving.environment import environment
 from cloudckpt.saving.snapshot import Staged
-from cloudckpt.saving.source import Source, Staging, chunk_of
+from cloudckpt.saving.source import Source, Staging
 from cloudckpt.saving.tally import Written
 from cloudckpt.store import RetryingStore, Store, StoreStats
 from cloudckpt.transfer import Budget, ShardJob, Watch, upload
 
-__all__ = ["Part", "RankOutput", "Record", "commit_index", "lay_out_part", "stats_of"]
+__all__ = ["RankOutput", "Record", "commit_index", "stats_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,69 +59,45 @@ class Record:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class Part:
-    """One rank's tensors, placed into shards.
-
-    Attributes:
-        chunks: its boxes.
-        shards: where their bytes go.
-        source: hands the tensors out.
-    """
-
-    chunks: list[Box]
-    shards: list[ShardLayout]
-    source: Source
-
-
-def lay_out_part(items: Sequence[WriteItem], planner: SavePlanner, *, attempt: str, options: Options) -> Part:
-    """Place the tensors behind planned items into shards; nothing is copied or sent yet."""
-    chunks = [chunk_of(item) for item in items]
-    shards = lay_out(chunks, shard_bytes=options.shard_bytes, metadata={"cloudckpt": attempt})
-    return Part(chunks, shards, Source(items, planner, shards))
-
-
+@dataclass(slots=True, kw_only=True)
 class RankOutput:
-    """The shards of one rank in one attempt.
+    """The shards that one rank writes to `target`, in one attempt.
 
     Attributes:
         stage_s: thread seconds spent on copies into host memory.
     """
 
-    def __init__(
-        self, target: Target, *, attempt: str, rank: int, options: Options, watch: Watch | None = None
-    ) -> None:
-        """Write to `target` as `rank`, under keys of `attempt`."""
-        self._target = target
-        self._attempt = attempt
-        self._rank = rank
-        self._options = options
-        self._watch = watch
-        self._lock = threading.Lock()
-        self.stage_s = 0.0
+    target: Target
+    attempt: str
+    rank: int
+    options: Options
+    watch: Watch | None = None
+    stage_s: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def write(self, part: Part, values: Mapping[str, JsonValue], staged: Staged | None = None) -> Written:
+    def write(self, source: Source, values: Mapping[str, JsonValue], staged: Staged | None = None) -> Written:
         """Upload the shards; return what became of them, with `values`, once all is durable.
 
         The bytes are those of the tensors themselves, or what was copied from them into `staged`.
         """
         digests = upload(
-            self._target.catalog.store,
-            [self._job(shard, part) if staged is None else self._staged_job(shard, staged) for shard in part.shards],
-            block_bytes=self._options.block_bytes,
-            concurrency=self._options.concurrency,
-            budget=Budget(self._options.transfer_budget_bytes if staged is None else staged.transfer_bytes),
-            watch=self._watch,
+            self.target.catalog.store,
+            [
+                self._job(shard, source) if staged is None else self._staged_job(shard, staged)
+                for shard in source.shards
+            ],
+            block_bytes=self.options.block_bytes,
+            concurrency=self.options.concurrency,
+            budget=Budget(self.options.transfer_budget_bytes if staged is None else staged.transfer_bytes),
+            watch=self.watch,
         )
-        return Written.of(part.chunks, part.shards, digests, values, rank=self._rank, attempt=self._attempt)
+        return Written.of(source.chunks, source.shards, digests, values, rank=self.rank, attempt=self.attempt)
 
-    def _job(self, shard: ShardLayout, part: Part) -> ShardJob:
-        source = part.source
-
+    def _job(self, shard: ShardLayout, source: Source) -> ShardJob:
         def open_shard(staging: memoryview) -> list[memoryview]:
             began_s = time.monotonic()
             room = Staging(staging)
-            views = [source.view(part.chunks[piece.chunk], piece, room) for piece in shard.pieces]
+            views = [source.view(piece, room) for piece in shard.pieces]
             with self._lock:
                 self.stage_s += time.monotonic() - began_s
             return [memoryview(shard.header), *(view for view in views if view.nbytes)]
@@ -151,7 +123,7 @@ class RankOutput:
         )
 
     def _key(self, shard: ShardLayout) -> str:
-        return self._target.prefix + shard_key(self._attempt, self._rank, shard.number)
+        return self.target.prefix + shard_key(self.attempt, self.rank, shard.number)
 
 
 def commit_index(target: Target, index: Index, record: Record) -> Checkpoint:

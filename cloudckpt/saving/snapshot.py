@@ -10,7 +10,7 @@ Knows tensors and where a shard's pieces lie; memory and threads are `transfer`'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -44,11 +44,9 @@ class Staged:
     is_pinned: bool = False
 
     @classmethod
-    def of(
-        cls, slabs: Slabs, shards: Sequence[ShardLayout], source: Source, options: Options, *, engine: str
-    ) -> Staged:
-        """Prepare to stage shards; nothing is copied yet."""
-        sizes = [shard.size_bytes - len(shard.header) for shard in shards]
+    def of(cls, slabs: Slabs, source: Source, options: Options, *, engine: str) -> Staged:
+        """Prepare to stage the shards of a source; nothing is copied yet."""
+        sizes = [shard.size_bytes - len(shard.header) for shard in source.shards]
         is_sent_in_place = engine in _SENDS_IN_PLACE
         staging_bytes, transfer_bytes = staging_limits(
             sum(sizes), options, is_sent_in_place=is_sent_in_place, held_bytes=slabs.held_bytes
@@ -117,7 +115,7 @@ def _within(sizes: Sequence[int], limit_bytes: int) -> list[int]:
     return [size for size, total in zip(sizes, totals, strict=True) if total <= limit_bytes] or list(sizes[:1])
 
 
-def take_snapshot(staged: Staged, shards: Sequence[ShardLayout], chunks: Sequence[Box], source: Source) -> None:
+def take_snapshot(staged: Staged, source: Source) -> None:
     """Copy every shard's bytes; return when the tensors may change.
 
     Raises:
@@ -128,8 +126,8 @@ def take_snapshot(staged: Staged, shards: Sequence[ShardLayout], chunks: Sequenc
         stream.wait_stream(torch.cuda.current_stream())
 
     def plan(number: int, memory: memoryview) -> list[Copy]:
-        with _on(stream):
-            return _copies(shards[number], chunks, source, memory, is_pinned=staged.is_pinned)
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
+            return _copies(source.shards[number], source, memory, is_pinned=staged.is_pinned)
 
     def settle() -> None:
         if stream is not None:
@@ -138,20 +136,14 @@ def take_snapshot(staged: Staged, shards: Sequence[ShardLayout], chunks: Sequenc
     staged.stage.run(plan, settle=settle, threads=copying_threads())
 
 
-def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
-
-
-def _copies(
-    shard: ShardLayout, chunks: Sequence[Box], source: Source, memory: memoryview, *, is_pinned: bool
-) -> list[Copy]:
+def _copies(shard: ShardLayout, source: Source, memory: memoryview, *, is_pinned: bool) -> list[Copy]:
     """Copy what has no bytes of its own on the host; return the copies that are left."""
     copies = []
     for piece in shard.pieces:
         start = piece.start - len(shard.header)
         place = memory[start : start + piece.nbytes]
         room = Staging(place)
-        view = source.view(chunks[piece.chunk], piece, room, is_lazy=is_pinned)
+        view = source.view(piece, room, is_lazy=is_pinned)
         if piece.nbytes and not room.used_bytes:
             copies.append(Copy(place, view))
     return copies

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 from cloudckpt.errors import OptionsError, UnsupportedValueError
-from cloudckpt.format import DTYPE_NAMES, Box, Piece, ShardLayout
+from cloudckpt.format import DTYPE_NAMES, Box, Piece, lay_out
 from cloudckpt.transfer import bytes_of
 
 __all__ = ["Source", "Staging", "check_tensor", "chunk_of", "object_of"]
@@ -106,12 +106,20 @@ def _aligned(size_bytes: int) -> int:
 
 
 class Source:
-    """Resolve planned tensors when their first piece is needed, and let go of them after the last."""
+    """One rank's planned tensors, resolved when their first piece is needed, and let go of after the last.
 
-    def __init__(self, items: Sequence[WriteItem], planner: SavePlanner, shards: Sequence[ShardLayout]) -> None:
+    Attributes:
+        chunks: their boxes.
+        shards: where the bytes of these go.
+    """
+
+    def __init__(self, items: Sequence[WriteItem], planner: SavePlanner, *, attempt: str, shard_bytes: int) -> None:
+        """Place the tensors behind planned items into shards; nothing is resolved yet."""
+        self.chunks = [chunk_of(item) for item in items]
+        self.shards = lay_out(self.chunks, shard_bytes=shard_bytes, metadata={"cloudckpt": attempt})
         self._items = items
         self._planner = planner
-        self._uses = Counter(piece.chunk for shard in shards for piece in shard.pieces)
+        self._uses = Counter(piece.chunk for shard in self.shards for piece in shard.pieces)
         self._tensors: dict[int, torch.Tensor] = {}
         self._lock = threading.Lock()
         self._is_stock = _hands_out_its_own(planner)
@@ -120,7 +128,7 @@ class Source:
         """Tell whether the piece's bytes will be copied to the host, or together, before they are sent."""
         return not self._is_stock or not _has_host_bytes(self._resolve(piece.chunk))
 
-    def view(self, chunk: Box, piece: Piece, room: Staging, *, is_lazy: bool = False) -> memoryview:
+    def view(self, piece: Piece, room: Staging, *, is_lazy: bool = False) -> memoryview:
         """Return the piece's bytes: the tensor's own memory where it is dense on the host, else some of `room`.
 
         Where `is_lazy`, a copy from a device may go on after it was begun; whoever has the room waits for it.
@@ -132,7 +140,7 @@ class Source:
             self._uses[piece.chunk] -= 1
             if self._uses[piece.chunk] == 0:
                 del self._tensors[piece.chunk]
-        return _piece_view(tensor, chunk, piece, room, is_lazy=is_lazy)
+        return _piece_view(tensor, self.chunks[piece.chunk], piece, room, is_lazy=is_lazy)
 
     def forget(self) -> None:
         """Let go of the caller's tensors, all of which were copied."""

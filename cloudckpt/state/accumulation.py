@@ -188,6 +188,8 @@ def _is_partial(gradient: torch.Tensor) -> bool:
 class WindowEntry(Entry):
     """A window: its position is the same on all ranks, plain gradients are each rank's own."""
 
+    other_world = "restore it with as many ranks, or a checkpoint from where a window begins"
+
     def __init__(self, place: Place, window: AccumulationWindow) -> None:
         super().__init__(place)
         self._window = window
@@ -233,10 +235,6 @@ class WindowEntry(Entry):
 
     def load(self, restored: object, live: object) -> None:
         self._window.load_state_dict(mapping_of(restored, self.name))
-
-    @property
-    def other_world(self) -> str:
-        return "restore it with as many ranks, or a checkpoint from where a window begins"
 
     def holds_own(self, name: str) -> bool:
         return name.startswith(self._prefix)

@@ -43,13 +43,12 @@ _DEPTH_LIMIT = 64
 
 
 class _ModuleEntry(Entry):
+    follows_checkpoint = False
+    keeps_shapes = True
+
     def __init__(self, place: Place, module: nn.Module) -> None:
         super().__init__(place)
         self._module = module
-
-    @property
-    def follows_checkpoint(self) -> bool:
-        return False
 
     def current(self) -> object:
         # Not strict: a module without parameters (a loss) has a state, an empty one.
@@ -84,14 +83,12 @@ class _StatefulEntry(Entry):
 class _ValueEntry(Entry):
     """A tensor, a container or a plain value: put back where it stands, in place where it can be."""
 
+    keeps_shapes = True
+
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         self._holder = cast("MutableMapping[object, object]", place.holder)
         self._key = place.key
-
-    @property
-    def keeps_shapes(self) -> bool:
-        return True
 
     def current(self) -> object:
         return self._holder[self._key]

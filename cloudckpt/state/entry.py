@@ -69,7 +69,17 @@ class Choosy(Protocol):
 
 
 class Entry(ABC):
-    """One object of the state: how it becomes plain nested state, and takes restored state back."""
+    """One object of the state: how it becomes plain nested state, and takes restored state back.
+
+    Attributes:
+        follows_checkpoint: whether the checkpoint decides which names the entry has (else the live object does).
+        keeps_shapes: whether a live tensor is restored in place or not at all.
+        other_world: what to do when another number of ranks saved for itself what is to be restored.
+    """
+
+    follows_checkpoint = True
+    keeps_shapes = False
+    other_world = "restore it with as many ranks"
 
     def __init__(self, place: Place) -> None:
         self.path = place.path
@@ -92,26 +102,11 @@ class Entry(ABC):
         flat = flatten({self.name: nested}, is_tensor=is_tensor)
         return Flat(flat.leaves, {name: [*self.path, *path[1:]] for name, path in flat.paths.items()})
 
-    @property
-    def follows_checkpoint(self) -> bool:
-        """Whether the checkpoint decides which names the entry has (else the live object does)."""
-        return True
-
-    @property
-    def keeps_shapes(self) -> bool:
-        """Whether a live tensor is restored in place or not at all."""
-        return not self.follows_checkpoint
-
     def allocate(self, below: Sequence[PathElement], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return a target for a saved tensor that the live state has no place for; `below` is its path in the entry."""
         return torch.empty(shape, dtype=dtype)
 
     # -- what each rank has for itself -------------------------------------------------------------------------
-
-    @property
-    def other_world(self) -> str:
-        """What to do when another number of ranks saved for itself what is to be restored."""
-        return "restore it with as many ranks"
 
     def holds_own(self, name: str) -> bool:
         """Tell whether state that each rank saved for itself under `name` belongs to this entry."""

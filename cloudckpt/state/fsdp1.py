@@ -64,11 +64,10 @@ def flat_optimizer_entry(place: Place, optimizer: Optimizer, modules: Mapping[st
 
 
 class _FlatEntry(NamedEntry):
-    """The optimizer of an FSDP1 module: each rank has pieces of flattened parameters, where only PyTorch finds tensors.
+    """The optimizer of an FSDP1 module: each rank has pieces of flattened parameters, which only PyTorch can read."""
 
-    For a save it gathers them and cuts them again along their first dimension. A restore fills tensors that are cut
-    like the module's own, from which PyTorch makes the pieces.
-    """
+    # For a save it gathers them and cuts them again along their first dimension. A restore fills tensors that are cut
+    # like the module's own, from which PyTorch makes the pieces.
 
     def __init__(self, place: Place, optimizer: Optimizer, names: Mapping[int, Named], module: nn.Module) -> None:
         super().__init__(place, optimizer, names)

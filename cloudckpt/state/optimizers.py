@@ -98,11 +98,9 @@ class NamedEntry(Entry):
         self._undo_casts(state)
 
     def _undo_casts(self, state: Mapping[object, object]) -> None:
-        """Give state its saved dtype back where `load_state_dict` made it the parameter's.
-
-        Wanted when the parameter itself has another dtype than when it was saved; else it loses bits: of NAdam's
-        running product, for example, which is float32 whatever the parameters are.
-        """
+        """Give state its saved dtype back where `load_state_dict` made it the parameter's."""
+        # Wanted when the parameter itself has another dtype than when it was saved; else it loses bits: of NAdam's
+        # running product, for example, which is float32 whatever the parameters are.
         for number, parameter in enumerate(self._numbered):
             saved = state.get(number)
             loaded = self._optimizer.state.get(parameter)

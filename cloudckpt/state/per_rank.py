@@ -114,6 +114,10 @@ class PerRank:
 class PerRankEntry(Entry):
     """An object whose state is one tensor of bytes, of a name that only this rank has."""
 
+    other_world = (
+        "restore with as many ranks, or use a DataLoader with cloudckpt.ResumableSampler, which fits any number"
+    )
+
     def __init__(self, place: Place, stateful: Stateful) -> None:
         super().__init__(place)
         self._stateful = stateful
@@ -129,10 +133,6 @@ class PerRankEntry(Entry):
     def fillable(self) -> object:
         return {}  # asking a loader for its state may start its workers
 
-    @property
-    def other_world(self) -> str:
-        return "restore with as many ranks, or use a DataLoader with cloudckpt.ResumableSampler, which fits any number"
-
     def holds_own(self, name: str) -> bool:
         return name == self.name
 
@@ -142,12 +142,10 @@ class PerRankEntry(Entry):
     def load_own(self, own: Mapping[str, torch.Tensor]) -> None:
         if self.name not in own:
             raise ManifestError(f"{self.name!r} was saved by every rank but this one", key=self.name)
-        self._load(unpack(own[self.name], key=self.name))
+        self.load(unpack(own[self.name], key=self.name), None)
 
     def load(self, restored: object, live: object) -> None:
-        self._load(restored)  # from before it counted as each rank's own: the same for all ranks
-
-    def _load(self, restored: object) -> None:
+        # Not of `load_own`: from before it counted as each rank's own, and the same for all ranks.
         self._stateful.load_state_dict(mapping_of(restored, self.name))
         if is_stateful_loader(self._stateful):
             _open_loader(self._stateful)
@@ -162,11 +160,9 @@ def is_stateful_loader(value: object) -> bool:
 
 
 def _open_loader(loader: Stateful) -> None:
-    """Have a restored loader make its iterator now.
-
-    It draws a seed from torch's generator for it, which the saved run had done before the save: one draw too many for
-    an exact resume. Asking for the state makes the iterator, and the next loop over the loader uses that one.
-    """
+    """Have a restored loader make its iterator now."""
+    # It draws a seed from torch's generator for it, which the saved run had done before the save: one draw too many for
+    # an exact resume. Asking for the state makes the iterator, and the next loop over the loader uses that one.
     generator = torch.get_rng_state()
     loader.state_dict()
     torch.set_rng_state(generator)

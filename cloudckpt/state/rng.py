@@ -63,7 +63,8 @@ def capture_rng() -> dict[str, object]:
         states["numpy"] = np.random.get_state()  # noqa: NPY002 (the global generator is what programs have used)
     for name in _DEVICES:
         if _is_in_use(name):
-            states[name] = _device_states(name)
+            module = torch.get_device_module(name)
+            states[name] = [module.get_rng_state()] if name == "mps" else list(module.get_rng_state_all())
     return states
 
 
@@ -73,10 +74,6 @@ def _is_in_use(name: str) -> bool:
         return torch.backends.mps.is_available()
     module = torch.get_device_module(name)
     return bool(module.is_available() and module.is_initialized())
-
-
-def _device_states(name: str) -> list[torch.Tensor]:
-    return [torch.mps.get_rng_state()] if name == "mps" else list(torch.get_device_module(name).get_rng_state_all())
 
 
 def restore_rng(states: Mapping[str, object]) -> None:

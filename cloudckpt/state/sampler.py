@@ -241,10 +241,8 @@ class ResumableSampler(Sampler[int]):
             )
 
     def _opened(self, loader: Iterable[BatchT]) -> Iterator[BatchT]:
-        """Return an iterator, made with a seed of its own for the workers.
-
-        A loader draws it from torch's generator otherwise, once per iterator; a resumed run makes one more of these.
-        """
+        """Return an iterator, made with a seed of its own for the workers."""
+        # A loader draws it from torch's generator otherwise, once per iterator; a resumed run makes one more of these.
         with _seeded(mixed(self._order.seed, self._data_epoch, self._consumed, self._rank)):
             return iter(loader)
 

@@ -10,11 +10,4 @@ from cloudckpt.store.probe import probe_create
 from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.store.stats import StoreStats
 
-__all__ = [
-    "ObjectInfo",
-    "RetryingStore",
-    "Store",
-    "StoreStats",
-    "open_store",
-    "probe_create",
-]
+__all__ = ["ObjectInfo", "RetryingStore", "Store", "StoreStats", "open_store", "probe_create"]

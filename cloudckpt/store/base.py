@@ -54,17 +54,14 @@ class Store(Protocol):
     @property
     def url(self) -> str:
         """The root, with its scheme and without credentials or a trailing slash."""
-        ...
 
     @property
     def engine(self) -> str:
         """What moves the bytes: `local`, `obstore` or `fsspec`."""
-        ...
 
     @property
     def is_create_atomic(self) -> bool:
         """Whether `create` stays exclusive when two processes race; if not, only `single_writer` may use it."""
-        ...
 
     def put(self, key: str, buffers: Sequence[memoryview]) -> None:
         """Write one object whole, as the concatenation of `buffers`, in one request.
@@ -72,7 +69,6 @@ class Store(Protocol):
         The buffers (C-contiguous, bytes) are the caller's and must not change until this returns. On return
         the object is durable. If this raises, no reader sees a part of it (a whole object may be there).
         """
-        ...
 
     def create(self, key: str, data: bytes) -> None:
         """Write one small object if the key is free, in one request.
@@ -81,7 +77,6 @@ class Store(Protocol):
             ObjectExistsError: the key is taken; the object there, perhaps our own of a lost reply, is unchanged.
             TransientError: unknown whether it landed.
         """
-        ...
 
     def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
         """Read the bytes [start, stop) in one request; exactly so many, never fewer.
@@ -93,7 +88,6 @@ class Store(Protocol):
             ObjectNotFoundError: no such object.
             TransientError: fewer or more bytes came than were asked for.
         """
-        ...
 
     def read(self, key: str, *, limit_bytes: int) -> bytes:
         """Read one small object whole, in one request.
@@ -102,18 +96,15 @@ class Store(Protocol):
             ObjectNotFoundError: no such object.
             StorageError: it is larger than `limit_bytes`; no more than that was held in memory.
         """
-        ...
 
     def head(self, key: str) -> ObjectInfo:
         """Describe one object, or raise `ObjectNotFoundError`. Never cached."""
-        ...
 
     def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
         """List what starts with `prefix` (a plain string prefix, usually ending in `/`). All pages, never cached.
 
         An empty result means that there is nothing; a listing that fails raises.
         """
-        ...
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete objects, in bulk where the store can; a key that is absent counts as deleted.
@@ -121,15 +112,12 @@ class Store(Protocol):
         Raises:
             StorageError: at least one is still there; the message names the first and their count.
         """
-        ...
 
     def refresh(self) -> None:
         """Forget credentials and connections, so that the next request resolves them anew."""
-        ...
 
     def close(self) -> None:
         """Release connections and threads. Idempotent; no verb may follow."""
-        ...
 
 
 def check_key(key: str) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from botocore.credentials import Credentials as AwsKeys
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError
@@ -25,18 +25,10 @@ if TYPE_CHECKING:
     from gcsfs.credentials import GoogleCredentials
     from obstore.store import GCSCredential, S3Credential
 
-__all__ = ["AwsCredentials", "Credentials", "GcsCredentials"]
+__all__ = ["AwsCredentials", "GcsCredentials"]
 
 # obstore keeps what it was given for so long before it asks again; when to renew is decided below, not there.
 _ASK_AGAIN_S = 60.0
-
-
-class Credentials(Protocol):
-    """What a wire of obstore asks before each request."""
-
-    def ensure(self) -> None:
-        """Find or renew the credentials if needed; raise what the library raises."""
-        ...
 
 
 class AwsCredentials:

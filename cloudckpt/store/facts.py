@@ -119,11 +119,9 @@ _MESSAGE_ELEMENT = re.compile(r"<Message>([^<]{1,300})</Message>")
 
 
 def _obstore_facts(text: str) -> Facts:
-    """Read the reply's status and error code, or the kind of transport fault, from obstore's text.
-
-    obstore's classes cannot tell an expired token, a skewed clock, a full store and a throttled one apart, and
-    the structured debug form behind the last mark is the only place where it says.
-    """
+    """Read the reply's status and error code, or the kind of transport fault, from obstore's text."""
+    # obstore's classes cannot tell an expired token, a skewed clock, a full store and a throttled one apart, and the
+    # structured debug form behind the last mark is the only place where it says.
     _, mark, debug = text.rpartition(_DEBUG_MARK)
     if not mark:
         return Facts()

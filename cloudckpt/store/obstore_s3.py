@@ -22,7 +22,7 @@ from obstore.store import S3Store
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
-from cloudckpt.store.credentials import AwsCredentials, Credentials
+from cloudckpt.store.credentials import AwsCredentials, GcsCredentials
 from cloudckpt.store.s3_config import refuse_policy
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class ObstoreClient:
     """A store of obstore's, what keeps its credentials fresh, and what each object is given on the way."""
 
     store: ObjectStore
-    credentials: Credentials | None
+    credentials: AwsCredentials | GcsCredentials | None
     attributes: Mapping[str, str] = field(default_factory=dict)
 
 

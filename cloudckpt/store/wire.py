@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,14 +29,12 @@ if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
 
 __all__ = [
-    "Closing",
     "GatherBody",
     "OnLoop",
     "Page",
     "Wire",
     "borrowed",
     "check_range",
-    "close_when_dropped",
     "fill",
     "memory_for",
     "own_options",
@@ -67,35 +64,27 @@ class Wire(Protocol):
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         """Write one object in one request."""
-        ...
 
     def create(self, name: str, data: bytes) -> None:
         """Write one object in one request, if there is none."""
-        ...
 
     def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
         """Read the bytes [start, stop), all of them, in one request."""
-        ...
 
     def read(self, name: str, limit_bytes: int) -> bytes:
         """Read one object whole, but no more than one byte beyond the limit, in one request."""
-        ...
 
     def head(self, name: str) -> ObjectInfo:
         """Describe one object in one request."""
-        ...
 
     def page(self, prefix: str, delimiter: str, mark: str) -> Page:
         """List one page in one request, from `mark` on."""
-        ...
 
     def delete(self, names: Sequence[str]) -> dict[str, str | Exception]:
         """Delete objects; return those that are still there, each with the store's code or with what was raised."""
-        ...
 
     def close(self) -> None:
         """Release connections."""
-        ...
 
 
 def own_options(options: Mapping[str, object], refused: Sequence[str]) -> dict[str, object]:
@@ -132,26 +121,6 @@ class OnLoop:
             return future.result(self.request_timeout_s + _GRACE_S)
         finally:
             future.cancel()  # does nothing to a request that has ended
-
-
-class Closing(Protocol):
-    """What has connections of its own on the loop."""
-
-    async def close(self) -> None: ...
-
-
-def close_when_dropped(
-    owner: object, loop: asyncio.AbstractEventLoop, client: Closing
-) -> weakref.finalize[..., object]:
-    """Close `client` when `owner` is collected without having been closed; aiohttp would complain of it on stderr."""
-    finalizer = weakref.finalize(owner, _close_on, loop, client, os.getpid())
-    finalizer.atexit = False  # by then the loop is gone, and the sockets go with the process
-    return finalizer
-
-
-def _close_on(loop: asyncio.AbstractEventLoop, client: Closing, pid: int) -> None:
-    if pid == os.getpid() and loop.is_running():
-        asyncio.run_coroutine_threadsafe(client.close(), loop)
 
 
 class GatherBody(payload.Payload):

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -57,7 +58,8 @@ class AnyWire:
 
     def create(self, name: str, data: bytes) -> None:
         with _create_lock:
-            if self._exists(name):
+            with suppress(FileNotFoundError):
+                self.head(name)
                 raise FileExistsError(name)
             self._write(name, data)
 
@@ -126,13 +128,6 @@ class AnyWire:
                 raise
             self._call("makedirs", path.rpartition("/")[0], exist_ok=True)
             self._call("pipe_file", path, data)
-
-    def _exists(self, name: str) -> bool:
-        try:
-            self.head(name)
-        except FileNotFoundError:
-            return False
-        return True
 
     def _entries(self, directory: str, delimiter: str) -> list[dict[str, Any]]:
         if delimiter:

@@ -6,8 +6,11 @@ errors by errno, hide failed deletions and log their arguments. See `wire` for t
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
+import os
+import weakref
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Protocol
@@ -21,19 +24,7 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.s3_config import s3_config
-from cloudckpt.store.wire import (
-    Closing,
-    GatherBody,
-    OnLoop,
-    Page,
-    borrowed,
-    check_range,
-    close_when_dropped,
-    fill,
-    memory_for,
-    own_options,
-    take,
-)
+from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
 
 __all__ = ["S3Wire"]
 
@@ -42,8 +33,10 @@ _DELETE_LIMIT = 1000
 _REFUSED = ("asynchronous", "loop", "version_aware")
 
 
-class _Client(Closing, Protocol):
+class _Client(Protocol):
     meta: Any
+
+    async def close(self) -> None: ...
 
 
 class _OneRequestSession(AIOHTTPSession):  # type: ignore[misc]  # aiobotocore ships no types
@@ -132,7 +125,7 @@ class S3Wire(OnLoop):
             # Waiting for "100 Continue" costs a round trip, and for ever where a proxy does not pass it on.
             client.meta.events.register("request-created.s3.PutObject", _expect_nothing)
             client.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)
-            self._finalizer = close_when_dropped(self, self.loop, client)
+            self._finalizer = _close_when_dropped(self, self.loop, client)
             self._client = client
         return client
 
@@ -155,6 +148,20 @@ class S3Wire(OnLoop):
         reply = await self._send("get_object", Key=name)
         async with reply["Body"] as body:
             return await take(body.raw_stream.content.iter_any(), reply.get("ContentLength"), limit_bytes)
+
+
+def _close_when_dropped(
+    owner: object, loop: asyncio.AbstractEventLoop, client: _Client
+) -> weakref.finalize[..., object]:
+    """Close `client` when `owner` is collected without having been closed; aiohttp would complain of it on stderr."""
+    finalizer = weakref.finalize(owner, _close_on, loop, client, os.getpid())
+    finalizer.atexit = False  # by then the loop is gone, and the sockets go with the process
+    return finalizer
+
+
+def _close_on(loop: asyncio.AbstractEventLoop, client: _Client, pid: int) -> None:
+    if pid == os.getpid() and loop.is_running():
+        asyncio.run_coroutine_threadsafe(client.close(), loop)
 
 
 def _expect_nothing(request: AWSRequest, **_: object) -> None:

@@ -63,13 +63,10 @@ class WiredStore(ABC):
         retry: RetryPolicy | None = None,
         signed_payload: bool = False,
     ) -> None:
-        """Check the options; nothing is connected before the first verb.
+        """Check the options, which are fsspec's; nothing is connected before the first verb.
 
-        Args:
-            url: the root. Everything after the scheme is taken literally.
-            storage_options: what fsspec's filesystem for the scheme takes.
-            retry: gives the time limits of a request; repeating one is not done here.
-            signed_payload: hash and sign request bodies (S3).
+        Everything after the scheme of `url` is taken literally. `retry` gives the time limits of a request; repeating
+        one is not done here.
         """
         self._location = parse_location(url)
         self._options = dict(storage_options or {})

@@ -91,11 +91,9 @@ class Gauge(Protocol):
 
     def begin(self, total_bytes: int) -> None:
         """Begin at 0 of so many bytes."""
-        ...
 
     def move(self, size_bytes: int) -> None:
         """Note that so many bytes more have moved."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

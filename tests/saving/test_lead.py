@@ -31,7 +31,7 @@ def _save(state: dict[str, Any], url: Path, group: Group, memory: PlanMemory) ->
     store = open_store(str(url))
     try:
         destination = own_url(Catalog(store), is_single_writer=False)
-        with Session(group, "save", Options()) as session:
+        with Session.of(group, "save", Options()) as session:
             pending = begin_save(session, captured(state), destination, memory=memory)
         pending.finish()
     finally:
