@@ -9,6 +9,7 @@ Columns all the way: the coordinator of thousands of ranks makes no object per p
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 
 import msgspec
@@ -38,7 +39,12 @@ __all__ = ["Written", "assemble", "check_against_names", "check_against_plan"]
 _REPORTED = 10
 
 
-class Written(msgspec.Struct, frozen=True, kw_only=True, eq=False, array_like=True):
+# Rank, attempt, boxes; shard, start and shard_sizes; digests and values.
+_Message = tuple[int, str, bytes, bytes, bytes, bytes, bytes, dict[str, JsonValue]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Written:
     """What one rank wrote, complete and durable.
 
     Attributes:
@@ -93,24 +99,29 @@ class Written(msgspec.Struct, frozen=True, kw_only=True, eq=False, array_like=Tr
         Raises:
             UnsupportedValueError: a name is no Unicode text.
         """
+        columns = (column.tobytes() for column in (self.shard, self.start, self.shard_sizes))
         try:
-            return zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(self, enc_hook=_to_bytes))
+            message = (self.rank, self.attempt, self.boxes.encode(), *columns, self.digests, self.values)
+            return zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(message))
         except UnicodeEncodeError as exc:
             raise lone_surrogates(exc.object) from exc
 
     @classmethod
     def decode(cls, data: bytes) -> Written:
         """Read back what `encode` gave."""
-        packed = zstandard.ZstdDecompressor().decompress(data)
-        return msgspec.msgpack.decode(packed, type=cls, dec_hook=_from_bytes)
-
-
-def _to_bytes(value: BoxTable | Column) -> bytes:
-    return value.encode() if isinstance(value, BoxTable) else value.tobytes()
-
-
-def _from_bytes(kind: type, data: bytes) -> BoxTable | Column:
-    return BoxTable.decode(data) if kind is BoxTable else np.frombuffer(data, dtype=np.int64)
+        message = msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(data), type=_Message)
+        rank, attempt, boxes, *columns, digests, values = message
+        shard, start, shard_sizes = (np.frombuffer(column, dtype=np.int64) for column in columns)
+        return cls(
+            rank=rank,
+            attempt=attempt,
+            boxes=BoxTable.decode(boxes),
+            shard=shard,
+            start=start,
+            shard_sizes=shard_sizes,
+            digests=digests,
+            values=values,
+        )
 
 
 def assemble(

@@ -21,7 +21,6 @@ import zstandard
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec import structs
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
@@ -499,7 +498,7 @@ def _boxes(change: Callable[[TableBox], list[TableBox]]) -> Callable[[list[Write
     def rewrite(written: Written) -> Written:
         changed = [change(box) for box in written.boxes]
         times = [len(boxes) for boxes in changed]
-        return structs.replace(
+        return replace(
             written,
             boxes=BoxTable.of([box for boxes in changed for box in boxes]),
             shard=np.repeat(written.shard, times),
@@ -514,7 +513,7 @@ def _changed(name: str, **fields: object) -> Callable[[list[WriteResult]], list[
 
 
 def _values(change: Callable[[dict[str, JsonValue]], dict[str, JsonValue]]) -> Callable[..., list[WriteResult]]:
-    return _rewritten(lambda written: structs.replace(written, values=change(written.values)))
+    return _rewritten(lambda written: replace(written, values=change(written.values)))
 
 
 TAMPERS: dict[str, Callable[[list[WriteResult]], list[WriteResult]]] = {
@@ -529,7 +528,7 @@ TAMPERS: dict[str, Callable[[list[WriteResult]], list[WriteResult]]] = {
     "the dtype is another": _changed("b", dtype="int32"),
     "the shape is another": _changed("b", shape=(5, 1), offsets=(0, 0), sizes=(5, 1)),
     "a piece is missing": _rewritten(
-        lambda written: structs.replace(
+        lambda written: replace(
             written, boxes=written.boxes.take([0]), shard=written.shard[:1], start=written.start[:1]
         )
     ),
@@ -541,13 +540,11 @@ TAMPERS: dict[str, Callable[[list[WriteResult]], list[WriteResult]]] = {
     ),
     "something came as both": _values(lambda values: {**values, "b": 1}),
     "no shard was reported": _rewritten(
-        lambda written: structs.replace(written, shard_sizes=written.shard_sizes[:0], digests=b"")
+        lambda written: replace(written, shard_sizes=written.shard_sizes[:0], digests=b"")
     ),
-    "digests are missing": _rewritten(lambda written: structs.replace(written, digests=written.digests[8:])),
-    "a piece lies beyond its shard": _rewritten(lambda written: structs.replace(written, start=written.start + 10**6)),
-    "two pieces share bytes": _rewritten(
-        lambda written: structs.replace(written, start=written.start * 0 + written.start[0])
-    ),
+    "digests are missing": _rewritten(lambda written: replace(written, digests=written.digests[8:])),
+    "a piece lies beyond its shard": _rewritten(lambda written: replace(written, start=written.start + 10**6)),
+    "two pieces share bytes": _rewritten(lambda written: replace(written, start=written.start * 0 + written.start[0])),
     "nothing at all": lambda results: [],
     "no message": lambda results: [replace(result, storage_data=None) for result in results],
 }

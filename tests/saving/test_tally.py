@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from msgspec import structs
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -76,6 +75,14 @@ def test_a_message_brings_everything_to_the_coordinator() -> None:
     assert list(got.boxes) == list(sent.boxes)
     for column in ("shard", "start", "shard_sizes"):
         assert getattr(got, column).tolist() == getattr(sent, column).tolist()
+
+
+def test_messages_of_ranks_that_name_the_same_tensors_share_the_names() -> None:
+    messages = [written(rank, [row("w", rank, 2), row("v", rank, 2)]).encode() for rank in range(2)]
+
+    one, other = (Written.decode(message).boxes for message in messages)
+
+    assert (one.names is other.names, one.shapes is other.shapes) == (True, True)
 
 
 def test_what_was_laid_out_is_what_is_reported() -> None:
@@ -185,7 +192,7 @@ def test_a_tensor_that_is_not_covered_exactly_once_is_listed(ranks: list[int]) -
 
 def test_a_piece_beyond_its_shard_is_a_failed_save() -> None:
     report = written(0, [row("w", 0, 1)])
-    index = assembled(structs.replace(report, start=report.start + 1))
+    index = assembled(replace(report, start=report.start + 1))
 
     with pytest.raises(SaveFailedError, match=r"'w' has a piece .* that leaves the tensor or its shard"):
         check_against_plan(planned(index), index)
