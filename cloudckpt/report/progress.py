@@ -26,6 +26,7 @@ __all__ = ["Bar", "Progress", "Show", "as_bytes"]
 Show = Literal["auto", "bar", "line", "off"]
 """What is shown: a bar on a terminal and then a line, a bar in any case, a line alone, nothing."""
 
+logger = logging.getLogger(__name__)
 _PACKAGE_LOGGER = logging.getLogger("cloudckpt")
 
 
@@ -39,12 +40,23 @@ class Bar:
     def begin(self, total_bytes: int) -> None:
         """Begin at 0 of so many bytes."""
         if self._drawn is not None and self._task is not None:
-            self._drawn.reset(self._task, total=total_bytes)
+            with _harmless():
+                self._drawn.reset(self._task, total=total_bytes)
 
     def move(self, size_bytes: int) -> None:
         """Note that so many bytes more have moved."""
         if self._drawn is not None and self._task is not None:
-            self._drawn.advance(self._task, size_bytes)
+            with _harmless():
+                self._drawn.advance(self._task, size_bytes)
+
+
+@contextmanager
+def _harmless() -> Iterator[None]:
+    """Let nothing that is wrong with stderr decide about a save: a full disk, a reader that is gone, a stand-in."""
+    try:
+        yield
+    except Exception as exc:  # noqa: BLE001 (whatever stands there is anybody's code)
+        logger.debug("progress could not be shown: %r", exc)
 
 
 class Progress:
@@ -64,29 +76,47 @@ class Progress:
         """Show one line, unless the log shows it."""
         is_logged = _PACKAGE_LOGGER.isEnabledFor(logging.INFO) and _PACKAGE_LOGGER.hasHandlers()
         if rank == 0 and self._show != "off" and not is_logged and sys.stderr is not None:
-            sys.stderr.write(f"cloudckpt: {line}\n")
-            sys.stderr.flush()
+            with _harmless():
+                sys.stderr.write(f"cloudckpt: {line}\n")
+                sys.stderr.flush()
 
     @contextmanager
     def bar(self, what: str, *, rank: int) -> Iterator[Bar]:
         """Show a bar until the end of the block, if there is a terminal."""
-        is_wanted = self._show == "bar" or (self._show == "auto" and sys.stderr is not None and sys.stderr.isatty())
-        if rank != 0 or not is_wanted:
-            yield Bar()
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-        from rich.progress import Progress as RichProgress
+        drawn, bar = None, Bar()
+        if rank == 0 and self._is_bar_wanted():
+            with _harmless():
+                drawn = _drawn()
+                bar = Bar(drawn, drawn.add_task(what, total=None))
+                drawn.start()
+        try:
+            yield bar
+        finally:
+            if drawn is not None:
+                with _harmless():
+                    drawn.stop()
 
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with RichProgress(*columns, console=Console(stderr=True), transient=True) as drawn:
-            yield Bar(drawn, drawn.add_task(what, total=None))
+    def _is_bar_wanted(self) -> bool:
+        is_terminal = False
+        if self._show == "auto" and sys.stderr is not None:
+            with _harmless():
+                is_terminal = sys.stderr.isatty()
+        return self._show == "bar" or is_terminal
+
+
+def _drawn() -> RichProgress:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    return RichProgress(*columns, console=Console(stderr=True), transient=True)
 
 
 def as_bytes(size_bytes: float) -> str:

@@ -8,7 +8,7 @@ import os
 import pty
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -150,3 +150,39 @@ def test_a_terminal_shows_a_bar_while_bytes_move_and_a_line_that_stays(
 )
 def test_bytes_are_read_in_binary_units(size_bytes: int, text: str) -> None:
     assert as_bytes(size_bytes) == text
+
+
+class Full(io.StringIO):
+    """A stderr whose disk is full."""
+
+    def write(self, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+
+class Bare:
+    """What training scripts put in the place of stderr: no `isatty`."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def closed() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("show", ["auto", "bar", "line"])
+@pytest.mark.parametrize("stderr", [Full, Bare, closed, lambda: None], ids=["full", "bare", "closed", "none"])
+def test_nothing_that_is_wrong_with_stderr_decides_about_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: Callable[[], object], show: Show
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stderr())
+    save_and_restore(tmp_path, show)
+    cloudckpt.save(dict(STATE), tmp_path / "c", progress=show)
+    cloudckpt.load({"w": torch.zeros(MIB)}, tmp_path / "c", progress=show)
+    monkeypatch.undo()
+    assert [one.step for one in CheckpointManager(tmp_path).checkpoints()] == [1, 2]
