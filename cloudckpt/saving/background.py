@@ -104,12 +104,19 @@ class SaveHandle:
                 self._ended_with(self._checkpoint)
         except BaseException as exc:  # noqa: BLE001 (the end of a thread: kept, and raised where somebody waits)
             self._error = exc
-            # At once: the next call that raises it may be an hour away.
-            logger.error("the save of step %d failed in the background: %s", self.step, exc)  # noqa: TRY400
-            self._ended_with(exc)
+        try:
+            if self._error is not None:
+                self._ended_with(self._error)
+                # At once: the next call that raises it may be an hour away.
+                logger.error("the save of step %d failed in the background: %s", self.step, self._error)
+        finally:  # also where a program's own handler of the log raises
+            self._end()
+
+    def _end(self) -> None:
         self._pending = None
         self._ended.set()
-        _UNDER_WAY.remove(self)
+        if self in _UNDER_WAY:
+            _UNDER_WAY.remove(self)
 
     def _abandon(self, why: str) -> None:
         """Begin nothing more, and wait a moment for that to be noticed."""
@@ -188,23 +195,27 @@ class Background:
             CloudCkptError: it failed before everything was staged; nothing was committed.
         """
         handle = SaveHandle(step, pending, ended_with, self._patience_s)
-        _UNDER_WAY.append(handle)
+        thread = threading.Thread(target=handle._run, name="cloudckpt-save", daemon=True)
+        # An interrupt may come anywhere below.
         try:
-            threading.Thread(target=handle._run, name="cloudckpt-save", daemon=True).start()
-        except RuntimeError as exc:
-            # The ranks' session has to end, and the other ranks to hear why.
-            pending.abandon(f"its thread could not be started: {exc}")
-            handle._run()
-        try:
+            self._handle = handle
+            _UNDER_WAY.append(handle)
+            thread.start()
             pending.stage()
         except StageClosedError:
             handle.result()  # raises why
             raise
-        except BaseException:
+        except BaseException as exc:
             handle._is_told = True
-            handle._abandon("its state could not be staged")
+            if thread.ident is None:
+                # The ranks' session has to end, and the other ranks to hear why.
+                pending.abandon(f"its thread could not be started: {exc}")
+                handle._run()
+            else:
+                handle._abandon("its state could not be staged")
+            if isinstance(exc, RuntimeError) and isinstance(handle._error, CloudCkptError):
+                raise handle._error from exc
             raise
-        self._handle = handle
         return handle
 
     def wait(self, timeout: float | None = None) -> None:
@@ -218,8 +229,9 @@ class Background:
             TimeoutError: it goes on.
             CloudCkptError: it failed.
         """
-        if self.is_busy or self.is_untold:
-            self._handle.result(timeout)
+        handle = self._handle
+        if not handle._ended.wait(timeout) or self.is_untold:
+            handle.result(0)
 
     def end(self) -> None:
         """Wait for the save under way, and abandon it when the patience is over.

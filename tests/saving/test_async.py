@@ -335,6 +335,51 @@ def test_a_save_whose_thread_cannot_start_fails_at_the_call_and_the_next_one_wor
         assert steps_of(manager) == [2]
 
 
+@pytest.mark.parametrize("moment", ["before the thread starts", "when it has started"])
+def test_an_interrupt_around_the_start_of_the_thread_leaves_no_save_that_never_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name != "cloudckpt-save":
+            start(thread)
+            return
+        if moment == "when it has started":
+            start(thread)
+        raise KeyboardInterrupt
+
+    with CheckpointManager(tmp_path) as manager:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                manager.async_save(1, state_of(1))
+        manager.wait(timeout=60)
+        assert manager.async_save(2, state_of(2)).result() is not None
+        assert steps_of(manager) == [2]
+
+
+def test_a_handler_of_the_log_that_raises_does_not_keep_a_save_from_ending(tmp_path: Path) -> None:
+    class Raising(logging.Handler):
+        def handle(self, record: logging.LogRecord) -> bool:
+            raise ValueError("I/O operation on closed file")
+
+    log, handler = logging.getLogger("cloudckpt"), Raising()
+    manager = CheckpointManager(tmp_path)
+    failure = Failure(manager, refused())
+    log.addHandler(handler)
+    hook, threading.excepthook = threading.excepthook, lambda _: None
+    try:
+        handle = manager.async_save(1, state_of(1))
+        with pytest.raises(StorageError, match="the disk is full"):
+            handle.result(timeout=60)
+    finally:
+        log.removeHandler(handler)
+        threading.excepthook = hook
+    failure.is_on = False
+    manager.close()
+
+
 def test_the_report_tells_what_the_saves_cost(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as manager:
         slow(manager, 0.05)
