@@ -18,6 +18,7 @@ from cloudckpt.format.keys import (
     parse_checkpoint_prefix,
     parse_epoch_key,
     shard_key,
+    step_number,
 )
 from cloudckpt.format.layout import Piece, ShardLayout, Span, lay_out, plan_spans
 from cloudckpt.format.manifest import (
@@ -84,6 +85,7 @@ __all__ = [
     "ragged_places",
     "row_products",
     "shard_key",
+    "step_number",
     "unflatten",
     "untiled",
     "verify_blocks",

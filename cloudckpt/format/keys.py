@@ -6,6 +6,7 @@ compared (FORMAT invariant 4). A name that this module would not have written is
 
 from __future__ import annotations
 
+import operator
 import re
 import secrets
 
@@ -22,6 +23,7 @@ __all__ = [
     "parse_checkpoint_prefix",
     "parse_epoch_key",
     "shard_key",
+    "step_number",
 ]
 
 EPOCHS_PREFIX = "epochs/"
@@ -33,6 +35,20 @@ _EPOCH_LIMIT = 10**10
 _CHECKPOINT = re.compile(r"\Astep-([0-9]{10})-e([0-9]{4,10})/\Z")
 _EPOCH = re.compile(r"\Aepochs/([0-9]{10})\.json\Z")
 _ATTEMPT = re.compile(r"\A[0-9a-f]{16}\Z")
+
+
+def step_number(step: object) -> int:
+    """Return a training step as an `int`; numpy's and torch's whole numbers are ones, True is none.
+
+    Raises:
+        OptionsError: it is no whole number.
+    """
+    try:
+        if not isinstance(step, bool):
+            return operator.index(step)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise OptionsError(f"step is {step!r}; give the training step, a whole number")
 
 
 def checkpoint_prefix(step: int, epoch: int) -> str:

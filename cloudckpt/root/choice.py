@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cloudckpt.errors import IntegrityError, OptionsError
+from cloudckpt.format import step_number
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.retention import KeepBest, RetentionRule
@@ -52,10 +53,10 @@ class Choice:
             yield from self.catalog.newest_first()
         elif isinstance(self.wanted, Checkpoint):
             yield self.wanted
-        elif isinstance(self.wanted, int):
-            yield self.catalog.find(self.wanted)
-        else:
+        elif isinstance(self.wanted, str):
             yield from self._best()
+        else:
+            yield self.catalog.find(step_number(self.wanted))
 
     def _best(self) -> Iterator[Checkpoint]:
         rule = next((rule for rule in self.rules if isinstance(rule, KeepBest)), None)
