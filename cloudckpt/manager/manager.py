@@ -15,13 +15,14 @@ from types import TracebackType
 from typing import Literal, Self
 
 from cloudckpt.errors import CloudCkptError, OptionsError
+from cloudckpt.format import step_number
 from cloudckpt.loading import load_state
 from cloudckpt.manager.saves import Saves
 from cloudckpt.options import Options
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
 from cloudckpt.ranks import refuse_lonely_rank
 from cloudckpt.report import Advice, Journal, Progress, Show, advise
-from cloudckpt.root import Catalog, Checkpoint, Choice, Orphan, Pruner, RetentionRule, Wanted, sweep
+from cloudckpt.root import Catalog, Checkpoint, Choice, Orphan, Pruner, RetentionRule, Wanted, checked_rules, sweep
 from cloudckpt.saving import SaveHandle
 from cloudckpt.store import open_store
 
@@ -91,7 +92,7 @@ class CheckpointManager:
         if prune_grace_s < 0:
             raise OptionsError(f"prune_grace_s is {prune_grace_s}; give 0 or more seconds")
         refuse_lonely_rank()
-        shown = Progress(progress)
+        shown, self._retention = Progress(progress), checked_rules(retention)
         self._preemption = Preemption() if preemption is True else preemption or None
         self._owns_preemption = preemption is True
         schedule = Schedule(every_steps=save_every_steps, every_s=save_every_seconds, preemption=self._preemption)
@@ -99,7 +100,6 @@ class CheckpointManager:
         self._store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=chosen)
         self._journal = Journal(self._store, shown)
         self._catalog = Catalog(self._store)
-        self._retention = tuple(retention)
         self._saves = Saves(
             self._catalog,
             options=chosen,
@@ -130,7 +130,7 @@ class CheckpointManager:
             RankLostError: another rank did not come to ask.
         """
         self._refuse_closed()
-        return self._saves.are_due(step)
+        return self._saves.are_due(step_number(step))
 
     @property
     def preempted(self) -> bool:
@@ -179,7 +179,7 @@ class CheckpointManager:
             StorageError: nothing was committed (after `CommitUnknownError`: perhaps).
         """
         self._refuse_closed()
-        return self._saves.save(step, state, metrics, metadata)
+        return self._saves.save(step_number(step), state, metrics, metadata)
 
     def async_save(
         self,
@@ -210,7 +210,7 @@ class CheckpointManager:
             CloudCkptError: as `save` raises.
         """
         self._refuse_closed()
-        return self._saves.async_save(step, state, metrics, metadata, on_busy=on_busy)
+        return self._saves.async_save(step_number(step), state, metrics, metadata, on_busy=on_busy)
 
     def prepare(self, state: MutableMapping[str, object]) -> None:
         """Make the memory ready that `async_save` will need, in the background, so that the first one is fast, too.
@@ -263,7 +263,8 @@ class CheckpointManager:
         self._refuse_closed()
         self._saves.background.wait()
         choice = Choice(self._catalog, step, self._retention)
-        checkpoint = self._saves.epoch.resumed_from = load_state(
+        refuse_lonely_rank()
+        checkpoint = load_state(
             state,
             choice.candidates(),
             catalog=self._catalog,
@@ -274,6 +275,7 @@ class CheckpointManager:
             shown=f"restoring {choice}",
             extra=self._saves.generators,
         )
+        self._saves.epoch.resume(checkpoint)
         return checkpoint
 
     def latest(self) -> Checkpoint | None:

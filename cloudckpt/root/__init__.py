@@ -8,7 +8,7 @@ from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.choice import Candidate, Choice, Wanted
 from cloudckpt.root.destination import Destination, Epoch, Target, own_url
 from cloudckpt.root.pruning import Pruner
-from cloudckpt.root.retention import KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
+from cloudckpt.root.retention import KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule, checked_rules
 from cloudckpt.root.sweep import Orphan, sweep
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "RetentionRule",
     "Target",
     "Wanted",
+    "checked_rules",
     "own_url",
     "sweep",
 ]

@@ -84,6 +84,12 @@ class Epoch:
         checkpoint_prefix(step, self.number or 1)
         return Destination(catalog, partial(self._take, step, catalog), is_claimed=self.number > 0)
 
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Go on from a checkpoint; from one before this epoch's newest, in an epoch of its own: a new line is newer."""
+        self.resumed_from = checkpoint
+        if self.newest is not None and (checkpoint is None or checkpoint.order < self.newest.order):
+            self.number, self.newest = 0, None
+
     def note(self, checkpoint: Checkpoint) -> None:
         """Note a commit of this epoch; on every rank."""
         self.number, self.newest = checkpoint.epoch, checkpoint

@@ -40,9 +40,10 @@ class Pruner:
         """
         try:
             self._prune(checkpoint)
-        except CloudCkptError as exc:
+        except Exception as exc:  # noqa: BLE001 (rules may be anybody's code, and the checkpoint is committed)
+            said = exc if isinstance(exc, CloudCkptError) else repr(exc)
             logger.warning(
-                "step %s is saved, but pruning failed and is left to the next save: %s", checkpoint.step, exc
+                "step %s is saved, but pruning failed and is left to the next save: %s", checkpoint.step, said
             )
 
     def _prune(self, newest: Checkpoint) -> None:

@@ -9,16 +9,17 @@ Keeps the parts of FORMAT invariants 8 and 10 that are decisions.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.root.checkpoint import Checkpoint, best_first, check_metric
 
-__all__ = ["KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule", "removable"]
+__all__ = ["KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule", "checked_rules", "removable"]
 
 
+@runtime_checkable
 class RetentionRule(Protocol):
     """A reason to keep checkpoints."""
 
@@ -103,8 +104,34 @@ def removable(
     if not checkpoints or not rules:
         return []
     oldest_first = sorted(checkpoints, key=lambda one: one.order)
-    kept = {oldest_first[-1].order, *protected}.union(*(rule.keep(oldest_first) for rule in rules))
+    kept = {oldest_first[-1].order, *protected}.union(*(_kept(rule, oldest_first) for rule in rules))
     return [one for one in oldest_first if one.order not in kept]
+
+
+def checked_rules(rules: object) -> tuple[RetentionRule, ...]:
+    """Return retention rules as a tuple.
+
+    Raises:
+        OptionsError: they are no rules, or stand in no list.
+    """
+    if not isinstance(rules, Sequence):
+        raise OptionsError(f"retention is {rules!r}; give a list of rules, such as [KeepLast(3)]")
+    for rule in rules:
+        if not isinstance(rule, RetentionRule) or isinstance(rule, type):
+            raise OptionsError(f"retention holds {rule!r}, which is no rule; give KeepLast(3) or the like")
+    return tuple(rules)
+
+
+def _kept(rule: RetentionRule, oldest_first: Sequence[Checkpoint]) -> Iterable[tuple[int, int]]:
+    """Return what a rule keeps; one of the user's own that says it in other words must not let everything go."""
+    kept = list(rule.keep(oldest_first))
+    for order in kept:
+        if not (isinstance(order, tuple) and [type(part) for part in order] == [int, int]):
+            raise OptionsError(
+                f"retention rule {rule!r} keeps {order!r}, which is no (epoch, step); return the `order` of each "
+                "checkpoint that is to stay"
+            )
+    return kept
 
 
 def _check_count(rule: str, name: str, count: int) -> None:

@@ -396,3 +396,80 @@ def test_a_rank_without_a_process_group_is_refused(tmp_path: Path, monkeypatch: 
         CheckpointManager(tmp_path)
     with pytest.raises(OptionsError, match="init_process_group"):
         cloudckpt.save({"a": 1}, tmp_path / "x")
+
+
+# -- going back ----------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_goes_back_to_an_older_step_begins_a_newer_line(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, retention=[KeepLast(3)]) as manager:
+        save_steps(manager, 97, 98, 99)
+        state: dict[str, object] = {"w": torch.zeros(100), "config": {}}
+        manager.restore(state, 97)
+        save_steps(manager, 50, 51)
+        assert [(one.epoch, one.step) for one in manager.checkpoints()] == [(1, 99), (2, 50), (2, 51)]
+        restored = manager.restore(state)
+        assert restored is not None
+        assert (restored.epoch, restored.step) == (2, 51)
+        save_steps(manager, 52)
+        assert (manager.latest() or restored).epoch == 2, "the newest was restored: the line goes on"
+    with CheckpointManager(tmp_path) as other:
+        newest = other.restore(state)
+        assert newest is not None
+        assert (newest.epoch, newest.step) == (2, 52)
+
+
+def test_a_step_may_be_saved_again_after_going_back_before_it(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        save_steps(manager, 1, 2)
+        manager.restore({"w": torch.zeros(100), "config": {}}, 1)
+        assert manager.save(2, state_of(2)).epoch == 2
+
+
+# -- steps ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [np.int64(7), torch.tensor(7), np.uint8(7)], ids=["numpy", "torch", "numpy small"])
+@pytest.mark.parametrize("how", ["save", "async_save"])
+def test_a_whole_number_of_numpy_or_torch_is_a_step(tmp_path: Path, how: str, step: int) -> None:
+    with CheckpointManager(tmp_path, save_every_steps=8) as manager:
+        assert manager.should_save(step)
+        getattr(manager, how)(step, state_of(7))
+        manager.wait()
+        restored = manager.restore({"w": torch.zeros(100), "config": {}}, step)
+        assert restored is not None
+        assert (restored.step, type(restored.step)) == (7, int)
+
+
+@pytest.mark.parametrize("step", [True, np.bool_(True), 1.0, "1", None], ids=repr)
+def test_what_is_no_whole_number_is_no_step_and_nothing_is_written(tmp_path: Path, step: object) -> None:
+    root = tmp_path / "root"
+    with CheckpointManager(root) as manager:
+        calls = [
+            lambda: manager.save(step, state_of(1)),  # type: ignore[arg-type]
+            lambda: manager.async_save(step, state_of(1)),  # type: ignore[arg-type]
+            lambda: manager.should_save(step),  # type: ignore[arg-type]
+        ]
+        for call in calls:
+            with pytest.raises(OptionsError, match="give the training step, a whole number"):
+                call()
+    assert not root.exists()
+
+
+# -- rules of one's own --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["save", "async_save"])
+def test_a_rule_that_raises_removes_nothing_and_fails_no_save(
+    tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        def keep(self, checkpoints: object) -> set[tuple[int, int]]:
+            raise KeyError("loss")
+
+    with CheckpointManager(tmp_path, retention=[Broken()]) as manager:
+        for step in range(3):
+            getattr(manager, how)(step, state_of(step))
+        manager.wait()
+        assert [one.step for one in manager.checkpoints()] == [0, 1, 2]
+    assert "step 2 is saved, but pruning failed and is left to the next save: KeyError('loss')" in caplog.text

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import FORMAT_VERSION, Manifest
 from cloudckpt.root.checkpoint import Checkpoint, best_first
-from cloudckpt.root.retention import KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule, removable
+from cloudckpt.root.retention import KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule, checked_rules, removable
 
 Order = tuple[int, int]
 
@@ -203,6 +204,26 @@ def test_a_rule_of_ones_own_takes_part() -> None:
             return {checkpoints[0].order, (99, 99)}
 
     assert removed(saved(1.0, 2.0, 3.0), [KeepFirst()]) == [(1, 2)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [lambda all_: {one.step for one in all_}, list, lambda all_: {(one.epoch,) for one in all_}],
+    ids=["steps", "checkpoints", "epochs"],
+)
+def test_a_rule_that_says_what_it_keeps_in_other_words_removes_nothing(words: Callable[[Any], Any]) -> None:
+    class InOtherWords:
+        def keep(self, checkpoints: Sequence[Checkpoint]) -> set[Order]:
+            return words(checkpoints)  # type: ignore[no-any-return]
+
+    with pytest.raises(OptionsError, match=r"keeps .*, which is no \(epoch, step\); return the `order` of each"):
+        removed(saved(1.0, 2.0, 3.0), [InOtherWords()])
+
+
+@pytest.mark.parametrize("rules", [KeepLast(3), [3], [KeepLast], None, "rules"])
+def test_what_is_no_list_of_rules_is_refused(rules: object) -> None:
+    with pytest.raises(OptionsError, match="retention "):
+        checked_rules(rules)
 
 
 @pytest.mark.parametrize(
