@@ -17,7 +17,7 @@ from typing import Literal
 from cloudckpt.errors import OptionsError, RankLostError
 from cloudckpt.options import Options
 from cloudckpt.preemption import Schedule
-from cloudckpt.ranks import Group, Vote
+from cloudckpt.ranks import Group, Vote, refuse_lonely_rank
 from cloudckpt.report import Entry, Journal
 from cloudckpt.root import Catalog, Checkpoint, Epoch, Pruner
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
@@ -177,6 +177,7 @@ class Saves:
         if self._is_beginning:
             # What a state_dict() of the user's own asks for would take this save's plan away.
             raise OptionsError("this began in the middle of another save; let that one end first")
+        refuse_lonely_rank()  # the group of before may have been destroyed
         group = Group.of_world()
         entry = self._journal.begin(rank=group.rank)
         self.background.settle()

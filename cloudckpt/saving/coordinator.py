@@ -52,8 +52,9 @@ class PlanMemory:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What a rank says first: a digest of its values, and which plan it could use again."""
+    """What a rank says first: where it saves, a digest of its values, and which plan it could use again."""
 
+    url: str
     values: bytes
     plan_id: str
 
@@ -89,6 +90,7 @@ class Coordinator:
     _target: Target | None = None
 
     def decide(self, openings: Sequence[Opening]) -> Order:
+        _refuse_other_places([opening.url for opening in openings])
         if len({opening.values for opening in openings}) > 1:
             return Order(is_alike=False)
         plans = {opening.plan_id for opening in openings}
@@ -136,6 +138,18 @@ class Coordinator:
         group.tick()
         full = replace(record, world_size=group.size, seconds=seconds)
         return commit_index(self._target, index, full).manifest.encode()
+
+
+def _refuse_other_places(urls: Sequence[str]) -> None:
+    """Refuse ranks that save to different URLs: each would write its shards to its own."""
+    ranks: dict[str, list[int]] = {}
+    for rank, url in enumerate(urls):
+        ranks.setdefault(url, []).append(rank)
+    if len(ranks) > 1:
+        places = "; ".join(f"{named_ranks(there)} to {url}" for url, there in list(ranks.items())[:_SHOWN])
+        raise SaveFailedError(
+            f"the ranks save to different places, and nothing was written: {places}. Give every rank the same URL"
+        )
 
 
 def digests_of(values: Mapping[str, JsonValue]) -> dict[str, bytes]:

@@ -104,7 +104,7 @@ def begin_save(
     group, what, options = session.group, session.what, session.options
     memory = memory or PlanMemory()
     coordinator = Coordinator(destination, memory, options, claims_later=slabs is not None)
-    opened = _tried(lambda: _open(_got(flat), is_coordinator=group.rank == 0))
+    opened = _tried(lambda: _open(_got(flat), group))
     record = _tried(
         lambda: Record(
             metrics=metrics_to_json(metrics),
@@ -113,7 +113,7 @@ def begin_save(
             spent_before=stats_of(destination.catalog.store),
         )
     )
-    order = group.agree(f"{what}: opening", lambda: _opening(opened, record, memory), coordinator.decide)
+    order = group.agree(f"{what}: opening", lambda: _opening(opened, record, memory, destination), coordinator.decide)
     mine, record = _got(opened), _got(record)
     if not order.is_alike:
         group.agree(f"{what}: comparing values", lambda: digests_of(mine.values), refuse_values)
@@ -267,7 +267,7 @@ class _Lead:
 # -- one rank's steps ---------------------------------------------------------------------------------------
 
 
-def _open(flat: Flat, *, is_coordinator: bool) -> _Opened:
+def _open(flat: Flat, group: Group) -> _Opened:
     """Look at a rank's leaves, and refuse, before a byte is written, what has no place in the format."""
     tensors = {name: leaf for name, leaf in flat.leaves.items() if is_tensor(leaf)}
     values = {name: codec.encode(leaf, key=name) for name, leaf in flat.leaves.items() if name not in tensors}
@@ -275,18 +275,21 @@ def _open(flat: Flat, *, is_coordinator: bool) -> _Opened:
         if isinstance(tensor, torch.Tensor) and not isinstance(tensor, ShardedTensor):
             check_tensor(name, tensor)
     planner = DefaultSavePlanner(flatten_state_dict=False)
-    planner.set_up_planner(tensors, None, is_coordinator)
+    planner.set_up_planner(tensors, None, group.rank == 0)
     items = planner.create_local_plan().items
     message = msgspec.msgpack.encode((BoxTable.of(map(chunk_of, items)).encode(), msgspec.json.encode(flat.paths)))
-    digest = xxhash.xxh3_128_digest(message)
+    # A plan serves the same ranks only: a process group that was made anew may have others.
+    digest = xxhash.xxh3_128_digest(message + f"{group.rank}/{group.size}".encode())
     return _Opened(planner=planner, items=items, values=values, message=message, digest=digest)
 
 
-def _opening(opened: _Opened | Exception, record: Record | Exception, memory: PlanMemory) -> Opening:
+def _opening(
+    opened: _Opened | Exception, record: Record | Exception, memory: PlanMemory, destination: Destination
+) -> Opening:
     mine = _got(opened)
     _got(record)
     values = xxhash.xxh3_128_digest(msgspec.json.encode(mine.values))
-    return Opening(values, memory.plan_id if memory.digest == mine.digest else "")
+    return Opening(destination.catalog.store.url, values, memory.plan_id if memory.digest == mine.digest else "")
 
 
 def _plan(mine: _Opened, memory: PlanMemory, coordinator: Coordinator, group: Group, what: str) -> None:

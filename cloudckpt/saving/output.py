@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from cloudckpt.errors import ObjectNotFoundError, SaveFailedError
 from cloudckpt.format import (
     FORMAT_VERSION,
     Index,
@@ -37,6 +38,8 @@ from cloudckpt.store import RetryingStore, Store, StoreStats
 from cloudckpt.transfer import Budget, ShardJob, Watch, upload
 
 __all__ = ["RankOutput", "Record", "commit_index", "stats_of"]
+
+_ONE_FOR_ALL = frozenset({"s3", "gs", "az", "abfs", "abfss"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,11 +132,35 @@ class RankOutput:
 def commit_index(target: Target, index: Index, record: Record) -> Checkpoint:
     """Put a checked index, then create the manifest; raises what `Catalog.commit` raises."""
     began_s = time.monotonic()
+    _refuse_shards_elsewhere(target, index, record.world_size)
     key = target.prefix + index_key(index.attempt)
     data = index.encode()
     target.catalog.store.put(key, [memoryview(data)])
     seconds = {**record.seconds, "commit_s": time.monotonic() - began_s}
     return target.catalog.commit(_manifest(target, index, data, record, seconds), prefix=target.prefix)
+
+
+def _refuse_shards_elsewhere(target: Target, index: Index, world_size: int) -> None:
+    """Refuse to commit what other ranks wrote where this one does not see it: to disks of their own.
+
+    A bucket is one for all who name it; of a directory, or a file system in memory, one request a rank tells.
+    """
+    store = target.catalog.store
+    if store.url.partition("://")[0] in _ONE_FOR_ALL:
+        return
+    for rank in range(1, world_size):
+        section = index.section(rank)
+        if not len(section.shard_sizes):
+            continue
+        key = target.prefix + shard_key(section.attempt, rank, 0)
+        try:
+            store.head(key)
+        except ObjectNotFoundError as exc:
+            raise SaveFailedError(
+                f"the save failed and nothing was committed: rank {rank} has written {key}, and {store.url} as rank 0 "
+                "sees it has no such object; save to a directory that all machines share, or to a bucket",
+                failures={rank: exc},
+            ) from exc
 
 
 def _manifest(target: Target, index: Index, data: bytes, record: Record, seconds: Mapping[str, float]) -> Manifest:

@@ -165,9 +165,15 @@ def _run_together(function: Callable[..., Any], *args: Any) -> Any:
     return value
 
 
-def run(size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 90.0) -> list[Any]:
-    """Run on every rank; return the values, or raise the error that came first, with its trace."""
-    outcomes = World(size, _run_together, function, *args).outcomes(timeout_s=timeout_s)
+def run(
+    size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 90.0, together: bool = True
+) -> list[Any]:
+    """Run on every rank; return the values, or raise the error that came first, with its trace.
+
+    They end together, unless the function makes and destroys process groups itself.
+    """
+    call = (_run_together, function, *args) if together else (function, *args)
+    outcomes = World(size, *call).outcomes(timeout_s=timeout_s)
     for outcome in sorted(outcomes, key=lambda outcome: outcome.ended_s):
         if outcome.error is not None:
             raise AssertionError(f"rank {outcome.rank} failed:\n{outcome.trace}") from outcome.error
