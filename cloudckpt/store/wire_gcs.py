@@ -81,9 +81,11 @@ class GcsWire(OnLoop):
     def page(self, prefix: str, delimiter: str, mark: str) -> Page:
         asked = {"prefix": prefix, "delimiter": delimiter, "pageToken": mark}
         query = {name: text for name, text in asked.items() if text}
-        query["fields"] = "items(name,size,updated),prefixes,nextPageToken"
+        query["fields"] = "kind,items(name,size,updated),prefixes,nextPageToken"
         url = self._url("storage/v1", self._objects, query)
         reply = self.run(self._json("GET", url, self._headers()))
+        if reply.get("kind") != "storage#objects":
+            raise GarbledReplyError("the reply is no listing")
         return Page(
             objects=[_described(item) for item in reply.get("items", ())],
             prefixes=list(reply.get("prefixes", ())),

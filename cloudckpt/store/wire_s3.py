@@ -23,6 +23,7 @@ from botocore.awsrequest import AWSRequest
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
+from cloudckpt.store.facts import GarbledReplyError
 from cloudckpt.store.s3_config import s3_config
 from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
 
@@ -95,6 +96,9 @@ class S3Wire(OnLoop):
     def page(self, prefix: str, delimiter: str, mark: str) -> Page:
         asked = {"Prefix": prefix, "Delimiter": delimiter, "ContinuationToken": mark}
         reply = self.run(self._send("list_objects_v2", **{name: text for name, text in asked.items() if text}))
+        if "IsTruncated" not in reply:
+            # What botocore makes of a page of HTML, or of an empty reply: a listing of nothing.
+            raise GarbledReplyError("the reply is no listing")
         return Page(
             objects=[
                 ObjectInfo(key=item["Key"], size_bytes=item["Size"], modified_s=_seconds(item["LastModified"]))

@@ -202,7 +202,10 @@ class ObjectSpace:
         names, mark = self._page(bucket, query.get("prefix", ""), delimiter, query.get("pageToken", ""), limit)
         is_prefix = {name: bool(delimiter) and name.endswith(delimiter) for name in names}
         stored = {name: self.objects[bucket, name] for name in names if not is_prefix[name]}
-        answer: dict[str, object] = {"items": [_resource(bucket, name, found) for name, found in stored.items()]}
+        answer: dict[str, object] = {
+            "kind": "storage#objects",
+            "items": [_resource(bucket, name, found) for name, found in stored.items()],
+        }
         answer["prefixes"] = [name for name in names if name not in stored]
         if mark:
             answer["nextPageToken"] = mark
