@@ -138,14 +138,14 @@ class Watcher:
         try:
             for notice in self._source.poll():
                 self._take(notice)
-        except Exception as exc:  # noqa: BLE001 (it is anybody's code, and training must not end of it)
+        except BaseException as exc:  # noqa: BLE001 (it is anybody's code, and training must not end of it)
             self._note_failure(exc)
             return
         if self._failures:
             logger.info("%s answers again; its notices are heard", self.name)
         self._failures = 0
 
-    def _note_failure(self, exc: Exception) -> None:
+    def _note_failure(self, exc: BaseException) -> None:
         self._failures += 1
         level = logging.WARNING if self._failures == 1 else logging.DEBUG
         said = str(exc) if isinstance(exc, SourceError) else repr(exc)

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar, cast
 
+from cloudckpt.errors import CloudCkptError
+
 __all__ = ["Caller", "begun"]
 
 _Result = TypeVar("_Result")
@@ -30,8 +32,11 @@ class Caller:
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[object], Callable[[], object]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError as exc:
+            raise CloudCkptError(f"a thread could not be started: {exc}; look at the limits of the machine") from exc
         _CALLERS.add(self)
-        self._thread.start()
 
     def submit(self, call: Callable[[], _Result]) -> Future[_Result]:
         """Have the thread call something, after what it was given before."""

@@ -9,6 +9,7 @@ save may end one.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -78,7 +79,8 @@ class Entry:
         self._journal.meter.note_commit(elapsed_s)
         self._say("saved", checkpoint, elapsed_s, phases=_phases(checkpoint))
         if left_s is not None:
-            logger.warning("rank %d: step %s is safe, %.1f s before the end", self.rank, checkpoint.step, left_s)
+            when = "before an end whose time is not known" if math.isinf(left_s) else f"{left_s:.1f} s before the end"
+            logger.warning("rank %d: step %s is safe, %s", self.rank, checkpoint.step, when)
 
     def restored(self, checkpoint: Checkpoint | None) -> None:
         """Note a restore, or that there was nothing to restore."""
