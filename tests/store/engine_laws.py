@@ -440,6 +440,11 @@ class EngineLaws:
         )
         assert isinstance(_refusal(store, "list"), TransientError)
 
+    @pytest.mark.parametrize("body", [b"", b"<html>Please log in</html>", b"<?xml version='1.0'?><maintenance/>", b"{}"])
+    def test_a_reply_that_is_no_listing_is_no_empty_one(self, server: ObjectServer, store: Store, body: bytes) -> None:
+        server.inject(Fault(status=200, body=body))
+        assert isinstance(_refusal(store, "list"), StorageError)
+
     def test_a_delete_takes_many_keys_and_absent_ones(self, server: ObjectServer, store: Store) -> None:
         names = [f"n{number}" for number in range(1500)]
         for name in names:
