@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from cloudckpt.manager import CheckpointManager
     from cloudckpt.preemption import Notice, Preemption
     from cloudckpt.report import Advice
-    from cloudckpt.root import Checkpoint, KeepBest, KeepEvery, KeepFor, KeepLast
+    from cloudckpt.root import Checkpoint, KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
     from cloudckpt.saving import SaveHandle
     from cloudckpt.state import AccumulationWindow, PerRank, ResumableSampler
 
@@ -80,6 +80,7 @@ __all__ = [
     "Preemption",
     "RankLostError",
     "ResumableSampler",
+    "RetentionRule",
     "RetryExhaustedError",
     "RetryPolicy",
     "SaveFailedError",
@@ -100,7 +101,7 @@ _LATE = {
     "manager": ("CheckpointManager",),
     "preemption": ("Notice", "Preemption"),
     "report": ("Advice",),
-    "root": ("Checkpoint", "KeepBest", "KeepEvery", "KeepFor", "KeepLast"),
+    "root": ("Checkpoint", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule"),
     "saving": ("SaveHandle",),
     "state": ("AccumulationWindow", "PerRank", "ResumableSampler"),
 }

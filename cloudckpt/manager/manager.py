@@ -81,9 +81,8 @@ class CheckpointManager:
                 offers (EC2, GCE, Slurm), or a `Preemption`, which is started here and stopped by whoever made it.
             save_rng: save and restore the random number generators of this process.
             prune_grace_s: seconds between the end of a pruned checkpoint and that of its shards, for readers of it.
-            progress: what rank 0 shows on stderr of saves and restores: `auto` a bar on a terminal and one line for
-                each that is done, `bar` and `line` either of them in any case, `off` nothing. A line that the log
-                shows (cloudckpt at INFO) is not shown twice.
+            progress: what rank 0 shows on stderr: `auto` a bar on a terminal and a line for each save and restore that
+                is done, unless the log shows it; `bar` a bar in any case, `line` the line alone, `off` nothing.
             clock: monotonic seconds, for the grace time.
 
         Raises:
@@ -122,8 +121,8 @@ class CheckpointManager:
 
         Every `save_every_steps` steps, counted from 1; `save_every_seconds` after the newest save began; and once when
         notice was given, unless a save is under way whose snapshot is less than 5 seconds old, or nothing newer could
-        be saved in time. The same answer on every rank: with several, and with seconds or preemption, they vote
-        (0.25 ms for 2 ranks on 2 cores; 3 ms for 4 ranks that share these), so every rank must ask at every step.
+        be saved in time. The same answer on every rank: with several, and with seconds or preemption, they vote, so
+        every rank must ask at every step (0.25 ms for 2 ranks on 2 cores; 3 ms for 4 ranks that share these).
 
         Raises:
             OptionsError: the ranks ask about different steps.

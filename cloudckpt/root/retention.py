@@ -21,7 +21,7 @@ __all__ = ["KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule", "che
 
 @runtime_checkable
 class RetentionRule(Protocol):
-    """A reason to keep checkpoints."""
+    """A reason to keep checkpoints; one of your own is any object with this method."""
 
     def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
         """Return which of `checkpoints` (committed, not empty, oldest first) must stay, by their (epoch, step)."""

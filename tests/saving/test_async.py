@@ -355,6 +355,7 @@ def test_an_interrupt_around_the_start_of_the_thread_leaves_no_save_that_never_e
             with pytest.raises(KeyboardInterrupt):
                 manager.async_save(1, state_of(1))
         manager.wait(timeout=60)
+        wait_for(lambda: "cloudckpt-save" not in {thread.name for thread in threading.enumerate()})
         assert manager.async_save(2, state_of(2)).result() is not None
         assert steps_of(manager) == [2]
 

@@ -440,7 +440,9 @@ class EngineLaws:
         )
         assert isinstance(_refusal(store, "list"), TransientError)
 
-    @pytest.mark.parametrize("body", [b"", b"<html>Please log in</html>", b"<?xml version='1.0'?><maintenance/>", b"{}"])
+    @pytest.mark.parametrize(
+        "body", [b"", b"<html>Please log in</html>", b"<?xml version='1.0'?><maintenance/>", b"{}"]
+    )
     def test_a_reply_that_is_no_listing_is_no_empty_one(self, server: ObjectServer, store: Store, body: bytes) -> None:
         server.inject(Fault(status=200, body=body))
         assert isinstance(_refusal(store, "list"), StorageError)
