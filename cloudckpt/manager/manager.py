@@ -42,8 +42,7 @@ class CheckpointManager:
             if manager.should_save(step):
                 manager.async_save(step, state, metrics={"loss": float(loss)})
             if manager.preempted:
-                manager.wait()
-                break
+                break  # the end of the block waits for the save
     ```
 
     The end of the `with` block waits for a save under way, for `options.finish_timeout_s` at most, also when it ends by
