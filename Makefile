@@ -7,8 +7,8 @@ BIN := .venv/bin
 # In the environment, unlike -c, they also hold where pip builds what comes as source only (the second for newer pips).
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 INSTALL := -m pip install --quiet --disable-pip-version-check
-# Many tests wait: for deadlines, for other processes. Each worker has servers of its own; a file stays on one worker.
-WORKERS ?= 3
+# Many tests wait: for deadlines, for other processes. The workers share the servers; a file stays on one worker.
+WORKERS ?= 4
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help setup setup-localstack dev demo test test-all lint check format bench package servers-up servers-down constraints
