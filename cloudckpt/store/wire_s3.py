@@ -75,10 +75,10 @@ class S3Wire(OnLoop):
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         with borrowed(buffers) as lent:
-            self.run(self._send("put_object", Key=name, Body=GatherBody(lent)))
+            _check_stored(self.run(self._send("put_object", Key=name, Body=GatherBody(lent))))
 
     def create(self, name: str, data: bytes) -> None:
-        self.run(self._send("put_object", Key=name, Body=data, IfNoneMatch="*"))
+        _check_stored(self.run(self._send("put_object", Key=name, Body=data, IfNoneMatch="*")))
 
     def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
         memory = memory_for(start, stop, into)
@@ -180,3 +180,9 @@ def _add_md5(request: AWSRequest, **_: object) -> None:
 
 def _seconds(moment: datetime) -> float:
     return moment.timestamp()
+
+
+def _check_stored(reply: Mapping[str, object]) -> None:
+    """Refuse an answer with status 200 that does not say what was stored: a proxy may have given it."""
+    if "ETag" not in reply:
+        raise GarbledReplyError("the reply names no object that was stored")

@@ -447,6 +447,13 @@ class EngineLaws:
         server.inject(Fault(status=200, body=body))
         assert isinstance(_refusal(store, "list"), StorageError)
 
+    @pytest.mark.parametrize("verb", ["put", "create"])
+    def test_a_reply_that_does_not_say_what_was_stored_is_no_success(
+        self, server: ObjectServer, store: Store, verb: str
+    ) -> None:
+        server.inject(Fault(status=200, body=b""))
+        assert isinstance(_refusal(store, verb), StorageError)
+
     def test_a_delete_takes_many_keys_and_absent_ones(self, server: ObjectServer, store: Store) -> None:
         names = [f"n{number}" for number in range(1500)]
         for name in names:
