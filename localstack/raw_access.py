@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -52,7 +53,7 @@ class Server:
         raise NotImplementedError
 
     def make_bucket(self, name: str) -> str:
-        """Create a bucket and return its URL."""
+        """Create a bucket, if somebody else has not done so, and return its URL."""
         raise NotImplementedError
 
     def raw_get(self, url: str) -> bytes:
@@ -118,7 +119,8 @@ class S3Server(Server):
         return [item["Name"] for item in self.client.list_buckets()["Buckets"]]
 
     def make_bucket(self, name: str) -> str:
-        self.client.create_bucket(Bucket=name)
+        with suppress(self.client.exceptions.BucketAlreadyOwnedByYou, self.client.exceptions.BucketAlreadyExists):
+            self.client.create_bucket(Bucket=name)
         return f"s3://{name}"
 
     def raw_get(self, url: str) -> bytes:
@@ -184,7 +186,11 @@ class GcsServer(Server):
         return [item["name"] for item in self._request("GET", "/storage/v1/b?project=test").json().get("items", ())]
 
     def make_bucket(self, name: str) -> str:
-        self._request("POST", "/storage/v1/b", params={"project": "test"}, json={"name": name})
+        try:
+            self._request("POST", "/storage/v1/b", params={"project": "test"}, json={"name": name})
+        except requests.HTTPError as exc:
+            if exc.response.status_code != requests.codes.conflict:
+                raise
         return f"gs://{name}"
 
     def raw_get(self, url: str) -> bytes:

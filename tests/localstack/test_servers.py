@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import boto3
 import fsspec
@@ -223,3 +224,10 @@ def test_down_leaves_a_stranger_with_a_reused_process_id_alone(tmp_path: Path) -
         path.write_text(json.dumps(record))
         _command_line("down", "fake-gcs", state=tmp_path)
     _until_gone(record["pid"])
+
+
+def test_a_bucket_that_is_there_is_made_again_by_nobody(remote_url: FreshPrefix) -> None:
+    bucket = urlsplit(remote_url.url).netloc
+    remote_url.server.raw_put(f"{remote_url.url}/kept", b"x")
+    assert remote_url.server.make_bucket(bucket) == f"{remote_url.server.scheme}://{bucket}"
+    assert remote_url.server.raw_get(f"{remote_url.url}/kept") == b"x"
