@@ -62,7 +62,7 @@ def save(
             (after `CommitUnknownError`: the whole checkpoint, or nothing).
     """
     refuse_lonely_rank()
-    chosen = options or Options()
+    chosen = Options.of(options)
     group = Group.of_world()
     with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
         journal = Journal(store, Progress(progress))
@@ -117,7 +117,7 @@ def load(
         StorageError: the store could not be read.
     """
     refuse_lonely_rank()
-    chosen = options or Options()
+    chosen = Options.of(options)
     with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
         catalog = Catalog(store)
         found = load_state(
@@ -160,7 +160,7 @@ def read(
         IntegrityError: an object is missing or differs from what was committed.
         StorageError: the store could not be read.
     """
-    chosen = options or Options()
+    chosen = Options.of(options)
     with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
         entry = Journal(store, Progress(progress)).begin(rank=0)
         catalog = Catalog(store)

@@ -5,7 +5,7 @@ Pure values, validated when they are made; no I/O. Every default that was tuned 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 from cloudckpt.errors import OptionsError
@@ -17,6 +17,24 @@ MIB = 1024 * KIB
 # A reader holds whole blocks in memory, and an index that it was told to read says how large they are.
 MAX_BLOCK_BYTES = 256 * MIB
 _TRANSFER_BYTES = 512 * MIB
+
+
+# Annotation → what a value may be, and what to say of one that is not.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "int | None": ((int, type(None)), "a whole number or None"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "True or False"),
+}
+
+
+def _check_types(options: RetryPolicy | Options) -> None:
+    """Refuse a value of another type when it is written down, not in the middle of a save."""
+    for one in fields(options):
+        types, words = _KINDS.get(str(one.type), ((), ""))
+        value = getattr(options, one.name)
+        if types and type(value) not in types:
+            raise OptionsError(f"{one.name} is {value!r}; give {words}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +59,7 @@ class RetryPolicy:
     backoff_max_s: float = 15.0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.max_attempts < 1:
             raise OptionsError(f"max_attempts is {self.max_attempts}; give 1 or more")
         for name in ("deadline_s", "request_timeout_s", "connect_timeout_s", "backoff_base_s", "backoff_max_s"):
@@ -91,6 +110,9 @@ class Options:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
 
     def __post_init__(self) -> None:
+        _check_types(self)
+        if not isinstance(self.retry, RetryPolicy):
+            raise OptionsError(f"retry is {self.retry!r}; give a RetryPolicy")
         for name in ("shard_bytes", "block_bytes", "span_bytes", "concurrency", "memory_budget_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -113,6 +135,17 @@ class Options:
                 f"memory_budget_bytes ({self.transfer_budget_bytes}) is smaller than one shard or span ({least}); "
                 "raise the budget or lower shard_bytes"
             )
+
+    @classmethod
+    def of(cls, options: Options | None) -> Options:
+        """Return the options that a caller gave, or the defaults.
+
+        Raises:
+            OptionsError: they are none.
+        """
+        if options is not None and not isinstance(options, Options):
+            raise OptionsError(f"options is {options!r}; give cloudckpt.Options(...)")
+        return options or cls()
 
     def within(self, seconds: float) -> Options:
         """Return the same options with no more patience than `seconds`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -69,3 +70,27 @@ def test_options_do_not_change_once_made(value: Options | RetryPolicy) -> None:
 
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(value, name, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Options(shard_bytes=1.5e6), "shard_bytes is 1500000.0; give a whole number"),  # type: ignore[arg-type]
+        (lambda: Options(concurrency=True), "concurrency is True; give a whole number"),
+        (lambda: Options(concurrency="8"), "concurrency is '8'; give a whole number"),  # type: ignore[arg-type]
+        (
+            lambda: Options(memory_budget_bytes=2.0**30),
+            "memory_budget_bytes is 1073741824.0; give a whole number or None",
+        ),  # type: ignore[arg-type]
+        (lambda: Options(signed_payload="no"), "signed_payload is 'no'; give True or False"),  # type: ignore[arg-type]
+        (lambda: Options(retry=None), "retry is None; give a RetryPolicy"),  # type: ignore[arg-type]
+        (lambda: Options(finish_timeout_s="1"), "finish_timeout_s is '1'; give a number"),  # type: ignore[arg-type]
+        (lambda: RetryPolicy(max_attempts=1.5), "max_attempts is 1.5; give a whole number"),  # type: ignore[arg-type]
+        (lambda: Options.of({}), "options is {}; give cloudckpt.Options"),  # type: ignore[arg-type]
+        (lambda: Options.of(1), "options is 1; give cloudckpt.Options"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_value_of_another_type_is_refused_when_it_is_written_down(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(OptionsError) as caught:
+        make()
+    assert words in str(caught.value)

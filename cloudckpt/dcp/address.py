@@ -35,7 +35,7 @@ class Address:
         self._url = os.fspath(url)
         self._storage_options = storage_options
         self._engine = engine
-        self.options = options or Options()
+        self.options = Options.of(options)
         self._catalog: Catalog | None = None
 
     def move(self, url: str | os.PathLike[str]) -> None:

@@ -94,7 +94,7 @@ class CheckpointManager:
         self._preemption = Preemption() if preemption is True else preemption or None
         self._owns_preemption = preemption is True
         schedule = Schedule(every_steps=save_every_steps, every_s=save_every_seconds, preemption=self._preemption)
-        chosen = options or Options()
+        chosen = Options.of(options)
         self._store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=chosen)
         self._journal = Journal(self._store, shown)
         self._catalog = Catalog(self._store)

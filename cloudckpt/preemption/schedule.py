@@ -72,10 +72,10 @@ class Schedule:
         Raises:
             OptionsError: an interval that is none.
         """
-        if every_steps is not None and every_steps < 1:
-            raise OptionsError(f"save_every_steps is {every_steps}; give 1 or more, or None")
-        if every_s is not None and not 0 < every_s < math.inf:
-            raise OptionsError(f"save_every_seconds is {every_s}; give a number of seconds above 0, or None")
+        if every_steps is not None and (type(every_steps) is not int or every_steps < 1):
+            raise OptionsError(f"save_every_steps is {every_steps!r}; give a whole number from 1, or None")
+        if every_s is not None and (type(every_s) not in (int, float) or not 0 < every_s < math.inf):
+            raise OptionsError(f"save_every_seconds is {every_s!r}; give a number of seconds above 0, or None")
         self._every_steps = every_steps
         self._every_s = every_s
         self._preemption = preemption

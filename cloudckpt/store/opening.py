@@ -52,7 +52,7 @@ def open_store(
     Raises:
         OptionsError: the URL, the engine or an option is wrong, or a package is missing; the message says which.
     """
-    chosen = options or Options()
+    chosen = Options.of(options)
     text = os.fspath(url)
     scheme = scheme_of(text)
     name = _engine_for(scheme, engine)

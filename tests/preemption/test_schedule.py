@@ -76,7 +76,18 @@ def test_seconds_are_counted_from_the_begin_of_the_newest_save() -> None:
     assert len(saved_at) == 13
 
 
-@pytest.mark.parametrize("options", [{"every_steps": 0}, {"every_s": 0}, {"every_s": math.inf}, {"every_s": math.nan}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"every_steps": 0},
+        {"every_steps": 1.5},
+        {"every_steps": True},
+        {"every_s": "1"},
+        {"every_s": 0},
+        {"every_s": math.inf},
+        {"every_s": math.nan},
+    ],
+)
 def test_an_interval_that_is_none_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(OptionsError, match="save_every_"):
         Schedule(**options)
