@@ -34,6 +34,7 @@ from cloudckpt.format import (
     DTYPES,
     ChunkEntry,
     Index,
+    IndexRef,
     PathElement,
     ShardEntry,
     codec,
@@ -55,7 +56,7 @@ Pieces = Mapping[str, Sequence[ChunkEntry]]
 
 
 def read_index_bytes(catalog: Catalog, checkpoint: Checkpoint) -> bytes:
-    """Read the bytes of the index that a checkpoint's manifest commits. One request.
+    """Read the bytes of the index that a checkpoint's manifest commits; once more if they are wrong. One request.
 
     Raises:
         MissingShardError: it is not on the store.
@@ -66,6 +67,14 @@ def read_index_bytes(catalog: Catalog, checkpoint: Checkpoint) -> bytes:
     committed = checkpoint.manifest.index
     if committed is None:
         raise ManifestError(f"the manifest of {checkpoint.url} commits no index", key=key)
+    try:
+        return _committed_bytes(catalog, key, committed)
+    except ChecksumError:
+        # Only a second look tells a damaged object from a damaged answer.
+        return _committed_bytes(catalog, key, committed)
+
+
+def _committed_bytes(catalog: Catalog, key: str, committed: IndexRef) -> bytes:
     try:
         data = catalog.store.read(key, limit_bytes=committed.size_bytes + 1)
     except ObjectNotFoundError as exc:

@@ -82,6 +82,19 @@ class Catalog:
             CheckpointNotFoundError: nothing is committed there.
             ManifestError: its manifest cannot be trusted.
         """
+        try:
+            manifest, data = self._read_manifest(prefix)
+        except FormatVersionError:
+            raise
+        except ManifestError:
+            # Only a second look tells a damaged object from a damaged answer; a step must not be passed over for that.
+            manifest, data = self._read_manifest(prefix)
+        self._check_place(manifest, prefix)
+        if manifest.state == "void":
+            raise CheckpointNotFoundError(f"the attempt at {self._url(prefix)} was swept before it committed")
+        return self._remember(manifest, data, prefix)
+
+    def _read_manifest(self, prefix: str) -> tuple[Manifest, bytes]:
         key = prefix + MANIFEST_NAME
         try:
             data = self.store.read(key, limit_bytes=MANIFEST_LIMIT_BYTES)
@@ -89,11 +102,7 @@ class Catalog:
             raise CheckpointNotFoundError(
                 f"no committed checkpoint at {self._url(prefix)}; list what is there with `cloudckpt ls`"
             ) from exc
-        manifest = Manifest.decode(data, key=key)
-        self._check_place(manifest, prefix)
-        if manifest.state == "void":
-            raise CheckpointNotFoundError(f"the attempt at {self._url(prefix)} was swept before it committed")
-        return self._remember(manifest, data, prefix)
+        return Manifest.decode(data, key=key), data
 
     def adopt(self, data: bytes, *, prefix: str) -> Checkpoint:
         """Return the checkpoint whose manifest has these bytes, which rank 0 has read or created. No request."""

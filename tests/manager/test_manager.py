@@ -473,3 +473,24 @@ def test_a_rule_that_raises_removes_nothing_and_fails_no_save(
         manager.wait()
         assert [one.step for one in manager.checkpoints()] == [0, 1, 2]
     assert "step 2 is saved, but pruning failed and is left to the next save: KeyError('loss')" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "index.bin"])
+@pytest.mark.parametrize("answer", [b"", b"<Error>busy</Error>"])
+def test_one_damaged_answer_is_no_reason_to_go_back_to_an_older_step(tmp_path: Path, name: str, answer: bytes) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        save_steps(manager, 1, 2)
+    with CheckpointManager(tmp_path) as other:
+        store = other._store.inner  # type: ignore[attr-defined]
+        read, damaged = store.read, []
+
+        def read_badly_once(key: str, *, limit_bytes: int) -> bytes:
+            if key.endswith(name) and key.startswith("step-0000000002") and not damaged:
+                damaged.append(key)
+                return answer
+            return read(key, limit_bytes=limit_bytes)  # type: ignore[no-any-return]
+
+        store.read = read_badly_once
+        restored = other.restore({"w": torch.zeros(100), "config": {}})
+    assert restored is not None
+    assert (restored.step, len(damaged)) == (2, 1)
