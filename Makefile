@@ -55,7 +55,7 @@ demo: .venv/.ready-demo
 test: setup setup-localstack
 	$(PYTEST) $(ARGS)
 
-test-all: setup setup-localstack
+test-all: setup setup-localstack .venv/.ready-peers
 	$(PYTEST) -m 'slow or not slow' --hypothesis-profile=long $(ARGS)
 
 bench: .venv/.ready-bench .venv/.ready-peers
