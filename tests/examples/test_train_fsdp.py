@@ -73,9 +73,9 @@ def test_the_demo_holds_on_s3_with_kills_on_four_ranks_and_an_end_on_two(s3_url:
         finally:
             # An interrupt, unlike a kill, lets it end its ranks.
             process.send_signal(signal.SIGINT)
+    assert process.returncode == 0, output.decode(errors="replace")
     record = json.loads((tmp_path / "fsdp-record.json").read_text())
 
-    assert process.returncode == 0, output.decode(errors="replace")
     assert record["target"] == "the given s3:// URL"
     assert set(record["checks"].values()) == {True}
     assert {row["step"] for row in record["losses"]} == set(range(record["size"]["steps"]))
