@@ -36,7 +36,7 @@ from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
 from cloudckpt.format.shard import block_digests, verify_blocks
 from cloudckpt.format.tiling import untiled
-from cloudckpt.format.tree import Flat, PathElement, flatten, unflatten
+from cloudckpt.format.tree import NOTES, Flat, PathElement, flatten, unflatten
 
 __all__ = [
     "DTYPES",
@@ -45,6 +45,7 @@ __all__ = [
     "FORMAT_VERSION",
     "MANIFEST_LIMIT_BYTES",
     "MANIFEST_NAME",
+    "NOTES",
     "Box",
     "BoxPlace",
     "BoxTable",

@@ -18,13 +18,16 @@ from cloudckpt.format.codec import JsonValue
 from cloudckpt.format.codec.walk import is_key, is_text
 from cloudckpt.format.record import lone_surrogates
 
-__all__ = ["PATH_LIMIT", "Flat", "PathElement", "flatten", "unflatten"]
+__all__ = ["NOTES", "PATH_LIMIT", "Flat", "PathElement", "flatten", "unflatten"]
 
 # One step down: a string key; a place in a list; {"key": a key that is no string}; {"tuple": a place in a tuple}.
 PathElement = str | int | dict[str, JsonValue]
 
 PATH_LIMIT = 65
 """Steps of one path, at most."""
+
+NOTES = "cloudckpt.notes"
+"""The value that holds the notes of all ranks."""
 
 _SHOWN = 200
 # Keys chosen to share one hash make a dict quadratic; honest ones share it by a few. A str's hash is salted.
@@ -33,10 +36,15 @@ _HASH_TWINS_LIMIT = 256
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """Leaves by name, and the path of each in the same order."""
+    """Leaves by name, the path of each in the same order, and notes.
+
+    Attributes:
+        notes: what is kept about some names (of leaves, or of what stands above them) beside their bytes.
+    """
 
     leaves: dict[str, object] = field(default_factory=dict)
     paths: dict[str, list[PathElement]] = field(default_factory=dict)
+    notes: dict[str, JsonValue] = field(default_factory=dict)
 
 
 def flatten(state: Mapping[str, object], *, is_tensor: Callable[[object], bool]) -> Flat:

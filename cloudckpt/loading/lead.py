@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.tensor import DTensor, Replicate
 
 from cloudckpt.errors import IntegrityError, MissingShardError
-from cloudckpt.format import DTYPES, Box, BoxPlace, BoxTable, Index, codec
+from cloudckpt.format import DTYPES, NOTES, Box, BoxPlace, BoxTable, Index, codec
 from cloudckpt.loading.input import RankInput, decode_index, describe, read_index_bytes
 from cloudckpt.loading.passing import Step, plan_passing
 from cloudckpt.options import Options
@@ -192,11 +192,14 @@ class _Loading:
 
     def _plan(self, state: MutableMapping[str, object], *, strict: bool, extra: Extra | None) -> BoxTable:
         self._index = index = decode_index(self.checkpoint, self.index_bytes)
+        values = {name: codec.decode(value, key=name) for name, value in index.values.items()}
+        notes = values.pop(NOTES, {})
         saved = Saved(
             shapes={name: tensor.shape for name, tensor in index.tensors.items()},
             dtypes={name: DTYPES[tensor.dtype] for name, tensor in index.tensors.items()},
-            values={name: codec.decode(value, key=name) for name, value in index.values.items()},
+            values=values,
             paths=index.paths,
+            notes=notes if isinstance(notes, dict) else {},
         )
         self._targets = plan_restore(bind(state), saved, strict=strict)
         self._extra = extra.targets(index) if extra is not None else {}

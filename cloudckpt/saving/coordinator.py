@@ -40,6 +40,7 @@ class PlanMemory:
         digest: of this rank's names and boxes when it was made.
         rows: which of its boxes this rank writes.
         paths: name → path in the nested state, on rank 0 of all ranks' names.
+        notes: name → what is kept about it, on rank 0 of all ranks' names.
         tensors: names of all tensors, on rank 0.
     """
 
@@ -47,6 +48,7 @@ class PlanMemory:
     digest: bytes = b""
     rows: Column = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     paths: dict[str, list[PathElement]] = field(default_factory=dict)
+    notes: dict[str, JsonValue] = field(default_factory=dict)
     tensors: frozenset[str] = frozenset()
 
 
@@ -111,11 +113,12 @@ class Coordinator:
         tables = [BoxTable.decode(table) for table, _ in decoded]
         rows = share_out(tables)
         self.memory.tensors = frozenset(name for table in tables for name in table.names)
-        self.memory.paths = {}
-        # The ranks of a sharded model have the same paths, byte for byte; each is looked at once.
-        for data in dict.fromkeys(paths for _, paths in decoded):
-            for name, path in msgspec.json.decode(data, type=dict[str, list[PathElement]]).items():
-                self.memory.paths.setdefault(name, path)
+        self.memory.paths, self.memory.notes = {}, {}
+        # The ranks of a sharded model say the same of names, byte for byte; each is looked at once.
+        for data in dict.fromkeys(about for _, about in decoded):
+            paths, notes = msgspec.json.decode(data, type=tuple[dict[str, list[PathElement]], dict[str, JsonValue]])
+            self.memory.paths |= paths
+            self.memory.notes |= notes
         plan_id = secrets.token_hex(8)
         return [(plan_id, of_rank.astype(np.int64).tobytes()) for of_rank in rows]
 
@@ -132,7 +135,13 @@ class Coordinator:
             "slowest_rank": float(slowest),
         }
         written = [Written.decode(part.written) for part in parts]
-        index = assemble(written, attempt=attempt, block_bytes=self.options.block_bytes, paths=self.memory.paths)
+        index = assemble(
+            written,
+            attempt=attempt,
+            block_bytes=self.options.block_bytes,
+            paths=self.memory.paths,
+            notes=self.memory.notes,
+        )
         group.tick()
         check_against_names(self.memory.tensors, index)
         group.tick()

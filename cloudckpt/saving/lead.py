@@ -277,7 +277,8 @@ def _open(flat: Flat, group: Group) -> _Opened:
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(tensors, None, group.rank == 0)
     items = planner.create_local_plan().items
-    message = msgspec.msgpack.encode((BoxTable.of(map(chunk_of, items)).encode(), msgspec.json.encode(flat.paths)))
+    about = msgspec.json.encode((flat.paths, flat.notes))
+    message = msgspec.msgpack.encode((BoxTable.of(map(chunk_of, items)).encode(), about))
     # A plan serves the same ranks only: a process group that was made anew may have others.
     digest = xxhash.xxh3_128_digest(message + f"{group.rank}/{group.size}".encode())
     return _Opened(planner=planner, items=items, values=values, message=message, digest=digest)

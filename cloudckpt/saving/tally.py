@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from cloudckpt.errors import ManifestError, SaveFailedError
 from cloudckpt.format import (
     DTYPE_NAMES,
+    NOTES,
     Box,
     BoxTable,
     Column,
@@ -30,6 +31,7 @@ from cloudckpt.format import (
     Section,
     ShardLayout,
     TensorEntry,
+    codec,
     index_key,
     lone_surrogates,
 )
@@ -125,7 +127,12 @@ class Written:
 
 
 def assemble(
-    written: Iterable[Written], *, attempt: str, block_bytes: int, paths: Mapping[str, list[PathElement]]
+    written: Iterable[Written],
+    *,
+    attempt: str,
+    block_bytes: int,
+    paths: Mapping[str, list[PathElement]],
+    notes: Mapping[str, JsonValue] | None = None,
 ) -> Index:
     """Return the index of what all ranks wrote; takes them one by one, so that they need not all be in memory.
 
@@ -135,7 +142,8 @@ def assemble(
     assembly = _Assembly(attempt, block_bytes)
     for of_rank in written:
         assembly.take(of_rank)
-    return Index(*assembly.builder.finish(assembly.values, paths), key=index_key(attempt))
+    values = {**assembly.values, **({NOTES: codec.encode(dict(notes), key=NOTES)} if notes else {})}
+    return Index(*assembly.builder.finish(values, paths), key=index_key(attempt))
 
 
 class _Assembly:

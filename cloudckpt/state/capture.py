@@ -188,6 +188,7 @@ def capture(entries: Sequence[Entry]) -> Flat:
             raise OptionsError(f"two entries of the state are both named {twice!r}; rename one of the keys")
         flat.leaves.update(own.leaves)
         flat.paths.update(own.paths)
+        flat.notes.update(own.notes)
     return flat
 
 

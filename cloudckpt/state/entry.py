@@ -17,7 +17,7 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.format import Flat, PathElement, flatten
+from cloudckpt.format import Flat, JsonValue, PathElement, flatten
 
 __all__ = ["Choosy", "Entry", "Misfit", "Place", "is_tensor", "mapping_of", "shape_of"]
 
@@ -97,8 +97,14 @@ class Entry(ABC):
         """Return the nested state whose tensors a restore may fill: `current`, unless nothing there is live."""
         return self.current()
 
+    def take_notes(self, notes: Mapping[str, JsonValue]) -> None:
+        """Learn what the checkpoint keeps about names at or below this entry's; before it is asked for anything else.
+
+        Notes may come from anyone: what makes no sense is to be refused or left alone.
+        """
+
     def flat(self, nested: object) -> Flat:
-        """Return the names of all that is in `current` or `fillable`."""
+        """Return the names of all that is in `current` or `fillable`, and notes about them."""
         flat = flatten({self.name: nested}, is_tensor=is_tensor)
         return Flat(flat.leaves, {name: [*self.path, *path[1:]] for name, path in flat.paths.items()})
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import cast
 
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from cloudckpt.errors import StateMismatchError
-from cloudckpt.format import Flat, PathElement, unflatten
+from cloudckpt.format import Flat, JsonValue, PathElement, unflatten
 from cloudckpt.state.entry import Entry, Misfit, is_tensor, shape_of
 from cloudckpt.state.per_rank import RankName
 
@@ -46,12 +46,17 @@ class Targets:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds: shapes and dtypes of its tensors, its values, and the paths of both."""
+    """What a checkpoint holds: shapes and dtypes of its tensors, its values, the paths of both, and notes on names."""
 
     shapes: Mapping[str, _Shape]
     dtypes: Mapping[str, torch.dtype]
     values: Mapping[str, object]
     paths: Mapping[str, Sequence[PathElement]]
+    notes: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    def notes_on(self, name: str) -> dict[str, JsonValue]:
+        """Notes on what is called `name`, and on what lies below it."""
+        return {of: note for of, note in self.notes.items() if of == name or of.startswith(f"{name}.")}
 
     def names(self) -> list[str]:
         """All names, in the order in which they were saved."""
@@ -143,6 +148,7 @@ class _Matching:
             self._refuse_other_world(entry, sizes)
             return
         self._tops.add(str(entry.path[0]))
+        entry.take_notes(self._saved.notes_on(entry.name))
         if in_checkpoint:
             self._match_shared(entry, in_checkpoint)
         if owned:
