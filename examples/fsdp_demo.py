@@ -243,7 +243,7 @@ class _Hunt:
         whole_count = self._shards_of_first_save()
         while self._process.poll() is None:
             time.sleep(_POLL_S)
-            if self._under_way(whole_count) and (attempt := self._stop_and_look(whole_count)):
+            if attempt := self._stop_and_look(whole_count):
                 return attempt
         raise DemoError(f"the run ended before rank {self._victim} could be killed during a save")
 
@@ -268,13 +268,16 @@ class _Hunt:
         return next((attempt for attempt in attempts_in(keys) if is_part and not attempt.is_committed), None)
 
     def _stop_and_look(self, whole_count: int) -> Attempt | None:
+        # The ranks stand still for every look: on a busy machine a save would end while its listing is on the way.
         pids = _ranks_of(self._process)
         if len(pids) != self._ranks:
             return None
         for pid in pids.values():
             os.kill(pid, signal.SIGSTOP)
-        self._settle()
         found = self._under_way(whole_count)
+        if found:
+            self._settle()
+            found = self._under_way(whole_count)
         if found:
             os.kill(pids.pop(self._victim), signal.SIGKILL)
         for pid in pids.values():
