@@ -84,6 +84,7 @@ class Entry(ABC):
     def __init__(self, place: Place) -> None:
         self.path = place.path
         self.name = place.name
+        self.notes: Mapping[str, JsonValue] = {}
 
     @abstractmethod
     def current(self) -> object:
@@ -102,6 +103,7 @@ class Entry(ABC):
 
         Notes may come from anyone: what makes no sense is to be refused or left alone.
         """
+        self.notes = notes
 
     def flat(self, nested: object) -> Flat:
         """Return the names of all that is in `current` or `fillable`, and notes about them."""
