@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
 
 import cloudckpt
 from cloudckpt import Options
@@ -109,3 +109,48 @@ def check_goes_on(url: Path, make: Callable[[], tuple[nn.Module, Optimizer]], op
     assert [parameter.data_ptr() for parameter in again.parameters()] == memory
     assert train(again, fresh, begin=3) == losses
     assert state_of(again, fresh) == state_of(model, optimizer)
+
+
+# -- schedulers ---
+
+
+def _warmed_up(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
+    warm = lr_scheduler.LinearLR(optimizer, total_iters=3)
+    return lr_scheduler.SequentialLR(optimizer, [warm, lr_scheduler.ExponentialLR(optimizer, 0.9)], milestones=[4])
+
+
+def _chained(optimizer: Optimizer) -> lr_scheduler.LRScheduler:
+    return lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(optimizer, total_iters=4), lr_scheduler.ExponentialLR(optimizer, 0.9)]
+    )
+
+
+class Decay:
+    """A callable with state."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+
+    def __call__(self, epoch: int) -> float:
+        return self.rate**epoch
+
+
+SCHEDULERS: dict[str, Callable[[Optimizer], lr_scheduler.LRScheduler]] = {
+    "ChainedScheduler": _chained,
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, total_iters=5),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 20),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3),
+    "CyclicLR with a function": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3, scale_fn=lambda x: 0.5),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "LambdaLR with an object": lambda o: lr_scheduler.LambdaLR(o, Decay(0.8)),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=9),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 5, 5, 7]),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda epoch: 0.9),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.3, total_steps=20),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=20, power=2.0),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, cooldown=1),
+    "SequentialLR": _warmed_up,
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+}

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.swa_utils import SWALR
 
 import cloudckpt
 from cloudckpt import OptionsError, StateMismatchError
-from tests.state.nets import CUT, Matrices, Net, State, bits, check_goes_on, state_of, train
+from cloudckpt.state import bind
+from cloudckpt.state.groups import match_groups
+from tests.state.nets import CUT, SCHEDULERS, Decay, Matrices, Net, State, bits, check_goes_on, state_of, train
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -312,3 +315,494 @@ def test_something_else_than_an_optimizer_is_refused_for_one(tmp_path: Path) -> 
     cloudckpt.save({"model": model, "optimizer": {"lr": 0.1}}, tmp_path / "c")
     with pytest.raises(OptionsError, match="no optimizer under 'optimizer'"):
         cloudckpt.load({"model": model, "optimizer": torch.optim.Adam(model.parameters())}, tmp_path / "c")
+
+
+# -- the optimizer's own code ------------------------------------------------------------------------------------
+
+
+class Scaled(torch.optim.SGD):
+    """Keeps something beside the state of its parameters, as SAM and Lookahead do."""
+
+    scale = 1.0
+    slow: tuple[torch.Tensor, ...] = ()
+
+    def state_dict(self) -> State:
+        return {**super().state_dict(), "scale": self.scale, "slow": {"weights": list(self.slow)}}
+
+    def load_state_dict(self, state_dict: State) -> None:
+        self.scale, self.slow = state_dict["scale"], tuple(state_dict["slow"]["weights"])
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+
+
+def _scaled() -> tuple[nn.Module, Scaled]:
+    model = Matrices()
+    return model, Scaled(model.parameters(), lr=0.1, momentum=0.5)
+
+
+def test_what_an_optimizer_says_beside_its_parameters_state_comes_back(tmp_path: Path) -> None:
+    model, optimizer = _scaled()
+    train(model, optimizer, begin=0)
+    optimizer.scale, optimizer.slow = 8.0, (torch.ones(3), torch.zeros(2, dtype=torch.int64))
+    again, fresh = _scaled()
+
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": again, "optimizer": fresh}, tmp_path / "c")
+
+    assert fresh.scale == 8.0
+    assert state_of(again, fresh) == state_of(model, optimizer)
+
+
+def test_what_only_the_optimizer_can_read_is_refused_for_parameters_in_another_order(tmp_path: Path) -> None:
+    model, optimizer = _scaled()
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    fresh = Scaled(list(model.parameters())[::-1], lr=0.1)
+    with pytest.raises(StateMismatchError, match="keeps 'slow' beside the state of its parameters, which stand in ano"):
+        cloudckpt.load({"model": model, "optimizer": fresh}, tmp_path / "c")
+
+
+def test_hooks_of_state_dict_and_load_state_dict_have_the_last_word(tmp_path: Path) -> None:
+    def to_disk(_: Optimizer, state: State) -> State:
+        return {**state, "version": 2}
+
+    def from_disk(_: Optimizer, state: State) -> State:
+        assert state["version"] == 2
+        for part in state["state"].values():
+            part["exp_avg"] = part["exp_avg"].bfloat16()
+        return state
+
+    def after(optimizer: Optimizer) -> None:
+        for part in optimizer.state.values():
+            part["exp_avg_sq"] = part["exp_avg_sq"].double()
+
+    model = Matrices()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, begin=0)
+    optimizer.register_state_dict_post_hook(to_disk)
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    fresh = torch.optim.Adam(model.parameters())
+    fresh.register_load_state_dict_pre_hook(from_disk)
+    fresh.register_load_state_dict_post_hook(after)
+
+    cloudckpt.load({"model": model, "optimizer": fresh}, tmp_path / "c")
+
+    for parameter, part in fresh.state.items():
+        saved = optimizer.state[parameter]
+        assert bits(part["exp_avg"]) == bits(saved["exp_avg"].bfloat16())
+        assert bits(part["exp_avg_sq"]) == bits(saved["exp_avg_sq"].double())
+    assert not {*fresh._optimizer_load_state_dict_pre_hooks.values()} - {from_disk}
+    assert not {*fresh._optimizer_load_state_dict_post_hooks.values()} - {after}
+
+
+STATES: dict[str, object] = {
+    "int64": torch.tensor([2**40 + 1]),
+    "nested int64": {"k": {"count": torch.tensor([2**40 + 1])}},
+    "float64": torch.tensor([0.1], dtype=torch.float64),
+    "bfloat16": torch.ones(3, dtype=torch.bfloat16),
+    "bool": torch.tensor([True, False]),
+    "list": [torch.arange(3), 2.5, {"deep": torch.arange(2, dtype=torch.int8)}],
+    "tuple": (torch.arange(3), None),
+    "text": "warm",
+    "texts": ["a", {"b": "c"}],
+    "number": 7,
+    "single": torch.tensor(1.5, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_stepped", [False, True], ids=["fresh", "stepped"])
+@pytest.mark.parametrize("kind", STATES)
+def test_state_of_any_type_and_depth_keeps_it_whatever_its_parameter_is(
+    tmp_path: Path, kind: str, is_stepped: bool, dtype: torch.dtype
+) -> None:
+    model = Matrices(dtype)
+    optimizer, fresh = (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5) for _ in range(2))
+    optimizer.state[model.one.weight]["mine"] = STATES[kind]
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    if is_stepped:
+        train(model, fresh, begin=0)
+    cloudckpt.load({"model": model, "optimizer": fresh}, tmp_path / "c")
+    assert bits(fresh.state_dict()) == bits(optimizer.state_dict())
+
+
+class Hollow(Optimizer):
+    """Wraps an optimizer and never was initialized as one, as those of training libraries."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.optimizer = inner
+
+    @property
+    def param_groups(self) -> list[State]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    def state_dict(self) -> State:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: State) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+
+class Boxed(Optimizer):
+    """Wraps an optimizer, and has a state_dict of another kind, and no groups of its own."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+        self.scale = 1.0
+
+    def state_dict(self) -> State:
+        return {"inner": self.inner.state_dict(), "scale": self.scale}
+
+    def load_state_dict(self, state_dict: State) -> None:
+        self.scale = state_dict["scale"]
+        self.inner.load_state_dict(state_dict["inner"])
+
+
+@pytest.mark.parametrize("wrap", [Hollow, Boxed])
+def test_an_optimizer_that_wraps_another_is_asked_by_its_own_code(
+    tmp_path: Path, wrap: Callable[[Optimizer], Optimizer]
+) -> None:
+    def parts() -> tuple[nn.Module, Optimizer, Optimizer]:
+        model = Matrices(torch.bfloat16)
+        inner = Master(model.parameters())
+        return model, inner, wrap(inner)
+
+    model, inner, outer = parts()
+    train(model, inner, begin=0)
+    cloudckpt.save({"model": model, "optimizer": outer}, tmp_path / "c")
+    again, fresh, other = parts()
+    cloudckpt.load({"model": again, "optimizer": other}, tmp_path / "c")
+    assert state_of(again, fresh) == state_of(model, inner)
+    assert train(again, fresh, begin=3) == train(model, inner, begin=3)
+
+
+def test_a_wrapper_follows_the_names_where_it_has_torchs_state_dict(tmp_path: Path) -> None:
+    model = Matrices()
+    inner = torch.optim.Adam(model.parameters())
+    train(model, inner, begin=0)
+    cloudckpt.save({"model": model, "optimizer": Hollow(inner)}, tmp_path / "c")
+    fresh = torch.optim.Adam(list(model.parameters())[::-1])
+    cloudckpt.load({"model": model, "optimizer": Hollow(fresh)}, tmp_path / "c")
+    assert by_name(model, fresh) == by_name(model, inner)
+
+
+def test_a_state_dict_of_another_kind_is_refused_for_parameters_in_another_order(tmp_path: Path) -> None:
+    model = Matrices()
+    cloudckpt.save({"model": model, "optimizer": Boxed(torch.optim.Adam(model.parameters()))}, tmp_path / "c")
+    other = Boxed(torch.optim.Adam(list(model.parameters())[::-1]))
+    with pytest.raises(StateMismatchError, match="its parameters stand in another order"):
+        cloudckpt.load({"model": model, "optimizer": other}, tmp_path / "c")
+
+
+class Clearing(torch.optim.SGD):
+    """Clears its own tensors before it copies into them."""
+
+    def load_state_dict(self, state_dict: State) -> None:
+        for number, parameter in enumerate(self.param_groups[0]["params"]):
+            own = self.state[parameter]["momentum_buffer"]
+            own.zero_()
+            own.add_(state_dict["state"][number]["momentum_buffer"])
+
+
+def test_an_optimizer_with_a_load_of_its_own_is_given_memory_of_its_own(tmp_path: Path) -> None:
+    model = Matrices()
+    optimizer, other = (Clearing(model.parameters(), lr=0.1, momentum=0.5) for _ in range(2))
+    train(model, optimizer, begin=0)
+    train(model, other, begin=5)
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": model, "optimizer": other}, tmp_path / "c")
+    assert bits(other.state_dict()) == bits(optimizer.state_dict())
+
+
+# -- names -------------------------------------------------------------------------------------------------------
+
+
+def _marked(*parameters: torch.Tensor) -> Optimizer:
+    """Return an optimizer whose state tells its parameters apart."""
+    optimizer = torch.optim.SGD(list(parameters), lr=0.1, momentum=0.5)
+    for place, parameter in enumerate(parameters):
+        optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, place + 1.0).detach()
+    return optimizer
+
+
+def _marks(optimizer: Optimizer, *parameters: torch.Tensor) -> list[float]:
+    return [float(optimizer.state[parameter]["momentum_buffer"].flatten()[0]) for parameter in parameters]
+
+
+def test_parameters_of_two_modules_with_the_same_names_are_told_apart(tmp_path: Path) -> None:
+    g, d = Matrices(), Matrices()
+    weights = [*g.parameters(), *d.parameters()]
+    cloudckpt.save({"g": g, "d": d, "o": _marked(*weights)}, tmp_path / "c")
+    other = torch.optim.SGD(weights[::-1], lr=0.1, momentum=0.5)
+    cloudckpt.load({"d": d, "g": g, "o": other}, tmp_path / "c")
+    assert _marks(other, *weights) == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_parameter_that_is_a_value_of_the_state_has_its_name_there(tmp_path: Path) -> None:
+    model = Matrices()
+    loose = {"temperature": nn.Parameter(torch.ones(2)), "more": [nn.Parameter(torch.ones(2))]}
+    weights: list[Any] = [loose["temperature"], *model.parameters(), loose["more"][0]]  # type: ignore[index]
+    state: State = {"model": model, "loose": loose}
+    cloudckpt.save({**state, "o": _marked(*weights)}, tmp_path / "c")
+    other = torch.optim.SGD(weights[::-1], lr=0.1, momentum=0.5)
+    cloudckpt.load({**state, "o": other}, tmp_path / "c")
+    assert _marks(other, *weights) == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_one_parameter_without_a_name_takes_no_name_from_the_others(tmp_path: Path) -> None:
+    model, loose = Matrices(), nn.Parameter(torch.ones(2))
+    weights: list[torch.Tensor] = [loose, *model.parameters()]
+    cloudckpt.save({"model": model, "o": _marked(*weights)}, tmp_path / "c")
+    other = torch.optim.SGD(weights[::-1], lr=0.1, momentum=0.5)
+    cloudckpt.load({"model": model, "o": other}, tmp_path / "c")
+    assert _marks(other, *weights) == [1.0, 2.0, 3.0]
+
+
+def test_names_that_the_optimizer_was_given_count_where_nothing_stands_beside_it(tmp_path: Path) -> None:
+    model = Matrices()
+    optimizer = torch.optim.Adam(model.named_parameters())
+    train(model, optimizer, begin=0)
+    cloudckpt.save({"o": optimizer}, tmp_path / "c")
+    other = torch.optim.Adam(list(model.named_parameters())[::-1])
+    cloudckpt.load({"o": other}, tmp_path / "c")
+    assert by_name(model, other) == by_name(model, optimizer)
+    assert other.param_groups[0]["param_names"] == ["two.weight", "one.weight"]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("there", ["with its module", "alone"])
+def test_parameters_with_names_are_never_taken_for_some_without(tmp_path: Path, there: str, strict: bool) -> None:
+    model = Matrices()
+    optimizer, other = _marked(*model.parameters()), _marked(*model.parameters())
+    states: dict[str, State] = {"with its module": {"model": model, "o": optimizer}, "alone": {"o": optimizer}}
+    cloudckpt.save(states.pop(there), tmp_path / "c")
+    (here,) = ({**state, "o": other} for state in states.values())
+    before = bits(other.state_dict())
+    with pytest.raises(
+        StateMismatchError, match=r"o has \d parameters here and . there that nothing in the state names"
+    ):
+        cloudckpt.load(here, tmp_path / "c", strict=strict)
+    assert bits(other.state_dict()) == before
+
+
+def test_parameters_without_names_whose_shapes_stand_in_another_order_are_refused(tmp_path: Path) -> None:
+    wide, tall = nn.Parameter(torch.ones(2, 5)), nn.Parameter(torch.ones(5, 2))
+    cloudckpt.save({"o": _marked(wide, tall)}, tmp_path / "c")
+    with pytest.raises(StateMismatchError, match=r"parameter 0 of o is \(5, 2\) here and \(2, 5\) there"):
+        cloudckpt.load({"o": torch.optim.SGD([tall, wide], lr=0.1)}, tmp_path / "c")
+
+
+class Shared(nn.Module):
+    """One weight under two names."""
+
+    def __init__(self, names: tuple[str, str]) -> None:
+        super().__init__()
+        self.other = nn.Linear(2, 2, bias=False)
+        for name in names:
+            self.add_module(name, nn.Linear(2, 2, bias=False))
+        self.get_submodule(names[1]).weight = self.get_submodule(names[0]).weight
+
+
+def test_a_tied_parameter_is_found_by_any_of_its_names(tmp_path: Path) -> None:
+    model, again = Shared(("a", "b")), Shared(("b", "a"))
+    cloudckpt.save({"model": model, "o": _marked(*model.parameters())}, tmp_path / "c")
+    weights = list(again.parameters())
+    other = torch.optim.SGD(weights[::-1], lr=0.1, momentum=0.5)
+    cloudckpt.load({"model": again, "o": other}, tmp_path / "c")
+    assert _marks(other, *weights) == [1.0, 2.0]
+
+
+def test_two_parameters_are_not_restored_into_one_that_is_tied(tmp_path: Path) -> None:
+    model = Shared(("a", "b"))
+    model.b = nn.Linear(2, 2, bias=False)
+    model.b.load_state_dict(model.a.state_dict())  # type: ignore[union-attr, operator]
+    cloudckpt.save({"model": model, "o": _marked(*model.parameters())}, tmp_path / "c")
+    again = Shared(("a", "b"))
+    with pytest.raises(StateMismatchError, match=r"o has as one parameter what were several there, among model\.a\.w"):
+        cloudckpt.load({"model": again, "o": _marked(*again.parameters())}, tmp_path / "c")
+
+
+# -- groups ------------------------------------------------------------------------------------------------------
+
+
+def test_every_group_finds_its_options_in_whatever_order(tmp_path: Path) -> None:
+    model = Net()
+    parameters = list(model.parameters())
+    there = torch.optim.SGD([{"params": [each], "lr": 1.0 + place} for place, each in enumerate(parameters)], lr=0.1)
+    cloudckpt.save({"model": model, "o": there}, tmp_path / "c")
+    here = torch.optim.SGD([{"params": [each]} for each in parameters[::-1]], lr=0.1)
+    cloudckpt.load({"model": model, "o": here}, tmp_path / "c")
+    assert by_name(model, here) == by_name(model, there)
+
+
+def test_empty_groups_keep_their_options(tmp_path: Path) -> None:
+    model = Matrices()
+
+    def make(*rates: float) -> Optimizer:
+        first, second, third = rates
+        return torch.optim.SGD(
+            [{"params": [], "lr": first}, {"params": model.parameters(), "lr": second}, {"params": [], "lr": third}]
+        )
+
+    there, here = make(0.25, 0.5, 0.75), make(1.0, 1.0, 1.0)
+    cloudckpt.save({"model": model, "o": there}, tmp_path / "c")
+    cloudckpt.load({"model": model, "o": here}, tmp_path / "c")
+    assert bits(here.state_dict()) == bits(there.state_dict())
+
+
+@pytest.mark.parametrize("is_more", [True, False], ids=["more here", "more there"])
+def test_another_number_of_empty_groups_is_refused(tmp_path: Path, is_more: bool) -> None:
+    model = Matrices()
+    one: list[State] = [{"params": list(model.parameters())}]
+    two: list[State] = [*one, {"params": []}]
+    there, here = (torch.optim.SGD(groups, lr=0.1) for groups in ((one, two) if is_more else (two, one)))
+    cloudckpt.save({"model": model, "o": there}, tmp_path / "c")
+    with pytest.raises(StateMismatchError) as caught:
+        cloudckpt.load({"model": model, "o": here}, tmp_path / "c")
+    assert (caught.value.missing if is_more else caught.value.unexpected) == ("o.param_groups.1",)
+
+
+def test_tensors_that_groups_share_do_not_share_what_was_saved(tmp_path: Path) -> None:
+    model = Matrices()
+
+    def make(*rates: torch.Tensor) -> Optimizer:
+        groups = [{"params": [each], "lr": rate} for each, rate in zip(model.parameters(), rates, strict=True)]
+        return torch.optim.Adam(groups, foreach=False)
+
+    rate = torch.tensor(0.5)
+    cloudckpt.save({"model": model, "o": make(torch.tensor(0.1), torch.tensor(0.2))}, tmp_path / "c")
+    here = make(rate, rate)
+    cloudckpt.load({"model": model, "o": here}, tmp_path / "c")
+    assert [float(group["lr"]) for group in here.param_groups] == [float(torch.tensor(value)) for value in (0.1, 0.2)]
+    assert float(rate) == 0.5
+
+
+def test_not_strict_refuses_common_parameters_in_other_groups(tmp_path: Path) -> None:
+    model = Net()
+    first, last = list(model.first.parameters()), list(model.last.parameters())  # type: ignore[union-attr]
+    cloudckpt.save({"model": model, "o": torch.optim.SGD([*first, *last], lr=0.1)}, tmp_path / "c")
+    here = torch.optim.SGD([{"params": first}, {"params": last[:1]}], lr=0.1)
+    with pytest.raises(StateMismatchError, match="the same parameters in other groups"):
+        cloudckpt.load({"model": model, "o": here}, tmp_path / "c", strict=False)
+
+
+def test_not_strict_leaves_the_state_of_parameters_that_the_checkpoint_lacks(tmp_path: Path) -> None:
+    model = Matrices()
+    one, two = model.parameters()
+    cloudckpt.save({"model": model, "o": _marked(one)}, tmp_path / "c")
+    other = _marked(two, one)
+    cloudckpt.load({"model": model, "o": other}, tmp_path / "c", strict=False)
+    assert _marks(other, one, two) == [1.0, 1.0]
+
+
+# -- schedulers --------------------------------------------------------------------------------------------------
+
+
+def _two_groups(model: Matrices, *, is_reordered: bool) -> Optimizer:
+    groups: list[State] = [{"params": [model.one.weight], "lr": 0.2}, {"params": [model.two.weight], "lr": 0.1}]
+    return torch.optim.SGD(groups[::-1] if is_reordered else groups, momentum=0.9)
+
+
+def _rates(optimizer: Optimizer, scheduler: Any, steps: int) -> list[dict[int, float]]:
+    found = []
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step(*([1.0] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
+        found.append({id(group["params"][0]): float(group["lr"]) for group in optimizer.param_groups})
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
+@pytest.mark.parametrize("names", [("o", "scheduler"), ("scheduler", "o")], ids=" then ".join)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_rates_follow_their_groups_with_every_scheduler(tmp_path: Path, name: str, names: tuple[str, str]) -> None:
+    model = Matrices()
+
+    def parts(*, is_reordered: bool) -> State:
+        optimizer = _two_groups(model, is_reordered=is_reordered)
+        found = {"o": optimizer, "scheduler": SCHEDULERS[name](optimizer)}
+        return {"model": model} | {key: found[key] for key in names}
+
+    there = parts(is_reordered=False)
+    _rates(there["o"], there["scheduler"], 4)
+    cloudckpt.save(there, tmp_path / "c")
+    here = parts(is_reordered=True)
+
+    cloudckpt.load(here, tmp_path / "c")
+
+    assert _rates(here["o"], here["scheduler"], 8) == _rates(there["o"], there["scheduler"], 8)
+
+
+def test_every_list_that_a_scheduler_of_torch_keeps_for_groups_is_known() -> None:
+    parameters = [nn.Parameter(torch.ones(1)) for _ in range(13)]
+    found = set()
+    for make in [*SCHEDULERS.values(), lambda optimizer: SWALR(optimizer, 0.1)]:
+        scheduler = make(torch.optim.SGD([{"params": [each]} for each in parameters], lr=0.1, momentum=0.9))
+        found |= {key for key, kept in vars(scheduler).items() if isinstance(kept, list | tuple) and len(kept) == 13}
+    assert found == {*("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")}
+
+
+def test_each_group_keeps_its_function_when_the_groups_stand_in_another_order(tmp_path: Path) -> None:
+    model = Matrices()
+
+    def parts(*, is_reordered: bool, rates: tuple[float, float]) -> State:
+        optimizer = _two_groups(model, is_reordered=is_reordered)
+        return {"model": model, "o": optimizer, "s": lr_scheduler.LambdaLR(optimizer, [Decay(rate) for rate in rates])}
+
+    there, here = parts(is_reordered=False, rates=(0.5, 0.9)), parts(is_reordered=True, rates=(0.1, 0.1))
+    cloudckpt.save(there, tmp_path / "c")
+    cloudckpt.load(here, tmp_path / "c")
+    assert [each.rate for each in here["s"].lr_lambdas] == [0.9, 0.5]
+    assert _rates(here["o"], here["s"], 3) == _rates(there["o"], there["s"], 3)
+
+
+class Own(lr_scheduler.LRScheduler):
+    """A scheduler of the user's own."""
+
+    def get_lr(self) -> list[float]:
+        return [rate * 0.5 for rate in self.base_lrs]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_scheduler_that_nobody_can_read_is_refused_beside_groups_in_another_order(
+    tmp_path: Path, strict: bool
+) -> None:
+    model = Matrices()
+    there, here = (_two_groups(model, is_reordered=is_reordered) for is_reordered in (False, True))
+    cloudckpt.save({"model": model, "o": there, "own": Own(there)}, tmp_path / "c")
+    cloudckpt.load({"model": model, "o": there, "own": Own(there)}, tmp_path / "c")
+    with pytest.raises(StateMismatchError, match="own may keep something for each group of o, whose groups stand in a"):
+        cloudckpt.load({"model": model, "o": here, "own": Own(here)}, tmp_path / "c", strict=strict)
+
+
+# -- many --------------------------------------------------------------------------------------------------------
+
+
+def test_modules_are_looked_through_once_for_all_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(50)))
+    state: State = {"model": model, "o": [torch.optim.SGD([each], lr=0.1) for each in model.parameters()]}
+    walked = []
+    modules = nn.Module.named_modules
+
+    def named_modules(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        walked.append(self)
+        return modules(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "named_modules", named_modules)
+    assert len(bind(state)) == 101
+    assert sum(each is model for each in walked) < 5
+
+
+def test_matching_groups_looks_at_each_name_a_few_times() -> None:
+    looks = 0
+
+    class Counted(str):
+        __slots__ = ()
+
+        def __hash__(self) -> int:
+            nonlocal looks
+            looks += 1
+            return super().__hash__()
+
+    groups = [[Counted(f"p{place}")] for place in range(1000)]
+    fit = match_groups(groups, groups[::-1])
+    assert fit.sources == list(range(999, -1, -1))
+    assert looks < 10 * len(groups)
