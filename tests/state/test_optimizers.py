@@ -728,6 +728,9 @@ def test_the_rates_follow_their_groups_with_every_scheduler(tmp_path: Path, name
 
     cloudckpt.load(here, tmp_path / "c")
 
+    for key in ("base_lrs", "_last_lr", "max_lrs", "min_lrs"):
+        kept = [getattr(state["scheduler"], key, []) for state in (here, there)]
+        assert kept[0] == kept[1][::-1]
     assert _rates(here["o"], here["scheduler"], 8) == _rates(there["o"], there["scheduler"], 8)
 
 
