@@ -9,6 +9,7 @@ of those that wrap them only that they have groups, state_dict and load_state_di
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import cast
@@ -17,7 +18,7 @@ import torch
 from torch.distributed import get_world_size, is_initialized
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor import empty as empty_distributed
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPES, Flat, JsonValue, PathElement
@@ -47,8 +48,7 @@ class NamedEntry(Entry):
         self._beside = beside
         self._names = names
         self._groups = [
-            list(dict.fromkeys(name for parameter in group["params"] for name in names[id(parameter)]))
-            for group in groups_of(optimizer)
+            [name for parameter in group["params"] for name in names[id(parameter)]] for group in groups_of(optimizer)
         ]
         self._own = dict.fromkeys(chain.from_iterable(self._groups))
         # Found out by `compare`.
@@ -66,8 +66,9 @@ class NamedEntry(Entry):
 
     def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
         """Compare the parameters and their groups."""
-        saved = [[self.own_name(name) for name in group["params"]] for group in _saved_groups(restored, self.name)]
-        there = list(chain.from_iterable(saved))
+        groups = _saved_groups(restored, self.name)
+        saved = [[self.own_name(name) for name in group["params"]] for group in groups]
+        there = list(dict.fromkeys(chain.from_iterable(saved)))
         known = set(there)
         misfit = Misfit(reasons=self._nameless_misfit(there))
         if misfit.reasons:
@@ -83,6 +84,7 @@ class NamedEntry(Entry):
         misfit.missing += [f"{self.name}.param_groups.{place}" for place in fit.missing]
         misfit.unexpected += [f"{self.name}.{name}" for name in sorted(map(str, known - self._own.keys()))]
         misfit.unexpected += [f"{self.name}.param_groups.{place}" for place in fit.unexpected]
+        misfit.reasons += self._tie_misfit(_names_in(groups))
         misfit.reasons += self._order_misfits(there, mapping_of(restored, self.name))
         return misfit
 
@@ -97,12 +99,15 @@ class NamedEntry(Entry):
         text = f"{self.name} has {counts[0]} parameters here and {counts[1]} there that nothing in the state names"
         return [f"{text}, and that are known by their place alone ({advice})"]
 
+    def _tie_misfit(self, saved: set[Name]) -> list[str]:
+        """Refuse the state of several parameters for what is one here."""
+        counts = Counter(map(self.own_name, saved))
+        tied = sorted(str(name) for name in saved if counts[self.own_name(name)] > 1)
+        return [f"{self.name} has as one parameter here what are several there: {', '.join(tied)}"] if tied else []
+
     def _order_misfits(self, there: Sequence[Name], restored: Mapping[str, object]) -> list[str]:
         """Say what stands in another order than it was saved in, and could not follow."""
         found = []
-        twice = sorted({str(name) for name in there if name in self._own} if len(set(there)) < len(there) else ())
-        if twice:
-            found.append(f"{self.name} has as one parameter what were several there, among {', '.join(twice)}")
         if self._fit.torn:
             found.append(f"{self.name} has the same parameters in other groups ({self._fit.torn[0]} for one)")
         if self._fit.is_moved:
@@ -112,12 +117,12 @@ class NamedEntry(Entry):
                 "they were saved in (give them in that order)"
                 for keeper in keepers
             ]
-        extra = [key for key, value in restored.items() if key not in _OURS and _may_hold_numbers(value)]
-        if extra and list(dict.fromkeys(there)) != list(self._own):
-            found.append(
-                f"{self.name} keeps {', '.join(map(repr, extra))} beside the state of its parameters, which stand in "
-                "another order than they were saved in (give them in that order)"
-            )
+        extra = [repr(key) for key, value in restored.items() if key not in _OURS and _may_hold_numbers(value)]
+        if any(isinstance(each, LBFGS) for each in wrapped_in(self._optimizer)):
+            extra.append("vectors of all parameters together")
+        if extra and there != list(self._own):
+            text = f"{self.name} keeps {', '.join(extra)} beside the state of its parameters, which stand in another"
+            found.append(f"{text} order than they were saved in (give them in that order)")
         return found
 
     def restored_state(self, restored: object) -> dict[object, object]:
@@ -155,7 +160,9 @@ class OptimizerEntry(NamedEntry):
         for parameter, own_name in _self_named(optimizer):
             if id(parameter) in names:
                 continue
-            found = list(beside.names_of(parameter)) or ([own_name] if own_name is not None else [])
+            found = list(beside.names_of(parameter))
+            if not found and own_name is not None and own_name not in self._aliases:
+                found = [own_name]
             name: Name = found[0] if found else len(self._nameless)
             if not found:
                 self._nameless.append(parameter)
@@ -205,15 +212,17 @@ class OptimizerEntry(NamedEntry):
             # State that belongs to no parameter has keys of its own.
             renamed["state"] = {names.get(key, key): value for key, value in state["state"].items()}
         renamed["param_groups"] = [
-            {**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]
+            {**group, "params": [names.get(number, number) for number in group["params"]]}
+            for group in state["param_groups"]
         ]
         return renamed
 
     def fillable(self) -> object:
         """Return the state of the parameters, if it is torch's own code that takes it back."""
-        # An optimizer's own may copy out of what it is given, after it has cleared what it has. Options may share one
-        # tensor between groups, in which the checkpoint has two.
-        if getattr(self._optimizer.load_state_dict, "__func__", None) is not Optimizer.load_state_dict:
+        # An optimizer's own, or a hook, may copy out of what it is given after it has cleared what it has. Options may
+        # share one tensor between groups, in which the checkpoint has two.
+        is_of_torch = getattr(self._optimizer.load_state_dict, "__func__", None) is Optimizer.load_state_dict
+        if not is_of_torch or self._optimizer._optimizer_load_state_dict_pre_hooks:  # noqa: SLF001 (no other way to ask)
             return {}
         nested = self.current()
         is_read = self._numbers(nested) is not None
@@ -318,8 +327,10 @@ class OptimizerEntry(NamedEntry):
         if is_named:
             return Misfit(reasons=[f"{self.name} has a state_dict of its own kind here and one of torch's there"])
         note = self.notes.get(self.name)
-        order = note.get("order") if isinstance(note, dict) else None
-        if isinstance(order, list) and [self.own_name(cast("Name", name)) for name in order] != list(self._own):
+        order: object = note.get("order") if isinstance(note, dict) else None
+        order = order if isinstance(order, list) else []
+        known = [self.own_name(name) for name in order if isinstance(name, str | int)]
+        if known and known != list(self._own):
             text = f"{self.name} has a state_dict of its own kind, and its parameters stand in another order than"
             return Misfit(reasons=[f"{text} they were saved in (give them in that order)"])
         return Misfit()
@@ -399,9 +410,14 @@ def _names_in(groups: Sequence[Mapping[str, Sequence[Name]]]) -> set[Name]:
 
 def _saved_groups(restored: object, name: str) -> list[dict[str, list[Name]]]:
     groups = restored.get("param_groups") if isinstance(restored, dict) else None
-    if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
+    if not isinstance(groups, list) or not all(map(_is_group, groups)):
         raise OptionsError(f"the checkpoint holds no optimizer under {name!r}; give the object that was saved there")
     return groups
+
+
+def _is_group(group: object) -> bool:
+    names = group.get("params") if isinstance(group, dict) else None
+    return isinstance(names, list) and all(isinstance(name, str | int) for name in names)
 
 
 def _may_hold_numbers(extra: object) -> bool:

@@ -512,6 +512,37 @@ def test_an_optimizer_with_a_load_of_its_own_is_given_memory_of_its_own(tmp_path
     assert bits(other.state_dict()) == bits(optimizer.state_dict())
 
 
+def test_moments_are_filled_where_they_stand(tmp_path: Path) -> None:
+    model = Matrices()
+    optimizer, other = (torch.optim.Adam(model.parameters()) for _ in range(2))
+    train(model, optimizer, begin=0)
+    train(model, other, begin=5)
+    memory = [part["exp_avg"].data_ptr() for part in other.state.values()]
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": model, "optimizer": other}, tmp_path / "c")
+    assert [part["exp_avg"].data_ptr() for part in other.state.values()] == memory
+    assert bits(other.state_dict()) == bits(optimizer.state_dict())
+
+
+def test_vectors_of_all_parameters_are_refused_for_parameters_in_another_order(tmp_path: Path) -> None:
+    model = Matrices()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    train(model, optimizer, begin=0)
+    cloudckpt.save({"model": model, "o": optimizer}, tmp_path / "c")
+    with pytest.raises(StateMismatchError, match="o keeps vectors of all parameters together"):
+        cloudckpt.load({"model": model, "o": torch.optim.LBFGS(list(model.parameters())[::-1])}, tmp_path / "c")
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters:UserWarning")
+def test_a_parameter_that_stands_twice_in_its_group_is_restored_as_one(tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    there = _marked(weight, weight)
+    cloudckpt.save({"weight": weight, "o": there}, tmp_path / "c")
+    here = torch.optim.SGD([weight, weight], lr=0.5)
+    cloudckpt.load({"weight": weight, "o": here}, tmp_path / "c")
+    assert bits(here.state_dict()) == bits(there.state_dict())
+
+
 # -- names -------------------------------------------------------------------------------------------------------
 
 
@@ -616,7 +647,7 @@ def test_two_parameters_are_not_restored_into_one_that_is_tied(tmp_path: Path) -
     model.b.load_state_dict(model.a.state_dict())  # type: ignore[union-attr, operator]
     cloudckpt.save({"model": model, "o": _marked(*model.parameters())}, tmp_path / "c")
     again = Shared(("a", "b"))
-    with pytest.raises(StateMismatchError, match=r"o has as one parameter what were several there, among model\.a\.w"):
+    with pytest.raises(StateMismatchError, match=r"o has as one parameter here what are several there: model\.a\.w"):
         cloudckpt.load({"model": again, "o": _marked(*again.parameters())}, tmp_path / "c")
 
 
