@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor
 from cloudckpt.errors import OptionsError, StateMismatchError
 from cloudckpt.format import Flat, PathElement
 from cloudckpt.ranks import Group
-from cloudckpt.state.beside import clean_name
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of, shape_of
 from cloudckpt.state.fsdp1 import is_fsdp1
 from cloudckpt.state.per_rank import RankName
+from cloudckpt.state.wrappers import clean_name
 
 __all__ = ["AccumulationWindow", "WindowEntry"]
 

@@ -3,7 +3,7 @@
     objects of the state ──▶ Beside: parameter → names, optimizer → schedulers
 
 Made once for a state: looking through every module for every optimizer costs the square of their number. Knows
-PyTorch's modules, their wrappers and its schedulers; knows nothing of what a checkpoint holds.
+PyTorch's modules and schedulers; knows nothing of what a checkpoint holds.
 """
 
 from __future__ import annotations
@@ -12,20 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
 
-__all__ = ["Beside", "clean_name", "named_parameters"]
+from cloudckpt.state.wrappers import clean_name
 
-# What a wrapper adds to the names of the parameters inside it.
-_WRAPPED: Mapping[str, tuple[type, ...]] = {
-    "module": (DistributedDataParallel, DataParallel),
-    "_checkpoint_wrapped_module": (ActivationWrapper,),
-    "_fsdp_wrapped_module": (FullyShardedDataParallel,),
-    "_orig_mod": (nn.Module,),
-}
+__all__ = ["Beside", "named_parameters"]
 
 # What torch's schedulers keep for each group, by its place.
 _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
@@ -51,7 +43,7 @@ class Beside:
                 self._names.setdefault(id(tensor), []).append(name)
             for keeper in () if top in modules else _keepers_in(value):
                 self._keepers.setdefault(id(_optimizer_of(keeper)), []).append((top, keeper))
-        self.sharded = {
+        self.fsdp1 = {
             name: module
             for name, module in modules.items()
             if any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
@@ -135,23 +127,8 @@ def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for path, part in module.named_modules(remove_duplicate=False):
         above, _, step = path.rpartition(".")
         holder, prefix = found[above] if path else (module, "")
-        if path and not _is_wrapped(holder, step):
+        if path and clean_name(holder, step):
             prefix = f"{prefix}{step}."
         found[path] = part, prefix
         for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
             yield f"{prefix}{name}", parameter
-
-
-def _is_wrapped(holder: object, step: str) -> bool:
-    return isinstance(holder, _WRAPPED.get(step, ()))
-
-
-def clean_name(module: nn.Module, path: str) -> str:
-    """Drop what wrappers (DDP, FSDP1, compile, activation checkpointing) put into a parameter's name."""
-    kept = []
-    here: object = module
-    for part in path.split("."):
-        if not _is_wrapped(here, part):
-            kept.append(part)
-        here = getattr(here, part)
-    return ".".join(kept)

@@ -33,7 +33,7 @@ from cloudckpt.state.beside import Beside
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of, shape_of
 from cloudckpt.state.optimizers import NamedEntry, groups_of, parameter_of
 
-__all__ = ["flat_optimizer_entry", "is_fsdp1"]
+__all__ = ["flat_optimizer_entry", "is_fsdp1", "sharded"]
 
 
 def is_fsdp1(module: nn.Module) -> bool:
@@ -48,7 +48,7 @@ def flat_optimizer_entry(place: Place, optimizer: Optimizer, beside: Beside) -> 
         OptionsError: it has parameters of an FSDP1 module and others besides.
     """
     own = {id(parameter) for group in groups_of(optimizer) for parameter in group["params"]}
-    for top, module in beside.sharded.items():
+    for top, module in beside.fsdp1.items():
         if own.isdisjoint(map(id, module.parameters())):
             continue
         fsdp_names = _get_param_to_fqns(module)
@@ -73,7 +73,7 @@ class _FlatEntry(NamedEntry):
     ) -> None:
         super().__init__(place, optimizer, beside, names)
         self._top = top
-        self._module = beside.sharded[top]
+        self._module = beside.fsdp1[top]
         self._fsdp_names = {
             _full(top, name): name
             for names_of_one in _get_param_to_fqns(self._module).values()
@@ -82,7 +82,7 @@ class _FlatEntry(NamedEntry):
 
     def current(self) -> object:
         own = self._optimizer.state_dict()
-        with _sharded(self._module) as group:
+        with sharded(self._module) as group:
             found = FullyShardedDataParallel.optim_state_dict(self._module, self._optimizer, own, group=group)
         # A parameter without state has an empty one, if only its unit was gathered.
         state = {self._own_key(name): value for name, value in found["state"].items() if value != {}}
@@ -131,7 +131,7 @@ class _FlatEntry(NamedEntry):
         groups = self.restored_groups(restored)
         for group, names in zip(groups, self._groups, strict=True):
             group["params"] = [self._fsdp_names[str(name)] for name in names]
-        with _sharded(self._module) as process_group:
+        with sharded(self._module) as process_group:
             flat = FullyShardedDataParallel.optim_state_dict_to_load(
                 self._module,
                 self._optimizer,
@@ -145,7 +145,7 @@ class _FlatEntry(NamedEntry):
 
 
 @contextmanager
-def _sharded(module: nn.Module) -> Iterator[ProcessGroup | None]:
+def sharded(module: nn.Module) -> Iterator[ProcessGroup | None]:
     """Have FSDP1 give and take optimizer state in parts, not whole; yields the ranks that share the module."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"FSDP\.state_dict_type\(\)", category=FutureWarning)

@@ -218,15 +218,12 @@ class OptimizerEntry(NamedEntry):
         return renamed
 
     def fillable(self) -> object:
-        """Return the state of the parameters, if it is torch's own code that takes it back."""
-        # An optimizer's own, or a hook, may copy out of what it is given after it has cleared what it has. Options may
-        # share one tensor between groups, in which the checkpoint has two.
-        is_of_torch = getattr(self._optimizer.load_state_dict, "__func__", None) is Optimizer.load_state_dict
-        if not is_of_torch or self._optimizer._optimizer_load_state_dict_pre_hooks:  # noqa: SLF001 (no other way to ask)
-            return {}
         nested = self.current()
-        is_read = self._numbers(nested) is not None
-        return {"state": nested["state"]} if is_read and isinstance(nested, dict) and nested.get("state") else {}
+        self.fills = _is_loaded_by_torch(self._optimizer)
+        if not isinstance(nested, dict) or self._numbers(nested) is None:
+            return nested
+        # Not the options: groups may share one tensor, and the checkpoint has two.
+        return {"state": nested["state"]} if nested.get("state") else {}
 
     def flat(self, nested: object) -> Flat:
         """Note also what the names cannot tell: of nameless parameters, of an order, and of placements."""
@@ -349,6 +346,12 @@ class OptimizerEntry(NamedEntry):
         for group, names in zip(groups, self._groups, strict=True):
             group["params"] = [numbers[name] for name in names]
         self.load_numbered(restored, state, groups)
+
+
+def _is_loaded_by_torch(optimizer: Optimizer) -> bool:
+    """Tell whether only torch's own code takes a state back; other code may clear what it has before it copies."""
+    is_own = getattr(optimizer.load_state_dict, "__func__", None) is not Optimizer.load_state_dict
+    return not is_own and not optimizer._optimizer_load_state_dict_pre_hooks  # noqa: SLF001 (no other way to ask)
 
 
 def parameter_of(below: Sequence[PathElement]) -> Name:

@@ -247,8 +247,14 @@ def test_state_follows_a_parameter_into_another_precision(tmp_path: Path) -> Non
     half = Matrices(dtype=torch.bfloat16)
     fresh = torch.optim.Adam(half.parameters())
 
-    cloudckpt.load({"model": half, "optimizer": fresh}, tmp_path / "c")
+    with pytest.raises(
+        StateMismatchError, match=r"model.one.weight is torch.bfloat16 here and torch.float32 there \(cast"
+    ):
+        cloudckpt.load({"model": half, "optimizer": fresh}, tmp_path / "c")
+    found = cloudckpt.load({"model": half, "optimizer": fresh}, tmp_path / "c", cast=True)
 
+    assert found.fit is not None
+    assert "model.one.weight" in found.fit.cast
     assert torch.equal(half.one.weight, model.one.weight.bfloat16())
     kept = optimizer.state[model.one.weight]["exp_avg"]
     assert torch.equal(fresh.state[half.one.weight]["exp_avg"], kept.bfloat16())
