@@ -311,7 +311,7 @@ def _opening(
 def _tell_values_apart(mine: _Opened, group: Group, what: str) -> None:
     """Raise, on all ranks, what differs between their values."""
     phase = f"{what}: comparing values"
-    differences = group.agree(phase, lambda: digests_of(mine.values), differences_of)
+    differences = group.agree(phase, lambda: digests_of(mine.values, mine.boxes.names), differences_of)
     group.agree(
         phase,
         lambda: wanted_values(mine.values, differences, group.rank),

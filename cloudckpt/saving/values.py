@@ -8,7 +8,8 @@ A checkpoint holds one rank's. In which order a dict was filled is no difference
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import msgspec
@@ -25,6 +26,7 @@ _SHOWN_TEXT = 60
 # Tags of dicts whose entries stand in a list; those but the last compare equal in any order.
 _DICTS = ("$dict", "$Counter", "$OrderedDict")
 _UNORDERED = _DICTS[:-1]
+_TENSOR = b"tensor"
 
 
 class Difference(NamedTuple):
@@ -33,17 +35,19 @@ class Difference(NamedTuple):
     Attributes:
         name: of the value.
         missing: ranks that lack it.
+        tensors: ranks that have a tensor of that name.
         variants: ranks that have the same one together.
     """
 
     name: str
     missing: list[int]
+    tensors: list[int]
     variants: list[list[int]]
 
 
-def digests_of(values: Mapping[str, JsonValue]) -> dict[str, bytes]:
-    """Return a digest of each value; equal ones have equal digests, whatever the order of a dict's keys."""
-    return {name: _digest_of(value) for name, value in values.items()}
+def digests_of(values: Mapping[str, JsonValue], tensors: Iterable[str] = ()) -> dict[str, bytes]:
+    """Return a digest of each value, whatever the order of a dict's keys; and, for names of tensors, that they are."""
+    return {name: _digest_of(value) for name, value in values.items()} | dict.fromkeys(tensors, _TENSOR)
 
 
 def digest_of_values(values: Mapping[str, JsonValue]) -> bytes:
@@ -78,9 +82,9 @@ def differences_of(found: Sequence[Mapping[str, bytes]]) -> list[Difference]:
         ranks_of: dict[bytes | None, list[int]] = {}
         for rank, digests in enumerate(found):
             ranks_of.setdefault(digests.get(name), []).append(rank)
-        missing = ranks_of.pop(None, [])
-        if missing or len(ranks_of) > 1:
-            differences.append(Difference(name, missing, list(ranks_of.values())))
+        missing, tensors = ranks_of.pop(None, []), ranks_of.pop(_TENSOR, [])
+        if ranks_of and (missing or tensors or len(ranks_of) > 1):
+            differences.append(Difference(name, missing, tensors, list(ranks_of.values())))
     return differences
 
 
@@ -99,9 +103,12 @@ def refuse_values(differences: Sequence[Difference], found: Sequence[Mapping[str
         found: the `wanted_values` of every rank.
     """
     parts = []
-    for name, missing, variants in differences[:_SHOWN]:
+    for name, missing, tensors, variants in differences[:_SHOWN]:
         if missing:
             parts.append(f"{name!r} is missing on {named_ranks(missing)}")
+        if tensors:
+            holders = sorted(chain.from_iterable(variants))
+            parts.append(f"{name!r} is a value on {named_ranks(holders)} and a tensor on {named_ranks(tensors)}")
         if len(variants) > 1:
             one, other = (found[some[0]][name] for some in variants[:2])
             where = f"{name!r} differs between {' and '.join(map(named_ranks, variants))}"
