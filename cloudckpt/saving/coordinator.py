@@ -140,10 +140,10 @@ class Coordinator:
         return self._target.prefix
 
     def share_out(self, messages: Sequence[bytes]) -> list[PlanPart]:
-        decoded = [msgspec.msgpack.decode(message, type=tuple[bytes, bytes]) for message in messages]
-        tables = [BoxTable.decode(table) for table, _ in decoded]
-        shares = share_out(tables)
-        self.memory.paths, self.memory.notes = _merged([about for _, about in decoded])
+        decoded = [msgspec.msgpack.decode(message, type=tuple[bytes, bytes, list[str]]) for message in messages]
+        tables = [BoxTable.decode(table) for table, _, _ in decoded]
+        shares = share_out(tables, [set(names) for _, _, names in decoded])
+        self.memory.paths, self.memory.notes = _merged([about for _, about, _ in decoded])
         self.memory.tensors = frozenset(name for table in tables for name in table.names)
         plan_id = secrets.token_hex(8)
         return [PlanPart(plan_id, rows, replicas) for rows, replicas in zip(*shares, strict=True)]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -56,7 +56,7 @@ class Shares(NamedTuple):
     replicas: list[list[Replicas]]
 
 
-def share_out(tables: Sequence[BoxTable]) -> Shares:
+def share_out(tables: Sequence[BoxTable], of_others: Sequence[Collection[str]] = ()) -> Shares:
     """Return for each rank which boxes of its own table it writes, and which ones other ranks hold as well.
 
     Every element of every tensor is written exactly once. Boxes that only one rank has are its own; the others go,
@@ -66,12 +66,16 @@ def share_out(tables: Sequence[BoxTable]) -> Shares:
 
     Args:
         tables: one per rank, in the order of ranks: the boxes that the rank could write.
+        of_others: for each rank the tensors that it may neither write nor be compared in, because another rank's
+            contents count; none by default.
 
     Raises:
         SaveFailedError: the ranks differ in what a tensor or a box is, or have no box for some of its elements.
     """
     tensors = _agree(tables)
     boxes = _Boxes.of(tables, tensors)
+    if any(of_others):
+        boxes = boxes.without(_rows_of(tables, of_others))
     is_first = boxes.are_first()
     _refuse_other_sizes(tables, boxes, is_first)
     held = _Held.of(boxes, is_first)
@@ -186,9 +190,23 @@ class _Boxes(NamedTuple):
         nbytes = elements * tensors.columns.item_bytes[tensor]
         return cls(first[rows], last[rows], nbytes[rows], np.full(len(rows), rank, dtype=np.int64), rows + start)
 
+    def without(self, is_left_out: NDArray[np.bool_]) -> _Boxes:
+        """Return all but some, which are marked among the rows of all tables."""
+        is_kept = ~is_left_out[self.at]
+        return _Boxes(*(column[is_kept] for column in self))
+
     def are_first(self) -> NDArray[np.bool_]:
         """Tell of each box whether it is the first one at its place."""
         return np.concatenate(([True] * bool(len(self.first)), self.first[1:] != self.first[:-1])).astype(np.bool_)
+
+
+def _rows_of(tables: Sequence[BoxTable], names: Sequence[Collection[str]]) -> NDArray[np.bool_]:
+    """Mark the rows of some tensors of each table among the rows of all tables."""
+    marks = (
+        np.asarray([name in chosen for name in table.names], dtype=np.bool_)[table.tensor]
+        for table, chosen in zip(tables, names, strict=True)
+    )
+    return np.concatenate(list(marks))
 
 
 def _joined(columns: Sequence[Column]) -> Column:

@@ -291,7 +291,8 @@ def _open(flat: Flat, group: Group) -> _Opened:
     planner.set_up_planner(tensors, None, group.rank == 0)
     items = planner.create_local_plan().items
     boxes = BoxTable.of(map(chunk_of, items))
-    message = msgspec.msgpack.encode((boxes.encode(), msgspec.json.encode((flat.paths, flat.notes))))
+    about = msgspec.json.encode((flat.paths, flat.notes))
+    message = msgspec.msgpack.encode((boxes.encode(), about, sorted(flat.of_others)))
     # A plan serves the same ranks only: a process group that was made anew may have others.
     digest = xxhash.xxh3_128_digest(message + f"{group.rank}/{group.size}".encode())
     return _Opened(planner=planner, items=items, values=values, boxes=boxes, message=message, digest=digest)

@@ -94,8 +94,9 @@ def refuse_replicas(found: Sequence[Mapping[int, Details]]) -> None:
         shown = "; ".join([*problems[:_SHOWN], *([f"and {left} more"] if left > 0 else [])])
         raise SaveFailedError(
             f"the ranks hold different tensors where a checkpoint has one for all of them, and nothing was written: "
-            f"{shown}. If they should be the same, make them so (torch.distributed.broadcast) and save again; hold an "
-            "object whose state is each rank's own in cloudckpt.PerRank, or keep it out of the state"
+            f"{shown}. Make what should be the same so, and save again: of a module in DistributedDataParallel give "
+            "the wrapper itself, whose buffers are those of rank 0; broadcast others (torch.distributed.broadcast). "
+            "Hold an object whose state is each rank's own in cloudckpt.PerRank, or keep it out of the state"
         )
 
 

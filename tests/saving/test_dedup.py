@@ -200,6 +200,19 @@ def test_every_box_that_several_ranks_hold_is_known_to_all_of_them_in_one_order(
     assert known == {box: ranks for box, ranks in holders.items() if len(ranks) > 1 and bytes_of(box)}
 
 
+def test_what_is_another_ranks_word_is_neither_written_nor_compared() -> None:
+    boxes = [whole("a", (4,)), whole("mean", (100,)), whole("b", (4,))]
+    shares = share_out(tables_of(boxes, boxes, boxes), [(), ("mean",), ("mean", "other")])
+    assert [1 in rows for rows in shares.rows] == [True, False, False]
+    assert [alike.rows.tolist() for of_rank in shares.replicas for alike in of_rank] == [[0, 2]] * 3
+
+
+def test_what_every_rank_takes_for_another_ones_word_is_refused() -> None:
+    tables = tables_of([whole("a", (4,))], [whole("a", (4,)), whole("mean", (3,))])
+    with pytest.raises(SaveFailedError, match=r"do not cover mean \(3,\) exactly once, rank 0 has none of it"):
+        share_out(tables, [(), ("mean",)])
+
+
 # -- evenly ---------------------------------------------------------------------------------------------------
 
 sizes_of_job = st.lists(st.integers(1, 40), min_size=1, max_size=30)
