@@ -33,8 +33,9 @@ from cloudckpt.format import Flat, PathElement, codec
 from cloudckpt.state.accumulation import AccumulationWindow, WindowEntry
 from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, is_tensor, mapping_of
 from cloudckpt.state.fsdp1 import flat_optimizer_entry
-from cloudckpt.state.optimizers import OptimizerEntry
+from cloudckpt.state.optimizers import OptimizerEntry, clean_name
 from cloudckpt.state.per_rank import PerRank, PerRankEntry, is_stateful_loader
+from cloudckpt.state.replicas import buffers_of_others
 from cloudckpt.state.rng import Generators
 
 __all__ = ["bind", "capture", "captured"]
@@ -53,6 +54,13 @@ class _ModuleEntry(Entry):
     def current(self) -> object:
         # Not strict: a module without parameters (a loss) has a state, an empty one.
         return get_model_state_dict(self._module, options=StateDictOptions(strict=False))
+
+    def flat(self, nested: object) -> Flat:
+        flat = super().flat(nested)
+        flat.of_others.update(
+            f"{self.name}.{clean_name(self._module, path)}" for path in buffers_of_others(self._module)
+        )
+        return flat
 
     def load(self, restored: object, live: object) -> None:
         # Also where every tensor was filled in place: what a module does in its own loading has to be done, and torch
@@ -189,6 +197,7 @@ def capture(entries: Sequence[Entry]) -> Flat:
         flat.leaves.update(own.leaves)
         flat.paths.update(own.paths)
         flat.notes.update(own.notes)
+        flat.of_others.update(own.of_others)
     return flat
 
 
