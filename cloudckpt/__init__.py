@@ -26,6 +26,7 @@ from cloudckpt.errors import (
     MissingShardError,
     OptionsError,
     RankLostError,
+    RestoreFailedError,
     RetryExhaustedError,
     SaveFailedError,
     StalledError,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from cloudckpt.manager import CheckpointManager
     from cloudckpt.preemption import Notice, Preemption
     from cloudckpt.report import Advice
-    from cloudckpt.root import Checkpoint, KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
+    from cloudckpt.root import Checkpoint, Fit, KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
     from cloudckpt.saving import SaveHandle
     from cloudckpt.state import AccumulationWindow, PerRank, ResumableSampler
 
@@ -65,6 +66,7 @@ __all__ = [
     "CreateNotEnforcedError",
     "CredentialsExpiredError",
     "FencedError",
+    "Fit",
     "FormatVersionError",
     "IntegrityError",
     "KeepBest",
@@ -79,6 +81,7 @@ __all__ = [
     "PerRank",
     "Preemption",
     "RankLostError",
+    "RestoreFailedError",
     "ResumableSampler",
     "RetentionRule",
     "RetryExhaustedError",
@@ -101,7 +104,7 @@ _LATE = {
     "manager": ("CheckpointManager",),
     "preemption": ("Notice", "Preemption"),
     "report": ("Advice",),
-    "root": ("Checkpoint", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule"),
+    "root": ("Checkpoint", "Fit", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule"),
     "saving": ("SaveHandle",),
     "state": ("AccumulationWindow", "PerRank", "ResumableSampler"),
 }

@@ -20,7 +20,7 @@ from cloudckpt.ranks import Group, refuse_lonely_rank
 from cloudckpt.report import Journal, Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, own_url
 from cloudckpt.saving import Session, begin_save
-from cloudckpt.state import captured
+from cloudckpt.state import Allowed, Resize, captured
 from cloudckpt.store import open_store
 from cloudckpt.transfer import Watch
 
@@ -81,7 +81,7 @@ def save(
         return checkpoint
 
 
-def load(
+def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
     state: MutableMapping[str, object],
     url: str | os.PathLike[str],
     *,
@@ -89,28 +89,39 @@ def load(
     engine: str = "auto",
     options: Options | None = None,
     strict: bool = True,
+    cast: bool = False,
+    materialize: str | torch.device | None = None,
+    resize: Resize | None = None,
     progress: Show = "auto",
 ) -> Checkpoint:
     """Restore `state` in place from the checkpoint at `url`. With several ranks, every rank calls it.
 
-    Names and shapes are compared first: on a mismatch nothing is read or changed. Every byte was verified before it
-    reached a tensor.
+    Names, shapes and dtypes are compared first, and objects that may refuse a state are asked: on a mismatch nothing is
+    changed. Every byte was verified before it reached a tensor.
 
     Args:
-        state: as for `save`; tensors are filled where they are, plain values are put into the dict.
+        state: as for `save`; tensors of modules and containers are filled where they are, objects get memory of their
+            own, plain values are put into the dict. An empty dict or list, or None, takes what was saved.
         url: the checkpoint's prefix, for example `Checkpoint.url`.
         storage_options: fsspec's own options for the URL.
         engine: what moves the bytes, as for `save`.
         options: sizes, parallelism, patience.
-        strict: refuse a checkpoint that has entries which `state` lacks, or lacks some that it has.
+        strict: refuse a checkpoint that has names which `state` lacks, or lacks some that it has; else those stay as
+            they are, and `Checkpoint.fit` of what is returned names them. Nothing in common is an error all the same.
+        cast: let parameters and buffers of modules be cast from one floating-point dtype to another. Without it only
+            a dtype that holds every number of the saved one is filled (float16 into float32).
+        materialize: the device on which module tensors that are on the meta device get memory, before they are filled.
+        resize: for a tensor of another shape than was saved: called with its name, the saved tensor and the live one,
+            both on the live one's device, returns a tensor of the live one's shape and dtype, which is copied into it.
         progress: what is shown on stderr, as for `CheckpointManager`.
 
     Returns:
-        The checkpoint that was loaded.
+        The checkpoint that was loaded; its `fit` says what of it and of `state` went together.
 
     Raises:
         CheckpointNotFoundError: nothing is committed at the URL.
-        StateMismatchError: names or shapes differ; nothing was changed.
+        StateMismatchError: names, shapes or dtypes differ, or an object refuses its state; nothing was changed.
+        RestoreFailedError: an object did not take its state after others had; says what was changed.
         IntegrityError: an object is missing or differs from what was committed. Tensors may hold a mixture of old
             and restored values: load another checkpoint before going on.
         RankLostError: another rank died, hangs or never came. Tensors may hold a mixture.
@@ -126,7 +137,7 @@ def load(
             catalog=catalog,
             journal=Journal(store, Progress(progress)),
             options=chosen,
-            strict=strict,
+            allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize),
             what="load",
             shown="loading",
         )
@@ -168,7 +179,7 @@ def read(
         index = read_index(catalog, checkpoint)
         names = _select(index, keys, checkpoint.url)
         tensors = {
-            name: torch.empty(saved.shape, dtype=DTYPES[saved.dtype])
+            name: torch.empty(saved.shape, dtype=DTYPES[saved.dtype], device="cpu")
             for name in names
             if (saved := index.tensors.get(name)) is not None
         }

@@ -23,6 +23,7 @@ CloudCkptError
 │   ├── MissingShardError
 │   └── ManifestError
 │       └── FormatVersionError                      a newer cloudckpt wrote it: upgrade
+├── RestoreFailedError                              an object did not take its state: load one that fits
 ├── UnsupportedValueError (TypeError)               a value that the codec refuses
 ├── RankLostError                                   other ranks died, hang or never came: restart the job
 ├── StalledError                                    a transfer of this rank stands still
@@ -57,6 +58,7 @@ __all__ = [
     "ObjectNotFoundError",
     "OptionsError",
     "RankLostError",
+    "RestoreFailedError",
     "RetryExhaustedError",
     "SaveFailedError",
     "StalledError",
@@ -198,6 +200,20 @@ class ManifestError(IntegrityError):
 
 class FormatVersionError(ManifestError):
     """A newer version of the format; the bytes may be right, and this library cannot tell."""
+
+
+class RestoreFailedError(CloudCkptError):
+    """An object did not take the state that was read for it, after others had; the message says what was changed.
+
+    Attributes:
+        name: of the object in the state.
+        changed: names of the entries of the state that are restored; the object itself may be in part.
+    """
+
+    def __init__(self, message: str, *, name: str = "", changed: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.name = name
+        self.changed = tuple(changed)
 
 
 class UnsupportedValueError(CloudCkptError, TypeError):

@@ -2,6 +2,7 @@
 
     find    rank 0: the checkpoint, its manifest and index ──▶ every rank
     plan    every rank: its targets and boxes              ──▶ rank 0: who reads what several ranks need
+    ask     every rank: what objects may refuse is read, and they are asked; nothing else is changed yet
     read    every rank: its own bytes, verified            ──▶ passed on to whoever needs the same
     apply   every rank: restored values into its objects, once every rank has all it needs
 
@@ -31,8 +32,8 @@ from cloudckpt.loading.passing import Step, plan_passing
 from cloudckpt.options import Options
 from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, own_failures, plain_errors
 from cloudckpt.report import Journal
-from cloudckpt.root import Candidate, Catalog, Checkpoint
-from cloudckpt.state import Saved, Targets, bind, plan_restore
+from cloudckpt.root import Candidate, Catalog, Checkpoint, Fit
+from cloudckpt.state import Allowed, Restoration, Saved, bind, plan_restore
 from cloudckpt.transfer import Gauge
 
 __all__ = ["Extra", "fill", "load_state"]
@@ -66,7 +67,7 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     catalog: Catalog,
     journal: Journal,
     options: Options,
-    strict: bool,
+    allowed: Allowed,
     what: str,
     shown: str,
     extra: Extra | None = None,
@@ -80,16 +81,17 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
         catalog: this rank's own.
         journal: is told.
         options: sizes, parallelism, patience.
-        strict: refuse a checkpoint whose entries differ from those of `state`.
+        allowed: what may be done where a checkpoint and `state` differ.
         what: what the ranks do; ranks that do different things are told so.
         shown: the same for a person who watches.
         extra: what else is restored.
 
     Returns:
-        The checkpoint, or None when there was no candidate.
+        The checkpoint, with what of it fits this rank's state, or None when there was no candidate.
 
     Raises:
-        StateMismatchError: the state does not fit; nothing was changed on any rank.
+        StateMismatchError: the state does not fit, or an object refuses it; nothing was changed on any rank.
+        RestoreFailedError: an object did not take its state, after others had.
         IntegrityError: every candidate is corrupt; the first one's error. Tensors may hold a mixture.
         RankLostError: a rank was lost. Tensors may hold a mixture.
         CloudCkptError: what else a rank met, in words of the first one.
@@ -105,11 +107,12 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
             checkpoint = catalog.adopt(found.manifest, prefix=found.prefix)
             loading = _Loading(checkpoint, found.index, catalog, group, options, bar)
             try:
-                loading.run(f"{what} of {checkpoint.url}", state, strict=strict, extra=extra)
+                fit = loading.run(f"{what} of {checkpoint.url}", state, allowed, extra)
             except RanksFailedError as exc:
                 if not search.may_go_on(checkpoint, exc.failures):
                     raise
             else:
+                checkpoint = replace(checkpoint, fit=fit)
                 break
     entry.restored(checkpoint)
     return checkpoint
@@ -176,21 +179,28 @@ class _Loading:
     gauge: Gauge | None
     # What this rank found in `_plan`, for the steps after it.
     _index: Index = field(init=False)
-    _targets: Targets = field(init=False)
+    _restoration: Restoration = field(init=False)
     _extra: dict[str, torch.Tensor] = field(init=False)
     _filling: _Filling = field(init=False)
 
-    def run(self, what: str, state: MutableMapping[str, object], *, strict: bool, extra: Extra | None) -> None:
+    def run(self, what: str, state: MutableMapping[str, object], allowed: Allowed, extra: Extra | None) -> Fit:
         """Go through the steps; raises as the group's exchanges do."""
         steps = self.group.deal(
             f"{what}: plan",
-            lambda: self._plan(state, strict=strict, extra=extra).encode(),
+            lambda: self._plan(state, allowed, extra).encode(),
             plan_passing,
         )
-        self.group.agree(f"{what}: read", lambda: self._read(steps), lambda _: None)
+        try:
+            self.group.agree(f"{what}: ask", self._ask, lambda _: None)
+            self.group.agree(f"{what}: read", lambda: self._read(steps), lambda _: None)
+        except BaseException:
+            # An object has its new state already, and what belongs to it does not come.
+            self._restoration.undo()
+            raise
         self.group.agree(f"{what}: apply", lambda: self._apply(extra), lambda _: None)
+        return self._restoration.fit
 
-    def _plan(self, state: MutableMapping[str, object], *, strict: bool, extra: Extra | None) -> BoxTable:
+    def _plan(self, state: MutableMapping[str, object], allowed: Allowed, extra: Extra | None) -> BoxTable:
         self._index = index = decode_index(self.checkpoint, self.index_bytes)
         values = {name: codec.decode(value, key=name) for name, value in index.values.items()}
         notes = values.pop(NOTES, {})
@@ -201,9 +211,9 @@ class _Loading:
             paths=index.paths,
             notes=notes if isinstance(notes, dict) else {},
         )
-        self._targets = plan_restore(bind(state), saved, strict=strict)
+        self._restoration = plan_restore(bind(state), saved, allowed)
         self._extra = extra.targets(index) if extra is not None else {}
-        tensors = {**self._targets.tensors, **self._extra}
+        tensors = {**self._restoration.tensors, **self._extra}
         self._filling = _Filling(tensors, index, near=self.group.rank)
         return self._filling.shareable() if self._is_read_once() else BoxTable.of(())
 
@@ -213,20 +223,27 @@ class _Loading:
             return False
         return choice == "always" or (choice == "auto" and self.catalog.store.engine != "local")
 
-    def _read(self, steps: Sequence[Step]) -> None:
+    def _source(self) -> RankInput:
         watch = replace(self.group.watch(self.options.progress_timeout_s), gauge=self.gauge)
-        source = RankInput(self.catalog.store, self.checkpoint, self._index, self.options, watch)
+        return RankInput(self.catalog.store, self.checkpoint, self._index, self.options, watch)
+
+    def _ask(self) -> None:
+        if self._restoration.early:
+            _Filling(self._restoration.early, self._index, near=self.group.rank).read(self._source())
+        self._restoration.ask()
+
+    def _read(self, steps: Sequence[Step]) -> None:
         packets = self._filling.take_over(steps, self.group.rank)
         passing = self.group.begin_passing(packets)
         try:
-            self._filling.read(source)
+            self._filling.read(self._source())
         finally:
             for packet in packets:
                 packet.give_up()
             self.group.end_passing(passing)
 
     def _apply(self, extra: Extra | None) -> None:
-        self._targets.apply()
+        self._restoration.apply()
         if extra is not None:
             extra.apply(self._extra)
 

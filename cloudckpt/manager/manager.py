@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from types import TracebackType
 from typing import Literal, Self
 
+import torch
+
 from cloudckpt.errors import CloudCkptError, OptionsError
 from cloudckpt.format import step_number
 from cloudckpt.loading import load_state
@@ -24,6 +26,7 @@ from cloudckpt.ranks import refuse_lonely_rank
 from cloudckpt.report import Advice, Journal, Progress, Show, advise
 from cloudckpt.root import Catalog, Checkpoint, Choice, Orphan, Pruner, RetentionRule, Wanted, checked_rules, sweep
 from cloudckpt.saving import SaveHandle
+from cloudckpt.state import Allowed, Resize
 from cloudckpt.store import open_store
 
 __all__ = ["CheckpointManager"]
@@ -236,7 +239,14 @@ class CheckpointManager:
             raise OptionsError(f"the manager of {self.url} is closed; open another one")
 
     def restore(
-        self, state: MutableMapping[str, object], step: Wanted = "latest", *, strict: bool = True
+        self,
+        state: MutableMapping[str, object],
+        step: Wanted = "latest",
+        *,
+        strict: bool = True,
+        cast: bool = False,
+        materialize: str | torch.device | None = None,
+        resize: Resize | None = None,
     ) -> Checkpoint | None:
         """Restore `state` in place; return the checkpoint that it came from.
 
@@ -246,14 +256,18 @@ class CheckpointManager:
             state: as for `save`.
             step: `latest` (the newest good one; a corrupt one is skipped with a warning that says why), `best` (by the
                 first `KeepBest` rule of this manager), a step, or a checkpoint of this root.
-            strict: refuse a checkpoint whose entries differ from those of `state`.
+            strict: as for `load`.
+            cast: as for `load`.
+            materialize: as for `load`.
+            resize: as for `load`.
 
         Returns:
             The checkpoint, or None if nothing was ever committed (only for `latest` and `best`): a fresh start.
 
         Raises:
             CheckpointNotFoundError: no commit of that step.
-            StateMismatchError: names or shapes differ; nothing was changed.
+            StateMismatchError: names, shapes or dtypes differ, or an object refuses its state; nothing was changed.
+            RestoreFailedError: an object did not take its state after others had; says what was changed.
             IntegrityError: the checkpoint (for `latest`: every checkpoint) is corrupt. Tensors may hold a mixture.
             RankLostError: another rank died, hangs or never came. Tensors may hold a mixture.
             StorageError: the store could not be read; that is never taken for "nothing there".
@@ -268,7 +282,7 @@ class CheckpointManager:
             catalog=self._catalog,
             journal=self._journal,
             options=self._saves.options,
-            strict=strict,
+            allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize),
             what=f"restore of {choice}",
             shown=f"restoring {choice}",
             extra=self._saves.generators,

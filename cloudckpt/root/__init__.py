@@ -4,7 +4,7 @@ The catalog is the only room that creates or deletes a manifest.
 """
 
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.checkpoint import Checkpoint, Fit
 from cloudckpt.root.choice import Candidate, Choice, Wanted
 from cloudckpt.root.destination import Destination, Epoch, Target, own_url
 from cloudckpt.root.pruning import Pruner
@@ -18,6 +18,7 @@ __all__ = [
     "Choice",
     "Destination",
     "Epoch",
+    "Fit",
     "KeepBest",
     "KeepEvery",
     "KeepFor",

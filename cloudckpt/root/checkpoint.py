@@ -11,7 +11,22 @@ from typing import Literal
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import Manifest
 
-__all__ = ["Checkpoint", "best_first", "check_metric"]
+__all__ = ["Checkpoint", "Fit", "best_first", "check_metric"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """What of a state and of a checkpoint went together in a restore, on this rank.
+
+    Attributes:
+        missing: names that the state has and the checkpoint lacks; they were left as they are.
+        unexpected: names that the checkpoint has and the state lacks.
+        cast: names of tensors that were restored into another dtype than they were saved in.
+    """
+
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    cast: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +46,7 @@ class Checkpoint:
         digest: SHA-256 of its manifest.
         manifest: the manifest itself.
         prefix: where it stands below the root that was opened, with its slash; "" if the URL opened is its own.
+        fit: what a restore that returned this found of it in the state; None where nothing was restored.
     """
 
     step: int
@@ -45,6 +61,7 @@ class Checkpoint:
     digest: str
     manifest: Manifest = field(repr=False)
     prefix: str = field(repr=False)
+    fit: Fit | None = field(default=None, repr=False, compare=False)
 
     @property
     def order(self) -> tuple[int, int]:

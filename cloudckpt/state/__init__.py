@@ -7,18 +7,20 @@ rank.
 from cloudckpt.state.accumulation import AccumulationWindow
 from cloudckpt.state.capture import bind, capture, captured
 from cloudckpt.state.entry import is_tensor
-from cloudckpt.state.matching import Saved, Targets, plan_restore
+from cloudckpt.state.matching import Allowed, Resize, Restoration, Saved, plan_restore
 from cloudckpt.state.per_rank import PerRank
 from cloudckpt.state.rng import Generators
 from cloudckpt.state.sampler import ResumableSampler
 
 __all__ = [
     "AccumulationWindow",
+    "Allowed",
     "Generators",
     "PerRank",
+    "Resize",
+    "Restoration",
     "ResumableSampler",
     "Saved",
-    "Targets",
     "bind",
     "capture",
     "captured",

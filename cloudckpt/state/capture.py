@@ -2,7 +2,7 @@
 
 Everything in the caller's `state` dict is of one of five kinds; each kind has one adapter here:
 
-    nn.Module        get_model_state_dict       tensors restored in place (DDP and FSDP names unwrapped)
+    nn.Module        its state_dict, without the names of wrappers; tensors restored in place (`modules`)
     Optimizer        state_dict by parameter names, so that it survives resharding (`optimizers`, `fsdp1`)
     Stateful         state_dict / load_state_dict; those of `PerRank` are each rank's own
     Tensor           restored in place
@@ -14,17 +14,13 @@ Knows PyTorch's objects; knows nothing of stores, steps or shards, nor of what a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from functools import partial
 from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    ValueType,
-    get_model_state_dict,
-    set_model_state_dict,
-)
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
@@ -33,43 +29,25 @@ from cloudckpt.format import Flat, PathElement, codec
 from cloudckpt.state.accumulation import AccumulationWindow, WindowEntry
 from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, is_tensor, mapping_of
 from cloudckpt.state.fsdp1 import flat_optimizer_entry
-from cloudckpt.state.optimizers import OptimizerEntry, clean_name
+from cloudckpt.state.modules import ModuleEntry
+from cloudckpt.state.optimizers import OptimizerEntry
+from cloudckpt.state.overlap import tied_names
 from cloudckpt.state.per_rank import PerRank, PerRankEntry, is_stateful_loader
-from cloudckpt.state.replicas import buffers_of_others
 from cloudckpt.state.rng import Generators
 
 __all__ = ["bind", "capture", "captured"]
 
 _DEPTH_LIMIT = 64
-
-
-class _ModuleEntry(Entry):
-    follows_checkpoint = False
-    keeps_shapes = True
-
-    def __init__(self, place: Place, module: nn.Module) -> None:
-        super().__init__(place)
-        self._module = module
-
-    def current(self) -> object:
-        # Not strict: a module without parameters (a loss) has a state, an empty one.
-        return get_model_state_dict(self._module, options=StateDictOptions(strict=False))
-
-    def flat(self, nested: object) -> Flat:
-        flat = super().flat(nested)
-        flat.of_others.update(
-            f"{self.name}.{clean_name(self._module, path)}" for path in buffers_of_others(self._module)
-        )
-        return flat
-
-    def load(self, restored: object, live: object) -> None:
-        # Also where every tensor was filled in place: what a module does in its own loading has to be done, and torch
-        # copies no memory to itself (0.04 s of a core for 700 tensors, 1.7 s for 23,000, no memory).
-        state = cast("dict[str, ValueType]", mapping_of(restored, self.name))
-        set_model_state_dict(self._module, state, options=StateDictOptions(strict=False))
+# An object's old state is kept for as long as it may have to be given back.
+_BACKUP_BYTES = 64 << 20
 
 
 class _StatefulEntry(Entry):
+    """An object with a state_dict, which is handed memory of its own: it may clear what it has before it copies."""
+
+    fills = False
+    is_asked = True
+
     def __init__(self, place: Place, stateful: Stateful) -> None:
         super().__init__(place)
         self._stateful = stateful
@@ -79,6 +57,13 @@ class _StatefulEntry(Entry):
 
     def load(self, restored: object, live: object) -> None:
         self._stateful.load_state_dict(mapping_of(restored, self.name))
+
+    def backup(self) -> Callable[[], None] | None:
+        before = self._stateful.state_dict()
+        tensors = [leaf for leaf in self.flat(before).leaves.values() if isinstance(leaf, torch.Tensor)]
+        if sum(tensor.nbytes for tensor in tensors) > _BACKUP_BYTES:
+            return None
+        return partial(self._stateful.load_state_dict, copy.deepcopy(before))
 
     def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
         """Ask an object that can tell before anything is changed."""
@@ -91,24 +76,39 @@ class _StatefulEntry(Entry):
 class _ValueEntry(Entry):
     """A tensor, a container or a plain value: put back where it stands, in place where it can be."""
 
-    keeps_shapes = True
-
     def __init__(self, place: Place) -> None:
         super().__init__(place)
         self._holder = cast("MutableMapping[object, object]", place.holder)
         self._key = place.key
+        self.is_bound = not isinstance(place.holder, MutableMapping | MutableSequence)
 
     def current(self) -> object:
         return self._holder[self._key]
 
+    def takes(self, name: str) -> bool:
+        return False
+
     def load(self, restored: object, live: object) -> None:
-        if isinstance(live, dict) and isinstance(restored, dict):
-            live.clear()
-            live.update(restored)
-        elif isinstance(live, list) and isinstance(restored, list):
-            live[:] = restored
-        elif restored is not live:
+        if not _put_into(live, restored) and restored is not live:
             self._holder[self._key] = restored
+
+
+def _put_into(live: object, restored: object) -> bool:
+    """Make a live container like a restored one, so that whoever holds it sees it; tell whether it is one."""
+    if isinstance(live, dict) and isinstance(restored, dict):
+        merged = {key: _merged(live.get(key), value) for key, value in restored.items()}
+        live.clear()
+        live.update(merged)
+        return True
+    if type(live) is list and type(restored) is list:
+        now = [*live, *[None] * len(restored)]
+        live[:] = [_merged(now[place], value) for place, value in enumerate(restored)]
+        return True
+    return False
+
+
+def _merged(live: object, restored: object) -> object:
+    return live if _put_into(live, restored) else restored
 
 
 def bind(state: MutableMapping[str, object]) -> list[Entry]:
@@ -174,7 +174,7 @@ def _holds_object(value: object, depth: int) -> bool:
 def _entry(place: Place, modules: Mapping[str, nn.Module]) -> Entry:
     value = place.value
     if isinstance(value, nn.Module):
-        return _ModuleEntry(place, value)
+        return ModuleEntry(place, value)
     if isinstance(value, Optimizer):
         return flat_optimizer_entry(place, value, modules) or OptimizerEntry(place, value, modules)
     if isinstance(value, AccumulationWindow):
@@ -198,6 +198,9 @@ def capture(entries: Sequence[Entry]) -> Flat:
         flat.paths.update(own.paths)
         flat.notes.update(own.notes)
         flat.of_others.update(own.of_others)
+    for name, first in tied_names(flat.leaves).items():
+        note = flat.notes.get(name)
+        flat.notes[name] = {**(note if isinstance(note, dict) else {}), "tied": first}
     return flat
 
 

@@ -1,6 +1,7 @@
 """Say what one object of the state must be able to do to be saved and restored; its kinds are elsewhere.
 
-capture      modules, objects with state_dict, tensors, values
+capture      objects with state_dict, tensors, values
+modules      modules
 optimizers   optimizers; of FSDP1 modules: fsdp1
 per_rank     objects that each rank has for itself
 accumulation gradients between two steps
@@ -9,7 +10,7 @@ accumulation gradients between two steps
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, cast, runtime_checkable
 
@@ -19,7 +20,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import Flat, JsonValue, PathElement, flatten
 
-__all__ = ["Choosy", "Entry", "Misfit", "Place", "is_tensor", "mapping_of", "shape_of"]
+__all__ = ["Choosy", "Entry", "Left", "Misfit", "Place", "is_tensor", "mapping_of", "shape_of"]
 
 
 def is_tensor(value: object) -> bool:
@@ -50,6 +51,19 @@ class Misfit:
 
 
 @dataclass(frozen=True, slots=True)
+class Left:
+    """What an object has left out of a state that it took.
+
+    Attributes:
+        missing: names that it has and did not find.
+        unexpected: names that it found and has no use for.
+    """
+
+    missing: Sequence[str] = ()
+    unexpected: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a value of the state stands: its path and name, and the container that holds it under `key`."""
 
@@ -72,13 +86,21 @@ class Entry(ABC):
     """One object of the state: how it becomes plain nested state, and takes restored state back.
 
     Attributes:
-        follows_checkpoint: whether the checkpoint decides which names the entry has (else the live object does).
-        keeps_shapes: whether a live tensor is restored in place or not at all.
+        fills: whether live tensors may be filled where they are, if nothing else in the state has their memory.
+        pins: whether the live tensors are what is restored, and none may be put in the place of one.
+        is_bound: whether it stands where nothing can be put in its place.
+        may_be_cast: whether tensors may get another dtype than they were saved in, if the caller says so.
+        is_asked: whether the object may refuse a state, and is therefore handed all of it before anything is changed.
         other_world: what to do when another number of ranks saved for itself what is to be restored.
+        notes: what the checkpoint keeps about names at or below this entry's. They may come from anyone: what makes no
+            sense is to be refused or left alone.
     """
 
-    follows_checkpoint = True
-    keeps_shapes = False
+    fills = True
+    pins = False
+    is_bound = False
+    may_be_cast = False
+    is_asked = False
     other_world = "restore it with as many ranks"
 
     def __init__(self, place: Place) -> None:
@@ -91,28 +113,40 @@ class Entry(ABC):
         """Return the nested state now; its tensors are the live ones wherever the object shares them."""
 
     @abstractmethod
-    def load(self, restored: object, live: object) -> None:
-        """Take restored nested state; `live` is what `fillable` returned, whose tensors were filled in place."""
+    def load(self, restored: object, live: object) -> Left | None:
+        """Take restored nested state; `live` is what `fillable` returned, whose tensors were filled in place.
+
+        Returns:
+            What the object says that it left out, if it does say so.
+        """
 
     def fillable(self) -> object:
         """Return the nested state whose tensors a restore may fill: `current`, unless nothing there is live."""
         return self.current()
-
-    def take_notes(self, notes: Mapping[str, JsonValue]) -> None:
-        """Learn what the checkpoint keeps about names at or below this entry's; before it is asked for anything else.
-
-        Notes may come from anyone: what makes no sense is to be refused or left alone.
-        """
-        self.notes = notes
 
     def flat(self, nested: object) -> Flat:
         """Return the names of all that is in `current` or `fillable`, and notes about them."""
         flat = flatten({self.name: nested}, is_tensor=is_tensor)
         return Flat(flat.leaves, {name: [*self.path, *path[1:]] for name, path in flat.paths.items()})
 
+    def takes(self, name: str) -> bool:
+        """Tell whether what is saved under a name is taken as it is, whatever the live state has there.
+
+        Else the live state must have that name; a tensor then fits in shape and dtype, and is filled in place.
+        """
+        return True
+
     def allocate(self, below: Sequence[PathElement], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return a target for a saved tensor that the live state has no place for; `below` is its path in the entry."""
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
+
+    def materialize(self, device: str | torch.device, names: Sequence[str]) -> list[str]:
+        """Give the named tensors, which are on the meta device, memory; return the names of what is left there."""
+        return list(names)
+
+    def backup(self) -> Callable[[], None] | None:
+        """Return what puts the object back to how it is now; None if that cannot be done, or takes much memory."""
+        return None
 
     # -- what each rank has for itself -------------------------------------------------------------------------
 

@@ -32,7 +32,7 @@ from cloudckpt.format import PathElement
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of, shape_of
 from cloudckpt.state.optimizers import Named, NamedEntry, groups_of, parameter_of
 
-__all__ = ["flat_optimizer_entry", "is_fsdp1"]
+__all__ = ["flat_optimizer_entry", "is_fsdp1", "sharded"]
 
 
 def is_fsdp1(module: nn.Module) -> bool:
@@ -79,7 +79,7 @@ class _FlatEntry(NamedEntry):
         }
 
     def current(self) -> object:
-        with _sharded(self._module) as group:
+        with sharded(self._module) as group:
             found = FullyShardedDataParallel.optim_state_dict(self._module, self._optimizer, group=group)
         # A parameter without state has an empty one, if only its unit was gathered.
         state = {_without_compile(name): value for name, value in found["state"].items() if value != {}}
@@ -120,7 +120,7 @@ class _FlatEntry(NamedEntry):
         groups = self.restored_groups(restored)
         for group, names in zip(groups, self._groups, strict=True):
             group["params"] = [self._fsdp_names[name] for name in names]
-        with _sharded(self._module) as process_group:
+        with sharded(self._module) as process_group:
             flat = FullyShardedDataParallel.optim_state_dict_to_load(
                 self._module,
                 self._optimizer,
@@ -131,7 +131,7 @@ class _FlatEntry(NamedEntry):
 
 
 @contextmanager
-def _sharded(module: nn.Module) -> Iterator[ProcessGroup | None]:
+def sharded(module: nn.Module) -> Iterator[ProcessGroup | None]:
     """Have FSDP1 give and take optimizer state in parts, not whole; yields the ranks that share the module."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"FSDP\.state_dict_type\(\)", category=FutureWarning)

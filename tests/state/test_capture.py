@@ -346,8 +346,14 @@ def test_state_follows_a_parameter_into_another_precision(tmp_path: Path) -> Non
     half = Matrices(dtype=torch.bfloat16)
     fresh = torch.optim.Adam(half.parameters())
 
-    cloudckpt.load({"model": half, "optimizer": fresh}, tmp_path / "c")
+    with pytest.raises(
+        StateMismatchError, match=r"model.one.weight is torch.bfloat16 here and torch.float32 there \(cast"
+    ):
+        cloudckpt.load({"model": half, "optimizer": fresh}, tmp_path / "c")
+    found = cloudckpt.load({"model": half, "optimizer": fresh}, tmp_path / "c", cast=True)
 
+    assert found.fit is not None
+    assert "model.one.weight" in found.fit.cast
     assert torch.equal(half.one.weight, model.one.weight.bfloat16())
     kept = optimizer.state[model.one.weight]["exp_avg"]
     assert torch.equal(fresh.state[half.one.weight]["exp_avg"], kept.bfloat16())
@@ -479,7 +485,6 @@ class Extra(nn.Module):
 def test_extra_state_of_any_kind_is_restored(tmp_path: Path, extra: object) -> None:
     model = nn.Sequential(Extra(extra), nn.Linear(2, 2))
     cloudckpt.save({"model": model}, tmp_path / "c")
-    # The state that is there decides about names, so it must be of the same shape.
     blank = torch.zeros(3, dtype=torch.int64) if isinstance(extra, torch.Tensor) else copy.deepcopy(extra)
     again = nn.Sequential(Extra(blank), nn.Linear(2, 2))
 
@@ -490,13 +495,23 @@ def test_extra_state_of_any_kind_is_restored(tmp_path: Path, extra: object) -> N
 
 
 def test_a_tensor_where_a_value_was_saved_is_refused_before_anything_is_changed(tmp_path: Path) -> None:
-    cloudckpt.save({"model": Extra(5)}, tmp_path / "c")
-    again = Extra(torch.ones(1))
-    again.weight.data.fill_(9.0)
+    cloudckpt.save({"box": {"a": 5, "weight": torch.zeros(3)}}, tmp_path / "c")
+    again = {"a": torch.ones(1), "weight": torch.full((3,), 9.0)}
     for strict in (True, False):
-        with pytest.raises(StateMismatchError, match=r"model\._extra_state is a tensor here and a value there"):
-            cloudckpt.load({"model": again}, tmp_path / "c", strict=strict)
-    assert again.weight.tolist() == [9.0] * 3
+        with pytest.raises(StateMismatchError, match=r"box\.a is a tensor here and a value there"):
+            cloudckpt.load({"box": again}, tmp_path / "c", strict=strict)
+    assert again["weight"].tolist() == [9.0] * 3
+
+
+@pytest.mark.parametrize("live", [0, torch.ones(1), {"deep": [torch.ones(2)]}, []], ids=repr)
+@pytest.mark.parametrize("saved", [5, torch.zeros(2), {"deep": [torch.ones(3), "x"]}, {}], ids=repr)
+def test_extra_state_comes_back_whatever_the_module_has_there(tmp_path: Path, saved: object, live: object) -> None:
+    cloudckpt.save({"model": Extra(saved)}, tmp_path / "c")
+    again = Extra(live)
+
+    cloudckpt.load({"model": again}, tmp_path / "c")
+
+    assert repr(again.extra) == repr(saved)
 
 
 class Noticing(nn.Module):
@@ -564,12 +579,13 @@ def test_modules_without_state_are_fine(tmp_path: Path) -> None:
     assert set(cloudckpt.read(tmp_path / "c")) == {"loss", "model", "act"}
 
 
-def test_a_lazy_module_is_refused_until_it_has_a_shape(tmp_path: Path) -> None:
+def test_a_lazy_module_gets_the_shape_that_was_saved_and_cannot_be_saved_before(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedValueError, match="run a batch through its lazy module first"):
         cloudckpt.save({"model": nn.LazyLinear(3)}, tmp_path / "c")
-    cloudckpt.save({"model": nn.Linear(2, 3)}, tmp_path / "c")
-    with pytest.raises(StateMismatchError, match="run a batch through the module first"):
-        cloudckpt.load({"model": nn.LazyLinear(3)}, tmp_path / "c")
+    model, lazy = nn.Linear(2, 3), nn.LazyLinear(3)
+    cloudckpt.save({"model": model}, tmp_path / "c")
+    cloudckpt.load({"model": lazy}, tmp_path / "c")
+    assert torch.equal(lazy.weight, model.weight)
 
 
 def test_every_difference_of_a_module_is_listed_and_nothing_is_changed(tmp_path: Path) -> None:

@@ -230,14 +230,43 @@ def test_a_tensor_that_requires_grad_is_restored_in_place_and_still_does(url: st
 
 
 @pytest.mark.parametrize("options", [WHOLE, TINY], ids=["whole", "cut"])
-def test_a_target_of_another_dtype_takes_the_values(url: str, options: Options) -> None:
-    saved = torch.linspace(-3.0, 3.0, 77).reshape(7, 11)
+def test_a_target_of_a_dtype_that_holds_every_saved_number_takes_the_values(url: str, options: Options) -> None:
+    saved = torch.linspace(-3.0, 3.0, 77).reshape(7, 11).bfloat16()
     cloudckpt.save({"t": saved}, url, options=options)
-    live: dict[str, object] = {"t": torch.zeros(7, 11, dtype=torch.bfloat16)}
+    live: dict[str, object] = {"t": torch.zeros(7, 11)}
 
-    cloudckpt.load(live, url, options=options)
+    found = cloudckpt.load(live, url, options=options)
 
-    assert torch.equal(live["t"], saved.bfloat16())  # type: ignore[arg-type]
+    assert torch.equal(live["t"], saved.float())  # type: ignore[arg-type]
+    assert found.fit is not None
+    assert found.fit.cast == ("t",)
+
+
+@pytest.mark.parametrize(
+    ("there", "here"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.int64),
+        (torch.int64, torch.int32),
+        (torch.int64, torch.float64),
+        (torch.complex64, torch.float32),
+        (torch.float32, torch.complex64),
+        (torch.bool, torch.int64),
+        (torch.bfloat16, torch.float16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("cast", [False, True])
+def test_a_value_that_its_target_cannot_hold_is_refused_with_both_dtypes(
+    url: str, there: torch.dtype, here: torch.dtype, *, cast: bool
+) -> None:
+    cloudckpt.save({"t": {"x": torch.ones(3, dtype=there)}}, url)
+    live = torch.zeros(3, dtype=here)
+
+    with pytest.raises(StateMismatchError, match=rf"t\.x is {here} here and {there} there"):
+        cloudckpt.load({"t": {"x": live}}, url, cast=cast)
+
+    assert not live.any()
 
 
 def _csr() -> torch.Tensor:

@@ -1,0 +1,173 @@
+"""Save and restore a module: what its own `state_dict` gives, without wrappers' names, and back by its own loading.
+
+    module.state_dict() ──clean names──▶ named tensors and values, and notes: `_metadata`
+    restored ──names as the module has them, `_metadata`──▶ module.load_state_dict()
+
+Parameters and buffers of modules that load as PyTorch's do are compared before anything is read, and filled where they
+are. What loads by itself (a `_load_from_state_dict` of its own, hooks, extra state) judges its names by itself, and is
+handed memory of its own. Knows PyTorch's modules; `wrappers` knows what is put around them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from cloudckpt.format import Flat, JsonValue, codec, flatten
+from cloudckpt.state.entry import Entry, Left, Place, is_tensor, mapping_of
+from cloudckpt.state.fsdp1 import is_fsdp1, sharded
+from cloudckpt.state.replicas import buffers_of_others
+from cloudckpt.state.wrappers import clean_name, is_torchs_own, wrapped_name
+
+__all__ = ["ModuleEntry"]
+
+_EXTRA_STATE = "_extra_state"
+# Of a module, by PyTorch's names: what may change the names, types or shapes on the way in or out.
+_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_METHODS = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
+_USUAL = {"version": 1}
+
+
+class ModuleEntry(Entry):
+    """A module with its parameters, buffers and extra state."""
+
+    pins = True
+    may_be_cast = True
+
+    def __init__(self, place: Place, module: nn.Module) -> None:
+        super().__init__(place)
+        self._module = module
+        self._is_fsdp1 = is_fsdp1(module)
+        self._raw_names: dict[str, str] = {}
+        self._raw_metadata: Mapping[str, object] = {}
+        self._own_names: set[str] | None = None
+
+    def current(self) -> object:
+        with self._context():
+            raw = self._module.state_dict()
+        self._raw_metadata = getattr(raw, "_metadata", {})
+        self._raw_names = {clean_name(self._module, key): key for key in raw}
+        return {clean: raw[key] for clean, key in self._raw_names.items()}
+
+    def _context(self) -> AbstractContextManager[object]:
+        return sharded(self._module) if self._is_fsdp1 else nullcontext()
+
+    def flat(self, nested: object) -> Flat:
+        # Key by key, so that a module without tensors has the same names as one with some.
+        state = mapping_of(nested, self.name)
+        flat = _below(self, flatten(state, is_tensor=is_tensor)) if state else super().flat(state)
+        flat.of_others.update(map(self._full, buffers_of_others(self._module)))
+        for raw, metadata in self._raw_metadata.items():
+            name = clean_name(self._module, raw) if raw else ""
+            # That of the module itself also where it is usual: it tells that the others were, too.
+            if metadata != _USUAL or not name:
+                where = f"{self.name}.{name}" if name else self.name
+                flat.notes[where] = {"metadata": codec.encode(metadata, key=f"_metadata of {where}")}
+        return flat
+
+    # -- what the module judges by itself --------------------------------------------------------------------------
+
+    def takes(self, name: str) -> bool:
+        """Tell whether the module takes what is saved under a name, whatever it has there itself."""
+        if self._own_names is None:
+            self._own_names = set(self._names_of_their_own())
+        above = (name[:at] for at, character in enumerate(name) if character == ".")
+        return name in self._own_names or any(one in self._own_names for one in above)
+
+    def _names_of_their_own(self) -> Iterator[str]:
+        """Yield the names of parts that load by themselves, and of what they have besides tensors."""
+        for path, part in self._module.named_modules():
+            name = self._full(path) if path else self.name
+            if _loads_by_itself(part):
+                yield name
+            elif type(part).set_extra_state is not nn.Module.set_extra_state:
+                yield f"{name}.{_EXTRA_STATE}"
+
+    # -- back ------------------------------------------------------------------------------------------------------
+
+    def load(self, restored: object, live: object) -> Left:
+        # Also where every tensor was filled in place: what a module does in its own loading has to be done, and torch
+        # copies no memory to itself (0.04 s of a core for 700 tensors, 1.7 s for 23,000, no memory).
+        state: OrderedDict[str, object] = OrderedDict(
+            (self._raw_names.get(name) or wrapped_name(self._module, name), value)
+            for name, value in mapping_of(restored, self.name).items()
+        )
+        if self.name in self.notes:
+            state._metadata = self._metadata()  # type: ignore[attr-defined]  # noqa: SLF001 (where torch has it)
+        with torch.no_grad(), self._context():
+            found = self._module.load_state_dict(state, strict=False)
+        if not isinstance(found, tuple) or len(found) != 2:
+            return Left()  # a load_state_dict of its own that returns nothing
+        missing, unexpected = found
+        shown = set(self._raw_names.values())
+        return Left(
+            missing=[self._full(key) for key in missing],
+            # A hook of its own put them there, and the module has no use for them.
+            unexpected=[self._full(key) for key in unexpected if key not in shown],
+        )
+
+    def _full(self, raw: str) -> str:
+        return f"{self.name}.{clean_name(self._module, raw)}"
+
+    def _metadata(self) -> OrderedDict[str, object]:
+        """Return what each part said of itself when it was saved, by the names that the parts have here."""
+        found: OrderedDict[str, object] = OrderedDict()
+        for path, _ in self._module.named_modules(remove_duplicate=False):
+            note = self.notes.get(self._full(path) if path else self.name)
+            metadata = note.get("metadata") if isinstance(note, dict) else None
+            found[path] = dict(_USUAL) if metadata is None else self._decoded(metadata)
+        return found
+
+    def _decoded(self, metadata: JsonValue) -> dict[str, object]:
+        return mapping_of(codec.decode(metadata, key=f"_metadata of {self.name}"), self.name)
+
+    # -- memory ----------------------------------------------------------------------------------------------------
+
+    def materialize(self, device: str | torch.device, names: Sequence[str]) -> list[str]:
+        """Give the named tensors that are on the meta device memory, not filled; return what is left there.
+
+        The parameters stay the same objects, so that an optimizer or a second name of theirs goes on with them.
+        """
+        wanted, left = set(names), []
+        for path, part in self._module.named_modules():
+            held = [*part._parameters.items(), *part._buffers.items()]  # noqa: SLF001 (with their registered names)
+            for name, tensor in held:
+                if tensor is None or not tensor.is_meta:
+                    continue
+                full = self._full(f"{path}.{name}" if path else name)
+                if full in wanted:
+                    _give_memory(tensor, device)
+                else:
+                    left.append(full)
+            if isinstance(part, FSDPModule):
+                part._apply(lambda tensor: tensor, recurse=False)  # noqa: SLF001 (has it look at its tensors again)
+        return left
+
+
+def _below(entry: Entry, flat: Flat) -> Flat:
+    """Return leaves as what stands below an entry."""
+    return Flat(
+        {f"{entry.name}.{name}": leaf for name, leaf in flat.leaves.items()},
+        {f"{entry.name}.{name}": [*entry.path, *path] for name, path in flat.paths.items()},
+    )
+
+
+def _give_memory(tensor: torch.Tensor, device: str | torch.device) -> None:
+    with torch.no_grad():
+        memory = torch.empty_like(tensor, device=device, requires_grad=False)
+    new = nn.Parameter(memory, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else memory
+    torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
+
+
+def _loads_by_itself(module: nn.Module) -> bool:
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        return True
+    methods = (getattr(type(module), name) for name in _METHODS)
+    hooks = (hook for name in _HOOKS for hook in getattr(module, name).values())
+    return not all(map(is_torchs_own, (*methods, *hooks)))

@@ -1,0 +1,151 @@
+"""Find which tensors lie in the same memory, and whether contents that are to go there agree.
+
+    tensors by name ──ranges of bytes, sorted──▶ groups that overlap
+    a group and what each of it is to hold ──written into a copy of its memory──▶ who does not find its own there
+
+A distributed tensor counts with what this rank has of it. Reads no tensor but those it is to compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed.tensor import DTensor
+
+from cloudckpt.transfer import bytes_of
+
+__all__ = ["conflict", "is_one_memory", "local_parts", "overlapping", "overlaps_itself", "tied_names"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """The bytes of memory that a tensor reaches, from its first to its last."""
+
+    device: str
+    start: int
+    stop: int
+    name: str
+
+
+def local_parts(tensor: object) -> list[torch.Tensor]:
+    """Return the tensors with memory that this rank has of a (distributed) tensor; none of one without memory."""
+    if isinstance(tensor, ShardedTensor):
+        return [shard.tensor for shard in tensor.local_shards()]
+    if isinstance(tensor, DTensor):
+        tensor = tensor.to_local()
+    return [tensor] if isinstance(tensor, torch.Tensor) and _has_memory(tensor) else []
+
+
+def _has_memory(tensor: torch.Tensor) -> bool:
+    if (
+        isinstance(tensor, torch.nn.parameter.UninitializedParameter | torch.nn.parameter.UninitializedBuffer)
+        or type(tensor).__name__ == "FakeTensor"
+    ):
+        return False
+    return not tensor.is_meta and tensor.layout is torch.strided and not tensor.is_nested and tensor.numel() > 0
+
+
+def _reach(tensor: torch.Tensor) -> int:
+    """Return how many elements lie between the first and the last one in memory, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a subclass without memory of its own
+        return 0
+
+
+def overlapping(tensors: Iterable[tuple[str, object]]) -> list[list[str]]:
+    """Return the names of tensors whose memory others of them have, too; each group by its first bytes."""
+    ranges = [
+        _Range(str(part.device), start, start + _reach(part) * part.element_size(), name)
+        for name, tensor in tensors
+        for part in local_parts(tensor)
+        if (start := _address(part))
+    ]
+    ranges.sort(key=lambda one: (one.device, one.start))
+    groups: list[dict[str, None]] = []
+    device, stop = "", 0
+    for one in ranges:
+        if one.device != device or one.start >= stop:
+            groups.append({})
+            device, stop = one.device, 0
+        groups[-1][one.name] = None
+        stop = max(stop, one.stop)
+    return [list(group) for group in groups if len(group) > 1]
+
+
+def overlaps_itself(tensor: object) -> bool:
+    """Tell whether two elements of a tensor may be one in memory, so that it cannot be filled."""
+    for part in local_parts(tensor):
+        reach = 1
+        for stride, size in sorted(zip(part.stride(), part.size(), strict=True)):
+            if size > 1 and stride < reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+def is_one_memory(tensors: Sequence[object]) -> bool:
+    """Tell whether tensors are the same elements, each by its own name."""
+    return len({_identity(tensor) for tensor in tensors}) == 1
+
+
+def _identity(tensor: object) -> tuple[object, ...]:
+    return tuple(
+        (str(part.device), _address(part), part.dtype, tuple(part.size()), tuple(part.stride()))
+        for part in local_parts(tensor)
+    )
+
+
+def tied_names(leaves: Mapping[str, object]) -> dict[str, str]:
+    """Return name → the first name of the same memory, of all tensors that have several names."""
+    firsts: dict[tuple[object, ...], str] = {}
+    found = {}
+    for name, leaf in leaves.items():
+        identity = _identity(leaf)
+        first = firsts.setdefault(identity, name) if identity else name
+        if first != name:
+            found[name] = first
+    return found
+
+
+def conflict(members: Sequence[tuple[str, object, object]]) -> tuple[str, str] | None:
+    """Return two names whose contents cannot both be in their shared memory; None if all of them can.
+
+    Args:
+        members: (name, the live tensor, what it is to hold) of tensors that overlap.
+    """
+    parts = [
+        (name, part, new)
+        for name, live, content in members
+        for part, new in zip(local_parts(live), local_parts(content), strict=True)
+    ]
+    base = min(_address(part) for _, part, _ in parts) // 16 * 16
+    stop = max(_address(part) + _reach(part) * part.element_size() for _, part, _ in parts)
+    memory = torch.empty(stop - base, dtype=torch.uint8, device="cpu")
+    views = [(name, _view(memory, part, _address(part) - base), new) for name, part, new in parts]
+    for _, view, new in views:
+        view.copy_(new)
+    for name, view, new in views:
+        # What was written later is as it was written: some other member has the bytes that differ.
+        if not _is_same(view, new.to(device="cpu", dtype=view.dtype)):
+            return name, next(other for other, _, _ in reversed(views) if other != name)
+    return None
+
+
+def _view(memory: torch.Tensor, like: torch.Tensor, start_bytes: int) -> torch.Tensor:
+    room = (len(memory) - start_bytes) // like.element_size() * like.element_size()
+    typed = memory[start_bytes : start_bytes + room].view(like.dtype)
+    return typed.as_strided(like.size(), like.stride())
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Compare bits: a NaN is like itself, and no zero like the other."""
+    return np.array_equal(bytes_of(one.contiguous()), bytes_of(other.contiguous()))
