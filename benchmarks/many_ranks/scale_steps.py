@@ -154,7 +154,7 @@ def _rank_0_plans(directory: Path) -> Found:
     with watch.time("decode_tables"):
         tables = [BoxTable.decode(message) for message in messages]
     with watch.time("share_out"):
-        rows = share_out(tables)
+        rows = share_out(tables).rows
     found = watch.end() | {"boxes": sum(map(len, tables)), "written_boxes": sum(map(len, rows))}
     np.savez(directory / "rows.npz", rows=np.concatenate(rows), stops=np.cumsum([len(of_rank) for of_rank in rows]))
     return found

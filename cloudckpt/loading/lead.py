@@ -16,7 +16,8 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, cast
+from functools import partial
+from typing import Protocol, TypeGuard, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.tensor import DTensor, Replicate
 
 from cloudckpt.errors import IntegrityError, MissingShardError
-from cloudckpt.format import DTYPES, NOTES, Box, BoxPlace, BoxTable, Index, codec
+from cloudckpt.format import DTYPE_NAMES, DTYPES, NOTES, Box, BoxPlace, BoxTable, Index, codec
 from cloudckpt.loading.input import RankInput, decode_index, describe, read_index_bytes
 from cloudckpt.loading.passing import Step, plan_passing
 from cloudckpt.options import Options
@@ -188,7 +189,7 @@ class _Loading:
         steps = self.group.deal(
             f"{what}: plan",
             lambda: self._plan(state, allowed, extra).encode(),
-            plan_passing,
+            partial(plan_passing, is_read_once=self._is_read_once()),
         )
         try:
             self.group.agree(f"{what}: ask", self._ask, lambda _: None)
@@ -215,7 +216,7 @@ class _Loading:
         self._extra = extra.targets(index) if extra is not None else {}
         tensors = {**self._restoration.tensors, **self._extra}
         self._filling = _Filling(tensors, index, near=self.group.rank)
-        return self._filling.shareable() if self._is_read_once() else BoxTable.of(())
+        return self._filling.shareable() if self.group.size > 1 else BoxTable.of(())
 
     def _is_read_once(self) -> bool:
         choice = self.options.read_once
@@ -269,12 +270,15 @@ class _Filling:
         self._planner.expect(self._items)
 
     def shareable(self) -> BoxTable:
-        """Return the boxes that other ranks may need just as they are, in the order in which they are stored."""
-        entries = self._index.tensors
-        names = [name for name, tensor in self._tensors.items() if _is_replicated(tensor)]
-        names.sort(key=self._place)
+        """Return the boxes that other ranks may need just as they are, in the order in which they are stored.
+
+        With the dtypes of their targets: read and converted once, a box is passed on as it lies there.
+        """
+        targets = {name: tensor for name, tensor in self._tensors.items() if _is_replicated(tensor)}
         self._table = BoxTable.of(
-            Box(name, entries[name].dtype, entries[name].shape, *box) for name in names for box in self._boxes[name]
+            Box(name, DTYPE_NAMES[targets[name].dtype], self._index.tensors[name].shape, *box)
+            for name in sorted(targets, key=self._place)
+            for box in self._boxes[name]
         )
         return self._table
 
@@ -284,6 +288,8 @@ class _Filling:
 
     def take_over(self, steps: Sequence[Step], rank: int) -> list[Packet]:
         """Leave to others what they read; return what is passed between the ranks, in the order of `steps`."""
+        if not steps:
+            return []
         boxes = list(self._table)
         keys = [(box.name, box.offsets) for box in boxes]
         taken = {keys[row] for step in steps if step.reader != rank for row in step.rows}
@@ -315,7 +321,7 @@ def _boxes_of(tensor: object) -> list[BoxPlace]:
     return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
 
 
-def _is_replicated(tensor: object) -> bool:
+def _is_replicated(tensor: object) -> TypeGuard[torch.Tensor]:
     """Tell whether other ranks may hold the same box of a tensor."""
     if isinstance(tensor, DTensor):
         return any(isinstance(placement, Replicate) for placement in tensor.placements)

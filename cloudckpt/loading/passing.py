@@ -1,7 +1,7 @@
 """Decide which rank reads what several need of a checkpoint, and passes it on to the others.
 
-    the boxes that each rank could be given ──▶ one reader per box, even in bytes ──▶ each rank its own steps, in the
-                                                                                     same order on all ranks
+    the boxes that each rank could be given ──alike?──▶ one reader per box, even in bytes ──▶ each rank its own steps,
+                                                                                             in one order on all ranks
 
 Pure values. The order is the same everywhere, so that whoever waits, waits for a step that comes earlier for the
 other one, too. Ranks with the same boxes, as replicas have them, are looked at once.
@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from cloudckpt.errors import StateMismatchError
 from cloudckpt.format import Box, BoxTable
+from cloudckpt.ranks import named_ranks
 
 __all__ = ["Step", "plan_passing"]
 
@@ -20,6 +22,7 @@ __all__ = ["Step", "plan_passing"]
 _BOXES_LIMIT = 500_000
 # Small boxes travel together, because a message costs as much as some hundred KiB.
 _STEP_BYTES = 8 << 20
+_SHOWN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +48,23 @@ class _Holders:
     rows: dict[int, int] = field(default_factory=dict)
 
 
-def plan_passing(messages: Sequence[bytes]) -> list[list[Step]]:
+def plan_passing(messages: Sequence[bytes], *, is_read_once: bool = True) -> list[list[Step]]:
     """Return for each rank the steps that it has a part in.
 
     Args:
         messages: one encoded `BoxTable` per rank: boxes that the rank needs and others may need, too, in the order in
-            which they lie in the checkpoint.
+            which they lie in the checkpoint, with the dtypes of the rank's own tensors.
+        is_read_once: whether anything is passed on; else every rank reads for itself.
+
+    Raises:
+        StateMismatchError: ranks have tensors of different dtypes under one name, where none could take another's.
     """
     kinds: dict[bytes, list[int]] = {}
     for rank, message in enumerate(messages):
         kinds.setdefault(message, []).append(rank)
     tables = [BoxTable.decode(message) for message in kinds]
-    if len(messages) < 2 or sum(map(len, tables)) > _BOXES_LIMIT:
+    _refuse_other_dtypes(tables, list(kinds.values()))
+    if not is_read_once or len(messages) < 2 or sum(map(len, tables)) > _BOXES_LIMIT:
         return [[] for _ in messages]
     plan = _Plan(tables, list(kinds.values()))
     steps: list[list[Step]] = [[] for _ in messages]
@@ -68,6 +76,37 @@ def plan_passing(messages: Sequence[bytes]) -> list[list[Step]]:
             for rank in plan.members[kind]:
                 steps[rank].append(Step(reader, takers if rank == reader else (), rows))
     return steps
+
+
+def _refuse_other_dtypes(tables: Sequence[BoxTable], members: Sequence[Sequence[int]]) -> None:
+    """Raise if a tensor is of one dtype here and of another one there, which a message between them would not survive.
+
+    Args:
+        tables: the different ones.
+        members: the ranks that have each of them.
+    """
+    dtypes: dict[str, str] = {}
+    mixed: dict[str, dict[str, list[int]]] = {}
+    for table in tables:
+        for name, dtype in zip(table.names, table.dtypes, strict=True):
+            if dtypes.setdefault(name, dtype) != dtype:
+                mixed[name] = {}
+    if not mixed:
+        return
+    for table, ranks in zip(tables, members, strict=True):
+        for name, dtype in zip(table.names, table.dtypes, strict=True):
+            if name in mixed:
+                mixed[name].setdefault(dtype, []).extend(ranks)
+    problems = [
+        f"{name} is {' and '.join(f'{dtype} on {named_ranks(sorted(ranks))}' for dtype, ranks in ranks_of.items())}"
+        for name, ranks_of in mixed.items()
+    ]
+    left = len(problems) - _SHOWN
+    shown = "; ".join([*problems[:_SHOWN], *([f"and {left} more"] if left > 0 else [])])
+    raise StateMismatchError(
+        f"the ranks restore into different states, and nothing was changed: {shown}. Build the state alike on every "
+        "rank, and restore again"
+    )
 
 
 class _Plan:

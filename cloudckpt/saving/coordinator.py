@@ -1,6 +1,6 @@
 """Do rank 0's part of a save: where it goes, who writes what, whether all of it was written; then commit.
 
-    openings of all ranks ──decide──▶ Order          boxes of all ranks ──share_out──▶ rows of each
+    openings of all ranks ──decide──▶ Order          boxes of all ranks ──share_out──▶ PlanPart of each
     parts of all ranks ──plan == results?──▶ index ──▶ manifest, created: committed
 
 Works on messages of ranks alone, and sees no tensor. Keeps FORMAT invariants 2, 3 and 13.
@@ -15,18 +15,18 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 import numpy as np
-import xxhash
 
 from cloudckpt.errors import OptionsError, SaveFailedError
 from cloudckpt.format import BoxTable, Column, JsonValue, PathElement, new_attempt
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, named_ranks
 from cloudckpt.root import Destination, Target
-from cloudckpt.saving.dedup import share_out
+from cloudckpt.saving.dedup import Replicas, share_out
 from cloudckpt.saving.output import Record, commit_index
+from cloudckpt.saving.replicas import doubtful_sets
 from cloudckpt.saving.tally import Written, assemble, check_against_names
 
-__all__ = ["Coordinator", "Opening", "Order", "PlanMemory", "RankPart", "digests_of", "refuse_values"]
+__all__ = ["Coordinator", "Opening", "Order", "PlanMemory", "PlanPart", "RankPart"]
 
 _SHOWN = 8
 
@@ -39,6 +39,8 @@ class PlanMemory:
         plan_id: which plan; all ranks must have the same one to use it again.
         digest: of this rank's names and boxes when it was made.
         rows: which of its boxes this rank writes.
+        replicas: which of its boxes other ranks hold, too.
+        turn: which blocks of large replicas the last save compared.
         paths: name → path in the nested state, on rank 0 of all ranks' names.
         notes: name → what is kept about it, on rank 0 of all ranks' names.
         tensors: names of all tensors, on rank 0.
@@ -47,6 +49,8 @@ class PlanMemory:
     plan_id: str = ""
     digest: bytes = b""
     rows: Column = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    replicas: Sequence[Replicas] = ()
+    turn: int = field(default_factory=lambda: secrets.randbelow(1 << 30))
     paths: dict[str, list[PathElement]] = field(default_factory=dict)
     notes: dict[str, JsonValue] = field(default_factory=dict)
     tensors: frozenset[str] = frozenset()
@@ -54,21 +58,45 @@ class PlanMemory:
 
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """What a rank says first: where it saves, a digest of its values, and which plan it could use again."""
+    """What a rank says first.
+
+    Attributes:
+        url: where it saves.
+        values: a digest of its values.
+        plan_id: which plan it could use again, "" for none.
+        replicas: digests of its replicas by that plan, at the turn that follows.
+    """
 
     url: str
     values: bytes
     plan_id: str
+    replicas: Mapping[int, bytes]
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What rank 0 answers: where to write (None: said later); or that values differ, or that a plan is to be made."""
+    """What rank 0 answers: where to write (None: said later); or that values differ, or that a plan is to be made.
+
+    Attributes:
+        turn: which blocks of large replicas are compared.
+        doubtful: the sets of replicas that seem to differ, where the plan is used again.
+    """
 
     prefix: str | None = None
     attempt: str = ""
     is_alike: bool = True
     is_planned: bool = False
+    turn: int = 0
+    doubtful: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class PlanPart:
+    """What rank 0 deals to a rank: the plan's id, the rows that it writes, and its replicas."""
+
+    plan_id: str
+    rows: Column
+    replicas: list[Replicas]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +124,14 @@ class Coordinator:
         if len({opening.values for opening in openings}) > 1:
             return Order(is_alike=False)
         plans = {opening.plan_id for opening in openings}
+        is_planned = len(plans) == 1 and bool(plans.pop())
         is_placed = self.destination.is_claimed or not self.claims_later
         return Order(
             prefix=self.place() if is_placed else None,
             attempt=new_attempt(),
-            is_planned=len(plans) == 1 and bool(plans.pop()),
+            is_planned=is_planned,
+            turn=self.memory.turn + 1,
+            doubtful=doubtful_sets([opening.replicas for opening in openings]) if is_planned else frozenset(),
         )
 
     def place(self) -> str:
@@ -108,19 +139,14 @@ class Coordinator:
         self._target = self.destination.take()
         return self._target.prefix
 
-    def share_out(self, messages: Sequence[bytes]) -> list[tuple[str, bytes]]:
-        decoded = [msgspec.msgpack.decode(message, type=tuple[bytes, bytes]) for message in messages]
-        tables = [BoxTable.decode(table) for table, _ in decoded]
-        rows = share_out(tables)
+    def share_out(self, messages: Sequence[bytes]) -> list[PlanPart]:
+        decoded = [msgspec.msgpack.decode(message, type=tuple[bytes, bytes, list[str]]) for message in messages]
+        tables = [BoxTable.decode(table) for table, _, _ in decoded]
+        shares = share_out(tables, [set(names) for _, _, names in decoded])
+        self.memory.paths, self.memory.notes = _merged([about for _, about, _ in decoded])
         self.memory.tensors = frozenset(name for table in tables for name in table.names)
-        self.memory.paths, self.memory.notes = {}, {}
-        # The ranks of a sharded model say the same of names, byte for byte; each is looked at once.
-        for data in dict.fromkeys(about for _, about in decoded):
-            paths, notes = msgspec.json.decode(data, type=tuple[dict[str, list[PathElement]], dict[str, JsonValue]])
-            self.memory.paths |= paths
-            self.memory.notes |= notes
         plan_id = secrets.token_hex(8)
-        return [(plan_id, of_rank.astype(np.int64).tobytes()) for of_rank in rows]
+        return [PlanPart(plan_id, rows, replicas) for rows, replicas in zip(*shares, strict=True)]
 
     def commit(self, parts: Sequence[RankPart], attempt: str, record: Record, group: Group) -> bytes:
         """Compare what was written with the plan, and commit it; return the manifest."""
@@ -161,25 +187,48 @@ def _refuse_other_places(urls: Sequence[str]) -> None:
         )
 
 
-def digests_of(values: Mapping[str, JsonValue]) -> dict[str, bytes]:
-    """Return a digest of each value, by which ranks find out which of theirs differ."""
-    return {name: xxhash.xxh3_128_digest(msgspec.json.encode(value)) for name, value in values.items()}
+_Paths = dict[str, list[PathElement]]
+_Notes = dict[str, JsonValue]
 
 
-def refuse_values(found: Sequence[Mapping[str, bytes]]) -> None:
-    """Say which ranks have which values that others have not; a checkpoint would hold one of them only."""
-    parts = []
-    for name in sorted({name for digests in found for name in digests}):
-        by_value: dict[bytes | None, list[int]] = {}
-        for rank, digests in enumerate(found):
-            by_value.setdefault(digests.get(name), []).append(rank)
-        missing = by_value.pop(None, [])
-        if missing:
-            parts.append(f"{name!r} is missing on {named_ranks(missing)}")
-        if len(by_value) > 1:
-            parts.append(f"{name!r} differs between {' and '.join(named_ranks(ranks) for ranks in by_value.values())}")
-    shown = "; ".join(parts[:_SHOWN])
-    raise SaveFailedError(
-        f"the ranks hold different states, and nothing was written: {shown}. Give every rank the same values, or keep "
-        "what belongs to one rank out of the state"
-    )
+def _merged(messages: Sequence[bytes]) -> tuple[_Paths, _Notes]:
+    """Return what all ranks say of names; of what several say, the first one's word and order.
+
+    Raises:
+        SaveFailedError: a name stands at different places on two ranks.
+    """
+    ranks_of: dict[bytes, list[int]] = {}
+    for rank, message in enumerate(messages):
+        ranks_of.setdefault(message, []).append(rank)
+    paths: _Paths = {}
+    notes: _Notes = {}
+    first: dict[str, list[int]] = {}
+    problems = []
+    # The ranks of a sharded model say the same, byte for byte; each is looked at once.
+    for message, ranks in ranks_of.items():
+        own_paths, own_notes = msgspec.json.decode(message, type=tuple[_Paths, _Notes])
+        for name, path in own_paths.items():
+            if paths.setdefault(name, path) != path:
+                where = f"{_way(paths[name])} on {named_ranks(first[name])} and {_way(path)} on {named_ranks(ranks)}"
+                problems.append(f"{name!r} is {where}")
+            first.setdefault(name, ranks)
+        notes |= {name: note for name, note in own_notes.items() if name not in notes}
+    if problems:
+        left = len(problems) - _SHOWN
+        shown = "; ".join([*problems[:_SHOWN], *([f"and {left} more"] if left > 0 else [])])
+        raise SaveFailedError(
+            f"the ranks hold different containers, and nothing was written: {shown}. Build the state alike on every "
+            "rank, and save again"
+        )
+    return paths, notes
+
+
+def _way(path: Sequence[PathElement]) -> str:
+    """Return a path as people read it: `state['a'](0)` for the first of a tuple."""
+    return "state" + "".join(map(_step, path))
+
+
+def _step(element: PathElement) -> str:
+    if isinstance(element, dict):
+        return f"({element['tuple']})" if "tuple" in element else f"[{element['key']!r}]"
+    return f"[{element!r}]"

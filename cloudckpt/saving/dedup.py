@@ -2,6 +2,7 @@
 
     a table per rank ──agree on dtypes and shapes──▶ boxes in the order of their places ──equal places are replicas──▶
     ──largest first, to the holder with the least to write──▶ the rows of its own table that each rank writes
+    ──the same boxes on the same ranks together──▶ the rows of which each rank has to show that they are alike
 
 Pure columns: nothing here walks over boxes one by one. Runs on the coordinator, before a byte is written, and so is
 the place where ranks that do not hold parts of the same state are found out (FORMAT invariant 3).
@@ -12,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from cloudckpt.errors import SaveFailedError
 from cloudckpt.format import BoxTable, Column, TensorEntry, Tensors, ragged_places, row_products, untiled
 from cloudckpt.ranks import named_ranks
 
-__all__ = ["share_out"]
+__all__ = ["Replicas", "Shares", "share_out"]
 
 _SHOWN = 8
 # Boxes that together are less than this part of the largest load are not worth spreading: a thousand step counters
@@ -31,8 +32,32 @@ _SHOWN = 8
 _DUST = 1024
 
 
-def share_out(tables: Sequence[BoxTable]) -> list[Column]:
-    """Return for each rank the rows of its own table that it writes, in ascending order.
+class Replicas(NamedTuple):
+    """Boxes that the same ranks hold, as one of these ranks knows them.
+
+    Attributes:
+        number: of this set of boxes, the same on all of its holders.
+        first_rank: the first of the holders.
+        rows: the boxes in the rank's own table, in an order that is the same on all holders.
+    """
+
+    number: int
+    first_rank: int
+    rows: Column
+
+
+class Shares(NamedTuple):
+    """What each rank does: `rows` of its own table that it writes, ascending, and which of its boxes others hold, too.
+
+    Boxes without elements are no replicas.
+    """
+
+    rows: list[Column]
+    replicas: list[list[Replicas]]
+
+
+def share_out(tables: Sequence[BoxTable], of_others: Sequence[Collection[str]] = ()) -> Shares:
+    """Return for each rank which boxes of its own table it writes, and which ones other ranks hold as well.
 
     Every element of every tensor is written exactly once. Boxes that only one rank has are its own; the others go,
     largest first, to the least loaded of the ranks that have them; small ones that do not count, all to one of them.
@@ -41,20 +66,25 @@ def share_out(tables: Sequence[BoxTable]) -> list[Column]:
 
     Args:
         tables: one per rank, in the order of ranks: the boxes that the rank could write.
+        of_others: for each rank the tensors that it may neither write nor be compared in, because another rank's
+            contents count; none by default.
 
     Raises:
         SaveFailedError: the ranks differ in what a tensor or a box is, or have no box for some of its elements.
     """
     tensors = _agree(tables)
     boxes = _Boxes.of(tables, tensors)
+    if any(of_others):
+        boxes = boxes.without(_rows_of(tables, of_others))
     is_first = boxes.are_first()
     _refuse_other_sizes(tables, boxes, is_first)
+    held = _Held.of(boxes, is_first)
     is_written = np.zeros(sum(map(len, tables)), dtype=np.bool_)
-    is_written[boxes.at[_choose(boxes, is_first, len(tables))]] = True
+    is_written[boxes.at[_choose(held, len(tables))]] = True
     starts = _starts(tables)
     rows = [np.flatnonzero(is_written[start:stop]) for start, stop in itertools.pairwise(starts)]
     _refuse_untiled(tables, tensors, rows)
-    return rows
+    return Shares(rows, _replicas(held, boxes.at, starts))
 
 
 # -- the tensors, which all ranks must know alike -----------------------------------------------------------
@@ -160,9 +190,23 @@ class _Boxes(NamedTuple):
         nbytes = elements * tensors.columns.item_bytes[tensor]
         return cls(first[rows], last[rows], nbytes[rows], np.full(len(rows), rank, dtype=np.int64), rows + start)
 
+    def without(self, is_left_out: NDArray[np.bool_]) -> _Boxes:
+        """Return all but some, which are marked among the rows of all tables."""
+        is_kept = ~is_left_out[self.at]
+        return _Boxes(*(column[is_kept] for column in self))
+
     def are_first(self) -> NDArray[np.bool_]:
         """Tell of each box whether it is the first one at its place."""
         return np.concatenate(([True] * bool(len(self.first)), self.first[1:] != self.first[:-1])).astype(np.bool_)
+
+
+def _rows_of(tables: Sequence[BoxTable], names: Sequence[Collection[str]]) -> NDArray[np.bool_]:
+    """Mark the rows of some tensors of each table among the rows of all tables."""
+    marks = (
+        np.asarray([name in chosen for name in table.names], dtype=np.bool_)[table.tensor]
+        for table, chosen in zip(tables, names, strict=True)
+    )
+    return np.concatenate(list(marks))
 
 
 def _joined(columns: Sequence[Column]) -> Column:
@@ -183,20 +227,65 @@ def _row_sums(values: Column, firsts: Column) -> Column:
 # -- who writes a box that several ranks have ---------------------------------------------------------------
 
 
-def _choose(boxes: _Boxes, is_first: NDArray[np.bool_], world_size: int) -> Column:
-    """Return the places, among `boxes`, of those to be written: one of each run that begins with a first one."""
-    is_holder = is_first | (boxes.rank != np.roll(boxes.rank, 1))  # a rank that has a box twice holds it once
-    holders = np.flatnonzero(is_holder)
-    starts = np.flatnonzero(is_first[holders])
-    counts = np.diff(starts, append=len(holders))
-    ranks, nbytes = boxes.rank[holders], boxes.nbytes[holders[starts]]
+class _Held(NamedTuple):
+    """Who holds what: the holders of one box after those of the box before it, a rank once."""
+
+    places: Column  # of each holder's box among all boxes
+    ranks: Column
+    starts: Column  # of each box: where its holders begin
+    counts: Column
+    nbytes: Column
+
+    @classmethod
+    def of(cls, boxes: _Boxes, is_first: NDArray[np.bool_]) -> _Held:
+        places = np.flatnonzero(is_first | (boxes.rank != np.roll(boxes.rank, 1)))
+        starts = np.flatnonzero(is_first[places])
+        counts = np.diff(starts, append=len(places))
+        return cls(places, boxes.rank[places], starts, counts, boxes.nbytes[places[starts]])
+
+    def sets(self) -> NDArray[np.uint64]:
+        """Return a number for the set of each box's holders; two sets have the same one as good as never."""
+        sums = np.concatenate((np.zeros(1, dtype=np.uint64), np.cumsum(_scattered(self.ranks))))
+        of_sets: NDArray[np.uint64] = sums[self.starts + self.counts] - sums[self.starts]
+        return of_sets
+
+
+def _replicas(held: _Held, at: Column, starts: Sequence[int]) -> list[list[Replicas]]:
+    """Return for each rank the boxes that others hold as well, those of the same holders together.
+
+    Args:
+        held: who holds what.
+        at: the row of each box in all tables, one after the other.
+        starts: where each table begins there.
+    """
+    is_shared = (held.counts > 1) & (held.nbytes > 0)
+    _, numbers = np.unique(held.sets()[is_shared], return_inverse=True)
+    counts = held.counts[is_shared]
+    number, first = np.repeat(numbers, counts), np.repeat(held.ranks[held.starts[is_shared]], counts)
+    is_member = np.repeat(is_shared, held.counts)
+    rank, row = held.ranks[is_member], at[held.places[is_member]]
+    # Stable, so that the boxes of one set stand in the order of their places, on every holder.
+    order = np.lexsort((number, rank))
+    rank, row, number, first = rank[order], row[order], number[order], first[order]
+    found: list[list[Replicas]] = [[] for _ in starts[1:]]
+    bounds = 1 + np.flatnonzero((np.diff(rank) != 0) | (np.diff(number) != 0))
+    for start, stop in itertools.pairwise([0, *bounds.tolist(), len(rank)]) if len(rank) else ():
+        of_rank = int(rank[start])
+        rows = row[start:stop] - starts[of_rank]
+        found[of_rank].append(Replicas(int(number[start]), int(first[start]), rows))
+    return found
+
+
+def _choose(held: _Held, world_size: int) -> Column:
+    """Return the places, among all boxes, of those to be written: each box once."""
+    holders, ranks, starts, counts, nbytes = held
     is_settled = (counts == 1) | (nbytes == 0)
     settled, shared = starts[is_settled], ~is_settled
     loads = np.zeros(world_size, dtype=np.int64)
     np.add.at(loads, ranks[settled], nbytes[is_settled])
     chosen = [settled]
     left_bytes = int(nbytes[shared].sum())
-    for alike, of_ranks, size_bytes in _alike(ranks, starts[shared], counts[shared], nbytes[shared]):
+    for alike, of_ranks, size_bytes in _alike(held, shared):
         if left_bytes * _DUST <= loads.max():
             chosen.append(alike + np.argmin(loads[of_ranks]))
             continue
@@ -207,13 +296,13 @@ def _choose(boxes: _Boxes, is_first: NDArray[np.bool_], world_size: int) -> Colu
     return holders[_joined(chosen)]
 
 
-def _alike(ranks: Column, starts: Column, counts: Column, nbytes: Column) -> Iterator[tuple[Column, Column, int]]:
+def _alike(held: _Held, is_shared: NDArray[np.bool_]) -> Iterator[tuple[Column, Column, int]]:
     """Yield boxes of one size on the same ranks together, largest first: (their starts, the ranks, their bytes)."""
     # Of equal sizes those with the fewest holders come first, because the others can still make up for them.
-    if not len(starts):
+    if not is_shared.any():
         return
-    sums = np.concatenate((np.zeros(1, dtype=np.uint64), np.cumsum(_scattered(ranks))))
-    order = np.lexsort((sums[starts + counts] - sums[starts], counts, -nbytes))
+    ranks, starts, counts, nbytes = held.ranks, held.starts[is_shared], held.counts[is_shared], held.nbytes[is_shared]
+    order = np.lexsort((held.sets()[is_shared], counts, -nbytes))
     starts, counts, nbytes = starts[order], counts[order], nbytes[order]
     is_new = np.concatenate(([True], (np.diff(nbytes) != 0) | (np.diff(counts) != 0)))
     is_new |= _differ_from_the_one_before(ranks, starts, counts)
@@ -224,7 +313,7 @@ def _alike(ranks: Column, starts: Column, counts: Column, nbytes: Column) -> Ite
 
 
 def _scattered(ranks: Column) -> NDArray[np.uint64]:
-    """Return a number for each rank whose sums tell sets of ranks apart, nearly always; they only bring order."""
+    """Return a number for each rank whose sums tell sets of ranks apart, as good as always."""
     mixed = (ranks.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     return (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
 

@@ -1,7 +1,7 @@
 """Lead the ranks of a group through one save: the same steps as DCP's own `save`, over messages that cannot hang.
 
     flat state ──open──▶ _Opened ──agree──▶ Order ──plan, lay out──▶ _Laid ──(stage)──▶ RankPart ──commit──▶ Checkpoint
-                                 │ alike?           │ who writes what?               │ plan == results?
+                                 │ alike?           │ who writes what? alike?        │ plan == results?
                                  ╰──────────────── rank 0: Coordinator ─────────────╯
 
 Each arrow makes a value that does not change any more; an error on the way is a value, too, until the exchange in
@@ -22,7 +22,6 @@ from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
 import msgspec
-import numpy as np
 import torch
 import xxhash
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -34,10 +33,12 @@ from cloudckpt.format import BoxTable, Column, Flat, JsonValue, codec, metadata_
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, plain_errors
 from cloudckpt.root import Checkpoint, Destination, Target
-from cloudckpt.saving.coordinator import Coordinator, Opening, Order, PlanMemory, RankPart, digests_of, refuse_values
+from cloudckpt.saving.coordinator import Coordinator, Opening, Order, PlanMemory, RankPart
 from cloudckpt.saving.output import RankOutput, Record, stats_of
+from cloudckpt.saving.replicas import Details, details_of, digests_of_sets, doubtful_sets, refuse_replicas
 from cloudckpt.saving.snapshot import Staged, take_snapshot
-from cloudckpt.saving.source import Source, check_tensor, chunk_of
+from cloudckpt.saving.source import Source, check_tensor, chunk_of, tensor_of
+from cloudckpt.saving.values import differences_of, digest_of_values, digests_of, refuse_values, wanted_values
 from cloudckpt.state import is_tensor
 from cloudckpt.transfer import AbandonedError, Gauge, Slabs, Stage, StageClosedError
 
@@ -116,9 +117,11 @@ def begin_save(
     order = group.agree(f"{what}: opening", lambda: _opening(opened, record, memory, destination), coordinator.decide)
     mine, record = _got(opened), _got(record)
     if not order.is_alike:
-        group.agree(f"{what}: comparing values", lambda: digests_of(mine.values), refuse_values)
-    if not order.is_planned:
-        _plan(mine, memory, coordinator, group, what)
+        _tell_values_apart(mine, group, what)
+    memory.turn = order.turn
+    doubtful = order.doubtful if order.is_planned else _plan(mine, memory, coordinator, group, what)
+    if doubtful:
+        group.agree(f"{what}: comparing replicas", lambda: mine.details(memory, doubtful, group.rank), refuse_replicas)
     engine = destination.catalog.store.engine
     # What this raises is raised by `finish`, which all ranks hear of.
     laid = _tried(lambda: _lay_out(mine, memory.rows, order.attempt, options, slabs, engine=engine))
@@ -226,8 +229,18 @@ class _Opened:
     planner: DefaultSavePlanner
     items: list[WriteItem]
     values: dict[str, JsonValue]
+    boxes: BoxTable
     message: bytes
     digest: bytes
+
+    def digests(self, memory: PlanMemory, turn: int) -> dict[int, bytes]:
+        return digests_of_sets(memory.replicas, self._tensor, turn=turn)
+
+    def details(self, memory: PlanMemory, sets: frozenset[int], rank: int) -> dict[int, Details]:
+        return details_of(memory.replicas, self._tensor, self.boxes, sets=sets, rank=rank)
+
+    def _tensor(self, row: int) -> torch.Tensor:
+        return tensor_of(self.items[row], self.planner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,11 +290,12 @@ def _open(flat: Flat, group: Group) -> _Opened:
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(tensors, None, group.rank == 0)
     items = planner.create_local_plan().items
+    boxes = BoxTable.of(map(chunk_of, items))
     about = msgspec.json.encode((flat.paths, flat.notes))
-    message = msgspec.msgpack.encode((BoxTable.of(map(chunk_of, items)).encode(), about))
+    message = msgspec.msgpack.encode((boxes.encode(), about, sorted(flat.of_others)))
     # A plan serves the same ranks only: a process group that was made anew may have others.
     digest = xxhash.xxh3_128_digest(message + f"{group.rank}/{group.size}".encode())
-    return _Opened(planner=planner, items=items, values=values, message=message, digest=digest)
+    return _Opened(planner=planner, items=items, values=values, boxes=boxes, message=message, digest=digest)
 
 
 def _opening(
@@ -289,17 +303,33 @@ def _opening(
 ) -> Opening:
     mine = _got(opened)
     _got(record)
-    values = xxhash.xxh3_128_digest(msgspec.json.encode(mine.values))
-    return Opening(destination.catalog.store.url, values, memory.plan_id if memory.digest == mine.digest else "")
+    values = digest_of_values(mine.values)
+    plan_id = memory.plan_id if memory.digest == mine.digest else ""
+    replicas = mine.digests(memory, memory.turn + 1) if plan_id else {}
+    return Opening(destination.catalog.store.url, values, plan_id, replicas)
 
 
-def _plan(mine: _Opened, memory: PlanMemory, coordinator: Coordinator, group: Group, what: str) -> None:
-    """Learn which boxes this rank writes, and remember it."""
+def _tell_values_apart(mine: _Opened, group: Group, what: str) -> None:
+    """Raise, on all ranks, what differs between their values."""
+    phase = f"{what}: comparing values"
+    differences = group.agree(phase, lambda: digests_of(mine.values, mine.boxes.names), differences_of)
+    group.agree(
+        phase,
+        lambda: wanted_values(mine.values, differences, group.rank),
+        lambda found: refuse_values(differences, found),
+    )
+
+
+def _plan(mine: _Opened, memory: PlanMemory, coordinator: Coordinator, group: Group, what: str) -> frozenset[int]:
+    """Learn which boxes this rank writes, and remember it; return the sets of replicas that seem to differ."""
     # Rank 0 overwrites what belongs to the plan before it is known that all ranks get the new one.
     memory.plan_id = ""
-    plan_id, rows = group.deal(f"{what}: plan", lambda: mine.message, coordinator.share_out)
-    memory.plan_id, memory.digest = plan_id, mine.digest
-    memory.rows = np.frombuffer(rows, dtype=np.int64)
+    part = group.deal(f"{what}: plan", lambda: mine.message, coordinator.share_out)
+    memory.plan_id, memory.digest = part.plan_id, mine.digest
+    memory.rows, memory.replicas = part.rows, part.replicas
+    if group.size == 1:
+        return frozenset()
+    return group.agree(f"{what}: comparing replicas", lambda: mine.digests(memory, memory.turn), doubtful_sets)
 
 
 def _lay_out(mine: _Opened, rows: Column, attempt: str, options: Options, slabs: Slabs | None, *, engine: str) -> _Laid:

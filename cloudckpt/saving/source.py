@@ -25,7 +25,7 @@ from cloudckpt.errors import OptionsError, UnsupportedValueError
 from cloudckpt.format import DTYPE_NAMES, Box, Piece, lay_out
 from cloudckpt.transfer import bytes_of
 
-__all__ = ["Source", "Staging", "check_tensor", "chunk_of", "object_of"]
+__all__ = ["Source", "Staging", "check_tensor", "chunk_of", "object_of", "tensor_of"]
 
 
 def _check_layout(name: str, layout: torch.layout, dtype: torch.dtype) -> None:
@@ -153,19 +153,28 @@ class Source:
         return any(self._resolve(piece).device.type == "cuda" for piece in self._uses)
 
     def _resolve(self, number: int) -> torch.Tensor:
-        item = self._items[number]
-        tensor = self._planner.resolve_data(item)
-        data = item.tensor_data
-        if not isinstance(tensor, torch.Tensor) or data is None:
-            raise OptionsError(f"the planner resolved {item.index.fqn!r} to a {type(tensor).__name__}, not a tensor")
-        tensor = tensor.detach()
-        check_tensor(item.index.fqn, tensor)
-        if tensor.dtype != data.properties.dtype or tensor.numel() != math.prod(data.chunk.sizes):
-            raise OptionsError(
-                f"the planner planned {item.index.fqn!r} as {data.properties.dtype} {tuple(data.chunk.sizes)} and "
-                f"resolved it to {tensor.dtype} {tuple(tensor.shape)}; a plan must describe what is written"
-            )
-        return tensor
+        return tensor_of(self._items[number], self._planner)
+
+
+def tensor_of(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
+    """Return the tensor behind an item: this rank's box of it, on its device, in its strides.
+
+    Raises:
+        OptionsError: it is not what was planned.
+        UnsupportedValueError: it has no dense bytes.
+    """
+    tensor = planner.resolve_data(item)
+    data = item.tensor_data
+    if not isinstance(tensor, torch.Tensor) or data is None:
+        raise OptionsError(f"the planner resolved {item.index.fqn!r} to a {type(tensor).__name__}, not a tensor")
+    tensor = tensor.detach()
+    check_tensor(item.index.fqn, tensor)
+    if tensor.dtype != data.properties.dtype or tensor.numel() != math.prod(data.chunk.sizes):
+        raise OptionsError(
+            f"the planner planned {item.index.fqn!r} as {data.properties.dtype} {tuple(data.chunk.sizes)} and "
+            f"resolved it to {tensor.dtype} {tuple(tensor.shape)}; a plan must describe what is written"
+        )
+    return tensor
 
 
 def _has_host_bytes(tensor: torch.Tensor) -> bool:

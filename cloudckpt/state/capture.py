@@ -200,6 +200,7 @@ def capture(entries: Sequence[Entry]) -> Flat:
         flat.leaves.update(own.leaves)
         flat.paths.update(own.paths)
         flat.notes.update(own.notes)
+        flat.of_others.update(own.of_others)
     for name, first in tied_names(flat.leaves).items():
         note = flat.notes.get(name)
         flat.notes[name] = {**(note if isinstance(note, dict) else {}), "tied": first}

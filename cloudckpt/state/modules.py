@@ -22,6 +22,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from cloudckpt.format import Flat, JsonValue, codec, flatten
 from cloudckpt.state.entry import Entry, Left, Place, is_tensor, mapping_of
 from cloudckpt.state.fsdp1 import is_fsdp1, sharded
+from cloudckpt.state.replicas import buffers_of_others
 from cloudckpt.state.wrappers import clean_name, is_torchs_own, wrapped_name
 
 __all__ = ["ModuleEntry"]
@@ -61,6 +62,7 @@ class ModuleEntry(Entry):
         # Key by key, so that a module without tensors has the same names as one with some.
         state = mapping_of(nested, self.name)
         flat = _below(self, flatten(state, is_tensor=is_tensor)) if state else super().flat(state)
+        flat.of_others.update(map(self._full, buffers_of_others(self._module)))
         for raw, metadata in self._raw_metadata.items():
             name = clean_name(self._module, raw) if raw else ""
             # That of the module itself also where it is usual: it tells that the others were, too.

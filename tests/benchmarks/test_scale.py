@@ -39,7 +39,7 @@ def test_a_table_is_that_of_the_boxes_that_a_rank_lists(rank: int) -> None:
 @pytest.mark.parametrize("rank", [0, 3, 6])
 def test_the_played_pieces_are_those_of_a_real_layout(rank: int) -> None:
     layout = Fsdp(SMALL.state(), 7)
-    rows = share_out([layout.table(of_rank) for of_rank in range(7)])[rank]
+    rows = share_out([layout.table(of_rank) for of_rank in range(7)]).rows[rank]
     for earlier in range(rank):  # so that what ranks have in common was laid out for another one
         layout.written(earlier, rows)
     played = layout.written(rank, rows)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+import cloudckpt
+from cloudckpt import Options, StateMismatchError
 from cloudckpt.format.boxes import Box, BoxTable
 from cloudckpt.loading.passing import Step, plan_passing
+from tests.ranks.processes import run
 
 ROWS = 1 << 20
 
@@ -81,3 +89,69 @@ def test_neighbours_are_read_by_the_same_rank_because_they_lie_in_the_same_block
 
     runs = [sorted(row for step in steps if step.reader == reader for row in step.rows) for reader in range(4)]
     assert [rows[-1] - rows[0] + 1 for rows in runs] == [len(rows) for rows in runs]
+
+
+def test_nothing_is_passed_on_where_every_rank_reads_for_itself() -> None:
+    assert plan_passing([message(box("a"))] * 2, is_read_once=False) == [[], []]
+
+
+@pytest.mark.parametrize("is_read_once", [True, False])
+def test_other_dtypes_of_one_name_are_refused_with_their_ranks(is_read_once: bool) -> None:
+    half = box("a")._replace(dtype="bfloat16")
+    messages = [message(box("a"), box("b")), message(half, box("b")), message(box("b")), message(half)]
+    with pytest.raises(StateMismatchError) as caught:
+        plan_passing(messages, is_read_once=is_read_once)
+    assert "a is float32 on rank 0 and bfloat16 on ranks 1, 3. Build" in str(caught.value)
+
+
+def test_at_most_eight_names_are_listed_and_the_others_counted() -> None:
+    ours = [box(f"t{number:02}") for number in range(20)]
+    with pytest.raises(StateMismatchError) as caught:
+        plan_passing([message(*ours), message(*(one._replace(dtype="float64") for one in ours))])
+    assert sum(f"t{number:02}" in str(caught.value) for number in range(20)) == 8
+    assert "; and 12 more. " in str(caught.value)
+
+
+# -- ranks --------------------------------------------------------------------------------------------------------
+
+
+def load_into_other_dtypes(url: str, read_once: Any) -> tuple[str, list[float]]:
+    saved = {"half": torch.ones(3, dtype=torch.bfloat16), "alike": torch.ones(2)}
+    cloudckpt.save(saved, url)
+    dist.barrier()
+    live = {"half": torch.zeros(3, dtype=torch.bfloat16 if dist.get_rank() else torch.float32), "alike": torch.zeros(2)}
+    with pytest.raises(StateMismatchError) as caught:
+        cloudckpt.load(live, url, options=Options(read_once=read_once, progress_timeout_s=60))
+    return str(caught.value), [*live["half"].tolist(), *live["alike"].tolist()]
+
+
+@pytest.mark.parametrize("read_once", ["always", "never"])
+def test_ranks_that_restore_into_other_dtypes_are_told_so_and_nothing_is_changed(
+    tmp_path: Path, read_once: str
+) -> None:
+    for text, live in run(2, load_into_other_dtypes, str(tmp_path / "c"), read_once):
+        assert "half is float32 on rank 0 and bfloat16 on rank 1" in text
+        assert live == [0.0] * 5
+
+
+def save_other_dtypes(url: str) -> str:
+    with pytest.raises(cloudckpt.SaveFailedError) as caught:
+        cloudckpt.save({"w": torch.ones(3, dtype=torch.bfloat16 if dist.get_rank() else torch.float32)}, url)
+    return str(caught.value)
+
+
+def test_ranks_that_save_other_dtypes_are_told_so(tmp_path: Path) -> None:
+    for text in run(2, save_other_dtypes, str(tmp_path / "c")):
+        assert "w is float32 (3,) on rank 0 and bfloat16 (3,) on rank 1" in text
+
+
+def load_into_a_wider_dtype(url: str) -> list[float]:
+    cloudckpt.save({"half": torch.full((3,), 0.5, dtype=torch.bfloat16)}, url)
+    dist.barrier()
+    live = {"half": torch.zeros(3)}
+    cloudckpt.load(live, url, options=Options(read_once="always", progress_timeout_s=60))
+    return live["half"].tolist()
+
+
+def test_what_is_widened_by_its_reader_is_passed_on_wide(tmp_path: Path) -> None:
+    assert run(2, load_into_a_wider_dtype, str(tmp_path / "c")) == [[0.5] * 3] * 2

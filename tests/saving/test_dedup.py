@@ -41,7 +41,7 @@ def tables_of(*ranks: Sequence[Box]) -> list[BoxTable]:
 
 
 def written(tables: Sequence[BoxTable]) -> list[list[Box]]:
-    return [list(table.take(rows)) for table, rows in zip(tables, share_out(tables), strict=True)]
+    return [list(table.take(rows)) for table, rows in zip(tables, share_out(tables).rows, strict=True)]
 
 
 def bytes_of(box: Box) -> int:
@@ -113,7 +113,7 @@ def test_every_element_is_written_exactly_once_by_a_rank_that_has_it(job: list[l
 def test_the_same_tables_give_the_same_shares_after_a_journey(job: list[list[Box]]) -> None:
     tables = tables_of(*job)
     again = share_out([BoxTable.decode(table.encode()) for table in tables])
-    assert [rows.tolist() for rows in again] == [rows.tolist() for rows in share_out(tables)]
+    assert [rows.tolist() for rows in again.rows] == [rows.tolist() for rows in share_out(tables).rows]
 
 
 def test_ranks_that_number_the_tensors_in_another_order_still_share_them() -> None:
@@ -141,8 +141,9 @@ def test_empty_boxes_are_not_written_beside_full_ones() -> None:
 
 
 def test_no_ranks_and_ranks_without_boxes_write_nothing() -> None:
-    assert share_out([]) == []
-    assert [rows.tolist() for rows in share_out(tables_of([], []))] == [[], []]
+    assert share_out([]) == ([], [])
+    assert [rows.tolist() for rows in share_out(tables_of([], [])).rows] == [[], []]
+    assert share_out(tables_of([], [])).replicas == [[], []]
 
 
 def _boxes_of_dtensors() -> list[Box]:
@@ -170,6 +171,46 @@ def test_what_dtensors_report_is_shared_out_whole() -> None:
         found[box.name] += math.prod(box.sizes)
     assert found == full
     assert [sum(box.name == "small" for box in boxes) for boxes in shares] == [1, 1, 1, 0]
+
+
+# -- replicas ------------------------------------------------------------------------------------------------------
+
+
+@given(jobs())
+@settings(max_examples=examples(200), deadline=None)
+def test_every_box_that_several_ranks_hold_is_known_to_all_of_them_in_one_order(job: list[list[Box]]) -> None:
+    tables = tables_of(*job)
+    found: dict[int, dict[int, list[Box]]] = {}
+    firsts: dict[int, set[int]] = {}
+    for rank, replicas in enumerate(share_out(tables).replicas):
+        for alike in replicas:
+            found.setdefault(alike.number, {})[rank] = list(tables[rank].take(alike.rows))
+            firsts.setdefault(alike.number, set()).add(alike.first_rank)
+    holders: dict[Box, list[int]] = {}
+    for rank, boxes in enumerate(job):
+        for box in dict.fromkeys(boxes):
+            holders.setdefault(box, []).append(rank)
+    known: dict[Box, list[int]] = {}
+    for number, by_rank in found.items():
+        (boxes,) = {tuple(of_rank) for of_rank in by_rank.values()}
+        assert firsts[number] == {min(by_rank)}
+        for box in boxes:
+            assert box not in known
+            known[box] = sorted(by_rank)
+    assert known == {box: ranks for box, ranks in holders.items() if len(ranks) > 1 and bytes_of(box)}
+
+
+def test_what_is_another_ranks_word_is_neither_written_nor_compared() -> None:
+    boxes = [whole("a", (4,)), whole("mean", (100,)), whole("b", (4,))]
+    shares = share_out(tables_of(boxes, boxes, boxes), [(), ("mean",), ("mean", "other")])
+    assert [1 in rows for rows in shares.rows] == [True, False, False]
+    assert [alike.rows.tolist() for of_rank in shares.replicas for alike in of_rank] == [[0, 2]] * 3
+
+
+def test_what_every_rank_takes_for_another_ones_word_is_refused() -> None:
+    tables = tables_of([whole("a", (4,))], [whole("a", (4,)), whole("mean", (3,))])
+    with pytest.raises(SaveFailedError, match=r"do not cover mean \(3,\) exactly once, rank 0 has none of it"):
+        share_out(tables, [(), ("mean",)])
 
 
 # -- evenly ---------------------------------------------------------------------------------------------------
