@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_distributed
 from torch.optim import LBFGS, Optimizer
 
+from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPES, Flat, JsonValue, PathElement
 from cloudckpt.state.beside import Beside
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of
@@ -55,6 +56,23 @@ class NamedEntry(Entry):
         self._fit = GroupFit()
         self._missing: list[Name] = []
         self._changed: dict[int, torch.dtype] = {}
+
+    def own_state_dict(self) -> object:
+        """Return what the optimizer says of itself.
+
+        Raises:
+            OptionsError: it wraps one whose state is not in that, as torch's own code knows nothing of wrapping.
+        """
+        own, *inner = wrapped_in(self._optimizer)
+        if getattr(own.state_dict, "__func__", None) is Optimizer.state_dict:
+            for each in inner:
+                state = getattr(each, "state", None)
+                if state and state is not own.state and not self._beside.holds(each):
+                    raise OptionsError(
+                        f"the state_dict of {self.name!r} leaves out the state of the {type(each).__name__} that it "
+                        "wraps; put that one into the state, too, under a name of its own"
+                    )
+        return own.state_dict()
 
     def own_name(self, saved: Name) -> Name:
         """Return what a parameter that was saved under a name is called here."""
@@ -202,9 +220,9 @@ class OptimizerEntry(NamedEntry):
         return numbers
 
     def current(self) -> object:
-        state = self._optimizer.state_dict()
+        state = self.own_state_dict()
         numbers = self._numbers(state)
-        if numbers is None:
+        if numbers is None or not isinstance(state, dict):
             return state
         names = {number: name for name, number in numbers.items()}
         renamed: dict[str, object] = dict(state)

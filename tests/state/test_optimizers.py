@@ -498,6 +498,51 @@ def test_a_state_dict_of_another_kind_is_refused_for_parameters_in_another_order
         cloudckpt.load({"model": model, "optimizer": other}, tmp_path / "c")
 
 
+class Sam(Optimizer):
+    """Shares the groups of the optimizer that it wraps, and says nothing of its state, as is common."""
+
+    def __init__(self, params: Any, base: Callable[[Any], Optimizer]) -> None:
+        super().__init__(params, {"rho": 0.05})
+        self.base_optimizer = base(self.param_groups)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base_optimizer.step(closure)
+
+    def load_state_dict(self, state_dict: State) -> None:
+        super().load_state_dict(state_dict)
+        self.base_optimizer.param_groups = self.param_groups
+
+
+def _sam() -> tuple[nn.Module, Sam]:
+    model = Matrices()
+    return model, Sam(model.parameters(), lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9))
+
+
+def test_an_optimizer_that_leaves_out_the_state_of_the_one_it_wraps_is_refused_alone(tmp_path: Path) -> None:
+    model, optimizer = _sam()
+    cloudckpt.save({"model": model, "sam": optimizer}, tmp_path / "fresh")
+    train(model, optimizer, begin=0)
+    with pytest.raises(OptionsError, match="'sam' leaves out the state of the SGD that it wraps; put that one into"):
+        cloudckpt.save({"model": model, "sam": optimizer}, tmp_path / "c")
+
+
+@pytest.mark.parametrize("names", [("sam", "base"), ("base", "sam")], ids=" then ".join)
+def test_an_optimizer_and_the_one_it_wraps_still_share_their_groups(tmp_path: Path, names: tuple[str, str]) -> None:
+    def state(model: nn.Module, optimizer: Sam) -> State:
+        return {"model": model, **{name: {"sam": optimizer, "base": optimizer.base_optimizer}[name] for name in names}}
+
+    model, optimizer = _sam()
+    train(model, optimizer, begin=0)
+    cloudckpt.save(state(model, optimizer), tmp_path / "c")
+    again, fresh = _sam()
+    cloudckpt.load(state(again, fresh), tmp_path / "c")
+    for each in (optimizer, fresh):
+        each.param_groups[0]["lr"] = 0.01
+    assert train(again, fresh, begin=3) == train(model, optimizer, begin=3)
+    assert state_of(again, fresh.base_optimizer) == state_of(model, optimizer.base_optimizer)
+
+
 class Clearing(torch.optim.SGD):
     """Clears its own tensors before it copies into them."""
 
