@@ -36,6 +36,7 @@ from cloudckpt.saving import (
     check_against_plan,
     chunk_of,
     commit_index,
+    is_elsewhere,
     object_of,
     stats_of,
 )
@@ -169,7 +170,7 @@ class CloudWriter(StorageWriter):
         return future
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        tensors = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO]
+        tensors = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO and not is_elsewhere(item)]
         values = _values_of([item for item in plan.items if item.type is WriteItemType.BYTE_IO], planner)
         # Before 2.9 torch tells a writer its rank by nothing but the place of its plan. Later ones say it beforehand,
         # which holds also where a cached plan is one of another group.
@@ -181,7 +182,7 @@ class CloudWriter(StorageWriter):
         return [
             WriteResult(
                 index=item.index,
-                size_in_bytes=0 if item.tensor_data is None else chunk_of(item).nbytes,
+                size_in_bytes=0 if item.tensor_data is None or is_elsewhere(item) else chunk_of(item).nbytes,
                 storage_data=None if place else message,
             )
             for place, item in enumerate(plan.items)

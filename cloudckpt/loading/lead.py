@@ -290,7 +290,9 @@ class _Filling:
 
 
 def _boxes_of(tensor: object) -> list[BoxPlace]:
-    """Return the boxes of a tensor that this rank holds."""
+    """Return the boxes of a tensor that this rank holds; none, for a rank outside of a DTensor's mesh."""
+    if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
+        return []  # torch says a box there, of other dimensions than the tensor's
     chunks = _create_chunk_list(cast("torch.Tensor", tensor))
     return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
 

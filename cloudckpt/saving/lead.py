@@ -37,7 +37,7 @@ from cloudckpt.root import Checkpoint, Destination, Target
 from cloudckpt.saving.coordinator import Coordinator, Opening, Order, PlanMemory, RankPart, digests_of, refuse_values
 from cloudckpt.saving.output import RankOutput, Record, stats_of
 from cloudckpt.saving.snapshot import Staged, take_snapshot
-from cloudckpt.saving.source import Source, check_tensor, chunk_of
+from cloudckpt.saving.source import Source, check_tensor, chunk_of, is_elsewhere
 from cloudckpt.state import is_tensor
 from cloudckpt.transfer import AbandonedError, Gauge, Slabs, Stage, StageClosedError
 
@@ -276,7 +276,7 @@ def _open(flat: Flat, group: Group) -> _Opened:
             check_tensor(name, tensor)
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(tensors, None, group.rank == 0)
-    items = planner.create_local_plan().items
+    items = [item for item in planner.create_local_plan().items if not is_elsewhere(item)]
     message = msgspec.msgpack.encode((BoxTable.of(map(chunk_of, items)).encode(), msgspec.json.encode(flat.paths)))
     # A plan serves the same ranks only: a process group that was made anew may have others.
     digest = xxhash.xxh3_128_digest(message + f"{group.rank}/{group.size}".encode())

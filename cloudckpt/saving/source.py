@@ -25,7 +25,7 @@ from cloudckpt.errors import OptionsError, UnsupportedValueError
 from cloudckpt.format import DTYPE_NAMES, Box, Piece, lay_out
 from cloudckpt.transfer import bytes_of
 
-__all__ = ["Source", "Staging", "check_tensor", "chunk_of", "object_of"]
+__all__ = ["Source", "Staging", "check_tensor", "chunk_of", "is_elsewhere", "object_of"]
 
 
 def _check_layout(name: str, layout: torch.layout, dtype: torch.dtype) -> None:
@@ -80,6 +80,12 @@ def chunk_of(item: WriteItem) -> Box:
         tuple(data.chunk.offsets),
         tuple(data.chunk.sizes),
     )
+
+
+def is_elsewhere(item: WriteItem) -> bool:
+    """Tell whether an item stands for nothing: a DTensor's rank outside of the mesh plans a box without dimensions."""
+    data = item.tensor_data
+    return data is not None and not len(data.chunk.offsets) == len(data.chunk.sizes) == len(data.size)
 
 
 class Staging:
