@@ -14,6 +14,7 @@ import logging
 from typing import Literal, get_args
 
 from cloudckpt.errors import (
+    CheckpointExistsError,
     CloudCkptError,
     CommitUnknownError,
     ConflictError,
@@ -44,14 +45,20 @@ def check_place(catalog: Catalog, exists: Exists) -> None:
     """Refuse a URL early that a save could not commit to.
 
     Raises:
-        CheckpointExistsError: it holds a checkpoint, which was not changed.
+        CheckpointExistsError: it holds a checkpoint, which was not changed; or one step of a manager's root, which is
+            not replaced.
         ManifestError: it holds one that cannot be read, and so is not replaced.
     """
     if not catalog.is_taken(""):
         return
     if exists == "raise":
         raise catalog.exists_error("")
-    catalog.open()
+    old = catalog.open()
+    if old.epoch:
+        raise CheckpointExistsError(
+            f"{old.url} is step {old.step} of a CheckpointManager, which alone removes its steps; it was not changed. "
+            "Save under another URL"
+        )
 
 
 def replace(catalog: Catalog, manifest: Manifest) -> Checkpoint:

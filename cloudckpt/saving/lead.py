@@ -201,6 +201,10 @@ class PendingSave:
                 stage.wait_for_first()
             try:
                 return lead.finish(lambda prefix: self._upload(prefix, gauge), self._check)
+            except BaseException:
+                # Whatever it was, the next save is planned anew: a plan that does not fit must not fail every save.
+                lead.coordinator.memory.plan_id = ""
+                raise
             finally:
                 self._close_stage()
 

@@ -235,6 +235,12 @@ def test_an_unknown_word_for_a_url_that_is_taken_is_refused_at_once(tmp_path: Pa
 # -- other processes ---------------------------------------------------------------------------------------------
 
 
+def test_a_used_writer_pickles(tmp_path: Path) -> None:
+    again = pickle.loads(pickle.dumps(save(tmp_path / "c", 1)))
+    dcp.save({"t": torch.ones(3)}, storage_writer=again, checkpoint_id=tmp_path / "d")
+    assert load(CloudReader(tmp_path / "d")) == 1
+
+
 def test_a_used_reader_pickles(tmp_path: Path) -> None:
     save(tmp_path / "c", 1)
     reader = CloudReader(tmp_path / "c")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 import cloudckpt
 from cloudckpt import (
     CheckpointExistsError,
+    CheckpointManager,
     CheckpointNotFoundError,
     CloudCkptError,
     ManifestError,
@@ -141,6 +143,15 @@ def test_a_checkpoint_that_cannot_be_read_is_not_replaced(clients: list[FaultSto
     with pytest.raises(ManifestError):
         save(clients, FaultStore(bucket), 2)
     assert [key for key in bucket.raw_list() if not key.startswith("probe-")] == before
+
+
+def test_a_step_of_a_manager_s_root_is_not_replaced(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        step = manager.save(3, state_of(1))
+        with pytest.raises(CheckpointExistsError, match="is step 3 of a CheckpointManager"):
+            cloudckpt.save(state_of(2), step.url, exists="replace")
+        assert manager.latest() == step
+    assert cloudckpt.read(step.url)["n"] == 1
 
 
 @pytest.mark.parametrize("kind", CRASHES)
