@@ -172,7 +172,7 @@ class CloudWriter(StorageWriter):
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         tensors = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO and not is_elsewhere(item)]
         values = _values_of([item for item in plan.items if item.type is WriteItemType.BYTE_IO], planner)
-        # Before 2.9 torch tells a writer its rank by nothing but the place of its plan. Later ones say it beforehand,
+        # An older torch tells a writer its rank by nothing but the place of its plan. A newer one says it beforehand,
         # which holds also where a cached plan is one of another group.
         rank = plan.storage_data if self._rank is None else self._rank
         output = RankOutput(target=self._target(), attempt=self._attempt, rank=rank or 0, options=self._options)

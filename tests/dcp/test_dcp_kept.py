@@ -186,7 +186,7 @@ def test_one_process_of_several_saves_alone_only_by_the_user_s_word(
 
 
 class OlderTorchWriter(CloudWriter):
-    """To torch before 2.9, or to one that asks for the names of the parameters: tells the writer no rank."""
+    """Has a signature to which no torch passes the rank, as older releases pass it to none."""
 
     def set_up_storage_writer(self, is_coordinator: bool) -> None:  # type: ignore[override]
         super().set_up_storage_writer(is_coordinator)

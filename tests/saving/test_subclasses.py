@@ -16,6 +16,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor, all
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 from torch.testing._internal.two_tensor import TwoTensor
 
 import cloudckpt
@@ -152,3 +153,32 @@ def _save_a_dtensor_of_wrappers(root: str) -> list[str]:
 def test_a_dtensor_of_parts_without_bytes_of_their_own_is_refused(tmp_path: Path) -> None:
     assert run(2, _save_a_dtensor_of_wrappers, str(tmp_path)) == [["d", "d"]] * 2
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def _of_shards(value: float) -> dict[str, Any]:
+    """Return a DTensor of five rows: two shards on rank 0, one on rank 1, as torchrec has them."""
+    mesh = init_device_mesh("cpu", (2,))
+    if dist.get_rank() == 0:
+        parts = LocalShardsWrapper([torch.full((2, 3), value), torch.full((1, 3), 2 * value)], [(0, 0), (2, 0)])
+    else:
+        parts = LocalShardsWrapper([torch.full((2, 3), 3 * value)], [(3, 0)])
+    whole = {"shape": torch.Size((5, 3)), "stride": (3, 1)}
+    return {"d": DTensor.from_local(parts, mesh, [Shard(0)], run_check=False, **whole)}
+
+
+def _save_shards(root: str) -> list[list[float]]:
+    found = []
+    for save in (cloudckpt.save, save_with_dcp):
+        url = Path(root) / save.__name__
+        save(_of_shards(1.0), url)
+        state = _of_shards(0.0)
+        cloudckpt.load(state, url)
+        found.append([float(shard[0, 0]) for shard in state["d"].to_local().local_shards()])
+        state = _of_shards(0.0)
+        dcp.load(state, storage_reader=CloudReader(url))
+        found.append([float(shard[0, 0]) for shard in state["d"].to_local().local_shards()])
+    return found
+
+
+def test_a_tensor_that_tells_dcp_of_its_parts_is_saved_and_restored_part_by_part(tmp_path: Path) -> None:
+    assert run(2, _save_shards, str(tmp_path)) == [[[1.0, 2.0]] * 4, [[3.0]] * 4]
