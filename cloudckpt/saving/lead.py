@@ -37,7 +37,7 @@ from cloudckpt.saving.coordinator import Coordinator, Opening, Order, PlanMemory
 from cloudckpt.saving.output import RankOutput, Record, stats_of
 from cloudckpt.saving.replicas import Details, details_of, digests_of_sets, doubtful_sets, refuse_replicas
 from cloudckpt.saving.snapshot import Staged, take_snapshot
-from cloudckpt.saving.source import Source, check_tensor, chunk_of, tensor_of
+from cloudckpt.saving.source import Source, check_tensor, chunk_of, is_elsewhere, tensor_of
 from cloudckpt.saving.values import differences_of, digest_of_values, digests_of, refuse_values, wanted_values
 from cloudckpt.state import is_tensor
 from cloudckpt.transfer import AbandonedError, Gauge, Slabs, Stage, StageClosedError
@@ -204,6 +204,10 @@ class PendingSave:
                 stage.wait_for_first()
             try:
                 return lead.finish(lambda prefix: self._upload(prefix, gauge), self._check)
+            except BaseException:
+                # Whatever it was, the next save is planned anew: a plan that does not fit must not fail every save.
+                lead.coordinator.memory.plan_id = ""
+                raise
             finally:
                 self._close_stage()
 
@@ -289,7 +293,7 @@ def _open(flat: Flat, group: Group) -> _Opened:
             check_tensor(name, tensor)
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(tensors, None, group.rank == 0)
-    items = planner.create_local_plan().items
+    items = [item for item in planner.create_local_plan().items if not is_elsewhere(item)]
     boxes = BoxTable.of(map(chunk_of, items))
     about = msgspec.json.encode((flat.paths, flat.notes))
     message = msgspec.msgpack.encode((boxes.encode(), about, sorted(flat.of_others)))
