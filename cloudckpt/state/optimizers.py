@@ -235,13 +235,15 @@ class OptimizerEntry(NamedEntry):
             flat.notes[self.name] = {"nameless": shapes}
         if self._own and self._numbers(nested) is None:
             flat.notes[self.name] = {"order": list(self._own)}
+        is_distributed = any(isinstance(parameter, DTensor) for parameter in self._parameters.values())
         for name, leaf in flat.leaves.items():
+            if not isinstance(leaf, torch.Tensor) or not (is_distributed or isinstance(leaf, DTensor)):
+                continue
             below = flat.paths[name][len(self.path) :]
             parameter = self._parameters.get(parameter_of(below))
-            if parameter is not None and isinstance(leaf, torch.Tensor):
-                placements = leaf.placements if isinstance(leaf, DTensor) else None
-                if placements != _usual_placements(parameter, tuple(leaf.size()), below):
-                    flat.notes[name] = _placement_note(leaf)
+            placements = leaf.placements if isinstance(leaf, DTensor) else None
+            if parameter is not None and placements != _usual_placements(parameter, tuple(leaf.size()), below):
+                flat.notes[name] = _placement_note(leaf)
         return flat
 
     # -- restoring ---------------------------------------------------------------------------------------------
@@ -390,11 +392,11 @@ def _placement_note(leaf: torch.Tensor) -> JsonValue:
 def groups_of(optimizer: Optimizer) -> list[dict[str, list[torch.Tensor]]]:
     """Return the groups of an optimizer's parameters, of which only these are looked at; none if it has none."""
     # A wrapper that never was initialized as an optimizer may leave them to the one that it wraps.
-    for each in wrapped_in(optimizer):
-        groups: object = getattr(each, "param_groups", None)
-        if isinstance(groups, list):
-            return groups
-    return []
+    own: object = getattr(optimizer, "param_groups", None)
+    if not isinstance(own, list):
+        inner = (getattr(each, "param_groups", None) for each in wrapped_in(optimizer))
+        own = next((groups for groups in inner if isinstance(groups, list)), [])
+    return own
 
 
 def _self_named(optimizer: Optimizer) -> Iterator[tuple[torch.Tensor, str | None]]:

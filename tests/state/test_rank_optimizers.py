@@ -187,3 +187,53 @@ def flat_round_trip(_: str, url: Path) -> tuple[float, bool]:
 
 def test_an_optimizer_of_an_fsdp1_module_keeps_what_it_says_beside_its_state(tmp_path: Path) -> None:
     assert on("ranks", flat_round_trip, tmp_path / "c") == (8.0, True)
+
+
+def flat_keeps_what_is_missing(_: str, url: Path) -> tuple[bool, bool]:
+    torch.manual_seed(1)
+    inner = Matrices()
+    inner.one, inner.two = (
+        FullyShardedDataParallel(part, device_id=torch.device("cpu"), use_orig_params=True)
+        for part in (inner.one, inner.two)
+    )
+    model = FullyShardedDataParallel(inner, device_id=torch.device("cpu"), use_orig_params=True)
+    one, two = model.parameters()
+    optimizer = torch.optim.Adam([one])
+    train(model, optimizer, begin=0)
+    cloudckpt.save({"model": model, "optimizer": optimizer}, url)
+    other = torch.optim.Adam([{"params": [one]}, {"params": [two], "lr": 0.5}])
+    train(model, other, begin=5)
+    kept = bits(other.state[two])
+    cloudckpt.load({"model": model, "optimizer": other}, url, strict=False)
+    return bits(other.state[two]) == kept, bits(other.state[one]) == bits(optimizer.state[one])
+
+
+def test_not_strict_leaves_the_state_that_the_checkpoint_of_an_fsdp1_module_lacks(tmp_path: Path) -> None:
+    assert on("ranks", flat_keeps_what_is_missing, tmp_path / "c") == (True, True)
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a count in int64 for each parameter, and a sum in float64."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state.setdefault("count", torch.tensor(2**40 + 1))
+            state.setdefault("sum", torch.zeros_like(parameter, dtype=torch.float64)).add_(1 / 3)
+        return loss
+
+
+def flat_keeps_types(_: str, url: Path) -> bool:
+    model, _ = _flat(1, torch.float32)
+    optimizer, other = (Counting(model.parameters(), lr=0.1) for _ in range(2))
+    train(model, optimizer, begin=0)
+    cloudckpt.save({"model": model, "optimizer": optimizer}, url)
+    cloudckpt.load({"model": model, "optimizer": other}, url)
+    # A rank has no state for what FSDP1 keeps wholly on other ranks.
+    here = [parameter for parameter in model.parameters() if parameter.numel()]
+    return bits([other.state[each] for each in here]) == bits([optimizer.state[each] for each in here])
+
+
+def test_state_of_an_fsdp1_module_keeps_its_types(tmp_path: Path) -> None:
+    assert on("ranks", flat_keeps_types, tmp_path / "c")
