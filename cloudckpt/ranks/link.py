@@ -106,7 +106,7 @@ class Link:
         """Send rank 0 a message, and return its answer."""
         with breaking(0):
             # Taken when rank 0 gets to it, which may be long after this rank gave up.
-            self._gloo.send([torch.tensor([len(message)])], 0, _MESSAGE).wait()
+            self._gloo.send([torch.tensor([len(message)], device="cpu")], 0, _MESSAGE).wait()
             with self._lock:
                 if self._is_retracted:
                     raise BrokenError("this rank has given up", None)
@@ -116,24 +116,26 @@ class Link:
 
     def broadcast(self, message: bytes | None) -> bytes:
         """Pass a message from rank 0 down gloo's tree, so that no rank sends it to all."""
-        size = torch.tensor([len(message or b"")])
+        size = torch.tensor([len(message or b"")], device="cpu")
         with breaking(None if message is not None else 0):
             self._gloo.broadcast(size, 0).wait()
-            data = _tensor_of(message) if message is not None else torch.empty(int(size), dtype=torch.uint8)
+            data = (
+                _tensor_of(message) if message is not None else torch.empty(int(size), dtype=torch.uint8, device="cpu")
+            )
             if int(size):
                 self._gloo.broadcast(data, 0).wait()
         return message if message is not None else data.numpy().tobytes()
 
     def _begin_send(self, message: bytes, rank: int) -> list[tuple[dist.Work, torch.Tensor]]:
-        tensors = (torch.tensor([len(message)]), _tensor_of(message))
+        tensors = (torch.tensor([len(message)], device="cpu"), _tensor_of(message))
         with breaking(rank):
             return [(self._gloo.send([tensor], rank, _MESSAGE), tensor) for tensor in tensors]
 
     def _receive(self, rank: int) -> bytes:
-        size = torch.zeros(1, dtype=torch.int64)
+        size = torch.zeros(1, dtype=torch.int64, device="cpu")
         with breaking(rank):
             self._gloo.recv([size], rank, _MESSAGE).wait()
-            data = torch.empty(int(size), dtype=torch.uint8)
+            data = torch.empty(int(size), dtype=torch.uint8, device="cpu")
             self._gloo.recv([data], rank, _MESSAGE).wait()
         return data.numpy().tobytes()
 
@@ -152,7 +154,7 @@ class Link:
 
     def _send_packet(self, packet: Packet, pending: deque[tuple[dist.Work, object]]) -> None:
         is_ready = packet.is_ready is None or packet.is_ready.wait()
-        head = torch.tensor([int(is_ready)])
+        head = torch.tensor([int(is_ready)], device="cpu")
         bodies = list(slices(packed(packet.tensors))) if is_ready else []
         for taker in packet.takers:
             with breaking(taker):
@@ -168,7 +170,7 @@ class Link:
                 work.wait()
 
     def _receive_packet(self, packet: Packet) -> bool:
-        head = torch.zeros(1, dtype=torch.int64)
+        head = torch.zeros(1, dtype=torch.int64, device="cpu")
         with breaking(packet.reader):
             self._gloo.recv([head], packet.reader, _TENSORS).wait()
             if not int(head):

@@ -146,7 +146,9 @@ def plain_errors(
         yield
     except RanksFailedError as exc:
         own = own_failures(exc.failures)
-        raise (_first(own) if failed is None else _same(own, size) or failed(_text(own, size), own)) from exc
+        error = _first(own) if failed is None else _same(own, size) or failed(_text(own, size), own)
+        # What a user's object raised says more than that ranks failed.
+        raise error from error.__cause__ or exc
     except UndecidedError as exc:
         raise CommitUnknownError(
             f"rank 0 was lost when it was about to commit: the checkpoint is whole or not there; {exc}", op="create"

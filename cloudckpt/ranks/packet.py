@@ -90,7 +90,7 @@ def landing_of(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the memory to receive into."""
     if _is_direct(tensors):
         return _as_bytes(tensors[0])
-    return torch.empty(sum(tensor.numel() * tensor.itemsize for tensor in tensors), dtype=torch.uint8)
+    return torch.empty(sum(tensor.numel() * tensor.itemsize for tensor in tensors), dtype=torch.uint8, device="cpu")
 
 
 def unpack(body: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:

@@ -67,7 +67,7 @@ class Vote:
         if self.size == 1:
             return list(values)
         self._count += 1
-        tensor = torch.tensor(list(values), dtype=torch.int64)
+        tensor = torch.tensor(list(values), dtype=torch.int64, device="cpu")
         try:
             self._open(what)
             work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._gloo, async_op=True)

@@ -22,8 +22,8 @@ from cloudckpt.format import Flat, PathElement
 from cloudckpt.ranks import Group
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of, shape_of
 from cloudckpt.state.fsdp1 import is_fsdp1
-from cloudckpt.state.optimizers import clean_name
 from cloudckpt.state.per_rank import RankName
+from cloudckpt.state.wrappers import clean_name
 
 __all__ = ["AccumulationWindow", "WindowEntry"]
 

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import Flat, PathElement, codec
 from cloudckpt.state.accumulation import AccumulationWindow, WindowEntry
+from cloudckpt.state.beside import Beside
 from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, is_tensor, mapping_of
 from cloudckpt.state.fsdp1 import flat_optimizer_entry
 from cloudckpt.state.modules import ModuleEntry
@@ -48,15 +49,17 @@ class _StatefulEntry(Entry):
     fills = False
     is_asked = True
 
-    def __init__(self, place: Place, stateful: Stateful) -> None:
+    def __init__(self, place: Place, stateful: Stateful, beside: Beside) -> None:
         super().__init__(place)
         self._stateful = stateful
+        self._beside = beside
 
     def current(self) -> object:
         return self._stateful.state_dict()
 
     def load(self, restored: object, live: object) -> None:
-        self._stateful.load_state_dict(mapping_of(restored, self.name))
+        state = self._beside.in_group_order(self._stateful, mapping_of(restored, self.name))
+        self._stateful.load_state_dict(state)
 
     def backup(self) -> Callable[[], None] | None:
         before = self._stateful.state_dict()
@@ -125,8 +128,8 @@ def bind(state: MutableMapping[str, object]) -> list[Entry]:
                 f"state key {name!r} is not a usable name; give a string that does not start with 'cloudckpt.'"
             )
     places = [place for name, value in state.items() for place in _places(Place([name], name, value, state, name))]
-    modules = {place.name: place.value for place in places if isinstance(place.value, nn.Module)}
-    return [_entry(place, modules) for place in places]
+    beside = Beside({place.name: place.value for place in places})
+    return [_entry(place, beside) for place in places]
 
 
 def _places(place: Place) -> Iterator[Place]:
@@ -171,18 +174,18 @@ def _holds_object(value: object, depth: int) -> bool:
     return any(_is_object(child) or _holds_object(child, depth + 1) for child in inner)
 
 
-def _entry(place: Place, modules: Mapping[str, nn.Module]) -> Entry:
+def _entry(place: Place, beside: Beside) -> Entry:
     value = place.value
     if isinstance(value, nn.Module):
         return ModuleEntry(place, value)
     if isinstance(value, Optimizer):
-        return flat_optimizer_entry(place, value, modules) or OptimizerEntry(place, value, modules)
+        return flat_optimizer_entry(place, value, beside) or OptimizerEntry(place, value, beside)
     if isinstance(value, AccumulationWindow):
         return WindowEntry(place, value)
     if isinstance(value, PerRank) or is_stateful_loader(value):
         return PerRankEntry(place, cast("Stateful", value.inner if isinstance(value, PerRank) else value))
     if _is_object(value):
-        return _StatefulEntry(place, cast("Stateful", value))
+        return _StatefulEntry(place, cast("Stateful", value), beside)
     return _ValueEntry(place)
 
 

@@ -29,8 +29,9 @@ from torch.optim import Optimizer
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import PathElement
+from cloudckpt.state.beside import Beside
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of, shape_of
-from cloudckpt.state.optimizers import Named, NamedEntry, groups_of, parameter_of
+from cloudckpt.state.optimizers import NamedEntry, groups_of, parameter_of
 
 __all__ = ["flat_optimizer_entry", "is_fsdp1", "sharded"]
 
@@ -40,22 +41,20 @@ def is_fsdp1(module: nn.Module) -> bool:
     return any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
 
 
-def flat_optimizer_entry(place: Place, optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> Entry | None:
-    """Return the adapter of an optimizer over an FSDP1 module of `modules`; None for any other optimizer.
+def flat_optimizer_entry(place: Place, optimizer: Optimizer, beside: Beside) -> Entry | None:
+    """Return the adapter of an optimizer over an FSDP1 module that stands beside it; None for any other optimizer.
 
     Raises:
         OptionsError: it has parameters of an FSDP1 module and others besides.
     """
     own = {id(parameter) for group in groups_of(optimizer) for parameter in group["params"]}
-    for top, module in modules.items():
-        if not is_fsdp1(module) or own.isdisjoint(map(id, module.parameters())):
+    for top, module in beside.fsdp1.items():
+        if own.isdisjoint(map(id, module.parameters())):
             continue
-        names = {
-            id(parameter): Named(clean := [_without_compile(name) for name in found], f"{top}.{clean[0]}")
-            for parameter, found in _get_param_to_fqns(module).items()
-        }
+        fsdp_names = _get_param_to_fqns(module)
+        names = {id(parameter): [_full(top, name) for name in found] for parameter, found in fsdp_names.items()}
         if own <= names.keys():
-            return _FlatEntry(place, optimizer, names, module)
+            return _FlatEntry(place, optimizer, beside, names, top)
         raise OptionsError(
             f"{place.name!r} has parameters of the FSDP module {top!r} and others besides, which cannot be named "
             "together; give each such module an optimizer of its own"
@@ -69,22 +68,31 @@ class _FlatEntry(NamedEntry):
     # For a save it gathers them and cuts them again along their first dimension. A restore fills tensors that are cut
     # like the module's own, from which PyTorch makes the pieces.
 
-    def __init__(self, place: Place, optimizer: Optimizer, names: Mapping[int, Named], module: nn.Module) -> None:
-        super().__init__(place, optimizer, names)
-        self._module = module
+    def __init__(
+        self, place: Place, optimizer: Optimizer, beside: Beside, names: Mapping[int, Sequence[str]], top: str
+    ) -> None:
+        super().__init__(place, optimizer, beside, names)
+        self._top = top
+        self._module = beside.fsdp1[top]
         self._fsdp_names = {
-            _without_compile(name): name
-            for names_of_one in _get_param_to_fqns(module).values()
+            _full(top, name): name
+            for names_of_one in _get_param_to_fqns(self._module).values()
             for name in names_of_one
         }
 
     def current(self) -> object:
+        own = self._optimizer.state_dict()
         with sharded(self._module) as group:
-            found = FullyShardedDataParallel.optim_state_dict(self._module, self._optimizer, group=group)
+            found = FullyShardedDataParallel.optim_state_dict(self._module, self._optimizer, own, group=group)
         # A parameter without state has an empty one, if only its unit was gathered.
-        state = {_without_compile(name): value for name, value in found["state"].items() if value != {}}
+        state = {self._own_key(name): value for name, value in found["state"].items() if value != {}}
         groups = zip(found["param_groups"], self._groups, strict=True)
-        return {"state": state, "param_groups": [{**group, "params": names} for group, names in groups]}
+        return {**own, "state": state, "param_groups": [{**group, "params": names} for group, names in groups]}
+
+    def _own_key(self, name: str) -> str:
+        """Return the full name of a parameter by FSDP's; what belongs to none has a key of its own."""
+        full = _full(self._top, name)
+        return full if full in self._fsdp_names else name
 
     def fillable(self) -> object:
         return {}  # `current` makes copies
@@ -92,11 +100,11 @@ class _FlatEntry(NamedEntry):
     @cached_property
     def _cuts(self) -> Mapping[str, object]:
         """The module's tensors, cut over the ranks as a part of the state that is as large is."""
-        return get_model_state_dict(self._module, options=StateDictOptions(strict=False))
+        cuts = get_model_state_dict(self._module, options=StateDictOptions(strict=False))
+        return {f"{self._top}.{name}": tensor for name, tensor in cuts.items()}
 
     def allocate(self, below: Sequence[PathElement], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        name = parameter_of(below)
-        alike = self._cuts.get(name) if name else None
+        alike = self._cuts.get(str(parameter_of(below)))
         if isinstance(alike, ShardedTensor) and shape_of(alike) == shape:
             return cast("torch.Tensor", _empty_like_sharded(alike, dtype))
         if isinstance(alike, torch.Tensor) and shape_of(alike) == shape:
@@ -107,27 +115,33 @@ class _FlatEntry(NamedEntry):
         """Compare also what is flattened into one parameter, which has one state."""
         misfit = super().compare(restored, dtypes)
         state = self.restored_state(restored)
-        for named in self._named:
-            keys = {frozenset(mapping_of(state.get(name, {}), self.name)) for name in named.names}
+        for names in self._names.values():
+            keys = {frozenset(mapping_of(state.get(name, {}), self.name)) for name in names}
             if len(keys) > 1:
                 misfit.reasons.append(
-                    f"{self.name} has one state for all of {', '.join(named.names)}, and not so there"
+                    f"{self.name} has one state for all of {', '.join(map(str, names))}, and not so there"
                 )
         return misfit
 
     def load(self, restored: object, live: object) -> None:
-        state = {self._fsdp_names.get(name, name): value for name, value in self.restored_state(restored).items()}
+        state = self.restored_state(restored)
+        if self._missing:
+            kept = mapping_of(mapping_of(self.current(), self.name)["state"], self.name)
+            state |= {name: kept[str(name)] for name in self._missing if name in kept}
         groups = self.restored_groups(restored)
         for group, names in zip(groups, self._groups, strict=True):
-            group["params"] = [self._fsdp_names[name] for name in names]
+            group["params"] = [self._fsdp_names[str(name)] for name in names]
         with sharded(self._module) as process_group:
             flat = FullyShardedDataParallel.optim_state_dict_to_load(
                 self._module,
                 self._optimizer,
-                {"state": state, "param_groups": groups},
+                {
+                    "state": {self._fsdp_names.get(str(name), name): value for name, value in state.items()},
+                    "param_groups": groups,
+                },
                 group=process_group,
             )
-        self.load_numbered(flat["state"], flat["param_groups"])
+        self.load_numbered(restored, flat["state"], flat["param_groups"])
 
 
 @contextmanager
@@ -144,8 +158,8 @@ def sharded(module: nn.Module) -> Iterator[ProcessGroup | None]:
             yield FullyShardedDataParallel.fsdp_modules(module)[0].process_group
 
 
-def _without_compile(name: str) -> str:
-    return name.replace("_orig_mod.", "")
+def _full(top: str, name: str) -> str:
+    return f"{top}.{name.replace('_orig_mod.', '')}"
 
 
 def _empty_like_sharded(tensor: ShardedTensor, dtype: torch.dtype) -> ShardedTensor:

@@ -213,8 +213,7 @@ class Restoration:
         self._shared: list[list[tuple[str, object, object]]] = []
         self._resized: list[_Resized] = []
         self._new: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._undos: list[Callable[[], None]] = []
-        self._changed: list[str] = []
+        self._undos: list[tuple[str, Callable[[], None] | None]] = []
 
     def compare_early(self, members: list[tuple[str, object, object]]) -> None:
         """Have `ask` compare tensors that share memory: (name, the live one, what it is to hold)."""
@@ -230,8 +229,8 @@ class Restoration:
         """Hand the state over to all objects that may refuse it.
 
         Raises:
-            StateMismatchError: one does, or contents differ that are to go to the same memory. After `undo` nothing was
-                changed, except what the message names.
+            StateMismatchError: one does, or contents differ that are to go to the same memory. Nothing was changed,
+                except what the message names.
         """
         for members in self._shared:
             if (pair := conflict(members)) is not None:
@@ -243,17 +242,15 @@ class Restoration:
         asked = [(part, part.entry.backup()) for part in self._parts if part.entry.is_asked]
         # Those that cannot be put back come last.
         for part, undo in sorted(asked, key=lambda pair: pair[1] is None):
-            if undo is not None:
-                self._undos.append(undo)
-            else:
-                self._changed.append(part.entry.name)
+            self._undos.append((part.entry.name, undo))
             try:
                 part.load()
             except Exception as exc:
-                changed = f"; {', '.join(self._changed)} may have been changed" if self._changed else ""
+                changed = self.undo()
+                but = f" but in {', '.join(changed)}, which cannot take its old state back" if changed else ""
                 raise StateMismatchError(
                     f"{part.entry.name} refuses the state that was saved: {type(exc).__name__}: {exc}; nothing was "
-                    f"restored{changed}"
+                    f"changed{but}"
                 ) from exc
 
     def _made(self, one: _Resized) -> torch.Tensor:
@@ -268,14 +265,21 @@ class Restoration:
             )
         return new
 
-    def undo(self) -> None:
-        """Give the objects that `ask` has changed their old state back, the last one first."""
+    def undo(self) -> list[str]:
+        """Give the objects that `ask` has changed their old state back, last one first; return who keeps the new."""
+        changed = []
         while self._undos:
-            undo = self._undos.pop()
+            name, undo = self._undos.pop()
             try:
-                undo()
-            except Exception:
-                logger.exception("an object could not be given its old state back")
+                if undo is None:
+                    changed.append(name)
+                else:
+                    undo()
+            except Exception:  # noqa: BLE001 (of a user's object; whatever it is, the others are to get theirs)
+                changed.append(name)
+        if changed:
+            logger.warning("of a restore that failed, these keep what they were given: %s", _some(changed))
+        return changed
 
     def apply(self) -> None:
         """Give all other objects their state, whose tensors are filled.

@@ -1,205 +1,449 @@
 """Save and restore an optimizer by the names of its parameters, so that it survives resharding and reordering.
 
-Names come from the modules that stand beside it in the state. Knows PyTorch's optimizers and wrappers.
+    optimizer.state_dict() ──numbers → full names──▶ saved ──names → numbers──▶ optimizer.load_state_dict()
+
+What is saved is what the optimizer says of itself, and what it is given back passes through its own code; only the
+numbers of parameters are renamed. Names come from what stands beside it in the state. Knows PyTorch's optimizers, and
+of those that wrap them only that they have groups, state_dict and load_state_dict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
+from typing import cast
 
 import torch
-from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
+from torch.distributed import get_world_size, is_initialized
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import empty as empty_distributed
+from torch.optim import LBFGS, Optimizer
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.format import PathElement
+from cloudckpt.format import DTYPES, Flat, JsonValue, PathElement
+from cloudckpt.state.beside import Beside
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of
+from cloudckpt.state.groups import GroupFit, Name, match_groups
+from cloudckpt.state.uncast import saved_types, wrapped_in
 
-__all__ = ["Named", "NamedEntry", "OptimizerEntry", "clean_name", "groups_of", "parameter_of"]
+__all__ = ["NamedEntry", "OptimizerEntry", "groups_of", "parameter_of"]
 
-# What a wrapper adds to the names of the parameters inside it.
-_WRAPPED = {"module": DistributedDataParallel, "_checkpoint_wrapped_module": CheckpointWrapper}
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """What a parameter is called in its optimizer's state; a flattened one has many names.
-
-    Attributes:
-        names: of the tensors in it.
-        full_name: what the (first) tensor is saved as.
-    """
-
-    names: Sequence[str]
-    full_name: str
+_OURS = ("state", "param_groups")
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class NamedEntry(Entry):
-    """An optimizer whose state is named by the parameters of the modules in the state; what both kinds share.
+    """An optimizer whose parameters have names; what both kinds share.
 
     DCP's `get_optimizer_state_dict` is not used: to have names for the state of a fresh optimizer it takes a step
     with zero gradients, which counts as a step from then on. Here the checkpoint says which state there is, and each
     part that is as large as its parameter is allocated like that parameter (device and placement included).
     """
 
-    def __init__(self, place: Place, optimizer: Optimizer, names: Mapping[int, Named]) -> None:
+    def __init__(self, place: Place, optimizer: Optimizer, beside: Beside, names: Mapping[int, Sequence[Name]]) -> None:
+        """Take the `names` of the tensors in each parameter, by its id; a flattened one has many."""
         super().__init__(place)
         self._optimizer = optimizer
-        self._numbered = [parameter for group in groups_of(optimizer) for parameter in group["params"]]
-        self._named = [names[id(parameter)] for parameter in self._numbered]
+        self._beside = beside
+        self._names = names
         self._groups = [
-            [name for parameter in group["params"] for name in names[id(parameter)].names]
-            for group in groups_of(optimizer)
+            [name for parameter in group["params"] for name in names[id(parameter)]] for group in groups_of(optimizer)
         ]
-        self._as_saved: set[int] = set()
+        self._own = dict.fromkeys(chain.from_iterable(self._groups))
+        # Found out by `compare`.
+        self._fit = GroupFit()
+        self._missing: list[Name] = []
+        self._changed: dict[int, torch.dtype] = {}
+
+    def own_name(self, saved: Name) -> Name:
+        """Return what a parameter that was saved under a name is called here."""
+        return saved
+
+    def saved_dtype(self, parameter: torch.Tensor, dtypes: Mapping[str, torch.dtype]) -> torch.dtype | None:
+        """Return which dtype a parameter had when it was saved, None where nobody can tell."""
+        return dtypes.get(str(next(iter(self._names[id(parameter)]))))
 
     def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
         """Compare the parameters and their groups."""
-        saved = _saved_groups(restored, self.name)
-        self._as_saved = {
-            number
-            for number, (named, parameter) in enumerate(zip(self._named, self._numbered, strict=True))
-            if dtypes.get(named.full_name) == parameter.dtype
-        }
-        own = list(chain.from_iterable(self._groups))
-        here = set(own)
-        there = _names_in(saved)
-        misfit = Misfit(
-            missing=[f"{self.name}.{name}" for name in own if name not in there],
-            unexpected=[f"{self.name}.{name}" for name in sorted(there - here)],
-        )
-        partition = {frozenset(names) for names in self._groups}
-        if here == there and (partition != {frozenset(group["params"]) for group in saved}):
-            misfit.reasons.append(f"{self.name} has the same parameters in other groups")
+        groups = _saved_groups(restored, self.name)
+        saved = [[self.own_name(name) for name in group["params"]] for group in groups]
+        there = list(dict.fromkeys(chain.from_iterable(saved)))
+        known = set(there)
+        misfit = Misfit(reasons=self._nameless_misfit(there))
+        if misfit.reasons:
+            return misfit
+        for group in groups_of(self._optimizer):
+            for parameter in group["params"]:
+                dtype = self.saved_dtype(parameter, dtypes)
+                if dtype is not None and dtype != parameter.dtype:
+                    self._changed[id(parameter)] = dtype
+        self._missing = [name for name in self._own if name not in known]
+        self._fit = fit = match_groups(self._groups, saved)
+        misfit.missing += [f"{self.name}.{name}" for name in self._missing]
+        misfit.missing += [f"{self.name}.param_groups.{place}" for place in fit.missing]
+        misfit.unexpected += [f"{self.name}.{name}" for name in sorted(map(str, known - self._own.keys()))]
+        misfit.unexpected += [f"{self.name}.param_groups.{place}" for place in fit.unexpected]
+        misfit.reasons += self._tie_misfit(_names_in(groups))
+        misfit.reasons += self._order_misfits(there, mapping_of(restored, self.name))
         return misfit
 
-    def restored_state(self, restored: object) -> dict[str, object]:
+    def _nameless_misfit(self, there: Sequence[Name]) -> list[str]:
+        """Refuse to take parameters that have names for some that have none; the place of these is all they have."""
+        counts = [sum(isinstance(name, int) for name in names) for names in (self._own, there)]
+        if counts[0] == counts[1]:
+            return []
+        advice = "put the modules or tensors that they belong to beside it, as when it was saved"
+        if counts[0] < counts[1]:
+            advice = "restore it without the modules beside it that were not there when it was saved"
+        text = f"{self.name} has {counts[0]} parameters here and {counts[1]} there that nothing in the state names"
+        return [f"{text}, and that are known by their place alone ({advice})"]
+
+    def _tie_misfit(self, saved: set[Name]) -> list[str]:
+        """Refuse the state of several parameters for what is one here."""
+        counts = Counter(map(self.own_name, saved))
+        tied = sorted(str(name) for name in saved if counts[self.own_name(name)] > 1)
+        return [f"{self.name} has as one parameter here what are several there: {', '.join(tied)}"] if tied else []
+
+    def _order_misfits(self, there: Sequence[Name], restored: Mapping[str, object]) -> list[str]:
+        """Say what stands in another order than it was saved in, and could not follow."""
+        found = []
+        if self._fit.torn:
+            found.append(f"{self.name} has the same parameters in other groups ({self._fit.torn[0]} for one)")
+        if self._fit.is_moved:
+            keepers = self._beside.carry(wrapped_in(self._optimizer), self._fit.sources)
+            found += [
+                f"{keeper} may keep something for each group of {self.name}, whose groups stand in another order than "
+                "they were saved in (give them in that order)"
+                for keeper in keepers
+            ]
+        extra = [repr(key) for key, value in restored.items() if key not in _OURS and _may_hold_numbers(value)]
+        if any(isinstance(each, LBFGS) for each in wrapped_in(self._optimizer)):
+            extra.append("vectors of all parameters together")
+        if extra and there != list(self._own):
+            text = f"{self.name} keeps {', '.join(extra)} beside the state of its parameters, which stand in another"
+            found.append(f"{text} order than they were saved in (give them in that order)")
+        return found
+
+    def restored_state(self, restored: object) -> dict[object, object]:
         """Return the restored state of the parameters here by name, and the state that belongs to no parameter."""
-        own = set(chain.from_iterable(self._groups))
         known = _names_in(_saved_groups(restored, self.name))
         state = mapping_of(mapping_of(restored, self.name).get("state", {}), f"{self.name}.state")
-        return {name: value for name, value in state.items() if name in own or name not in known}
+        named = {self.own_name(name) if name in known else name: value for name, value in state.items()}
+        return {name: value for name, value in named.items() if name in self._own or name not in known}
 
     def restored_groups(self, restored: object) -> list[dict[str, object]]:
-        """Return the groups here, with their own parameters and the restored options."""
+        """Return the groups here, with their own parameters by name and the restored options."""
         saved = _saved_groups(restored, self.name)
         return [
-            {**_most_alike(saved, names, live), "params": names}
-            for names, live in zip(self._groups, groups_of(self._optimizer), strict=True)
+            _group(names, live, None if source is None else saved[source], self.own_name)
+            for names, live, source in zip(self._groups, groups_of(self._optimizer), self._fit.sources, strict=True)
         ]
 
-    def load_numbered(self, state: Mapping[object, object], groups: Sequence[Mapping[str, object]]) -> None:
-        """Give the optimizer a state_dict of its own kind, with numbered parameters."""
-        self._optimizer.load_state_dict({"state": dict(state), "param_groups": list(groups)})
-        self._undo_casts(state)
-
-    def _undo_casts(self, state: Mapping[object, object]) -> None:
-        """Give state its saved dtype back where `load_state_dict` made it the parameter's."""
-        # Wanted when the parameter itself has another dtype than when it was saved; else it loses bits: of NAdam's
-        # running product, for example, which is float32 whatever the parameters are.
-        for number, parameter in enumerate(self._numbered):
-            saved = state.get(number)
-            loaded = self._optimizer.state.get(parameter)
-            if not isinstance(saved, dict) or not isinstance(loaded, dict):
-                continue
-            for key, value in saved.items():
-                now = loaded.get(key)
-                is_exact = number in self._as_saved or (isinstance(value, torch.Tensor) and value.dim() == 0)
-                if is_exact and isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor):
-                    loaded[key] = now if now.dtype == value.dtype else value.to(now.device)
+    def load_numbered(self, restored: object, state: Mapping[object, object], groups: Sequence[object]) -> None:
+        """Give the optimizer a state_dict of its own kind: the restored one, with numbered state and groups."""
+        with saved_types(self._optimizer, self._changed):
+            self._optimizer.load_state_dict(
+                {**mapping_of(restored, self.name), "state": dict(state), "param_groups": list(groups)}
+            )
 
 
 class OptimizerEntry(NamedEntry):
-    """An optimizer each of whose parameters has one name."""
+    """An optimizer each of whose parameters is a tensor of its own."""
 
-    def __init__(self, place: Place, optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> None:
-        """Name the parameters as the `modules` do, which the state holds under those names."""
-        super().__init__(place, optimizer, _parameter_names(optimizer, modules))
-        self._numbers = {named.names[0]: number for number, named in enumerate(self._named)}
+    def __init__(self, place: Place, optimizer: Optimizer, beside: Beside) -> None:
+        """Name the parameters by what stands `beside` the optimizer, else by themselves, else by place."""
+        self._parameters: dict[Name, torch.Tensor] = {}
+        self._aliases: dict[Name, Name] = {}
+        self._nameless: list[torch.Tensor] = []
+        names: dict[int, Sequence[Name]] = {}
+        for parameter, own_name in _self_named(optimizer):
+            if id(parameter) in names:
+                continue
+            found = list(beside.names_of(parameter))
+            if not found and own_name is not None and own_name not in self._aliases:
+                found = [own_name]
+            name: Name = found[0] if found else len(self._nameless)
+            if not found:
+                self._nameless.append(parameter)
+            names[id(parameter)] = [name]
+            self._parameters[name] = parameter
+            self._aliases.update(dict.fromkeys(found, name))
+        self._refused: list[str] = []
+        super().__init__(place, optimizer, beside, names)
+
+    def own_name(self, saved: Name) -> Name:
+        """Return the name here of a parameter, which may have several that are tied."""
+        return self._aliases.get(saved, saved)
+
+    def saved_dtype(self, parameter: torch.Tensor, dtypes: Mapping[str, torch.dtype]) -> torch.dtype | None:
+        """Return what was saved under one of a parameter's names, or noted of one that has none."""
+        name = self._names[id(parameter)][0]
+        if isinstance(name, int):
+            return self._noted(name)[0]
+        found = (dtypes[alias] for alias in [name, *self._beside.names_of(parameter)] if alias in dtypes)
+        return next(found, None)
+
+    # -- saving ------------------------------------------------------------------------------------------------
+
+    def _numbers(self, state: object) -> dict[Name, object] | None:
+        """Return by what the optimizer's own state_dict calls each parameter; None for one that is no such dict."""
+        groups = state.get("param_groups") if isinstance(state, dict) else None
+        live = groups_of(self._optimizer)
+        if not isinstance(groups, list) or len(groups) != len(live):
+            return None
+        numbers: dict[Name, object] = {}
+        for group, own in zip(groups, live, strict=True):
+            found = group.get("params") if isinstance(group, dict) else None
+            if not isinstance(found, list) or len(found) != len(own["params"]):
+                return None
+            for number, parameter in zip(found, own["params"], strict=True):
+                numbers.setdefault(self._names[id(parameter)][0], number)
+        return numbers
 
     def current(self) -> object:
         state = self._optimizer.state_dict()
-        numbered = dict(enumerate(self._numbers))
-        groups = [{**group, "params": names} for group, names in zip(state["param_groups"], self._groups, strict=True)]
-        # State that belongs to no parameter has keys of its own.
-        return {
-            "state": {numbered.get(key, key): value for key, value in state["state"].items()},
-            "param_groups": groups,
-        }
+        numbers = self._numbers(state)
+        if numbers is None:
+            return state
+        names = {number: name for name, number in numbers.items()}
+        renamed: dict[str, object] = dict(state)
+        if isinstance(state.get("state"), dict):
+            # State that belongs to no parameter has keys of its own.
+            renamed["state"] = {names.get(key, key): value for key, value in state["state"].items()}
+        renamed["param_groups"] = [
+            {**group, "params": [names.get(number, number) for number in group["params"]]}
+            for group in state["param_groups"]
+        ]
+        return renamed
+
+    def fillable(self) -> object:
+        nested = self.current()
+        self.fills = _is_loaded_by_torch(self._optimizer)
+        if not isinstance(nested, dict) or self._numbers(nested) is None:
+            return nested
+        # Not the options: groups may share one tensor, and the checkpoint has two.
+        return {"state": nested["state"]} if nested.get("state") else {}
+
+    def flat(self, nested: object) -> Flat:
+        """Note also what the names cannot tell: of nameless parameters, of an order, and of placements."""
+        flat = super().flat(nested)
+        if self._nameless:
+            shapes: list[JsonValue] = [
+                [_DTYPE_NAMES.get(parameter.dtype, ""), list(parameter.size())] for parameter in self._nameless
+            ]
+            flat.notes[self.name] = {"nameless": shapes}
+        if self._own and self._numbers(nested) is None:
+            flat.notes[self.name] = {"order": list(self._own)}
+        for name, leaf in flat.leaves.items():
+            below = flat.paths[name][len(self.path) :]
+            parameter = self._parameters.get(parameter_of(below))
+            if parameter is not None and isinstance(leaf, torch.Tensor):
+                placements = leaf.placements if isinstance(leaf, DTensor) else None
+                if placements != _usual_placements(parameter, tuple(leaf.size()), below):
+                    flat.notes[name] = _placement_note(leaf)
+        return flat
+
+    # -- restoring ---------------------------------------------------------------------------------------------
 
     def allocate(self, below: Sequence[PathElement], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        name = parameter_of(below)
-        parameter = self._numbered[self._numbers[name]] if name in self._numbers else None
-        if parameter is None or tuple(parameter.size()) != shape:
+        parameter = self._parameters.get(self.own_name(parameter_of(below)))
+        if parameter is None:
             return super().allocate(below, shape, dtype)
-        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        name = ".".join([self.name, *map(_segment, below)])
+        placements = _usual_placements(parameter, shape, below)
+        if name in self.notes:
+            placements = self._noted_placements(name, parameter, shape)
+        if isinstance(parameter, DTensor) and placements is not None:
+            mesh = parameter.device_mesh
+            made: torch.Tensor = empty_distributed(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
+            return made
+        if not isinstance(parameter, DTensor) and tuple(parameter.size()) == shape:
+            return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        return super().allocate(below, shape, dtype)
+
+    def _noted_placements(
+        self, name: str, parameter: torch.Tensor, shape: tuple[int, ...]
+    ) -> tuple[Placement, ...] | None:
+        """Return how a part of the state was placed, on the mesh that its parameter has here; None if it was not."""
+        note = self.notes[name]
+        saved = note.get("placements") if isinstance(note, dict) else None
+        axes = note.get("axes") if isinstance(note, dict) else None
+        if not isinstance(saved, list):
+            return None
+        if not isinstance(parameter, DTensor):
+            if is_initialized() and get_world_size() > 1:
+                self._refused.append(
+                    f"{name} was a DTensor, and its parameter is none here (shard the module first, as when it was "
+                    "saved)"
+                )
+            return None
+        mesh = parameter.device_mesh
+        if isinstance(axes, list) and mesh.mesh_dim_names and len(axes) == len(saved):
+            by_axis = {str(axis): placement for axis, placement in zip(axes, saved, strict=True)}
+            saved = [by_axis.get(axis) for axis in mesh.mesh_dim_names]
+        elif len(saved) != mesh.ndim:
+            saved = []
+        found: list[Placement] = [
+            Shard(axis) if isinstance(axis, int) and 0 <= axis < len(shape) else Replicate() for axis in saved
+        ]
+        # On a mesh of another kind every rank has all of it, which the ops of a DTensor take beside any sharding.
+        return tuple(found) or (Replicate(),) * mesh.ndim
+
+    def _noted(self, place: int) -> tuple[torch.dtype | None, tuple[int, ...] | None]:
+        """Return which dtype and shape a nameless parameter had when it was saved."""
+        note = self.notes.get(self.name)
+        found = note.get("nameless") if isinstance(note, dict) else None
+        try:
+            dtype, shape = cast("list[tuple[str, list[int]]]", found)[place]
+            return DTYPES.get(dtype), tuple(shape)
+        except (TypeError, ValueError, IndexError):
+            return None, None
+
+    def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
+        """Compare also the shapes of nameless parameters."""
+        if self._numbers(self._optimizer.state_dict()) is None:
+            return self._compare_unread(mapping_of(restored, self.name))
+        misfit = super().compare(restored, dtypes)
+        for place, parameter in enumerate(self._nameless):
+            shape = self._noted(place)[1]
+            if shape is not None and shape != tuple(parameter.size()):
+                misfit.reasons.append(
+                    f"parameter {place} of {self.name} is {tuple(parameter.size())} here and {shape} there, and has "
+                    "no name but its place (put what it belongs to into the state, beside the optimizer)"
+                )
+        misfit.reasons += self._refused
+        return misfit
+
+    def _compare_unread(self, restored: Mapping[str, object]) -> Misfit:
+        """Compare what can be of an optimizer whose state_dict is of a kind of its own."""
+        groups = restored.get("param_groups")
+        is_named = isinstance(groups, list) and any(
+            isinstance(name, str) for group in groups if isinstance(group, dict) for name in group.get("params", ())
+        )
+        if is_named:
+            return Misfit(reasons=[f"{self.name} has a state_dict of its own kind here and one of torch's there"])
+        note = self.notes.get(self.name)
+        order: object = note.get("order") if isinstance(note, dict) else None
+        order = order if isinstance(order, list) else []
+        known = [self.own_name(name) for name in order if isinstance(name, str | int)]
+        if known and known != list(self._own):
+            text = f"{self.name} has a state_dict of its own kind, and its parameters stand in another order than"
+            return Misfit(reasons=[f"{text} they were saved in (give them in that order)"])
+        return Misfit()
 
     def load(self, restored: object, live: object) -> None:
-        state: dict[object, object] = {
-            self._numbers.get(name, name): value for name, value in self.restored_state(restored).items()
-        }
-        groups = [
-            {**group, "params": [self._numbers[name] for name in names]}
-            for group, names in zip(self.restored_groups(restored), self._groups, strict=True)
-        ]
-        self.load_numbered(state, groups)
+        now = self._optimizer.state_dict()
+        numbers = self._numbers(now)
+        if numbers is None:
+            with saved_types(self._optimizer, {}):
+                self._optimizer.load_state_dict(mapping_of(restored, self.name))
+            return
+        kept: Mapping[object, object] = now.get("state", {})
+        state = {numbers.get(cast("Name", name), name): value for name, value in self.restored_state(restored).items()}
+        state |= {numbers[name]: kept[numbers[name]] for name in self._missing if numbers[name] in kept}
+        groups = self.restored_groups(restored)
+        for group, names in zip(groups, self._groups, strict=True):
+            group["params"] = [numbers[name] for name in names]
+        self.load_numbered(restored, state, groups)
 
 
-def parameter_of(below: Sequence[PathElement]) -> str:
-    """Return which parameter a part of the state belongs to, by its path."""
-    return str(below[1]) if len(below) == 3 and below[0] == "state" else ""
+def _is_loaded_by_torch(optimizer: Optimizer) -> bool:
+    """Tell whether only torch's own code takes a state back; other code may clear what it has before it copies."""
+    is_own = getattr(optimizer.load_state_dict, "__func__", None) is not Optimizer.load_state_dict
+    return not is_own and not optimizer._optimizer_load_state_dict_pre_hooks  # noqa: SLF001 (no other way to ask)
 
 
-def _names_in(groups: Sequence[dict[str, list[str]]]) -> set[str]:
-    return {str(name) for group in groups for name in group["params"]}
+def parameter_of(below: Sequence[PathElement]) -> Name:
+    """Return which parameter a part of the state belongs to, by its path; "" if to none."""
+    if len(below) < 3 or below[0] != "state":  # state, parameter, key
+        return ""
+    name = below[1]["key"] if isinstance(below[1], dict) and "key" in below[1] else below[1]
+    return name if isinstance(name, str | int) else ""
+
+
+def _segment(element: PathElement) -> str:
+    return str(next(iter(element.values()))) if isinstance(element, dict) else str(element)
+
+
+def _usual_placements(
+    parameter: torch.Tensor, shape: tuple[int, ...], below: Sequence[PathElement]
+) -> tuple[Placement, ...] | None:
+    """Return how state of a DTensor is placed of which nothing else was noted; None for a plain tensor."""
+    if not isinstance(parameter, DTensor) or below[-1] == "step":  # torch keeps that a plain one
+        return None
+    if shape == tuple(parameter.size()):
+        return parameter.placements
+    return (Replicate(),) * parameter.device_mesh.ndim if shape else None
+
+
+def _placement_note(leaf: torch.Tensor) -> JsonValue:
+    if not isinstance(leaf, DTensor):
+        return {"placements": None}
+    axes = leaf.device_mesh.mesh_dim_names
+    return {
+        "placements": [placement.dim if type(placement) is Shard else None for placement in leaf.placements],
+        "axes": None if axes is None else list(axes),
+    }
 
 
 def groups_of(optimizer: Optimizer) -> list[dict[str, list[torch.Tensor]]]:
-    """Return the groups of an optimizer's parameters, of which only these are looked at."""
-    return optimizer.param_groups
+    """Return the groups of an optimizer's parameters, of which only these are looked at; none if it has none."""
+    # A wrapper that never was initialized as an optimizer may leave them to the one that it wraps.
+    for each in wrapped_in(optimizer):
+        groups: object = getattr(each, "param_groups", None)
+        if isinstance(groups, list):
+            return groups
+    return []
 
 
-def _saved_groups(restored: object, name: str) -> list[dict[str, list[str]]]:
+def _self_named(optimizer: Optimizer) -> Iterator[tuple[torch.Tensor, str | None]]:
+    """Yield the parameters, and the names that the optimizer was given with them where these tell them apart."""
+    groups = groups_of(optimizer)
+    given = [name for group in groups for name in group.get("param_names", ())]
+    are_usable = len(set(map(str, given))) == sum(len(group["params"]) for group in groups) == len(given)
+    own = chain(map(str, given) if are_usable else ())
+    for parameter in chain.from_iterable(group["params"] for group in groups):
+        yield parameter, next(own, None)
+
+
+def _names_in(groups: Sequence[Mapping[str, Sequence[Name]]]) -> set[Name]:
+    return set(chain.from_iterable(group["params"] for group in groups))
+
+
+def _saved_groups(restored: object, name: str) -> list[dict[str, list[Name]]]:
     groups = restored.get("param_groups") if isinstance(restored, dict) else None
-    if not isinstance(groups, list) or not all(isinstance(group, dict) and "params" in group for group in groups):
+    if not isinstance(groups, list) or not all(map(_is_group, groups)):
         raise OptionsError(f"the checkpoint holds no optimizer under {name!r}; give the object that was saved there")
     return groups
 
 
-def _most_alike(
-    saved: Sequence[dict[str, list[str]]], names: Sequence[str], live: Mapping[str, object]
+def _is_group(group: object) -> bool:
+    names = group.get("params") if isinstance(group, dict) else None
+    return isinstance(names, list) and all(isinstance(name, str | int) for name in names)
+
+
+def _may_hold_numbers(extra: object) -> bool:
+    return isinstance(extra, dict | list | tuple | set | torch.Tensor)
+
+
+def _group(
+    names: Sequence[Name],
+    live: Mapping[str, object],
+    saved: Mapping[str, object] | None,
+    own_name: Callable[[Name], Name],
 ) -> dict[str, object]:
-    """Return the options of the saved group with the most of these parameters; of the live one where none has any."""
-    best = max(saved, key=lambda group: len(set(group["params"]).intersection(names)), default=None)
-    alike = live if best is None or not set(best["params"]).intersection(names) else best
-    # Names are in the saved order; the optimizer has its own.
-    return {key: value for key, value in alike.items() if key != "param_names"}
-
-
-def _parameter_names(optimizer: Optimizer, modules: Mapping[str, nn.Module]) -> dict[int, Named]:
-    """Name an optimizer's parameters as the modules in the state do; by place, if those do not know all of them."""
-    names: dict[int, Named] = {}
-    for top, module in modules.items():
-        for path, parameter in module.named_parameters():
-            name = clean_name(module, path)
-            names.setdefault(id(parameter), Named([name], f"{top}.{name}"))
-    own = [id(parameter) for group in groups_of(optimizer) for parameter in group["params"]]
-    if len({names[key].names[0] for key in own if key in names}) == len(own):
-        return {key: names[key] for key in own}
-    return {key: Named([str(place)], "") for place, key in enumerate(own)}
-
-
-def clean_name(module: nn.Module, path: str) -> str:
-    """Drop what wrappers (DDP, compile, activation checkpointing) put into a parameter's name."""
-    kept = []
-    here: object = module
-    for part in path.split("."):
-        is_wrapper = part == "_orig_mod" or isinstance(here, _WRAPPED.get(part, ()))
-        if not is_wrapper:
-            kept.append(part)
-        here = getattr(here, part)
-    return ".".join(kept)
+    """Return the options of a saved group for a live one, its own where none was saved."""
+    if saved is None:
+        return {**live, "params": names}
+    options = {key: value for key, value in saved.items() if key != "param_names"}
+    given = saved.get("param_names")
+    if isinstance(given, list) and "param_names" not in live:
+        # Names are in the saved order; the optimizer has its own.
+        by_name = dict(zip(map(own_name, cast("list[Name]", saved["params"])), given, strict=False))
+        options["param_names"] = [by_name.get(name, str(name)) for name in names]
+    for key, value in options.items():
+        here = live.get(key)
+        if isinstance(value, torch.Tensor) and isinstance(here, torch.Tensor):
+            options[key] = value.to(here.device)
+    return {**options, "params": names}

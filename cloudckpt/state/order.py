@@ -35,8 +35,8 @@ class Order:
 
     def _of(self, data_epoch: int) -> torch.Tensor:
         if self._numbers is None or self._numbers[0] != data_epoch:
-            generator = torch.Generator().manual_seed(mixed(self.seed, data_epoch))
-            self._numbers = data_epoch, torch.randperm(self.length, generator=generator)
+            generator = torch.Generator("cpu").manual_seed(mixed(self.seed, data_epoch))
+            self._numbers = data_epoch, torch.randperm(self.length, generator=generator, device="cpu")
         return self._numbers[1]
 
     def fingerprint(self, data_epoch: int) -> str:

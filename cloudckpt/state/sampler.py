@@ -166,7 +166,7 @@ class ResumableSampler(Sampler[int]):
 
     def _share(self) -> torch.Tensor:
         start = self._consumed + self._rank
-        places = torch.arange(start, start + len(self) * self._size, self._size) % self._order.length
+        places = torch.arange(start, start + len(self) * self._size, self._size, device="cpu") % self._order.length
         return self._order.samples(self._data_epoch, places)
 
     # -- the training loop -------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ class Slabs:
 
 def _new_slab(size_bytes: int, *, is_pinned: bool) -> Slab:
     if is_pinned:
-        array: np.ndarray = torch.empty(_rounded(size_bytes), dtype=torch.uint8, pin_memory=True).numpy()
+        array: np.ndarray = torch.empty(_rounded(size_bytes), dtype=torch.uint8, device="cpu", pin_memory=True).numpy()
         return Slab(memory=array.data, is_pinned=True)
     memory = mmap.mmap(-1, _rounded(size_bytes))
     if size_bytes >= _HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):

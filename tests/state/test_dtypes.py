@@ -12,7 +12,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 import cloudckpt
-from cloudckpt import Options, UnsupportedValueError
+from cloudckpt import Options, StateMismatchError, UnsupportedValueError
 from cloudckpt.format.codec import DTYPES
 
 # Every tensor is cut into several shards, blocks and spans, none of which starts or ends with an element.

@@ -1,0 +1,467 @@
+"""What is restored is what was saved, in memory that nothing else fills; or one error names it, and nothing changed."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.amp import GradScaler
+
+import cloudckpt
+from cloudckpt import RestoreFailedError, StateMismatchError
+
+State = dict[str, Any]
+
+
+def trip(path: Path, saved: State, live: State, **options: Any) -> cloudckpt.Checkpoint:
+    """Save one state and load it into another one."""
+    cloudckpt.save(saved, path / "c", progress="off")
+    return cloudckpt.load(live, path / "c", progress="off", **options)
+
+
+def line(value: float) -> nn.Linear:
+    made = nn.Linear(1, 1, bias=False)
+    made.weight.data.fill_(value)
+    return made
+
+
+class Two(nn.Module):
+    """Two weights, which may be one."""
+
+    def __init__(self, first: float, second: float, *, is_tied: bool = False) -> None:
+        super().__init__()
+        self.a, self.b = line(first), line(second)
+        if is_tied:
+            self.b.weight = self.a.weight
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_copy_of_a_models_own_state_dict_gets_memory_of_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, *, is_first: bool
+) -> None:
+    model = line(0.0)
+    best = dict(model.state_dict())
+    live: State = {"best": best, "model": model} if is_first else {"model": model, "best": best}
+
+    with caplog.at_level(logging.WARNING):
+        trip(tmp_path, {"model": line(1.0), "best": {"weight": torch.tensor([[9.0]])}}, live)
+
+    assert model.weight.item() == 1.0
+    assert live["best"] is best
+    assert best["weight"].item() == 9.0
+    assert "best.weight shares memory with model.weight" in caplog.text
+
+
+def test_views_of_a_model_in_a_value_get_memory_of_their_own(tmp_path: Path) -> None:
+    saved, model = nn.Linear(4, 4), nn.Linear(4, 4)
+    row = torch.arange(4.0)
+    live: State = {"rows": [model.weight.data[1]], "model": model}
+
+    trip(tmp_path, {"rows": [row], "model": saved}, live)
+
+    assert torch.equal(model.weight, saved.weight)
+    assert torch.equal(live["rows"][0], row)
+
+
+def test_a_value_whose_elements_share_memory_gets_memory_of_its_own(tmp_path: Path) -> None:
+    saved = torch.arange(6.0).reshape(3, 2)
+    live: State = {"windows": torch.zeros(4).unfold(0, 2, 1), "wide": torch.zeros(1).expand(3)}
+
+    trip(tmp_path, {"windows": saved, "wide": torch.arange(3.0)}, live)
+
+    assert torch.equal(live["windows"], saved)
+    assert torch.equal(live["wide"], torch.arange(3.0))
+
+
+def test_a_tied_model_takes_equal_contents_and_refuses_different_ones_by_name(tmp_path: Path) -> None:
+    tied = Two(0.0, 0.0, is_tied=True)
+    trip(tmp_path / "tied", {"m": Two(3.0, 3.0, is_tied=True)}, {"m": tied})
+    assert (tied.a.weight.item(), tied.b.weight is tied.a.weight) == (3.0, True)
+    trip(tmp_path / "equal", {"m": Two(4.0, 4.0)}, {"m": tied})
+    assert tied.a.weight.item() == 4.0
+
+    for strict in (True, False):
+        with pytest.raises(StateMismatchError, match=r"m\.[ab]\.weight and m\.[ab]\.weight share memory here"):
+            trip(tmp_path / f"other{strict}", {"m": Two(5.0, 6.0)}, {"m": tied}, strict=strict)
+    assert tied.a.weight.item() == 4.0
+
+
+def test_names_that_are_one_parameter_come_back_in_any_order(tmp_path: Path) -> None:
+    def tied(names: str) -> nn.ModuleDict:
+        shared = line(0.0)
+        return nn.ModuleDict(dict.fromkeys(names, shared))
+
+    saved, live = tied("ab"), tied("ba")
+    saved["a"].weight.data.fill_(7.0)  # type: ignore[union-attr, operator]
+    trip(tmp_path, {"m": saved}, {"m": live})
+    assert live["a"].weight.item() == 7.0  # type: ignore[union-attr, operator]
+
+
+def test_a_tied_checkpoint_fills_a_model_that_is_not_tied(tmp_path: Path) -> None:
+    live = Two(0.0, 0.0)
+    trip(tmp_path, {"m": Two(3.0, 3.0, is_tied=True)}, {"m": live})
+    assert (live.a.weight.item(), live.b.weight.item()) == (3.0, 3.0)
+
+
+def test_overlapping_parts_of_a_module_take_contents_that_agree(tmp_path: Path) -> None:
+    class Viewed(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((4,), value))
+            self.register_buffer("tail", self.weight.data[2:])
+
+    live = Viewed(0.0)
+    trip(tmp_path / "1", {"m": Viewed(2.0)}, {"m": live})
+    assert live.weight.tolist() == [2.0] * 4
+
+    other = Viewed(3.0)
+    other.tail = torch.zeros(2)
+    with pytest.raises(StateMismatchError, match=r"share memory here and differ in the checkpoint"):
+        trip(tmp_path / "2", {"m": other}, {"m": live})
+    assert live.weight.tolist() == [2.0] * 4
+
+
+class Aliasing:
+    """Shows the same tensor twice, and clears what it has before it copies."""
+
+    def __init__(self, best: float, current: float) -> None:
+        self.best, self.current = torch.full((2,), best), torch.full((2,), current)
+
+    def state_dict(self) -> State:
+        return {"best": self.best, "current": self.current}
+
+    def load_state_dict(self, state: State) -> None:
+        for name, value in self.state_dict().items():
+            value.zero_()
+            setattr(self, name, value.clone().copy_(state[name]))
+
+
+def test_an_object_is_handed_memory_of_its_own(tmp_path: Path) -> None:
+    live = Aliasing(0.0, 0.0)
+    live.current = live.best
+    trip(tmp_path, {"o": Aliasing(1.0, 2.0)}, {"o": live})
+    assert (live.best.tolist(), live.current.tolist()) == ([1.0] * 2, [2.0] * 2)
+
+
+def test_an_object_is_handed_the_dtypes_that_were_saved(tmp_path: Path) -> None:
+    class Holder:
+        def __init__(self, value: torch.Tensor) -> None:
+            self.value = value
+
+        def state_dict(self) -> State:
+            return {"value": self.value}
+
+        def load_state_dict(self, state: State) -> None:
+            self.value = state["value"]
+
+    live = Holder(torch.tensor(0))
+    trip(tmp_path, {"o": Holder(torch.tensor(0.73, dtype=torch.float64))}, {"o": live})
+    assert live.value == torch.tensor(0.73, dtype=torch.float64)
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def test_names_in_a_container_of_tensors_are_compared(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    before = model.weight.clone()
+    wrapped = {f"module.{name}": tensor for name, tensor in nn.Linear(2, 2).state_dict().items()}
+
+    with pytest.raises(StateMismatchError) as caught:
+        trip(tmp_path, {"model": wrapped, "step": 1}, {"model": model.state_dict(), "step": 0})
+
+    assert set(caught.value.missing) == {"model.weight", "model.bias"}
+    assert set(caught.value.unexpected) == {"model.module.weight", "model.module.bias"}
+    assert torch.equal(model.weight, before)
+
+
+def test_a_container_keeps_what_the_checkpoint_lacks_without_strict(tmp_path: Path) -> None:
+    one, two = torch.zeros(2), torch.full((2,), 8.0)
+    live: State = {"box": {"w1": one, "w2": two, "note": "here"}}
+
+    found = trip(tmp_path, {"box": {"w1": torch.ones(2), "w3": torch.ones(3)}}, live, strict=False)
+
+    assert live["box"]["w1"] is one
+    assert one.tolist() == [1.0, 1.0]
+    assert (live["box"]["w2"].tolist(), live["box"]["note"], "w3" in live["box"]) == ([8.0, 8.0], "here", False)
+    assert found.fit is not None
+    assert set(found.fit.missing) == {"box.w2", "box.note"}
+    assert found.fit.unexpected == ("box.w3",)
+
+
+@pytest.mark.parametrize("empty", [None, {}, []], ids=repr)
+@pytest.mark.parametrize("is_deep", [False, True])
+def test_an_empty_place_takes_what_was_saved(tmp_path: Path, empty: object, *, is_deep: bool) -> None:
+    saved = {"buf": [torch.ones(2), {"n": 3}]}
+    live: State = {"box": {"w": torch.zeros(1), "rest": empty}} if is_deep else {"box": empty}
+
+    trip(tmp_path, {"box": {"w": torch.ones(1), "rest": saved} if is_deep else saved}, live)
+
+    found = live["box"]["rest"] if is_deep else live["box"]
+    assert repr(found) == repr(saved)
+
+
+def test_whoever_holds_a_container_of_the_state_sees_what_was_restored(tmp_path: Path) -> None:
+    shadow: State = {"w": torch.zeros(1), "n": 0}
+    history: list[object] = [1]
+    trip(
+        tmp_path,
+        {"ema": {"shadow": {"w": torch.ones(1), "n": 5}, "h": [1, 2]}},
+        {"ema": {"shadow": shadow, "h": history}},
+    )
+    assert (shadow["w"].item(), shadow["n"], history) == (1.0, 5, [1, 2])
+
+
+def test_nothing_in_common_is_an_error_without_strict_too(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+    with pytest.raises(StateMismatchError, match="nothing of the checkpoint belongs to anything in the state"):
+        trip(tmp_path, {"net": nn.Sequential(nn.Linear(1, 1)), "epoch": 5}, {"net": model, "epohc": 0}, strict=False)
+
+
+def test_a_grown_tensor_takes_what_resize_makes_of_the_saved_one(tmp_path: Path) -> None:
+    saved, live = nn.Embedding(3, 2), nn.Embedding(5, 2)
+    tail = live.weight.data[3:].clone()
+    with pytest.raises(StateMismatchError, match="pass resize=") as caught:
+        trip(tmp_path / "1", {"m": saved}, {"m": live})
+    assert caught.value.mismatched == {"m.weight": ((5, 2), (3, 2))}
+
+    def grown(name: str, there: torch.Tensor, here: torch.Tensor) -> torch.Tensor:
+        assert name == "m.weight"
+        return torch.cat([there, here[3:]])
+
+    trip(tmp_path / "2", {"m": saved}, {"m": live}, resize=grown)
+
+    assert torch.equal(live.weight[:3], saved.weight)
+    assert torch.equal(live.weight[3:], tail)
+    with pytest.raises(StateMismatchError, match=r"resize returned torch\.float32 of \(3, 2\) for m\.weight"):
+        trip(tmp_path / "3", {"m": saved}, {"m": live}, resize=lambda name, there, here: there)
+    assert torch.equal(live.weight[3:], tail)
+
+
+# -- what objects say --------------------------------------------------------------------------------------------------
+
+
+class Refusing:
+    def __init__(self, value: int, *, is_willing: bool = True) -> None:
+        self.value, self.is_willing = value, is_willing
+
+    def state_dict(self) -> State:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: State) -> None:
+        if state["value"] == 99 or not self.is_willing:
+            self.value = -1
+            raise KeyError("no")
+        self.value = state["value"]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_object_that_refuses_leaves_everything_as_it_was(tmp_path: Path, *, is_first: bool) -> None:
+    model, other, refusing = line(0.0), Refusing(1), Refusing(2)
+    live: State = {"model": model, "other": other, "last": refusing, "n": 3}
+    saved: State = {"model": line(5.0), "other": Refusing(6), "last": Refusing(99), "n": 8}
+    if is_first:
+        live, saved = (dict(reversed(state.items())) for state in (live, saved))
+
+    with pytest.raises(
+        StateMismatchError, match=r"last refuses the state that was saved: KeyError: 'no'; nothing was "
+    ) as e:
+        trip(tmp_path, saved, live)
+
+    assert isinstance(e.value.__cause__, KeyError)
+    assert (model.weight.item(), other.value, refusing.value, live["n"]) == (0.0, 1, 2, 3)
+
+
+def test_an_object_that_takes_no_state_back_is_named(tmp_path: Path) -> None:
+    other, refusing = Refusing(1), Refusing(2, is_willing=False)
+    with pytest.raises(
+        StateMismatchError, match="nothing was changed but in last, which cannot take its old state back"
+    ):
+        trip(tmp_path, {"other": Refusing(5), "last": Refusing(6)}, {"other": other, "last": refusing})
+    assert other.value == 1
+
+
+def test_a_disabled_scalers_state_is_refused_before_the_model_changes(tmp_path: Path) -> None:
+    model = line(0.0)
+    with pytest.raises(StateMismatchError, match="scaler refuses the state that was saved: RuntimeError"):
+        trip(
+            tmp_path,
+            {"model": line(1.0), "scaler": GradScaler("cpu", enabled=False)},
+            {"model": model, "scaler": GradScaler("cpu")},
+        )
+    assert model.weight.item() == 0.0
+
+
+def test_a_module_that_does_not_take_its_state_says_what_was_changed(tmp_path: Path) -> None:
+    class Choosing(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((1,), value))
+            self.register_load_state_dict_post_hook(self.check)
+
+        @staticmethod
+        def check(module: nn.Module, _: object) -> None:
+            if module.weight.item() == 13.0:  # type: ignore[operator]
+                raise ValueError("thirteen")
+
+    with pytest.raises(
+        RestoreFailedError, match=r"model did not take the state that was saved: thirteen.* o is restored"
+    ) as e:
+        trip(tmp_path, {"model": Choosing(13.0), "o": Refusing(4)}, {"model": Choosing(0.0), "o": Refusing(1)})
+    assert (e.value.name, e.value.changed) == ("model", ("o",))
+
+
+# -- a module's own loading --------------------------------------------------------------------------------------------
+
+
+class Versioned(nn.Module):
+    """Doubles weights that an older version saved."""
+
+    _version = 2
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((2,), value))
+
+    def _load_from_state_dict(self, state: State, prefix: str, metadata: State, *rest: Any) -> None:
+        if metadata.get("version", 1) < 2:
+            state[f"{prefix}weight"] = state[f"{prefix}weight"] * 2
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_a_module_learns_which_version_saved_it(tmp_path: Path) -> None:
+    live = Versioned(0.0)
+    trip(tmp_path / "1", {"m": nn.Sequential(Versioned(3.0))}, {"m": nn.Sequential(live)})
+    assert live.weight.tolist() == [3.0, 3.0]
+
+    old = Versioned(3.0)
+    old._version = 1  # type: ignore[misc]
+    trip(tmp_path / "2", {"m": torch.compile(old, backend="eager")}, {"m": live})
+    assert live.weight.tolist() == [6.0, 6.0]
+
+
+class Growing(nn.Module):
+    """Has a buffer of the size that was saved, or none."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.arange(float(size)) if size else None)
+
+    def _load_from_state_dict(self, state: State, prefix: str, *rest: Any) -> None:
+        found = state.get(f"{prefix}seen")
+        self.seen = None if found is None else torch.empty_like(found)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+@pytest.mark.parametrize(("there", "here"), [(3, 5), (5, 0), (0, 5)])
+def test_a_module_may_resize_its_buffers_when_it_loads(tmp_path: Path, there: int, here: int) -> None:
+    live = Growing(here)
+    trip(tmp_path, {"m": nn.Sequential(Growing(there), nn.Linear(1, 1))}, {"m": nn.Sequential(live, nn.Linear(1, 1))})
+    assert (None if live.seen is None else live.seen.tolist()) == (list(range(there)) or None)
+
+
+def test_what_a_modules_own_loading_leaves_out_is_refused_or_reported(tmp_path: Path) -> None:
+    class Keyed(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.register_parameter(name, nn.Parameter(torch.zeros(1)))
+            self.register_load_state_dict_pre_hook(lambda *_: None)
+
+    with pytest.raises(RestoreFailedError, match=r"it found no m\.new and it has no use for m\.old"):
+        trip(tmp_path / "1", {"m": Keyed("old")}, {"m": Keyed("new")})
+    found = trip(tmp_path / "2", {"m": Keyed("old")}, {"m": Keyed("new")}, strict=False)
+    assert found.fit is not None
+    assert (found.fit.missing, found.fit.unexpected) == (("m.new",), ("m.old",))
+
+
+def test_a_key_that_a_hook_adds_does_not_refuse_the_module(tmp_path: Path) -> None:
+    def noted(value: float) -> nn.Linear:
+        made = line(value)
+        made._register_state_dict_hook(lambda module, state, prefix, _: state.update({f"{prefix}when": torch.ones(1)}))
+        return made
+
+    live = noted(0.0)
+    trip(tmp_path, {"m": nn.Sequential(noted(4.0))}, {"m": nn.Sequential(live)})
+    assert live.weight.item() == 4.0
+
+
+def _wrapped(how: str, module: nn.Module) -> nn.Module:
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    for part in how:
+        if part == "c":
+            module = torch.compile(module, backend="eager")  # type: ignore[assignment]
+        elif part == "a":
+            module = checkpoint_wrapper(module)
+        else:
+            module = nn.DataParallel(module)
+    return module
+
+
+@pytest.mark.parametrize("there", ["", "c", "a", "d", "ca", "ac", "dc", "cad"])
+@pytest.mark.parametrize("here", ["", "c", "a", "d", "ca", "ac", "dc", "cad"])
+def test_a_checkpoint_fits_with_and_without_each_wrapper(tmp_path: Path, there: str, here: str) -> None:
+    def net(how: str, value: float) -> tuple[nn.Module, nn.Linear]:
+        inner = line(value)
+        return _wrapped(how, nn.Sequential(OrderedDict(module=_wrapped(how, inner), rest=nn.BatchNorm1d(1)))), inner
+
+    (saved, _), (live, inner) = net(there, 4.0), net(here, 0.0)
+    trip(tmp_path, {"m": saved}, {"m": live})
+    assert inner.weight.item() == 4.0
+    assert set(cloudckpt.read(tmp_path / "c")["m"]) == {  # type: ignore[call-overload]
+        "module.weight",
+        *(f"rest.{name}" for name in nn.BatchNorm1d(1).state_dict()),
+    }
+
+
+# -- no memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_module_on_the_meta_device_is_refused_by_name_or_gets_memory(tmp_path: Path) -> None:
+    saved = Two(3.0, 3.0, is_tied=True)
+    with torch.device("meta"):
+        live = Two(0.0, 0.0, is_tied=True)
+        live.register_buffer("steps", torch.zeros(2), persistent=False)
+    optimizer = torch.optim.SGD(live.parameters(), lr=0.1)
+    for strict in (True, False):
+        with pytest.raises(StateMismatchError, match=r"m\.a\.weight is on the meta device .*materialize='cpu'"):
+            trip(tmp_path / f"{strict}", {"m": saved}, {"m": live}, strict=strict)
+    with pytest.raises(StateMismatchError, match=r"m\.b\.weight"):
+        trip(tmp_path / "other", {"m": line(1.0)}, {"m": live}, materialize="cpu")
+    assert live.a.weight.is_meta
+
+    trip(tmp_path / "2", {"m": saved}, {"m": live}, materialize="cpu")
+
+    assert live.a.weight.item() == 3.0
+    assert live.b.weight is live.a.weight
+    assert optimizer.param_groups[0]["params"][0] is live.a.weight
+    assert live.get_buffer("steps").is_meta  # no checkpoint has it: whoever uses it unfilled is told
+
+
+def test_a_meta_tensor_in_a_container_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(StateMismatchError, match=r"box\.w is on the meta device"):
+        trip(tmp_path, {"box": {"w": torch.ones(2)}}, {"box": {"w": torch.ones(2, device="meta")}}, materialize="cpu")
+
+
+@pytest.mark.parametrize("make", [lambda: torch.device("meta"), torch.inference_mode], ids=["meta", "inference"])
+def test_what_is_the_default_around_a_restore_does_not_matter(tmp_path: Path, make: Callable[[], Any]) -> None:
+    model, optimizer = line(0.0), torch.optim.Adam([torch.zeros(2, requires_grad=True)])
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(2)
+    optimizer.step()
+    live: State = {"m": model, "o": optimizer, "v": {"x": torch.zeros(3)}, "n": 0}
+    saved: State = {"m": line(2.0), "o": optimizer, "v": {"x": torch.ones(3)}, "n": 7}
+    with make():
+        trip(tmp_path, saved, live)
+        read = cloudckpt.read(tmp_path / "c")
+
+    assert (model.weight.item(), live["v"]["x"].tolist(), live["n"]) == (2.0, [1.0] * 3, 7)
+    assert read["m"]["weight"].item() == 2.0  # type: ignore[index]

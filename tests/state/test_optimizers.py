@@ -1,0 +1,848 @@
+"""An optimizer comes back by the names of its parameters, by its own code, bit for bit, or is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.swa_utils import SWALR
+
+import cloudckpt
+from cloudckpt import OptionsError, StateMismatchError
+from cloudckpt.state import bind
+from cloudckpt.state.groups import match_groups
+from tests.state.nets import CUT, SCHEDULERS, Decay, Matrices, Net, State, bits, check_goes_on, state_of, train
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Models this small are slower on several threads, on a busy machine a hundred times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# -- optimizers --------------------------------------------------------------------------------------------------
+
+Make = Callable[..., Optimizer]
+OPTIMIZERS: dict[str, Make] = {
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01, t0=1),
+    "Adadelta": torch.optim.Adadelta,
+    "Adafactor": torch.optim.Adafactor,
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr_decay=0.1, initial_accumulator_value=0.1),
+    "Adagrad fused": lambda p: torch.optim.Adagrad(p, fused=True),
+    "Adam": lambda p: torch.optim.Adam(p, weight_decay=0.1),
+    "Adam amsgrad": lambda p: torch.optim.Adam(p, amsgrad=True),
+    "Adam with a tensor for lr": lambda p: torch.optim.Adam(p, lr=torch.tensor(0.01), foreach=False),
+    "AdamW": torch.optim.AdamW,
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, fused=True),
+    "Adamax": torch.optim.Adamax,
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3, history_size=4),
+    "LBFGS strong wolfe": lambda p: torch.optim.LBFGS(p, max_iter=2, line_search_fn="strong_wolfe"),
+    "NAdam": torch.optim.NAdam,
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.1, betas=(0.9, 0.9)),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, momentum=0.9, centered=True),
+    "Rprop": torch.optim.Rprop,
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    # With momentum its first step reads what was in the memory before: torch does not repeat it itself.
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=0.1, fused=True),
+}
+
+
+def test_every_optimizer_of_torch_that_takes_dense_gradients_is_in_the_table() -> None:
+    classes = {
+        name for name, kind in vars(torch.optim).items() if isinstance(kind, type) and issubclass(kind, Optimizer)
+    }
+    assert {name.split()[0] for name in OPTIMIZERS} == classes - {"Optimizer", "SparseAdam", "Muon"}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_training_goes_on_bit_for_bit_with_every_optimizer(tmp_path: Path, make: Make, dtype: torch.dtype) -> None:
+    def pair() -> tuple[nn.Module, Optimizer]:
+        model = Net(dtype=dtype)
+        return model, make([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+    check_goes_on(tmp_path / "c", pair)
+
+
+def test_training_goes_on_bit_for_bit_with_muon(tmp_path: Path) -> None:
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+
+    def pair() -> tuple[nn.Module, Optimizer]:
+        model = Matrices()
+        return model, torch.optim.Muon(model.parameters(), lr=0.02)
+
+    check_goes_on(tmp_path / "c", pair)
+
+
+@pytest.mark.parametrize("name", ["Adam", "Adam with a tensor for lr", "LBFGS", "NAdam"])
+def test_training_goes_on_when_every_tensor_is_cut_into_shards_and_spans(tmp_path: Path, name: str) -> None:
+    def pair() -> tuple[nn.Module, Optimizer]:
+        model = Net()
+        return model, OPTIMIZERS[name]([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+    check_goes_on(tmp_path / "c", pair, CUT)
+
+
+def _with_groups(model: nn.Module, *, is_reordered: bool = False) -> Optimizer:
+    """Make two groups with options of their own; frozen and unused parameters are in them too."""
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+    groups = [{"params": weights, "lr": 0.02, "weight_decay": 0.1}, {"params": others, "lr": 0.5, "betas": (0.5, 0.6)}]
+    return torch.optim.AdamW(groups[::-1] if is_reordered else groups)
+
+
+def test_training_goes_on_with_groups_frozen_and_unused_parameters(tmp_path: Path) -> None:
+    def pair() -> tuple[nn.Module, Optimizer]:
+        model = Net()
+        return model, _with_groups(model)
+
+    check_goes_on(tmp_path / "c", pair)
+
+
+def by_name(model: nn.Module, optimizer: Optimizer) -> object:
+    """Return parameters, their optimizer state and their group's options, by the parameter's name."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found = {}
+    for group in optimizer.param_groups:
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for parameter in group["params"]:
+            found[names[parameter]] = [parameter, optimizer.state.get(parameter, {}), options]
+    return bits(found)
+
+
+@pytest.mark.parametrize("is_named", [False, True], ids=["parameters", "named parameters"])
+def test_state_follows_the_names_into_a_model_with_another_order_of_modules_and_groups(
+    tmp_path: Path, is_named: bool
+) -> None:
+    model = Net()
+    optimizer = _with_groups(model)
+    if is_named:
+        optimizer = torch.optim.AdamW(model.named_parameters())
+    train(model, optimizer, begin=0)
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    again = Net(is_reordered=True)
+    fresh = _with_groups(again, is_reordered=True)
+    if is_named:
+        fresh = torch.optim.AdamW(again.named_parameters())
+        own_names = fresh.param_groups[0]["param_names"]
+
+    cloudckpt.load({"model": again, "optimizer": fresh}, tmp_path / "c")
+
+    assert by_name(again, fresh) == by_name(model, optimizer)
+    assert train(again, fresh, begin=3) == train(model, optimizer, begin=3)
+    if is_named:
+        assert fresh.param_groups[0]["param_names"] == own_names
+
+
+def test_an_optimizer_that_has_not_stepped_is_restored_as_one_that_has_not_stepped(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.125)
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    again = Net()
+    stepped = torch.optim.Adam(again.parameters())
+    train(again, stepped, begin=10)
+    untouched = Net()
+    fresh = torch.optim.Adam(untouched.parameters())
+
+    for state in ({"model": again, "optimizer": stepped}, {"model": untouched, "optimizer": fresh}):
+        cloudckpt.load(state, tmp_path / "c")  # type: ignore[arg-type]
+
+    assert (len(stepped.state), len(fresh.state)) == (0, 0)
+    losses = train(model, optimizer, begin=0)
+    assert train(again, stepped, begin=0) == losses
+    assert train(untouched, fresh, begin=0) == losses
+    assert {float(state["step"]) for state in fresh.state.values()} == {3.0}
+
+
+def test_saving_does_not_change_an_optimizer_that_has_not_stepped(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters())
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    assert len(optimizer.state) == 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_rate_that_is_a_tensor_is_restored_as_one(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.25), foreach=False)
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    fresh = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.5), foreach=False)
+    cloudckpt.load({"model": model, "optimizer": fresh}, tmp_path / "c")
+    assert bits(fresh.param_groups[0]["lr"]) == bits(torch.tensor(0.25))
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside two models with the same names"])
+def test_an_optimizer_whose_parameters_have_no_names_is_restored_by_their_places(tmp_path: Path, beside: bool) -> None:
+    def pair() -> tuple[list[nn.Module], Optimizer, State]:
+        models: list[nn.Module] = [Matrices(), Matrices()]
+        optimizer = torch.optim.Adam([parameter for model in models for parameter in model.parameters()])
+        state: State = {"optimizer": optimizer}
+        return models, optimizer, state | ({"g": models[0], "d": models[1]} if beside else {})
+
+    models, optimizer, state = pair()
+    train(nn.Sequential(models[0]), optimizer, begin=0)
+    train(nn.Sequential(models[1]), optimizer, begin=0)
+    cloudckpt.save(state, tmp_path / "c")
+    _, fresh, other = pair()
+    cloudckpt.load(other, tmp_path / "c")
+    assert bits(fresh.state_dict()) == bits(optimizer.state_dict())
+
+
+def test_state_that_belongs_to_no_parameter_is_kept(tmp_path: Path) -> None:
+    model = Matrices()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    train(model, optimizer, begin=0)
+    optimizer.state["global"]["count"] = 7  # type: ignore[index]
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    fresh = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    cloudckpt.load({"model": model, "optimizer": fresh}, tmp_path / "c")
+    assert bits(fresh.state_dict()) == bits(optimizer.state_dict())
+    assert fresh.state["global"] == {"count": 7}  # type: ignore[index]
+
+
+class Master(Optimizer):
+    """Keeps float32 copies of parameters in half precision."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = closure() if closure else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["master"] = parameter.float()
+                state["master"] -= 1e-3 * parameter.grad.float()
+                parameter.copy_(state["master"])
+        return loss
+
+
+def test_state_of_higher_precision_than_its_parameter_keeps_it(tmp_path: Path) -> None:
+    def pair() -> tuple[nn.Module, Optimizer]:
+        model = Matrices(dtype=torch.bfloat16)
+        return model, Master(model.parameters())
+
+    check_goes_on(tmp_path / "c", pair)
+
+
+def test_state_follows_a_parameter_into_another_precision(tmp_path: Path) -> None:
+    model = Matrices()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, begin=0)
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    half = Matrices(dtype=torch.bfloat16)
+    fresh = torch.optim.Adam(half.parameters())
+
+    with pytest.raises(
+        StateMismatchError, match=r"model.one.weight is torch.bfloat16 here and torch.float32 there \(cast"
+    ):
+        cloudckpt.load({"model": half, "optimizer": fresh}, tmp_path / "c")
+    found = cloudckpt.load({"model": half, "optimizer": fresh}, tmp_path / "c", cast=True)
+
+    assert found.fit is not None
+    assert "model.one.weight" in found.fit.cast
+    assert torch.equal(half.one.weight, model.one.weight.bfloat16())
+    kept = optimizer.state[model.one.weight]["exp_avg"]
+    assert torch.equal(fresh.state[half.one.weight]["exp_avg"], kept.bfloat16())
+    train(half, fresh, begin=3)
+
+
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
+@pytest.mark.parametrize("is_stepped", [False, True], ids=["fresh", "stepped"])
+def test_an_optimizer_over_other_parameters_is_refused_by_name_and_nothing_is_changed(
+    tmp_path: Path, rate: float | torch.Tensor, is_stepped: bool
+) -> None:
+    def part(model: Net, names: set[str]) -> Optimizer:
+        chosen = [parameter for name, parameter in model.named_parameters() if name in names]
+        return torch.optim.Adam(chosen, lr=rate, foreach=False)
+
+    model = Net()
+    optimizer = part(model, {"first.weight", "first.bias", "last.bias"})
+    if is_stepped:
+        train(model, optimizer, begin=0)
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    again = Net()
+    other = part(again, {"first.weight", "last.weight"})
+    train(again, other, begin=5)
+    before = state_of(again, other)
+
+    with pytest.raises(StateMismatchError) as caught:
+        cloudckpt.load({"model": again, "optimizer": other}, tmp_path / "c")
+
+    assert caught.value.missing == ("optimizer.model.last.weight",)
+    assert set(caught.value.unexpected) == {"optimizer.model.first.bias", "optimizer.model.last.bias"}
+    assert state_of(again, other) == before
+
+
+def test_not_strict_restores_the_state_of_the_parameters_that_both_have(tmp_path: Path) -> None:
+    model = Net()
+    optimizer = torch.optim.Adam([model.first.weight, model.last.bias], lr=0.25)  # type: ignore[union-attr, list-item]
+    train(model, optimizer, begin=0)
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    again = Net()
+    other = torch.optim.Adam(
+        [
+            {"params": [again.first.weight], "lr": 0.5},  # type: ignore[union-attr]
+            {"params": [again.last.weight], "lr": 0.75},  # type: ignore[union-attr]
+        ]
+    )
+
+    cloudckpt.load({"model": again, "optimizer": other}, tmp_path / "c", strict=False)
+
+    assert [group["lr"] for group in other.param_groups] == [0.25, 0.75]
+    assert bits(other.state[again.first.weight]) == bits(optimizer.state[model.first.weight])  # type: ignore[index, union-attr]
+    assert list(other.state) == [again.first.weight]  # type: ignore[union-attr]
+    train(again, other, begin=3)
+
+
+def test_the_same_parameters_in_other_groups_are_refused(tmp_path: Path) -> None:
+    model = Net()
+    cloudckpt.save({"model": model, "optimizer": _with_groups(model)}, tmp_path / "c")
+    with pytest.raises(StateMismatchError, match="the same parameters in other groups"):
+        cloudckpt.load({"model": model, "optimizer": torch.optim.AdamW(model.parameters())}, tmp_path / "c")
+
+
+def test_something_else_than_an_optimizer_is_refused_for_one(tmp_path: Path) -> None:
+    model = Net()
+    cloudckpt.save({"model": model, "optimizer": {"lr": 0.1}}, tmp_path / "c")
+    with pytest.raises(OptionsError, match="no optimizer under 'optimizer'"):
+        cloudckpt.load({"model": model, "optimizer": torch.optim.Adam(model.parameters())}, tmp_path / "c")
+
+
+# -- the optimizer's own code ------------------------------------------------------------------------------------
+
+
+class Scaled(torch.optim.SGD):
+    """Keeps something beside the state of its parameters, as SAM and Lookahead do."""
+
+    scale = 1.0
+    slow: tuple[torch.Tensor, ...] = ()
+
+    def state_dict(self) -> State:
+        return {**super().state_dict(), "scale": self.scale, "slow": {"weights": list(self.slow)}}
+
+    def load_state_dict(self, state_dict: State) -> None:
+        self.scale, self.slow = state_dict["scale"], tuple(state_dict["slow"]["weights"])
+        super().load_state_dict({key: state_dict[key] for key in ("state", "param_groups")})
+
+
+def _scaled() -> tuple[nn.Module, Scaled]:
+    model = Matrices()
+    return model, Scaled(model.parameters(), lr=0.1, momentum=0.5)
+
+
+def test_what_an_optimizer_says_beside_its_parameters_state_comes_back(tmp_path: Path) -> None:
+    model, optimizer = _scaled()
+    train(model, optimizer, begin=0)
+    optimizer.scale, optimizer.slow = 8.0, (torch.ones(3), torch.zeros(2, dtype=torch.int64))
+    again, fresh = _scaled()
+
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": again, "optimizer": fresh}, tmp_path / "c")
+
+    assert fresh.scale == 8.0
+    assert state_of(again, fresh) == state_of(model, optimizer)
+
+
+def test_what_only_the_optimizer_can_read_is_refused_for_parameters_in_another_order(tmp_path: Path) -> None:
+    model, optimizer = _scaled()
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    fresh = Scaled(list(model.parameters())[::-1], lr=0.1)
+    with pytest.raises(StateMismatchError, match="keeps 'slow' beside the state of its parameters, which stand in ano"):
+        cloudckpt.load({"model": model, "optimizer": fresh}, tmp_path / "c")
+
+
+def test_hooks_of_state_dict_and_load_state_dict_have_the_last_word(tmp_path: Path) -> None:
+    def to_disk(_: Optimizer, state: State) -> State:
+        return {**state, "version": 2}
+
+    def from_disk(_: Optimizer, state: State) -> State:
+        assert state["version"] == 2
+        for part in state["state"].values():
+            part["exp_avg"] = part["exp_avg"].bfloat16()
+        return state
+
+    def after(optimizer: Optimizer) -> None:
+        for part in optimizer.state.values():
+            part["exp_avg_sq"] = part["exp_avg_sq"].double()
+
+    model = Matrices()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(model, optimizer, begin=0)
+    optimizer.register_state_dict_post_hook(to_disk)
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    fresh = torch.optim.Adam(model.parameters())
+    fresh.register_load_state_dict_pre_hook(from_disk)
+    fresh.register_load_state_dict_post_hook(after)
+
+    cloudckpt.load({"model": model, "optimizer": fresh}, tmp_path / "c")
+
+    for parameter, part in fresh.state.items():
+        saved = optimizer.state[parameter]
+        assert bits(part["exp_avg"]) == bits(saved["exp_avg"].bfloat16())
+        assert bits(part["exp_avg_sq"]) == bits(saved["exp_avg_sq"].double())
+    assert not {*fresh._optimizer_load_state_dict_pre_hooks.values()} - {from_disk}
+    assert not {*fresh._optimizer_load_state_dict_post_hooks.values()} - {after}
+
+
+STATES: dict[str, object] = {
+    "int64": torch.tensor([2**40 + 1]),
+    "nested int64": {"k": {"count": torch.tensor([2**40 + 1])}},
+    "float64": torch.tensor([0.1], dtype=torch.float64),
+    "bfloat16": torch.ones(3, dtype=torch.bfloat16),
+    "bool": torch.tensor([True, False]),
+    "list": [torch.arange(3), 2.5, {"deep": torch.arange(2, dtype=torch.int8)}],
+    "tuple": (torch.arange(3), None),
+    "text": "warm",
+    "texts": ["a", {"b": "c"}],
+    "number": 7,
+    "single": torch.tensor(1.5, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_stepped", [False, True], ids=["fresh", "stepped"])
+@pytest.mark.parametrize("kind", STATES)
+def test_state_of_any_type_and_depth_keeps_it_whatever_its_parameter_is(
+    tmp_path: Path, kind: str, is_stepped: bool, dtype: torch.dtype
+) -> None:
+    model = Matrices(dtype)
+    optimizer, fresh = (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5) for _ in range(2))
+    optimizer.state[model.one.weight]["mine"] = STATES[kind]
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    if is_stepped:
+        train(model, fresh, begin=0)
+    cloudckpt.load({"model": model, "optimizer": fresh}, tmp_path / "c")
+    assert bits(fresh.state_dict()) == bits(optimizer.state_dict())
+
+
+class Hollow(Optimizer):
+    """Wraps an optimizer and never was initialized as one, as those of training libraries."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.optimizer = inner
+
+    @property
+    def param_groups(self) -> list[State]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    def state_dict(self) -> State:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: State) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+
+class Boxed(Optimizer):
+    """Wraps an optimizer, and has a state_dict of another kind, and no groups of its own."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self.inner = inner
+        self.scale = 1.0
+
+    def state_dict(self) -> State:
+        return {"inner": self.inner.state_dict(), "scale": self.scale}
+
+    def load_state_dict(self, state_dict: State) -> None:
+        self.scale = state_dict["scale"]
+        self.inner.load_state_dict(state_dict["inner"])
+
+
+@pytest.mark.parametrize("wrap", [Hollow, Boxed])
+def test_an_optimizer_that_wraps_another_is_asked_by_its_own_code(
+    tmp_path: Path, wrap: Callable[[Optimizer], Optimizer]
+) -> None:
+    def parts() -> tuple[nn.Module, Optimizer, Optimizer]:
+        model = Matrices(torch.bfloat16)
+        inner = Master(model.parameters())
+        return model, inner, wrap(inner)
+
+    model, inner, outer = parts()
+    train(model, inner, begin=0)
+    cloudckpt.save({"model": model, "optimizer": outer}, tmp_path / "c")
+    again, fresh, other = parts()
+    cloudckpt.load({"model": again, "optimizer": other}, tmp_path / "c")
+    assert state_of(again, fresh) == state_of(model, inner)
+    assert train(again, fresh, begin=3) == train(model, inner, begin=3)
+
+
+def test_a_wrapper_follows_the_names_where_it_has_torchs_state_dict(tmp_path: Path) -> None:
+    model = Matrices()
+    inner = torch.optim.Adam(model.parameters())
+    train(model, inner, begin=0)
+    cloudckpt.save({"model": model, "optimizer": Hollow(inner)}, tmp_path / "c")
+    fresh = torch.optim.Adam(list(model.parameters())[::-1])
+    cloudckpt.load({"model": model, "optimizer": Hollow(fresh)}, tmp_path / "c")
+    assert by_name(model, fresh) == by_name(model, inner)
+
+
+def test_a_state_dict_of_another_kind_is_refused_for_parameters_in_another_order(tmp_path: Path) -> None:
+    model = Matrices()
+    cloudckpt.save({"model": model, "optimizer": Boxed(torch.optim.Adam(model.parameters()))}, tmp_path / "c")
+    other = Boxed(torch.optim.Adam(list(model.parameters())[::-1]))
+    with pytest.raises(StateMismatchError, match="its parameters stand in another order"):
+        cloudckpt.load({"model": model, "optimizer": other}, tmp_path / "c")
+
+
+class Clearing(torch.optim.SGD):
+    """Clears its own tensors before it copies into them."""
+
+    def load_state_dict(self, state_dict: State) -> None:
+        for number, parameter in enumerate(self.param_groups[0]["params"]):
+            own = self.state[parameter]["momentum_buffer"]
+            own.zero_()
+            own.add_(state_dict["state"][number]["momentum_buffer"])
+
+
+def test_an_optimizer_with_a_load_of_its_own_is_given_memory_of_its_own(tmp_path: Path) -> None:
+    model = Matrices()
+    optimizer, other = (Clearing(model.parameters(), lr=0.1, momentum=0.5) for _ in range(2))
+    train(model, optimizer, begin=0)
+    train(model, other, begin=5)
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": model, "optimizer": other}, tmp_path / "c")
+    assert bits(other.state_dict()) == bits(optimizer.state_dict())
+
+
+def test_moments_are_filled_where_they_stand(tmp_path: Path) -> None:
+    model = Matrices()
+    optimizer, other = (torch.optim.Adam(model.parameters()) for _ in range(2))
+    train(model, optimizer, begin=0)
+    train(model, other, begin=5)
+    memory = [part["exp_avg"].data_ptr() for part in other.state.values()]
+    cloudckpt.save({"model": model, "optimizer": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": model, "optimizer": other}, tmp_path / "c")
+    assert [part["exp_avg"].data_ptr() for part in other.state.values()] == memory
+    assert bits(other.state_dict()) == bits(optimizer.state_dict())
+
+
+def test_vectors_of_all_parameters_are_refused_for_parameters_in_another_order(tmp_path: Path) -> None:
+    model = Matrices()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    train(model, optimizer, begin=0)
+    cloudckpt.save({"model": model, "o": optimizer}, tmp_path / "c")
+    with pytest.raises(StateMismatchError, match="o keeps vectors of all parameters together"):
+        cloudckpt.load({"model": model, "o": torch.optim.LBFGS(list(model.parameters())[::-1])}, tmp_path / "c")
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters:UserWarning")
+def test_a_parameter_that_stands_twice_in_its_group_is_restored_as_one(tmp_path: Path) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    there = _marked(weight, weight)
+    cloudckpt.save({"weight": weight, "o": there}, tmp_path / "c")
+    here = torch.optim.SGD([weight, weight], lr=0.5)
+    cloudckpt.load({"weight": weight, "o": here}, tmp_path / "c")
+    assert bits(here.state_dict()) == bits(there.state_dict())
+
+
+# -- names -------------------------------------------------------------------------------------------------------
+
+
+def _marked(*parameters: torch.Tensor) -> Optimizer:
+    """Return an optimizer whose state tells its parameters apart."""
+    optimizer = torch.optim.SGD(list(parameters), lr=0.1, momentum=0.5)
+    for place, parameter in enumerate(parameters):
+        optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, place + 1.0).detach()
+    return optimizer
+
+
+def _marks(optimizer: Optimizer, *parameters: torch.Tensor) -> list[float]:
+    return [float(optimizer.state[parameter]["momentum_buffer"].flatten()[0]) for parameter in parameters]
+
+
+def test_parameters_of_two_modules_with_the_same_names_are_told_apart(tmp_path: Path) -> None:
+    g, d = Matrices(), Matrices()
+    weights = [*g.parameters(), *d.parameters()]
+    cloudckpt.save({"g": g, "d": d, "o": _marked(*weights)}, tmp_path / "c")
+    other = torch.optim.SGD(weights[::-1], lr=0.1, momentum=0.5)
+    cloudckpt.load({"d": d, "g": g, "o": other}, tmp_path / "c")
+    assert _marks(other, *weights) == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_parameter_that_is_a_value_of_the_state_has_its_name_there(tmp_path: Path) -> None:
+    model = Matrices()
+    loose = {"temperature": nn.Parameter(torch.ones(2)), "more": [nn.Parameter(torch.ones(2))]}
+    weights: list[Any] = [loose["temperature"], *model.parameters(), loose["more"][0]]  # type: ignore[index]
+    state: State = {"model": model, "loose": loose}
+    cloudckpt.save({**state, "o": _marked(*weights)}, tmp_path / "c")
+    other = torch.optim.SGD(weights[::-1], lr=0.1, momentum=0.5)
+    cloudckpt.load({**state, "o": other}, tmp_path / "c")
+    assert _marks(other, *weights) == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_one_parameter_without_a_name_takes_no_name_from_the_others(tmp_path: Path) -> None:
+    model, loose = Matrices(), nn.Parameter(torch.ones(2))
+    weights: list[torch.Tensor] = [loose, *model.parameters()]
+    cloudckpt.save({"model": model, "o": _marked(*weights)}, tmp_path / "c")
+    other = torch.optim.SGD(weights[::-1], lr=0.1, momentum=0.5)
+    cloudckpt.load({"model": model, "o": other}, tmp_path / "c")
+    assert _marks(other, *weights) == [1.0, 2.0, 3.0]
+
+
+def test_names_that_the_optimizer_was_given_count_where_nothing_stands_beside_it(tmp_path: Path) -> None:
+    model = Matrices()
+    optimizer = torch.optim.Adam(model.named_parameters())
+    train(model, optimizer, begin=0)
+    cloudckpt.save({"o": optimizer}, tmp_path / "c")
+    other = torch.optim.Adam(list(model.named_parameters())[::-1])
+    cloudckpt.load({"o": other}, tmp_path / "c")
+    assert by_name(model, other) == by_name(model, optimizer)
+    assert other.param_groups[0]["param_names"] == ["two.weight", "one.weight"]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("there", ["with its module", "alone"])
+def test_parameters_with_names_are_never_taken_for_some_without(tmp_path: Path, there: str, strict: bool) -> None:
+    model = Matrices()
+    optimizer, other = _marked(*model.parameters()), _marked(*model.parameters())
+    states: dict[str, State] = {"with its module": {"model": model, "o": optimizer}, "alone": {"o": optimizer}}
+    cloudckpt.save(states.pop(there), tmp_path / "c")
+    (here,) = ({**state, "o": other} for state in states.values())
+    before = bits(other.state_dict())
+    with pytest.raises(
+        StateMismatchError, match=r"o has \d parameters here and . there that nothing in the state names"
+    ):
+        cloudckpt.load(here, tmp_path / "c", strict=strict)
+    assert bits(other.state_dict()) == before
+
+
+def test_parameters_without_names_whose_shapes_stand_in_another_order_are_refused(tmp_path: Path) -> None:
+    wide, tall = nn.Parameter(torch.ones(2, 5)), nn.Parameter(torch.ones(5, 2))
+    cloudckpt.save({"o": _marked(wide, tall)}, tmp_path / "c")
+    with pytest.raises(StateMismatchError, match=r"parameter 0 of o is \(5, 2\) here and \(2, 5\) there"):
+        cloudckpt.load({"o": torch.optim.SGD([tall, wide], lr=0.1)}, tmp_path / "c")
+
+
+class Shared(nn.Module):
+    """One weight under two names."""
+
+    def __init__(self, names: tuple[str, str]) -> None:
+        super().__init__()
+        self.other = nn.Linear(2, 2, bias=False)
+        for name in names:
+            self.add_module(name, nn.Linear(2, 2, bias=False))
+        self.get_submodule(names[1]).weight = self.get_submodule(names[0]).weight
+
+
+def test_a_tied_parameter_is_found_by_any_of_its_names(tmp_path: Path) -> None:
+    model, again = Shared(("a", "b")), Shared(("b", "a"))
+    cloudckpt.save({"model": model, "o": _marked(*model.parameters())}, tmp_path / "c")
+    weights = list(again.parameters())
+    other = torch.optim.SGD(weights[::-1], lr=0.1, momentum=0.5)
+    cloudckpt.load({"model": again, "o": other}, tmp_path / "c")
+    assert _marks(other, *weights) == [1.0, 2.0]
+
+
+def test_two_parameters_are_not_restored_into_one_that_is_tied(tmp_path: Path) -> None:
+    model = Shared(("a", "b"))
+    model.b = nn.Linear(2, 2, bias=False)
+    model.b.load_state_dict(model.a.state_dict())  # type: ignore[union-attr, operator]
+    cloudckpt.save({"model": model, "o": _marked(*model.parameters())}, tmp_path / "c")
+    again = Shared(("a", "b"))
+    with pytest.raises(StateMismatchError, match=r"o has as one parameter here what are several there: model\.a\.w"):
+        cloudckpt.load({"model": again, "o": _marked(*again.parameters())}, tmp_path / "c")
+
+
+# -- groups ------------------------------------------------------------------------------------------------------
+
+
+def test_every_group_finds_its_options_in_whatever_order(tmp_path: Path) -> None:
+    model = Net()
+    parameters = list(model.parameters())
+    there = torch.optim.SGD([{"params": [each], "lr": 1.0 + place} for place, each in enumerate(parameters)], lr=0.1)
+    cloudckpt.save({"model": model, "o": there}, tmp_path / "c")
+    here = torch.optim.SGD([{"params": [each]} for each in parameters[::-1]], lr=0.1)
+    cloudckpt.load({"model": model, "o": here}, tmp_path / "c")
+    assert by_name(model, here) == by_name(model, there)
+
+
+def test_empty_groups_keep_their_options(tmp_path: Path) -> None:
+    model = Matrices()
+
+    def make(*rates: float) -> Optimizer:
+        first, second, third = rates
+        return torch.optim.SGD(
+            [{"params": [], "lr": first}, {"params": model.parameters(), "lr": second}, {"params": [], "lr": third}]
+        )
+
+    there, here = make(0.25, 0.5, 0.75), make(1.0, 1.0, 1.0)
+    cloudckpt.save({"model": model, "o": there}, tmp_path / "c")
+    cloudckpt.load({"model": model, "o": here}, tmp_path / "c")
+    assert bits(here.state_dict()) == bits(there.state_dict())
+
+
+@pytest.mark.parametrize("is_more", [True, False], ids=["more here", "more there"])
+def test_another_number_of_empty_groups_is_refused(tmp_path: Path, is_more: bool) -> None:
+    model = Matrices()
+    one: list[State] = [{"params": list(model.parameters())}]
+    two: list[State] = [*one, {"params": []}]
+    there, here = (torch.optim.SGD(groups, lr=0.1) for groups in ((one, two) if is_more else (two, one)))
+    cloudckpt.save({"model": model, "o": there}, tmp_path / "c")
+    with pytest.raises(StateMismatchError) as caught:
+        cloudckpt.load({"model": model, "o": here}, tmp_path / "c")
+    assert (caught.value.missing if is_more else caught.value.unexpected) == ("o.param_groups.1",)
+
+
+def test_tensors_that_groups_share_do_not_share_what_was_saved(tmp_path: Path) -> None:
+    model = Matrices()
+
+    def make(*rates: torch.Tensor) -> Optimizer:
+        groups = [{"params": [each], "lr": rate} for each, rate in zip(model.parameters(), rates, strict=True)]
+        return torch.optim.Adam(groups, foreach=False)
+
+    rate = torch.tensor(0.5)
+    cloudckpt.save({"model": model, "o": make(torch.tensor(0.1), torch.tensor(0.2))}, tmp_path / "c")
+    here = make(rate, rate)
+    cloudckpt.load({"model": model, "o": here}, tmp_path / "c")
+    assert [float(group["lr"]) for group in here.param_groups] == [float(torch.tensor(value)) for value in (0.1, 0.2)]
+    assert float(rate) == 0.5
+
+
+def test_not_strict_refuses_common_parameters_in_other_groups(tmp_path: Path) -> None:
+    model = Net()
+    first, last = list(model.first.parameters()), list(model.last.parameters())  # type: ignore[union-attr]
+    cloudckpt.save({"model": model, "o": torch.optim.SGD([*first, *last], lr=0.1)}, tmp_path / "c")
+    here = torch.optim.SGD([{"params": first}, {"params": last[:1]}], lr=0.1)
+    with pytest.raises(StateMismatchError, match="the same parameters in other groups"):
+        cloudckpt.load({"model": model, "o": here}, tmp_path / "c", strict=False)
+
+
+def test_not_strict_leaves_the_state_of_parameters_that_the_checkpoint_lacks(tmp_path: Path) -> None:
+    model = Matrices()
+    one, two = model.parameters()
+    cloudckpt.save({"model": model, "o": _marked(one)}, tmp_path / "c")
+    other = _marked(two, one)
+    cloudckpt.load({"model": model, "o": other}, tmp_path / "c", strict=False)
+    assert _marks(other, one, two) == [1.0, 1.0]
+
+
+# -- schedulers --------------------------------------------------------------------------------------------------
+
+
+def _two_groups(model: Matrices, *, is_reordered: bool) -> Optimizer:
+    groups: list[State] = [{"params": [model.one.weight], "lr": 0.2}, {"params": [model.two.weight], "lr": 0.1}]
+    return torch.optim.SGD(groups[::-1] if is_reordered else groups, momentum=0.9)
+
+
+def _rates(optimizer: Optimizer, scheduler: Any, steps: int) -> list[dict[int, float]]:
+    found = []
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step(*([1.0] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
+        found.append({id(group["params"][0]): float(group["lr"]) for group in optimizer.param_groups})
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
+@pytest.mark.parametrize("names", [("o", "scheduler"), ("scheduler", "o")], ids=" then ".join)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_rates_follow_their_groups_with_every_scheduler(tmp_path: Path, name: str, names: tuple[str, str]) -> None:
+    model = Matrices()
+
+    def parts(*, is_reordered: bool) -> State:
+        optimizer = _two_groups(model, is_reordered=is_reordered)
+        found = {"o": optimizer, "scheduler": SCHEDULERS[name](optimizer)}
+        return {"model": model} | {key: found[key] for key in names}
+
+    there = parts(is_reordered=False)
+    _rates(there["o"], there["scheduler"], 4)
+    cloudckpt.save(there, tmp_path / "c")
+    here = parts(is_reordered=True)
+
+    cloudckpt.load(here, tmp_path / "c")
+
+    for key in ("base_lrs", "_last_lr", "max_lrs", "min_lrs"):
+        kept = [getattr(state["scheduler"], key, []) for state in (here, there)]
+        assert kept[0] == kept[1][::-1]
+    assert _rates(here["o"], here["scheduler"], 8) == _rates(there["o"], there["scheduler"], 8)
+
+
+def test_every_list_that_a_scheduler_of_torch_keeps_for_groups_is_known() -> None:
+    parameters = [nn.Parameter(torch.ones(1)) for _ in range(13)]
+    found = set()
+    for make in [*SCHEDULERS.values(), lambda optimizer: SWALR(optimizer, 0.1)]:
+        scheduler = make(torch.optim.SGD([{"params": [each]} for each in parameters], lr=0.1, momentum=0.9))
+        found |= {key for key, kept in vars(scheduler).items() if isinstance(kept, list | tuple) and len(kept) == 13}
+    assert found == {*("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")}
+
+
+def test_each_group_keeps_its_function_when_the_groups_stand_in_another_order(tmp_path: Path) -> None:
+    model = Matrices()
+
+    def parts(*, is_reordered: bool, rates: tuple[float, float]) -> State:
+        optimizer = _two_groups(model, is_reordered=is_reordered)
+        return {"model": model, "o": optimizer, "s": lr_scheduler.LambdaLR(optimizer, [Decay(rate) for rate in rates])}
+
+    there, here = parts(is_reordered=False, rates=(0.5, 0.9)), parts(is_reordered=True, rates=(0.1, 0.1))
+    cloudckpt.save(there, tmp_path / "c")
+    cloudckpt.load(here, tmp_path / "c")
+    assert [each.rate for each in here["s"].lr_lambdas] == [0.9, 0.5]
+    assert _rates(here["o"], here["s"], 3) == _rates(there["o"], there["s"], 3)
+
+
+class Own(lr_scheduler.LRScheduler):
+    """A scheduler of the user's own."""
+
+    def get_lr(self) -> list[float]:
+        return [rate * 0.5 for rate in self.base_lrs]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_scheduler_that_nobody_can_read_is_refused_beside_groups_in_another_order(
+    tmp_path: Path, strict: bool
+) -> None:
+    model = Matrices()
+    there, here = (_two_groups(model, is_reordered=is_reordered) for is_reordered in (False, True))
+    cloudckpt.save({"model": model, "o": there, "own": Own(there)}, tmp_path / "c")
+    cloudckpt.load({"model": model, "o": there, "own": Own(there)}, tmp_path / "c")
+    with pytest.raises(StateMismatchError, match="own may keep something for each group of o, whose groups stand in a"):
+        cloudckpt.load({"model": model, "o": here, "own": Own(here)}, tmp_path / "c", strict=strict)
+
+
+# -- many --------------------------------------------------------------------------------------------------------
+
+
+def test_modules_are_looked_through_once_for_all_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(50)))
+    state: State = {"model": model, "o": [torch.optim.SGD([each], lr=0.1) for each in model.parameters()]}
+    walked = []
+    modules = nn.Module.named_modules
+
+    def named_modules(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        walked.append(self)
+        return modules(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "named_modules", named_modules)
+    assert len(bind(state)) == 101
+    assert sum(each is model for each in walked) < 5
+
+
+def test_matching_groups_looks_at_each_name_a_few_times() -> None:
+    looks = 0
+
+    class Counted(str):
+        __slots__ = ()
+
+        def __hash__(self) -> int:
+            nonlocal looks
+            looks += 1
+            return super().__hash__()
+
+    groups = [[Counted(f"p{place}")] for place in range(1000)]
+    fit = match_groups(groups, groups[::-1])
+    assert fit.sources == list(range(999, -1, -1))
+    assert looks < 10 * len(groups)
