@@ -77,6 +77,17 @@ def test_a_conjugated_tensor_counts_as_what_it_stands_for() -> None:
     assert digest(tensor.conj().imag) == digest(torch.tensor([-2.0, 4.0]))
 
 
+def test_tensors_of_a_device_are_copied_together_and_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(module, "_BATCH_BYTES", 200)
+    tensors = [torch.tensor(3), torch.randn(40, 3).t(), torch.tensor([True]), torch.randn(7).to(torch.complex64).conj()]
+    for turn in range(3):
+        parts = list(module._parts(tensors, turn=turn, limit_bytes=200))
+        batches = [bytes(batch) for batch in module._device_bytes(iter(parts))]
+        assert b"".join(batches) == b"".join(map(bytes, map(module._host_bytes, parts)))
+        assert max(map(len, batches)) < 200 + 64
+
+
 @pytest.mark.parametrize("is_strided", [False, True])
 def test_every_element_of_a_large_tensor_counts_once_all_turns_were_taken(
     monkeypatch: pytest.MonkeyPatch, is_strided: bool
