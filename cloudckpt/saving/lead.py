@@ -237,8 +237,8 @@ class _Opened:
     message: bytes
     digest: bytes
 
-    def digests(self, memory: PlanMemory, turn: int) -> dict[int, bytes]:
-        return digests_of_sets(memory.replicas, self._tensor, turn=turn)
+    def digests(self, memory: PlanMemory, turn: int, *, is_first: bool) -> dict[int, bytes]:
+        return digests_of_sets(memory.replicas, self._tensor, turn=turn, is_first=is_first)
 
     def details(self, memory: PlanMemory, sets: frozenset[int], rank: int) -> dict[int, Details]:
         return details_of(memory.replicas, self._tensor, self.boxes, sets=sets, rank=rank)
@@ -309,7 +309,7 @@ def _opening(
     _got(record)
     values = digest_of_values(mine.values)
     plan_id = memory.plan_id if memory.digest == mine.digest else ""
-    replicas = mine.digests(memory, memory.turn + 1) if plan_id else {}
+    replicas = mine.digests(memory, memory.turn + 1, is_first=False) if plan_id else {}
     return Opening(destination.catalog.store.url, values, plan_id, replicas)
 
 
@@ -333,7 +333,9 @@ def _plan(mine: _Opened, memory: PlanMemory, coordinator: Coordinator, group: Gr
     memory.rows, memory.replicas = part.rows, part.replicas
     if group.size == 1:
         return frozenset()
-    return group.agree(f"{what}: comparing replicas", lambda: mine.digests(memory, memory.turn), doubtful_sets)
+    return group.agree(
+        f"{what}: comparing replicas", lambda: mine.digests(memory, memory.turn, is_first=True), doubtful_sets
+    )
 
 
 def _lay_out(mine: _Opened, rows: Column, attempt: str, options: Options, slabs: Slabs | None, *, engine: str) -> _Laid:
