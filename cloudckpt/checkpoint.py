@@ -18,7 +18,7 @@ from cloudckpt.loading import RankInput, fill, load_state, read_index
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, refuse_lonely_rank
 from cloudckpt.report import Journal, Progress, Show
-from cloudckpt.root import Catalog, Checkpoint, own_url
+from cloudckpt.root import Catalog, Checkpoint, Exists, check_exists, own_url
 from cloudckpt.saving import Session, begin_save
 from cloudckpt.state import Allowed, Resize, captured
 from cloudckpt.store import open_store
@@ -27,7 +27,7 @@ from cloudckpt.transfer import Watch
 __all__ = ["load", "read", "save"]
 
 
-def save(
+def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
     state: MutableMapping[str, object],
     url: str | os.PathLike[str],
     *,
@@ -36,19 +36,23 @@ def save(
     options: Options | None = None,
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, object] | None = None,
+    exists: Exists = "raise",
     progress: Show = "auto",
 ) -> Checkpoint:
     """Save `state` as one checkpoint at `url`; return once it is committed. With several ranks, every rank calls it.
 
     Args:
         state: name → nn.Module, Optimizer, object with state_dict/load_state_dict, tensor, container or plain value.
-        url: a directory, `s3://…`, `gs://…` or any fsspec URL that holds no checkpoint yet.
+        url: a directory, `s3://…`, `gs://…` or any fsspec URL; it becomes one checkpoint.
         storage_options: fsspec's own options for the URL, the same for every engine.
         engine: what moves the bytes: `local`, `obstore` or `fsspec`, where it serves the URL, or `auto`: our own code
             for a disk, obstore for s3, fsspec for the rest.
         options: sizes, parallelism, patience.
         metrics: numbers to be kept with the checkpoint.
         metadata: values to be kept with the checkpoint.
+        exists: where the URL holds a checkpoint: `raise`, or `replace` it as soon as the new one is complete. Between
+            two requests at the end there is none; if the process dies just there, an error at the URL says how to have
+            the old one back.
         progress: what is shown on stderr, as for `CheckpointManager`.
 
     Returns:
@@ -63,6 +67,7 @@ def save(
     """
     refuse_lonely_rank()
     chosen = Options.of(options)
+    destined = check_exists(exists)
     group = Group.of_world()
     with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
         journal = Journal(store, Progress(progress))
@@ -71,7 +76,7 @@ def save(
             pending = begin_save(
                 session,
                 captured(state),
-                own_url(Catalog(store), is_single_writer=chosen.single_writer),
+                own_url(Catalog(store), is_single_writer=chosen.single_writer, exists=destined),
                 metrics=metrics,
                 metadata=metadata,
             )
@@ -95,6 +100,8 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
     progress: Show = "auto",
 ) -> Checkpoint:
     """Restore `state` in place from the checkpoint at `url`. With several ranks, every rank calls it.
+
+    Processes without a process group load each for itself, also where a launcher has started several.
 
     Names, shapes and dtypes are compared first, and objects that may refuse a state are asked: on a mismatch nothing is
     changed. Every byte was verified before it reached a tensor.
@@ -127,7 +134,6 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
         RankLostError: another rank died, hangs or never came. Tensors may hold a mixture.
         StorageError: the store could not be read.
     """
-    refuse_lonely_rank()
     chosen = Options.of(options)
     with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
         catalog = Catalog(store)

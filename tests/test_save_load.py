@@ -530,13 +530,10 @@ def test_a_store_that_cannot_be_reached_is_an_error_of_ours(act: Callable[..., o
         act(*arguments, storage_options=nobody, options=options)
 
 
-def test_several_ranks_without_a_process_group_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cloudckpt.save(tensors(), tmp_path / "c")
+def test_several_ranks_without_a_process_group_save_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(OptionsError, match="init_process_group"):
         cloudckpt.save(tensors(), tmp_path / "d")
-    with pytest.raises(OptionsError, match="init_process_group"):
-        cloudckpt.load(like(tensors()), tmp_path / "c")
     assert not (tmp_path / "d").exists()
 
 

@@ -1,12 +1,14 @@
 """Keep the URL of the one checkpoint that DCP is to save or load, and its store, open from the first use to the last.
 
-What travels to another process is how to open the store, and no credential (FORMAT invariant 16).
+What travels to another process is how to open the store. Options, which may hold credentials, go only through the pipe
+to a process of the same program, and never into a pickle that could be kept (FORMAT invariant 16).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from multiprocessing.reduction import ForkingPickler
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import Options
@@ -62,7 +64,25 @@ class Address:
         """Pickle without connections; refuses storage options, because they may hold credentials."""
         if self._storage_options:
             raise OptionsError(
-                "a writer or reader with storage_options cannot be pickled, because they may hold credentials; let the "
-                "environment or a profile supply them, and pass no storage_options"
+                "a writer or reader with storage_options cannot be pickled, because they may hold credentials; send it "
+                "through multiprocessing, or let the environment or a profile supply them, and pass no storage_options"
             )
+        return self._sendable()
+
+    def _sendable(self) -> dict[str, object]:
         return {**self.__dict__, "_catalog": None}
+
+
+def _received(state: dict[str, object]) -> Address:
+    address = Address.__new__(Address)
+    address.__dict__.update(state)
+    return address
+
+
+def _send(address: Address) -> tuple[Callable[[dict[str, object]], Address], tuple[dict[str, object]]]:
+    return _received, (address._sendable(),)  # noqa: SLF001 (a method of it, where multiprocessing looks for one)
+
+
+# This pickler serves the pipes and queues of multiprocessing, and what a spawned process is given, alone: such is the
+# process in which DCP saves for `AsyncCheckpointerType.PROCESS`.
+ForkingPickler.register(Address, _send)

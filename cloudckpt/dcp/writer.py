@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
@@ -25,7 +26,7 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.format import JsonValue, PathElement, codec, metadata_to_json, metrics_to_json, new_attempt
 from cloudckpt.options import Options
 from cloudckpt.ranks import refuse_lonely_rank
-from cloudckpt.root import Checkpoint, Target
+from cloudckpt.root import Checkpoint, Exists, Target, check_exists, check_place
 from cloudckpt.saving import (
     RankOutput,
     Record,
@@ -35,6 +36,7 @@ from cloudckpt.saving import (
     check_against_plan,
     chunk_of,
     commit_index,
+    is_elsewhere,
     object_of,
     stats_of,
 )
@@ -54,7 +56,8 @@ class CloudWriter(StorageWriter):
 
     One writer writes one checkpoint; `dcp.save(..., checkpoint_id=url)` points it at another URL. Nothing is
     visible at the URL until the last request, the create of `manifest.json`, has succeeded; then `checkpoint` holds
-    what was committed (on the coordinator).
+    what was committed: on the coordinator, and in the process that saved. With `AsyncCheckpointerType.PROCESS` that is
+    another one than the caller's, where `checkpoint` stays None; the future says when the URL can be read.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class CloudWriter(StorageWriter):
         options: Options | None = None,
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, object] | None = None,
+        exists: Exists = "raise",
     ) -> None:
         """Remember where to save; the store is opened when a save begins.
 
@@ -76,20 +80,24 @@ class CloudWriter(StorageWriter):
             options: sizes, parallelism, patience.
             metrics: numbers to be kept with the checkpoint.
             metadata: values to be kept with the checkpoint.
+            exists: where the URL holds a checkpoint: `raise`, or `replace` it as soon as the new one is complete.
+                Between two requests at the end there is none; if the process dies just there, an error at the URL says
+                how to have the old one back.
 
         Raises:
-            OptionsError: metrics that are no numbers.
+            OptionsError: metrics that are no numbers, or an unknown `exists`.
             UnsupportedValueError: metadata that the codec refuses.
         """
         self._address = Address(url, storage_options=storage_options, engine=engine, options=options)
         self._options = self._address.options
         self._metrics = metrics_to_json(metrics)
         self._metadata = metadata_to_json(metadata)
+        self._exists = check_exists(exists)
         self._begin()
 
     def _begin(self) -> None:
         self._attempt = ""
-        self._rank = 0
+        self._rank: int | None = None
         self._is_coordinator = False
         self._began_s = time.monotonic()
         self._stats_before = StoreStats()
@@ -113,26 +121,31 @@ class CloudWriter(StorageWriter):
         return None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: object, **kwargs: object) -> None:  # noqa: FBT001
-        """Open the store, agree on an attempt id, and refuse early what could only fail late."""
+        """Open the store, choose an attempt id, and refuse early what could only fail late."""
         if kwargs.get("use_collectives") is False:
             raise OptionsError("CloudWriter needs use_collectives=True: one manifest commits all ranks' shards")
-        refuse_lonely_rank()
+        if not self._options.single_writer:
+            refuse_lonely_rank(
+                ". Where this process alone saves to that URL (DCP does not tell a writer of no_dist=True), give "
+                "options=Options(single_writer=True)"
+            )
         self._begin()
-        self._rank = int(str(kwargs.get("rank") or 0))
+        rank = kwargs.get("rank")
+        self._rank = rank if isinstance(rank, int) else None
         self._is_coordinator = is_coordinator
-        catalog = self._address.catalog()
-        self._stats_before = stats_of(catalog.store)
-        if is_coordinator:
-            probe_create(catalog.store, single_writer=self._options.single_writer)
-            if catalog.is_taken(""):
-                raise catalog.exists_error("")
+        with self._closing_after_a_fault():
+            catalog = self._address.catalog()
+            self._stats_before = stats_of(catalog.store)
+            if is_coordinator:
+                probe_create(catalog.store, single_writer=self._options.single_writer)
+                check_place(catalog, self._exists)
         # Each rank draws its own. A broadcast would need a process group, which DCP does not hand to a writer, or the
         # default one, where a trainer's own collectives may be under way in another thread; a plan would carry an old
         # one, because DCP's plan caching uses the plan of an earlier save again. The index says who wrote under which.
         self._attempt = new_attempt()
 
     def _target(self) -> Target:
-        return Target(catalog=self._address.catalog())
+        return Target(catalog=self._address.catalog(), exists=self._exists)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Refuse what the format cannot hold, before a byte is written."""
@@ -143,8 +156,8 @@ class CloudWriter(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Leave the plans to DCP's planners."""
-        return plans
+        """Leave the plans to DCP's planners, and write into each whose it is."""
+        return [replace(plan, storage_data=rank) for rank, plan in enumerate(plans)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Upload this rank's chunks as shards, encode its values; return when all of it is durable."""
@@ -157,16 +170,19 @@ class CloudWriter(StorageWriter):
         return future
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        tensors = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO]
+        tensors = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO and not is_elsewhere(item)]
         values = _values_of([item for item in plan.items if item.type is WriteItemType.BYTE_IO], planner)
-        output = RankOutput(target=self._target(), attempt=self._attempt, rank=self._rank, options=self._options)
+        # An older torch tells a writer its rank by nothing but the place of its plan. A newer one says it beforehand,
+        # which holds also where a cached plan is one of another group.
+        rank = plan.storage_data if self._rank is None else self._rank
+        output = RankOutput(target=self._target(), attempt=self._attempt, rank=rank or 0, options=self._options)
         source = Source(tensors, planner, attempt=self._attempt, shard_bytes=self._options.shard_bytes)
         message = output.write(source, values).encode()
         # One message per rank: an object per item would take minutes where thousands of ranks meet.
         return [
             WriteResult(
                 index=item.index,
-                size_in_bytes=0 if item.tensor_data is None else chunk_of(item).nbytes,
+                size_in_bytes=0 if item.tensor_data is None or is_elsewhere(item) else chunk_of(item).nbytes,
                 storage_data=None if place else message,
             )
             for place, item in enumerate(plan.items)

@@ -54,6 +54,7 @@ class Index:
 
     Attributes:
         attempt: the attempt that wrote it.
+        attempts: all attempts in the keys of the objects that belong to it.
         block_bytes: bytes per digest, in all its shards.
         tensors: name → dtype and shape.
         values: name → value in the codec's JSON.
@@ -77,6 +78,7 @@ class Index:
         self.tensors = {name: TensorEntry(tensor.dtype, tensor.shape) for name, tensor in header.tensors.items()}
         self._columns = Tensors(list(self.tensors.values()))
         self.attempt = header.attempt
+        self.attempts = frozenset(record.attempt or header.attempt for record in header.ranks) | {header.attempt}
         self.block_bytes = header.block_bytes
         self.values = header.values
         self.paths = header.paths

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.tensor import DTensor, Replicate
 
-from cloudckpt.errors import IntegrityError, MissingShardError
+from cloudckpt.errors import IntegrityError, MissingShardError, OptionsError
 from cloudckpt.format import DTYPE_NAMES, DTYPES, NOTES, Box, BoxPlace, BoxTable, Index, codec
 from cloudckpt.loading.input import RankInput, decode_index, describe, read_index_bytes
 from cloudckpt.loading.passing import Step, plan_passing
@@ -35,7 +35,7 @@ from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, own_fail
 from cloudckpt.report import Journal
 from cloudckpt.root import Candidate, Catalog, Checkpoint, Fit
 from cloudckpt.state import Allowed, Restoration, Saved, bind, plan_restore
-from cloudckpt.transfer import Gauge
+from cloudckpt.transfer import Gauge, inner_names
 
 __all__ = ["Extra", "fill", "load_state"]
 
@@ -259,7 +259,7 @@ class _Filling:
 
     def __init__(self, tensors: dict[str, object], index: Index, *, near: int | None) -> None:
         self._tensors = tensors
-        self._boxes = {name: _boxes_of(tensor) for name, tensor in tensors.items()}
+        self._boxes = {name: _boxes_of(name, tensor) for name, tensor in tensors.items()}
         self._pieces = index.covering(self._boxes, near=near)
         self._planner = _NotingPlanner(flatten_state_dict=False)
         self._index = index
@@ -315,8 +315,20 @@ class _Filling:
             source.read(self._items, self._planner, self._pieces)
 
 
-def _boxes_of(tensor: object) -> list[BoxPlace]:
-    """Return the boxes of a tensor that this rank holds."""
+def _boxes_of(name: str, tensor: object) -> list[BoxPlace]:
+    """Return the boxes of a tensor that this rank holds; none, for a rank outside of a DTensor's mesh.
+
+    Raises:
+        OptionsError: they cannot be filled.
+    """
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(local, torch.Tensor) and inner_names(local):
+        raise OptionsError(
+            f"{name!r} is a {type(local).__name__} in the state, which has no memory of its own to be filled; restore "
+            "into a plain tensor, and make it from that"
+        )
+    if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
+        return []  # torch says a box there, of other dimensions than the tensor's
     chunks = _create_chunk_list(cast("torch.Tensor", tensor))
     return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
 

@@ -65,16 +65,16 @@ def has_world() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def refuse_lonely_rank() -> None:
+def refuse_lonely_rank(otherwise: str = "") -> None:
     """Refuse to act as the only rank when the launcher started several and no process group exists.
 
-    DCP would silently treat each process as the coordinator of a save of its own.
+    DCP would silently treat each process as the coordinator of a save of its own. `otherwise` ends the message.
     """
     world_size = os.environ.get("WORLD_SIZE", "1")
     if world_size.isdigit() and int(world_size) > 1 and not has_world():
         raise OptionsError(
             f"WORLD_SIZE is {world_size} and no process group exists; call torch.distributed.init_process_group() "
-            "before saving or restoring"
+            f"before saving or restoring{otherwise}"
         )
 
 

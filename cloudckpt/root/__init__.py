@@ -8,6 +8,7 @@ from cloudckpt.root.checkpoint import Checkpoint, Fit
 from cloudckpt.root.choice import Candidate, Choice, Wanted
 from cloudckpt.root.destination import Destination, Epoch, Target, own_url
 from cloudckpt.root.pruning import Pruner
+from cloudckpt.root.replacing import Exists, check_exists, check_place
 from cloudckpt.root.retention import KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule, checked_rules
 from cloudckpt.root.sweep import Orphan, sweep
 
@@ -18,6 +19,7 @@ __all__ = [
     "Choice",
     "Destination",
     "Epoch",
+    "Exists",
     "Fit",
     "KeepBest",
     "KeepEvery",
@@ -28,6 +30,8 @@ __all__ = [
     "RetentionRule",
     "Target",
     "Wanted",
+    "check_exists",
+    "check_place",
     "checked_rules",
     "own_url",
     "sweep",

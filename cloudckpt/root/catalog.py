@@ -47,6 +47,7 @@ from cloudckpt.format import (
     parse_checkpoint_prefix,
     parse_epoch_key,
 )
+from cloudckpt.root.absence import what_is_there
 from cloudckpt.root.checkpoint import Checkpoint, best_first
 from cloudckpt.store import Store
 
@@ -100,7 +101,7 @@ class Catalog:
             data = self.store.read(key, limit_bytes=MANIFEST_LIMIT_BYTES)
         except ObjectNotFoundError as exc:
             raise CheckpointNotFoundError(
-                f"no committed checkpoint at {self._url(prefix)}; list what is there with `cloudckpt ls`"
+                f"no committed checkpoint at {self._url(prefix)}; {what_is_there(self.store, prefix)}"
             ) from exc
         return Manifest.decode(data, key=key), data
 
@@ -314,9 +315,9 @@ class Catalog:
 
     def exists_error(self, prefix: str) -> CheckpointExistsError:
         """Return the error that says that the place is taken."""
+        advice = "another step, or delete it first" if prefix else 'another URL, or replace it with exists="replace"'
         return CheckpointExistsError(
-            f"a checkpoint is already committed at {self._url(prefix)}; it was not changed. "
-            "Save under another step or URL, or delete it first"
+            f"a checkpoint is already committed at {self._url(prefix)}; it was not changed. Save under {advice}"
         )
 
     def is_taken(self, prefix: str) -> bool:
@@ -337,6 +338,12 @@ class Catalog:
         self.store.delete([checkpoint.prefix + MANIFEST_NAME])
         with self._lock:
             self._known.pop(checkpoint.prefix, None)
+
+    def recommit(self, checkpoint: Checkpoint) -> None:
+        """Create the manifest of a checkpoint that `uncommit` took away again, byte for byte; raises as `commit`."""
+        data = checkpoint.manifest.encode()
+        self.store.create(checkpoint.prefix + MANIFEST_NAME, data)
+        self.adopt(data, prefix=checkpoint.prefix)
 
     def remove_objects(self, prefix: str) -> None:
         """Delete what an uncommitted prefix still holds. Never removes a manifest.

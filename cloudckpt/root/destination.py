@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from cloudckpt.format import checkpoint_prefix
+from cloudckpt.format import Manifest, checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.replacing import Exists, check_place, replace
 from cloudckpt.store import probe_create
 
 __all__ = ["Destination", "Epoch", "Target", "own_url"]
@@ -20,12 +21,23 @@ __all__ = ["Destination", "Epoch", "Target", "own_url"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """Where one checkpoint goes: a catalog, and the step and epoch of a root (or the URL itself)."""
+    """Where one checkpoint goes: a catalog, and the step and epoch of a root (or the URL itself).
+
+    Attributes:
+        exists: what becomes of a checkpoint at the URL itself.
+    """
 
     catalog: Catalog
     prefix: str = ""
     step: int | None = None
     epoch: int = 0
+    exists: Exists = "raise"
+
+    def commit(self, manifest: Manifest) -> Checkpoint:
+        """Make a finished attempt the checkpoint there; raises what `Catalog.commit` or `replace` raises."""
+        if self.exists == "replace":
+            return replace(self.catalog, manifest)
+        return self.catalog.commit(manifest, prefix=self.prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +56,13 @@ class Destination:
     is_claimed: bool
 
 
-def own_url(catalog: Catalog, *, is_single_writer: bool) -> Destination:
-    """Return a URL that is to hold one checkpoint; `take` probes the store, and refuses one that holds one."""
+def own_url(catalog: Catalog, *, is_single_writer: bool, exists: Exists = "raise") -> Destination:
+    """Return a URL that is to hold one checkpoint; `take` probes the store, and refuses one that `check_place` does."""
 
     def take() -> Target:
         probe_create(catalog.store, single_writer=is_single_writer)
-        if catalog.is_taken(""):
-            raise catalog.exists_error("")
-        return Target(catalog=catalog)
+        check_place(catalog, exists)
+        return Target(catalog=catalog, exists=exists)
 
     return Destination(catalog, take, is_claimed=False)
 

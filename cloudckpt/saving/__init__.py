@@ -4,7 +4,7 @@ from cloudckpt.saving.background import Background, SaveHandle
 from cloudckpt.saving.lead import PendingSave, PlanMemory, Session, begin_save
 from cloudckpt.saving.output import RankOutput, Record, commit_index, stats_of
 from cloudckpt.saving.snapshot import expected_shards
-from cloudckpt.saving.source import Source, chunk_of, object_of
+from cloudckpt.saving.source import Source, chunk_of, is_elsewhere, object_of
 from cloudckpt.saving.tally import Written, assemble, check_against_plan
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "chunk_of",
     "commit_index",
     "expected_shards",
+    "is_elsewhere",
     "object_of",
     "stats_of",
 ]

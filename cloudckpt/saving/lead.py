@@ -37,7 +37,7 @@ from cloudckpt.saving.coordinator import Coordinator, Opening, Order, PlanMemory
 from cloudckpt.saving.output import RankOutput, Record, stats_of
 from cloudckpt.saving.replicas import Details, details_of, digests_of_sets, doubtful_sets, refuse_replicas
 from cloudckpt.saving.snapshot import Staged, take_snapshot
-from cloudckpt.saving.source import Source, check_tensor, chunk_of, tensor_of
+from cloudckpt.saving.source import Source, check_tensor, chunk_of, is_elsewhere, tensor_of
 from cloudckpt.saving.values import differences_of, digest_of_values, digests_of, refuse_values, wanted_values
 from cloudckpt.state import is_tensor
 from cloudckpt.transfer import AbandonedError, Gauge, Slabs, Stage, StageClosedError
@@ -204,6 +204,10 @@ class PendingSave:
                 stage.wait_for_first()
             try:
                 return lead.finish(lambda prefix: self._upload(prefix, gauge), self._check)
+            except BaseException:
+                # Whatever it was, the next save is planned anew: a plan that does not fit must not fail every save.
+                lead.coordinator.memory.plan_id = ""
+                raise
             finally:
                 self._close_stage()
 
@@ -233,8 +237,8 @@ class _Opened:
     message: bytes
     digest: bytes
 
-    def digests(self, memory: PlanMemory, turn: int) -> dict[int, bytes]:
-        return digests_of_sets(memory.replicas, self._tensor, turn=turn)
+    def digests(self, memory: PlanMemory, turn: int, *, is_first: bool) -> dict[int, bytes]:
+        return digests_of_sets(memory.replicas, self._tensor, turn=turn, is_first=is_first)
 
     def details(self, memory: PlanMemory, sets: frozenset[int], rank: int) -> dict[int, Details]:
         return details_of(memory.replicas, self._tensor, self.boxes, sets=sets, rank=rank)
@@ -289,7 +293,7 @@ def _open(flat: Flat, group: Group) -> _Opened:
             check_tensor(name, tensor)
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(tensors, None, group.rank == 0)
-    items = planner.create_local_plan().items
+    items = [item for item in planner.create_local_plan().items if not is_elsewhere(item)]
     boxes = BoxTable.of(map(chunk_of, items))
     about = msgspec.json.encode((flat.paths, flat.notes))
     message = msgspec.msgpack.encode((boxes.encode(), about, sorted(flat.of_others)))
@@ -305,7 +309,7 @@ def _opening(
     _got(record)
     values = digest_of_values(mine.values)
     plan_id = memory.plan_id if memory.digest == mine.digest else ""
-    replicas = mine.digests(memory, memory.turn + 1) if plan_id else {}
+    replicas = mine.digests(memory, memory.turn + 1, is_first=False) if plan_id else {}
     return Opening(destination.catalog.store.url, values, plan_id, replicas)
 
 
@@ -329,7 +333,9 @@ def _plan(mine: _Opened, memory: PlanMemory, coordinator: Coordinator, group: Gr
     memory.rows, memory.replicas = part.rows, part.replicas
     if group.size == 1:
         return frozenset()
-    return group.agree(f"{what}: comparing replicas", lambda: mine.digests(memory, memory.turn), doubtful_sets)
+    return group.agree(
+        f"{what}: comparing replicas", lambda: mine.digests(memory, memory.turn, is_first=True), doubtful_sets
+    )
 
 
 def _lay_out(mine: _Opened, rows: Column, attempt: str, options: Options, slabs: Slabs | None, *, engine: str) -> _Laid:

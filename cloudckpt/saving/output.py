@@ -130,14 +130,14 @@ class RankOutput:
 
 
 def commit_index(target: Target, index: Index, record: Record) -> Checkpoint:
-    """Put a checked index, then create the manifest; raises what `Catalog.commit` raises."""
+    """Put a checked index, then create the manifest; raises what `Target.commit` raises."""
     began_s = time.monotonic()
     _refuse_shards_elsewhere(target, index, record.world_size)
     key = target.prefix + index_key(index.attempt)
     data = index.encode()
     target.catalog.store.put(key, [memoryview(data)])
     seconds = {**record.seconds, "commit_s": time.monotonic() - began_s}
-    return target.catalog.commit(_manifest(target, index, data, record, seconds), prefix=target.prefix)
+    return target.commit(_manifest(target, index, data, record, seconds))
 
 
 def _refuse_shards_elsewhere(target: Target, index: Index, world_size: int) -> None:

@@ -2,15 +2,15 @@
 
     replicas ──a digest per set of holders──▶ rank 0: alike? ──if not──▶ a digest per box ──▶ names and ranks
 
-A checkpoint has one of them only, so what differs would be lost without a word. The first digests decide of most saves
-and so must cost little: small boxes count whole, and of large ones, beyond a number of bytes, other blocks at each
-save, until all had their turn. The second ones are of every byte. Knows tensors and their boxes; rank 0's part
-(`doubtful_sets`, `refuse_replicas`) sees digests and names alone.
+A checkpoint has one of them only, so what differs would be lost without a word. The first digests are of every byte, up
+to some GiB, when ranks save something for the first time. When they save it again they must cost little: small boxes
+count whole, and of large ones other blocks at each save, until all had their turn. The second ones are of every byte.
+Knows tensors and their boxes; rank 0's part (`doubtful_sets`, `refuse_replicas`) sees digests and names alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,10 +26,10 @@ __all__ = ["Details", "details_of", "digests_of_sets", "doubtful_sets", "refuse_
 
 _SHOWN = 8
 _BLOCK_BYTES = 256 << 10
-# Of one set of replicas, compared at each save: 256 MiB of host memory take 8 to 25 ms of a core, and 64 MiB of a
-# device about as long, because they are copied to the host.
-_HOST_BYTES = 256 << 20
-_DEVICE_BYTES = 64 << 20
+# Of one set of replicas. 256 MiB of host memory took 12 ms of a core, half of what an async save of them by two ranks
+# keeps training waiting; 64 MiB took 3 ms.
+_FIRST_BYTES = 4 << 30
+_AGAIN_BYTES = 64 << 20
 # What is copied from a device at once: 10,000 small tensors one by one would take longer than all of their bytes.
 _BATCH_BYTES = 16 << 20
 _DIGEST_BYTES = 16
@@ -45,15 +45,20 @@ class Details(NamedTuple):
     digests: bytes
 
 
-def digests_of_sets(replicas: Sequence[Replicas], resolve: Resolve, *, turn: int) -> dict[int, bytes]:
+def digests_of_sets(replicas: Sequence[Replicas], resolve: Resolve, *, turn: int, is_first: bool) -> dict[int, bytes]:
     """Return a digest of each set by its number; equal bytes on two ranks and an equal `turn` give equal digests.
 
     Args:
         replicas: of this rank.
         resolve: row → tensor.
         turn: which blocks of large boxes count; each turn of consecutive ones has others.
+        is_first: whether the ranks have not compared these boxes before.
     """
-    return {alike.number: _digest(map(resolve, alike.rows.tolist()), turn=turn) for alike in replicas}
+    limit_bytes = _FIRST_BYTES if is_first else _AGAIN_BYTES
+    return {
+        alike.number: _digest(map(resolve, alike.rows.tolist()), turn=turn, limit_bytes=limit_bytes)
+        for alike in replicas
+    }
 
 
 def doubtful_sets(found: Sequence[Mapping[int, bytes]]) -> frozenset[int]:
@@ -72,7 +77,7 @@ def details_of(
     return {
         alike.number: Details(
             boxes.take(alike.rows).encode() if rank == alike.first_rank else b"",
-            b"".join(_digest([resolve(row)], turn=None) for row in alike.rows.tolist()),
+            b"".join(_digest([resolve(row)]) for row in alike.rows.tolist()),
         )
         for alike in replicas
         if alike.number in sets
@@ -136,26 +141,24 @@ class _Part(NamedTuple):
         return _dense(self.tensor, self.start, self.stop).resolve_conj().resolve_neg().contiguous()
 
 
-def _digest(tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor], *, turn: int | None) -> bytes:
+def _digest(tensors: Iterable[torch.Tensor], *, turn: int = 0, limit_bytes: int | None = None) -> bytes:
     """Return a digest of tensors' bytes, row-major: of all, or of those whose turn it is."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor)
     digest = xxhash.xxh3_128()
     for device, there in by_device.items():
-        is_host = device.type == "cpu"
-        limit_bytes = _HOST_BYTES if is_host else _DEVICE_BYTES
         parts = _parts(there, turn=turn, limit_bytes=limit_bytes)
-        for memory in map(_host_bytes, parts) if is_host else _device_bytes(parts):
+        for memory in map(_host_bytes, parts) if device.type == "cpu" else _device_bytes(parts):
             digest.update(memory)
     return digest.digest()
 
 
-def _parts(tensors: Sequence[torch.Tensor], *, turn: int | None, limit_bytes: int) -> Iterator[_Part]:
+def _parts(tensors: Sequence[torch.Tensor], *, turn: int, limit_bytes: int | None) -> Iterator[_Part]:
     """Yield tensors that are one block as they are, and others block by block, as many as the limit and turn allow."""
     large_bytes = sum(size for tensor in tensors if (size := tensor.nbytes) > _BLOCK_BYTES)
-    stride = 1 if turn is None else max(1, -(-large_bytes // limit_bytes))
-    skipped = (turn or 0) % stride  # blocks to be passed over before the next one that counts
+    stride = 1 if limit_bytes is None else max(1, -(-large_bytes // limit_bytes))
+    skipped = turn % stride  # blocks to be passed over before the next one that counts
     for tensor in tensors:
         count = tensor.numel()
         if tensor.nbytes <= _BLOCK_BYTES:

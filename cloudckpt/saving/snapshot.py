@@ -2,7 +2,7 @@
 
     Source ──host tensors──▶ copies by all cores ╮
            ──strided ones──▶ torch's own copy    ├──▶ slabs that hold a shard's bytes in their order
-           ──CUDA tensors──▶ side stream         ╯
+           ──CUDA tensors──▶ a side stream each  ╯      (of their device)
 
 Knows tensors and where a shard's pieces lie; memory and threads are `transfer`'s. Called by the training's thread.
 """
@@ -10,7 +10,7 @@ Knows tensors and where a shard's pieces lie; memory and threads are `transfer`'
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -35,13 +35,13 @@ class Staged:
         stage: the copies.
         transfer_bytes: host memory that transports may take for what is in flight.
         is_sent_in_place: whether the transport sends the copies as they lie, without one of its own.
-        is_pinned: whether the copies come from a device.
+        devices: the CUDA devices that copies come from.
     """
 
     stage: Stage
     transfer_bytes: int
     is_sent_in_place: bool
-    is_pinned: bool = False
+    devices: tuple[torch.device, ...] = ()
 
     @classmethod
     def of(cls, slabs: Slabs, source: Source, options: Options, *, engine: str) -> Staged:
@@ -51,9 +51,9 @@ class Staged:
         staging_bytes, transfer_bytes = staging_limits(
             sum(sizes), options, is_sent_in_place=is_sent_in_place, held_bytes=slabs.held_bytes
         )
-        is_pinned = torch.cuda.is_available() and source.has_device_bytes()
-        stage = Stage(slabs, sizes, limit_bytes=staging_bytes, is_pinned=is_pinned)
-        return cls(stage, transfer_bytes, is_sent_in_place, is_pinned)
+        devices = source.cuda_devices() if torch.cuda.is_available() else ()
+        stage = Stage(slabs, sizes, limit_bytes=staging_bytes, is_pinned=bool(devices))
+        return cls(stage, transfer_bytes, is_sent_in_place, devices)
 
 
 def staging_limits(
@@ -121,29 +121,41 @@ def take_snapshot(staged: Staged, source: Source) -> None:
     Raises:
         StageClosedError: the upload that was to take the copies has ended.
     """
-    stream = torch.cuda.Stream() if staged.is_pinned else None  # type: ignore[no-untyped-call]
-    if stream is not None:
-        stream.wait_stream(torch.cuda.current_stream())
+    streams = [_side_stream(device) for device in staged.devices]
 
     def plan(number: int, memory: memoryview) -> list[Copy]:
-        with nullcontext() if stream is None else torch.cuda.stream(stream):
-            return _copies(source.shards[number], source, memory, is_pinned=staged.is_pinned)
+        with ExitStack() as stack:
+            for stream in streams:
+                stack.enter_context(torch.cuda.stream(stream))
+            return _copies(source.shards[number], source, memory, is_lazy=bool(streams))
 
     def settle() -> None:
-        if stream is not None:
+        for stream in streams:
             stream.synchronize()
 
     staged.stage.run(plan, settle=settle, threads=copying_threads())
 
 
-def _copies(shard: ShardLayout, source: Source, memory: memoryview, *, is_pinned: bool) -> list[Copy]:
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return a stream of a device that begins when what this thread has given the device is done.
+
+    A copy to the host runs in the current stream of the device that it comes from, whichever device is current. So
+    there is one for each: a stream of another device neither orders that copy nor waits for it, and bytes that have not
+    arrived would get a digest that blesses them.
+    """
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
+
+
+def _copies(shard: ShardLayout, source: Source, memory: memoryview, *, is_lazy: bool) -> list[Copy]:
     """Copy what has no bytes of its own on the host; return the copies that are left."""
     copies = []
     for piece in shard.pieces:
         start = piece.start - len(shard.header)
         place = memory[start : start + piece.nbytes]
         room = Staging(place)
-        view = source.view(piece, room, is_lazy=is_pinned)
+        view = source.view(piece, room, is_lazy=is_lazy)
         if piece.nbytes and not room.used_bytes:
             copies.append(Copy(place, view))
     return copies

@@ -18,14 +18,20 @@ from typing import TypeGuard
 
 import torch
 from torch import nn
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
+from torch.distributed.tensor import DTensor
 
 from cloudckpt.errors import OptionsError, UnsupportedValueError
 from cloudckpt.format import DTYPE_NAMES, Box, Piece, lay_out
-from cloudckpt.transfer import bytes_of
+from cloudckpt.transfer import bytes_of, has_memory, inner_names
 
-__all__ = ["Source", "Staging", "check_tensor", "chunk_of", "object_of", "tensor_of"]
+__all__ = ["Source", "Staging", "check_tensor", "chunk_of", "is_elsewhere", "object_of", "tensor_of"]
+
+
+# By these newer releases of torch know a plain tensor that is one rank's part of another.
+_PART_OF_ANOTHER = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
 
 
 def _check_layout(name: str, layout: torch.layout, dtype: torch.dtype) -> None:
@@ -45,7 +51,7 @@ def _check_layout(name: str, layout: torch.layout, dtype: torch.dtype) -> None:
 
 
 def check_tensor(name: str, tensor: torch.Tensor) -> None:
-    """Raise `UnsupportedValueError` for a quantized, sparse, nested, meta or lazy tensor."""
+    """Raise `UnsupportedValueError` for a quantized, sparse, nested, meta or lazy tensor, or one without own memory."""
     if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
         raise UnsupportedValueError(
             f"tensor {name!r} has no shape yet; run a batch through its lazy module first",
@@ -61,6 +67,37 @@ def check_tensor(name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedValueError(
             f"tensor {name!r} is on the meta device and has no data; materialize it first", key=name, type_name="meta"
         )
+    _check_subclass(name, _settled(tensor.to_local() if isinstance(tensor, DTensor) else tensor))
+
+
+def _check_subclass(name: str, tensor: torch.Tensor) -> None:
+    kind = type(tensor).__name__
+    if all(hasattr(tensor, attribute) for attribute in _PART_OF_ANOTHER):
+        raise UnsupportedValueError(
+            f"tensor {name!r} is a CheckpointableTensor, a part of a larger one; save a DTensor in its place",
+            key=name,
+            type_name="CheckpointableTensor",
+        )
+    # One that tells DCP's planner of its parts (torchrec's shards) is saved part by part.
+    if has_memory(tensor) or hasattr(tensor, "__create_write_items__"):
+        return
+    if inner := inner_names(tensor):
+        raise UnsupportedValueError(
+            f"tensor {name!r} is a {kind}, which has no bytes of its own; save what it consists of "
+            f"({', '.join(inner)}), or the tensor that it was made of, and make it again after the restore",
+            key=name,
+            type_name=kind,
+        )
+    raise UnsupportedValueError(
+        f"tensor {name!r} ({kind}) has no memory: it is a fake one, or its storage was freed; save one that has",
+        key=name,
+        type_name=kind,
+    )
+
+
+def _settled(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what a collective that may be under way results in, once it is there (for the current stream)."""
+    return tensor.wait() if isinstance(tensor, AsyncCollectiveTensor) else tensor
 
 
 def chunk_of(item: WriteItem) -> Box:
@@ -80,6 +117,12 @@ def chunk_of(item: WriteItem) -> Box:
         tuple(data.chunk.offsets),
         tuple(data.chunk.sizes),
     )
+
+
+def is_elsewhere(item: WriteItem) -> bool:
+    """Tell whether an item stands for nothing: a DTensor's rank outside of the mesh plans a box without dimensions."""
+    data = item.tensor_data
+    return data is not None and not len(data.chunk.offsets) == len(data.chunk.sizes) == len(data.size)
 
 
 class Staging:
@@ -131,7 +174,8 @@ class Source:
     def view(self, piece: Piece, room: Staging, *, is_lazy: bool = False) -> memoryview:
         """Return the piece's bytes: the tensor's own memory where it is dense on the host, else some of `room`.
 
-        Where `is_lazy`, a copy from a device may go on after it was begun; whoever has the room waits for it.
+        Where `is_lazy`, a copy from a CUDA device may go on, in that device's current stream, after it was begun;
+        whoever has the room waits for it.
         """
         with self._lock:
             tensor = self._tensors.get(piece.chunk)
@@ -148,9 +192,10 @@ class Source:
         self._planner = DefaultSavePlanner()
         self._tensors.clear()
 
-    def has_device_bytes(self) -> bool:
-        """Tell whether some of the tensors lie in a CUDA device's memory."""
-        return any(self._resolve(piece).device.type == "cuda" for piece in self._uses)
+    def cuda_devices(self) -> tuple[torch.device, ...]:
+        """Return the CUDA devices in whose memory some of the tensors lie."""
+        devices = {self._resolve(chunk).device for chunk in self._uses}
+        return tuple(sorted((device for device in devices if device.type == "cuda"), key=str))
 
     def _resolve(self, number: int) -> torch.Tensor:
         return tensor_of(self._items[number], self._planner)
@@ -167,8 +212,9 @@ def tensor_of(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
     data = item.tensor_data
     if not isinstance(tensor, torch.Tensor) or data is None:
         raise OptionsError(f"the planner resolved {item.index.fqn!r} to a {type(tensor).__name__}, not a tensor")
-    tensor = tensor.detach()
+    tensor = _settled(tensor)
     check_tensor(item.index.fqn, tensor)
+    tensor = tensor.detach()
     if tensor.dtype != data.properties.dtype or tensor.numel() != math.prod(data.chunk.sizes):
         raise OptionsError(
             f"the planner planned {item.index.fqn!r} as {data.properties.dtype} {tuple(data.chunk.sizes)} and "
@@ -191,7 +237,11 @@ def _piece_view(tensor: torch.Tensor, chunk: Box, piece: Piece, room: Staging, *
         box = box.narrow(axis, start - base, size)
     memory = room.take(piece.nbytes)
     target = torch.frombuffer(memory, dtype=torch.uint8).view(tensor.dtype).reshape(piece.sizes)
-    target.copy_(box, non_blocking=is_lazy)
+    if is_lazy and box.device.type == "cuda":
+        # Else torch would flip signs on the host as soon as the copy was begun, in bytes that have not arrived.
+        target.copy_(box.resolve_conj().resolve_neg(), non_blocking=True)
+    else:
+        target.copy_(box)
     return memory
 
 

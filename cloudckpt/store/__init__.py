@@ -4,10 +4,10 @@ A store moves bytes and knows nothing of tensors, steps or ranks. Each backend m
 errors; the one layer around it is the only place that tries again. No cloud library is imported before a URL asks.
 """
 
-from cloudckpt.store.base import ObjectInfo, Store
+from cloudckpt.store.base import Listing, ObjectInfo, Store
 from cloudckpt.store.opening import open_store
 from cloudckpt.store.probe import probe_create
 from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.store.stats import StoreStats
 
-__all__ = ["ObjectInfo", "RetryingStore", "Store", "StoreStats", "open_store", "probe_create"]
+__all__ = ["Listing", "ObjectInfo", "RetryingStore", "Store", "StoreStats", "open_store", "probe_create"]

@@ -5,7 +5,7 @@ in them.
 """
 
 from cloudckpt.transfer.download import Fetch, ShardSource, download
-from cloudckpt.transfer.memory import Scratch, Slabs, bytes_of
+from cloudckpt.transfer.memory import Scratch, Slabs, bytes_of, has_memory, inner_names
 from cloudckpt.transfer.pool import AbandonedError, Budget, Gauge, Watch
 from cloudckpt.transfer.share import copying_threads, free_bytes, ranks_here
 from cloudckpt.transfer.staging import Copy, Stage, StageClosedError
@@ -28,6 +28,8 @@ __all__ = [
     "copying_threads",
     "download",
     "free_bytes",
+    "has_memory",
+    "inner_names",
     "ranks_here",
     "upload",
 ]

@@ -22,6 +22,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 __all__ = ["Scratch", "Slab", "Slabs", "address_of", "bytes_of"]
 
@@ -33,6 +34,20 @@ _TOUCH_PAUSE_S = 0.0005
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     """Return the memory of a dense host tensor as bytes; the array keeps the tensor alive."""
     return np.asarray(_Memory(tensor))
+
+
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor's elements lie in memory; those of some subclasses lie in other tensors, or nowhere."""
+    if inner_names(tensor) or isinstance(tensor, FakeTensor):
+        return False
+    # A pointer says nothing of other devices, some of which have none.
+    return tensor.numel() == 0 or tensor.device.type not in ("cpu", "cuda") or tensor.data_ptr() != 0
+
+
+def inner_names(tensor: torch.Tensor) -> Sequence[str]:
+    """Return the names of the tensors that a subclass consists of; none for a tensor that has memory itself."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    return () if flatten is None else tuple(flatten()[0])
 
 
 class _Memory:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -261,6 +262,32 @@ def test_a_rank_lost_in_the_background_fails_the_save_on_all_others_in_time(
         assert elapsed_s < DEADLINE_S + 10
         assert told == str(error)
     assert steps_at(str(tmp_path)) == [0]
+
+
+def save_without_a_thread(url: str) -> tuple[str, int]:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "cloudckpt-save":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with CheckpointManager(url, options=CALM) as manager:
+        if rank_of_this() == 1:
+            threading.Thread.start = refuse  # type: ignore[method-assign]
+        with pytest.raises(SaveFailedError) as caught:
+            manager.async_save(1, replicated(1)).result()
+        threading.Thread.start = start  # type: ignore[method-assign]
+        saved = manager.async_save(2, replicated(2)).result()
+    assert saved is not None
+    return str(caught.value), saved.step
+
+
+def test_a_rank_whose_thread_cannot_start_fails_the_save_on_all_ranks_and_the_next_one_works(tmp_path: Path) -> None:
+    for told, step in run(2, save_without_a_thread, str(tmp_path)):
+        assert "rank 1: the save was abandoned: its thread could not be started" in told
+        assert step == 2
+    assert steps_at(str(tmp_path)) == [2]
 
 
 def close_with_a_hanging_rank(url: str) -> str:

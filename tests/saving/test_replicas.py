@@ -46,9 +46,9 @@ def files(root: Path) -> list[str]:
 # -- digests ----------------------------------------------------------------------------------------------------
 
 
-def digest(*tensors: torch.Tensor, turn: int = 0) -> bytes:
+def digest(*tensors: torch.Tensor, turn: int = 0, is_first: bool = False) -> bytes:
     alike = Replicas(3, 0, np.arange(len(tensors), dtype=np.int64))
-    return digests_of_sets([alike], lambda row: tensors[row], turn=turn)[3]
+    return digests_of_sets([alike], lambda row: tensors[row], turn=turn, is_first=is_first)[3]
 
 
 @given(
@@ -67,7 +67,7 @@ def test_a_digest_follows_the_elements_and_not_how_they_lie(
     strided = tensor.permute(order).contiguous().permute(back)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_BLOCK_BYTES", 64)
-        patch.setattr(module, "_HOST_BYTES", data.draw(st.sampled_from([1, 100, 10_000])))
+        patch.setattr(module, "_AGAIN_BYTES", data.draw(st.sampled_from([1, 100, 10_000])))
         assert digest(strided, turn=turn) == digest(tensor, turn=turn)
 
 
@@ -77,12 +77,23 @@ def test_a_conjugated_tensor_counts_as_what_it_stands_for() -> None:
     assert digest(tensor.conj().imag) == digest(torch.tensor([-2.0, 4.0]))
 
 
+def test_tensors_of_a_device_are_copied_together_and_give_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(module, "_BATCH_BYTES", 200)
+    tensors = [torch.tensor(3), torch.randn(40, 3).t(), torch.tensor([True]), torch.randn(7).to(torch.complex64).conj()]
+    for turn in range(3):
+        parts = list(module._parts(tensors, turn=turn, limit_bytes=200))
+        batches = [bytes(batch) for batch in module._device_bytes(iter(parts))]
+        assert b"".join(batches) == b"".join(map(bytes, map(module._host_bytes, parts)))
+        assert max(map(len, batches)) < 200 + 64
+
+
 @pytest.mark.parametrize("is_strided", [False, True])
 def test_every_element_of_a_large_tensor_counts_once_all_turns_were_taken(
     monkeypatch: pytest.MonkeyPatch, is_strided: bool
 ) -> None:
     monkeypatch.setattr(module, "_BLOCK_BYTES", 64)
-    monkeypatch.setattr(module, "_HOST_BYTES", 256)
+    monkeypatch.setattr(module, "_AGAIN_BYTES", 256)
     first, large = torch.zeros(30, 5), torch.zeros(50, 6)
     if is_strided:
         large = large.t().contiguous().t()
@@ -97,7 +108,7 @@ def test_every_element_of_a_large_tensor_counts_once_all_turns_were_taken(
 
 def test_small_tensors_count_whole_at_every_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK_BYTES", 64)
-    monkeypatch.setattr(module, "_HOST_BYTES", 64)
+    monkeypatch.setattr(module, "_AGAIN_BYTES", 64)
     small, large = [torch.zeros(16) for _ in range(9)], torch.zeros(4096)
     for turn in range(8):
         before = digest(*small, large, turn=turn)
@@ -107,9 +118,18 @@ def test_small_tensors_count_whole_at_every_turn(monkeypatch: pytest.MonkeyPatch
             assert digest(*changed, large, turn=turn) != before
 
 
+def test_every_element_counts_at_once_where_ranks_have_not_compared_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(module, "_AGAIN_BYTES", 64)
+    large = torch.zeros(300)
+    for element in range(300):
+        changed = large.clone()
+        changed[element] = 1
+        assert digest(changed, is_first=True) != digest(large, is_first=True)
+
+
 def test_what_is_compared_of_large_tensors_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BLOCK_BYTES", 1024)
-    monkeypatch.setattr(module, "_HOST_BYTES", 8192)
     tensors = [torch.zeros(10_000) for _ in range(5)]
     for turn in range(30):
         parts = list(module._parts(tensors, turn=turn, limit_bytes=8192))
@@ -200,6 +220,21 @@ def test_a_plan_that_is_used_again_still_compares(tmp_path: Path) -> None:
         assert [one.step for one in manager.checkpoints()] == [1, 3, 13]
 
 
+def save_until_it_is_found(url: str) -> list[str]:
+    """Let one element in the middle of a large tensor go another way on rank 1, after a save."""
+    module._AGAIN_BYTES = 1 << 20
+    state = {"w": torch.zeros(1 << 20)}
+    with CheckpointManager(url, options=CALM) as manager:
+        manager.save(0, state)
+        state["w"][700_000] = dist.get_rank()
+        return [told(lambda step=step: manager.save(step, state)) for step in range(1, 5)]  # type: ignore[misc]
+
+
+def test_every_block_of_a_large_tensor_has_its_turn_within_a_few_saves(tmp_path: Path) -> None:
+    for found in run(2, save_until_it_is_found, str(tmp_path)):
+        assert sum("'w' (float32 (1048576,)) differs between rank 0 and rank 1" in text for text in found) == 1
+
+
 def save_on_a_grid(url: str, changed: int) -> str:
     rank = dist.get_rank()
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "part"))
@@ -255,7 +290,7 @@ def test_what_is_each_ranks_own_is_saved_as_such(tmp_path: Path) -> None:
 
 def sample_other_blocks(url: str) -> Sequence[str]:
     """Play ranks that hold a tensor on different devices, of which other numbers of bytes are compared."""
-    module._HOST_BYTES = (1 << 20) if dist.get_rank() else (2 << 20)
+    module._FIRST_BYTES = (1 << 20) if dist.get_rank() else (2 << 20)
     state = {"w": torch.arange(2.0 * (1 << 20))}
     found = [save(f"{url}/1", state)]
     state["w"][-1] = dist.get_rank()

@@ -305,7 +305,7 @@ def test_what_was_saved_in_one_wrapper_is_restored_in_another(
     read = cloudckpt.read(tmp_path / "c")
     assert bits(cloudckpt.read(tmp_path / "again")) == bits(read)
     assert set(read["model"]) == set(Net().state_dict())  # type: ignore[call-overload]
-    assert all(read["optimizer"]["state"][name] for name in ("first.weight", "last.bias"))  # type: ignore[index]
+    assert all(read["optimizer"]["state"][name] for name in ("model.first.weight", "model.last.bias"))  # type: ignore[index]
 
 
 @pytest.mark.usefixtures("group")

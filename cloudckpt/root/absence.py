@@ -1,0 +1,62 @@
+"""Say what stands at a URL that is no checkpoint, and what to do: people mistake one thing for another.
+
+Asked only after a manifest was not found. Keeps FORMAT invariant 7: what a cut-off replacement left is told, and stays.
+"""
+
+from __future__ import annotations
+
+from cloudckpt.errors import StorageError
+from cloudckpt.format import MANIFEST_NAME, is_attempt, parse_checkpoint_prefix
+from cloudckpt.store import Listing, Store
+
+__all__ = ["set_aside_key", "what_is_there"]
+
+_NOTHING = "list what is there with `cloudckpt ls`"
+
+
+def set_aside_key(attempt: str) -> str:
+    """Return where the manifest of a checkpoint is kept while the next one at the same URL takes its place."""
+    return f"{attempt}/{MANIFEST_NAME}"
+
+
+def what_is_there(store: Store, prefix: str) -> str:
+    """Return a clause for an error: what was found below `prefix` in place of a manifest, and the next action."""
+    if prefix:
+        return _NOTHING
+    try:
+        top = store.list("", delimiter="/")
+        return _mistaken(store, top) or _unfinished(store, top) or _NOTHING
+    except StorageError:
+        # A listing may be refused where reading is not; what is raised is that nothing is committed.
+        return _NOTHING
+
+
+def _mistaken(store: Store, top: Listing) -> str:
+    names = {info.key for info in top.objects}
+    if ".metadata" in names or any(name.endswith((".distcp", ".metadata")) for name in names):
+        return (
+            "it is one of torch.distributed.checkpoint's own format (.metadata, .distcp). To import it, load it with "
+            "torch.distributed.checkpoint.load and its FileSystemReader (FsspecReader for a bucket), then save the "
+            "state with cloudckpt.save or a CloudWriter"
+        )
+    steps = [name for name in top.prefixes if parse_checkpoint_prefix(name)]
+    if steps:
+        return (
+            f"it is the root of a CheckpointManager with {len(steps)} steps; restore through CheckpointManager, or "
+            f"give the URL of one step such as {store.url}/{steps[-1].rstrip('/')}"
+        )
+    return ""
+
+
+def _unfinished(store: Store, top: Listing) -> str:
+    attempts = [name for name in top.prefixes if is_attempt(name.rstrip("/"))]
+    if not attempts:
+        return ""
+    kept = {set_aside_key(name.rstrip("/")) for name in attempts}
+    aside = [info.key for info in store.list("").objects if info.key in kept]
+    if aside:
+        return (
+            "a save that was to replace the checkpoint there is under way, or was cut off: copy "
+            f"{store.url}/{aside[0]} to {store.url}/{MANIFEST_NAME} to have the old checkpoint back, or save again"
+        )
+    return f"{len(attempts)} attempts to save there are under way, or were cut off before they committed"

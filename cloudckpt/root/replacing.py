@@ -1,0 +1,120 @@
+"""Let a finished save take the place of the checkpoint at its URL.
+
+    old manifest kept aside ──▶ uncommit old ──▶ commit new ──▶ old objects removed
+                                      ╰── from here to there nothing is committed ──╯
+
+A reader gets all of the old checkpoint, all of the new one, or hears that there is none; no object is ever written
+over. A commit that fails puts the old manifest back. A process that dies in between leaves both attempts whole, and
+the old manifest beside its index, which `absence` tells. Keeps FORMAT invariants 1, 2, 4 and 7.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal, get_args
+
+from cloudckpt.errors import (
+    CheckpointExistsError,
+    CloudCkptError,
+    CommitUnknownError,
+    ConflictError,
+    OptionsError,
+    StorageError,
+)
+from cloudckpt.format import MANIFEST_NAME, Index, Manifest, index_key
+from cloudckpt.root.absence import set_aside_key
+from cloudckpt.root.catalog import Catalog
+from cloudckpt.root.checkpoint import Checkpoint
+
+__all__ = ["Exists", "check_exists", "check_place", "replace"]
+
+logger = logging.getLogger(__name__)
+
+Exists = Literal["raise", "replace"]
+"""What a save does where a checkpoint is committed already."""
+
+
+def check_exists(exists: str) -> Exists:
+    """Return what the caller chose, or raise `OptionsError`."""
+    if exists in get_args(Exists):
+        return "replace" if exists == "replace" else "raise"
+    raise OptionsError(f"exists is {exists!r}; give {' or '.join(map(repr, get_args(Exists)))}")
+
+
+def check_place(catalog: Catalog, exists: Exists) -> None:
+    """Refuse a URL early that a save could not commit to.
+
+    Raises:
+        CheckpointExistsError: it holds a checkpoint, which was not changed; or one step of a manager's root, which is
+            not replaced.
+        ManifestError: it holds one that cannot be read, and so is not replaced.
+    """
+    if not catalog.is_taken(""):
+        return
+    if exists == "raise":
+        raise catalog.exists_error("")
+    old = catalog.open()
+    if old.epoch:
+        raise CheckpointExistsError(
+            f"{old.url} is step {old.step} of a CheckpointManager, which alone removes its steps; it was not changed. "
+            "Save under another URL"
+        )
+
+
+def replace(catalog: Catalog, manifest: Manifest) -> Checkpoint:
+    """Commit a finished attempt at a URL, in place of the checkpoint there, if there is one.
+
+    Whoever reads the old one at that moment gets `MissingShardError`, or `CheckpointNotFoundError` in between.
+
+    Raises:
+        CheckpointExistsError: another save replaced it first; its commit stands.
+        CommitUnknownError: the manifest may exist; the old one does not, and its objects were not deleted.
+        CloudCkptError: it was not committed; the old one stands, or the log says how to have it back.
+    """
+    if not catalog.is_taken(""):
+        return catalog.commit(manifest, prefix="")
+    old = catalog.open()
+    attempts = _attempts_of(catalog, old)
+    catalog.store.create(set_aside_key(old.attempt), old.manifest.encode())
+    try:
+        catalog.uncommit(old)
+        new = catalog.commit(manifest, prefix="")
+    except (ConflictError, CommitUnknownError):
+        raise
+    except BaseException:
+        _put_back(catalog, old)
+        raise
+    logger.info("attempt %s has replaced attempt %s at %s", new.attempt, old.attempt, new.url)
+    _remove(catalog, attempts - {new.attempt})
+    return new
+
+
+def _attempts_of(catalog: Catalog, checkpoint: Checkpoint) -> frozenset[str]:
+    """Return under which attempts the objects of a checkpoint stand; its own alone if its index cannot be read."""
+    key, committed = index_key(checkpoint.attempt), checkpoint.manifest.index
+    own = frozenset({checkpoint.attempt})
+    try:
+        data = catalog.store.read(key, limit_bytes=0 if committed is None else committed.size_bytes)
+        return own | Index.decode(data, key=key).attempts
+    except CloudCkptError as exc:
+        logger.warning("the index of %s, which is replaced, cannot be read, so objects of it may stay: %s", key, exc)
+        return own
+
+
+def _put_back(catalog: Catalog, old: Checkpoint) -> None:
+    try:
+        catalog.recommit(old)
+    except CloudCkptError as exc:
+        logger.error(  # noqa: TRY400 (what is raised is why the save failed)
+            "%s is not committed any more and could not be put back (%s): copy %s/%s to %s/%s",
+            *(old.url, exc, old.url, set_aside_key(old.attempt), old.url, MANIFEST_NAME),
+        )
+
+
+def _remove(catalog: Catalog, attempts: frozenset[str]) -> None:
+    """Delete the objects of a checkpoint that is no more; what cannot be deleted is an orphan."""
+    try:
+        keys = [info.key for info in catalog.store.list("").objects if info.key.partition("/")[0] in attempts]
+        catalog.store.delete(keys)
+    except StorageError as exc:
+        logger.warning("objects of the replaced checkpoint stay at %s: %s", catalog.store.url, exc)
