@@ -22,7 +22,7 @@ __all__ = ["Beside", "named_parameters"]
 # What torch's schedulers keep for each group, by its place.
 _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
 
-_DEPTH_LIMIT = 64
+_DOTS_LIMIT = 500
 
 
 class Beside:
@@ -35,12 +35,13 @@ class Beside:
         self._names: dict[int, list[str]] = {}
         self._keepers: dict[int, list[tuple[str, object]]] = {}
         self._sources: dict[int, Sequence[int | None]] = {}
-        modules = {name: value for name, value in objects.items() if isinstance(value, nn.Module)}
+        is_asked = any(isinstance(value, Optimizer) for value in objects.values())
+        modules = {name: value for name, value in objects.items() if is_asked and isinstance(value, nn.Module)}
         for top, module in modules.items():
             for name, parameter in named_parameters(module):
                 self._names.setdefault(id(parameter), []).append(f"{top}.{name}")
-        for top, value in objects.items():
-            for name, tensor in _tensors_in(value, top, depth=0):
+        for top, value in objects.items() if is_asked else ():
+            for name, tensor in _tensors_in(value, top, seen={}):
                 self._names.setdefault(id(tensor), []).append(name)
             for keeper in () if top in modules else _keepers_in(value):
                 self._keepers.setdefault(id(_optimizer_of(keeper)), []).append((top, keeper))
@@ -118,12 +119,14 @@ def _is_of_torch(keeper: object) -> bool:
     return type(keeper).__module__.partition(".")[0] == "torch"
 
 
-def _tensors_in(value: object, name: str, depth: int) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors_in(value: object, name: str, seen: dict[int, object]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors in containers, each of which is looked at once, and none that lies too deep to be saved."""
     if isinstance(value, torch.Tensor):
         yield name, value
-    elif depth < _DEPTH_LIMIT and isinstance(value, dict | list | tuple):
+    elif isinstance(value, dict | list | tuple) and id(value) not in seen and name.count(".") < _DOTS_LIMIT:
+        seen[id(value)] = value
         for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors_in(child, f"{name}.{key}", depth + 1)
+            yield from _tensors_in(child, f"{name}.{key}", seen)
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import SWALR
 import cloudckpt
 from cloudckpt import OptionsError, StateMismatchError
 from cloudckpt.state import bind
+from cloudckpt.state.beside import Beside
 from cloudckpt.state.groups import match_groups
 from tests.state.nets import CUT, SCHEDULERS, Decay, Matrices, Net, State, bits, check_goes_on, state_of, train
 
@@ -902,3 +903,11 @@ def test_matching_groups_looks_at_each_name_a_few_times() -> None:
     fit = match_groups(groups, groups[::-1])
     assert fit.sources == list(range(999, -1, -1))
     assert looks < 10 * len(groups)
+
+
+def test_a_container_that_is_held_many_times_is_looked_at_once() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    held: object = [weight]
+    for _ in range(60):
+        held = [held, held]
+    assert Beside({"held": held, "o": torch.optim.SGD([weight], lr=0.1)}).names_of(weight) == ["held" + ".0" * 61]
