@@ -6,15 +6,24 @@ and SHA-256. Where page and library part, a test here fails.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import json
 import math
+import random
 import re
 import struct
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pytest
@@ -245,7 +254,38 @@ DECODED: dict[str, Callable[[Json], Json]] = {
     ),
     "$torch.tensor": lambda made: (made["dtype"], tuple(made["shape"]), base64.b64decode(made["data"])),
     **dict.fromkeys(("$torch.dtype", "$torch.device"), str),
+    **dict.fromkeys(("$defaultdict",), lambda record: decoded(record)["items"]),
+    "$deque": lambda record: deque(decoded(record["items"]), record["maxlen"]),
+    "$argparse.Namespace": lambda names: argparse.Namespace(**decoded(names)),
+    "$SimpleNamespace": lambda names: SimpleNamespace(**decoded(names)),
+    "$PosixPath": PurePosixPath,
+    "$WindowsPath": PureWindowsPath,
+    "$PurePosixPath": PurePosixPath,
+    "$PureWindowsPath": PureWindowsPath,
+    "$date": date.fromisoformat,
+    "$datetime": lambda record: _zoned(datetime.fromisoformat(record["text"]), record),
+    "$time": lambda record: _zoned(time.fromisoformat(record["text"]), record),
+    "$timedelta": lambda parts: timedelta(*parts),
+    "$timezone": lambda record: timezone(decoded(record["offset"]), *([record["name"]] if record["name"] else [])),
+    "$ZoneInfo": ZoneInfo,
+    "$Fraction": lambda parts: Fraction(*decoded(parts)),
+    "$Decimal": Decimal,
+    "$UUID": UUID,
+    "$BytesIO": lambda record: _stream(**decoded(record)),
+    "$random.Random": lambda state: random.Random().setstate(decoded(state)),
+    "$numpy.Generator": lambda record: decoded(record)["state"],
+    "$numpy.RandomState": decoded,
+    "$torch.Generator": lambda record: decoded(record)["state"],
+    "$registered": lambda parts: (parts[0], decoded(parts[1])),
 }
+
+
+def _zoned(clock: Json, record: Json) -> Json:
+    return clock.replace(fold=record["fold"], tzinfo=decoded(record["zone"]))
+
+
+def _stream(data: bytes, position: int) -> bytes:
+    return data[position:]
 
 
 # -- what it reads -------------------------------------------------------------------------------------------------
@@ -289,6 +329,10 @@ STATE: dict[str, Json] = {
         "range": [range(1, 9, 2), slice(None, 3)],
         "numpy": [np.float32(0.1), np.int64(-3), np.str_("u"), np.bytes_(b"s")],
         "torch": [torch.Size([2, 3]), torch.bfloat16, torch.device("cuda:1")],
+        "beside": [defaultdict(list, {1: [2]}), deque([1], 3), SimpleNamespace(a=1), argparse.Namespace(b=(2,))],
+        "times": [date(2026, 1, 2), datetime(2026, 1, 2, 3, fold=1, tzinfo=ZoneInfo("Europe/Berlin")), time(1, 2)],
+        "zones": [timezone(timedelta(0)), timezone(timedelta(hours=1), "here"), timedelta(-1, 5)],
+        "more": [PurePosixPath("a/b"), PureWindowsPath("C:/a"), Fraction(1, 3), Decimal("1.10"), UUID(int=7)],
         "list without a tensor of its own": [torch.float32, [1, 2]],
     },
 }
