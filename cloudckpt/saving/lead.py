@@ -116,7 +116,7 @@ def begin_save(
     order = group.agree(f"{what}: opening", lambda: _opening(opened, record, memory, destination), coordinator.decide)
     mine, record = _got(opened), _got(record)
     if not order.is_alike:
-        group.agree(f"{what}: comparing values", lambda: digests_of(mine.values), refuse_values)
+        group.agree(f"{what}: comparing values", lambda: digests_of(mine.told()), refuse_values)
     if not order.is_planned:
         _plan(mine, memory, coordinator, group, what)
     engine = destination.catalog.store.engine
@@ -221,13 +221,21 @@ class PendingSave:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Opened:
-    """What one rank brings: its boxes as DCP's planner has them, its values, and names, boxes and paths for rank 0."""
+    """What one rank brings: its boxes as DCP's planner has them, its values, and names, boxes and paths for rank 0.
+
+    `parts` are digests of what of the values is too large to stand among them, and is among the boxes.
+    """
 
     planner: DefaultSavePlanner
     items: list[WriteItem]
     values: dict[str, JsonValue]
+    parts: dict[str, str]
     message: bytes
     digest: bytes
+
+    def told(self) -> dict[str, JsonValue]:
+        """Return what is to be the same on all ranks: each value, and a digest of its parts."""
+        return {name: [value, self.parts[name]] for name, value in self.values.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,17 +278,21 @@ class _Lead:
 def _open(flat: Flat, group: Group) -> _Opened:
     """Look at a rank's leaves, and refuse, before a byte is written, what has no place in the format."""
     tensors = {name: leaf for name, leaf in flat.leaves.items() if is_tensor(leaf)}
-    values = {name: codec.encode(leaf, key=name) for name, leaf in flat.leaves.items() if name not in tensors}
+    parts = {name: codec.Parts() for name in flat.leaves if name not in tensors}
+    values = {name: codec.encode(flat.leaves[name], key=name, parts=of_name) for name, of_name in parts.items()}
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and not isinstance(tensor, ShardedTensor):
             check_tensor(name, tensor)
+    for name, of_name in parts.items():
+        tensors |= of_name.tensors(name)
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(tensors, None, group.rank == 0)
     items = planner.create_local_plan().items
     message = msgspec.msgpack.encode((BoxTable.of(map(chunk_of, items)).encode(), msgspec.json.encode(flat.paths)))
     # A plan serves the same ranks only: a process group that was made anew may have others.
     digest = xxhash.xxh3_128_digest(message + f"{group.rank}/{group.size}".encode())
-    return _Opened(planner=planner, items=items, values=values, message=message, digest=digest)
+    digests = {name: of_name.digest() for name, of_name in parts.items()}
+    return _Opened(planner=planner, items=items, values=values, parts=digests, message=message, digest=digest)
 
 
 def _opening(
@@ -288,7 +300,7 @@ def _opening(
 ) -> Opening:
     mine = _got(opened)
     _got(record)
-    values = xxhash.xxh3_128_digest(msgspec.json.encode(mine.values))
+    values = xxhash.xxh3_128_digest(msgspec.json.encode(mine.told()))
     return Opening(destination.catalog.store.url, values, memory.plan_id if memory.digest == mine.digest else "")
 
 

@@ -14,7 +14,7 @@ import math
 import random
 import re
 import struct
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
@@ -182,13 +182,33 @@ class Reader:
         target[part] = np.frombuffer(data, target.dtype).reshape([size for _, size in box])
         self._seen[name][part] += 1
 
+    def _whole(self, name: str, data: Json) -> Json:
+        """Return a value whose payloads in parts stand in it as base64."""
+        if isinstance(data, list):
+            return [self._whole(name, item) for item in data]
+        if not isinstance(data, dict):
+            return data
+        return {
+            tag: self._payload(name, *content)
+            if tag in ("$bytes", "$bytearray", "$str", "data") and isinstance(content, list)
+            else self._whole(name, content)
+            for tag, content in data.items()
+        }
+
+    def _payload(self, name: str, part: int, start: int, stop: int) -> str:
+        raw = self.tensors[f"cloudckpt.value.{part:05d}.{name}"][start:stop]
+        assert len(raw) == stop - start > 0
+        return base64.b64encode(raw).decode()
+
     def state(self) -> dict[str, Json]:
         """Return the nested state; a tensor as its type, shape and bytes."""
         leaves: dict[str, Json] = {
             name: (dtype, tuple(shape), bytes(self.tensors[name]))
             for name, (dtype, shape, _) in self.header["tensors"].items()
         }
-        leaves |= {name: decoded(value) for name, value in self.header["values"].items()}
+        for name in [name for name in leaves if name.startswith("cloudckpt.value.")]:
+            del leaves[name]
+        leaves |= {name: decoded(self._whole(name, value)) for name, value in self.header["values"].items()}
         paths = self.header["paths"]
         return nested([(paths.get(name, [name]), leaf) for name, leaf in leaves.items()])
 
@@ -209,12 +229,13 @@ def nested(leaves: list[tuple[list[Json], Json]]) -> Json:
 def key_of(step: Json) -> Json:
     if not isinstance(step, dict):
         return step
-    return decoded(step["key"]) if "key" in step else step["tuple"]
+    ((kind, key),) = step.items()
+    return key if kind == "tuple" else decoded(key[1] if kind == "defaultdict" else key)
 
 
 def kind_of(step: Json) -> type:
     if isinstance(step, dict):
-        return dict if "key" in step else tuple
+        return tuple if "tuple" in step else dict
     return dict if isinstance(step, str) else list
 
 
@@ -317,6 +338,8 @@ STATE: dict[str, Json] = {
         "nothing": torch.zeros(0, 3),
         "of each type": {name: filled(dtype, 3, 5) for name, dtype in DTYPES.items()},
         "mixed": [filled(torch.uint8, 2), (filled(torch.uint8, 1), "text"), {5: filled(torch.uint8, 3), "k": None}],
+        "ordered": OrderedDict([("b", filled(torch.uint8, 2)), (3, OrderedDict(x=filled(torch.uint8, 1)))]),
+        "default": defaultdict(list, {"a": filled(torch.uint8, 2), 7: [1]}),
     },
     "plain": {"lr": 1e-3, "betas": (0.9, 0.95), "$": {"$a": 1, "b": [True, None, 1.0, "Ω"]}, "empty": {}},
     "tagged": {
@@ -363,6 +386,47 @@ def test_arrays_and_tensors_among_values_are_read(tmp_path: Path) -> None:
     assert np.array_equal(found.state()["rng"], array)
     assert found.state()["rng"].dtype == array.dtype
     assert decoded(found.manifest["metadata"]) == {"t": as_read(torch_values)}
+
+
+def test_payloads_beside_the_json_are_read(tmp_path: Path) -> None:
+    value = {
+        "alone": [bytes(range(256)) * 5000, np.arange(300_000, dtype=">i4"), "é\udcff" * 400_000],
+        "together": [bytearray(b"ab" * 50_000), torch.arange(20_000), np.arange(9000).reshape(3, -1, order="F")],
+        "inline": b"x",
+    }
+    cloudckpt.save({"w": torch.ones(1), "v": SimpleNamespace(**value)}, tmp_path / "c")
+
+    found = Reader(tmp_path / "c")
+
+    parts = {name: shape for name, (_, shape, _) in found.header["tensors"].items() if name != "w"}
+    assert list(parts) == [f"cloudckpt.value.{number:05d}.v" for number in range(4)]
+    twin = vars(found.state()["v"])
+    assert twin["alone"][0] == value["alone"][0]
+    assert twin["alone"][2] == value["alone"][2]
+    assert np.array_equal(twin["alone"][1], value["alone"][1])
+    assert twin["together"][:2] == [value["together"][0], as_read(value["together"][1])]
+    assert np.array_equal(twin["together"][2], value["together"][2])
+    assert twin["inline"] == b"x"
+
+
+class Own:
+    def state_dict(self) -> dict[str, Json]:
+        return {"t": torch.arange(200_000), "n": 3}
+
+    def load_state_dict(self, state: dict[str, Json]) -> None:
+        raise NotImplementedError
+
+
+def test_the_large_state_of_a_rank_is_read(tmp_path: Path) -> None:
+    cloudckpt.save({"own": cloudckpt.PerRank(Own())}, tmp_path / "c")
+
+    found = Reader(tmp_path / "c")
+
+    name = "cloudckpt.per_rank.00000-of-00001.own"
+    text, tail = bytes(found.tensors[name]).split(b"\0", 1)
+    assert (len(text) + 1) % 4096 == len(tail) % 4096 == 0
+    found.tensors[f"cloudckpt.value.00000.{name}"] = bytearray(tail)
+    assert decoded(found._whole(name, parse(text))) == {"t": as_read(torch.arange(200_000)), "n": 3}
 
 
 def test_every_shard_is_a_safetensors_object_as_the_page_says(tmp_path: Path) -> None:

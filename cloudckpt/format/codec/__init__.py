@@ -26,7 +26,7 @@ import torch
 from cloudckpt.format.codec.decoding import Decoder
 from cloudckpt.format.codec.dtypes import DTYPE_NAMES, DTYPES
 from cloudckpt.format.codec.encoding import Encoder
-from cloudckpt.format.codec.parts import Parts, is_part_name, part_names
+from cloudckpt.format.codec.parts import Parts, is_part_name, part_name, part_names
 from cloudckpt.format.codec.registry import register
 from cloudckpt.format.codec.walk import JsonValue
 
@@ -38,6 +38,7 @@ __all__ = [
     "decode",
     "encode",
     "is_part_name",
+    "part_name",
     "part_names",
     "register",
 ]

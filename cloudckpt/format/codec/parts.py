@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from cloudckpt.options import MIB
 
-__all__ = ["ALONE_BYTES", "Parts", "Raw", "is_part_name", "part_names"]
+__all__ = ["ALONE_BYTES", "Parts", "Raw", "is_part_name", "part_name", "part_names"]
 
 Raw: TypeAlias = NDArray[np.uint8]
 """Bytes, of one dimension and contiguous."""
@@ -65,7 +65,7 @@ class Parts:
         if self.together_bytes:
             parts[0] = np.empty(self.together_bytes, np.uint8)
             self.write(parts[0])
-        return {f"cloudckpt.value.{number:05d}.{name}": _tensor_over(parts[number]) for number in sorted(parts)}
+        return {part_name(number, name): _tensor_over(parts[number]) for number in sorted(parts)}
 
     def digest(self) -> str:
         """Return a digest of all payloads, empty if there are none."""
@@ -83,6 +83,11 @@ def _tensor_over(raw: Raw) -> torch.Tensor:
         interface: dict[str, Any] = {**raw.__array_interface__, "data": (raw.ctypes.data, False)}
         raw = np.asarray(SimpleNamespace(__array_interface__=interface, owner=raw))
     return torch.from_numpy(raw)
+
+
+def part_name(number: int, name: str) -> str:
+    """Return what a part of the value `name` is called as a tensor."""
+    return f"cloudckpt.value.{number:05d}.{name}"
 
 
 def is_part_name(name: str) -> bool:
