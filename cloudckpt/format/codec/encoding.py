@@ -24,7 +24,7 @@ from cloudckpt.errors import UnsupportedValueError
 from cloudckpt.format.codec.dtypes import DTYPE_NAMES, extent_bytes, numpy_dtype, tensor_to_bytes
 from cloudckpt.format.codec.generators import generator_kinds
 from cloudckpt.format.codec.parts import Parts
-from cloudckpt.format.codec.registry import Registered, registered
+from cloudckpt.format.codec.registry import KEPT, Registered, registered
 from cloudckpt.format.codec.standard import Kind, standard_kinds
 from cloudckpt.format.codec.walk import (
     MAX_INLINE_BYTES,
@@ -274,6 +274,8 @@ _CONTAINERS: dict[type, Callable[[Encoder, Any], JsonValue]] = {
     frozenset: lambda walk, value: {"$frozenset": _encode_set(walk, value)},
     slice: lambda walk, value: {"$slice": walk.items((value.start, value.stop, value.step))},
 }
+
+KEPT.update(_SCALARS, _CONTAINERS, KINDS, _NUMPY_SCALARS)
 
 
 def _is(*kinds: type) -> Callable[[object], bool]:

@@ -64,6 +64,8 @@ def _bit_generator(state: Any, seed: np.random.SeedSequence | int) -> np.random.
         place = place[name]
     if way and not (type(place) is int and 0 <= place <= size):
         raise ValueError("has a place outside of its buffer")
+    if state.get("has_uint32", 0) not in (0, 1):
+        raise ValueError("has more than one number in reserve")
     made = kind(seed)
     made.state = state
     return made

@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, Flag
+from functools import partial
 from typing import Any, TypeVar
 
 from cloudckpt.errors import OptionsError
 
-__all__ = ["Registered", "register", "registered", "registered_as"]
+__all__ = ["KEPT", "Registered", "register", "registered", "registered_as"]
 
 _T = TypeVar("_T")
 
@@ -27,6 +28,9 @@ class Registered:
     encode: Callable[[Any], object]
     decode: Callable[[Any], object]
 
+
+KEPT: set[type] = set()
+"""Types that the codec keeps by itself; `encoding` says which."""
 
 _BY_KIND: dict[type, Registered] = {}
 _BY_NAME: dict[str, Registered] = {}
@@ -69,6 +73,8 @@ def register(
     """
     if not isinstance(kind, type) or not isinstance(name, str) or not name.isprintable() or not name:
         raise OptionsError(f"register takes a type and a printable name, not {kind!r} and {name!r}")
+    if kind in KEPT:
+        raise OptionsError(f"a {kind.__qualname__} is kept as it is, and needs no registration")
     guessed = _guessed(kind) if encode is None and decode is None else (encode, decode)
     if guessed is None or None in guessed:
         raise OptionsError(
@@ -95,9 +101,15 @@ def _guessed(kind: type) -> tuple[Callable[[Any], object], Callable[[Any], objec
         return (lambda member: member.name), (lambda name: kind[name])
     if issubclass(kind, tuple) and hasattr(kind, "_asdict"):
         return (lambda value: value._asdict()), (lambda fields: kind(**fields))
-    if dataclasses.is_dataclass(kind):
-        fields = dataclasses.fields(kind)
-        if all(field.init for field in fields):
-            names = [field.name for field in fields]
-            return (lambda value: {name: getattr(value, name) for name in names}), (lambda fields: kind(**fields))
+    if dataclasses.is_dataclass(kind) and all(field.init for field in dataclasses.fields(kind)):
+        return partial(_fields_of, kind), (lambda fields: kind(**fields))
     return None
+
+
+def _fields_of(kind: Any, value: object) -> dict[str, object]:  # noqa: ANN401  a dataclass
+    names = [field.name for field in dataclasses.fields(kind)]
+    # What a class has under the same name (a cached property) is made again.
+    extra = [name for name in getattr(value, "__dict__", {}) if name not in names and not hasattr(kind, name)]
+    if extra:
+        raise ValueError(f"it has attributes that are no fields: {', '.join(extra)}")
+    return {name: getattr(value, name) for name in names}
