@@ -193,8 +193,9 @@ class _Loading:
         if self.found.has_parts:
             self._fill(f"{what}: values", lambda: self._plan_parts(state))
         steps = self._deal(what, lambda: self._plan(state, allowed, extra))
+        unexpected = self.group.agree(f"{what}: names", lambda: set(self._restoration.unexpected), _everywhere)
         try:
-            self.group.agree(f"{what}: ask", self._ask, lambda _: None)
+            self.group.agree(f"{what}: ask", lambda: self._ask(unexpected), lambda _: None)
             self.group.agree(f"{what}: read", lambda: self._read(steps), lambda _: None)
         except BaseException:
             # An object has its new state already, and what belongs to it does not come.
@@ -257,7 +258,8 @@ class _Loading:
         watch = replace(self.group.watch(self.options.progress_timeout_s), gauge=self.gauge)
         return RankInput(self.catalog.store, self.checkpoint, self._index, self.options, watch)
 
-    def _ask(self) -> None:
+    def _ask(self, unexpected: set[str]) -> None:
+        self._restoration.leave(unexpected)
         if self._restoration.early:
             _Filling(self._restoration.early, self._index, near=self.group.rank).read(self._source())
         self._restoration.ask()
@@ -276,6 +278,11 @@ class _Loading:
         self._restoration.apply()
         if extra is not None:
             extra.apply(self._extra)
+
+
+def _everywhere(found: Sequence[set[str]]) -> set[str]:
+    """Return the names that no rank has a use for: of a pipeline, each has the names of its own stage."""
+    return set.intersection(*found)
 
 
 def _wanted_values(index: Index, state: Mapping[str, object]) -> set[str]:
