@@ -31,6 +31,7 @@ class Beside:
     def __init__(self, objects: Mapping[str, object]) -> None:
         """Look through `objects` of the state by full name: modules, tensors, containers of tensors, schedulers."""
         self._objects = objects  # ids of what is in them are theirs as long as they live
+        self._ids = set(map(id, objects.values()))
         self._names: dict[int, list[str]] = {}
         self._keepers: dict[int, list[tuple[str, object]]] = {}
         self._sources: dict[int, Sequence[int | None]] = {}
@@ -49,6 +50,10 @@ class Beside:
             if any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
         }
         """Modules with parts that FSDP1 has wrapped, by name."""
+
+    def holds(self, value: object) -> bool:
+        """Tell whether an object is one of the state's own."""
+        return id(value) in self._ids
 
     def names_of(self, parameter: torch.Tensor) -> Sequence[str]:
         """Return the full names of a parameter (a tied one has several), the one that it is saved as first."""

@@ -81,7 +81,7 @@ class _FlatEntry(NamedEntry):
         }
 
     def current(self) -> object:
-        own = self._optimizer.state_dict()
+        own = mapping_of(self.own_state_dict(), self.name)
         with sharded(self._module) as group:
             found = FullyShardedDataParallel.optim_state_dict(self._module, self._optimizer, own, group=group)
         # A parameter without state has an empty one, if only its unit was gathered.

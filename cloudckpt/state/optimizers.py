@@ -10,13 +10,13 @@ of those that wrap them only that they have groups, state_dict and load_state_di
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import cast
 
 import torch
 from torch.distributed import get_world_size, is_initialized
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_distributed
 from torch.optim import LBFGS, Optimizer
 
@@ -24,7 +24,8 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPES, Flat, JsonValue, PathElement
 from cloudckpt.state.beside import Beside
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of
-from cloudckpt.state.groups import GroupFit, Name, match_groups
+from cloudckpt.state.groups import GroupFit, Name, group_of, match_groups, names_in, saved_groups
+from cloudckpt.state.placement import noted_placements, placement_note, usual_placements
 from cloudckpt.state.uncast import saved_types, wrapped_in
 
 __all__ = ["NamedEntry", "OptimizerEntry", "groups_of", "parameter_of"]
@@ -56,6 +57,23 @@ class NamedEntry(Entry):
         self._missing: list[Name] = []
         self._changed: dict[int, torch.dtype] = {}
 
+    def own_state_dict(self) -> object:
+        """Return what the optimizer says of itself.
+
+        Raises:
+            OptionsError: it wraps one whose state is not in that, as torch's own code knows nothing of wrapping.
+        """
+        own, *inner = wrapped_in(self._optimizer)
+        if getattr(own.state_dict, "__func__", None) is Optimizer.state_dict:
+            for each in inner:
+                state = getattr(each, "state", None)
+                if state and state is not own.state and not self._beside.holds(each):
+                    raise OptionsError(
+                        f"the state_dict of {self.name!r} leaves out the state of the {type(each).__name__} that it "
+                        "wraps; put that one into the state, too, under a name of its own"
+                    )
+        return own.state_dict()
+
     def own_name(self, saved: Name) -> Name:
         """Return what a parameter that was saved under a name is called here."""
         return saved
@@ -66,7 +84,7 @@ class NamedEntry(Entry):
 
     def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
         """Compare the parameters and their groups."""
-        groups = _saved_groups(restored, self.name)
+        groups = saved_groups(restored, self.name)
         saved = [[self.own_name(name) for name in group["params"]] for group in groups]
         there = list(dict.fromkeys(chain.from_iterable(saved)))
         known = set(there)
@@ -84,7 +102,7 @@ class NamedEntry(Entry):
         misfit.missing += [f"{self.name}.param_groups.{place}" for place in fit.missing]
         misfit.unexpected += [f"{self.name}.{name}" for name in sorted(map(str, known - self._own.keys()))]
         misfit.unexpected += [f"{self.name}.param_groups.{place}" for place in fit.unexpected]
-        misfit.reasons += self._tie_misfit(_names_in(groups))
+        misfit.reasons += self._tie_misfit(names_in(groups))
         misfit.reasons += self._order_misfits(there, mapping_of(restored, self.name))
         return misfit
 
@@ -127,16 +145,16 @@ class NamedEntry(Entry):
 
     def restored_state(self, restored: object) -> dict[object, object]:
         """Return the restored state of the parameters here by name, and the state that belongs to no parameter."""
-        known = _names_in(_saved_groups(restored, self.name))
+        known = names_in(saved_groups(restored, self.name))
         state = mapping_of(mapping_of(restored, self.name).get("state", {}), f"{self.name}.state")
         named = {self.own_name(name) if name in known else name: value for name, value in state.items()}
         return {name: value for name, value in named.items() if name in self._own or name not in known}
 
     def restored_groups(self, restored: object) -> list[dict[str, object]]:
         """Return the groups here, with their own parameters by name and the restored options."""
-        saved = _saved_groups(restored, self.name)
+        saved = saved_groups(restored, self.name)
         return [
-            _group(names, live, None if source is None else saved[source], self.own_name)
+            group_of(names, live, None if source is None else saved[source], self.own_name)
             for names, live, source in zip(self._groups, groups_of(self._optimizer), self._fit.sources, strict=True)
         ]
 
@@ -180,7 +198,7 @@ class OptimizerEntry(NamedEntry):
         """Return what was saved under one of a parameter's names, or noted of one that has none."""
         name = self._names[id(parameter)][0]
         if isinstance(name, int):
-            return self._noted(name)[0]
+            return (self._noted(name) or [None])[0]
         found = (dtypes[alias] for alias in [name, *self._beside.names_of(parameter)] if alias in dtypes)
         return next(found, None)
 
@@ -202,9 +220,9 @@ class OptimizerEntry(NamedEntry):
         return numbers
 
     def current(self) -> object:
-        state = self._optimizer.state_dict()
+        state = self.own_state_dict()
         numbers = self._numbers(state)
-        if numbers is None:
+        if numbers is None or not isinstance(state, dict):
             return state
         names = {number: name for name, number in numbers.items()}
         renamed: dict[str, object] = dict(state)
@@ -237,13 +255,11 @@ class OptimizerEntry(NamedEntry):
             flat.notes[self.name] = {"order": list(self._own)}
         is_distributed = any(isinstance(parameter, DTensor) for parameter in self._parameters.values())
         for name, leaf in flat.leaves.items():
-            if not isinstance(leaf, torch.Tensor) or not (is_distributed or isinstance(leaf, DTensor)):
-                continue
-            below = flat.paths[name][len(self.path) :]
-            parameter = self._parameters.get(parameter_of(below))
-            placements = leaf.placements if isinstance(leaf, DTensor) else None
-            if parameter is not None and placements != _usual_placements(parameter, tuple(leaf.size()), below):
-                flat.notes[name] = _placement_note(leaf)
+            if isinstance(leaf, torch.Tensor) and (is_distributed or isinstance(leaf, DTensor)):
+                below = flat.paths[name][len(self.path) :]
+                parameter = self._parameters.get(parameter_of(below))
+                note = None if parameter is None else placement_note(parameter, leaf, below)
+                flat.notes.update({} if note is None else {name: note})
         return flat
 
     # -- restoring ---------------------------------------------------------------------------------------------
@@ -253,66 +269,48 @@ class OptimizerEntry(NamedEntry):
         if parameter is None:
             return super().allocate(below, shape, dtype)
         name = ".".join([self.name, *map(_segment, below)])
-        placements = _usual_placements(parameter, shape, below)
-        if name in self.notes:
-            placements = self._noted_placements(name, parameter, shape)
-        if isinstance(parameter, DTensor) and placements is not None:
-            mesh = parameter.device_mesh
-            made: torch.Tensor = empty_distributed(*shape, dtype=dtype, device_mesh=mesh, placements=placements)
+        note = self.notes.get(name)
+        has_note = isinstance(note, dict) and "placements" in note
+        if isinstance(parameter, DTensor):
+            placements = usual_placements(parameter, shape, below)
+            if isinstance(note, dict) and has_note:
+                placements = noted_placements(note, parameter, shape)
+            if placements is None:
+                return super().allocate(below, shape, dtype)
+            made: torch.Tensor = empty_distributed(
+                *shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements
+            )
             return made
-        if not isinstance(parameter, DTensor) and tuple(parameter.size()) == shape:
+        if has_note and is_initialized() and get_world_size() > 1:
+            self._refused.append(
+                f"{name} was a DTensor, and its parameter is none here (shard the module first, as when it was saved)"
+            )
+        if tuple(parameter.size()) == shape:
             return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
         return super().allocate(below, shape, dtype)
 
-    def _noted_placements(
-        self, name: str, parameter: torch.Tensor, shape: tuple[int, ...]
-    ) -> tuple[Placement, ...] | None:
-        """Return how a part of the state was placed, on the mesh that its parameter has here; None if it was not."""
-        note = self.notes[name]
-        saved = note.get("placements") if isinstance(note, dict) else None
-        axes = note.get("axes") if isinstance(note, dict) else None
-        if not isinstance(saved, list):
-            return None
-        if not isinstance(parameter, DTensor):
-            if is_initialized() and get_world_size() > 1:
-                self._refused.append(
-                    f"{name} was a DTensor, and its parameter is none here (shard the module first, as when it was "
-                    "saved)"
-                )
-            return None
-        mesh = parameter.device_mesh
-        if isinstance(axes, list) and mesh.mesh_dim_names and len(axes) == len(saved):
-            by_axis = {str(axis): placement for axis, placement in zip(axes, saved, strict=True)}
-            saved = [by_axis.get(axis) for axis in mesh.mesh_dim_names]
-        elif len(saved) != mesh.ndim:
-            saved = []
-        found: list[Placement] = [
-            Shard(axis) if isinstance(axis, int) and 0 <= axis < len(shape) else Replicate() for axis in saved
-        ]
-        # On a mesh of another kind every rank has all of it, which the ops of a DTensor take beside any sharding.
-        return tuple(found) or (Replicate(),) * mesh.ndim
-
-    def _noted(self, place: int) -> tuple[torch.dtype | None, tuple[int, ...] | None]:
+    def _noted(self, place: int) -> tuple[torch.dtype, tuple[int, ...]] | None:
         """Return which dtype and shape a nameless parameter had when it was saved."""
         note = self.notes.get(self.name)
         found = note.get("nameless") if isinstance(note, dict) else None
         try:
             dtype, shape = cast("list[tuple[str, list[int]]]", found)[place]
-            return DTYPES.get(dtype), tuple(shape)
-        except (TypeError, ValueError, IndexError):
-            return None, None
+            return DTYPES[dtype], tuple(shape)
+        except (TypeError, ValueError, LookupError):
+            return None
 
     def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
-        """Compare also the shapes of nameless parameters."""
+        """Compare also the dtypes and shapes of nameless parameters."""
         if self._numbers(self._optimizer.state_dict()) is None:
             return self._compare_unread(mapping_of(restored, self.name))
         misfit = super().compare(restored, dtypes)
         for place, parameter in enumerate(self._nameless):
-            shape = self._noted(place)[1]
-            if shape is not None and shape != tuple(parameter.size()):
+            there = self._noted(place)
+            if there is not None and not _holds(parameter, *there):
+                here = f"{parameter.dtype} of {tuple(parameter.size())}"
                 misfit.reasons.append(
-                    f"parameter {place} of {self.name} is {tuple(parameter.size())} here and {shape} there, and has "
-                    "no name but its place (put what it belongs to into the state, beside the optimizer)"
+                    f"parameter {place} of {self.name} is {here} here and {there[0]} of {there[1]} there, and has no "
+                    "name but its place (put what it belongs to into the state, beside the optimizer)"
                 )
         misfit.reasons += self._refused
         return misfit
@@ -364,29 +362,15 @@ def parameter_of(below: Sequence[PathElement]) -> Name:
     return name if isinstance(name, str | int) else ""
 
 
+def _holds(parameter: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+    """Tell whether a parameter can be one of a saved dtype and shape, without loss."""
+    here = parameter.dtype
+    is_wider = here.is_floating_point and dtype.is_floating_point and here.itemsize > dtype.itemsize
+    return shape == tuple(parameter.size()) and (here == dtype or is_wider)
+
+
 def _segment(element: PathElement) -> str:
     return str(next(iter(element.values()))) if isinstance(element, dict) else str(element)
-
-
-def _usual_placements(
-    parameter: torch.Tensor, shape: tuple[int, ...], below: Sequence[PathElement]
-) -> tuple[Placement, ...] | None:
-    """Return how state of a DTensor is placed of which nothing else was noted; None for a plain tensor."""
-    if not isinstance(parameter, DTensor) or below[-1] == "step":  # torch keeps that a plain one
-        return None
-    if shape == tuple(parameter.size()):
-        return parameter.placements
-    return (Replicate(),) * parameter.device_mesh.ndim if shape else None
-
-
-def _placement_note(leaf: torch.Tensor) -> JsonValue:
-    if not isinstance(leaf, DTensor):
-        return {"placements": None}
-    axes = leaf.device_mesh.mesh_dim_names
-    return {
-        "placements": [placement.dim if type(placement) is Shard else None for placement in leaf.placements],
-        "axes": None if axes is None else list(axes),
-    }
 
 
 def groups_of(optimizer: Optimizer) -> list[dict[str, list[torch.Tensor]]]:
@@ -409,43 +393,5 @@ def _self_named(optimizer: Optimizer) -> Iterator[tuple[torch.Tensor, str | None
         yield parameter, next(own, None)
 
 
-def _names_in(groups: Sequence[Mapping[str, Sequence[Name]]]) -> set[Name]:
-    return set(chain.from_iterable(group["params"] for group in groups))
-
-
-def _saved_groups(restored: object, name: str) -> list[dict[str, list[Name]]]:
-    groups = restored.get("param_groups") if isinstance(restored, dict) else None
-    if not isinstance(groups, list) or not all(map(_is_group, groups)):
-        raise OptionsError(f"the checkpoint holds no optimizer under {name!r}; give the object that was saved there")
-    return groups
-
-
-def _is_group(group: object) -> bool:
-    names = group.get("params") if isinstance(group, dict) else None
-    return isinstance(names, list) and all(isinstance(name, str | int) for name in names)
-
-
 def _may_hold_numbers(extra: object) -> bool:
     return isinstance(extra, dict | list | tuple | set | torch.Tensor)
-
-
-def _group(
-    names: Sequence[Name],
-    live: Mapping[str, object],
-    saved: Mapping[str, object] | None,
-    own_name: Callable[[Name], Name],
-) -> dict[str, object]:
-    """Return the options of a saved group for a live one, its own where none was saved."""
-    if saved is None:
-        return {**live, "params": names}
-    options = {key: value for key, value in saved.items() if key != "param_names"}
-    given = saved.get("param_names")
-    if isinstance(given, list) and "param_names" not in live:
-        # Names are in the saved order; the optimizer has its own.
-        by_name = dict(zip(map(own_name, cast("list[Name]", saved["params"])), given, strict=False))
-        options["param_names"] = [by_name.get(name, str(name)) for name in names]
-    for key, value in options.items():
-        here = live.get(key)
-        if isinstance(value, torch.Tensor) and isinstance(here, torch.Tensor):
-            options[key] = value.to(here.device)
-    return {**options, "params": names}

@@ -3,7 +3,7 @@
 `Optimizer.load_state_dict` makes every tensor of a parameter's state the parameter's dtype, whatever it was: a count in
 int64 becomes a float, float32 moments of a bfloat16 parameter lose their bits, and a text becomes that of a generator.
 Two hooks stand nearest to that code: one sees what it is given (after all hooks of others), one gives back (before
-those). What an optimizer's own code and hooks do stays done.
+those). What an optimizer's own code and hooks do stays done. Lists of groups stay the same lists.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def saved_types(optimizer: Optimizer, changed: Mapping[int, torch.dtype]) -> Ite
             saved dtype follows its parameter into the new one, unless it is a single number.
     """
     with ExitStack() as hooks:
+        hooks.callback(_keep_lists, [(each, vars(each).get("param_groups")) for each in wrapped_in(optimizer)])
         for each in wrapped_in(optimizer):
             # A wrapper that never was initialized as an optimizer has no hooks.
             if isinstance(vars(each).get("_optimizer_load_state_dict_pre_hooks"), dict):
@@ -53,6 +54,16 @@ def saved_types(optimizer: Optimizer, changed: Mapping[int, torch.dtype]) -> Ite
                 hooks.callback(before.remove)
                 hooks.callback(after.remove)
         yield
+
+
+def _keep_lists(groups: list[tuple[Optimizer, object]]) -> None:
+    """Have each optimizer go on with the list of groups that it had: a wrapper and what it wraps may share one."""
+    for optimizer, before in groups:
+        if isinstance(before, list):
+            before[:] = list(optimizer.param_groups)
+    for optimizer, before in groups:
+        if isinstance(before, list):
+            optimizer.param_groups = before
 
 
 def _see(given: list[dict[str, Any]], _: Optimizer, state_dict: dict[str, Any]) -> None:
