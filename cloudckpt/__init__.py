@@ -39,6 +39,7 @@ from cloudckpt.options import Options, RetryPolicy
 if TYPE_CHECKING:
     from cloudckpt.checkpoint import load, read, save
     from cloudckpt.dcp import CloudReader, CloudWriter
+    from cloudckpt.format import register
     from cloudckpt.manager import CheckpointManager
     from cloudckpt.preemption import Notice, Preemption
     from cloudckpt.report import Advice
@@ -94,6 +95,7 @@ __all__ = [
     "UnsupportedValueError",
     "load",
     "read",
+    "register",
     "save",
 ]
 
@@ -101,6 +103,7 @@ __all__ = [
 _LATE = {
     "checkpoint": ("load", "read", "save"),
     "dcp": ("CloudReader", "CloudWriter"),
+    "format": ("register",),
     "manager": ("CheckpointManager",),
     "preemption": ("Notice", "Preemption"),
     "report": ("Advice",),

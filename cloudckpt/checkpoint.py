@@ -14,7 +14,7 @@ import torch
 
 from cloudckpt.errors import CheckpointNotFoundError
 from cloudckpt.format import DTYPES, Index, PathElement, codec, unflatten
-from cloudckpt.loading import RankInput, fill, load_state, read_index
+from cloudckpt.loading import RankInput, by_part_name, load_state, part_targets, read_index
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, refuse_lonely_rank
 from cloudckpt.report import Journal, Progress, Show
@@ -189,9 +189,11 @@ def read(
             for name in names
             if (saved := index.tensors.get(name)) is not None
         }
-        values = {name: codec.decode(index.values[name], key=name) for name in names if name in index.values}
+        stored = {name: index.values[name] for name in names if name in index.values}
+        parts = part_targets(index, stored)
         with entry.bar("reading") as bar:
-            fill(tensors, RankInput(store, checkpoint, index, chosen, Watch(gauge=bar)), index)
+            RankInput(store, checkpoint, index, chosen, Watch(gauge=bar)).fill({**tensors, **by_part_name(parts)})
+        values = {name: codec.decode(value, key=name, parts=parts.get(name)) for name, value in stored.items()}
         leaves = {name: tensors[name] if name in tensors else values[name] for name in names}
         return unflatten(leaves, _paths_of_some(index, names))
 

@@ -16,7 +16,7 @@ from torch.futures import Future
 
 from cloudckpt.dcp.address import Address
 from cloudckpt.errors import CloudCkptError, IntegrityError, OptionsError
-from cloudckpt.format import Index
+from cloudckpt.format import Index, codec
 from cloudckpt.loading import Pieces, RankInput, describe, read_index
 from cloudckpt.options import Options
 from cloudckpt.ranks import named_ranks
@@ -107,7 +107,9 @@ class CloudReader(StorageReader):
         catalog = self._address.catalog()
         checkpoint = catalog.open()
         index = read_index(catalog, checkpoint)
-        return _Found(checkpoint, index, index.all_pieces())
+        # A part of a value is read with the value, and stands in no state of DCP's.
+        pieces = {name: found for name, found in index.all_pieces().items() if not codec.is_part_name(name)}
+        return _Found(checkpoint, index, pieces)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: object, **kwargs: object) -> None:  # noqa: FBT001
         """Raise what `read_metadata` met."""

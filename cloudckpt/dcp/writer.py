@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -151,6 +152,8 @@ class CloudWriter(StorageWriter):
         """Refuse what the format cannot hold, before a byte is written."""
         with self._closing_after_a_fault():
             for item in plan.items:
+                if codec.is_part_name(item.index.fqn):
+                    raise OptionsError(f"{item.index.fqn!r} is a name of the library's own; rename that entry")
                 if item.tensor_data is not None:
                     chunk_of(item)
         return plan
@@ -171,12 +174,12 @@ class CloudWriter(StorageWriter):
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         tensors = [item for item in plan.items if item.type is not WriteItemType.BYTE_IO and not is_elsewhere(item)]
-        values = _values_of([item for item in plan.items if item.type is WriteItemType.BYTE_IO], planner)
+        values, parts = _values_of([item for item in plan.items if item.type is WriteItemType.BYTE_IO], planner)
         # An older torch tells a writer its rank by nothing but the place of its plan. A newer one says it beforehand,
         # which holds also where a cached plan is one of another group.
         rank = plan.storage_data if self._rank is None else self._rank
         output = RankOutput(target=self._target(), attempt=self._attempt, rank=rank or 0, options=self._options)
-        source = Source(tensors, planner, attempt=self._attempt, shard_bytes=self._options.shard_bytes)
+        source = Source(tensors, planner, attempt=self._attempt, shard_bytes=self._options.shard_bytes, parts=parts)
         message = output.write(source, values).encode()
         # One message per rank: an object per item would take minutes where thousands of ranks meet.
         return [
@@ -221,13 +224,20 @@ class CloudWriter(StorageWriter):
         return commit_index(self._target(), index, record)
 
 
-def _values_of(items: Sequence[WriteItem], planner: SavePlanner) -> dict[str, JsonValue]:
+def _values_of(
+    items: Sequence[WriteItem], planner: SavePlanner
+) -> tuple[dict[str, JsonValue], dict[str, torch.Tensor]]:
+    """Return the values of a plan, and tensors of what is too large to stand among them."""
     values: dict[str, JsonValue] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for item in items:
-        if item.index.fqn in values:
-            raise OptionsError(f"the plan names value {item.index.fqn!r} twice; a plan must describe what is written")
-        values[item.index.fqn] = codec.encode(object_of(item, planner), key=item.index.fqn)
-    return values
+        name = item.index.fqn
+        if name in values:
+            raise OptionsError(f"the plan names value {name!r} twice; a plan must describe what is written")
+        parts = codec.Parts()
+        values[name] = codec.encode(object_of(item, planner), key=name, parts=parts)
+        tensors |= parts.tensors(name)
+    return values, tensors
 
 
 def _paths_of(metadata: Metadata) -> dict[str, list[PathElement]]:

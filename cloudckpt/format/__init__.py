@@ -6,7 +6,7 @@ No input or output, no threads, no clock: bytes in, values out, or an error that
 from cloudckpt.format import codec
 from cloudckpt.format.boxes import Box, BoxTable, Column, ragged_places, row_products
 from cloudckpt.format.builder import IndexBuilder
-from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, JsonValue
+from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, JsonValue, register
 from cloudckpt.format.index import BoxPlace, Index, ShardEntry
 from cloudckpt.format.keys import (
     EPOCHS_PREFIX,
@@ -86,6 +86,7 @@ __all__ = [
     "parse_epoch_key",
     "plan_spans",
     "ragged_places",
+    "register",
     "row_products",
     "shard_key",
     "step_number",

@@ -2,25 +2,30 @@
 
 Pure structure: a leaf is a tensor or a value without tensors in it; nothing here looks inside either. Names are
 the path joined with dots, as PyTorch's checkpoints name them; the path itself is kept beside the name, so that
-integer keys, tuples and keys with dots come back as they were. Building trusts nothing: paths may come from anyone.
+integer keys, tuples, ordered and default dicts, and keys with dots come back as they were. Building trusts nothing:
+paths may come from anyone.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeAlias, cast
 
 from cloudckpt.errors import ManifestError, OptionsError, UnsupportedValueError
 from cloudckpt.format import codec
 from cloudckpt.format.codec import JsonValue
+from cloudckpt.format.codec.registry import registered
+from cloudckpt.format.codec.standard import FACTORIES, factory_name
 from cloudckpt.format.codec.walk import is_key, is_text
 from cloudckpt.format.record import lone_surrogates
 
 __all__ = ["NOTES", "PATH_LIMIT", "Flat", "PathElement", "flatten", "unflatten"]
 
-# One step down: a string key; a place in a list; {"key": a key that is no string}; {"tuple": a place in a tuple}.
+# One step down: a string key; a place in a list; {"key": a key that is no string}; {"tuple": a place in a tuple};
+# {"OrderedDict": a key}; {"defaultdict": [name of its factory, a key]}.
 PathElement = str | int | dict[str, JsonValue]
 
 PATH_LIMIT = 65
@@ -50,9 +55,7 @@ class Flat:
 
 
 def flatten(state: Mapping[str, object], *, is_tensor: Callable[[object], bool]) -> Flat:
-    """Name every leaf of `state`; containers that hold no tensor stay whole, as one value.
-
-    Around tensors a dict of any kind counts as a dict, and comes back as one.
+    """Name every leaf of `state`; containers that hold no tensor stay whole, as one value, and so do registered types.
 
     Raises:
         OptionsError: two leaves would get one name.
@@ -114,29 +117,48 @@ def _too_deep(value: object) -> UnsupportedValueError:
 
 
 def _contents(value: object) -> Iterable[object] | None:
+    if registered(type(value)) is not None:
+        return None
     if isinstance(value, Mapping):
         return value.values()
     return value if isinstance(value, list | tuple) else None
 
 
 def _children(value: object, name: str) -> list[tuple[PathElement, object]]:
-    if isinstance(value, dict):
-        return [(_key_step(key, name), child) for key, child in value.items()]
+    if type(value) in (dict, OrderedDict, defaultdict):
+        return [(_key_step(value, key, name), child) for key, child in cast("dict[object, object]", value).items()]
     if type(value) is list:
         return list(enumerate(value))
     if type(value) is tuple:
         return [({"tuple": place}, child) for place, child in enumerate(value)]
     raise UnsupportedValueError(
         f"{name!r} is a {type(value).__name__} that holds tensors, which could not be built again on restore; "
-        "use a dict, list or tuple, or an object with state_dict and load_state_dict",
+        f"{_advice(value)}",
         key=name,
         type_name=type(value).__name__,
     )
 
 
-def _key_step(key: object, name: str) -> PathElement:
-    if type(key) is str:
-        return key
+def _advice(value: object) -> str:
+    base = next((base for base in (dict, list, tuple) if isinstance(value, base)), None)
+    if base is None:
+        return "use a dict, list or tuple, or an object with state_dict and load_state_dict"
+    return f"a subclass would come back as another type; store `{base.__name__}(value)`, or call cloudckpt.register"
+
+
+def _key_step(container: object, key: object, name: str) -> PathElement:
+    encoded = key if type(key) is str else _encoded_key(key, name)
+    if isinstance(container, defaultdict):
+        try:
+            return {"defaultdict": [factory_name(container), encoded]}
+        except ValueError as exc:
+            raise UnsupportedValueError(f"{name!r}: {exc}", key=name, type_name="defaultdict") from exc
+    if isinstance(container, OrderedDict):
+        return {"OrderedDict": encoded}
+    return encoded if type(encoded) is str else {"key": encoded}
+
+
+def _encoded_key(key: object, name: str) -> JsonValue:
     encoded = codec.encode(key, key=name)
     # Each leaf below carries the key, so it must come back equal to itself: not so NaN, nor a tensor.
     if not is_key(key) or codec.decode(encoded, key=name) != key:
@@ -145,19 +167,24 @@ def _key_step(key: object, name: str) -> PathElement:
             key=name,
             type_name=type(key).__name__,
         )
-    return {"key": encoded}
+    return encoded
 
 
 def _segment(element: PathElement) -> str:
     if not isinstance(element, dict):
         return str(element)
-    return str(element["key"] if "key" in element else element["tuple"])
+    ((kind, key),) = element.items()
+    return str(key[1] if kind == "defaultdict" and isinstance(key, list) else key)
+
+
+# What a step leads into: a type, and of a defaultdict the name of its factory.
+_Kind: TypeAlias = tuple[type, str | None]
 
 
 class _Node:
     """A container under construction: children by key or place."""
 
-    def __init__(self, kind: type) -> None:
+    def __init__(self, kind: _Kind) -> None:
         self.kind = kind
         self.children: dict[object, object] = {}
         self._twins: Counter[int] = Counter()
@@ -176,7 +203,7 @@ def unflatten(leaves: Mapping[str, object], paths: Mapping[str, Sequence[PathEle
     Raises:
         ManifestError: the paths contradict each other.
     """
-    root = _Node(dict)
+    root = _Node((dict, None))
     ordered = [name for name in paths if name in leaves] + [name for name in leaves if name not in paths]
     for name in ordered:
         path: Sequence[PathElement] = paths.get(name, (name,))
@@ -204,24 +231,50 @@ def _insert(root: _Node, path: Sequence[PathElement], leaf: object, name: str) -
     node.add(key, leaf, name)
 
 
-def _expect(node: _Node, kind: type, name: str) -> None:
-    if node.kind is not kind:
-        raise _contradiction(name, f"lies in a {node.kind.__name__} and in a {kind.__name__}")
+def _expect(node: _Node, kind: _Kind, name: str) -> None:
+    if node.kind != kind:
+        raise _contradiction(name, f"lies in a {_shown(node.kind)} and in a {_shown(kind)}")
 
 
-def _step(element: PathElement, name: str) -> tuple[type, object]:
+def _shown(kind: _Kind) -> str:
+    return kind[0].__name__ + (f" of {kind[1]}" if kind[1] else "")
+
+
+def _step(element: PathElement, name: str) -> tuple[_Kind, object]:
     """Return the container that a step leads into, and the key or place there."""
     if isinstance(element, str):
-        return dict, element
+        return (dict, None), element
     if type(element) is int:
-        return list, element
-    if isinstance(element, dict) and element.keys() == {"key"}:
-        key = codec.decode(element["key"], key=name)
-        if is_key(key):
-            return dict, key
-    if isinstance(element, dict) and element.keys() == {"tuple"} and type(element["tuple"]) is int:
-        return tuple, element["tuple"]
-    raise _contradiction(name, f"has a step {repr(element)[:_SHOWN]} in its path that this format does not know")
+        return (list, None), element
+    if isinstance(element, dict) and len(element) == 1:
+        ((kind, content),) = element.items()
+        if kind == "tuple" and type(content) is int:
+            return (tuple, None), content
+        if kind in _DICTS:
+            return _dict_step(_DICTS[kind], content, name)
+    raise _unknown(element, name)
+
+
+_DICTS: Mapping[str, type] = {"key": dict, "OrderedDict": OrderedDict, "defaultdict": defaultdict}
+
+
+def _dict_step(kind: type, content: JsonValue, name: str) -> tuple[_Kind, object]:
+    factory = None
+    if kind is defaultdict:
+        if not isinstance(content, list) or len(content) != 2:
+            raise _unknown(content, name)
+        named, content = content
+        if named is not None and (not isinstance(named, str) or named not in FACTORIES):
+            raise _unknown(named, name)
+        factory = named
+    key = content if type(content) is str else codec.decode(content, key=name)
+    if not is_key(key):
+        raise _unknown(content, name)
+    return (kind, factory), key
+
+
+def _unknown(element: object, name: str) -> ManifestError:
+    return _contradiction(name, f"has a step {repr(element)[:_SHOWN]} in its path that this format does not know")
 
 
 def _contradiction(name: str, reason: str) -> ManifestError:
@@ -231,9 +284,14 @@ def _contradiction(name: str, reason: str) -> ManifestError:
 def _build(child: object) -> object:
     if not isinstance(child, _Node):
         return child
-    if child.kind is dict:
-        return {key: _build(value) for key, value in child.children.items()}
-    places = range(len(child.children))
-    if any(place not in child.children for place in places):
-        raise ManifestError(f"a {child.kind.__name__} of the state has holes; restore an older step")
-    return child.kind(_build(child.children[place]) for place in places)
+    kind, factory = child.kind
+    if kind in (list, tuple):
+        places = range(len(child.children))
+        if any(place not in child.children for place in places):
+            raise ManifestError(f"a {kind.__name__} of the state has holes; restore an older step")
+        made: object = kind(_build(child.children[place]) for place in places)
+        return made
+    items = {key: _build(value) for key, value in child.children.items()}
+    if kind is defaultdict:
+        return defaultdict(None if factory is None else FACTORIES[factory], items)
+    return items if kind is dict else OrderedDict(items)

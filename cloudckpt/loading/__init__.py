@@ -1,6 +1,6 @@
 """Lead all ranks through one restore: who reads what for whom, verified bytes into tensors, then the values."""
 
-from cloudckpt.loading.input import Pieces, RankInput, describe, read_index
-from cloudckpt.loading.lead import fill, load_state
+from cloudckpt.loading.input import Pieces, RankInput, by_part_name, describe, part_targets, read_index
+from cloudckpt.loading.lead import load_state
 
-__all__ = ["Pieces", "RankInput", "describe", "fill", "load_state", "read_index"]
+__all__ = ["Pieces", "RankInput", "by_part_name", "describe", "load_state", "part_targets", "read_index"]

@@ -14,11 +14,12 @@ import io
 import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -49,7 +50,16 @@ from cloudckpt.root import Catalog, Checkpoint
 from cloudckpt.store import Store
 from cloudckpt.transfer import Budget, Fetch, ShardSource, Watch, download
 
-__all__ = ["Pieces", "RankInput", "decode_index", "describe", "read_index", "read_index_bytes"]
+__all__ = [
+    "Pieces",
+    "RankInput",
+    "by_part_name",
+    "decode_index",
+    "describe",
+    "part_targets",
+    "read_index",
+    "read_index_bytes",
+]
 
 Pieces = Mapping[str, Sequence[ChunkEntry]]
 """Name of a tensor → pieces of it."""
@@ -122,6 +132,15 @@ class RankInput:
     options: Options
     watch: Watch | None = None
 
+    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fill whole tensors on the host, by name; raises as `read` does."""
+        boxes = {name: [((0,) * tensor.dim(), tuple(tensor.shape))] for name, tensor in tensors.items()}
+        pieces = self.index.covering(boxes)
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        with torch.no_grad():
+            planner.set_up_planner(dict(tensors), describe(self.index, pieces), is_coordinator=False)
+            self.read(planner.create_local_plan().items, planner, pieces)
+
     def read(self, items: Sequence[ReadItem], planner: LoadPlanner, pieces: Pieces) -> None:
         """Fill every target that the items name; return when all of them are complete.
 
@@ -152,11 +171,20 @@ class RankInput:
         for item in items:
             name = item.storage_index.fqn
             if item.type is LoadItemType.BYTE_IO:
-                _load_value(item, planner, self.index)
+                self._load_value(item, planner)
                 continue
             piece = by_offset[name, tuple(item.storage_index.offset or ())]
             landings[piece.rank, piece.number].append(Landing(item, taking, self.index.tensors[name], piece))
         return landings
+
+    def _load_value(self, item: ReadItem, planner: LoadPlanner) -> None:
+        name = item.storage_index.fqn
+        parts = part_targets(self.index, {name})
+        self.fill(by_part_name(parts))
+        data = io.BytesIO()
+        torch.save(codec.decode(self.index.values[name], key=name, parts=parts.get(name)), data)
+        data.seek(0)
+        planner.load_bytes(item, data)
 
     def _fetches(self, entry: ShardEntry, landings: list[Landing]) -> list[Fetch]:
         source = ShardSource(
@@ -222,8 +250,10 @@ def _plain_step(element: PathElement) -> str | int:
     """Return the step of a path as DCP writes it, which knows string keys and places only."""
     if not isinstance(element, dict):
         return element
-    place = element.get("tuple")
-    return place if isinstance(place, int) else str(element.get("key"))
+    ((kind, key),) = element.items()
+    if kind == "defaultdict" and isinstance(key, list):
+        key = key[1]
+    return key if kind == "tuple" and isinstance(key, int) else str(key)
 
 
 def _pieces_by_offset(pieces: Pieces, names: set[str]) -> dict[tuple[str, tuple[int, ...]], ChunkEntry]:
@@ -235,9 +265,25 @@ def _pieces_by_offset(pieces: Pieces, names: set[str]) -> dict[tuple[str, tuple[
     return found
 
 
-def _load_value(item: ReadItem, planner: LoadPlanner, index: Index) -> None:
-    name = item.storage_index.fqn
-    data = io.BytesIO()
-    torch.save(codec.decode(index.values[name], key=name), data)
-    data.seek(0)
-    planner.load_bytes(item, data)
+def part_targets(index: Index, names: Collection[str]) -> dict[str, dict[int, torch.Tensor]]:
+    """Return new tensors for the parts of some values: name of the value → number of the part → tensor.
+
+    Raises:
+        ManifestError: a tensor that is called a part of one of them is none.
+    """
+    found = {name: of_name for name, of_name in codec.part_names(index.tensors).items() if name in names}
+    for part in (part for of_name in found.values() for part in of_name.values()):
+        if index.tensors[part].dtype != "uint8" or len(index.tensors[part].shape) != 1:
+            raise ManifestError(f"tensor {part!r} is no part of a value; restore an older step", key=part)
+    return {
+        name: {
+            number: torch.empty(index.tensors[part].shape, dtype=torch.uint8, device="cpu")
+            for number, part in of_name.items()
+        }
+        for name, of_name in found.items()
+    }
+
+
+def by_part_name(parts: Mapping[str, Mapping[int, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the tensors of `part_targets` by their own names, to be filled."""
+    return {codec.part_name(number, name): part for name, of_name in parts.items() for number, part in of_name.items()}

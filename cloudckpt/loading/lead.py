@@ -1,6 +1,7 @@
 """Lead the ranks of a group through one restore: the same steps as DCP's own `load`, over messages that cannot hang.
 
     find    rank 0: the checkpoint, its manifest and index ──▶ every rank
+    parts   of large values, if there are any: planned and read like targets, because what fits depends on values
     plan    every rank: its targets and boxes              ──▶ rank 0: who reads what several ranks need
     ask     every rank: what objects may refuse is read, and they are asked; nothing else is changed yet
     read    every rank: its own bytes, verified            ──▶ passed on to whoever needs the same
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol, TypeGuard, cast
@@ -28,7 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from cloudckpt.errors import IntegrityError, MissingShardError, OptionsError
 from cloudckpt.format import DTYPE_NAMES, DTYPES, NOTES, Box, BoxPlace, BoxTable, Index, codec
-from cloudckpt.loading.input import RankInput, decode_index, describe, read_index_bytes
+from cloudckpt.loading.input import RankInput, by_part_name, decode_index, describe, part_targets, read_index_bytes
 from cloudckpt.loading.passing import Step, plan_passing
 from cloudckpt.options import Options
 from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, own_failures, plain_errors
@@ -37,18 +38,19 @@ from cloudckpt.root import Candidate, Catalog, Checkpoint, Fit
 from cloudckpt.state import Allowed, Restoration, Saved, bind, plan_restore
 from cloudckpt.transfer import Gauge, inner_names
 
-__all__ = ["Extra", "fill", "load_state"]
+__all__ = ["Extra", "load_state"]
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What rank 0 tells of the checkpoint that is tried next."""
+    """What rank 0 tells of the checkpoint that is tried next, such as whether there are parts of values to be read."""
 
     manifest: bytes
     prefix: str
     index: bytes
+    has_parts: bool
 
 
 class Extra(Protocol):
@@ -106,7 +108,7 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     with entry.bar(shown) as bar, plain_errors(), group.session(what, deadline_s=options.progress_timeout_s):
         while (found := group.agree(f"{what}: finding", lambda: None, lambda _: search.next())) is not None:
             checkpoint = catalog.adopt(found.manifest, prefix=found.prefix)
-            loading = _Loading(checkpoint, found.index, catalog, group, options, bar)
+            loading = _Loading(checkpoint, found, catalog, group, options, bar)
             try:
                 fit = loading.run(f"{what} of {checkpoint.url}", state, allowed, extra)
             except RanksFailedError as exc:
@@ -138,12 +140,13 @@ class _Search:
                 if isinstance(candidate, IntegrityError):
                     raise candidate
                 data = read_index_bytes(self._catalog, candidate)
-                decode_index(candidate, data)
+                index = decode_index(candidate, data)
             except IntegrityError as exc:
                 self._note(candidate if isinstance(candidate, Checkpoint) else None, exc)
                 continue
             logger.info("rank 0: read manifest and index of %s for all ranks: %d bytes", candidate.url, len(data))
-            return _Found(candidate.manifest.encode(), candidate.prefix, data)
+            has_parts = any(map(codec.is_part_name, index.tensors))
+            return _Found(candidate.manifest.encode(), candidate.prefix, data, has_parts)
         if self._failures:
             raise self._explained(*self._failures[0])
         return None
@@ -173,12 +176,13 @@ class _Loading:
     """The restore of one checkpoint, on one rank."""
 
     checkpoint: Checkpoint
-    index_bytes: bytes
+    found: _Found
     catalog: Catalog
     group: Group
     options: Options
     gauge: Gauge | None
-    # What this rank found in `_plan`, for the steps after it.
+    # What this rank found on the way, for the steps after it.
+    _parts: Mapping[str, Mapping[int, torch.Tensor]] = field(init=False, default_factory=dict)
     _index: Index = field(init=False)
     _restoration: Restoration = field(init=False)
     _extra: dict[str, torch.Tensor] = field(init=False)
@@ -186,13 +190,12 @@ class _Loading:
 
     def run(self, what: str, state: MutableMapping[str, object], allowed: Allowed, extra: Extra | None) -> Fit:
         """Go through the steps; raises as the group's exchanges do."""
-        steps = self.group.deal(
-            f"{what}: plan",
-            lambda: self._plan(state, allowed, extra).encode(),
-            partial(plan_passing, is_read_once=self._is_read_once()),
-        )
+        if self.found.has_parts:
+            self._fill(f"{what}: values", lambda: self._plan_parts(state))
+        steps = self._deal(what, lambda: self._plan(state, allowed, extra))
+        unexpected = self.group.agree(f"{what}: names", lambda: set(self._restoration.unexpected), _everywhere)
         try:
-            self.group.agree(f"{what}: ask", self._ask, lambda _: None)
+            self.group.agree(f"{what}: ask", lambda: self._ask(unexpected), lambda _: None)
             self.group.agree(f"{what}: read", lambda: self._read(steps), lambda _: None)
         except BaseException:
             # An object has its new state already, and what belongs to it does not come.
@@ -201,9 +204,34 @@ class _Loading:
         self.group.agree(f"{what}: apply", lambda: self._apply(extra), lambda _: None)
         return self._restoration.fit
 
-    def _plan(self, state: MutableMapping[str, object], allowed: Allowed, extra: Extra | None) -> BoxTable:
-        self._index = index = decode_index(self.checkpoint, self.index_bytes)
-        values = {name: codec.decode(value, key=name) for name, value in index.values.items()}
+    def _fill(self, what: str, plan: Callable[[], Mapping[str, object]]) -> None:
+        """Have every rank plan what it wants filled, and read it together."""
+        steps = self._deal(what, plan)
+        self.group.agree(f"{what}: read", lambda: self._read(steps), lambda _: None)
+
+    def _deal(self, what: str, plan: Callable[[], Mapping[str, object]]) -> Sequence[Step]:
+        """Have every rank plan what it wants filled, and learn who reads what several want."""
+        return self.group.deal(
+            f"{what}: plan",
+            lambda: self._shareable(plan()).encode(),
+            partial(plan_passing, is_read_once=self._is_read_once()),
+        )
+
+    def _plan_parts(self, state: Mapping[str, object]) -> Mapping[str, object]:
+        """Return the parts of the values that the state asks for, to be filled."""
+        self._index = index = decode_index(self.checkpoint, self.found.index)
+        self._parts = part_targets(index, _wanted_values(index, state))
+        return by_part_name(self._parts)
+
+    def _plan(self, state: MutableMapping[str, object], allowed: Allowed, extra: Extra | None) -> Mapping[str, object]:
+        self._index = index = decode_index(self.checkpoint, self.found.index)
+        entries = bind(state)
+        wanted = _wanted_values(index, state)
+        values = {
+            # What nobody asks for need not be there, nor be of a type that this program knows.
+            name: codec.decode(value, key=name, parts=self._parts.get(name)) if name in wanted else None
+            for name, value in index.values.items()
+        }
         notes = values.pop(NOTES, {})
         saved = Saved(
             shapes={name: tensor.shape for name, tensor in index.tensors.items()},
@@ -212,10 +240,12 @@ class _Loading:
             paths=index.paths,
             notes=notes if isinstance(notes, dict) else {},
         )
-        self._restoration = plan_restore(bind(state), saved, allowed)
+        self._restoration = plan_restore(entries, saved, allowed)
         self._extra = extra.targets(index) if extra is not None else {}
-        tensors = {**self._restoration.tensors, **self._extra}
-        self._filling = _Filling(tensors, index, near=self.group.rank)
+        return {**self._restoration.tensors, **self._extra}
+
+    def _shareable(self, tensors: Mapping[str, object]) -> BoxTable:
+        self._filling = _Filling(dict(tensors), self._index, near=self.group.rank)
         return self._filling.shareable() if self.group.size > 1 else BoxTable.of(())
 
     def _is_read_once(self) -> bool:
@@ -228,7 +258,8 @@ class _Loading:
         watch = replace(self.group.watch(self.options.progress_timeout_s), gauge=self.gauge)
         return RankInput(self.catalog.store, self.checkpoint, self._index, self.options, watch)
 
-    def _ask(self) -> None:
+    def _ask(self, unexpected: set[str]) -> None:
+        self._restoration.leave(unexpected)
         if self._restoration.early:
             _Filling(self._restoration.early, self._index, near=self.group.rank).read(self._source())
         self._restoration.ask()
@@ -249,9 +280,19 @@ class _Loading:
             extra.apply(self._extra)
 
 
-def fill(tensors: Mapping[str, torch.Tensor], source: RankInput, index: Index) -> None:
-    """Fill whole tensors of one process, by name; raises as `RankInput.read` does."""
-    _Filling(dict(tensors), index, near=None).read(source)
+def _everywhere(found: Sequence[set[str]]) -> set[str]:
+    """Return the names that no rank has a use for: of a pipeline, each has the names of its own stage."""
+    return set.intersection(*found)
+
+
+def _wanted_values(index: Index, state: Mapping[str, object]) -> set[str]:
+    """Return the names of the values that stand below a key of the state, and of the library's own."""
+    tops = set(state) if isinstance(state, Mapping) else set()
+    return {
+        name
+        for name in index.values
+        if name.startswith("cloudckpt.") or str(index.paths.get(name, name.split(".", 1))[0]) in tops
+    }
 
 
 class _Filling:

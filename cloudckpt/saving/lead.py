@@ -228,14 +228,22 @@ class PendingSave:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Opened:
-    """What one rank brings: its boxes as DCP's planner has them, its values, and names, boxes and paths for rank 0."""
+    """What one rank brings: its boxes as DCP's planner has them, its values, and names, boxes and paths for rank 0.
+
+    `parts` are digests of what of the values is too large to stand among them, and is among the boxes.
+    """
 
     planner: DefaultSavePlanner
     items: list[WriteItem]
     values: dict[str, JsonValue]
+    parts: dict[str, str]
     boxes: BoxTable
     message: bytes
     digest: bytes
+
+    def told(self) -> dict[str, JsonValue]:
+        """Return what is to be the same on all ranks: each value, and a digest of its parts if it has some."""
+        return {name: [value, self.parts[name]] if self.parts[name] else value for name, value in self.values.items()}
 
     def digests(self, memory: PlanMemory, turn: int, *, is_first: bool) -> dict[int, bytes]:
         return digests_of_sets(memory.replicas, self._tensor, turn=turn, is_first=is_first)
@@ -287,10 +295,13 @@ class _Lead:
 def _open(flat: Flat, group: Group) -> _Opened:
     """Look at a rank's leaves, and refuse, before a byte is written, what has no place in the format."""
     tensors = {name: leaf for name, leaf in flat.leaves.items() if is_tensor(leaf)}
-    values = {name: codec.encode(leaf, key=name) for name, leaf in flat.leaves.items() if name not in tensors}
+    parts = {name: codec.Parts() for name in flat.leaves if name not in tensors}
+    values = {name: codec.encode(flat.leaves[name], key=name, parts=of_name) for name, of_name in parts.items()}
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and not isinstance(tensor, ShardedTensor):
             check_tensor(name, tensor)
+    for name, of_name in parts.items():
+        tensors |= of_name.tensors(name)
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(tensors, None, group.rank == 0)
     items = [item for item in planner.create_local_plan().items if not is_elsewhere(item)]
@@ -299,7 +310,10 @@ def _open(flat: Flat, group: Group) -> _Opened:
     message = msgspec.msgpack.encode((boxes.encode(), about, sorted(flat.of_others)))
     # A plan serves the same ranks only: a process group that was made anew may have others.
     digest = xxhash.xxh3_128_digest(message + f"{group.rank}/{group.size}".encode())
-    return _Opened(planner=planner, items=items, values=values, boxes=boxes, message=message, digest=digest)
+    digests = {name: of_name.digest() for name, of_name in parts.items()}
+    return _Opened(
+        planner=planner, items=items, values=values, parts=digests, boxes=boxes, message=message, digest=digest
+    )
 
 
 def _opening(
@@ -307,7 +321,7 @@ def _opening(
 ) -> Opening:
     mine = _got(opened)
     _got(record)
-    values = digest_of_values(mine.values)
+    values = digest_of_values(mine.told())
     plan_id = memory.plan_id if memory.digest == mine.digest else ""
     replicas = mine.digests(memory, memory.turn + 1, is_first=False) if plan_id else {}
     return Opening(destination.catalog.store.url, values, plan_id, replicas)
@@ -316,10 +330,10 @@ def _opening(
 def _tell_values_apart(mine: _Opened, group: Group, what: str) -> None:
     """Raise, on all ranks, what differs between their values."""
     phase = f"{what}: comparing values"
-    differences = group.agree(phase, lambda: digests_of(mine.values, mine.boxes.names), differences_of)
+    differences = group.agree(phase, lambda: digests_of(mine.told(), mine.boxes.names), differences_of)
     group.agree(
         phase,
-        lambda: wanted_values(mine.values, differences, group.rank),
+        lambda: wanted_values(mine.told(), differences, group.rank),
         lambda found: refuse_values(differences, found),
     )
 

@@ -13,7 +13,7 @@ import io
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeGuard
 
 import torch
@@ -156,9 +156,22 @@ class Source:
         shards: where the bytes of these go.
     """
 
-    def __init__(self, items: Sequence[WriteItem], planner: SavePlanner, *, attempt: str, shard_bytes: int) -> None:
-        """Place the tensors behind planned items into shards; nothing is resolved yet."""
+    def __init__(
+        self,
+        items: Sequence[WriteItem],
+        planner: SavePlanner,
+        *,
+        attempt: str,
+        shard_bytes: int,
+        parts: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Place the tensors behind planned items into shards, and parts of values; nothing is resolved yet."""
         self.chunks = [chunk_of(item) for item in items]
+        self.chunks += [
+            Box(name, DTYPE_NAMES[part.dtype], tuple(part.shape), (0,) * part.dim(), tuple(part.shape))
+            for name, part in (parts or {}).items()
+        ]
+        self._parts = list((parts or {}).values())
         self.shards = lay_out(self.chunks, shard_bytes=shard_bytes, metadata={"cloudckpt": attempt})
         self._items = items
         self._planner = planner
@@ -188,7 +201,7 @@ class Source:
 
     def forget(self) -> None:
         """Let go of the caller's tensors, all of which were copied."""
-        self._items = ()
+        self._items, self._parts = (), []
         self._planner = DefaultSavePlanner()
         self._tensors.clear()
 
@@ -198,6 +211,8 @@ class Source:
         return tuple(sorted((device for device in devices if device.type == "cuda"), key=str))
 
     def _resolve(self, number: int) -> torch.Tensor:
+        if number >= len(self._items):
+            return self._parts[number - len(self._items)]
         return tensor_of(self._items[number], self._planner)
 
 

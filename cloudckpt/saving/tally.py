@@ -245,8 +245,15 @@ def _refuse(found: Iterator[str]) -> None:
 
 def _differences(metadata: Metadata, index: Index) -> Iterator[str]:
     planned = metadata.state_dict_metadata
+    # Nobody plans the parts of a value but the rank that writes it.
+    parts = {
+        part
+        for name, of_name in codec.part_names(index.tensors).items()
+        if name in planned
+        for part in of_name.values()
+    }
     for name in [*index.tensors, *index.values]:
-        if name not in planned:
+        if name not in planned and name not in parts:
             yield f"{name!r} was written and never planned"
     for name, entry in planned.items():
         if isinstance(entry, BytesStorageMetadata):

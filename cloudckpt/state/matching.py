@@ -11,8 +11,8 @@ filled only where nothing else of the state lies in its memory. Knows names, sha
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
 
@@ -200,6 +200,7 @@ class Restoration:
 
     Attributes:
         early: name → tensor of memory of its own, to be filled before `ask`.
+        unexpected: names that the checkpoint has and this rank's state lacks, and how each is told.
         tensors: name → tensor to be filled between `ask` and `apply`; many are live.
         fit: what of the state and of the checkpoint went together.
     """
@@ -207,6 +208,7 @@ class Restoration:
     def __init__(self, parts: Sequence[_Part], allowed: Allowed, fit: Fit) -> None:
         self.early: dict[str, object] = {}
         self.tensors: dict[str, object] = {}
+        self.unexpected: dict[str, str] = {}
         self.fit = fit
         self._parts = parts
         self._allowed = allowed
@@ -224,6 +226,17 @@ class Restoration:
         """Have `ask` make of a saved tensor what a live one is to hold."""
         self._resized.append(resized)
         self.early[resized.name] = resized.saved
+
+    def leave(self, names: Collection[str]) -> None:
+        """Leave out what the checkpoint has and no rank's state; changes nothing.
+
+        Raises:
+            StateMismatchError: the caller wants it restored.
+        """
+        unexpected = list(dict.fromkeys(told for name, told in self.unexpected.items() if name in names))
+        if unexpected and self._allowed.strict:
+            raise StateMismatchError(_mismatch_message([], unexpected, {}, []), unexpected=unexpected)
+        self.fit = replace(self.fit, unexpected=tuple(unexpected))
 
     def ask(self) -> None:
         """Hand the state over to all objects that may refuse it.
@@ -311,10 +324,10 @@ class Restoration:
         """Note what an object has left out by itself, or refuse that."""
         if not self._allowed.strict:
             fit = self.fit
-            self.fit = Fit(
+            self.fit = replace(
+                fit,
                 missing=tuple(dict.fromkeys([*fit.missing, *left.missing])),
                 unexpected=tuple(dict.fromkeys([*fit.unexpected, *left.unexpected])),
-                cast=fit.cast,
             )
         elif left.missing or left.unexpected:
             reasons = [f"it found no {_some(left.missing)}"] if left.missing else []
@@ -358,6 +371,7 @@ class _Matching:
         self._tensors: dict[str, object] = {}
         self._shared: list[list[_Held]] = []
         self._resized: list[_Resized] = []
+        self._moved: dict[str, list[str]] = {}
 
     def match(self, entry: Entry) -> None:
         """Decide where each name of one entry comes from."""
@@ -535,15 +549,13 @@ class _Matching:
             if part.is_shared:
                 self._add(part.entry.compare(part.restored(), self._saved.dtypes))
         self._refuse_mismatch()
+        for name, pairs in self._moved.items():
+            logger.warning("%s shares memory and gets memory of its own: %s", name, _some(pairs))
         self._materialize()
         self._tensors.update({name: held.tensor for name, held in self._held.items()})
-        misfit = self._misfit
-        fit = Fit(
-            missing=tuple(dict.fromkeys(misfit.missing)),
-            unexpected=tuple(dict.fromkeys(misfit.unexpected)),
-            cast=tuple(self._cast),
-        )
+        fit = Fit(missing=tuple(dict.fromkeys(self._misfit.missing)), cast=tuple(self._cast))
         restoration = Restoration(self._parts, self._allowed, fit)
+        restoration.unexpected = {name: self._shown(name) for name in self._misfit.unexpected}
         restoration.early.update(self._early)
         restoration.tensors.update(self._tensors)
         for group in self._shared:
@@ -585,7 +597,7 @@ class _Matching:
         if not held.part.entry.takes(held.name):
             if held.part.entry.is_bound:
                 self._misfit.reasons.append(f"{held.name} shares memory with {other} and stands in a tuple; clone it")
-            logger.warning("%s shares memory with %s: it is restored into memory of its own", held.name, other)
+            self._moved.setdefault(held.part.entry.name, []).append(f"{held.name} with {other}")
         del self._held[held.name]
         self._give_own(held.part, held.name)
 
@@ -622,9 +634,9 @@ class _Matching:
         if not any(part.is_own or _is_restored(part, self._saved) for part in self._parts):
             misfit.reasons.append("nothing of the checkpoint belongs to anything in the state")
         missing = list(dict.fromkeys(misfit.missing if self._allowed.strict else ()))
-        unexpected = list(dict.fromkeys(misfit.unexpected if self._allowed.strict else ()))
-        if not (missing or unexpected or self._mismatched or misfit.reasons):
+        if not (missing or self._mismatched or misfit.reasons):
             return
+        unexpected = list(dict.fromkeys(map(self._shown, misfit.unexpected if self._allowed.strict else ())))
         raise StateMismatchError(
             _mismatch_message(missing, unexpected, self._mismatched, misfit.reasons),
             missing=missing,
@@ -634,11 +646,11 @@ class _Matching:
 
     def _unclaimed(self) -> list[str]:
         """Return what is in the checkpoint and belongs to no entry."""
-        found = []
-        for name in self._saved.names():
-            top = str(self._saved.path(name)[0])
-            if name not in self._claimed and not top.startswith(_OURS):
-                found.append(name if top in self._tops else top)
+        found = [
+            name
+            for name in self._saved.names()
+            if name not in self._claimed and not str(self._saved.path(name)[0]).startswith(_OURS)
+        ]
         for name in self._saved.owned:
             if name not in self._claimed:
                 found.append(name)
@@ -647,6 +659,11 @@ class _Matching:
                         f"{name} is each rank's own there (give PerRank or a StatefulDataLoader)"
                     )
         return found
+
+    def _shown(self, name: str) -> str:
+        """Return what is told of a name: an entry that is in the checkpoint alone counts as one."""
+        top = str(self._saved.path(name)[0])
+        return name if top in self._tops or top.startswith(_OURS) else top
 
 
 def _is_restored(part: _Part, saved: Saved) -> bool:

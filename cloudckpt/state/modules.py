@@ -83,7 +83,7 @@ class ModuleEntry(Entry):
     def _names_of_their_own(self) -> Iterator[str]:
         """Yield the names of parts that load by themselves, and of what they have besides tensors."""
         for path, part in self._module.named_modules():
-            name = self._full(path) if path else self.name
+            name = self._full(path)
             if _loads_by_itself(part):
                 yield name
             elif type(part).set_extra_state is not nn.Module.set_extra_state:
@@ -113,13 +113,14 @@ class ModuleEntry(Entry):
         )
 
     def _full(self, raw: str) -> str:
-        return f"{self.name}.{clean_name(self._module, raw)}"
+        clean = clean_name(self._module, raw) if raw else ""
+        return f"{self.name}.{clean}" if clean else self.name
 
     def _metadata(self) -> OrderedDict[str, object]:
         """Return what each part said of itself when it was saved, by the names that the parts have here."""
         found: OrderedDict[str, object] = OrderedDict()
         for path, _ in self._module.named_modules(remove_duplicate=False):
-            note = self.notes.get(self._full(path) if path else self.name)
+            note = self.notes.get(self._full(path))
             metadata = note.get("metadata") if isinstance(note, dict) else None
             found[path] = dict(_USUAL) if metadata is None else self._decoded(metadata)
         return found

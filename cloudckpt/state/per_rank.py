@@ -1,6 +1,6 @@
 """Save state that each rank has for itself: names that say whose it is, and bytes that hold it.
 
-    object ──state_dict──▶ codec's JSON, padded ──▶ uint8 tensor `cloudckpt.per_rank.<rank>-of-<ranks>.<name>`
+    object ──state_dict──▶ codec's JSON and parts ──▶ uint8 tensor `cloudckpt.per_rank.<rank>-of-<ranks>.<name>`
 
 Everything else in a state is one thing that all ranks share. What is each rank's own is a tensor of a name of its own,
 which only that rank writes and reads; it stands nowhere in the nested state, so no path goes with it. Nothing here
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 import torch
 from torch.distributed.checkpoint.stateful import Stateful
 
@@ -53,27 +54,43 @@ class RankName:
 
 
 def pack(value: object, *, key: str) -> torch.Tensor:
-    """Return a value as bytes, padded so that small changes leave their number as it is.
+    """Return a value as bytes, uint8 of one dimension, padded so that small changes leave their number as it is.
+
+    Its JSON comes first; where it has parts, a NUL ends that, and they follow, copied once.
 
     Raises:
         UnsupportedValueError: the codec cannot hold it.
     """
-    text = msgspec.json.encode(codec.encode(value, key=key))
-    padded = bytearray(text.ljust(-(-len(text) // _PAD_BYTES) * _PAD_BYTES))
-    return torch.frombuffer(padded, dtype=torch.uint8)
+    parts = codec.Parts(alone_bytes=None)
+    text = msgspec.json.encode(codec.encode(value, key=key, parts=parts))
+    head_bytes = _padded(len(text) + 1) if parts.together_bytes else len(text)
+    packed = torch.full((_padded(head_bytes + parts.together_bytes),), ord(" "), dtype=torch.uint8, device="cpu")
+    target = packed.numpy()
+    target[: len(text)] = np.frombuffer(text, np.uint8)
+    if parts.together_bytes:
+        target[head_bytes - 1] = 0
+        parts.write(target[head_bytes:])
+    return packed
+
+
+def _padded(size_bytes: int) -> int:
+    return -(-size_bytes // _PAD_BYTES) * _PAD_BYTES
 
 
 def unpack(packed: torch.Tensor, *, key: str) -> object:
-    """Return the value that `pack` was given.
+    """Return the value that `pack` was given; it shares no memory with the bytes.
 
     Raises:
         ManifestError: the bytes are nothing that `pack` makes.
     """
+    data = packed.numpy().data
+    nul = re.search(b"\0", data)
+    head_bytes = nul.end() if nul else len(data)
     try:
-        data = msgspec.json.decode(packed.numpy().tobytes())
+        value = msgspec.json.decode(data[: nul.start() if nul else head_bytes])
     except (msgspec.DecodeError, RecursionError) as exc:
         raise ManifestError(f"the saved state of {key!r} is no JSON: {exc}", key=key) from exc
-    return codec.decode(data, key=key)
+    return codec.decode(value, key=key, parts={0: packed[head_bytes:]})
 
 
 class PerRank:

@@ -39,7 +39,7 @@ class Generators:
     def targets(self, index: Index) -> dict[str, torch.Tensor]:
         """Return the tensor that is to be filled with them, if a checkpoint has them."""
         saved = index.tensors.get(self.name)
-        return {} if saved is None else {self.name: torch.empty(saved.shape, dtype=torch.uint8)}
+        return {} if saved is None else {self.name: torch.empty(saved.shape, dtype=torch.uint8, device="cpu")}
 
     def apply(self, filled: Mapping[str, torch.Tensor]) -> None:
         """Put them back; a checkpoint that has none for this rank leaves them as they are, and the log says so."""

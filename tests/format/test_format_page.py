@@ -6,15 +6,24 @@ and SHA-256. Where page and library part, a test here fails.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import json
 import math
+import random
 import re
 import struct
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pytest
@@ -173,13 +182,33 @@ class Reader:
         target[part] = np.frombuffer(data, target.dtype).reshape([size for _, size in box])
         self._seen[name][part] += 1
 
+    def _whole(self, name: str, data: Json) -> Json:
+        """Return a value whose payloads in parts stand in it as base64."""
+        if isinstance(data, list):
+            return [self._whole(name, item) for item in data]
+        if not isinstance(data, dict):
+            return data
+        return {
+            tag: self._payload(name, *content)
+            if tag in ("$bytes", "$bytearray", "$str", "data") and isinstance(content, list)
+            else self._whole(name, content)
+            for tag, content in data.items()
+        }
+
+    def _payload(self, name: str, part: int, start: int, stop: int) -> str:
+        raw = self.tensors[f"cloudckpt.value.{part:05d}.{name}"][start:stop]
+        assert len(raw) == stop - start > 0
+        return base64.b64encode(raw).decode()
+
     def state(self) -> dict[str, Json]:
         """Return the nested state; a tensor as its type, shape and bytes."""
         leaves: dict[str, Json] = {
             name: (dtype, tuple(shape), bytes(self.tensors[name]))
             for name, (dtype, shape, _) in self.header["tensors"].items()
         }
-        leaves |= {name: decoded(value) for name, value in self.header["values"].items()}
+        for name in [name for name in leaves if name.startswith("cloudckpt.value.")]:
+            del leaves[name]
+        leaves |= {name: decoded(self._whole(name, value)) for name, value in self.header["values"].items()}
         paths = self.header["paths"]
         return nested([(paths.get(name, [name]), leaf) for name, leaf in leaves.items()])
 
@@ -200,12 +229,13 @@ def nested(leaves: list[tuple[list[Json], Json]]) -> Json:
 def key_of(step: Json) -> Json:
     if not isinstance(step, dict):
         return step
-    return decoded(step["key"]) if "key" in step else step["tuple"]
+    ((kind, key),) = step.items()
+    return key if kind == "tuple" else decoded(key[1] if kind == "defaultdict" else key)
 
 
 def kind_of(step: Json) -> type:
     if isinstance(step, dict):
-        return dict if "key" in step else tuple
+        return tuple if "tuple" in step else dict
     return dict if isinstance(step, str) else list
 
 
@@ -245,7 +275,38 @@ DECODED: dict[str, Callable[[Json], Json]] = {
     ),
     "$torch.tensor": lambda made: (made["dtype"], tuple(made["shape"]), base64.b64decode(made["data"])),
     **dict.fromkeys(("$torch.dtype", "$torch.device"), str),
+    **dict.fromkeys(("$defaultdict",), lambda record: decoded(record)["items"]),
+    "$deque": lambda record: deque(decoded(record["items"]), record["maxlen"]),
+    "$argparse.Namespace": lambda names: argparse.Namespace(**decoded(names)),
+    "$SimpleNamespace": lambda names: SimpleNamespace(**decoded(names)),
+    "$PosixPath": PurePosixPath,
+    "$WindowsPath": PureWindowsPath,
+    "$PurePosixPath": PurePosixPath,
+    "$PureWindowsPath": PureWindowsPath,
+    "$date": date.fromisoformat,
+    "$datetime": lambda record: _zoned(datetime.fromisoformat(record["text"]), record),
+    "$time": lambda record: _zoned(time.fromisoformat(record["text"]), record),
+    "$timedelta": lambda parts: timedelta(*parts),
+    "$timezone": lambda record: timezone(decoded(record["offset"]), *([record["name"]] if record["name"] else [])),
+    "$ZoneInfo": ZoneInfo,
+    "$Fraction": lambda parts: Fraction(*decoded(parts)),
+    "$Decimal": Decimal,
+    "$UUID": UUID,
+    "$BytesIO": lambda record: _stream(**decoded(record)),
+    "$random.Random": lambda state: random.Random().setstate(decoded(state)),
+    "$numpy.Generator": lambda record: decoded(record)["state"],
+    "$numpy.RandomState": decoded,
+    "$torch.Generator": lambda record: decoded(record)["state"],
+    "$registered": lambda parts: (parts[0], decoded(parts[1])),
 }
+
+
+def _zoned(clock: Json, record: Json) -> Json:
+    return clock.replace(fold=record["fold"], tzinfo=decoded(record["zone"]))
+
+
+def _stream(data: bytes, position: int) -> bytes:
+    return data[position:]
 
 
 # -- what it reads -------------------------------------------------------------------------------------------------
@@ -277,6 +338,8 @@ STATE: dict[str, Json] = {
         "nothing": torch.zeros(0, 3),
         "of each type": {name: filled(dtype, 3, 5) for name, dtype in DTYPES.items()},
         "mixed": [filled(torch.uint8, 2), (filled(torch.uint8, 1), "text"), {5: filled(torch.uint8, 3), "k": None}],
+        "ordered": OrderedDict([("b", filled(torch.uint8, 2)), (3, OrderedDict(x=filled(torch.uint8, 1)))]),
+        "default": defaultdict(list, {"a": filled(torch.uint8, 2), 7: [1]}),
     },
     "plain": {"lr": 1e-3, "betas": (0.9, 0.95), "$": {"$a": 1, "b": [True, None, 1.0, "Ω"]}, "empty": {}},
     "tagged": {
@@ -289,6 +352,10 @@ STATE: dict[str, Json] = {
         "range": [range(1, 9, 2), slice(None, 3)],
         "numpy": [np.float32(0.1), np.int64(-3), np.str_("u"), np.bytes_(b"s")],
         "torch": [torch.Size([2, 3]), torch.bfloat16, torch.device("cuda:1")],
+        "beside": [defaultdict(list, {1: [2]}), deque([1], 3), SimpleNamespace(a=1), argparse.Namespace(b=(2,))],
+        "times": [date(2026, 1, 2), datetime(2026, 1, 2, 3, fold=1, tzinfo=ZoneInfo("Europe/Berlin")), time(1, 2)],
+        "zones": [timezone(timedelta(0)), timezone(timedelta(hours=1), "here"), timedelta(-1, 5)],
+        "more": [PurePosixPath("a/b"), PureWindowsPath("C:/a"), Fraction(1, 3), Decimal("1.10"), UUID(int=7)],
         "list without a tensor of its own": [torch.float32, [1, 2]],
     },
 }
@@ -319,6 +386,47 @@ def test_arrays_and_tensors_among_values_are_read(tmp_path: Path) -> None:
     assert np.array_equal(found.state()["rng"], array)
     assert found.state()["rng"].dtype == array.dtype
     assert decoded(found.manifest["metadata"]) == {"t": as_read(torch_values)}
+
+
+def test_payloads_beside_the_json_are_read(tmp_path: Path) -> None:
+    value = {
+        "alone": [bytes(range(256)) * 5000, np.arange(300_000, dtype=">i4"), "é\udcff" * 400_000],
+        "together": [bytearray(b"ab" * 50_000), torch.arange(20_000), np.arange(9000).reshape(3, -1, order="F")],
+        "inline": b"x",
+    }
+    cloudckpt.save({"w": torch.ones(1), "v": SimpleNamespace(**value)}, tmp_path / "c")
+
+    found = Reader(tmp_path / "c")
+
+    parts = {name: shape for name, (_, shape, _) in found.header["tensors"].items() if name != "w"}
+    assert list(parts) == [f"cloudckpt.value.{number:05d}.v" for number in range(4)]
+    twin = vars(found.state()["v"])
+    assert twin["alone"][0] == value["alone"][0]
+    assert twin["alone"][2] == value["alone"][2]
+    assert np.array_equal(twin["alone"][1], value["alone"][1])
+    assert twin["together"][:2] == [value["together"][0], as_read(value["together"][1])]
+    assert np.array_equal(twin["together"][2], value["together"][2])
+    assert twin["inline"] == b"x"
+
+
+class Own:
+    def state_dict(self) -> dict[str, Json]:
+        return {"t": torch.arange(200_000), "n": 3}
+
+    def load_state_dict(self, state: dict[str, Json]) -> None:
+        raise NotImplementedError
+
+
+def test_the_large_state_of_a_rank_is_read(tmp_path: Path) -> None:
+    cloudckpt.save({"own": cloudckpt.PerRank(Own())}, tmp_path / "c")
+
+    found = Reader(tmp_path / "c")
+
+    name = "cloudckpt.per_rank.00000-of-00001.own"
+    text, tail = bytes(found.tensors[name]).split(b"\0", 1)
+    assert (len(text) + 1) % 4096 == len(tail) % 4096 == 0
+    found.tensors[f"cloudckpt.value.00000.{name}"] = bytearray(tail)
+    assert decoded(found._whole(name, parse(text))) == {"t": as_read(torch.arange(200_000)), "n": 3}
 
 
 def test_every_shard_is_a_safetensors_object_as_the_page_says(tmp_path: Path) -> None:

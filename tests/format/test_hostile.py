@@ -280,6 +280,24 @@ VALUES: dict[str, bytes] = {
     "an array of objects": b'{"$numpy.ndarray": {"dtype": "|O", "shape": [1], "order": "C", "data": "AAAAAAAAAAA="}}',
     "an int without end": b'{"$int": "0x' + b"f" * 100_000 + b'"}',
     "a range that is none": b'{"$range": [0, 1, 0]}',
+    "a fraction without end": b'{"$Fraction": [1, {"$int": "0x' + b"f" * 100_000 + b'"}]}',
+    "a decimal without end": b'{"$Decimal": "' + b"9" * 1_000_000 + b'"}',
+    "a decimal beyond all exponents": b'{"$Decimal": "1E+999999999999999999999"}',
+    "a path as a zone": b'{"$ZoneInfo": "../../../../etc/passwd"}',
+    "a package as a zone": b'{"$ZoneInfo": "..os"}',
+    "a factory that runs": b'{"$defaultdict": {"factory": "exec", "items": {}}}',
+    "a stream at the end of the world": b'{"$BytesIO": {"data": {"$bytes": ""}, "position": 9007199254740993}}',
+    "a seed that fills memory": json.dumps(
+        {
+            "$numpy.Generator": {
+                "state": {"bit_generator": "PCG64", "state": {"state": 1, "inc": 1}, "has_uint32": 0, "uinteger": 0},
+                "seed": {"entropy": 1, "spawn_key": [], "pool_size": 2**40, "n_children_spawned": 0},
+            }
+        }
+    ).encode(),
+    "a deque without end": b'{"$deque": {"items": [], "maxlen": {"$int": "0x8000000000000000"}}}',
+    "nested namespaces": b'{"$SimpleNamespace": {"a": ' * 100 + b"1" + b"}}" * 100,
+    "bytes in a part that is not there": b'{"$bytes": [1, 0, 1099511627776]}',
     "keys of one hash": json.dumps(
         {"$dict": [[{"$int": hex((number + 1) * (2**61 - 1))}, 0] for number in range(20_000)]}
     ).encode(),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cloudckpt.errors import ManifestError, OptionsError, UnsupportedValueError
+from cloudckpt.format.codec import register
 from cloudckpt.format.tree import PATH_LIMIT, Flat, flatten, unflatten
 from tests.effort import examples
 
@@ -67,6 +69,8 @@ trees = st.recursive(
         st.lists(children, max_size=3)
         | st.lists(children, max_size=3).map(tuple)
         | st.dictionaries(keys, children, max_size=3)
+        | st.dictionaries(keys, children, max_size=3).map(OrderedDict)
+        | st.dictionaries(keys, children, max_size=3).map(lambda made: defaultdict(list, made))
     ),
     max_leaves=12,
 )
@@ -76,6 +80,8 @@ states = st.dictionaries(st.sampled_from(["model", "optimizer", "a", "a.b", "Ω"
 def same(one: object, other: object) -> bool:
     """Tell whether two states are equal, types and the order of keys included."""
     if type(one) is not type(other):
+        return False
+    if getattr(one, "default_factory", None) is not getattr(other, "default_factory", None):
         return False
     if isinstance(one, dict) and isinstance(other, dict):
         is_same_order = [*map(repr, one)] == [*map(repr, other)]
@@ -168,8 +174,11 @@ def test_two_leaves_of_one_name_are_refused(state: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [Pair(Tensor(), 1), MappingProxyType({"x": Tensor()}), type("Listed", (list,), {})([Tensor()])],
-    ids=["namedtuple", "mapping", "list subclass"],
+    [
+        *(Pair(Tensor(), 1), MappingProxyType({"x": Tensor()}), type("Listed", (list,), {})([Tensor()])),
+        *(type("Named", (dict,), {})(x=Tensor()), Counter(x=Tensor())),
+    ],
+    ids=["namedtuple", "mapping", "list subclass", "dict subclass", "counter"],
 )
 def test_a_container_with_tensors_that_could_not_be_built_again_is_refused(value: Any) -> None:
     with pytest.raises(UnsupportedValueError, match=f"'a.x' is a {type(value).__name__}") as caught:
@@ -183,11 +192,36 @@ def test_a_container_without_tensors_may_be_of_any_type() -> None:
     assert flat({"a": Pair(1, 2)}).leaves == {"a": Pair(1, 2)}
 
 
-@pytest.mark.parametrize("kind", [OrderedDict, lambda pairs: defaultdict(list, pairs)])
-def test_a_dict_of_any_kind_around_tensors_comes_back_as_a_dict(kind: Any) -> None:
-    state = {"model": kind([("b", Tensor(1)), ("a", Tensor(2))])}
+@pytest.mark.parametrize(
+    "make",
+    [OrderedDict, *(partial(defaultdict, kind) for kind in (None, int, list, dict, set, tuple, OrderedDict))],
+    ids=repr,
+)
+def test_a_dict_around_tensors_comes_back_as_the_dict_that_it_was(make: Any) -> None:
+    inner = make([("b", Tensor(1)), (3, 5), ("$x", make([((1, "k"), Tensor(2))]))])
+    state = {"model": inner, "deep": [{"x": make(a=Tensor(3))}]}
 
-    assert same(rebuild(flat(state)), {"model": {"b": Tensor(1), "a": Tensor(2)}})
+    twin = rebuild(flat(state))
+
+    assert same(twin, state)
+    assert list(flat(state).leaves) == ["model.b", "model.3", "model.$x.{'$tuple': [1, 'k']}", "deep.0.x.a"]
+
+
+def test_a_default_dict_around_tensors_whose_factory_is_code_is_refused() -> None:
+    with pytest.raises(UnsupportedValueError, match=r"'a\.x': its default factory is code") as caught:
+        flat({"a": {"x": defaultdict(lambda: 0, t=Tensor())}})
+
+    assert (caught.value.key, caught.value.type_name) == ("a.x", "defaultdict")
+
+
+class Registered(NamedTuple):
+    left: object
+
+
+def test_a_registered_type_around_tensors_is_one_value() -> None:
+    """The codec keeps it, with its tensors, by the functions that it was registered with."""
+    register(Registered, name="tests.format.test_tree.Registered")
+    assert flat({"a": [Registered(Tensor()), Tensor()]}).leaves == {"a.0": Registered(Tensor()), "a.1": Tensor()}
 
 
 def _cycle_through_dict() -> object:
@@ -312,6 +346,16 @@ CONTRADICTIONS: dict[str, list[list[Any]]] = {
     "a float as a place": [["x", {"tuple": 0.0}]],
     "null as a place": [["x", {"tuple": None}]],
     "a text as a place": [["x", {"tuple": "0"}]],
+    "dict and ordered dict": [["x", "a"], ["x", {"OrderedDict": "b"}]],
+    "ordered dict and int key": [["x", {"OrderedDict": 1}], ["x", {"key": 2}]],
+    "two factories": [["x", {"defaultdict": ["int", "a"]}], ["x", {"defaultdict": ["list", "b"]}]],
+    "a factory that is none": [["x", {"defaultdict": ["eval", "a"]}]],
+    "a factory that is a number": [["x", {"defaultdict": [1, "a"]}]],
+    "a factory that is a list": [["x", {"defaultdict": [["int"], "a"]}]],
+    "a default dict without a factory": [["x", {"defaultdict": "a"}]],
+    "a default dict of three": [["x", {"defaultdict": ["int", "a", 1]}]],
+    "a list as a key of an ordered dict": [["x", {"OrderedDict": [1]}]],
+    "a step in a named tuple": [["x", {"namedtuple": 0}]],
     "an empty step": [["x", {}]],
     "an unknown step": [["x", {"set": 0}]],
     "two steps in one": [["x", {"key": 1, "tuple": 0}]],
@@ -337,6 +381,8 @@ def test_contradictory_paths_are_refused(paths: list[list[Any]]) -> None:
 steps = (
     st.sampled_from(["a", "b"])
     | st.integers(-1, 2)
+    | st.fixed_dictionaries({"OrderedDict": st.sampled_from(["a", 0])})
+    | st.fixed_dictionaries({"defaultdict": st.lists(st.sampled_from(["int", "a", None, 0]), max_size=3)})
     | st.fixed_dictionaries({"tuple": st.integers(-1, 2) | st.booleans() | st.none()})
     | st.fixed_dictionaries({"key": st.integers(0, 2) | st.sampled_from(["a", None, [1], {"$tuple": [1]}, {"$x": 1}])})
 )

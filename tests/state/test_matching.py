@@ -58,7 +58,7 @@ def test_a_copy_of_a_models_own_state_dict_gets_memory_of_its_own(
     assert model.weight.item() == 1.0
     assert live["best"] is best
     assert best["weight"].item() == 9.0
-    assert "best.weight shares memory with model.weight" in caplog.text
+    assert "best shares memory and gets memory of its own: best.weight with model.weight" in caplog.text
 
 
 def test_views_of_a_model_in_a_value_get_memory_of_their_own(tmp_path: Path) -> None:

@@ -11,35 +11,65 @@ contiguous, on the CPU), the payload bits of a scalar NaN, and attributes set on
 Pure values: no I/O, no clock, no threads of its own; both functions may be called from any thread.
 
     encoding  decoding     the two directions
+    standard  generators   types that are kept as the plain values that they are made of
+    registry               types of the program's own, by names that it chose
+    parts                  payloads that are too large to stand among values
     dtypes  walk           names and bytes of elements; place, limits, keys
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
+
 from cloudckpt.format.codec.decoding import Decoder
 from cloudckpt.format.codec.dtypes import DTYPE_NAMES, DTYPES
 from cloudckpt.format.codec.encoding import Encoder
+from cloudckpt.format.codec.parts import Parts, is_part_name, part_name, part_names
+from cloudckpt.format.codec.registry import register
 from cloudckpt.format.codec.walk import JsonValue
 
-__all__ = ["DTYPES", "DTYPE_NAMES", "JsonValue", "decode", "encode"]
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "JsonValue",
+    "Parts",
+    "decode",
+    "encode",
+    "is_part_name",
+    "part_name",
+    "part_names",
+    "register",
+]
 
 
-def encode(value: object, *, key: str) -> JsonValue:
+def encode(value: object, *, key: str, parts: Parts | None = None) -> JsonValue:
     """Return `value` as data that JSON can hold and that `decode` turns back into an equal value of the same type.
 
-    `key` names the value in errors. The result shares no memory with `value`.
+    `key` names the value in errors. Payloads of more than 64 KiB together are added to `parts`, if it is there, and
+    may share memory with `value`; all else shares none.
 
     Raises:
         UnsupportedValueError: `value` holds something that would not come back as it is; `.key` is the whole way
             there (`scheduler.lr_lambdas[0]`).
     """
-    return Encoder(key).value(value)
+    return Encoder(key, parts).value(value)
 
 
-def decode(data: JsonValue, *, key: str) -> object:
-    """Return the value that `encode` was given; its tensors and arrays are new, and writable.
+def decode(data: JsonValue, *, key: str, parts: Mapping[int, torch.Tensor] | None = None) -> object:
+    """Return the value that `encode` was given; its tensors and arrays are writable.
+
+    They are new, except that one which is all of a part takes that part's memory over.
+
+    Args:
+        data: what `encode` returned.
+        key: names the value in errors.
+        parts: what was added to its `Parts`, by number: uint8 of one dimension, contiguous, on the CPU.
 
     Raises:
         ManifestError: `data` is nothing that `encode` makes; the message names the way there from `key`.
+        UnsupportedValueError: it is right, and this program or machine lacks what it needs: a type that is not
+            registered, a time zone, a device.
     """
-    return Decoder(key).value(data)
+    return Decoder(key, parts).value(data)

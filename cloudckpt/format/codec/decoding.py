@@ -12,18 +12,23 @@ import re
 import reprlib
 import sys
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from cloudckpt.errors import ManifestError
+from cloudckpt.errors import ManifestError, UnsupportedValueError
 from cloudckpt.format.codec.dtypes import DTYPES, extent_bytes, numpy_dtype, tensor_from_bytes
+from cloudckpt.format.codec.encoding import KINDS, Encoder
+from cloudckpt.format.codec.registry import registered_as
+from cloudckpt.format.codec.standard import Kind, NotHereError
 from cloudckpt.format.codec.walk import (
     MAX_INLINE_BYTES,
     MAX_INT_DIGITS,
     MAX_PLAIN_INT,
+    WITHIN,
     KeyAt,
     Walk,
     is_key,
@@ -36,14 +41,25 @@ __all__ = ["Decoder"]
 _T = TypeVar("_T")
 _INT = re.compile(r"-?0x[1-9a-f][0-9a-f]*")
 _DEVICE = re.compile(r"[a-z]{1,32}(?::([0-9]{1,3}))?")
+# What constructors raise for values that cannot be theirs.
+_NONSENSE = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _NUMPY_ITEM = {"b": bool, "i": int, "u": int, "f": float, "c": complex, "m": int, "M": int}
 
 
 class Decoder(Walk):
-    """One walk over foreign data, from JSON to Python."""
+    """One walk over foreign data, from JSON to Python; large payloads come from `parts`, by number."""
+
+    def __init__(self, key: str, parts: Mapping[int, torch.Tensor] | None = None) -> None:
+        super().__init__(key)
+        self.parts = parts or {}
+        self.left_bytes = {number: part.numel() for number, part in self.parts.items()}
 
     def error(self, reason: str, value: object = None) -> ManifestError:
         return ManifestError(f"{self.where()} {reason}: the record is damaged or foreign; restore an older step")
+
+    def not_here(self, reason: str, kind: str) -> UnsupportedValueError:
+        """Return the error for a value that is right, and that this program cannot have."""
+        return UnsupportedValueError(f"{self.where()} {reason}", key=self.where(), type_name=kind)
 
     def value(self, data: object) -> object:
         self.count(data)
@@ -58,20 +74,20 @@ class Decoder(Walk):
             raise self.error(f"has a {type_name(data)} where a {kind.__name__} belongs")
         return data
 
-    def parts(self, data: object, count: int | None = None) -> list[Any]:
+    def parts_of(self, data: object, count: int | None = None) -> list[Any]:
         listed: list[Any] = self.expect(data, list)
         if count is not None and len(listed) != count:
             raise self.error(f"has {len(listed)} parts where {count} belong")
         return listed
 
     def items(self, data: object, count: int | None = None) -> list[Any]:
-        return [self.child(item, index) for index, item in enumerate(self.parts(data, count))]
+        return [self.child(item, index) for index, item in enumerate(self.parts_of(data, count))]
 
     def typed_items(self, data: object, kind: type[_T], count: int | None = None) -> list[_T]:
         return [self.expect(item, kind) for item in self.items(data, count)]
 
     def pairs(self, data: object) -> list[tuple[Any, Any]]:
-        pairs = [self.pair(index, *self.parts(pair, 2)) for index, pair in enumerate(self.parts(data))]
+        pairs = [self.pair(index, *self.parts_of(pair, 2)) for index, pair in enumerate(self.parts_of(data))]
         self.check_distinct([key for key, _ in pairs])
         return pairs
 
@@ -80,7 +96,7 @@ class Decoder(Walk):
         return key, self.child(data, key)
 
     def elements(self, data: object) -> list[Any]:
-        elements = [self.keyed(item, index) for index, item in enumerate(self.parts(data))]
+        elements = [self.keyed(item, index) for index, item in enumerate(self.parts_of(data))]
         self.check_distinct(elements)
         return elements
 
@@ -111,21 +127,40 @@ class Decoder(Walk):
             raise self.error("has bytes that are not canonical base64")
         return raw
 
-    def payload(self, data: object) -> bytes:
+    def payload(self, data: object) -> torch.Tensor:
+        """Return bytes as a tensor, uint8 of one dimension, that is all of its own memory."""
+        if type(data) is list:
+            return self.part(*self.typed_items(data, int, 3))
         text = self.expect(data, str)
         if len(text) > 4 * ((MAX_INLINE_BYTES + 2) // 3):
             raise self.error(f"has more than {MAX_INLINE_BYTES} bytes")
-        return self.base64(text)
+        raw = self.base64(text)
+        # Not by `numpy()`, after which torch takes the memory for somebody else's and does not resize it.
+        shared = torch.frombuffer(bytearray(raw or b"?"), dtype=torch.uint8)
+        return shared[: len(raw)].clone()
 
-    def elements_of(self, shape_data: object, itemsize_bytes: int, data: object) -> tuple[tuple[int, ...], bytes]:
+    def part(self, number: int, start: int, stop: int) -> torch.Tensor:
+        if number not in self.parts:
+            raise self.error(f"has bytes in a part {reprlib.repr(number)} that is not there")
+        part = self.parts[number]
+        # Bytes that many payloads share would become more memory than there is.
+        self.left_bytes[number] -= stop - start
+        if not 0 <= start < stop <= part.numel() or self.left_bytes[number] < 0:
+            raise self.error("has bytes that its part has not")
+        taken = part[start:stop]
+        return taken if taken.numel() == taken.untyped_storage().nbytes() else taken.clone()
+
+    def elements_of(
+        self, shape_data: object, itemsize_bytes: int, data: object
+    ) -> tuple[tuple[int, ...], torch.Tensor]:
         """Return a shape and the bytes of its elements, neither more nor fewer."""
-        shape = tuple(self.expect(dim, int) for dim in self.parts(shape_data))
+        shape = tuple(self.expect(dim, int) for dim in self.parts_of(shape_data))
         size_bytes = extent_bytes(shape, itemsize_bytes)
         if size_bytes is None:
             raise self.error("has a shape that cannot be")
         raw = self.payload(data)
-        if len(raw) != size_bytes:
-            raise self.error(f"has {len(raw)} bytes where its shape needs {size_bytes}")
+        if raw.numel() != size_bytes:
+            raise self.error(f"has {raw.numel()} bytes where its shape needs {size_bytes}")
         return shape, raw
 
 
@@ -184,12 +219,12 @@ def _decode_float(walk: Decoder, data: object) -> float:
 
 
 def _decode_str(walk: Decoder, data: object) -> str:
-    raw = walk.base64(walk.expect(data, str))
+    raw = _bytes(walk.payload(data)) if type(data) is list else walk.base64(walk.expect(data, str))
     try:
         value = raw.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError as exc:
         raise walk.error("has a malformed str") from exc
-    if is_text(value):
+    if is_text(value) and type(data) is str:
         raise walk.error("has a tagged str that needs no tag")
     return value
 
@@ -237,18 +272,70 @@ def _decode_array(walk: Decoder, data: object) -> np.ndarray[Any, Any]:
     dtype = numpy_dtype(walk.expect(name, str))
     if dtype is None or order not in ("C", "F"):
         raise walk.error("has a malformed array dtype or order")
-    shape, raw = walk.elements_of(dims, dtype.itemsize, text)
+    shape, elements = walk.elements_of(dims, dtype.itemsize, text)
+    raw = elements.numpy()
     # numpy finds a character beyond Unicode only when it is read, and then as a SystemError.
-    if dtype.kind == "U" and np.any(np.ndarray(len(raw) // 4, f"{name[0]}u4", raw) > sys.maxunicode):
+    if dtype.kind == "U" and np.any(raw.view(f"{name[0]}u4") > sys.maxunicode):
         raise walk.error("has characters beyond Unicode")
     try:
-        return np.ndarray(shape, dtype, buffer=raw, order=order).copy(order)
+        array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, buffer=raw, order=order)
     except ValueError as exc:  # numpy 1 stops at 32 dimensions
         raise walk.error("has a shape that this numpy cannot hold") from exc
+    # A large one is not copied; it lies in memory that nothing else has.
+    return array if raw.size > MAX_INLINE_BYTES else array.copy(order)
+
+
+def _bytes(raw: torch.Tensor) -> bytes:
+    return raw.numpy().tobytes()
+
+
+def _decode_kind(walk: Decoder, data: object, kind: Kind) -> object:
+    name = kind.tag.removeprefix("$")
+    plain = walk.child(data, WITHIN)
+    try:
+        made = kind.decode(plain)
+        is_written_so = not kind.is_small or _agrees(data, Encoder(walk.key).value(kind.encode(made)))
+    except NotHereError as exc:
+        raise walk.not_here(str(exc), name) from exc
+    except _NONSENSE as exc:
+        raise walk.error(f"is no {name}") from exc
+    if not is_written_so:
+        raise walk.error(f"is a {name} in a spelling that is not written")
+    return made
+
+
+def _agrees(data: object, written: object) -> bool:
+    """Tell whether data are what is written; a later numpy may write more about its generators."""
+    if type(data) is not type(written):
+        return False
+    if isinstance(data, dict) and isinstance(written, dict):
+        return all(name in written and _agrees(item, written[name]) for name, item in data.items())
+    if isinstance(data, list) and isinstance(written, list):
+        return len(data) == len(written) and all(map(_agrees, data, written))
+    return data == written
+
+
+def _decode_registered(walk: Decoder, data: object) -> object:
+    name, plain_data = walk.parts_of(data, 2)
+    known = registered_as(walk.expect(name, str))
+    if known is None:
+        shown = reprlib.repr(name)
+        raise walk.not_here(
+            f"is of a type that was registered as {shown}; call cloudckpt.register(..., name={shown}) before the load",
+            name,
+        )
+    plain = walk.child(plain_data, WITHIN)
+    try:
+        made = known.decode(plain)
+    except Exception as exc:  # whatever the program's own function raises
+        raise walk.not_here(f"cannot be had: the `decode` registered as {name!r} raised {exc!r}", name) from exc
+    if type(made) is not known.kind:
+        raise walk.not_here(f"cannot be had: the `decode` registered as {name!r} made a {type_name(made)}", name)
+    return made
 
 
 def _decode_numpy_scalar(walk: Decoder, data: object) -> np.generic:
-    name, item_data = walk.parts(data, 2)
+    name, item_data = walk.parts_of(data, 2)
     item = walk.value(item_data)
     if name == "U":
         return np.str_(walk.expect(item, str))
@@ -285,8 +372,8 @@ _TAGS: dict[str, Callable[[Decoder, object], object]] = {
     "$int": _decode_int,
     "$float": _decode_float,
     "$str": _decode_str,
-    "$bytes": lambda walk, data: walk.payload(data),
-    "$bytearray": lambda walk, data: bytearray(walk.payload(data)),
+    "$bytes": lambda walk, data: _bytes(walk.payload(data)),
+    "$bytearray": lambda walk, data: bytearray(walk.payload(data).numpy()),
     "$complex": lambda walk, data: complex(*walk.typed_items(data, float, 2)),
     "$tuple": lambda walk, data: tuple(walk.items(data)),
     "$dict": lambda walk, data: dict(walk.pairs(data)),
@@ -302,4 +389,6 @@ _TAGS: dict[str, Callable[[Decoder, object], object]] = {
     "$torch.Size": _decode_size,
     "$torch.dtype": _decode_dtype,
     "$torch.device": _decode_device,
+    "$registered": _decode_registered,
+    **{kind.tag: partial(_decode_kind, kind=kind) for kind in KINDS.values()},
 }

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+from cloudckpt.format.codec.parts import Raw
 
 __all__ = ["DTYPES", "DTYPE_NAMES", "extent_bytes", "numpy_dtype", "tensor_from_bytes", "tensor_to_bytes"]
 
@@ -28,6 +31,9 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.ite
 
 # A tensor is copied as integers of its width: torch cannot copy each dtype everywhere, and warns about complex32.
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+# What is stored is little-endian.
+_IS_SWAPPED = sys.byteorder == "big"
 
 # Long doubles are missing on purpose: the same name means other bytes on other processors.
 _NUMPY_NAME = re.compile(
@@ -55,21 +61,22 @@ def extent_bytes(shape: Sequence[int], itemsize_bytes: int) -> int | None:
     return math.prod(shape) * itemsize_bytes
 
 
-def tensor_to_bytes(tensor: torch.Tensor) -> bytes:
-    """Return the elements of a dense tensor on any device, in row-major order."""
+def tensor_to_bytes(tensor: torch.Tensor) -> Raw:
+    """Return the elements of a dense tensor on any device, in row-major order: its own memory, where they lie so."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
-    flat = plain.view(_CARRIERS[plain.element_size()]).contiguous().reshape(-1).view(torch.uint8)
-    word = _word_bytes(tensor.dtype)
-    return flat.numpy().view(f"=u{word}").astype(f"<u{word}", copy=False).tobytes()
+    flat = plain.view(_CARRIERS[plain.element_size()]).contiguous().reshape(-1).view(torch.uint8).numpy()
+    return _swapped(flat.copy(), tensor.dtype) if _IS_SWAPPED else flat
 
 
-def tensor_from_bytes(raw: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return a new tensor on the CPU; `raw` has exactly the bytes of `shape`."""
-    word = _word_bytes(dtype)
-    words = np.ndarray((len(raw) // word,), f"<u{word}", buffer=raw).astype(f"=u{word}")
-    return torch.from_numpy(words.view(np.uint8)).clone().view(dtype).reshape(shape)
+def tensor_from_bytes(raw: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a tensor over `raw`, uint8 of one dimension with exactly the bytes of `shape`."""
+    if _IS_SWAPPED:
+        _swapped(raw.numpy(), dtype)
+    return raw.view(dtype).reshape(shape)
 
 
-def _word_bytes(dtype: torch.dtype) -> int:
-    """Bytes that a processor of the other byte order swaps as one."""
-    return dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
+def _swapped(raw: Raw, dtype: torch.dtype) -> Raw:
+    """Reverse the bytes of each word, in place."""
+    word = dtype.itemsize // 2 if dtype.is_complex else dtype.itemsize
+    raw.view(f"u{word}").byteswap(inplace=True)
+    return raw

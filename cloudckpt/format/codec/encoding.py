@@ -6,14 +6,15 @@ Dispatch is by exact type, so that a subclass is never silently stored as its ba
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
-from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
-from datetime import date, time, timedelta
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from enum import Enum
-from pathlib import PurePath
-from random import Random
+from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -21,10 +22,16 @@ import torch
 
 from cloudckpt.errors import UnsupportedValueError
 from cloudckpt.format.codec.dtypes import DTYPE_NAMES, extent_bytes, numpy_dtype, tensor_to_bytes
+from cloudckpt.format.codec.generators import generator_kinds
+from cloudckpt.format.codec.parts import Parts
+from cloudckpt.format.codec.registry import KEPT, Registered, registered
+from cloudckpt.format.codec.standard import Kind, standard_kinds
 from cloudckpt.format.codec.walk import (
     MAX_INLINE_BYTES,
     MAX_INT_DIGITS,
     MAX_PLAIN_INT,
+    SPILL_BYTES,
+    WITHIN,
     JsonValue,
     KeyAt,
     Walk,
@@ -33,17 +40,23 @@ from cloudckpt.format.codec.walk import (
     type_name,
 )
 
-__all__ = ["Encoder"]
+__all__ = ["KINDS", "Encoder"]
 
+KINDS: Mapping[type, Kind] = {**standard_kinds, **generator_kinds}
+"""Types that are kept as the plain values that they are made of."""
+
+_LONG_TEXT = 1024  # characters, from which on a text is weighed as a payload
 _NUMPY_SCALARS = frozenset(np.sctypeDict.values())
 
 
 class Encoder(Walk):
     """One walk over one value, from Python to JSON."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, parts: Parts | None = None) -> None:
         super().__init__(key)
         self.open_ids: list[int] = []
+        self.parts = parts
+        self.inline_bytes = 0
 
     def error(self, reason: str, value: object) -> UnsupportedValueError:
         name = type_name(value)
@@ -59,8 +72,12 @@ class Encoder(Walk):
             return _SCALARS[kind](self, value)
         if kind in _CONTAINERS:
             return self.container(value, _CONTAINERS[kind])
+        if kind in KINDS:
+            return self.container(value, partial(_encode_kind, kind=KINDS[kind]))
         if kind in _NUMPY_SCALARS:
             return _encode_numpy_scalar(self, value)
+        if (known := registered(kind)) is not None:
+            return self.container(value, partial(_encode_registered, known=known))
         raise self.refusal(value, _advice(value))
 
     def container(self, value: object, encoder: Callable[[Encoder, Any], JsonValue]) -> JsonValue:
@@ -76,7 +93,8 @@ class Encoder(Walk):
 
     def keyed(self, key: object, index: int) -> JsonValue:
         """Encode a key of a mapping or an element of a set; `index` is its place."""
-        data: JsonValue = self.child(key, KeyAt(index))
+        with self.whole():
+            data: JsonValue = self.child(key, KeyAt(index))
         if not is_key(key):
             self.way.append(KeyAt(index))
             raise self.refusal(key, "a key or an element of a set must be a str, a number, or a tuple of such")
@@ -86,24 +104,58 @@ class Encoder(Walk):
         self.check_hashes(mapping, mapping)
         return [[self.keyed(key, n), self.child(value, key)] for n, (key, value) in enumerate(mapping.items())]
 
-    def payload(self, value: object, raw: bytes | bytearray) -> str:
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Have what is encoded here stand in the JSON, with all of its payloads: there it is compared and sorted."""
+        parts, self.parts = self.parts, None
+        yield
+        self.parts = parts
+
+    def payload(self, value: object, raw: bytes | bytearray | memoryview) -> JsonValue:
+        """Return the bytes as text or, of a value that has too many of them for that, their place in its parts."""
+        if self.parts is not None and self.inline_bytes + len(raw) > SPILL_BYTES:
+            return [*self.parts.add(raw)]
         self.check_size(value, len(raw))
+        self.inline_bytes += len(raw)
         return base64.b64encode(raw).decode("ascii")
 
-    def shape(self, value: object, dims: Sequence[int], itemsize_bytes: int) -> list[JsonValue]:
+    def shape(self, value: object, dims: Sequence[int], strides: Sequence[int], itemsize_bytes: int) -> list[JsonValue]:
         """Return the shape as data, after a look at how much memory it stands for."""
         size_bytes = extent_bytes(dims, itemsize_bytes)
         if size_bytes is None:
             raise self.refusal(value, "no memory can hold its shape; reshape it")
-        self.check_size(value, size_bytes)
+        if self.parts is None:
+            self.check_size(value, size_bytes)
+        elif size_bytes > MAX_INLINE_BYTES and any(
+            not step and dim > 1 for dim, step in zip(dims, strides, strict=True)
+        ):
+            raise self.refusal(value, "its elements share memory (it is expanded); store what it was expanded from")
         return [*dims]
 
     def check_size(self, value: object, size_bytes: int) -> None:
         if size_bytes > MAX_INLINE_BYTES:
-            limit = f"it has {size_bytes} bytes, and a value beside the tensors may have {MAX_INLINE_BYTES}"
             raise self.refusal(
-                value, f"{limit}; pass it as a tensor entry of the state (torch.as_tensor, torch.frombuffer)"
+                value,
+                f"it has {size_bytes} bytes, and in metadata, keys and sets there may be {MAX_INLINE_BYTES}; put it "
+                "into the state, as a value or a tensor",
             )
+
+
+def _encode_kind(walk: Encoder, value: object, kind: Kind) -> JsonValue:
+    try:
+        plain = kind.encode(value)
+    except ValueError as exc:
+        raise walk.refusal(value, str(exc)) from exc
+    with walk.whole() if kind.is_small else nullcontext():
+        return {kind.tag: walk.child(plain, WITHIN)}
+
+
+def _encode_registered(walk: Encoder, value: object, known: Registered) -> JsonValue:
+    try:
+        plain = known.encode(value)
+    except Exception as exc:  # whatever the program's own function raises
+        raise walk.refusal(value, f"the `encode` it was registered with raised {exc!r}; mend that") from exc
+    return {"$registered": [known.name, walk.child(plain, WITHIN)]}
 
 
 def _encode_int(walk: Encoder, value: int) -> JsonValue:
@@ -118,7 +170,12 @@ def _encode_float(_: Encoder, value: float) -> JsonValue:
     return value if math.isfinite(value) else {"$float": str(value)}
 
 
-def _encode_str(_: Encoder, value: str) -> JsonValue:
+def _encode_str(walk: Encoder, value: str) -> JsonValue:
+    if walk.parts is not None and len(value) > _LONG_TEXT:
+        raw = value.encode("utf-8", "surrogatepass")
+        if walk.inline_bytes + len(raw) > SPILL_BYTES:
+            return {"$str": walk.payload(value, raw)}
+        walk.inline_bytes += len(raw)
     if is_text(value):
         return value
     return {"$str": base64.b64encode(value.encode("utf-8", "surrogatepass")).decode("ascii")}
@@ -142,8 +199,10 @@ def _encode_tensor(walk: Encoder, tensor: torch.Tensor) -> JsonValue:
         raise walk.refusal(
             tensor, f"only a dense tensor with bytes can, not {tensor.dtype} {tensor.layout} {tensor.device}"
         )
-    shape = walk.shape(tensor, tensor.shape, tensor.element_size())
-    return {"$torch.tensor": {"dtype": name, "shape": shape, "data": walk.payload(tensor, tensor_to_bytes(tensor))}}
+    shape = walk.shape(tensor, tensor.shape, tensor.stride(), tensor.element_size())
+    return {
+        "$torch.tensor": {"dtype": name, "shape": shape, "data": walk.payload(tensor, tensor_to_bytes(tensor).data)}
+    }
 
 
 def _encode_dtype(walk: Encoder, dtype: torch.dtype) -> JsonValue:
@@ -160,10 +219,12 @@ def _encode_device(walk: Encoder, device: torch.device) -> JsonValue:
 
 def _encode_array(walk: Encoder, array: np.ndarray[Any, Any]) -> JsonValue:
     name = _numpy_name(walk, array)
-    shape = walk.shape(array, array.shape, array.itemsize)
+    shape = walk.shape(array, array.shape, array.strides, array.itemsize)
     is_fortran = array.flags.f_contiguous and not array.flags.c_contiguous
     order: Literal["C", "F"] = "F" if is_fortran else "C"
-    data = walk.payload(array, array.tobytes(order))
+    # The array's own memory, where it lies dense.
+    flat = np.ascontiguousarray(array.T if is_fortran else array).reshape(-1).view(np.uint8).data
+    data = walk.payload(array, flat)
     return {"$numpy.ndarray": {"dtype": name, "shape": shape, "order": order, "data": data}}
 
 
@@ -214,23 +275,22 @@ _CONTAINERS: dict[type, Callable[[Encoder, Any], JsonValue]] = {
     slice: lambda walk, value: {"$slice": walk.items((value.start, value.stop, value.step))},
 }
 
+KEPT.update(_SCALARS, _CONTAINERS, KINDS, _NUMPY_SCALARS)
+
 
 def _is(*kinds: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, kinds)
 
 
+_REGISTER = "call `cloudckpt.register(type(value), name=...)` where it is defined"
 _ADVICE: tuple[tuple[Callable[[object], bool], str], ...] = (
     (_is(type), "leave it out; a class is code, not state"),
-    (_is(Enum), "store its `.value`, and look the member up again on restore"),
-    (lambda value: isinstance(value, tuple) and hasattr(value, "_asdict"), "store `value._asdict()`"),
-    (_is(defaultdict), "store `dict(value)`; its default factory is code"),
-    (_is(deque), "store `list(value)`"),
-    (_is(date, time, timedelta), "store `str(value)` or a number of seconds"),
-    (_is(PurePath), "store `str(value)`"),
-    (_is(Random), "store `value.getstate()`"),
-    (_is(torch.Generator), "store `value.get_state()`"),
-    (_is(np.random.Generator), "store `value.bit_generator.state`"),
-    (_is(np.random.RandomState), "store `value.get_state()`"),
+    (_is(Enum), f"{_REGISTER}, or store its `.name`"),
+    (lambda value: isinstance(value, tuple) and hasattr(value, "_asdict"), f"{_REGISTER}, or store `value._asdict()`"),
+    (dataclasses.is_dataclass, f"{_REGISTER}, or store `dataclasses.asdict(value)`"),
+    (_is(MappingProxyType), "store `dict(value)`"),
+    (_is(memoryview), "store `bytes(value)`"),
+    (_is(np.dtype), "store `value.str`"),
     (_is(torch.Tensor), "pass it as a tensor entry of the state, or store a plain tensor (`value.detach()`)"),
     (_is(np.ndarray), "store `numpy.array(value)`, a plain array"),
     (_is(np.generic), "store `value.item()`"),
@@ -243,7 +303,10 @@ def _advice(value: object) -> str:
     for applies, advice in _ADVICE:
         if applies(value):
             return advice
-    for base in (int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset):
+    for base in (int, float, complex, str, bytes, bytearray, tuple, list, dict, set, frozenset, *KINDS):
         if isinstance(value, base):
-            return f"a subclass would come back as another type; convert it with `{base.__name__}(value)`"
-    return "give its class `state_dict` and `load_state_dict`, convert it to plain values, or leave it out"
+            plain = f"convert it with `{base.__name__}(value)`" if base not in KINDS else f"store a {base.__name__}"
+            return f"a subclass would come back as another type; {plain}, or {_REGISTER}"
+    return (
+        f"give its class `state_dict` and `load_state_dict`, {_REGISTER}, convert it to plain values, or leave it out"
+    )

@@ -10,13 +10,19 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
+from datetime import date, time, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeAlias
+from uuid import UUID
 
 import numpy as np
 import torch
 
 from cloudckpt.errors import CloudCkptError
-from cloudckpt.options import MIB
+from cloudckpt.format.codec.registry import registered
+from cloudckpt.options import KIB, MIB
 
 __all__ = [
     "MAX_DEPTH",
@@ -24,6 +30,8 @@ __all__ = [
     "MAX_INT_DIGITS",
     "MAX_NODES",
     "MAX_PLAIN_INT",
+    "SPILL_BYTES",
+    "WITHIN",
     "JsonValue",
     "KeyAt",
     "Walk",
@@ -42,15 +50,24 @@ MAX_DEPTH = 64
 MAX_NODES = 1_000_000
 """Values inside one value, at most."""
 MAX_INLINE_BYTES = MIB
-"""Bytes of one `bytes`, array or tensor, at most; larger ones belong into shards, as tensors."""
+"""Bytes of one payload (`bytes`, an array, a tensor) in JSON, at most; larger ones go into shards, as parts."""
+SPILL_BYTES = 64 * KIB
+"""Bytes of all payloads of one value in its JSON, at most, where it may have parts."""
 MAX_INT_DIGITS = 4096
 """Hexadecimal digits of one int, at most."""
 MAX_PLAIN_INT = 2**53 - 1
 """JSON readers that hold numbers as doubles are exact up to here."""
 
 _MAX_HASH_TWINS = 256  # keys chosen to share one hash make a dict quadratic; honest ones share it by a few
-_KEY_TYPES = (type(None), str, int, float, complex, bytes, range, np.generic, torch.dtype, torch.device)
+_KEY_TYPES = (
+    *(type(None), str, int, float, complex, bytes, range, np.generic, torch.dtype, torch.device),
+    *(date, time, timedelta, Fraction, UUID, PurePath),
+)
 _IDENTIFIER = re.compile(r"[^\W\d]\w*")
+
+
+WITHIN = object()
+"""In a way: not a step that a person would take, but from a value to the plain one that stands for it."""
 
 
 class KeyAt(int):
@@ -105,6 +122,10 @@ def is_key(value: object) -> bool:
         return all(map(is_key, value))
     if isinstance(value, np.generic):
         return value.dtype.kind in "biufcSU"
+    if isinstance(value, Decimal):
+        return not value.is_snan()  # which has no hash
+    if registered(type(value)) is not None:
+        return type(value).__hash__ not in (None, object.__hash__)
     return isinstance(value, _KEY_TYPES)
 
 
@@ -126,6 +147,8 @@ def type_name(value: object) -> str:
 
 
 def _segment(step: object) -> str:
+    if step is WITHIN:
+        return ""
     if isinstance(step, KeyAt):
         return f"{{key {int(step)}}}"
     if isinstance(step, str) and _IDENTIFIER.fullmatch(step):

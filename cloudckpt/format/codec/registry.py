@@ -1,0 +1,115 @@
+"""Remember which types of a program the codec may keep, by names that the program chose.
+
+A name in a store is looked up here and nowhere else, so that data never decide what is imported or called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, Flag
+from functools import partial
+from typing import Any, TypeVar
+
+from cloudckpt.errors import OptionsError
+
+__all__ = ["KEPT", "Registered", "register", "registered", "registered_as"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A type, its name in stores, and the way to plain values and back."""
+
+    kind: type
+    name: str
+    encode: Callable[[Any], object]
+    decode: Callable[[Any], object]
+
+
+KEPT: set[type] = set()
+"""Types that the codec keeps by itself; `encoding` says which."""
+
+_BY_KIND: dict[type, Registered] = {}
+_BY_NAME: dict[str, Registered] = {}
+
+
+def registered(kind: type) -> Registered | None:
+    """Return what was registered for exactly this type."""
+    return _BY_KIND.get(kind)
+
+
+def registered_as(name: str) -> Registered | None:
+    """Return what was registered under a name."""
+    return _BY_NAME.get(name)
+
+
+def register(
+    kind: type[_T],
+    *,
+    name: str,
+    encode: Callable[[_T], object] | None = None,
+    decode: Callable[[Any], _T] | None = None,
+) -> None:
+    """Let values of a type of your own be saved, and come back as that type. Call it in every program that loads them.
+
+    ```python
+    cloudckpt.register(Config, name="Config")  # a dataclass, an Enum or a NamedTuple needs no more
+    cloudckpt.register(Vocabulary, name="Vocabulary", encode=lambda v: v.words, decode=Vocabulary)
+    ```
+
+    Args:
+        kind: the type; values of exactly this type are meant, not of its subclasses.
+        name: what stands in the store, for as long as checkpoints are to be read. The module and the name of the class
+            do not, so both may change.
+        encode: value → what the codec keeps: plain values, arrays, tensors, other registered types.
+        decode: what `encode` returned → an equal value of the type.
+
+    Raises:
+        OptionsError: the type is none that needs it, the name is another type's, or one of the two functions is missing
+            where neither can be guessed.
+    """
+    if not isinstance(kind, type) or not isinstance(name, str) or not name.isprintable() or not name:
+        raise OptionsError(f"register takes a type and a printable name, not {kind!r} and {name!r}")
+    if kind in KEPT:
+        raise OptionsError(f"a {kind.__qualname__} is kept as it is, and needs no registration")
+    guessed = _guessed(kind) if encode is None and decode is None else (encode, decode)
+    if guessed is None or None in guessed:
+        raise OptionsError(
+            f"{kind.__qualname__} is no Enum, NamedTuple or dataclass whose fields are all given to its constructor; "
+            "pass both encode= and decode="
+        )
+    other = _BY_NAME.get(name)
+    # A module that is loaded again, in a notebook, makes the class anew.
+    if other is not None and (other.kind.__module__, other.kind.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise OptionsError(f"{name!r} is the registered name of {other.kind.__qualname__}; choose another one")
+    previous = _BY_KIND.get(kind)
+    if previous is not None and previous.name != name:
+        raise OptionsError(f"{kind.__qualname__} is registered as {previous.name!r}; one type has one name")
+    if other is not None:
+        del _BY_KIND[other.kind]
+    _BY_KIND[kind] = _BY_NAME[name] = Registered(kind, name, *guessed)
+
+
+def _guessed(kind: type) -> tuple[Callable[[Any], object], Callable[[Any], object]] | None:
+    """Return how values of a type become plain ones and back, if the type says so itself."""
+    if issubclass(kind, Flag):
+        return (lambda member: member.value), kind
+    if issubclass(kind, Enum):
+        return (lambda member: member.name), (lambda name: kind[name])
+    if issubclass(kind, tuple) and hasattr(kind, "_asdict"):
+        return (lambda value: value._asdict()), (lambda fields: kind(**fields))
+    if dataclasses.is_dataclass(kind) and all(field.init for field in dataclasses.fields(kind)):
+        return partial(_fields_of, kind), (lambda fields: kind(**fields))
+    return None
+
+
+def _fields_of(kind: Any, value: object) -> dict[str, object]:  # noqa: ANN401  a dataclass
+    names = [field.name for field in dataclasses.fields(kind)]
+    # What a class has under the same name (a cached property) is made again.
+    extra = [name for name in getattr(value, "__dict__", {}) if name not in names and not hasattr(kind, name)]
+    if extra:
+        raise ValueError(f"it has attributes that are no fields: {', '.join(extra)}")
+    return {name: getattr(value, name) for name in names}
