@@ -291,7 +291,7 @@ def _open(flat: Flat, group: Group) -> _Opened:
     message = msgspec.msgpack.encode((BoxTable.of(map(chunk_of, items)).encode(), msgspec.json.encode(flat.paths)))
     # A plan serves the same ranks only: a process group that was made anew may have others.
     digest = xxhash.xxh3_128_digest(message + f"{group.rank}/{group.size}".encode())
-    digests = {name: of_name.digest() if group.size > 1 else "" for name, of_name in parts.items()}
+    digests = {name: of_name.digest() for name, of_name in parts.items()}
     return _Opened(planner=planner, items=items, values=values, parts=digests, message=message, digest=digest)
 
 

@@ -128,6 +128,9 @@ def test_keys_and_sets_stand_whole_in_the_json() -> None:
 
     assert parts == {}
     assert codec.decode(data, key="v") == {key: 1, "s": {key, b"other"}}
+    data, parts = encoded([{key: 1}, b"", torch.zeros(0)])  # what is empty goes nowhere, however much came before it
+    assert parts == {}
+    assert data[1:] == [{"$bytes": ""}, {"$torch.tensor": {"dtype": "float32", "shape": [0], "data": ""}}]
     with pytest.raises(UnsupportedValueError, match="in metadata, keys and sets"):
         encoded({bytes(MAX_INLINE_BYTES + 1)})
 
