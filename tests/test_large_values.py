@@ -153,6 +153,18 @@ def test_ranks_write_a_large_value_once_and_all_have_it_back(tmp_path: Path, rea
     assert 5 * MIB < size_bytes < 9 * MIB
 
 
+def _through_dcp(url: str) -> bool:
+    dcp.save(state_of(1), storage_writer=CloudWriter(url))
+    live = state_of(2)
+    live["replay"] = {**dict.fromkeys(live["replay"]), "acts": [None] * 20}
+    dcp.load(live, storage_reader=CloudReader(url))
+    return fingerprint(live) == fingerprint(state_of(1))
+
+
+def test_ranks_have_a_large_value_back_through_dcp(tmp_path: Path) -> None:
+    assert run(2, _through_dcp, str(tmp_path / "c")) == [True, True]
+
+
 def test_ranks_that_differ_in_a_large_value_are_told_its_name(tmp_path: Path) -> None:
     for said in run(2, _save, str(tmp_path / "c"), True):
         assert "'replay' differs between rank 0 and rank 1" in said

@@ -166,25 +166,24 @@ class RankInput:
     ) -> dict[tuple[int, int], list[Landing]]:
         """Load the values of a plan, and return where its tensors' bytes go, by rank and number of their shard."""
         landings: dict[tuple[int, int], list[Landing]] = defaultdict(list)
+        parts = part_targets(
+            self.index, {item.storage_index.fqn for item in items if item.type is LoadItemType.BYTE_IO}
+        )
+        if parts:
+            self.fill(by_part_name(parts))
         by_offset = _pieces_by_offset(pieces, {item.storage_index.fqn for item in items})
         taking = Taking(planner, budget)
         for item in items:
             name = item.storage_index.fqn
             if item.type is LoadItemType.BYTE_IO:
-                self._load_value(item, planner)
+                data = io.BytesIO()
+                torch.save(codec.decode(self.index.values[name], key=name, parts=parts.get(name)), data)
+                data.seek(0)
+                planner.load_bytes(item, data)
                 continue
             piece = by_offset[name, tuple(item.storage_index.offset or ())]
             landings[piece.rank, piece.number].append(Landing(item, taking, self.index.tensors[name], piece))
         return landings
-
-    def _load_value(self, item: ReadItem, planner: LoadPlanner) -> None:
-        name = item.storage_index.fqn
-        parts = part_targets(self.index, {name})
-        self.fill(by_part_name(parts))
-        data = io.BytesIO()
-        torch.save(codec.decode(self.index.values[name], key=name, parts=parts.get(name)), data)
-        data.seek(0)
-        planner.load_bytes(item, data)
 
     def _fetches(self, entry: ShardEntry, landings: list[Landing]) -> list[Fetch]:
         source = ShardSource(

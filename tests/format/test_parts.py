@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 
 from cloudckpt.errors import ManifestError, UnsupportedValueError
 from cloudckpt.format import codec
+from cloudckpt.format.codec import encoding
 from cloudckpt.format.codec.parts import ALONE_BYTES
 from cloudckpt.format.codec.walk import MAX_INLINE_BYTES, SPILL_BYTES
-from tests.format.test_codec import assert_kept, fingerprint, stream_at
+from tests.format.test_codec import assert_kept, everything, fingerprint, lenient, stream_at
 
 Json = Any
 LARGE = ALONE_BYTES + 8
@@ -57,6 +60,21 @@ def test_a_value_of_any_size_comes_back_and_leaves_little_json(value: object, al
     twin = codec.decode(data, key="v", parts=parts)
     plain = value.contiguous() if isinstance(value, torch.Tensor) else value
     assert fingerprint(twin) == fingerprint(plain)
+
+
+@lenient
+@given(everything)
+def test_any_value_comes_back_from_parts(value: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "SPILL_BYTES", 2)
+        patch.setattr(encoding, "_LONG_TEXT", 1)
+        parts = codec.Parts(alone_bytes=6)
+        data = json.loads(json.dumps(codec.encode(value, key="v", parts=parts)))
+        held = parts.tensors("v")
+        numbers = codec.part_names(held).get("v", {})
+        twin = codec.decode(data, key="v", parts={number: held[name].clone() for number, name in numbers.items()})
+
+    assert fingerprint(twin) == fingerprint(value)
 
 
 def test_a_small_value_has_no_parts() -> None:
@@ -110,6 +128,9 @@ def test_keys_and_sets_stand_whole_in_the_json() -> None:
 
     assert parts == {}
     assert codec.decode(data, key="v") == {key: 1, "s": {key, b"other"}}
+    data, parts = encoded([{key: 1}, b"", torch.zeros(0)])  # what is empty goes nowhere, however much came before it
+    assert parts == {}
+    assert data[1:] == [{"$bytes": ""}, {"$torch.tensor": {"dtype": "float32", "shape": [0], "data": ""}}]
     with pytest.raises(UnsupportedValueError, match="in metadata, keys and sets"):
         encoded({bytes(MAX_INLINE_BYTES + 1)})
 

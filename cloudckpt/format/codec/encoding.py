@@ -113,7 +113,7 @@ class Encoder(Walk):
 
     def payload(self, value: object, raw: bytes | bytearray | memoryview) -> JsonValue:
         """Return the bytes as text or, of a value that has too many of them for that, their place in its parts."""
-        if self.parts is not None and self.inline_bytes + len(raw) > SPILL_BYTES:
+        if self.parts is not None and len(raw) and self.inline_bytes + len(raw) > SPILL_BYTES:
             return [*self.parts.add(raw)]
         self.check_size(value, len(raw))
         self.inline_bytes += len(raw)

@@ -56,8 +56,17 @@ def register(
     """Let values of a type of your own be saved, and come back as that type. Call it in every program that loads them.
 
     ```python
-    cloudckpt.register(Config, name="Config")  # a dataclass, an Enum or a NamedTuple needs no more
-    cloudckpt.register(Vocabulary, name="Vocabulary", encode=lambda v: v.words, decode=Vocabulary)
+    from enum import Enum
+
+    class Mode(Enum):
+        WARM = 1
+
+    class Vocabulary:
+        def __init__(self, words):
+            self.words = words
+
+    cloudckpt.register(Mode, name="Mode")  # an Enum, a dataclass or a NamedTuple needs no more
+    cloudckpt.register(Vocabulary, name="Vocabulary", encode=lambda value: value.words, decode=Vocabulary)
     ```
 
     Args:
