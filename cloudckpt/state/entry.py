@@ -20,7 +20,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import Flat, JsonValue, PathElement, flatten
 
-__all__ = ["Choosy", "Entry", "Left", "Misfit", "Place", "is_tensor", "mapping_of", "shape_of"]
+__all__ = ["Choosy", "Entry", "Left", "Misfit", "Place", "dtype_of", "is_tensor", "mapping_of", "shape_of"]
 
 
 def is_tensor(value: object) -> bool:
@@ -33,6 +33,13 @@ def shape_of(tensor: object) -> tuple[int, ...]:
     if isinstance(tensor, ShardedTensor):
         return tuple(tensor.metadata().size)  # its `size` warns that its kind is deprecated
     return tuple(cast("torch.Tensor", tensor).size())
+
+
+def dtype_of(tensor: object) -> torch.dtype:
+    """Return the dtype of what `is_tensor` says is one."""
+    if isinstance(tensor, ShardedTensor):
+        return tensor.metadata().tensor_properties.dtype
+    return cast("torch.Tensor", tensor).dtype
 
 
 @dataclass(slots=True)

@@ -25,7 +25,7 @@ from torch.distributed.tensor import empty as empty_dtensor
 from cloudckpt.errors import RestoreFailedError, StateMismatchError
 from cloudckpt.format import Flat, JsonValue, PathElement, unflatten
 from cloudckpt.root import Fit
-from cloudckpt.state.entry import Entry, Left, Misfit, is_tensor, shape_of
+from cloudckpt.state.entry import Entry, Left, Misfit, dtype_of, is_tensor, shape_of
 from cloudckpt.state.overlap import conflict, is_one_memory, overlapping, overlaps_itself
 from cloudckpt.state.per_rank import RankName
 
@@ -443,7 +443,7 @@ class _Matching:
         if not is_tensor(current) or not _has_form(current) or _is_on_meta(current):
             return False
         shape, dtype = self._saved.shapes[name], self._saved.dtypes[name]
-        return shape_of(current) == shape and cast("torch.Tensor", current).dtype == dtype
+        return shape_of(current) == shape and dtype_of(current) == dtype
 
     def _give_own(self, part: _Part, name: str) -> None:
         target = part.leaves[name] = self._own(part, name)
@@ -474,7 +474,7 @@ class _Matching:
             self._misfit.reasons.append(f"{name} has no shape yet (run a batch through the module first)")
         elif shape_of(current) != self._saved.shapes[name]:
             self._resize(part, name, current)
-        elif self._fits_dtype(part, name, cast("torch.Tensor", current)):
+        elif self._fits_dtype(part, name, current):
             held = _Held(part, name, current)
             if not _is_on_meta(current):
                 self._held[name] = held
@@ -500,9 +500,9 @@ class _Matching:
             saved = torch.empty(shape, dtype=dtype, device=live.device)
         self._resized.append(_Resized(name, live, saved))
 
-    def _fits_dtype(self, part: _Part, name: str, current: torch.Tensor) -> bool:
+    def _fits_dtype(self, part: _Part, name: str, current: object) -> bool:
         """Tell whether a live tensor can hold a saved one: exactly, or cast where the caller says so."""
-        here, there = current.dtype, self._saved.dtypes[name]
+        here, there = dtype_of(current), self._saved.dtypes[name]
         if here == there:
             return True
         is_float = here.is_floating_point and there.is_floating_point

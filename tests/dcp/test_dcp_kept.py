@@ -165,10 +165,10 @@ def test_each_process_may_read_without_a_process_group(tmp_path: Path, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert load(CloudReader(tmp_path / "c"), no_dist=True) == 1
     assert load(CloudReader(tmp_path / "c")) == 1
-    state: dict[str, Any] = {"t": torch.zeros(3)}
+    state: dict[str, Any] = {"t": torch.zeros(3, dtype=torch.int64)}
     cloudckpt.load(state, tmp_path / "c")
-    assert torch.equal(state["t"], torch.ones(3))
-    assert torch.equal(cloudckpt.read(tmp_path / "c")["t"], torch.ones(3))  # type: ignore[arg-type]
+    assert torch.equal(state["t"], torch.ones(3, dtype=torch.int64))
+    assert torch.equal(cloudckpt.read(tmp_path / "c")["t"], torch.ones(3, dtype=torch.int64))  # type: ignore[arg-type]
 
 
 def test_one_process_of_several_saves_alone_only_by_the_user_s_word(

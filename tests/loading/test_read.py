@@ -124,7 +124,7 @@ def test_a_checkpoint_below_a_root_is_read_by_its_url_without_the_library_s_own_
 def test_a_root_is_not_a_checkpoint(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path / "root") as manager:
         manager.save(7, {"epoch": 1})
-    with pytest.raises(CheckpointNotFoundError, match="cloudckpt ls"):
+    with pytest.raises(CheckpointNotFoundError, match="root of a CheckpointManager"):
         cloudckpt.read(tmp_path / "root")
 
 
