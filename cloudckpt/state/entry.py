@@ -115,6 +115,11 @@ class Entry(ABC):
         self.name = place.name
         self.notes: Mapping[str, JsonValue] = {}
 
+    @property
+    def may_write(self) -> bool:
+        """Tell whether the object may write into its own tensors when it loads."""
+        return self.pins or self.is_asked
+
     @abstractmethod
     def current(self) -> object:
         """Return the nested state now; its tensors are the live ones wherever the object shares them."""

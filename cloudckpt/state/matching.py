@@ -573,23 +573,42 @@ class _Matching:
                 )
             else:
                 self._move(held, "itself")
-        for names in overlapping((name, held.tensor) for name, held in self._held.items()):
-            self._part_group([self._held[name] for name in names])
+        # Also what is not filled in place: an object writes there when it loads.
+        live = {
+            name: _Held(part, name, leaf)
+            for part in self._parts
+            for name, leaf in part.live.leaves.items()
+            if name in self._saved.shapes and is_tensor(leaf)
+        }
+        for names in overlapping((name, held.tensor) for name, held in live.items()):
+            self._part_group([live[name] for name in names])
 
     def _part_group(self, group: Sequence[_Held]) -> None:
         """Leave the memory to those whose tensors are meant themselves: a module's first, then a container's."""
-        owner = min(group, key=_claim)
-        staying = [held for held in group if _claim(held) == _claim(owner)]
-        for held in group:
-            if held not in staying or _claim(owner) == _LAST_CLAIM:
-                self._move(held, owner.name)
-        if len(staying) < 2 or _claim(owner) == _LAST_CLAIM:
+        filled = [held for held in group if held.name in self._held]
+        if not filled:
             return
-        is_one = is_one_memory([held.tensor for held in staying])
-        if not is_one or len({self._saved.tied(held.name) for held in staying}) > 1:
-            self._shared.append(staying)
+        claim = min(map(_claim, filled))
+        writing = [held for held in group if held not in filled and held.part is not filled[0].part]
+        if claim == _LAST_CLAIM or (claim and writing):
+            staying = []
+        else:
+            staying = [held for held in filled if _claim(held) == claim]
+        owner = min(group, key=_claim)
+        for held in filled:
+            if held not in staying:
+                self._move(held, (owner if owner is not held else group[-1]).name)
+        self._share([*staying, *(held for held in writing if staying and held.part.entry.may_write)], len(staying))
+
+    def _share(self, group: Sequence[_Held], filled: int) -> None:
+        """Have several names go to one memory, if they are to hold the same; the first of them are `filled`."""
+        if len(group) < 2:
+            return
+        is_one = is_one_memory([held.tensor for held in group])
+        if not is_one or len({self._saved.tied(held.name) for held in group}) > 1:
+            self._shared.append(list(group))
         if is_one:
-            for held in staying[1:]:
+            for held in group[1:filled]:
                 del self._held[held.name]
 
     def _move(self, held: _Held, other: str) -> None:

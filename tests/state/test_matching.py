@@ -145,6 +145,43 @@ class Aliasing:
             setattr(self, name, value.clone().copy_(state[name]))
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_copy_of_what_loads_by_itself_gets_memory_of_its_own(tmp_path: Path, *, is_first: bool) -> None:
+    module, other = Versioned(0.0), Aliasing(0.0, 0.0)
+    live: State = {"copies": [module.weight.data, other.best], "module": module, "other": other}
+    saved: State = {"copies": [torch.ones(2), torch.ones(2) * 2], "module": Versioned(3.0), "other": Aliasing(4.0, 5.0)}
+    if is_first:
+        live, saved = (dict(reversed(state.items())) for state in (live, saved))
+
+    trip(tmp_path, saved, live)
+
+    assert [copied.tolist() for copied in live["copies"]] == [[1.0, 1.0], [2.0, 2.0]]
+    assert (module.weight.tolist(), other.best.tolist(), other.current.tolist()) == ([3.0] * 2, [4.0] * 2, [5.0] * 2)
+
+
+class Wrapping:
+    """Shows a module's own tensors, and copies into them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def state_dict(self) -> State:
+        return {"inner": dict(self.module.state_dict())}
+
+    def load_state_dict(self, state: State) -> None:
+        self.module.load_state_dict(state["inner"])
+
+
+def test_an_object_and_a_module_that_are_one_memory_take_the_same_contents_only(tmp_path: Path) -> None:
+    model, saved = line(0.0), line(3.0)
+    trip(tmp_path / "1", {"model": saved, "app": Wrapping(saved)}, {"model": model, "app": Wrapping(model)})
+    assert model.weight.item() == 3.0
+
+    with pytest.raises(StateMismatchError, match=r"model\.weight and app\.inner\.weight share memory here and differ"):
+        trip(tmp_path / "2", {"model": line(4.0), "app": Wrapping(line(5.0))}, {"model": model, "app": Wrapping(model)})
+    assert model.weight.item() == 3.0
+
+
 def test_an_object_is_handed_memory_of_its_own(tmp_path: Path) -> None:
     live = Aliasing(0.0, 0.0)
     live.current = live.best
