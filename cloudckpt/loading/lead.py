@@ -35,7 +35,7 @@ from cloudckpt.options import Options
 from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, own_failures, plain_errors
 from cloudckpt.report import Journal
 from cloudckpt.root import Candidate, Catalog, Checkpoint, Fit
-from cloudckpt.state import Allowed, Restoration, Saved, bind, plan_restore
+from cloudckpt.state import Allowed, Entry, Restoration, Saved, bind, plan_restore
 from cloudckpt.transfer import Gauge, inner_names
 
 __all__ = ["Extra", "load_state"]
@@ -101,14 +101,15 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     """
     group = Group.of_world()
     entry = journal.begin(rank=group.rank)
-    if group.size == 1:
-        bind(state)  # refuses a wrong call before anything is asked of the store
+    # One process refuses a wrong call before anything is asked of the store; with several, all hear of it.
+    entries = bind(state) if group.size == 1 else None
     search = _Search(candidates, catalog)
     checkpoint = None
     with entry.bar(shown) as bar, plain_errors(), group.session(what, deadline_s=options.progress_timeout_s):
         while (found := group.agree(f"{what}: finding", lambda: None, lambda _: search.next())) is not None:
             checkpoint = catalog.adopt(found.manifest, prefix=found.prefix)
-            loading = _Loading(checkpoint, found, catalog, group, options, bar)
+            loading = _Loading(checkpoint, found, catalog, group, options, bar, entries)
+            entries = None  # they remember what they saw of one checkpoint
             try:
                 fit = loading.run(f"{what} of {checkpoint.url}", state, allowed, extra)
             except RanksFailedError as exc:
@@ -181,6 +182,7 @@ class _Loading:
     group: Group
     options: Options
     gauge: Gauge | None
+    entries: Sequence[Entry] | None
     # What this rank found on the way, for the steps after it.
     _parts: Mapping[str, Mapping[int, torch.Tensor]] = field(init=False, default_factory=dict)
     _index: Index = field(init=False)
@@ -225,7 +227,7 @@ class _Loading:
 
     def _plan(self, state: MutableMapping[str, object], allowed: Allowed, extra: Extra | None) -> Mapping[str, object]:
         self._index = index = decode_index(self.checkpoint, self.found.index)
-        entries = bind(state)
+        entries = self.entries or bind(state)
         wanted = _wanted_values(index, state)
         values = {
             # What nobody asks for need not be there, nor be of a type that this program knows.

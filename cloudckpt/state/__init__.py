@@ -6,7 +6,7 @@ rank.
 
 from cloudckpt.state.accumulation import AccumulationWindow
 from cloudckpt.state.capture import bind, capture, captured
-from cloudckpt.state.entry import is_tensor
+from cloudckpt.state.entry import Entry, is_tensor
 from cloudckpt.state.matching import Allowed, Resize, Restoration, Saved, plan_restore
 from cloudckpt.state.per_rank import PerRank
 from cloudckpt.state.rng import Generators
@@ -15,6 +15,7 @@ from cloudckpt.state.sampler import ResumableSampler
 __all__ = [
     "AccumulationWindow",
     "Allowed",
+    "Entry",
     "Generators",
     "PerRank",
     "Resize",

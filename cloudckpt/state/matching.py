@@ -11,7 +11,7 @@ filled only where nothing else of the state lies in its memory. Knows names, sha
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
@@ -70,14 +70,16 @@ class Saved:
 
     def notes_on(self, name: str) -> dict[str, JsonValue]:
         """Notes on what is called `name`, and on what lies below it."""
-        return {of: note for of, note in self._notes_by_top.get(_top(name), {}).items() if _is_at(of, name)}
+        return self._notes_by_prefix.get(name, {})
 
     @cached_property
-    def _notes_by_top(self) -> Mapping[str, Mapping[str, JsonValue]]:
-        tops: dict[str, dict[str, JsonValue]] = {}
+    def _notes_by_prefix(self) -> Mapping[str, dict[str, JsonValue]]:
+        """Notes by every name that leads to theirs, because each entry asks for those on its own."""
+        found: dict[str, dict[str, JsonValue]] = {}
         for name, note in self.notes.items():
-            tops.setdefault(_top(name), {})[name] = note
-        return tops
+            for prefix in [*_names_above(name), name]:
+                found.setdefault(prefix, {})[name] = note
+        return found
 
     def names(self) -> list[str]:
         """All names, in the order in which they were saved."""
@@ -125,12 +127,9 @@ def _key(path: Sequence[PathElement]) -> str:
     return repr(list(path))
 
 
-def _top(name: str) -> str:
-    return name.partition(".")[0]
-
-
-def _is_at(name: str, place: str) -> bool:
-    return name == place or name.startswith(f"{place}.")
+def _names_above(name: str) -> Iterator[str]:
+    """Yield the names that lead to a name, from the top down."""
+    return (name[:at] for at, character in enumerate(name) if character == ".")
 
 
 def plan_restore(entries: Sequence[Entry], saved: Saved, allowed: Allowed) -> Restoration:
@@ -424,8 +423,7 @@ class _Matching:
 
     def _value_above(self, live: Flat, name: str) -> str | None:
         """Return which value of the live state stands where a container was that held what was saved as `name`."""
-        above = (name[:at] for at, character in enumerate(name) if character == ".")
-        return next((one for one in above if one in live.leaves and not is_tensor(live.leaves[one])), None)
+        return next((one for one in _names_above(name) if one in live.leaves and not is_tensor(live.leaves[one])), None)
 
     def _take(self, part: _Part, name: str) -> None:
         """Have a saved value or tensor taken as it is; the tensor into live memory only if that fits exactly."""
