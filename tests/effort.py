@@ -14,6 +14,12 @@ settings.register_profile(LONG, deadline=None, derandomize=False, max_examples=_
 settings.register_profile(SHORT, deadline=None, derandomize=False, max_examples=_ALL // 4)
 
 
-def examples(count: int) -> int:
-    """Return how many to try of `count`, by the profile, which pytest's plugin chooses before it collects."""
-    return count * settings().max_examples // _ALL
+def examples(count: int, *, short: int | None = None) -> int:
+    """Return how many to try of `count`, by the profile, which pytest's plugin chooses before it collects.
+
+    Args:
+        count: of the long profile.
+        short: of the short one, where a quarter of them takes too long.
+    """
+    is_short = settings().max_examples < _ALL
+    return short if short is not None and is_short else count * settings().max_examples // _ALL

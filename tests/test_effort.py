@@ -21,5 +21,6 @@ def _profile() -> Iterator[None]:
 def test_the_profile_says_what_part_of_the_examples_is_tried(profile: str, tried: int) -> None:
     settings.load_profile(profile)
     assert examples(300) == tried
+    assert examples(300, short=7) == (7 if profile == SHORT else 300)
     assert settings().deadline is None
     assert not settings().derandomize
