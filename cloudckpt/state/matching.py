@@ -431,6 +431,13 @@ class _Matching:
             part.leaves[name] = self._saved.values[name]
             return
         current = part.live.leaves.get(name)
+        if (
+            part.entry.pins
+            and is_tensor(current)
+            and _has_form(current)
+            and shape_of(current) == self._saved.shapes[name]
+        ):
+            self._fits_dtype(part, name, current)  # what loads by itself ends in a copy that casts, mostly
         if part.entry.fills and self._is_alike(current, name) and not part.entry.pins:
             part.leaves[name] = current
             self._held[name] = _Held(part, name, current)
@@ -503,7 +510,7 @@ class _Matching:
         here, there = dtype_of(current), self._saved.dtypes[name]
         if here == there:
             return True
-        is_float = here.is_floating_point and there.is_floating_point
+        is_float = (here.is_floating_point and there.is_floating_point) or part.entry.takes(name)
         if _holds_all_of(here, there) or (is_float and self._allowed.cast and part.entry.may_be_cast):
             self._cast.append(name)
             return True

@@ -386,6 +386,17 @@ def test_a_module_learns_which_version_saved_it(tmp_path: Path) -> None:
     assert live.weight.tolist() == [6.0, 6.0]
 
 
+def test_a_module_that_loads_by_itself_is_not_cast_unless_the_caller_says_so(tmp_path: Path) -> None:
+    live, saved = Versioned(0.0), Versioned(1 / 3).double()
+    with pytest.raises(StateMismatchError, match=r"m\.weight is torch\.float32 here and torch\.float64 there"):
+        trip(tmp_path / "1", {"m": saved}, {"m": live})
+    assert live.weight.tolist() == [0.0, 0.0]
+    found = trip(tmp_path / "2", {"m": saved}, {"m": live}, cast=True)
+    assert torch.equal(live.weight, saved.weight.float())
+    assert found.fit is not None
+    assert found.fit.cast == ("m.weight",)
+
+
 class Growing(nn.Module):
     """Has a buffer of the size that was saved, or none."""
 
