@@ -160,6 +160,7 @@ class _Part:
     leaves: dict[str, object] = field(default_factory=dict)
     paths: dict[str, list[PathElement]] = field(default_factory=dict)
     own: dict[str, torch.Tensor] = field(default_factory=dict)
+    tied: dict[tuple[str, _Shape, torch.dtype], object] = field(default_factory=dict)
     is_shared: bool = False
     is_own: bool = False
 
@@ -451,7 +452,12 @@ class _Matching:
         return shape_of(current) == shape and dtype_of(current) == dtype
 
     def _give_own(self, part: _Part, name: str) -> None:
-        target = part.leaves[name] = self._own(part, name)
+        # What was one memory is one again, as it is after torch.load: an lr that two groups share, say.
+        tied = self._saved.tied(name), self._saved.shapes[name], self._saved.dtypes[name]
+        if tied in part.tied:
+            part.leaves[name] = part.tied[tied]
+            return
+        target = part.leaves[name] = part.tied[tied] = self._own(part, name)
         (self._early if part.entry.is_asked else self._tensors)[name] = target
 
     def _own(self, part: _Part, name: str) -> object:

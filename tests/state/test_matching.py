@@ -145,6 +145,23 @@ class Aliasing:
             setattr(self, name, value.clone().copy_(state[name]))
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_rates_that_groups_share_are_shared_again_and_others_are_not(tmp_path: Path, *, is_shared: bool) -> None:
+    def two_groups(first: torch.Tensor, second: torch.Tensor, model: Two) -> torch.optim.Optimizer:
+        groups = [{"params": [model.a.weight], "lr": first}, {"params": [model.b.weight], "lr": second}]
+        return torch.optim.Adam(groups, foreach=False)
+
+    model, again, rate, default = Two(1.0, 2.0), Two(3.0, 4.0), torch.tensor(0.5), torch.tensor(0.1)
+    saved = two_groups(rate, rate if is_shared else torch.tensor(0.25), model)
+    live = two_groups(default, default, again)
+
+    trip(tmp_path, {"m": model, "o": saved}, {"m": again, "o": live})
+
+    first, second = (group["lr"] for group in live.param_groups)
+    assert (float(first), float(second)) == (0.5, 0.5 if is_shared else 0.25)
+    assert (first is second) == is_shared
+
+
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_copy_of_what_loads_by_itself_gets_memory_of_its_own(tmp_path: Path, *, is_first: bool) -> None:
     module, other = Versioned(0.0), Aliasing(0.0, 0.0)
