@@ -51,6 +51,7 @@ TREE = {
     "UnsupportedValueError": "CloudCkptError TypeError",
     "RankLostError": "CloudCkptError",
     "StalledError": "CloudCkptError",
+    "RestoreFailedError": "CloudCkptError",
     "SaveFailedError": "CloudCkptError",
 }
 """Error → its bases. A handler somewhere relies on every line: add, never change."""
@@ -62,6 +63,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "IntegrityError": {"key": "manifest.json"},
     "UnsupportedValueError": {"key": "scheduler.f", "type_name": "function"},
     "RankLostError": {"ranks": (1, 2), "phase": "commit"},
+    "RestoreFailedError": {"name": "model", "changed": ("optimizer",)},
     "StalledError": {"key": "step-1/a.safetensors", "still_s": 1.5},
 }
 """Attributes by the error that introduces them; those below inherit them."""

@@ -80,7 +80,7 @@ def plain(state: dict[str, Any]) -> dict[str, Any]:
     held = {"tensors": state["tensors"], "values": state["values"], "module": state["module"].state_dict()}
     moments = {
         name: {key: value.detach().clone() for key, value in of_one.items()}
-        for name, of_one in zip(("weight", "bias"), state["optimizer"].state.values(), strict=True)
+        for name, of_one in zip(("module.weight", "module.bias"), state["optimizer"].state.values(), strict=True)
     }
     return {
         "tensors": {name: tensor.detach().clone() for name, tensor in held["tensors"].items()},
