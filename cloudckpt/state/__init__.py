@@ -7,10 +7,12 @@ rank.
 from cloudckpt.state.accumulation import AccumulationWindow
 from cloudckpt.state.capture import bind, capture, captured
 from cloudckpt.state.entry import Entry, is_tensor
-from cloudckpt.state.matching import Allowed, Resize, Restoration, Saved, plan_restore
+from cloudckpt.state.matching import plan_restore
 from cloudckpt.state.per_rank import PerRank
+from cloudckpt.state.restoration import Allowed, Resize, Restoration
 from cloudckpt.state.rng import Generators
 from cloudckpt.state.sampler import ResumableSampler
+from cloudckpt.state.saved import Saved
 
 __all__ = [
     "AccumulationWindow",

@@ -1,7 +1,6 @@
 """Match a state with a checkpoint before anything is read or changed: what is filled in place, what is made anew.
 
     entries + Saved ──▶ plan_restore ──▶ Restoration, or one error that lists all that differs
-    Restoration:  early tensors read ─▶ ask ─▶ tensors filled ─▶ apply    (ask failed: undo, nothing was changed)
 
 What a live object defines (a module, a container of tensors) must find all of its names, with their shapes and dtypes.
 What the checkpoint defines (an optimizer, a scheduler, a loader, plain values) takes what was saved. A live tensor is
@@ -11,9 +10,8 @@ filled only where nothing else of the state lies in its memory. Knows names, sha
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -22,114 +20,19 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_dtensor
 
-from cloudckpt.errors import RestoreFailedError, StateMismatchError
-from cloudckpt.format import Flat, JsonValue, PathElement, unflatten
+from cloudckpt.format import Flat
 from cloudckpt.root import Fit
-from cloudckpt.state.entry import Entry, Left, Misfit, dtype_of, is_tensor, shape_of
-from cloudckpt.state.overlap import conflict, is_one_memory, overlapping, overlaps_itself
+from cloudckpt.state.entry import Entry, Misfit, dtype_of, is_tensor, shape_of
+from cloudckpt.state.overlap import is_one_memory, overlapping, overlaps_itself
 from cloudckpt.state.per_rank import RankName
+from cloudckpt.state.restoration import Allowed, Part, Resized, Restoration, mismatch, some
+from cloudckpt.state.saved import OURS, Saved, names_above
 
-__all__ = ["Allowed", "Resize", "Restoration", "Saved", "plan_restore"]
+__all__ = ["plan_restore"]
 
 logger = logging.getLogger(__name__)
 
 _Shape = tuple[int, ...]
-_OURS = "cloudckpt."
-_SHOWN = 8
-
-Resize = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Given a name, the saved tensor and the live one of another shape, return what the live one is to hold."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Allowed:
-    """What a restore may do where a state and a checkpoint differ.
-
-    Attributes:
-        strict: refuse names that only one of the two has; else those are left as they are.
-        cast: let parameters and buffers of modules be cast from one floating-point dtype to another.
-        materialize: the device on which module tensors that are on the meta device get memory; None refuses them.
-        resize: makes of a saved tensor what a live one of another shape is to hold; None refuses it.
-    """
-
-    strict: bool = True
-    cast: bool = False
-    materialize: str | torch.device | None = None
-    resize: Resize | None = None
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a checkpoint holds: shapes and dtypes of its tensors, its values, the paths of both, and notes on names."""
-
-    shapes: Mapping[str, _Shape]
-    dtypes: Mapping[str, torch.dtype]
-    values: Mapping[str, object]
-    paths: Mapping[str, Sequence[PathElement]]
-    notes: Mapping[str, JsonValue] = field(default_factory=dict)
-
-    def notes_on(self, name: str) -> dict[str, JsonValue]:
-        """Notes on what is called `name`, and on what lies below it."""
-        return self._notes_by_prefix.get(name, {})
-
-    @cached_property
-    def _notes_by_prefix(self) -> Mapping[str, dict[str, JsonValue]]:
-        """Notes by every name that leads to theirs, because each entry asks for those on its own."""
-        found: dict[str, dict[str, JsonValue]] = {}
-        for name, note in self.notes.items():
-            for prefix in [*_names_above(name), name]:
-                found.setdefault(prefix, {})[name] = note
-        return found
-
-    def names(self) -> list[str]:
-        """All names, in the order in which they were saved."""
-        known = [name for name in self.paths if name in self.shapes or name in self.values]
-        return known + [name for name in [*self.shapes, *self.values] if name not in self.paths]
-
-    @cached_property
-    def owned(self) -> Mapping[str, Mapping[RankName, str]]:
-        """What each rank saved for itself: the name in the state → whose it is → the tensor's name."""
-        found: dict[str, dict[RankName, str]] = {}
-        for name in self.shapes:
-            owner = RankName.parse(name)
-            if owner is not None:
-                found.setdefault(owner.name, {})[owner] = name
-        return found
-
-    def tied(self, name: str) -> str:
-        """Return the first name of the memory that a tensor was in, which is its own if it had no other."""
-        note = self.notes.get(name)
-        return str(note.get("tied", name)) if isinstance(note, dict) else name
-
-    def path(self, name: str) -> list[PathElement]:
-        """Where a name stood in the nested state; a checkpoint that says nothing has dots in its names for steps.
-
-        What the library itself saves beside the state stands nowhere in it.
-        """
-        return list(self.paths.get(name) or ([name] if name.startswith(_OURS) else name.split(".")))
-
-    def below(self, path: Sequence[PathElement]) -> list[str]:
-        """The names of all that stood at `path` or below it."""
-        return self._by_prefix.get(_key(path), [])
-
-    @cached_property
-    def _by_prefix(self) -> Mapping[str, list[str]]:
-        """Names by every path that leads to them: a state with many entries looks each of them up."""
-        found: dict[str, list[str]] = {}
-        for name in self.names():
-            path = self.path(name)
-            for depth in range(1, len(path) + 1):
-                found.setdefault(_key(path[:depth]), []).append(name)
-        return found
-
-
-def _key(path: Sequence[PathElement]) -> str:
-    return repr(list(path))
-
-
-def _names_above(name: str) -> Iterator[str]:
-    """Yield the names that lead to a name, from the top down."""
-    return (name[:at] for at, character in enumerate(name) if character == ".")
 
 
 def plan_restore(entries: Sequence[Entry], saved: Saved, allowed: Allowed) -> Restoration:
@@ -150,207 +53,13 @@ def plan_restore(entries: Sequence[Entry], saved: Saved, allowed: Allowed) -> Re
     return matching.settle()
 
 
-@dataclass(slots=True)
-class _Part:
-    """What of one entry is restored from where: a saved value, a tensor that is to be filled, or what is here."""
-
-    entry: Entry
-    nested: object = None
-    live: Flat = field(default_factory=Flat)
-    leaves: dict[str, object] = field(default_factory=dict)
-    paths: dict[str, list[PathElement]] = field(default_factory=dict)
-    own: dict[str, torch.Tensor] = field(default_factory=dict)
-    tied: dict[tuple[str, _Shape, torch.dtype], object] = field(default_factory=dict)
-    is_shared: bool = False
-    is_own: bool = False
-
-    def restored(self) -> object:
-        """Return the nested state of the entry, without the path that leads to it."""
-        top = len(self.entry.path)
-        below: dict[str, list[PathElement]] = {name: ["", *self.paths[name][top:]] for name in self.leaves}
-        return unflatten(self.leaves, below).get("", {})
-
-    def load(self) -> Left:
-        left = self.entry.load(self.restored(), self.nested) if self.is_shared else None
-        if self.is_own:
-            self.entry.load_own(self.own)
-        return left or Left()
-
-
 @dataclass(frozen=True, slots=True)
 class _Held:
     """A live tensor that is to be filled where it is."""
 
-    part: _Part
+    part: Part
     name: str
     tensor: object
-
-
-@dataclass(frozen=True, slots=True)
-class _Resized:
-    """A live tensor that is to hold what is made of a saved one of another shape."""
-
-    name: str
-    live: torch.Tensor
-    saved: torch.Tensor
-
-
-class Restoration:
-    """A restore of a state that fits, step by step.
-
-    Attributes:
-        early: name → tensor of memory of its own, to be filled before `ask`.
-        unexpected: names that the checkpoint has and this rank's state lacks, and how each is told.
-        tensors: name → tensor to be filled between `ask` and `apply`; many are live.
-        fit: what of the state and of the checkpoint went together.
-    """
-
-    def __init__(self, parts: Sequence[_Part], allowed: Allowed, fit: Fit) -> None:
-        self.early: dict[str, object] = {}
-        self.tensors: dict[str, object] = {}
-        self.unexpected: dict[str, str] = {}
-        self.fit = fit
-        self._parts = parts
-        self._allowed = allowed
-        self._shared: list[list[tuple[str, object, object]]] = []
-        self._resized: list[_Resized] = []
-        self._new: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._undos: list[tuple[str, Callable[[], None] | None]] = []
-
-    def compare_early(self, members: list[tuple[str, object, object]]) -> None:
-        """Have `ask` compare tensors that share memory: (name, the live one, what it is to hold)."""
-        self._shared.append(members)
-        self.early.update({name: content for name, _, content in members})
-
-    def resize_early(self, resized: _Resized) -> None:
-        """Have `ask` make of a saved tensor what a live one is to hold."""
-        self._resized.append(resized)
-        self.early[resized.name] = resized.saved
-
-    def leave(self, names: Collection[str]) -> None:
-        """Leave out what the checkpoint has and no rank's state; changes nothing.
-
-        Raises:
-            StateMismatchError: the caller wants it restored.
-        """
-        unexpected = list(dict.fromkeys(told for name, told in self.unexpected.items() if name in names))
-        if unexpected and self._allowed.strict:
-            raise StateMismatchError(_mismatch_message([], unexpected, {}, []), unexpected=unexpected)
-        self.fit = replace(self.fit, unexpected=tuple(unexpected))
-
-    def ask(self) -> None:
-        """Hand the state over to all objects that may refuse it.
-
-        Raises:
-            StateMismatchError: one does, or contents differ that are to go to the same memory. Nothing was changed,
-                except what the message names.
-        """
-        for members in self._shared:
-            if (pair := conflict(members)) is not None:
-                raise StateMismatchError(
-                    f"{pair[0]} and {pair[1]} share memory here and differ in the checkpoint; give each its own, or "
-                    "restore a checkpoint of a model that ties them; nothing was restored"
-                )
-        self._new = [(one.live, self._made(one)) for one in self._resized]
-        asked = [(part, part.entry.backup()) for part in self._parts if part.entry.is_asked]
-        # Those that cannot be put back come last.
-        for part, undo in sorted(asked, key=lambda pair: pair[1] is None):
-            self._undos.append((part.entry.name, undo))
-            try:
-                part.load()
-            except Exception as exc:
-                changed = self.undo()
-                but = f" but in {', '.join(changed)}, which cannot take its old state back" if changed else ""
-                raise StateMismatchError(
-                    f"{part.entry.name} refuses the state that was saved: {type(exc).__name__}: {exc}; nothing was "
-                    f"changed{but}"
-                ) from exc
-
-    def _made(self, one: _Resized) -> torch.Tensor:
-        if self._allowed.resize is None:
-            raise StateMismatchError(f"{one.name} has another shape here than there")
-        new = self._allowed.resize(one.name, one.saved, one.live.detach())
-        if not isinstance(new, torch.Tensor) or new.shape != one.live.shape or new.dtype != one.live.dtype:
-            what = f"{new.dtype} of {tuple(new.shape)}" if isinstance(new, torch.Tensor) else type(new).__name__
-            raise StateMismatchError(
-                f"resize returned {what} for {one.name}, which is {one.live.dtype} of {tuple(one.live.shape)} here; "
-                "nothing was restored"
-            )
-        return new
-
-    def undo(self) -> list[str]:
-        """Give the objects that `ask` has changed their old state back, last one first; return who keeps the new."""
-        changed = []
-        while self._undos:
-            name, undo = self._undos.pop()
-            try:
-                if undo is None:
-                    changed.append(name)
-                else:
-                    undo()
-            except Exception:  # noqa: BLE001 (of a user's object; whatever it is, the others are to get theirs)
-                changed.append(name)
-        if changed:
-            logger.warning("of a restore that failed, these keep what they were given: %s", _some(changed))
-        return changed
-
-    def apply(self) -> None:
-        """Give all other objects their state, whose tensors are filled.
-
-        Raises:
-            RestoreFailedError: an object does not take it; says what was changed.
-        """
-        done = [part.entry.name for part in self._parts if part.entry.is_asked]
-        with torch.no_grad():
-            for live, new in self._new:
-                live.copy_(new)
-        for part in self._parts:
-            if part.entry.is_asked:
-                continue
-            try:
-                self._take(part.load(), part.entry.name)
-            except Exception as exc:
-                raise RestoreFailedError(
-                    f"{part.entry.name} did not take the state that was saved: {exc}. It may be half restored, "
-                    f"{', '.join(done) or 'nothing else'} is restored, and so are tensors that are filled in place; "
-                    "load a checkpoint that fits before going on",
-                    name=part.entry.name,
-                    changed=done,
-                ) from exc
-            done.append(part.entry.name)
-        _log(self.fit)
-
-    def _take(self, left: Left, name: str) -> None:
-        """Note what an object has left out by itself, or refuse that."""
-        if not self._allowed.strict:
-            fit = self.fit
-            self.fit = replace(
-                fit,
-                missing=tuple(dict.fromkeys([*fit.missing, *left.missing])),
-                unexpected=tuple(dict.fromkeys([*fit.unexpected, *left.unexpected])),
-            )
-        elif left.missing or left.unexpected:
-            reasons = [f"it found no {_some(left.missing)}"] if left.missing else []
-            reasons += [f"it has no use for {_some(left.unexpected)}"] if left.unexpected else []
-            raise StateMismatchError(
-                f"by its own loading {' and '.join(reasons)} (strict=False lets it)",
-                missing=left.missing,
-                unexpected=left.unexpected,
-            )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-def _log(fit: Fit) -> None:
-    if fit.missing:
-        logger.warning("NOT in the checkpoint, and left as it is: %s", _some(fit.missing))
-    if fit.unexpected:
-        logger.warning("in the checkpoint and NOT restored: %s", _some(fit.unexpected))
-    if fit.cast:
-        logger.warning("restored into another dtype: %d tensors (%s)", len(fit.cast), _some(fit.cast))
 
 
 class _Matching:
@@ -363,14 +72,14 @@ class _Matching:
         self._mismatched: dict[str, tuple[_Shape, _Shape]] = {}
         self._claimed: set[str] = set()
         self._tops: set[str] = set()
-        self._parts: list[_Part] = []
+        self._parts: list[Part] = []
         self._held: dict[str, _Held] = {}
         self._on_meta: list[_Held] = []
         self._cast: list[str] = []
         self._early: dict[str, object] = {}
         self._tensors: dict[str, object] = {}
         self._shared: list[list[_Held]] = []
-        self._resized: list[_Resized] = []
+        self._resized: list[Resized] = []
         self._moved: dict[str, list[str]] = {}
 
     def match(self, entry: Entry) -> None:
@@ -388,14 +97,14 @@ class _Matching:
             return
         self._tops.add(str(entry.path[0]))
         entry.notes = self._saved.notes_on(entry.name)
-        part = _Part(entry)
+        part = Part(entry)
         self._parts.append(part)
         if in_checkpoint:
             self._match_shared(part, in_checkpoint)
         if owned:
             self._match_own(part, owned)
 
-    def _match_shared(self, part: _Part, in_checkpoint: Sequence[str]) -> None:
+    def _match_shared(self, part: Part, in_checkpoint: Sequence[str]) -> None:
         """Plan what all ranks share of an entry."""
         entry = part.entry
         part.is_shared = True
@@ -424,9 +133,9 @@ class _Matching:
 
     def _value_above(self, live: Flat, name: str) -> str | None:
         """Return which value of the live state stands where a container was that held what was saved as `name`."""
-        return next((one for one in _names_above(name) if one in live.leaves and not is_tensor(live.leaves[one])), None)
+        return next((one for one in names_above(name) if one in live.leaves and not is_tensor(live.leaves[one])), None)
 
-    def _take(self, part: _Part, name: str) -> None:
+    def _take(self, part: Part, name: str) -> None:
         """Have a saved value or tensor taken as it is; the tensor into live memory only if that fits exactly."""
         if name in self._saved.values:
             part.leaves[name] = self._saved.values[name]
@@ -451,7 +160,7 @@ class _Matching:
         shape, dtype = self._saved.shapes[name], self._saved.dtypes[name]
         return shape_of(current) == shape and dtype_of(current) == dtype
 
-    def _give_own(self, part: _Part, name: str) -> None:
+    def _give_own(self, part: Part, name: str) -> None:
         # What was one memory is one again, as it is after torch.load: an lr that two groups share, say.
         tied = self._saved.tied(name), self._saved.shapes[name], self._saved.dtypes[name]
         if tied in part.tied:
@@ -460,7 +169,7 @@ class _Matching:
         target = part.leaves[name] = part.tied[tied] = self._own(part, name)
         (self._early if part.entry.is_asked else self._tensors)[name] = target
 
-    def _own(self, part: _Part, name: str) -> object:
+    def _own(self, part: Part, name: str) -> object:
         """Return new memory for a saved tensor: on the device, and cut over the ranks, as the live one of that name."""
         current = part.live.leaves.get(name)
         shape, dtype = self._saved.shapes[name], self._saved.dtypes[name]
@@ -470,7 +179,7 @@ class _Matching:
                 return new
         return part.entry.allocate(self._saved.path(name)[len(part.entry.path) :], shape, dtype)
 
-    def _fill(self, part: _Part, name: str) -> None:
+    def _fill(self, part: Part, name: str) -> None:
         """Have what was saved under a name go to the live tensor of that name, or to the place of a live value."""
         current = part.live.leaves[name]
         if not is_tensor(current):
@@ -497,7 +206,7 @@ class _Matching:
                     "call to_empty on the module first)"
                 )
 
-    def _resize(self, part: _Part, name: str, current: object) -> None:
+    def _resize(self, part: Part, name: str, current: object) -> None:
         shape, dtype = self._saved.shapes[name], self._saved.dtypes[name]
         if self._allowed.resize is None or isinstance(current, ShardedTensor) or _is_on_meta(current):
             self._mismatched[name] = (shape_of(current), shape)
@@ -509,9 +218,9 @@ class _Matching:
             )
         else:
             saved = torch.empty(shape, dtype=dtype, device=live.device)
-        self._resized.append(_Resized(name, live, saved))
+        self._resized.append(Resized(name, live, saved))
 
-    def _fits_dtype(self, part: _Part, name: str, current: object) -> bool:
+    def _fits_dtype(self, part: Part, name: str, current: object) -> bool:
         """Tell whether a live tensor can hold a saved one: exactly, or cast where the caller says so."""
         here, there = dtype_of(current), self._saved.dtypes[name]
         if here == there:
@@ -524,7 +233,7 @@ class _Matching:
         self._misfit.reasons.append(f"{name} is {here} here and {there} there{advice}")
         return False
 
-    def _match_own(self, part: _Part, owned: Mapping[str, Mapping[RankName, str]]) -> None:
+    def _match_own(self, part: Part, owned: Mapping[str, Mapping[RankName, str]]) -> None:
         """Plan what this rank has saved for itself."""
         part.is_own = True
         for name, found in owned.items():
@@ -561,7 +270,7 @@ class _Matching:
                 self._add(part.entry.compare(part.restored(), self._saved.dtypes))
         self._refuse_mismatch()
         for name, pairs in self._moved.items():
-            logger.warning("%s shares memory and gets memory of its own: %s", name, _some(pairs))
+            logger.warning("%s shares memory and gets memory of its own: %s", name, some(pairs))
         self._materialize()
         self._tensors.update({name: held.tensor for name, held in self._held.items()})
         fit = Fit(missing=tuple(dict.fromkeys(self._misfit.missing)), cast=tuple(self._cast))
@@ -642,7 +351,7 @@ class _Matching:
             of_part = wanted.get(id(part), [])
             left = part.entry.materialize(device, [held.name for held in of_part])
             if left:
-                logger.warning("NOT in the checkpoint, and left on the meta device: %s", _some(left))
+                logger.warning("NOT in the checkpoint, and left on the meta device: %s", some(left))
             if not of_part:
                 continue
             part.nested = part.entry.fillable()
@@ -667,19 +376,14 @@ class _Matching:
         if not (missing or self._mismatched or misfit.reasons):
             return
         unexpected = list(dict.fromkeys(map(self._shown, misfit.unexpected if self._allowed.strict else ())))
-        raise StateMismatchError(
-            _mismatch_message(missing, unexpected, self._mismatched, misfit.reasons),
-            missing=missing,
-            unexpected=unexpected,
-            mismatched=self._mismatched,
-        )
+        raise mismatch(missing, unexpected, self._mismatched, misfit.reasons)
 
     def _unclaimed(self) -> list[str]:
         """Return what is in the checkpoint and belongs to no entry."""
         found = [
             name
             for name in self._saved.names()
-            if name not in self._claimed and not str(self._saved.path(name)[0]).startswith(_OURS)
+            if name not in self._claimed and not str(self._saved.path(name)[0]).startswith(OURS)
         ]
         for name in self._saved.owned:
             if name not in self._claimed:
@@ -693,10 +397,10 @@ class _Matching:
     def _shown(self, name: str) -> str:
         """Return what is told of a name: an entry that is in the checkpoint alone counts as one."""
         top = str(self._saved.path(name)[0])
-        return name if top in self._tops or top.startswith(_OURS) else top
+        return name if top in self._tops or top.startswith(OURS) else top
 
 
-def _is_restored(part: _Part, saved: Saved) -> bool:
+def _is_restored(part: Part, saved: Saved) -> bool:
     return any(name in saved.shapes or name in saved.values for name in part.leaves if name in part.paths)
 
 
@@ -743,26 +447,3 @@ def _empty_like(tensor: object, dtype: torch.dtype) -> torch.Tensor | None:
 
 def _ranks(count: int) -> str:
     return f"{count} rank{'s' if count > 1 else ''}"
-
-
-def _mismatch_message(
-    missing: Sequence[str],
-    unexpected: Sequence[str],
-    mismatched: Mapping[str, tuple[_Shape, _Shape]],
-    reasons: Sequence[str],
-) -> str:
-    parts = ["the state and the checkpoint do not fit, and nothing was restored"]
-    advice = []
-    if mismatched:
-        shapes = ", ".join(f"{name} is {here} here and {there} there" for name, (here, there) in mismatched.items())
-        parts.append(f"shapes that differ: {shapes}")
-        advice.append("pass resize=, which makes a tensor of the shape here out of the saved one")
-    parts += reasons
-    if missing:
-        parts.append(f"in the state and not in the checkpoint: {', '.join(missing)}")
-    if unexpected:
-        parts.append(f"in the checkpoint and not in the state: {', '.join(unexpected)}")
-    if missing or unexpected:
-        advice.append("pass strict=False to restore what both have")
-    parts.append(", or ".join(["restore into the same model", *advice]))
-    return "; ".join(parts)

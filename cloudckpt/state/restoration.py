@@ -1,0 +1,267 @@
+"""Bring a restore that was found to fit to its end, step by step, and take back what can be taken back.
+
+    early tensors read ──▶ ask ──▶ tensors filled ──▶ apply         (ask failed: undo, nothing was changed)
+
+Objects that may refuse their state are asked first, in memory of their own; when one does, those before it get their
+old state back. Knows entries and what was matched; reads nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from cloudckpt.errors import RestoreFailedError, StateMismatchError
+from cloudckpt.format import Flat, PathElement, unflatten
+from cloudckpt.root import Fit
+from cloudckpt.state.entry import Entry, Left
+from cloudckpt.state.overlap import conflict
+
+__all__ = ["Allowed", "Part", "Resize", "Resized", "Restoration", "mismatch", "some"]
+
+logger = logging.getLogger(__name__)
+
+_Shape = tuple[int, ...]
+_SHOWN = 8
+
+Resize = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Given a name, the saved tensor and the live one of another shape, return what the live one is to hold."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allowed:
+    """What a restore may do where a state and a checkpoint differ.
+
+    Attributes:
+        strict: refuse names that only one of the two has; else those are left as they are.
+        cast: let parameters and buffers of modules be cast from one floating-point dtype to another.
+        materialize: the device on which module tensors that are on the meta device get memory; None refuses them.
+        resize: makes of a saved tensor what a live one of another shape is to hold; None refuses it.
+    """
+
+    strict: bool = True
+    cast: bool = False
+    materialize: str | torch.device | None = None
+    resize: Resize | None = None
+
+
+@dataclass(slots=True)
+class Part:
+    """What of one entry is restored from where: a saved value, a tensor that is to be filled, or what is here."""
+
+    entry: Entry
+    nested: object = None
+    live: Flat = field(default_factory=Flat)
+    leaves: dict[str, object] = field(default_factory=dict)
+    paths: dict[str, list[PathElement]] = field(default_factory=dict)
+    own: dict[str, torch.Tensor] = field(default_factory=dict)
+    tied: dict[tuple[str, _Shape, torch.dtype], object] = field(default_factory=dict)
+    is_shared: bool = False
+    is_own: bool = False
+
+    def restored(self) -> object:
+        """Return the nested state of the entry, without the path that leads to it."""
+        top = len(self.entry.path)
+        below: dict[str, list[PathElement]] = {name: ["", *self.paths[name][top:]] for name in self.leaves}
+        return unflatten(self.leaves, below).get("", {})
+
+    def load(self) -> Left:
+        left = self.entry.load(self.restored(), self.nested) if self.is_shared else None
+        if self.is_own:
+            self.entry.load_own(self.own)
+        return left or Left()
+
+
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """A live tensor that is to hold what is made of a saved one of another shape."""
+
+    name: str
+    live: torch.Tensor
+    saved: torch.Tensor
+
+
+class Restoration:
+    """A restore of a state that fits, step by step.
+
+    Attributes:
+        early: name → tensor of memory of its own, to be filled before `ask`.
+        unexpected: names that the checkpoint has and this rank's state lacks, and how each is told.
+        tensors: name → tensor to be filled between `ask` and `apply`; many are live.
+        fit: what of the state and of the checkpoint went together.
+    """
+
+    def __init__(self, parts: Sequence[Part], allowed: Allowed, fit: Fit) -> None:
+        self.early: dict[str, object] = {}
+        self.tensors: dict[str, object] = {}
+        self.unexpected: dict[str, str] = {}
+        self.fit = fit
+        self._parts = parts
+        self._allowed = allowed
+        self._shared: list[list[tuple[str, object, object]]] = []
+        self._resized: list[Resized] = []
+        self._new: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._undos: list[tuple[str, Callable[[], None] | None]] = []
+
+    def compare_early(self, members: list[tuple[str, object, object]]) -> None:
+        """Have `ask` compare tensors that share memory: (name, the live one, what it is to hold)."""
+        self._shared.append(members)
+        self.early.update({name: content for name, _, content in members})
+
+    def resize_early(self, resized: Resized) -> None:
+        """Have `ask` make of a saved tensor what a live one is to hold."""
+        self._resized.append(resized)
+        self.early[resized.name] = resized.saved
+
+    def leave(self, names: Collection[str]) -> None:
+        """Leave out what the checkpoint has and no rank's state; changes nothing.
+
+        Raises:
+            StateMismatchError: the caller wants it restored.
+        """
+        unexpected = list(dict.fromkeys(told for name, told in self.unexpected.items() if name in names))
+        if unexpected and self._allowed.strict:
+            raise mismatch([], unexpected, {}, [])
+        self.fit = replace(self.fit, unexpected=tuple(unexpected))
+
+    def ask(self) -> None:
+        """Hand the state over to all objects that may refuse it.
+
+        Raises:
+            StateMismatchError: one does, or contents differ that are to go to the same memory. Nothing was changed,
+                except what the message names.
+        """
+        for members in self._shared:
+            if (pair := conflict(members)) is not None:
+                raise StateMismatchError(
+                    f"{pair[0]} and {pair[1]} share memory here and differ in the checkpoint; give each its own, or "
+                    "restore a checkpoint of a model that ties them; nothing was restored"
+                )
+        self._new = [(one.live, self._made(one)) for one in self._resized]
+        asked = [(part, part.entry.backup()) for part in self._parts if part.entry.is_asked]
+        # Those that cannot be put back come last.
+        for part, undo in sorted(asked, key=lambda pair: pair[1] is None):
+            self._undos.append((part.entry.name, undo))
+            try:
+                part.load()
+            except Exception as exc:
+                changed = self.undo()
+                but = f" but in {', '.join(changed)}, which cannot take its old state back" if changed else ""
+                raise StateMismatchError(
+                    f"{part.entry.name} refuses the state that was saved: {type(exc).__name__}: {exc}; nothing was "
+                    f"changed{but}"
+                ) from exc
+
+    def _made(self, one: Resized) -> torch.Tensor:
+        if self._allowed.resize is None:
+            raise StateMismatchError(f"{one.name} has another shape here than there")
+        new = self._allowed.resize(one.name, one.saved, one.live.detach())
+        if not isinstance(new, torch.Tensor) or new.shape != one.live.shape or new.dtype != one.live.dtype:
+            what = f"{new.dtype} of {tuple(new.shape)}" if isinstance(new, torch.Tensor) else type(new).__name__
+            raise StateMismatchError(
+                f"resize returned {what} for {one.name}, which is {one.live.dtype} of {tuple(one.live.shape)} here; "
+                "nothing was restored"
+            )
+        return new
+
+    def undo(self) -> list[str]:
+        """Give the objects that `ask` has changed their old state back, last one first; return who keeps the new."""
+        changed = []
+        while self._undos:
+            name, undo = self._undos.pop()
+            try:
+                if undo is None:
+                    changed.append(name)
+                else:
+                    undo()
+            except Exception:  # noqa: BLE001 (of a user's object; whatever it is, the others are to get theirs)
+                changed.append(name)
+        if changed:
+            logger.warning("of a restore that failed, these keep what they were given: %s", some(changed))
+        return changed
+
+    def apply(self) -> None:
+        """Give all other objects their state, whose tensors are filled.
+
+        Raises:
+            RestoreFailedError: an object does not take it; says what was changed.
+        """
+        done = [part.entry.name for part in self._parts if part.entry.is_asked]
+        with torch.no_grad():
+            for live, new in self._new:
+                live.copy_(new)
+        for part in self._parts:
+            if part.entry.is_asked:
+                continue
+            try:
+                self._take(part.load(), part.entry.name)
+            except Exception as exc:
+                raise RestoreFailedError(
+                    f"{part.entry.name} did not take the state that was saved: {exc}. It may be half restored, "
+                    f"{', '.join(done) or 'nothing else'} is restored, and so are tensors that are filled in place; "
+                    "load a checkpoint that fits before going on",
+                    name=part.entry.name,
+                    changed=done,
+                ) from exc
+            done.append(part.entry.name)
+        _log(self.fit)
+
+    def _take(self, left: Left, name: str) -> None:
+        """Note what an object has left out by itself, or refuse that."""
+        if not self._allowed.strict:
+            fit = self.fit
+            self.fit = replace(
+                fit,
+                missing=tuple(dict.fromkeys([*fit.missing, *left.missing])),
+                unexpected=tuple(dict.fromkeys([*fit.unexpected, *left.unexpected])),
+            )
+        elif left.missing or left.unexpected:
+            reasons = [f"it found no {some(left.missing)}"] if left.missing else []
+            reasons += [f"it has no use for {some(left.unexpected)}"] if left.unexpected else []
+            raise StateMismatchError(
+                f"by its own loading {' and '.join(reasons)} (strict=False lets it)",
+                missing=left.missing,
+                unexpected=left.unexpected,
+            )
+
+
+def some(names: Sequence[str]) -> str:
+    """Name the first few, and count the others."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _log(fit: Fit) -> None:
+    if fit.missing:
+        logger.warning("NOT in the checkpoint, and left as it is: %s", some(fit.missing))
+    if fit.unexpected:
+        logger.warning("in the checkpoint and NOT restored: %s", some(fit.unexpected))
+    if fit.cast:
+        logger.warning("restored into another dtype: %d tensors (%s)", len(fit.cast), some(fit.cast))
+
+
+def mismatch(
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    mismatched: Mapping[str, tuple[_Shape, _Shape]],
+    reasons: Sequence[str],
+) -> StateMismatchError:
+    """Return the error that says all that does not fit."""
+    parts = ["the state and the checkpoint do not fit, and nothing was restored"]
+    advice = []
+    if mismatched:
+        shapes = ", ".join(f"{name} is {here} here and {there} there" for name, (here, there) in mismatched.items())
+        parts.append(f"shapes that differ: {shapes}")
+        advice.append("pass resize=, which makes a tensor of the shape here out of the saved one")
+    parts += reasons
+    if missing:
+        parts.append(f"in the state and not in the checkpoint: {', '.join(missing)}")
+    if unexpected:
+        parts.append(f"in the checkpoint and not in the state: {', '.join(unexpected)}")
+    if missing or unexpected:
+        advice.append("pass strict=False to restore what both have")
+    parts.append(", or ".join(["restore into the same model", *advice]))
+    return StateMismatchError("; ".join(parts), missing=missing, unexpected=unexpected, mismatched=mismatched)

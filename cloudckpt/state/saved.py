@@ -1,0 +1,92 @@
+"""Say what a checkpoint holds by names and paths, for whoever matches a state with it. Pure values; reads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from cloudckpt.format import JsonValue, PathElement
+from cloudckpt.state.per_rank import RankName
+
+__all__ = ["OURS", "Saved", "names_above"]
+
+_Shape = tuple[int, ...]
+OURS = "cloudckpt."
+"""What the names begin with that the library saves beside the state."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint holds: shapes and dtypes of its tensors, its values, the paths of both, and notes on names."""
+
+    shapes: Mapping[str, _Shape]
+    dtypes: Mapping[str, torch.dtype]
+    values: Mapping[str, object]
+    paths: Mapping[str, Sequence[PathElement]]
+    notes: Mapping[str, JsonValue] = field(default_factory=dict)
+
+    def notes_on(self, name: str) -> dict[str, JsonValue]:
+        """Notes on what is called `name`, and on what lies below it."""
+        return self._notes_by_prefix.get(name, {})
+
+    @cached_property
+    def _notes_by_prefix(self) -> Mapping[str, dict[str, JsonValue]]:
+        """Notes by every name that leads to theirs, because each entry asks for those on its own."""
+        found: dict[str, dict[str, JsonValue]] = {}
+        for name, note in self.notes.items():
+            for prefix in [*names_above(name), name]:
+                found.setdefault(prefix, {})[name] = note
+        return found
+
+    def names(self) -> list[str]:
+        """All names, in the order in which they were saved."""
+        known = [name for name in self.paths if name in self.shapes or name in self.values]
+        return known + [name for name in [*self.shapes, *self.values] if name not in self.paths]
+
+    @cached_property
+    def owned(self) -> Mapping[str, Mapping[RankName, str]]:
+        """What each rank saved for itself: the name in the state → whose it is → the tensor's name."""
+        found: dict[str, dict[RankName, str]] = {}
+        for name in self.shapes:
+            owner = RankName.parse(name)
+            if owner is not None:
+                found.setdefault(owner.name, {})[owner] = name
+        return found
+
+    def tied(self, name: str) -> str:
+        """Return the first name of the memory that a tensor was in, which is its own if it had no other."""
+        note = self.notes.get(name)
+        return str(note.get("tied", name)) if isinstance(note, dict) else name
+
+    def path(self, name: str) -> list[PathElement]:
+        """Where a name stood in the nested state; a checkpoint that says nothing has dots in its names for steps.
+
+        What the library itself saves beside the state stands nowhere in it.
+        """
+        return list(self.paths.get(name) or ([name] if name.startswith(OURS) else name.split(".")))
+
+    def below(self, path: Sequence[PathElement]) -> list[str]:
+        """The names of all that stood at `path` or below it."""
+        return self._by_prefix.get(_key(path), [])
+
+    @cached_property
+    def _by_prefix(self) -> Mapping[str, list[str]]:
+        """Names by every path that leads to them: a state with many entries looks each of them up."""
+        found: dict[str, list[str]] = {}
+        for name in self.names():
+            path = self.path(name)
+            for depth in range(1, len(path) + 1):
+                found.setdefault(_key(path[:depth]), []).append(name)
+        return found
+
+
+def _key(path: Sequence[PathElement]) -> str:
+    return repr(list(path))
+
+
+def names_above(name: str) -> Iterator[str]:
+    """Yield the names that lead to a name, from the top down."""
+    return (name[:at] for at, character in enumerate(name) if character == ".")
