@@ -25,6 +25,9 @@ from tests.any_state.recipes import Change, ModuleRecipe, Recipe, changes, recip
 from tests.effort import examples
 from tests.ranks.processes import PRELOADED
 
+# The long profile takes minutes; a restore that hangs in the other process would take for ever.
+pytestmark = pytest.mark.timeout(3600)
+
 _SAVED, _TWIN = 1, 2
 _numbers = itertools.count()
 
