@@ -21,6 +21,9 @@ from tests.any_state.sharded import SIZE, RankRecipe, build, look, make_differ, 
 from tests.effort import examples
 from tests.ranks.processes import _CONTEXT, World
 
+# The long profile takes minutes where the machine is busy.
+pytestmark = pytest.mark.timeout(850)
+
 _SAVED, _TWIN = 1, 2
 _numbers = itertools.count()
 
