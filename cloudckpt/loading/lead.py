@@ -2,8 +2,9 @@
 
     find    rank 0: the checkpoint, its manifest and index ──▶ every rank
     parts   of large values, if there are any: planned and read like targets, because what fits depends on values
-    plan    every rank: its targets and boxes              ──▶ rank 0: who reads what several ranks need
+    match   every rank: state and checkpoint               ──▶ rank 0: what no rank has a use for
     ask     every rank: what objects may refuse is read, and they are asked; nothing else is changed yet
+    plan    every rank: its targets and boxes              ──▶ rank 0: who reads what several ranks need
     read    every rank: its own bytes, verified            ──▶ passed on to whoever needs the same
     apply   every rank: restored values into its objects, once every rank has all it needs
 
@@ -172,6 +173,24 @@ class _Search:
         return True
 
 
+@dataclass(frozen=True, slots=True)
+class _Met:
+    """What ranks must know of each other before they go on.
+
+    Attributes:
+        unexpected: names that a rank, or all of them, has no use for.
+        needs_memory: whether modules are to get memory.
+    """
+
+    unexpected: set[str]
+    needs_memory: bool
+
+    @classmethod
+    def of_all(cls, found: Sequence[_Met]) -> _Met:
+        """A name is left over only if no rank has a use for it: in a pipeline each has the names of its own stage."""
+        return cls(set.intersection(*(one.unexpected for one in found)), any(one.needs_memory for one in found))
+
+
 @dataclass
 class _Loading:
     """The restore of one checkpoint, on one rank."""
@@ -186,6 +205,7 @@ class _Loading:
     # What this rank found on the way, for the steps after it.
     _parts: Mapping[str, Mapping[int, torch.Tensor]] = field(init=False, default_factory=dict)
     _index: Index = field(init=False)
+    _saved: Saved = field(init=False)
     _restoration: Restoration = field(init=False)
     _extra: dict[str, torch.Tensor] = field(init=False)
     _filling: _Filling = field(init=False)
@@ -194,10 +214,12 @@ class _Loading:
         """Go through the steps; raises as the group's exchanges do."""
         if self.found.has_parts:
             self._fill(f"{what}: values", lambda: self._plan_parts(state))
-        steps = self._deal(what, lambda: self._plan(state, allowed, extra))
-        unexpected = self.group.agree(f"{what}: names", lambda: set(self._restoration.unexpected), _everywhere)
+        met = self.group.agree(f"{what}: match", lambda: self._match(state, allowed), _Met.of_all)
         try:
-            self.group.agree(f"{what}: ask", lambda: self._ask(unexpected), lambda _: None)
+            self.group.agree(f"{what}: ask", lambda: self._ask(met.unexpected), lambda _: None)
+            if met.needs_memory:
+                self.group.agree(f"{what}: memory", lambda: self._give_memory(state, allowed), lambda _: None)
+            steps = self._deal(what, lambda: self._targets(extra))
             self.group.agree(f"{what}: read", lambda: self._read(steps), lambda _: None)
         except BaseException:
             # An object has its new state already, and what belongs to it does not come.
@@ -225,7 +247,7 @@ class _Loading:
         self._parts = part_targets(index, _wanted_values(index, state))
         return by_part_name(self._parts)
 
-    def _plan(self, state: MutableMapping[str, object], allowed: Allowed, extra: Extra | None) -> Mapping[str, object]:
+    def _match(self, state: MutableMapping[str, object], allowed: Allowed) -> _Met:
         self._index = index = decode_index(self.checkpoint, self.found.index)
         entries = self.entries or bind(state)
         wanted = _wanted_values(index, state)
@@ -235,15 +257,25 @@ class _Loading:
             for name, value in index.values.items()
         }
         notes = values.pop(NOTES, {})
-        saved = Saved(
+        self._saved = Saved(
             shapes={name: tensor.shape for name, tensor in index.tensors.items()},
             dtypes={name: DTYPES[tensor.dtype] for name, tensor in index.tensors.items()},
             values=values,
             paths=index.paths,
             notes=notes if isinstance(notes, dict) else {},
         )
-        self._restoration = plan_restore(entries, saved, allowed)
-        self._extra = extra.targets(index) if extra is not None else {}
+        self._restoration = plan_restore(entries, self._saved, allowed)
+        return _Met(set(self._restoration.unexpected), self._restoration.needs_memory)
+
+    def _give_memory(self, state: MutableMapping[str, object], allowed: Allowed) -> None:
+        """Give modules memory, now that nothing refuses, and match again with what they have."""
+        self._restoration.materialize()
+        again = plan_restore(bind(state), self._saved, replace(allowed, materialize=None))
+        again.go_on_from(self._restoration)
+        self._restoration = again
+
+    def _targets(self, extra: Extra | None) -> Mapping[str, object]:
+        self._extra = extra.targets(self._index) if extra is not None else {}
         return {**self._restoration.tensors, **self._extra}
 
     def _shareable(self, tensors: Mapping[str, object]) -> BoxTable:
@@ -280,11 +312,6 @@ class _Loading:
         self._restoration.apply()
         if extra is not None:
             extra.apply(self._extra)
-
-
-def _everywhere(found: Sequence[set[str]]) -> set[str]:
-    """Return the names that no rank has a use for: of a pipeline, each has the names of its own stage."""
-    return set.intersection(*found)
 
 
 def _wanted_values(index: Index, state: Mapping[str, object]) -> set[str]:

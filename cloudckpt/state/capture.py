@@ -15,7 +15,8 @@ Knows PyTorch's objects; knows nothing of stores, steps or shards, nor of what a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from functools import partial
 from typing import cast
 
@@ -34,9 +35,11 @@ from cloudckpt.state.modules import ModuleEntry
 from cloudckpt.state.optimizers import OptimizerEntry
 from cloudckpt.state.overlap import tied_names
 from cloudckpt.state.per_rank import PerRank, PerRankEntry, is_stateful_loader
-from cloudckpt.state.rng import Generators
+from cloudckpt.state.rng import Generators, set_generator
 
 __all__ = ["bind", "capture", "captured"]
+
+logger = logging.getLogger(__name__)
 
 _DEPTH_LIMIT = 64
 # An object's old state is kept for as long as it may have to be given back.
@@ -57,16 +60,27 @@ class _StatefulEntry(Entry):
     def current(self) -> object:
         return self._stateful.state_dict()
 
+    def fillable(self) -> object:
+        try:
+            return self.current()
+        except Exception as exc:  # noqa: BLE001 (of an object that has no state before it was given one)
+            logger.info("%s has no state yet (%s: %s); it takes what was saved", self.name, type(exc).__name__, exc)
+            return {}
+
     def load(self, restored: object, live: object) -> None:
-        state = self._beside.in_group_order(self._stateful, mapping_of(restored, self.name))
-        self._stateful.load_state_dict(state)
+        state = self._beside.in_group_order(self._stateful, restored) if isinstance(restored, dict) else restored
+        self._stateful.load_state_dict(cast("dict[str, object]", state))
 
     def backup(self) -> Callable[[], None] | None:
-        before = self._stateful.state_dict()
-        tensors = [leaf for leaf in self.flat(before).leaves.values() if isinstance(leaf, torch.Tensor)]
-        if sum(tensor.nbytes for tensor in tensors) > _BACKUP_BYTES:
+        try:
+            before = self._stateful.state_dict()
+            tensors = [leaf for leaf in self.flat(before).leaves.values() if isinstance(leaf, torch.Tensor)]
+            kept = copy.deepcopy(before) if sum(tensor.nbytes for tensor in tensors) <= _BACKUP_BYTES else None
+        except Exception:  # noqa: BLE001 (a user's object; what cannot be copied cannot be given back)
+            kept = None
+        if kept is None:
             return None
-        return partial(self._stateful.load_state_dict, copy.deepcopy(before))
+        return partial(_give_back, self._stateful, kept, set(getattr(self._stateful, "__dict__", ())))
 
     def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
         """Ask an object that can tell before anything is changed."""
@@ -76,11 +90,20 @@ class _StatefulEntry(Entry):
         return Misfit(reasons=[f"{self.name} {reason}" for reason in found])
 
 
+def _give_back(stateful: Stateful, state: dict[str, object], attributes: set[str]) -> None:
+    """Give an object its old state, and take away the attributes that it had not then."""
+    stateful.load_state_dict(state)
+    for name in set(getattr(stateful, "__dict__", ())) - attributes:
+        delattr(stateful, name)
+
+
 class _ValueEntry(Entry):
     """A tensor, a container or a plain value: put back where it stands, in place where it can be."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, shared: Collection[int]) -> None:
+        """Restore the value at `place`; `shared` are ids of containers that stand in several places of the state."""
         super().__init__(place)
+        self._shared = shared
         self._holder = cast("MutableMapping[object, object]", place.holder)
         self._key = place.key
         self.is_bound = not isinstance(place.holder, MutableMapping | MutableSequence)
@@ -92,26 +115,33 @@ class _ValueEntry(Entry):
         return False
 
     def load(self, restored: object, live: object) -> None:
-        if not _put_into(live, restored) and restored is not live:
+        if not self._put_into(live, restored) and restored is not live:
             self._holder[self._key] = restored
 
+    def _put_into(self, live: object, restored: object) -> bool:
+        """Make what is live like what was restored, so that whoever holds it sees it; tell whether that was done."""
+        if type(live) is not type(restored) or id(live) in self._shared:
+            return False
+        if isinstance(live, dict) and isinstance(restored, dict):
+            merged = {key: self._merged(live.get(key), value) for key, value in restored.items()}
+            live.clear()
+            live.update(merged)
+            vars_of(live).update(vars_of(restored))
+            return True
+        if isinstance(live, list) and isinstance(restored, list):
+            now = [*live, *[None] * len(restored)]
+            live[:] = [self._merged(now[place], value) for place, value in enumerate(restored)]
+            return True
+        return set_generator(live, restored)
 
-def _put_into(live: object, restored: object) -> bool:
-    """Make a live container like a restored one, so that whoever holds it sees it; tell whether it is one."""
-    if isinstance(live, dict) and isinstance(restored, dict):
-        merged = {key: _merged(live.get(key), value) for key, value in restored.items()}
-        live.clear()
-        live.update(merged)
-        return True
-    if type(live) is list and type(restored) is list:
-        now = [*live, *[None] * len(restored)]
-        live[:] = [_merged(now[place], value) for place, value in enumerate(restored)]
-        return True
-    return False
+    def _merged(self, live: object, restored: object) -> object:
+        return live if self._put_into(live, restored) else restored
 
 
-def _merged(live: object, restored: object) -> object:
-    return live if _put_into(live, restored) else restored
+def vars_of(value: object) -> dict[str, object]:
+    """Return the attributes of a container that may have some (`_metadata` of a state_dict)."""
+    found = getattr(value, "__dict__", None)
+    return found if isinstance(found, dict) else {}
 
 
 def bind(state: MutableMapping[str, object]) -> list[Entry]:
@@ -129,7 +159,8 @@ def bind(state: MutableMapping[str, object]) -> list[Entry]:
             )
     places = [place for name, value in state.items() for place in _places(Place([name], name, value, state, name))]
     beside = Beside({place.name: place.value for place in places})
-    return [_entry(place, beside) for place in places]
+    shared = _held_twice(place.value for place in places if not _is_object(place.value))
+    return [_entry(place, beside, shared) for place in places]
 
 
 def _places(place: Place) -> Iterator[Place]:
@@ -174,7 +205,23 @@ def _holds_object(value: object, depth: int) -> bool:
     return any(_is_object(child) or _holds_object(child, depth + 1) for child in inner)
 
 
-def _entry(place: Place, beside: Beside) -> Entry:
+def _held_twice(values: Iterable[object]) -> set[int]:
+    """Return the ids of containers that stand in several places: what is restored in one must not show in another."""
+    seen: set[int] = set()
+    twice: set[int] = set()
+    pending = list(values)
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict | list | tuple):
+            if id(value) in seen:
+                twice.add(id(value))
+            else:
+                seen.add(id(value))
+                pending += value.values() if isinstance(value, dict) else value
+    return twice
+
+
+def _entry(place: Place, beside: Beside, shared: Collection[int]) -> Entry:
     value = place.value
     if isinstance(value, nn.Module):
         return ModuleEntry(place, value)
@@ -186,7 +233,7 @@ def _entry(place: Place, beside: Beside) -> Entry:
         return PerRankEntry(place, cast("Stateful", value.inner if isinstance(value, PerRank) else value))
     if _is_object(value):
         return _StatefulEntry(place, cast("Stateful", value), beside)
-    return _ValueEntry(place)
+    return _ValueEntry(place, shared)
 
 
 def capture(entries: Sequence[Entry]) -> Flat:

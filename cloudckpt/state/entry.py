@@ -19,6 +19,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import Flat, JsonValue, PathElement, flatten
+from cloudckpt.state.attributes import notes_of
 
 __all__ = ["Choosy", "Entry", "Left", "Misfit", "Place", "dtype_of", "is_tensor", "mapping_of", "shape_of"]
 
@@ -99,6 +100,7 @@ class Entry(ABC):
         may_be_cast: whether tensors may get another dtype than they were saved in, if the caller says so.
         is_asked: whether the object may refuse a state, and is therefore handed all of it before anything is changed.
         other_world: what to do when another number of ranks saved for itself what is to be restored.
+        is_strict: whether the caller wants all names that both have.
         notes: what the checkpoint keeps about names at or below this entry's. They may come from anyone: what makes no
             sense is to be refused or left alone.
     """
@@ -113,6 +115,7 @@ class Entry(ABC):
     def __init__(self, place: Place) -> None:
         self.path = place.path
         self.name = place.name
+        self.is_strict = True
         self.notes: Mapping[str, JsonValue] = {}
 
     @property
@@ -139,7 +142,8 @@ class Entry(ABC):
     def flat(self, nested: object) -> Flat:
         """Return the names of all that is in `current` or `fillable`, and notes about them."""
         flat = flatten({self.name: nested}, is_tensor=is_tensor)
-        return Flat(flat.leaves, {name: [*self.path, *path[1:]] for name, path in flat.paths.items()})
+        paths = {name: [*self.path, *path[1:]] for name, path in flat.paths.items()}
+        return Flat(flat.leaves, paths, notes_of(nested, self.name))
 
     def takes(self, name: str) -> bool:
         """Tell whether what is saved under a name is taken as it is, whatever the live state has there.
@@ -151,6 +155,15 @@ class Entry(ABC):
     def allocate(self, below: Sequence[PathElement], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return a target for a saved tensor that the live state has no place for; `below` is its path in the entry."""
         return torch.empty(shape, dtype=dtype, device="cpu")
+
+    def shape_here(
+        self,
+        below: Sequence[PathElement],
+        shape: tuple[int, ...],
+        saved_shape_of: Callable[[str], tuple[int, ...] | None],
+    ) -> tuple[int, ...]:
+        """Return the shape that a saved part must have here; `saved_shape_of` tells that of other tensors by name."""
+        return shape
 
     def materialize(self, device: str | torch.device, names: Sequence[str]) -> list[str]:
         """Give the named tensors, which are on the meta device, memory; return the names of what is left there."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -23,9 +24,9 @@ from torch.distributed.tensor import empty as empty_dtensor
 from cloudckpt.format import Flat
 from cloudckpt.root import Fit
 from cloudckpt.state.entry import Entry, Misfit, dtype_of, is_tensor, shape_of
-from cloudckpt.state.overlap import is_one_memory, overlapping, overlaps_itself
+from cloudckpt.state.overlap import identity, is_one_memory, overlapping, overlaps_itself, without_memory
 from cloudckpt.state.per_rank import RankName
-from cloudckpt.state.restoration import Allowed, Part, Resized, Restoration, mismatch, some
+from cloudckpt.state.restoration import Allowed, Part, Resized, Restoration, mismatch
 from cloudckpt.state.saved import OURS, Saved, names_above
 
 __all__ = ["plan_restore"]
@@ -81,6 +82,7 @@ class _Matching:
         self._shared: list[list[_Held]] = []
         self._resized: list[Resized] = []
         self._moved: dict[str, list[str]] = {}
+        self._part_of: dict[str, Part] = {}
 
     def match(self, entry: Entry) -> None:
         """Decide where each name of one entry comes from."""
@@ -97,6 +99,7 @@ class _Matching:
             return
         self._tops.add(str(entry.path[0]))
         entry.notes = self._saved.notes_on(entry.name)
+        entry.is_strict = self._allowed.strict
         part = Part(entry)
         self._parts.append(part)
         if in_checkpoint:
@@ -129,6 +132,7 @@ class _Matching:
         for name, current in live.leaves.items():
             if name not in part.leaves and name not in replaced and not entry.takes(name):
                 self._misfit.missing.append(name)
+                self._part_of[name] = part
                 part.leaves[name], part.paths[name] = current, live.paths[name]
 
     def _value_above(self, live: Flat, name: str) -> str | None:
@@ -141,13 +145,16 @@ class _Matching:
             part.leaves[name] = self._saved.values[name]
             return
         current = part.live.leaves.get(name)
-        if (
-            part.entry.pins
-            and is_tensor(current)
-            and _has_form(current)
-            and shape_of(current) == self._saved.shapes[name]
-        ):
-            self._fits_dtype(part, name, current)  # what loads by itself ends in a copy that casts, mostly
+        shape = self._saved.shapes[name]
+        if part.entry.pins and is_tensor(current) and _has_form(current):
+            if shape_of(current) == shape:
+                self._fits_dtype(part, name, current)  # what loads by itself ends in a copy that casts, mostly
+            if _is_on_meta(current):
+                self._wait_for_memory(part, name)
+        below = self._saved.path(name)[len(part.entry.path) :]
+        if (here := part.entry.shape_here(below, shape, self._saved.shapes.get)) != shape:
+            self._resize(part, name, part.entry.allocate(below, here, self._saved.dtypes[name]), is_live=False)
+            return
         if part.entry.fills and self._is_alike(current, name) and not part.entry.pins:
             part.leaves[name] = current
             self._held[name] = _Held(part, name, current)
@@ -193,20 +200,24 @@ class _Matching:
         elif not _has_form(current):
             self._misfit.reasons.append(f"{name} has no shape yet (run a batch through the module first)")
         elif shape_of(current) != self._saved.shapes[name]:
-            self._resize(part, name, current)
+            self._resize(part, name, current, is_live=True)
         elif self._fits_dtype(part, name, current):
-            held = _Held(part, name, current)
-            if not _is_on_meta(current):
-                self._held[name] = held
-            elif part.entry.pins and self._allowed.materialize is not None:
-                self._on_meta.append(held)
+            if _is_on_meta(current):
+                self._wait_for_memory(part, name)
             else:
-                self._misfit.reasons.append(
-                    f"{name} is on the meta device and has no memory (pass materialize='cpu' or another device, or "
-                    "call to_empty on the module first)"
-                )
+                self._held[name] = _Held(part, name, current)
 
-    def _resize(self, part: Part, name: str, current: object) -> None:
+    def _wait_for_memory(self, part: Part, name: str) -> None:
+        """Have a tensor on the meta device filled once it has memory, if it may get some."""
+        if part.entry.pins and self._allowed.materialize is not None:
+            self._on_meta.append(_Held(part, name, part.live.leaves[name]))
+        else:
+            self._misfit.reasons.append(
+                f"{name} is on the meta device and has no memory (pass materialize='cpu' or another device, or call "
+                "to_empty on the module first)"
+            )
+
+    def _resize(self, part: Part, name: str, current: object, *, is_live: bool) -> None:
         shape, dtype = self._saved.shapes[name], self._saved.dtypes[name]
         if self._allowed.resize is None or isinstance(current, ShardedTensor) or _is_on_meta(current):
             self._mismatched[name] = (shape_of(current), shape)
@@ -218,14 +229,15 @@ class _Matching:
             )
         else:
             saved = torch.empty(shape, dtype=dtype, device=live.device)
-        self._resized.append(Resized(name, live, saved))
+        self._resized.append(Resized(part, name, live, saved, is_live=is_live))
+        part.leaves[name] = live
 
     def _fits_dtype(self, part: Part, name: str, current: object) -> bool:
         """Tell whether a live tensor can hold a saved one: exactly, or cast where the caller says so."""
         here, there = dtype_of(current), self._saved.dtypes[name]
         if here == there:
             return True
-        is_float = (here.is_floating_point and there.is_floating_point) or part.entry.takes(name)
+        is_float = here.is_floating_point and there.is_floating_point
         if _holds_all_of(here, there) or (is_float and self._allowed.cast and part.entry.may_be_cast):
             self._cast.append(name)
             return True
@@ -269,19 +281,20 @@ class _Matching:
             if part.is_shared:
                 self._add(part.entry.compare(part.restored(), self._saved.dtypes))
         self._refuse_mismatch()
-        for name, pairs in self._moved.items():
-            logger.warning("%s shares memory and gets memory of its own: %s", name, some(pairs))
-        self._materialize()
         self._tensors.update({name: held.tensor for name, held in self._held.items()})
         fit = Fit(missing=tuple(dict.fromkeys(self._misfit.missing)), cast=tuple(self._cast))
         restoration = Restoration(self._parts, self._allowed, fit)
         restoration.unexpected = {name: self._shown(name) for name in self._misfit.unexpected}
+        restoration.moved = self._moved
         restoration.early.update(self._early)
         restoration.tensors.update(self._tensors)
         for group in self._shared:
             restoration.compare_early([(held.name, held.tensor, self._own(held.part, held.name)) for held in group])
         for resized in self._resized:
             restoration.resize_early(resized)
+        for part in self._parts:
+            if names := [held.name for held in self._on_meta if held.part is part]:
+                restoration.materialize_later(part.entry, names)
         return restoration
 
     def _part_memory(self) -> None:
@@ -302,11 +315,16 @@ class _Matching:
         }
         for names in overlapping((name, held.tensor) for name, held in live.items()):
             self._part_group([live[name] for name in names])
+        for names in without_memory((held.name, held.tensor) for held in self._on_meta):
+            self._share([live[name] for name in names], 0)
 
     def _part_group(self, group: Sequence[_Held]) -> None:
         """Leave the memory to those whose tensors are meant themselves: a module's first, then a container's."""
+        self._refuse_resized(group)
         filled = [held for held in group if held.name in self._held]
         if not filled:
+            # By its own loading a module writes into all of them.
+            self._share([held for held in group if held.part.entry.pins and held.name in self._tensors], 0)
             return
         claim = min(map(_claim, filled))
         writing = [held for held in group if held not in filled and held.part is not filled[0].part]
@@ -316,7 +334,11 @@ class _Matching:
             staying = [held for held in filled if _claim(held) == claim]
         owner = min(group, key=_claim)
         for held in filled:
-            if held not in staying:
+            if held in staying:
+                continue
+            if claim < _claim(held) < _LAST_CLAIM and self._is_tied(held, staying[0]):
+                del self._held[held.name]  # it is filled by the other name, and stays one with it
+            else:
                 self._move(held, (owner if owner is not held else group[-1]).name)
         self._share([*staying, *(held for held in writing if staying and held.part.entry.may_write)], len(staying))
 
@@ -331,6 +353,22 @@ class _Matching:
             for held in group[1:filled]:
                 del self._held[held.name]
 
+    def _is_tied(self, one: _Held, other: _Held) -> bool:
+        """Tell whether two names are one memory here and were one when they were saved."""
+        is_one = is_one_memory([one.tensor, other.tensor])
+        return is_one and self._saved.tied(one.name) == self._saved.tied(other.name)
+
+    def _refuse_resized(self, group: Sequence[_Held]) -> None:
+        """Refuse what is resized and shares memory, but for one tensor that has several names."""
+        resized = [one for one in self._resized if one.is_live and any(held.name == one.name for held in group)]
+        if not resized:
+            return
+        if len(resized) == len(group) and all(self._is_tied(group[0], held) for held in group):
+            self._resized = [one for one in self._resized if one not in resized[1:]]
+        else:
+            names = ", ".join(held.name for held in group)
+            self._misfit.reasons.append(f"{names} share memory, and not all of it has the shape that was saved")
+
     def _move(self, held: _Held, other: str) -> None:
         """Give a tensor that is to be filled memory of its own."""
         if not held.part.entry.takes(held.name):
@@ -339,27 +377,6 @@ class _Matching:
             self._moved.setdefault(held.part.entry.name, []).append(f"{held.name} with {other}")
         del self._held[held.name]
         self._give_own(held.part, held.name)
-
-    def _materialize(self) -> None:
-        device = self._allowed.materialize
-        if device is None:
-            return
-        wanted: dict[int, list[_Held]] = {}
-        for held in self._on_meta:
-            wanted.setdefault(id(held.part), []).append(held)
-        for part in [part for part in self._parts if part.is_shared and part.entry.pins]:
-            of_part = wanted.get(id(part), [])
-            left = part.entry.materialize(device, [held.name for held in of_part])
-            if left:
-                logger.warning("NOT in the checkpoint, and left on the meta device: %s", some(left))
-            if not of_part:
-                continue
-            part.nested = part.entry.fillable()
-            part.live = part.entry.flat(part.nested)
-            for held in of_part:
-                part.leaves[held.name] = tensor = part.live.leaves[held.name]
-                self._held[held.name] = _Held(part, held.name, tensor)
-        self._on_meta = []
 
     def _add(self, misfit: Misfit) -> None:
         self._misfit.missing += misfit.missing
@@ -370,6 +387,7 @@ class _Matching:
         """Raise once, with everything that does not fit."""
         misfit = self._misfit
         misfit.unexpected += self._unclaimed()
+        misfit.missing = [name for name in misfit.missing if not self._is_filled_by_another_name(name)]
         if not any(part.is_own or _is_restored(part, self._saved) for part in self._parts):
             misfit.reasons.append("nothing of the checkpoint belongs to anything in the state")
         missing = list(dict.fromkeys(misfit.missing if self._allowed.strict else ()))
@@ -377,6 +395,15 @@ class _Matching:
             return
         unexpected = list(dict.fromkeys(map(self._shown, misfit.unexpected if self._allowed.strict else ())))
         raise mismatch(missing, unexpected, self._mismatched, misfit.reasons)
+
+    def _is_filled_by_another_name(self, name: str) -> bool:
+        """Tell whether a module's tensor that the checkpoint lacks is one that it has under another name."""
+        part = self._part_of.get(name)
+        return part is not None and part.entry.pins and identity(part.live.leaves[name]) in self._filled
+
+    @cached_property
+    def _filled(self) -> set[tuple[object, ...]]:
+        return {identity(held.tensor) for held in [*self._held.values(), *self._on_meta]} - {()}
 
     def _unclaimed(self) -> list[str]:
         """Return what is in the checkpoint and belongs to no entry."""

@@ -10,9 +10,11 @@ handed memory of its own. Knows PyTorch's modules; `wrappers` knows what is put 
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from cloudckpt.format import Flat, JsonValue, codec, flatten
-from cloudckpt.state.entry import Entry, Left, Place, is_tensor, mapping_of
+from cloudckpt.state.entry import Entry, Left, Misfit, Place, is_tensor, mapping_of
 from cloudckpt.state.fsdp1 import is_fsdp1, sharded
 from cloudckpt.state.replicas import buffers_of_others
 from cloudckpt.state.wrappers import clean_name, is_torchs_own, wrapped_name
@@ -101,7 +103,7 @@ class ModuleEntry(Entry):
         if self.name in self.notes:
             state._metadata = self._metadata()  # type: ignore[attr-defined]  # noqa: SLF001 (where torch has it)
         with torch.no_grad(), self._context():
-            found = self._module.load_state_dict(state, strict=False)
+            found = self._handed(state)
         if not isinstance(found, tuple) or len(found) != 2:
             return Left()  # a load_state_dict of its own that returns nothing
         missing, unexpected = found
@@ -112,6 +114,20 @@ class ModuleEntry(Entry):
             unexpected=[self._full(key) for key in unexpected if key not in shown],
         )
 
+    def _handed(self, state: OrderedDict[str, object]) -> object:
+        """Hand the module its state; how strict it is is its own business where its loading is."""
+        load = self._module.load_state_dict
+        if is_torchs_own(load):
+            return load(state, strict=False)  # it tells what it left out, and so do we
+        takes = inspect.signature(load).parameters.values()
+        is_told = any(one.name == "strict" or one.kind is one.VAR_KEYWORD for one in takes)
+        return load(state, strict=self.is_strict) if is_told else load(state)
+
+    def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
+        """Look at what the checkpoint says of versions, which nobody else has looked at."""
+        self._metadata()
+        return Misfit()
+
     def _full(self, raw: str) -> str:
         clean = clean_name(self._module, raw) if raw else ""
         return f"{self.name}.{clean}" if clean else self.name
@@ -119,7 +135,9 @@ class ModuleEntry(Entry):
     def _metadata(self) -> OrderedDict[str, object]:
         """Return what each part said of itself when it was saved, by the names that the parts have here."""
         found: OrderedDict[str, object] = OrderedDict()
-        for path, _ in self._module.named_modules(remove_duplicate=False):
+        paths = [path for path, _ in self._module.named_modules(remove_duplicate=False)]
+        # A module that shows the state of another one as its own has that one's names.
+        for path in dict.fromkeys([*paths, *self._raw_metadata]):
             note = self.notes.get(self._full(path))
             metadata = note.get("metadata") if isinstance(note, dict) else None
             found[path] = dict(_USUAL) if metadata is None else self._decoded(metadata)
@@ -136,19 +154,37 @@ class ModuleEntry(Entry):
         The parameters stay the same objects, so that an optimizer or a second name of theirs goes on with them.
         """
         wanted, left = set(names), []
-        for path, part in self._module.named_modules():
-            held = [*part._parameters.items(), *part._buffers.items()]  # noqa: SLF001 (with their registered names)
-            for name, tensor in held:
-                if tensor is None or not tensor.is_meta:
-                    continue
-                full = self._full(f"{path}.{name}" if path else name)
-                if full in wanted:
-                    _give_memory(tensor, device)
-                else:
-                    left.append(full)
-            if isinstance(part, FSDPModule):
-                part._apply(lambda tensor: tensor, recurse=False)  # noqa: SLF001 (has it look at its tensors again)
+        with _same_objects():
+            for path, part in self._module.named_modules():
+                held = {**part._parameters, **part._buffers}  # noqa: SLF001 (with their registered names)
+                on_meta = {name: tensor for name, tensor in held.items() if tensor is not None and tensor.is_meta}
+                here = {name: self._full(f"{path}.{name}" if path else name) for name in on_meta}
+                hidden = part._non_persistent_buffers_set  # noqa: SLF001
+                given = {
+                    id(on_meta[name])
+                    for name, full in here.items()
+                    if full in wanted or (self.takes(full) and name not in hidden)
+                }
+                if given or isinstance(part, FSDPModule):
+                    # Parts may have to look at their tensors again, and do so here.
+                    part._apply(partial(_with_memory, given, device), recurse=False)  # noqa: SLF001
+                left += [full for name, full in here.items() if id(on_meta[name]) not in given]
         return left
+
+
+def _with_memory(given: set[int], device: str | torch.device, tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, device=device) if id(tensor) in given and tensor.is_meta else tensor
+
+
+@contextmanager
+def _same_objects() -> Iterator[None]:
+    """Have `_apply` keep parameters the same objects, as they are for whoever else has them."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
 
 
 def _below(entry: Entry, flat: Flat) -> Flat:
@@ -157,13 +193,6 @@ def _below(entry: Entry, flat: Flat) -> Flat:
         {f"{entry.name}.{name}": leaf for name, leaf in flat.leaves.items()},
         {f"{entry.name}.{name}": [*entry.path, *path] for name, path in flat.paths.items()},
     )
-
-
-def _give_memory(tensor: torch.Tensor, device: str | torch.device) -> None:
-    with torch.no_grad():
-        memory = torch.empty_like(tensor, device=device, requires_grad=False)
-    new = nn.Parameter(memory, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else memory
-    torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
 
 
 def _loads_by_itself(module: nn.Module) -> bool:

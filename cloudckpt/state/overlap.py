@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,7 +19,16 @@ from torch.distributed.tensor import DTensor
 
 from cloudckpt.transfer import bytes_of
 
-__all__ = ["conflict", "is_one_memory", "local_parts", "overlapping", "overlaps_itself", "tied_names"]
+__all__ = [
+    "conflict",
+    "identity",
+    "is_one_memory",
+    "local_parts",
+    "overlapping",
+    "overlaps_itself",
+    "tied_names",
+    "without_memory",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +104,26 @@ def overlaps_itself(tensor: object) -> bool:
 
 def is_one_memory(tensors: Sequence[object]) -> bool:
     """Tell whether tensors are the same elements, each by its own name."""
-    return len({_identity(tensor) for tensor in tensors}) == 1
+    return len({identity(tensor) for tensor in tensors}) == 1
 
 
-def _identity(tensor: object) -> tuple[object, ...]:
+def identity(tensor: object) -> tuple[object, ...]:
+    """Return what tensors have in common that are the same elements; () if this rank has no memory of it."""
     return tuple(
         (str(part.device), _address(part), part.dtype, tuple(part.size()), tuple(part.stride()))
         for part in local_parts(tensor)
     )
+
+
+def without_memory(tensors: Iterable[tuple[str, object]]) -> list[list[str]]:
+    """Return the names of tensors on the meta device that will be one memory, when they have some."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else cast("torch.Tensor", tensor)
+        storage = local.untyped_storage()._cdata  # noqa: SLF001 (there is no other name for memory that is not there)
+        place = storage, local.storage_offset(), tuple(local.size()), tuple(local.stride())
+        groups.setdefault(place, []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
 
 
 def tied_names(leaves: Mapping[str, object]) -> dict[str, str]:
@@ -109,8 +131,8 @@ def tied_names(leaves: Mapping[str, object]) -> dict[str, str]:
     firsts: dict[tuple[object, ...], str] = {}
     found = {}
     for name, leaf in leaves.items():
-        identity = _identity(leaf)
-        first = firsts.setdefault(identity, name) if identity else name
+        place = identity(leaf)
+        first = firsts.setdefault(place, name) if place else name
         if first != name:
             found[name] = first
     return found
@@ -122,6 +144,10 @@ def conflict(members: Sequence[tuple[str, object, object]]) -> tuple[str, str] |
     Args:
         members: (name, the live tensor, what it is to hold) of tensors that overlap.
     """
+    if not all(local_parts(live) for _, live, _ in members):
+        # On the meta device, where only what is wholly one memory is looked for.
+        first, *rest = members
+        return next(((first[0], name) for name, _, content in rest if not _is_alike(first[2], content)), None)
     parts = [
         (name, part, new)
         for name, live, content in members
@@ -144,6 +170,10 @@ def _view(memory: torch.Tensor, like: torch.Tensor, start_bytes: int) -> torch.T
     room = (len(memory) - start_bytes) // like.element_size() * like.element_size()
     typed = memory[start_bytes : start_bytes + room].view(like.dtype)
     return typed.as_strided(like.size(), like.stride())
+
+
+def _is_alike(one: object, other: object) -> bool:
+    return all(_is_same(*pair) for pair in zip(local_parts(one), local_parts(other), strict=True))
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -17,8 +17,9 @@ import torch
 from cloudckpt.errors import RestoreFailedError, StateMismatchError
 from cloudckpt.format import Flat, PathElement, unflatten
 from cloudckpt.root import Fit
+from cloudckpt.state.attributes import as_it_was, with_attributes
 from cloudckpt.state.entry import Entry, Left
-from cloudckpt.state.overlap import conflict
+from cloudckpt.state.overlap import conflict, local_parts
 
 __all__ = ["Allowed", "Part", "Resize", "Resized", "Restoration", "mismatch", "some"]
 
@@ -66,9 +67,17 @@ class Part:
         """Return the nested state of the entry, without the path that leads to it."""
         top = len(self.entry.path)
         below: dict[str, list[PathElement]] = {name: ["", *self.paths[name][top:]] for name in self.leaves}
-        return unflatten(self.leaves, below).get("", {})
+        leaves = {name: self._as_it_was(name, leaf) for name, leaf in self.leaves.items()}
+        return with_attributes(unflatten(leaves, below).get("", {}), self.entry.name, self.entry.notes)
+
+    def _as_it_was(self, name: str, leaf: object) -> object:
+        """Return a tensor with what it was beside its bytes; a live one is what it is."""
+        if leaf is self.live.leaves.get(name):
+            return leaf
+        return as_it_was(leaf, self.entry.notes.get(name))
 
     def load(self) -> Left:
+        """Have the entry take what was restored, and then what is this rank's own."""
         left = self.entry.load(self.restored(), self.nested) if self.is_shared else None
         if self.is_own:
             self.entry.load_own(self.own)
@@ -77,11 +86,18 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Resized:
-    """A live tensor that is to hold what is made of a saved one of another shape."""
+    """What is made of a saved tensor of another shape.
 
+    Attributes:
+        live: what stands there, or what it is to be like.
+        is_live: whether `live` is to hold it; else it is handed over as it is.
+    """
+
+    part: Part
     name: str
     live: torch.Tensor
     saved: torch.Tensor
+    is_live: bool = True
 
 
 class Restoration:
@@ -105,6 +121,40 @@ class Restoration:
         self._resized: list[Resized] = []
         self._new: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._undos: list[tuple[str, Callable[[], None] | None]] = []
+        self._on_meta: list[tuple[Entry, list[str]]] = []
+        self.moved: dict[str, list[str]] = {}
+
+    @property
+    def needs_memory(self) -> bool:
+        """Tell whether modules are to get memory before they are filled."""
+        return bool(self._on_meta)
+
+    def materialize_later(self, entry: Entry, names: list[str]) -> None:
+        """Have `materialize` give the named tensors of an entry memory."""
+        self._on_meta.append((entry, names))
+
+    def materialize(self) -> None:
+        """Give modules memory; nothing is filled yet.
+
+        Raises:
+            RestoreFailedError: a tensor cannot be given memory; others have it by then.
+        """
+        device = self._allowed.materialize
+        for entry, names in self._on_meta if device is not None else ():
+            try:
+                left = entry.materialize(device, names)  # type: ignore[arg-type]
+            except RuntimeError as exc:
+                raise RestoreFailedError(
+                    f"{entry.name} cannot be given memory where it is ({exc}); some of its tensors have some by now. "
+                    "Call to_empty on the module before anything refers to its tensors, and restore again",
+                    name=entry.name,
+                ) from exc
+            if left:
+                logger.warning("NOT in the checkpoint, and left on the meta device: %s", some(left))
+
+    def go_on_from(self, before: Restoration) -> None:
+        """Take over from what was matched before modules had memory, whose objects were asked."""
+        self.fit, self._new, self._undos = before.fit, before._new, before._undos
 
     def compare_early(self, members: list[tuple[str, object, object]]) -> None:
         """Have `ask` compare tensors that share memory: (name, the live one, what it is to hold)."""
@@ -140,7 +190,8 @@ class Restoration:
                     f"{pair[0]} and {pair[1]} share memory here and differ in the checkpoint; give each its own, or "
                     "restore a checkpoint of a model that ties them; nothing was restored"
                 )
-        self._new = [(one.live, self._made(one)) for one in self._resized]
+        for one in self._resized:
+            one.part.leaves[one.name] = self._made(one)
         asked = [(part, part.entry.backup()) for part in self._parts if part.entry.is_asked]
         # Those that cannot be put back come last.
         for part, undo in sorted(asked, key=lambda pair: pair[1] is None):
@@ -158,13 +209,22 @@ class Restoration:
     def _made(self, one: Resized) -> torch.Tensor:
         if self._allowed.resize is None:
             raise StateMismatchError(f"{one.name} has another shape here than there")
-        new = self._allowed.resize(one.name, one.saved, one.live.detach())
+        try:
+            # A copy: who writes into it has changed nothing yet.
+            new = self._allowed.resize(one.name, one.saved, one.live.detach().clone())
+        except Exception as exc:
+            raise StateMismatchError(
+                f"resize raised {type(exc).__name__} for {one.name}: {exc}; nothing was restored"
+            ) from exc
         if not isinstance(new, torch.Tensor) or new.shape != one.live.shape or new.dtype != one.live.dtype:
             what = f"{new.dtype} of {tuple(new.shape)}" if isinstance(new, torch.Tensor) else type(new).__name__
             raise StateMismatchError(
                 f"resize returned {what} for {one.name}, which is {one.live.dtype} of {tuple(one.live.shape)} here; "
                 "nothing was restored"
             )
+        if one.is_live:
+            self._new.append((one.live, new))
+            return one.live
         return new
 
     def undo(self) -> list[str]:
@@ -207,7 +267,9 @@ class Restoration:
                     changed=done,
                 ) from exc
             done.append(part.entry.name)
-        _log(self.fit)
+        for tensor in self.tensors.values():
+            _tell_autograd(tensor)
+        self._log()
 
     def _take(self, left: Left, name: str) -> None:
         """Note what an object has left out by itself, or refuse that."""
@@ -227,6 +289,17 @@ class Restoration:
                 unexpected=left.unexpected,
             )
 
+    def _log(self) -> None:
+        fit = self.fit
+        for name, pairs in self.moved.items():
+            logger.warning("%s shares memory and gets memory of its own: %s", name, some(pairs))
+        if fit.missing:
+            logger.warning("NOT in the checkpoint, and left as it is: %s", some(fit.missing))
+        if fit.unexpected:
+            logger.warning("in the checkpoint and NOT restored: %s", some(fit.unexpected))
+        if fit.cast:
+            logger.warning("restored into another dtype: %d tensors (%s)", len(fit.cast), some(fit.cast))
+
 
 def some(names: Sequence[str]) -> str:
     """Name the first few, and count the others."""
@@ -234,13 +307,11 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _log(fit: Fit) -> None:
-    if fit.missing:
-        logger.warning("NOT in the checkpoint, and left as it is: %s", some(fit.missing))
-    if fit.unexpected:
-        logger.warning("in the checkpoint and NOT restored: %s", some(fit.unexpected))
-    if fit.cast:
-        logger.warning("restored into another dtype: %d tensors (%s)", len(fit.cast), some(fit.cast))
+def _tell_autograd(tensor: object) -> None:
+    """Have a backward that still needs what a tensor held before it was filled say so."""
+    for part in local_parts(tensor):
+        if not part.is_inference():
+            torch.autograd.graph.increment_version(part)
 
 
 def mismatch(

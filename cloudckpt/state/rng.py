@@ -18,7 +18,7 @@ import torch
 from cloudckpt.format import Index
 from cloudckpt.state.per_rank import pack, unpack
 
-__all__ = ["Generators", "capture_rng", "restore_rng"]
+__all__ = ["Generators", "capture_rng", "restore_rng", "set_generator"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,3 +105,31 @@ def _restore_devices(name: str, saved: list[torch.Tensor]) -> None:
             module.set_rng_state(state, device)
     if len(saved) != present:
         logger.warning("the checkpoint has the generators of %d %s devices; %d are here", len(saved), name, present)
+
+
+def set_generator(live: object, restored: object) -> bool:
+    """Have a generator of the state draw on like a restored one, for whoever holds it; tell whether that was done."""
+    if isinstance(live, torch.Generator) and isinstance(restored, torch.Generator) and live.device == restored.device:
+        live.set_state(restored.get_state())
+        return True
+    if type(live) is random.Random and type(restored) is random.Random:
+        live.setstate(restored.getstate())
+        return True
+    return "numpy.random" in sys.modules and _set_numpy_generator(live, restored)
+
+
+def _set_numpy_generator(live: object, restored: object) -> bool:
+    import numpy as np
+
+    if isinstance(live, np.random.RandomState) and isinstance(restored, np.random.RandomState):
+        live.set_state(restored.get_state())
+        return True
+    if not (isinstance(live, np.random.Generator) and isinstance(restored, np.random.Generator)):
+        return False
+    here, there = live.bit_generator, restored.bit_generator
+    # What it spawned belongs to the seed, which no setter changes.
+    seed: object = getattr(there, "seed_seq", None)
+    if type(here) is not type(there) or getattr(seed, "n_children_spawned", None) != 0:
+        return False
+    here.state = there.state
+    return True
