@@ -7,6 +7,7 @@ two ways with a root.
 from __future__ import annotations
 
 import fnmatch
+import logging
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
 
@@ -25,6 +26,8 @@ from cloudckpt.store import open_store
 from cloudckpt.transfer import Watch
 
 __all__ = ["load", "read", "save"]
+
+logger = logging.getLogger(__name__)
 
 
 def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
@@ -223,11 +226,17 @@ def _keyed(step: PathElement) -> PathElement:
 def _select(index: Index, keys: str | Sequence[str] | None, url: str) -> list[str]:
     names = [*index.tensors, *index.values]
     if keys is None:
+        if any(name.startswith("cloudckpt.per_rank.") for name in names):
+            logger.warning("%s: state that each rank has for itself is NOT read; restore it with as many ranks", url)
         return [name for name in names if not name.startswith("cloudckpt.")]
     wanted = [keys] if isinstance(keys, str) else list(keys)
     chosen: dict[str, None] = {}
     for pattern in wanted:
-        found = [name for name in names if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")]
+        found = [
+            name
+            for name in names
+            if name == pattern or fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
+        ]
         if not found:
             raise CheckpointNotFoundError(
                 f"nothing in {url} is named {pattern!r}; it holds {', '.join(sorted(names)[:8])}, …"

@@ -50,7 +50,15 @@ class Choice:
             StorageError: the store cannot be read.
         """
         if self.wanted == "latest":
-            yield from self.catalog.newest_first()
+            is_empty = True
+            for candidate in self.catalog.newest_first():
+                is_empty = False
+                yield candidate
+            if is_empty and self.catalog.is_taken(""):
+                raise OptionsError(
+                    f"{self.catalog.store.url} is one checkpoint, not a root of checkpoints; load it with "
+                    "cloudckpt.load, or give the URL of the root"
+                )
         elif isinstance(self.wanted, Checkpoint):
             yield self.wanted
         elif isinstance(self.wanted, str):

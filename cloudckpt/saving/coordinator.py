@@ -230,5 +230,6 @@ def _way(path: Sequence[PathElement]) -> str:
 
 def _step(element: PathElement) -> str:
     if isinstance(element, dict):
-        return f"({element['tuple']})" if "tuple" in element else f"[{element['key']!r}]"
+        ((kind, key),) = element.items()
+        return f"({key})" if kind == "tuple" else f"[{key!r}]" if kind == "key" else f"[{kind} {key!r}]"
     return f"[{element!r}]"

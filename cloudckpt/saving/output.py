@@ -148,7 +148,7 @@ def _refuse_shards_elsewhere(target: Target, index: Index, world_size: int) -> N
     store = target.catalog.store
     if store.url.partition("://")[0] in _ONE_FOR_ALL:
         return
-    for rank in range(1, world_size):
+    for rank in sorted(set(range(1, world_size)).intersection(index.ranks)):
         section = index.section(rank)
         if not len(section.shard_sizes):
             continue

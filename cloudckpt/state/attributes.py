@@ -16,7 +16,7 @@ from torch import nn
 
 from cloudckpt.format import JsonValue, codec
 
-__all__ = ["as_it_was", "notes_of", "with_attributes"]
+__all__ = ["as_it_was", "is_foreign", "notes_of", "with_attributes"]
 
 
 def notes_of(nested: object, name: str) -> dict[str, JsonValue]:
@@ -28,6 +28,8 @@ def _notes(nested: object, name: str) -> Iterator[tuple[str, JsonValue]]:
     if isinstance(nested, torch.Tensor):
         if nested.requires_grad:
             yield name, {"requires_grad": True, "parameter": isinstance(nested, nn.Parameter)}
+        if is_foreign(nested):
+            yield name, {"subclass": type(nested).__name__}
         return
     metadata = getattr(nested, "_metadata", None)
     if type(nested) is OrderedDict and metadata is not None:
@@ -35,6 +37,11 @@ def _notes(nested: object, name: str) -> Iterator[tuple[str, JsonValue]]:
     if isinstance(nested, dict | list | tuple):
         for key, child in nested.items() if isinstance(nested, dict) else enumerate(nested):
             yield from _notes(child, f"{name}.{key}")
+
+
+def is_foreign(leaf: object) -> bool:
+    """Tell whether a leaf is a tensor of a type that is not PyTorch's, and of which only the bytes are kept."""
+    return isinstance(leaf, torch.Tensor) and type(leaf).__module__.partition(".")[0] != "torch"
 
 
 def as_it_was(leaf: object, note: JsonValue) -> object:

@@ -14,10 +14,8 @@ Knows PyTorch's objects; knows nothing of stores, steps or shards, nor of what a
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
-from functools import partial
 from typing import cast
 
 import torch
@@ -25,11 +23,13 @@ from torch import nn
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
-from cloudckpt.errors import OptionsError
+from cloudckpt.errors import OptionsError, UnsupportedValueError
 from cloudckpt.format import Flat, PathElement, codec
 from cloudckpt.state.accumulation import AccumulationWindow, WindowEntry
+from cloudckpt.state.attributes import is_foreign
+from cloudckpt.state.backup import backup_of
 from cloudckpt.state.beside import Beside
-from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, is_tensor, mapping_of
+from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, in_common_order, is_tensor, mapping_of
 from cloudckpt.state.fsdp1 import flat_optimizer_entry
 from cloudckpt.state.modules import ModuleEntry
 from cloudckpt.state.optimizers import OptimizerEntry
@@ -42,8 +42,6 @@ __all__ = ["bind", "capture", "captured"]
 logger = logging.getLogger(__name__)
 
 _DEPTH_LIMIT = 64
-# An object's old state is kept for as long as it may have to be given back.
-_BACKUP_BYTES = 64 << 20
 
 
 class _StatefulEntry(Entry):
@@ -72,15 +70,7 @@ class _StatefulEntry(Entry):
         self._stateful.load_state_dict(cast("dict[str, object]", state))
 
     def backup(self) -> Callable[[], None] | None:
-        try:
-            before = self._stateful.state_dict()
-            tensors = [leaf for leaf in self.flat(before).leaves.values() if isinstance(leaf, torch.Tensor)]
-            kept = copy.deepcopy(before) if sum(tensor.nbytes for tensor in tensors) <= _BACKUP_BYTES else None
-        except Exception:  # noqa: BLE001 (a user's object; what cannot be copied cannot be given back)
-            kept = None
-        if kept is None:
-            return None
-        return partial(_give_back, self._stateful, kept, set(getattr(self._stateful, "__dict__", ())))
+        return backup_of(self._stateful)
 
     def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
         """Ask an object that can tell before anything is changed."""
@@ -88,13 +78,6 @@ class _StatefulEntry(Entry):
             return Misfit()
         found = self._stateful.state_dict_misfits(mapping_of(restored, self.name))
         return Misfit(reasons=[f"{self.name} {reason}" for reason in found])
-
-
-def _give_back(stateful: Stateful, state: dict[str, object], attributes: set[str]) -> None:
-    """Give an object its old state, and take away the attributes that it had not then."""
-    stateful.load_state_dict(state)
-    for name in set(getattr(stateful, "__dict__", ())) - attributes:
-        delattr(stateful, name)
 
 
 class _ValueEntry(Entry):
@@ -239,11 +222,14 @@ def _entry(place: Place, beside: Beside, shared: Collection[int]) -> Entry:
 def capture(entries: Sequence[Entry]) -> Flat:
     """Return every tensor and value of the state by name; tensors are the live ones, not copies."""
     flat = Flat()
+    found = {id(entry): entry.flat(entry.current()) for entry in in_common_order(entries)}
     for entry in entries:
-        own = entry.flat(entry.current())
+        own = found[id(entry)]
         twice = next((name for name in own.leaves if name in flat.leaves), None)
         if twice is not None:
             raise OptionsError(f"two entries of the state are both named {twice!r}; rename one of the keys")
+        if entry.is_asked:
+            _refuse_subclasses(own)
         flat.leaves.update(own.leaves)
         flat.paths.update(own.paths)
         flat.notes.update(own.notes)
@@ -252,6 +238,18 @@ def capture(entries: Sequence[Entry]) -> Flat:
         note = flat.notes.get(name)
         flat.notes[name] = {**(note if isinstance(note, dict) else {}), "tied": first}
     return flat
+
+
+def _refuse_subclasses(flat: Flat) -> None:
+    """Refuse tensors of a type that an object would get back as another one."""
+    for name, leaf in flat.leaves.items():
+        if is_foreign(leaf):
+            raise UnsupportedValueError(
+                f"{name!r} is a {type(leaf).__name__}, which would come back as a plain tensor; save "
+                "value.as_subclass(torch.Tensor), and what it knows beside",
+                key=name,
+                type_name=type(leaf).__name__,
+            )
 
 
 def captured(state: MutableMapping[str, object], generators: Generators | None = None) -> Flat | Exception:

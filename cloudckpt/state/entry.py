@@ -21,7 +21,18 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.format import Flat, JsonValue, PathElement, flatten
 from cloudckpt.state.attributes import notes_of
 
-__all__ = ["Choosy", "Entry", "Left", "Misfit", "Place", "dtype_of", "is_tensor", "mapping_of", "shape_of"]
+__all__ = [
+    "Choosy",
+    "Entry",
+    "Left",
+    "Misfit",
+    "Place",
+    "dtype_of",
+    "in_common_order",
+    "is_tensor",
+    "mapping_of",
+    "shape_of",
+]
 
 
 def is_tensor(value: object) -> bool:
@@ -97,9 +108,11 @@ class Entry(ABC):
         fills: whether live tensors may be filled where they are, if nothing else in the state has their memory.
         pins: whether the live tensors are what is restored, and none may be put in the place of one.
         is_bound: whether it stands where nothing can be put in its place.
+        talks: whether its ranks talk to each other when it is asked for its state, or given one.
         may_be_cast: whether tensors may get another dtype than they were saved in, if the caller says so.
         is_asked: whether the object may refuse a state, and is therefore handed all of it before anything is changed.
         other_world: what to do when another number of ranks saved for itself what is to be restored.
+        subject: the object.
         is_strict: whether the caller wants all names that both have.
         notes: what the checkpoint keeps about names at or below this entry's. They may come from anyone: what makes no
             sense is to be refused or left alone.
@@ -108,6 +121,7 @@ class Entry(ABC):
     fills = True
     pins = False
     is_bound = False
+    talks = False
     may_be_cast = False
     is_asked = False
     other_world = "restore it with as many ranks"
@@ -115,6 +129,7 @@ class Entry(ABC):
     def __init__(self, place: Place) -> None:
         self.path = place.path
         self.name = place.name
+        self.subject = place.value
         self.is_strict = True
         self.notes: Mapping[str, JsonValue] = {}
 
@@ -197,6 +212,11 @@ class Entry(ABC):
             dtypes: name → saved dtype, of all tensors in the checkpoint.
         """
         return Misfit()
+
+
+def in_common_order(entries: Sequence[Entry]) -> list[Entry]:
+    """Return entries in an order that is the same on all ranks where ranks talk: those first, by name."""
+    return sorted(entries, key=lambda entry: (not entry.talks, entry.name if entry.talks else ""))
 
 
 def mapping_of(value: object, name: str) -> dict[str, object]:

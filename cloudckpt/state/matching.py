@@ -21,9 +21,9 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_dtensor
 
-from cloudckpt.format import Flat
+from cloudckpt.format import Flat, codec
 from cloudckpt.root import Fit
-from cloudckpt.state.entry import Entry, Misfit, dtype_of, is_tensor, shape_of
+from cloudckpt.state.entry import Entry, Misfit, dtype_of, in_common_order, is_tensor, shape_of
 from cloudckpt.state.overlap import identity, is_one_memory, overlapping, overlaps_itself, without_memory
 from cloudckpt.state.per_rank import RankName
 from cloudckpt.state.restoration import Allowed, Part, Resized, Restoration, mismatch
@@ -49,7 +49,7 @@ def plan_restore(entries: Sequence[Entry], saved: Saved, allowed: Allowed) -> Re
             that cannot all be filled; lists all of them. Nothing was changed.
     """
     matching = _Matching(saved, allowed)
-    for entry in entries:
+    for entry in in_common_order(entries):
         matching.match(entry)
     return matching.settle()
 
@@ -168,6 +168,9 @@ class _Matching:
         return shape_of(current) == shape and dtype_of(current) == dtype
 
     def _give_own(self, part: Part, name: str) -> None:
+        note = self._saved.notes.get(name)
+        if isinstance(note, dict) and "subclass" in note and not part.entry.pins:
+            self._misfit.reasons.append(f"{name} was a {note['subclass']}; put one there, which is filled")
         # What was one memory is one again, as it is after torch.load: an lr that two groups share, say.
         tied = self._saved.tied(name), self._saved.shapes[name], self._saved.dtypes[name]
         if tied in part.tied:
@@ -251,6 +254,9 @@ class _Matching:
         for name, found in owned.items():
             full = found.get(RankName.here(name))
             if full is None:
+                if name == part.entry.name:  # all that it has, and not one parameter's of many
+                    self._misfit.missing.append(name)
+                    part.is_own = False
                 continue
             target = part.entry.allocate_own(name, self._saved.shapes[full], self._saved.dtypes[full])
             if target is None:
@@ -277,6 +283,7 @@ class _Matching:
     def settle(self) -> Restoration:
         """Find what shares memory, refuse what does not fit, and say how the restore goes."""
         self._part_memory()
+        self._refuse_doubles()
         for part in self._parts:
             if part.is_shared:
                 self._add(part.entry.compare(part.restored(), self._saved.dtypes))
@@ -285,6 +292,7 @@ class _Matching:
         fit = Fit(missing=tuple(dict.fromkeys(self._misfit.missing)), cast=tuple(self._cast))
         restoration = Restoration(self._parts, self._allowed, fit)
         restoration.unexpected = {name: self._shown(name) for name in self._misfit.unexpected}
+        restoration.of_modules = {name for name in restoration.unexpected if self._saved.is_of_module(name)}
         restoration.moved = self._moved
         restoration.early.update(self._early)
         restoration.tensors.update(self._tensors)
@@ -357,6 +365,26 @@ class _Matching:
         """Tell whether two names are one memory here and were one when they were saved."""
         is_one = is_one_memory([one.tensor, other.tensor])
         return is_one and self._saved.tied(one.name) == self._saved.tied(other.name)
+
+    def _refuse_doubles(self) -> None:
+        """Refuse to hand one object two states: the last one would stay."""
+        seen: dict[int, Part] = {}
+        for part in [part for part in self._parts if part.entry.is_asked]:
+            first = seen.setdefault(id(part.entry.subject), part)
+            if first is not part and self._contents(first) != self._contents(part):
+                self._misfit.reasons.append(
+                    f"{first.entry.name} and {part.entry.name} are one object here and differ in the checkpoint"
+                )
+
+    def _contents(self, part: Part) -> dict[str, object]:
+        """Return what an entry is to hold, so far as that can be told before it is read."""
+        top = len(part.entry.name)
+        return {
+            name[top:]: codec.encode(self._saved.values[name], key=name)
+            if name in self._saved.values
+            else self._saved.tied(name)
+            for name in part.leaves
+        }
 
     def _refuse_resized(self, group: Sequence[_Held]) -> None:
         """Refuse what is resized and shares memory, but for one tensor that has several names."""

@@ -45,7 +45,7 @@ class ModuleEntry(Entry):
     def __init__(self, place: Place, module: nn.Module) -> None:
         super().__init__(place)
         self._module = module
-        self._is_fsdp1 = is_fsdp1(module)
+        self._is_fsdp1 = self.talks = is_fsdp1(module)
         self._raw_names: dict[str, str] = {}
         self._raw_metadata: Mapping[str, object] = {}
         self._own_names: set[str] | None = None

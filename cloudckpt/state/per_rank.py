@@ -10,8 +10,9 @@ touches a store.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import msgspec
 import numpy as np
@@ -21,7 +22,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 from cloudckpt.errors import ManifestError, OptionsError
 from cloudckpt.format import Flat, codec
 from cloudckpt.ranks import Group
-from cloudckpt.state.entry import Entry, Place, mapping_of
+from cloudckpt.state.backup import backup_of
+from cloudckpt.state.entry import Entry, Place
 
 __all__ = ["PerRank", "PerRankEntry", "RankName", "is_stateful_loader", "pack", "unpack"]
 
@@ -138,6 +140,11 @@ class PerRankEntry(Entry):
     def __init__(self, place: Place, stateful: Stateful) -> None:
         super().__init__(place)
         self._stateful = stateful
+        # A loader is not asked: it could not take its old state back, whose workers may be at work.
+        self.is_asked = not is_stateful_loader(stateful)
+
+    def backup(self) -> Callable[[], None] | None:
+        return None if is_stateful_loader(self._stateful) else backup_of(self._stateful)
 
     def current(self) -> object:
         return pack(self._stateful.state_dict(), key=self.name)
@@ -163,7 +170,7 @@ class PerRankEntry(Entry):
 
     def load(self, restored: object, live: object) -> None:
         # Not of `load_own`: from before it counted as each rank's own, and the same for all ranks.
-        self._stateful.load_state_dict(mapping_of(restored, self.name))
+        self._stateful.load_state_dict(cast("dict[str, object]", restored))
         if is_stateful_loader(self._stateful):
             _open_loader(self._stateful)
 

@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from cloudckpt.errors import RestoreFailedError, StateMismatchError
+from cloudckpt.errors import OptionsError, RestoreFailedError, StateMismatchError
 from cloudckpt.format import Flat, PathElement, unflatten
 from cloudckpt.root import Fit
 from cloudckpt.state.attributes import as_it_was, with_attributes
@@ -47,6 +48,25 @@ class Allowed:
     cast: bool = False
     materialize: str | torch.device | None = None
     resize: Resize | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what means nothing, before anything is asked of a store.
+
+        Raises:
+            OptionsError: a choice of another type, or a device that is not here.
+        """
+        for name in ("strict", "cast"):
+            if type(getattr(self, name)) is not bool:
+                raise OptionsError(f"{name} is {getattr(self, name)!r}; give True or False")
+        if self.resize is not None and not callable(self.resize):
+            raise OptionsError(
+                f"resize is {self.resize!r}; give a function of a name, the saved tensor and the live one"
+            )
+        if self.materialize is not None:
+            try:
+                torch.empty(0, device=self.materialize)
+            except (RuntimeError, AssertionError, TypeError) as exc:  # torch has no common one
+                raise OptionsError(f"materialize is {self.materialize!r}, which is no device here: {exc}") from exc
 
 
 @dataclass(slots=True)
@@ -106,6 +126,7 @@ class Restoration:
     Attributes:
         early: name → tensor of memory of its own, to be filled before `ask`.
         unexpected: names that the checkpoint has and this rank's state lacks, and how each is told.
+        of_modules: those of them that are names of a module's.
         tensors: name → tensor to be filled between `ask` and `apply`; many are live.
         fit: what of the state and of the checkpoint went together.
     """
@@ -114,6 +135,7 @@ class Restoration:
         self.early: dict[str, object] = {}
         self.tensors: dict[str, object] = {}
         self.unexpected: dict[str, str] = {}
+        self.of_modules: set[str] = set()
         self.fit = fit
         self._parts = parts
         self._allowed = allowed
@@ -167,15 +189,18 @@ class Restoration:
         self.early[resized.name] = resized.saved
 
     def leave(self, names: Collection[str]) -> None:
-        """Leave out what the checkpoint has and no rank's state; changes nothing.
+        """Leave out what the checkpoint has and this rank's state has not; changes nothing.
+
+        Args:
+            names: those that no rank has a use for. Of others, this rank may lack a module's: of another stage, say.
 
         Raises:
             StateMismatchError: the caller wants it restored.
         """
-        unexpected = list(dict.fromkeys(told for name, told in self.unexpected.items() if name in names))
-        if unexpected and self._allowed.strict:
-            raise mismatch([], unexpected, {}, [])
-        self.fit = replace(self.fit, unexpected=tuple(unexpected))
+        told = {name: told for name, told in self.unexpected.items() if name in names or name not in self.of_modules}
+        if told and self._allowed.strict:
+            raise mismatch([], list(dict.fromkeys(told.values())), {}, [])
+        self.fit = replace(self.fit, unexpected=tuple(dict.fromkeys(self.unexpected.values())))
 
     def ask(self) -> None:
         """Hand the state over to all objects that may refuse it.
@@ -216,6 +241,11 @@ class Restoration:
             raise StateMismatchError(
                 f"resize raised {type(exc).__name__} for {one.name}: {exc}; nothing was restored"
             ) from exc
+        if isinstance(one.live, DTensor) and not isinstance(new, DTensor):
+            raise StateMismatchError(
+                f"resize returned a {type(new).__name__} for {one.name}, which is distributed here; return a DTensor "
+                "of the live one's mesh and placements (distribute_tensor makes one); nothing was restored"
+            )
         if not isinstance(new, torch.Tensor) or new.shape != one.live.shape or new.dtype != one.live.dtype:
             what = f"{new.dtype} of {tuple(new.shape)}" if isinstance(new, torch.Tensor) else type(new).__name__
             raise StateMismatchError(

@@ -56,6 +56,11 @@ class Saved:
                 found.setdefault(owner.name, {})[owner] = name
         return found
 
+    def is_of_module(self, name: str) -> bool:
+        """Tell whether a name is one of a module that was saved as such."""
+        noted = (self.notes.get(above) for above in names_above(name))
+        return any(isinstance(note, dict) and "metadata" in note for note in noted)
+
     def tied(self, name: str) -> str:
         """Return the first name of the memory that a tensor was in, which is its own if it had no other."""
         note = self.notes.get(name)

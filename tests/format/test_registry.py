@@ -213,11 +213,36 @@ class Derived:
     area: int = dataclasses.field(init=False, default=0)
 
 
+@dataclasses.dataclass
+class Output(dict[str, int]):
+    """What it holds stands in two places."""
+
+    k: int = 0
+
+
+@dataclasses.dataclass
+class Scaled:
+    """Makes something else of what it is given."""
+
+    rate: float
+    area: float = dataclasses.field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        self.rate *= 4
+        self.area = self.rate**2
+
+
+def test_a_dataclass_comes_back_by_its_fields_and_not_by_its_constructor() -> None:
+    cloudckpt.register(Scaled, name="Scaled of the registry's tests")
+    value = Scaled(0.1)
+    assert codec.decode(codec.encode(value, key="v"), key="v") == value
+
+
 @pytest.mark.parametrize(
     ("call", "reason"),
     [
         (lambda: cloudckpt.register(Vocabulary, name="v"), "both encode= and decode="),
-        (lambda: cloudckpt.register(Derived, name="d"), "both encode= and decode="),
+        (lambda: cloudckpt.register(Output, name="d"), "both encode= and decode="),
         (lambda: cloudckpt.register(Config, name="c", encode=dataclasses.asdict), "both encode= and decode="),
         (lambda: cloudckpt.register(Config, name=""), "printable name"),
         (lambda: cloudckpt.register(Config, name="a\nb"), "printable name"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -22,12 +21,27 @@ def stage(number: int, value: float) -> nn.Module:
 
 def saved_and_restored(url: Path) -> list[str]:
     rank = dist.get_rank()
-    cloudckpt.save({"model": stage(rank, 5.0), **({"head": torch.ones(2)} if rank else {}), "n": 3}, url)
+    cloudckpt.save({"model": stage(rank, 5.0), **({"head": stage(9, 1.0)} if rank else {}), "n": 3}, url)
     model = stage(rank, 0.0)
-    state: dict[str, object] = {"model": model, **({"head": torch.zeros(2)} if rank else {}), "n": 0}
+    state: dict[str, object] = {"model": model, **({"head": stage(9, 0.0)} if rank else {}), "n": 0}
     cloudckpt.load(state, url)
     problems = [name for name, tensor in model.state_dict().items() if not bool((tensor == 5 + rank).all())]
     problems += [] if state["n"] == 3 else ["n"]
+    if not rank:
+        try:
+            cloudckpt.load({"model": model}, url)
+        except StateMismatchError as exc:
+            if exc.unexpected != ("n",):
+                problems.append(f"unexpected beside a stage: {exc.unexpected}")
+        else:
+            problems.append("a value that one rank lacks was left out in silence")
+    else:
+        try:
+            cloudckpt.load(state, url)
+        except StateMismatchError:
+            pass
+        else:
+            problems.append("rank 1 did not hear of what rank 0 lacks")
     try:
         cloudckpt.load({"model": stage(0, 0.0), "n": 0}, url)
     except StateMismatchError as exc:

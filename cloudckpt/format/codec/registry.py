@@ -6,7 +6,7 @@ A name in a store is looked up here and nowhere else, so that data never decide 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, Flag
 from functools import partial
@@ -87,8 +87,7 @@ def register(
     guessed = _guessed(kind) if encode is None and decode is None else (encode, decode)
     if guessed is None or None in guessed:
         raise OptionsError(
-            f"{kind.__qualname__} is no Enum, NamedTuple or dataclass whose fields are all given to its constructor; "
-            "pass both encode= and decode="
+            f"{kind.__qualname__} is no Enum, NamedTuple or plain dataclass; pass both encode= and decode="
         )
     other = _BY_NAME.get(name)
     # A module that is loaded again, in a notebook, makes the class anew.
@@ -109,10 +108,32 @@ def _guessed(kind: type) -> tuple[Callable[[Any], object], Callable[[Any], objec
     if issubclass(kind, Enum):
         return (lambda member: member.name), (lambda name: kind[name])
     if issubclass(kind, tuple) and hasattr(kind, "_asdict"):
-        return (lambda value: value._asdict()), (lambda fields: kind(**fields))
-    if dataclasses.is_dataclass(kind) and all(field.init for field in dataclasses.fields(kind)):
-        return partial(_fields_of, kind), (lambda fields: kind(**fields))
+        return partial(_items_of, kind), partial(_tuple_of, kind)
+    if dataclasses.is_dataclass(kind) and not issubclass(kind, dict | list | tuple | set | str | int | float):
+        return partial(_fields_of, kind), partial(_made_of, kind)
     return None
+
+
+def _items_of(kind: Any, value: Any) -> dict[str, object]:  # noqa: ANN401  a NamedTuple
+    if extra := list(getattr(value, "__dict__", ())):
+        raise ValueError(f"it has attributes that are no fields: {', '.join(extra)}")
+    return dict(zip(kind._fields, value, strict=True))
+
+
+def _tuple_of(kind: Any, fields: Mapping[str, object]) -> Any:  # noqa: ANN401
+    # Not by its constructor, which may make something else of them.
+    return tuple.__new__(kind, [fields[name] for name in kind._fields])
+
+
+def _made_of(kind: Any, fields: Mapping[str, object]) -> Any:  # noqa: ANN401
+    """Return a dataclass with these fields; what its constructor makes of what it is given was made once."""
+    made = object.__new__(kind)
+    names = {field.name for field in dataclasses.fields(kind)}
+    if names != set(fields):
+        raise ValueError(f"it has the fields {', '.join(sorted(fields))}, and here {', '.join(sorted(names))}")
+    for name, value in fields.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 def _fields_of(kind: Any, value: object) -> dict[str, object]:  # noqa: ANN401  a dataclass
