@@ -267,7 +267,7 @@ class Restoration:
                     changed.append(name)
                 else:
                     undo()
-            except Exception:  # noqa: BLE001 (of a user's object; whatever it is, the others are to get theirs)
+            except BaseException:  # noqa: BLE001 (of a user's object; whatever it is, the others are to get theirs)
                 changed.append(name)
         if changed:
             logger.warning("of a restore that failed, these keep what they were given: %s", some(changed))

@@ -530,3 +530,305 @@ def test_what_is_the_default_around_a_restore_does_not_matter(tmp_path: Path, ma
 
     assert (model.weight.item(), live["v"]["x"].tolist(), live["n"]) == (2.0, [1.0] * 3, 7)
     assert read["m"]["weight"].item() == 2.0  # type: ignore[index]
+
+
+# -- what users do -----------------------------------------------------------------------------------------------------
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_load_state_dict_pre_hook(lambda *_: None)
+    return module
+
+
+def test_a_hook_does_not_switch_checks_off(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        meta = hooked(line(0.0))
+    with pytest.raises(StateMismatchError, match=r"m\.weight is on the meta device"):
+        trip(tmp_path / "1", {"m": line(2.0)}, {"m": meta})
+    trip(tmp_path / "2", {"m": line(2.0)}, {"m": meta}, materialize="cpu")
+    assert meta.weight.item() == 2.0  # type: ignore[operator]
+
+    tied = hooked(Two(0.0, 0.0, is_tied=True))
+    with pytest.raises(StateMismatchError, match="share memory here and differ"):
+        trip(tmp_path / "3", {"m": Two(1.0, 2.0)}, {"m": tied})
+    assert [parameter.item() for parameter in tied.parameters()] == [0.0]
+
+
+def test_a_loading_of_its_own_is_told_how_strict_the_caller_is(tmp_path: Path) -> None:
+    class Strict(nn.Linear):
+        def load_state_dict(self, state: State, strict: bool = True) -> None:  # type: ignore[override]
+            if strict and "bias" not in state:
+                raise KeyError("bias")
+            self.weight.data.copy_(state["weight"])
+
+    class Plain(nn.Linear):
+        def load_state_dict(self, state: State) -> None:  # type: ignore[override]
+            self.weight.data.copy_(state["weight"])
+
+    saved = nn.Linear(1, 1, bias=False)
+    with pytest.raises(RestoreFailedError, match="bias"):
+        trip(tmp_path / "1", {"m": saved}, {"m": Strict(1, 1)})
+    for number, live in enumerate((Strict(1, 1), Plain(1, 1))):
+        trip(tmp_path / f"2{number}", {"m": saved}, {"m": live}, strict=False)
+        assert torch.equal(live.weight, saved.weight)
+
+
+def test_the_versions_of_a_state_dict_come_back_with_it(tmp_path: Path) -> None:
+    class Trainer:
+        def __init__(self, value: float) -> None:
+            self.module = nn.Sequential(Versioned(value))
+
+        def state_dict(self) -> State:
+            return {"inner": self.module.state_dict()}
+
+        def load_state_dict(self, state: State) -> None:
+            self.module.load_state_dict(state["inner"])
+
+    live, holder, empty = Trainer(0.0), nn.Sequential(Versioned(0.0)), nn.Sequential(Versioned(0.0))
+    state: State = {"t": live, "d": holder.state_dict(), "e": None}
+    other = nn.Sequential(Versioned(4.0)).state_dict()
+    trip(tmp_path, {"t": Trainer(3.0), "d": other, "e": other}, state)
+    holder.load_state_dict(state["d"])
+    empty.load_state_dict(state["e"])
+    assert [module[0].weight.tolist() for module in (live.module, holder, empty)] == [[3.0] * 2, [4.0] * 2, [4.0] * 2]  # type: ignore[operator, union-attr]
+
+
+def test_nothing_has_memory_after_a_refusal(tmp_path: Path) -> None:
+    for number, saved in enumerate(({"m": nn.Sequential(line(1.0), line(2.0))}, {"m": Two(1.0, 2.0)})):
+        with torch.device("meta"):
+            live = nn.Sequential(line(0.0)) if number == 0 else Two(0.0, 0.0, is_tied=True)
+        with pytest.raises(StateMismatchError):
+            trip(tmp_path / str(number), saved, {"m": live}, materialize="cpu")
+        assert all(parameter.is_meta for parameter in live.parameters())
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LSTM(2, 3), lambda: nn.GRU(2, 3), lambda: nn.Linear(2, 3)])
+def test_a_model_on_the_meta_device_gets_memory_beside_its_optimizer(
+    tmp_path: Path, make: Callable[[], nn.Module]
+) -> None:
+    model = make()
+    optimizer = torch.optim.Adam(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with torch.device("meta"):
+        again = make()
+    fresh = torch.optim.Adam(again.parameters())
+
+    trip(tmp_path, {"m": model, "o": optimizer}, {"m": again, "o": fresh}, materialize="cpu")
+
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(optimizer.state[one]["exp_avg"], fresh.state[other]["exp_avg"])
+
+
+def test_resized_tensors_in_one_memory_are_refused(tmp_path: Path) -> None:
+    class Pair(nn.Module):
+        def __init__(self, size: int, *, is_tied: bool) -> None:
+            super().__init__()
+            self.a, self.b = nn.Embedding(size, 1), nn.Embedding(size, 1)
+            if is_tied:
+                self.b.weight = self.a.weight
+
+    def grown(name: str, saved: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+        live[: len(saved)] = saved  # a copy: nothing is changed by it
+        return live
+
+    live = Pair(3, is_tied=True)
+    before = live.a.weight.clone()
+    with pytest.raises(StateMismatchError, match=r"m\.a\.weight, m\.b\.weight share memory"):
+        trip(tmp_path / "1", {"m": Pair(2, is_tied=False)}, {"m": live}, resize=grown)
+    with pytest.raises(StateMismatchError, match="last refuses"):
+        saved: State = {"m": Pair(2, is_tied=True), "last": Refusing(99)}
+        trip(tmp_path / "2", saved, {"m": live, "last": Refusing(0)}, resize=grown)
+    assert torch.equal(live.a.weight, before)
+    tied = Pair(2, is_tied=True)
+    trip(tmp_path / "3", {"m": tied}, {"m": live}, resize=grown)
+    assert torch.equal(live.a.weight[:2], tied.a.weight)
+
+
+def test_a_resize_that_raises_is_told_by_the_tensors_name(tmp_path: Path) -> None:
+    with pytest.raises(StateMismatchError, match=r"resize raised ZeroDivisionError for m\.weight"):
+        trip(tmp_path, {"m": nn.Embedding(2, 1)}, {"m": nn.Embedding(3, 1)}, resize=lambda *_: 1 / 0)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"resize": 5}, {"materialize": "nope"}, {"materialize": 5.0}, {"cast": "float16"}, {"strict": "no"}],
+    ids=repr,
+)
+def test_choices_that_mean_nothing_are_refused(tmp_path: Path, options: State) -> None:
+    with pytest.raises(cloudckpt.OptionsError, match=f"{next(iter(options))} is"):
+        trip(tmp_path, {"n": 1}, {"n": 0}, **options)
+
+
+def test_an_object_gets_back_what_it_had_of_gradients(tmp_path: Path) -> None:
+    class Policy:
+        def __init__(self, value: float) -> None:
+            self.alpha = nn.Parameter(torch.tensor([value]))
+            self.beta = torch.tensor([value], requires_grad=True)
+
+        def state_dict(self) -> State:
+            return {"alpha": self.alpha, "beta": self.beta}
+
+        def load_state_dict(self, state: State) -> None:
+            self.alpha, self.beta = state["alpha"], state["beta"]
+
+    live = Policy(0.0)
+    state: State = {"p": live, "x": None}
+    trip(tmp_path, {"p": Policy(2.0), "x": nn.Parameter(torch.ones(1))}, state)
+    assert (type(live.alpha), live.alpha.requires_grad, live.alpha.item()) == (nn.Parameter, True, 2.0)
+    assert (type(live.beta), live.beta.requires_grad, live.beta.item()) == (torch.Tensor, True, 2.0)
+    assert (type(state["x"]), state["x"].requires_grad) == (nn.Parameter, True)
+
+
+@pytest.mark.parametrize("state", [(1, torch.ones(2)), [1, [2]], torch.ones(3), 7, None], ids=repr)
+def test_an_object_is_handed_whatever_its_state_was(tmp_path: Path, state: object) -> None:
+    class Any_:
+        def __init__(self, state: object) -> None:
+            self.state = state
+
+        def state_dict(self) -> Any:
+            return self.state
+
+        def load_state_dict(self, state: object) -> None:
+            self.state = state
+
+    live = Any_(0)
+    trip(tmp_path, {"o": Any_(state)}, {"o": live})
+    assert repr(live.state) == repr(state)
+
+
+def test_an_object_without_a_state_yet_takes_what_was_saved(tmp_path: Path) -> None:
+    class Late(Refusing):
+        def state_dict(self) -> State:
+            if self.value == 0:
+                raise RuntimeError("not started")
+            return super().state_dict()
+
+    live = Late(0)
+    trip(tmp_path, {"o": Late(5)}, {"o": live})
+    assert live.value == 5
+
+
+def test_an_object_that_went_back_has_nothing_of_the_newer_state(tmp_path: Path) -> None:
+    class Open:
+        def __init__(self, **values: object) -> None:
+            self.__dict__.update(values)
+
+        def state_dict(self) -> State:
+            return dict(self.__dict__)
+
+        def load_state_dict(self, state: State) -> None:
+            self.__dict__.update(state)
+
+    live = Open(x=0)
+    with pytest.raises(StateMismatchError, match=r"nothing was changed$"):
+        trip(tmp_path, {"o": Open(x=1, y=2), "r": Refusing(99)}, {"o": live, "r": Refusing(0)})
+    assert live.__dict__ == {"x": 0}
+
+
+def test_an_interrupt_in_an_object_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+    class Interrupted(Refusing):
+        def load_state_dict(self, state: State) -> None:
+            raise KeyboardInterrupt
+
+    first, model = Refusing(1), line(0.0)
+    with pytest.raises(KeyboardInterrupt):
+        trip(
+            tmp_path,
+            {"a": Refusing(5), "b": Refusing(6), "m": line(7.0)},
+            {"a": first, "b": Interrupted(2), "m": model},
+        )
+    assert (first.value, model.weight.item()) == (1, 0.0)
+
+
+def test_one_object_under_two_names_takes_one_state(tmp_path: Path) -> None:
+    live = Refusing(0)
+    with pytest.raises(StateMismatchError, match="best and last are one object here and differ"):
+        trip(tmp_path / "1", {"best": Refusing(1), "last": Refusing(2)}, {"best": live, "last": live})
+    assert live.value == 0
+    trip(tmp_path / "2", {"best": Refusing(3), "last": Refusing(3)}, {"best": live, "last": live})
+    assert live.value == 3
+
+
+def test_containers_that_stand_in_two_places_come_back_as_what_was_saved_in_each(tmp_path: Path) -> None:
+    history: list[float] = []
+    live: State = {"loss": dict.fromkeys(["train", "val"], history), "rows": [[0]] * 2}
+    trip(tmp_path, {"loss": {"train": [1.0], "val": [2.0]}, "rows": [[1], [2]]}, live)
+    assert live == {"loss": {"train": [1.0], "val": [2.0]}, "rows": [[1], [2]]}
+
+
+def test_a_list_of_a_models_parameters_stays_one_with_it(tmp_path: Path) -> None:
+    saved, model = line(3.0), line(0.0)
+    held = list(model.parameters())
+    trip(tmp_path, {"m": saved, "held": list(saved.parameters())}, {"m": model, "held": held})
+    assert held[0] is model.weight
+    assert model.weight.item() == 3.0
+
+
+def test_generators_that_stand_in_the_state_draw_on(tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+
+    saved = [torch.Generator().manual_seed(1), random.Random(1), np.random.default_rng(1), np.random.RandomState(1)]
+    live = [torch.Generator().manual_seed(2), random.Random(2), np.random.default_rng(2), np.random.RandomState(2)]
+    held = list(live)
+    trip(tmp_path, {"g": saved}, {"g": live})
+
+    def draws(each: list[Any]) -> list[float]:
+        return [torch.rand(1, generator=each[0]).item(), each[1].random(), each[2].random(), each[3].random_sample()]
+
+    assert draws(held) == draws(saved)
+
+
+@pytest.mark.parametrize("saved", [OrderedDict(a=torch.ones(1)), OrderedDict(a=1)], ids=["tensors", "plain"])
+def test_an_empty_dict_takes_the_type_that_was_saved(tmp_path: Path, saved: object) -> None:
+    live: State = {"d": {}}
+    trip(tmp_path, {"d": saved}, live)
+    assert type(live["d"]) is OrderedDict
+    assert repr(live["d"]) == repr(saved)
+
+
+def test_a_tensor_of_a_foreign_type_is_filled_where_one_stands_and_refused_elsewhere(tmp_path: Path) -> None:
+    class Box(torch.Tensor):
+        pass
+
+    saved = torch.ones(2).as_subclass(Box)
+    live = torch.zeros(2).as_subclass(Box)
+    trip(tmp_path / "1", {"t": saved}, {"t": live})
+    assert live.tolist() == [1.0, 1.0]
+    with pytest.raises(StateMismatchError, match="t was a Box"):
+        trip(tmp_path / "2", {"t": saved}, {"t": None})
+    aliasing = Aliasing(1.0, 1.0)
+    aliasing.best = saved
+    with pytest.raises(cloudckpt.UnsupportedValueError, match=r"'o\.best' is a Box"):
+        cloudckpt.save({"o": aliasing}, tmp_path / "3", progress="off")
+
+
+def test_a_backward_notices_that_a_value_was_restored_since(tmp_path: Path) -> None:
+    value = torch.tensor([3.0])
+    weight = torch.ones(1, requires_grad=True)
+    loss = (weight * value).sum()
+    trip(tmp_path, {"v": torch.tensor([5.0])}, {"v": value})
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
+def test_a_name_that_the_checkpoint_lacks_is_not_missed_where_another_one_fills_it(tmp_path: Path) -> None:
+    live = Two(0.0, 0.0, is_tied=True)
+    cloudckpt.save({"m": {"a.weight": torch.tensor([[4.0]])}}, tmp_path / "c", progress="off")
+    found = cloudckpt.load({"m": live}, tmp_path / "c", progress="off")
+    assert live.b.weight.item() == 4.0
+    assert found.fit is not None
+    assert found.fit.missing == ()
+
+
+def test_one_checkpoint_is_no_root(tmp_path: Path) -> None:
+    cloudckpt.save({"n": 1}, tmp_path / "c", progress="off")
+    with (
+        cloudckpt.CheckpointManager(tmp_path / "c", progress="off") as manager,
+        pytest.raises(cloudckpt.OptionsError, match="is one checkpoint, not a root"),
+    ):
+        manager.restore({"n": 0})
