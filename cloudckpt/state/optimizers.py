@@ -22,11 +22,11 @@ from torch.optim import LBFGS, Optimizer
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPES, Flat, JsonValue, PathElement
-from cloudckpt.state.beside import Beside
+from cloudckpt.state.beside import Beside, wrapped_in
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of
 from cloudckpt.state.groups import GroupFit, Name, group_of, match_groups, names_in, saved_groups
 from cloudckpt.state.placement import noted_placements, placement_note, usual_placements
-from cloudckpt.state.uncast import saved_types, wrapped_in
+from cloudckpt.state.uncast import saved_types
 
 __all__ = ["NamedEntry", "OptimizerEntry", "groups_of", "parameter_of"]
 

@@ -528,6 +528,43 @@ def test_an_optimizer_that_leaves_out_the_state_of_the_one_it_wraps_is_refused_a
         cloudckpt.save({"model": model, "sam": optimizer}, tmp_path / "c")
 
 
+class Several(Optimizer):
+    """Keeps inner optimizers in a container, and says nothing of their state."""
+
+    def __init__(self, params: Any, hold: Callable[[Optimizer], object]) -> None:
+        params = list(params)
+        super().__init__(params, {})
+        self.first = torch.optim.Adam(params)
+        self.held = hold(self.first)
+        del self.first
+
+    def step(self, closure: Any = None) -> Any:
+        found = self.held
+        while not isinstance(found, Optimizer):
+            found = next(iter(found.values() if isinstance(found, dict) else found))  # type: ignore[attr-defined]
+        return found.step(closure)
+
+
+HOLD: dict[str, Callable[[Optimizer], object]] = {
+    "plain": lambda inner: inner,
+    "list": lambda inner: [inner],
+    "dict": lambda inner: {"adam": inner},
+    "set": lambda inner: {inner},
+    "list of dicts": lambda inner: [{"adam": inner}],
+    "dict of tuples": lambda inner: {"adam": (inner, None)},
+    "one of many": lambda inner: [inner, *range(2000)],
+}
+
+
+@pytest.mark.parametrize("hold", HOLD.values(), ids=HOLD)
+def test_a_wrapped_optimizer_is_found_in_whatever_holds_it(tmp_path: Path, hold: Callable[[Optimizer], object]) -> None:
+    model = Matrices()
+    optimizer = Several(model.parameters(), hold)
+    train(model, optimizer, begin=0)
+    with pytest.raises(OptionsError, match="'o' leaves out the state of the Adam that it wraps; put that one into"):
+        cloudckpt.save({"model": model, "o": optimizer}, tmp_path / "c")
+
+
 @pytest.mark.parametrize("names", [("sam", "base"), ("base", "sam")], ids=" then ".join)
 def test_an_optimizer_and_the_one_it_wraps_still_share_their_groups(tmp_path: Path, names: tuple[str, str]) -> None:
     def state(model: nn.Module, optimizer: Sam) -> State:
@@ -868,6 +905,74 @@ def test_a_scheduler_that_nobody_can_read_is_refused_beside_groups_in_another_or
     cloudckpt.load({"model": model, "o": there, "own": Own(there)}, tmp_path / "c")
     with pytest.raises(StateMismatchError, match="own may keep something for each group of o, whose groups stand in a"):
         cloudckpt.load({"model": model, "o": here, "own": Own(here)}, tmp_path / "c", strict=strict)
+
+
+class Warm:
+    """Keeps a rate for each group of an optimizer that it holds as `hold` says."""
+
+    def __init__(self, optimizer: Optimizer, hold: Callable[[Optimizer], object]) -> None:
+        self.mine = hold(optimizer)
+        self.base = [group["lr"] for group in optimizer.param_groups]
+
+    def state_dict(self) -> State:
+        return {"base": self.base}
+
+    def load_state_dict(self, state_dict: State) -> None:
+        self.base = state_dict["base"]
+
+
+class Slots(Warm):
+    __slots__ = ("opt",)
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer, lambda _: None)
+        self.opt = optimizer
+
+
+FOREIGN: dict[str, Callable[[Optimizer], object]] = {
+    **{f"in {name}": lambda optimizer, hold=hold: Warm(optimizer, hold) for name, hold in HOLD.items()},
+    "in a slot": Slots,
+    "with another of its kind": lambda optimizer: Warm(optimizer, lambda it: Warm(it, lambda it: it)),
+    "with one of torch": lambda optimizer: Warm(optimizer, lambda it: lr_scheduler.StepLR(it, 1)),
+    "in what each rank keeps": lambda optimizer: cloudckpt.PerRank(Warm(optimizer, lambda it: it)),
+}
+
+
+@pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN)
+def test_whatever_holds_an_optimizer_is_refused_beside_groups_in_another_order(
+    tmp_path: Path, make: Callable[[Optimizer], object]
+) -> None:
+    model = Matrices()
+    there, here = (_two_groups(model, is_reordered=is_reordered) for is_reordered in (False, True))
+    cloudckpt.save({"model": model, "o": there, "own": make(there)}, tmp_path / "c")
+    cloudckpt.load({"model": model, "o": there, "own": make(there)}, tmp_path / "c")
+    with pytest.raises(StateMismatchError, match="own may keep something for each group of o, whose groups stand in a"):
+        cloudckpt.load({"model": model, "o": here, "own": make(here)}, tmp_path / "c")
+
+
+def test_an_object_that_holds_another_optimizer_is_restored_beside_groups_in_another_order(tmp_path: Path) -> None:
+    model, other = Matrices(), Matrices()
+    there, here = (_two_groups(model, is_reordered=is_reordered) for is_reordered in (False, True))
+    own = Warm(_two_groups(other, is_reordered=False), lambda it: it)
+    cloudckpt.save({"model": model, "o": there, "own": own}, tmp_path / "c")
+    own.base = []
+    cloudckpt.load({"model": model, "o": here, "own": own}, tmp_path / "c")
+    assert own.base == [0.2, 0.1]
+
+
+@pytest.mark.parametrize("function", [Decay(0.5), lambda epoch: 0.5**epoch], ids=["object", "function"])
+@pytest.mark.parametrize("make", [lr_scheduler.LambdaLR, lr_scheduler.MultiplicativeLR])
+def test_a_group_that_was_not_saved_keeps_its_function(tmp_path: Path, make: Any, function: Any) -> None:
+    model = Matrices()
+    there = torch.optim.SGD([model.one.weight], lr=0.2)
+    cloudckpt.save({"model": model, "o": there, "s": make(there, Decay(0.9))}, tmp_path / "c")
+    here = torch.optim.SGD([{"params": [model.two.weight], "lr": 0.1}, {"params": [model.one.weight], "lr": 0.1}])
+    scheduler = make(here, [function, Decay(0.1)])
+    cloudckpt.load({"model": model, "o": here, "s": scheduler}, tmp_path / "c", strict=False)
+    assert scheduler.lr_lambdas[0] is function
+    assert scheduler.lr_lambdas[0](2) == 0.25
+    assert scheduler.lr_lambdas[1].rate == 0.9
+    assert scheduler.base_lrs == [0.1, 0.2]
 
 
 # -- many --------------------------------------------------------------------------------------------------------
