@@ -179,7 +179,7 @@ class OptimizerEntry(NamedEntry):
             if id(parameter) in names:
                 continue
             found = list(beside.names_of(parameter))
-            if not found and own_name is not None and own_name not in self._aliases:
+            if not found and own_name is not None and not beside.has_name(own_name):
                 found = [own_name]
             name: Name = found[0] if found else len(self._nameless)
             if not found:

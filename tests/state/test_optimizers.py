@@ -687,6 +687,21 @@ def test_names_that_the_optimizer_was_given_count_where_nothing_stands_beside_it
     assert other.param_groups[0]["param_names"] == ["two.weight", "one.weight"]
 
 
+@pytest.mark.parametrize("key", ["model", "teacher", "student"])
+def test_a_name_that_an_optimizer_was_given_is_none_where_the_state_has_it(tmp_path: Path, key: str) -> None:
+    def parts() -> tuple[nn.ModuleDict, Optimizer]:
+        both = nn.ModuleDict({"model": Matrices(), "teacher": Matrices()})
+        return both, torch.optim.SGD(both.named_parameters(), lr=0.1, momentum=0.5)
+
+    both, optimizer = parts()
+    for place, parameter in enumerate(both.parameters()):
+        optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, place + 1.0).detach()
+    cloudckpt.save({key: both["teacher"], "o": optimizer}, tmp_path / "c")
+    again, other = parts()
+    cloudckpt.load({key: again["teacher"], "o": other}, tmp_path / "c")
+    assert _marks(other, *again.parameters()) == [1.0, 2.0, 3.0, 4.0]
+
+
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("there", ["with its module", "alone"])
 def test_parameters_with_names_are_never_taken_for_some_without(tmp_path: Path, there: str, strict: bool) -> None:
