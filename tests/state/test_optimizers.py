@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -398,6 +400,91 @@ def test_hooks_of_state_dict_and_load_state_dict_have_the_last_word(tmp_path: Pa
         assert bits(part["exp_avg_sq"]) == bits(saved["exp_avg_sq"].double())
     assert not {*fresh._optimizer_load_state_dict_pre_hooks.values()} - {from_disk}
     assert not {*fresh._optimizer_load_state_dict_post_hooks.values()} - {after}
+
+
+class Modern(Optimizer):
+    """Brings states that older versions of it saved up to date."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def __setstate__(self, state: State) -> None:
+        super().__setstate__(state)
+        for part in self.state.values():
+            part["m"] = part["m"].float()
+            part.setdefault("seen", type(part["m"]).__name__)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["same dtype", "other dtype"])
+def test_what_an_optimizer_does_in_its_setstate_stays_done(tmp_path: Path, changed: bool) -> None:
+    model, again = Matrices(torch.bfloat16), Matrices(torch.float64 if changed else torch.bfloat16)
+    optimizer, fresh = Modern(model.parameters()), Modern(again.parameters())
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"m": torch.ones_like(parameter).detach()}
+    cloudckpt.save({"model": model, "o": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": again, "o": fresh}, tmp_path / "c")
+    for parameter, part in fresh.state.items():
+        assert bits(part) == bits({"m": torch.ones(parameter.shape), "seen": "Tensor"})
+    assert "__setstate__" not in vars(fresh)
+
+
+class Direct(torch.optim.SGD):
+    """Takes what it is given, after the hooks, without any __setstate__."""
+
+    def load_state_dict(self, state_dict: State) -> None:
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        for number, parameter in enumerate(self.param_groups[0]["params"]):
+            self.state[parameter] = state_dict["state"][number]
+
+
+def test_an_optimizer_that_sets_its_state_without_torchs_code_has_what_was_saved(tmp_path: Path) -> None:
+    model = Matrices()
+    optimizer, fresh = (Direct(model.parameters(), lr=0.1, momentum=0.5) for _ in range(2))
+    train(model, optimizer, begin=0)
+    cloudckpt.save({"model": model, "o": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": model, "o": fresh}, tmp_path / "c")
+    assert bits(fresh.state_dict()) == bits(optimizer.state_dict())
+
+
+CONTAINERS: dict[str, Any] = {
+    "deque": deque([torch.tensor(16777217), torch.ones(2)], maxlen=3),
+    "ordered": OrderedDict(b=torch.tensor([0.1], dtype=torch.float64), a=1),
+    "of a dict": {"deep": OrderedDict(a=[deque([1.5], maxlen=2)])},
+    "counter": Counter("aab"),
+    "set": {1, 2},
+    "frozen": frozenset({"a"}),
+    "bytes": b"ab",
+    "range": range(2, 9, 3),
+    "size": torch.Size([2, 3]),
+    "array": np.arange(3, dtype=np.int16),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_a_container_in_the_state_comes_back_as_it_was(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    model, again = Matrices(torch.bfloat16), Matrices(dtype)
+    optimizer, fresh = (torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.5) for each in (model, again))
+    optimizer.state[model.one.weight]["mine"] = saved = CONTAINERS[kind]
+    cloudckpt.save({"model": model, "o": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": again, "o": fresh}, tmp_path / "c")
+    found = fresh.state[again.one.weight]["mine"]
+    assert type(found) is type(saved)
+    assert getattr(found, "maxlen", None) == getattr(saved, "maxlen", None)
+    assert str(found) == str(saved)  # tensors say their dtype
+
+
+def test_tensors_in_a_container_follow_their_parameter_into_another_precision(tmp_path: Path) -> None:
+    model, again = Matrices(torch.bfloat16), Matrices()
+    optimizer, fresh = (torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.5) for each in (model, again))
+    weight = model.one.weight.detach()
+    optimizer.state[model.one.weight]["mine"] = {"last": deque([weight, weight.double()], maxlen=2)}
+    cloudckpt.save({"model": model, "o": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": again, "o": fresh}, tmp_path / "c")
+    found = fresh.state[again.one.weight]["mine"]["last"]
+    assert bits(list(found)) == bits([weight.float(), weight.double()])
+    assert found.maxlen == 2
 
 
 STATES: dict[str, object] = {
