@@ -16,9 +16,11 @@ from torch.optim.swa_utils import SWALR
 
 import cloudckpt
 from cloudckpt import OptionsError, StateMismatchError
+from cloudckpt.format import PathElement
 from cloudckpt.state import bind
 from cloudckpt.state.beside import Beside
 from cloudckpt.state.groups import match_groups
+from cloudckpt.state.optimizers import NamedEntry
 from tests.state.nets import CUT, SCHEDULERS, Decay, Matrices, Net, State, bits, check_goes_on, state_of, train
 
 
@@ -262,6 +264,77 @@ def test_state_follows_a_parameter_into_another_precision(tmp_path: Path) -> Non
     kept = optimizer.state[model.one.weight]["exp_avg"]
     assert torch.equal(fresh.state[half.one.weight]["exp_avg"], kept.bfloat16())
     train(half, fresh, begin=3)
+
+
+class Renamed(nn.Module):
+    """Is saved under other names than its parameters have, as hooks may have it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.base = Matrices(dtype)
+        self._register_state_dict_hook(Renamed._rename)
+        self.register_load_state_dict_pre_hook(Renamed._rename_back)
+
+    @staticmethod
+    def _rename(_module: nn.Module, state: State, _prefix: str, _metadata: object) -> None:
+        for key in list(state):
+            state[key.removeprefix("base.")] = state.pop(key)
+
+    @staticmethod
+    def _rename_back(_module: nn.Module, state: State, *_: object) -> None:
+        for key in list(state):
+            state[f"base.{key}"] = state.pop(key)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.base(x)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("there", "here"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=["wider", "narrower"]
+)
+def test_state_follows_a_parameter_that_is_saved_under_another_name(
+    tmp_path: Path, there: torch.dtype, here: torch.dtype
+) -> None:
+    model, again = Renamed(there), Renamed(here)
+    optimizer, fresh = torch.optim.Adam(model.parameters()), torch.optim.Adam(again.parameters())
+    train(model, optimizer, begin=0)
+    cloudckpt.save({"model": model, "o": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": again, "o": fresh}, tmp_path / "c", cast=True)
+    kept = optimizer.state[model.base.one.weight]["exp_avg"]
+    assert bits(fresh.state[again.base.one.weight]["exp_avg"]) == bits(kept.to(here))
+    train(again, fresh, begin=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("is_alone", [False, True], ids=["renamed", "alone"])
+def test_state_of_a_dtype_of_its_own_keeps_it_where_its_parameter_is_saved_under_another_name(
+    tmp_path: Path, is_alone: bool, dtype: torch.dtype
+) -> None:
+    model, again = Renamed(torch.bfloat16), Renamed(dtype)
+    optimizer, fresh = Master(model.named_parameters()), Master(again.named_parameters())
+    train(model, optimizer, begin=0)
+    optimizer.state[model.base.one.weight]["exact"] = torch.ones(8, 6, dtype=torch.float64)
+    cloudckpt.save({"o": optimizer} if is_alone else {"model": model, "o": optimizer}, tmp_path / "c")
+    cloudckpt.load({"o": fresh} if is_alone else {"model": again, "o": fresh}, tmp_path / "c")
+    assert bits(list(fresh.state.values())) == bits(list(optimizer.state.values()))
+
+
+def test_a_part_as_large_as_its_parameter_was_has_the_shape_that_the_parameter_has_here() -> None:
+    model = nn.Linear(4, 3)
+    (entry,) = (each for each in bind({"m": model, "o": torch.optim.Adam(model.parameters())}) if each.name == "o")
+    assert isinstance(entry, NamedEntry)
+    saved = {"m.weight": (3, 1), "m.bias": (3,)}
+
+    def shape(parameter: str, key: PathElement, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return entry.shape_here(["state", parameter, key], shape, saved.get)
+
+    assert shape("m.weight", "exp_avg", (3, 1)) == (3, 4)
+    assert shape("m.weight", "row", (3,)) == (3,)
+    assert shape("m.weight", "step", ()) == ()
+    assert shape("m.bias", "exp_avg", (3,)) == (3,)
+    assert shape("m.other", "exp_avg", (3, 1)) == (3, 1)
+    assert entry.shape_here(["param_groups", 0, "lr"], (), saved.get) == ()
 
 
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
