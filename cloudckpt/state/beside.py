@@ -1,6 +1,6 @@
 """Say what stands beside the optimizers of a state: how their parameters are called, and who keeps lists of groups.
 
-    objects of the state ──▶ Beside: parameter → names, optimizer → schedulers
+    objects of the state ──▶ Beside: parameter → names, optimizer → who holds it
 
 Made once for a state: looking through every module for every optimizer costs the square of their number. Knows
 PyTorch's modules and schedulers; knows nothing of what a checkpoint holds.
@@ -8,21 +8,62 @@ PyTorch's modules and schedulers; knows nothing of what a checkpoint holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain
+from types import MemberDescriptorType
+from typing import cast
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
 
 from cloudckpt.state.wrappers import clean_name
 
-__all__ = ["Beside", "named_parameters"]
+__all__ = ["Beside", "named_parameters", "wrapped_in"]
 
 # What torch's schedulers keep for each group, by its place.
 _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
 
 _DOTS_LIMIT = 500
+# A longer container is data, whose items are not looked into one by one.
+_HELD_LIMIT = 1000
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+
+
+def wrapped_in(optimizer: Optimizer) -> list[Optimizer]:
+    """Return an optimizer and those that it wraps, in whatever containers, from the outermost."""
+    return [optimizer, *_optimizers_in(optimizer, lambda value: isinstance(value, Optimizer))]
+
+
+def _optimizers_in(holder: object, looks_into: Callable[[object], bool]) -> list[Optimizer]:
+    """Return the optimizers that an object holds in its attributes, in containers and in objects to be looked into."""
+    seen: dict[int, object] = {id(holder): holder}
+    pending = deque(_attributes(holder))
+    while pending:
+        value = pending.popleft()
+        if id(value) in seen:
+            continue
+        if isinstance(value, _CONTAINERS):
+            seen[id(value)] = value
+            items = list(value.values() if isinstance(value, dict) else value)
+            pending += items if len(items) <= _HELD_LIMIT else [item for item in items if isinstance(item, Optimizer)]
+        elif looks_into(value):
+            seen[id(value)] = value
+            pending += _attributes(value)
+    return [value for value in seen.values() if isinstance(value, Optimizer) and value is not holder]
+
+
+def _attributes(value: object) -> Iterator[object]:
+    """Yield what an object has; what a property of somebody else's object does is not to be found out here."""
+    skipped = ("state", "param_groups") if isinstance(value, Optimizer) else ()  # large, and torch's
+    yield from (child for name, child in getattr(value, "__dict__", {}).items() if name not in skipped)
+    for member in chain.from_iterable(vars(kind).values() for kind in type(value).__mro__):
+        if isinstance(member, MemberDescriptorType):  # of __slots__
+            with suppress(AttributeError):
+                yield member.__get__(value)
 
 
 class Beside:
@@ -33,7 +74,7 @@ class Beside:
         self._objects = objects  # ids of what is in them are theirs as long as they live
         self._ids = set(map(id, objects.values()))
         self._names: dict[int, list[str]] = {}
-        self._keepers: dict[int, list[tuple[str, object]]] = {}
+        self._keepers: dict[int, list[tuple[str, bool]]] = {}
         self._sources: dict[int, Sequence[int | None]] = {}
         is_asked = any(isinstance(value, Optimizer) for value in objects.values())
         modules = {name: value for name, value in objects.items() if is_asked and isinstance(value, nn.Module)}
@@ -43,8 +84,9 @@ class Beside:
         for top, value in objects.items() if is_asked else ():
             for name, tensor in _tensors_in(value, top, seen={}):
                 self._names.setdefault(id(tensor), []).append(name)
-            for keeper in () if top in modules else _keepers_in(value):
-                self._keepers.setdefault(id(_optimizer_of(keeper)), []).append((top, keeper))
+            for optimizer, is_known in () if top in modules else _kept_by(value):
+                self._keepers.setdefault(id(optimizer), []).append((top, is_known))
+        self._taken = set(chain.from_iterable(self._names.values()))
         self.fsdp1 = {
             name: module
             for name, module in modules.items()
@@ -60,6 +102,10 @@ class Beside:
         """Return the full names of a parameter (a tied one has several), the one that it is saved as first."""
         return self._names.get(id(parameter), ())
 
+    def has_name(self, name: str) -> bool:
+        """Tell whether something beside the optimizers has a full name."""
+        return name in self._taken
+
     def carry(self, optimizers: Sequence[Optimizer], sources: Sequence[int | None]) -> list[str]:
         """Note in which order the groups were saved, so that what schedulers keep for each of them follows.
 
@@ -68,12 +114,12 @@ class Beside:
             sources: of each group here, its place among the saved ones; None for one that was not saved.
 
         Returns:
-            The names of the objects in the state that refer to one of `optimizers` and that nobody can read.
+            The names of the objects in the state that hold one of `optimizers` and that nobody can read.
         """
         foreign = []
         for optimizer in optimizers:
             self._sources[id(optimizer)] = sources
-            foreign += [name for name, keeper in self._keepers.get(id(optimizer), ()) if not _is_of_torch(keeper)]
+            foreign += [name for name, is_known in self._keepers.get(id(optimizer), ()) if not is_known]
         return list(dict.fromkeys(foreign))
 
     def in_group_order(self, keeper: object, state: dict[str, object]) -> dict[str, object]:
@@ -85,8 +131,9 @@ class Beside:
             state = {**state, "_schedulers": [self.in_group_order(*pair) for pair in zip(inner, below, strict=True)]}
         if sources is None:
             return state
-        moved = {key: _moved(state[key], getattr(keeper, key, None), sources) for key in _PER_GROUP if key in state}
-        return {**state, **moved}
+        # What stands here is asked for as it is saved: of a function, that is None.
+        now = cast("lr_scheduler.LRScheduler", keeper).state_dict() if None in sources else {}
+        return {**state, **{key: _moved(state[key], now.get(key), sources) for key in _PER_GROUP if key in state}}
 
 
 def _moved(saved: object, live: object, sources: Sequence[int | None]) -> object:
@@ -106,17 +153,23 @@ def _optimizer_of(keeper: object) -> Optimizer | None:
     return found if isinstance(found, Optimizer) else None
 
 
-def _keepers_in(value: object) -> Iterator[object]:
-    """Yield an object that refers to an optimizer, and what it is made of (a chain of schedulers)."""
-    if isinstance(value, Optimizer) or _optimizer_of(value) is None:
+def _kept_by(value: object) -> Iterator[tuple[Optimizer, bool]]:
+    """Yield the optimizers for whose groups an object may keep something, and whether it is known what that is."""
+    if isinstance(value, Optimizer):
         return
-    yield value
-    for inner in getattr(value, "_schedulers", None) or ():
-        yield from _keepers_in(inner)
+    if type(value).__module__.partition(".")[0] != "torch":
+        yield from ((optimizer, False) for optimizer in _optimizers_in(value, _has_state))
+        return
+    optimizer = _optimizer_of(value)
+    if optimizer is not None:
+        yield optimizer, True
+        for inner in getattr(value, "_schedulers", None) or ():  # a chain
+            yield from _kept_by(inner)
 
 
-def _is_of_torch(keeper: object) -> bool:
-    return type(keeper).__module__.partition(".")[0] == "torch"
+def _has_state(value: object) -> bool:
+    """Tell whether an object has state that the one which holds it may save with its own."""
+    return hasattr(type(value), "state_dict") and not isinstance(value, nn.Module)
 
 
 def _tensors_in(value: object, name: str, seen: dict[int, object]) -> Iterator[tuple[str, torch.Tensor]]:

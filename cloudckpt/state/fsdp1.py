@@ -31,6 +31,7 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.format import PathElement
 from cloudckpt.state.beside import Beside
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of, shape_of
+from cloudckpt.state.groups import Name
 from cloudckpt.state.optimizers import NamedEntry, groups_of, parameter_of
 
 __all__ = ["flat_optimizer_entry", "is_fsdp1", "sharded"]
@@ -102,6 +103,10 @@ class _FlatEntry(NamedEntry):
         """The module's tensors, cut over the ranks as a part of the state that is as large is."""
         cuts = get_model_state_dict(self._module, options=StateDictOptions(strict=False))
         return {f"{self._top}.{name}": tensor for name, tensor in cuts.items()}
+
+    def live_shape(self, name: Name) -> tuple[int, ...] | None:
+        alike = self._cuts.get(str(name))
+        return None if alike is None else shape_of(alike)
 
     def allocate(self, below: Sequence[PathElement], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         alike = self._cuts.get(str(parameter_of(below)))

@@ -10,7 +10,7 @@ of those that wrap them only that they have groups, state_dict and load_state_di
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import cast
 
@@ -22,11 +22,11 @@ from torch.optim import LBFGS, Optimizer
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPES, Flat, JsonValue, PathElement
-from cloudckpt.state.beside import Beside
+from cloudckpt.state.beside import Beside, wrapped_in
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of
 from cloudckpt.state.groups import GroupFit, Name, group_of, match_groups, names_in, saved_groups
 from cloudckpt.state.placement import noted_placements, placement_note, usual_placements
-from cloudckpt.state.uncast import saved_types, wrapped_in
+from cloudckpt.state.uncast import saved_types
 
 __all__ = ["NamedEntry", "OptimizerEntry", "groups_of", "parameter_of"]
 
@@ -78,8 +78,42 @@ class NamedEntry(Entry):
         """Return what a parameter that was saved under a name is called here."""
         return saved
 
-    def saved_dtype(self, parameter: torch.Tensor, dtypes: Mapping[str, torch.dtype]) -> torch.dtype | None:
-        """Return which dtype a parameter had when it was saved, None where nobody can tell."""
+    def live_shape(self, name: Name) -> tuple[int, ...] | None:
+        """Return the full shape of the parameter that was saved under a name, None if it is not here."""
+        return None
+
+    def shape_here(
+        self,
+        below: Sequence[PathElement],
+        shape: tuple[int, ...],
+        saved_shape_of: Callable[[str], tuple[int, ...] | None],
+    ) -> tuple[int, ...]:
+        """Return the shape that a saved part of the state must have here, where its parameter has grown or shrunk.
+
+        Args:
+            below: the part's path in the entry.
+            shape: its saved one.
+            saved_shape_of: full name → the shape of the tensor that was saved under it, None if none was.
+
+        Returns:
+            The parameter's shape here, of a part that had the parameter's shape when both were saved; else `shape`.
+        """
+        name = parameter_of(below)
+        live = self.live_shape(name)
+        if live is None or below[-1] == "step":  # a count, also of a parameter that is a single number
+            return shape
+        return live if saved_shape_of(str(name)) == shape else shape
+
+    def saved_dtype(
+        self, parameter: torch.Tensor, dtypes: Mapping[str, torch.dtype], state: Mapping[object, object]
+    ) -> torch.dtype | None:
+        """Return which dtype a parameter had when it was saved, None where nobody can tell.
+
+        Args:
+            parameter: one of the optimizer's.
+            dtypes: name → saved dtype, of all tensors in the checkpoint.
+            state: what `restored_state` returns.
+        """
         return dtypes.get(str(next(iter(self._names[id(parameter)]))))
 
     def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
@@ -91,9 +125,10 @@ class NamedEntry(Entry):
         misfit = Misfit(reasons=self._nameless_misfit(there))
         if misfit.reasons:
             return misfit
+        state = self.restored_state(restored)
         for group in groups_of(self._optimizer):
             for parameter in group["params"]:
-                dtype = self.saved_dtype(parameter, dtypes)
+                dtype = self.saved_dtype(parameter, dtypes, state)
                 if dtype is not None and dtype != parameter.dtype:
                     self._changed[id(parameter)] = dtype
         self._missing = [name for name in self._own if name not in known]
@@ -179,7 +214,7 @@ class OptimizerEntry(NamedEntry):
             if id(parameter) in names:
                 continue
             found = list(beside.names_of(parameter))
-            if not found and own_name is not None and own_name not in self._aliases:
+            if not found and own_name is not None and not beside.has_name(own_name):
                 found = [own_name]
             name: Name = found[0] if found else len(self._nameless)
             if not found:
@@ -194,13 +229,37 @@ class OptimizerEntry(NamedEntry):
         """Return the name here of a parameter, which may have several that are tied."""
         return self._aliases.get(saved, saved)
 
-    def saved_dtype(self, parameter: torch.Tensor, dtypes: Mapping[str, torch.dtype]) -> torch.dtype | None:
-        """Return what was saved under one of a parameter's names, or noted of one that has none."""
+    def live_shape(self, name: Name) -> tuple[int, ...] | None:
+        parameter = self._parameters.get(self.own_name(name))
+        return None if parameter is None else tuple(parameter.size())
+
+    def saved_dtype(
+        self, parameter: torch.Tensor, dtypes: Mapping[str, torch.dtype], state: Mapping[object, object]
+    ) -> torch.dtype | None:
+        """Return what was saved under one of a parameter's names, or noted of it, or what its state tells.
+
+        State says it of a parameter which is saved under another name, as hooks call it: state of its shape that had
+        another dtype was noted.
+        """
         name = self._names[id(parameter)][0]
         if isinstance(name, int):
             return (self._noted(name) or [None])[0]
-        found = (dtypes[alias] for alias in [name, *self._beside.names_of(parameter)] if alias in dtypes)
-        return next(found, None)
+        names = [str(name), *self._beside.names_of(parameter)]
+        notes = [note for alias in names if isinstance(note := self.notes.get(self._of(alias)), dict)]
+        known = [dtypes[alias] for alias in names if alias in dtypes]
+        known += [
+            DTYPES[dtype] for note in notes if isinstance(dtype := note.get("parameter"), str) and dtype in DTYPES
+        ]
+        if not known:
+            parts = state.get(name)
+            alike = [part for part in parts.values() if _is_alike(part, parameter)] if isinstance(parts, dict) else []
+            known = list({part.dtype for part in alike})
+            known = [] if len(known) > 1 else known
+        return next(iter(known), None)
+
+    def _of(self, parameter: str) -> str:
+        """Return what the state of a parameter is called."""
+        return f"{self.name}.state.{parameter}"
 
     # -- saving ------------------------------------------------------------------------------------------------
 
@@ -244,7 +303,7 @@ class OptimizerEntry(NamedEntry):
         return {"state": nested["state"]} if nested.get("state") else {}
 
     def flat(self, nested: object) -> Flat:
-        """Note also what the names cannot tell: of nameless parameters, of an order, and of placements."""
+        """Note also what the names cannot tell: of nameless parameters, of an order, of dtypes, and of placements."""
         flat = super().flat(nested)
         if self._nameless:
             shapes: list[JsonValue] = [
@@ -255,11 +314,17 @@ class OptimizerEntry(NamedEntry):
             flat.notes[self.name] = {"order": list(self._own)}
         is_distributed = any(isinstance(parameter, DTensor) for parameter in self._parameters.values())
         for name, leaf in flat.leaves.items():
-            if isinstance(leaf, torch.Tensor) and (is_distributed or isinstance(leaf, DTensor)):
-                below = flat.paths[name][len(self.path) :]
-                parameter = self._parameters.get(parameter_of(below))
-                note = None if parameter is None else placement_note(parameter, leaf, below)
+            below = flat.paths[name][len(self.path) :]
+            owner = parameter_of(below)
+            parameter = self._parameters.get(owner)
+            if parameter is None or not isinstance(leaf, torch.Tensor):
+                continue
+            if is_distributed or isinstance(leaf, DTensor):
+                note = placement_note(parameter, leaf, below)
                 flat.notes.update({} if note is None else {name: note})
+            is_of_other_dtype = _is_alike(leaf, parameter) and leaf.dtype != parameter.dtype
+            if is_of_other_dtype and isinstance(owner, str) and parameter.dtype in _DTYPE_NAMES:
+                flat.notes[self._of(owner)] = {"parameter": _DTYPE_NAMES[parameter.dtype]}
         return flat
 
     # -- restoring ---------------------------------------------------------------------------------------------
@@ -360,6 +425,14 @@ def parameter_of(below: Sequence[PathElement]) -> Name:
         return ""
     name = below[1]["key"] if isinstance(below[1], dict) and "key" in below[1] else below[1]
     return name if isinstance(name, str | int) else ""
+
+
+def _is_alike(part: object, parameter: torch.Tensor) -> bool:
+    """Tell whether a part of a parameter's state has its shape and holds numbers of its kind."""
+    if not isinstance(part, torch.Tensor) or part.dim() == 0 or part.size() != parameter.size():
+        return False
+    kinds = [(each.is_floating_point(), each.is_complex()) for each in (part, parameter)]
+    return kinds[0] == kinds[1]
 
 
 def _holds(parameter: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:

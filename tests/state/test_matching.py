@@ -638,8 +638,8 @@ def test_resized_tensors_in_one_memory_are_refused(tmp_path: Path) -> None:
     before = live.a.weight.clone()
     with pytest.raises(StateMismatchError, match=r"m\.a\.weight, m\.b\.weight share memory"):
         trip(tmp_path / "1", {"m": Pair(2, is_tied=False)}, {"m": live}, resize=grown)
+    saved: State = {"m": Pair(2, is_tied=True), "last": Refusing(99)}
     with pytest.raises(StateMismatchError, match="last refuses"):
-        saved: State = {"m": Pair(2, is_tied=True), "last": Refusing(99)}
         trip(tmp_path / "2", saved, {"m": live, "last": Refusing(0)}, resize=grown)
     assert torch.equal(live.a.weight, before)
     tied = Pair(2, is_tied=True)
@@ -684,7 +684,7 @@ def test_an_object_gets_back_what_it_had_of_gradients(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("state", [(1, torch.ones(2)), [1, [2]], torch.ones(3), 7, None], ids=repr)
 def test_an_object_is_handed_whatever_its_state_was(tmp_path: Path, state: object) -> None:
-    class Any_:
+    class Whatever:
         def __init__(self, state: object) -> None:
             self.state = state
 
@@ -694,8 +694,8 @@ def test_an_object_is_handed_whatever_its_state_was(tmp_path: Path, state: objec
         def load_state_dict(self, state: object) -> None:
             self.state = state
 
-    live = Any_(0)
-    trip(tmp_path, {"o": Any_(state)}, {"o": live})
+    live = Whatever(0)
+    trip(tmp_path, {"o": Whatever(state)}, {"o": live})
     assert repr(live.state) == repr(state)
 
 

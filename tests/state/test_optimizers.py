@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,9 +16,11 @@ from torch.optim.swa_utils import SWALR
 
 import cloudckpt
 from cloudckpt import OptionsError, StateMismatchError
+from cloudckpt.format import PathElement
 from cloudckpt.state import bind
 from cloudckpt.state.beside import Beside
 from cloudckpt.state.groups import match_groups
+from cloudckpt.state.optimizers import NamedEntry
 from tests.state.nets import CUT, SCHEDULERS, Decay, Matrices, Net, State, bits, check_goes_on, state_of, train
 
 
@@ -262,6 +266,77 @@ def test_state_follows_a_parameter_into_another_precision(tmp_path: Path) -> Non
     train(half, fresh, begin=3)
 
 
+class Renamed(nn.Module):
+    """Is saved under other names than its parameters have, as hooks may have it."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.base = Matrices(dtype)
+        self._register_state_dict_hook(Renamed._rename)
+        self.register_load_state_dict_pre_hook(Renamed._rename_back)
+
+    @staticmethod
+    def _rename(_module: nn.Module, state: State, _prefix: str, _metadata: object) -> None:
+        for key in list(state):
+            state[key.removeprefix("base.")] = state.pop(key)
+
+    @staticmethod
+    def _rename_back(_module: nn.Module, state: State, *_: object) -> None:
+        for key in list(state):
+            state[f"base.{key}"] = state.pop(key)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.base(x)
+        return result
+
+
+@pytest.mark.parametrize(
+    ("there", "here"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=["wider", "narrower"]
+)
+def test_state_follows_a_parameter_that_is_saved_under_another_name(
+    tmp_path: Path, there: torch.dtype, here: torch.dtype
+) -> None:
+    model, again = Renamed(there), Renamed(here)
+    optimizer, fresh = torch.optim.Adam(model.parameters()), torch.optim.Adam(again.parameters())
+    train(model, optimizer, begin=0)
+    cloudckpt.save({"model": model, "o": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": again, "o": fresh}, tmp_path / "c", cast=True)
+    kept = optimizer.state[model.base.one.weight]["exp_avg"]
+    assert bits(fresh.state[again.base.one.weight]["exp_avg"]) == bits(kept.to(here))
+    train(again, fresh, begin=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("is_alone", [False, True], ids=["renamed", "alone"])
+def test_state_of_a_dtype_of_its_own_keeps_it_where_its_parameter_is_saved_under_another_name(
+    tmp_path: Path, is_alone: bool, dtype: torch.dtype
+) -> None:
+    model, again = Renamed(torch.bfloat16), Renamed(dtype)
+    optimizer, fresh = Master(model.named_parameters()), Master(again.named_parameters())
+    train(model, optimizer, begin=0)
+    optimizer.state[model.base.one.weight]["exact"] = torch.ones(8, 6, dtype=torch.float64)
+    cloudckpt.save({"o": optimizer} if is_alone else {"model": model, "o": optimizer}, tmp_path / "c")
+    cloudckpt.load({"o": fresh} if is_alone else {"model": again, "o": fresh}, tmp_path / "c")
+    assert bits(list(fresh.state.values())) == bits(list(optimizer.state.values()))
+
+
+def test_a_part_as_large_as_its_parameter_was_has_the_shape_that_the_parameter_has_here() -> None:
+    model = nn.Linear(4, 3)
+    (entry,) = (each for each in bind({"m": model, "o": torch.optim.Adam(model.parameters())}) if each.name == "o")
+    assert isinstance(entry, NamedEntry)
+    saved = {"m.weight": (3, 1), "m.bias": (3,)}
+
+    def shape(parameter: str, key: PathElement, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return entry.shape_here(["state", parameter, key], shape, saved.get)
+
+    assert shape("m.weight", "exp_avg", (3, 1)) == (3, 4)
+    assert shape("m.weight", "row", (3,)) == (3,)
+    assert shape("m.weight", "step", ()) == ()
+    assert shape("m.bias", "exp_avg", (3,)) == (3,)
+    assert shape("m.other", "exp_avg", (3, 1)) == (3, 1)
+    assert entry.shape_here(["param_groups", 0, "lr"], (), saved.get) == ()
+
+
 @pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["float", "tensor"])
 @pytest.mark.parametrize("is_stepped", [False, True], ids=["fresh", "stepped"])
 def test_an_optimizer_over_other_parameters_is_refused_by_name_and_nothing_is_changed(
@@ -400,6 +475,91 @@ def test_hooks_of_state_dict_and_load_state_dict_have_the_last_word(tmp_path: Pa
     assert not {*fresh._optimizer_load_state_dict_post_hooks.values()} - {after}
 
 
+class Modern(Optimizer):
+    """Brings states that older versions of it saved up to date."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def __setstate__(self, state: State) -> None:
+        super().__setstate__(state)
+        for part in self.state.values():
+            part["m"] = part["m"].float()
+            part.setdefault("seen", type(part["m"]).__name__)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["same dtype", "other dtype"])
+def test_what_an_optimizer_does_in_its_setstate_stays_done(tmp_path: Path, changed: bool) -> None:
+    model, again = Matrices(torch.bfloat16), Matrices(torch.float64 if changed else torch.bfloat16)
+    optimizer, fresh = Modern(model.parameters()), Modern(again.parameters())
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {"m": torch.ones_like(parameter).detach()}
+    cloudckpt.save({"model": model, "o": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": again, "o": fresh}, tmp_path / "c")
+    for parameter, part in fresh.state.items():
+        assert bits(part) == bits({"m": torch.ones(parameter.shape), "seen": "Tensor"})
+    assert "__setstate__" not in vars(fresh)
+
+
+class Direct(torch.optim.SGD):
+    """Takes what it is given, after the hooks, without any __setstate__."""
+
+    def load_state_dict(self, state_dict: State) -> None:
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        for number, parameter in enumerate(self.param_groups[0]["params"]):
+            self.state[parameter] = state_dict["state"][number]
+
+
+def test_an_optimizer_that_sets_its_state_without_torchs_code_has_what_was_saved(tmp_path: Path) -> None:
+    model = Matrices()
+    optimizer, fresh = (Direct(model.parameters(), lr=0.1, momentum=0.5) for _ in range(2))
+    train(model, optimizer, begin=0)
+    cloudckpt.save({"model": model, "o": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": model, "o": fresh}, tmp_path / "c")
+    assert bits(fresh.state_dict()) == bits(optimizer.state_dict())
+
+
+CONTAINERS: dict[str, Any] = {
+    "deque": deque([torch.tensor(16777217), torch.ones(2)], maxlen=3),
+    "ordered": OrderedDict(b=torch.tensor([0.1], dtype=torch.float64), a=1),
+    "of a dict": {"deep": OrderedDict(a=[deque([1.5], maxlen=2)])},
+    "counter": Counter("aab"),
+    "set": {1, 2},
+    "frozen": frozenset({"a"}),
+    "bytes": b"ab",
+    "range": range(2, 9, 3),
+    "size": torch.Size([2, 3]),
+    "array": np.arange(3, dtype=np.int16),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_a_container_in_the_state_comes_back_as_it_was(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
+    model, again = Matrices(torch.bfloat16), Matrices(dtype)
+    optimizer, fresh = (torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.5) for each in (model, again))
+    optimizer.state[model.one.weight]["mine"] = saved = CONTAINERS[kind]
+    cloudckpt.save({"model": model, "o": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": again, "o": fresh}, tmp_path / "c")
+    found = fresh.state[again.one.weight]["mine"]
+    assert type(found) is type(saved)
+    assert getattr(found, "maxlen", None) == getattr(saved, "maxlen", None)
+    assert str(found) == str(saved)  # tensors say their dtype
+
+
+def test_tensors_in_a_container_follow_their_parameter_into_another_precision(tmp_path: Path) -> None:
+    model, again = Matrices(torch.bfloat16), Matrices()
+    optimizer, fresh = (torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.5) for each in (model, again))
+    weight = model.one.weight.detach()
+    optimizer.state[model.one.weight]["mine"] = {"last": deque([weight, weight.double()], maxlen=2)}
+    cloudckpt.save({"model": model, "o": optimizer}, tmp_path / "c")
+    cloudckpt.load({"model": again, "o": fresh}, tmp_path / "c")
+    found = fresh.state[again.one.weight]["mine"]["last"]
+    assert bits(list(found)) == bits([weight.float(), weight.double()])
+    assert found.maxlen == 2
+
+
 STATES: dict[str, object] = {
     "int64": torch.tensor([2**40 + 1]),
     "nested int64": {"k": {"count": torch.tensor([2**40 + 1])}},
@@ -528,6 +688,43 @@ def test_an_optimizer_that_leaves_out_the_state_of_the_one_it_wraps_is_refused_a
         cloudckpt.save({"model": model, "sam": optimizer}, tmp_path / "c")
 
 
+class Several(Optimizer):
+    """Keeps inner optimizers in a container, and says nothing of their state."""
+
+    def __init__(self, params: Any, hold: Callable[[Optimizer], object]) -> None:
+        params = list(params)
+        super().__init__(params, {})
+        self.first = torch.optim.Adam(params)
+        self.held = hold(self.first)
+        del self.first
+
+    def step(self, closure: Any = None) -> Any:
+        found = self.held
+        while not isinstance(found, Optimizer):
+            found = next(iter(found.values() if isinstance(found, dict) else found))  # type: ignore[attr-defined]
+        return found.step(closure)
+
+
+HOLD: dict[str, Callable[[Optimizer], object]] = {
+    "plain": lambda inner: inner,
+    "list": lambda inner: [inner],
+    "dict": lambda inner: {"adam": inner},
+    "set": lambda inner: {inner},
+    "list of dicts": lambda inner: [{"adam": inner}],
+    "dict of tuples": lambda inner: {"adam": (inner, None)},
+    "one of many": lambda inner: [inner, *range(2000)],
+}
+
+
+@pytest.mark.parametrize("hold", HOLD.values(), ids=HOLD)
+def test_a_wrapped_optimizer_is_found_in_whatever_holds_it(tmp_path: Path, hold: Callable[[Optimizer], object]) -> None:
+    model = Matrices()
+    optimizer = Several(model.parameters(), hold)
+    train(model, optimizer, begin=0)
+    with pytest.raises(OptionsError, match="'o' leaves out the state of the Adam that it wraps; put that one into"):
+        cloudckpt.save({"model": model, "o": optimizer}, tmp_path / "c")
+
+
 @pytest.mark.parametrize("names", [("sam", "base"), ("base", "sam")], ids=" then ".join)
 def test_an_optimizer_and_the_one_it_wraps_still_share_their_groups(tmp_path: Path, names: tuple[str, str]) -> None:
     def state(model: nn.Module, optimizer: Sam) -> State:
@@ -648,6 +845,21 @@ def test_names_that_the_optimizer_was_given_count_where_nothing_stands_beside_it
     cloudckpt.load({"o": other}, tmp_path / "c")
     assert by_name(model, other) == by_name(model, optimizer)
     assert other.param_groups[0]["param_names"] == ["two.weight", "one.weight"]
+
+
+@pytest.mark.parametrize("key", ["model", "teacher", "student"])
+def test_a_name_that_an_optimizer_was_given_is_none_where_the_state_has_it(tmp_path: Path, key: str) -> None:
+    def parts() -> tuple[nn.ModuleDict, Optimizer]:
+        both = nn.ModuleDict({"model": Matrices(), "teacher": Matrices()})
+        return both, torch.optim.SGD(both.named_parameters(), lr=0.1, momentum=0.5)
+
+    both, optimizer = parts()
+    for place, parameter in enumerate(both.parameters()):
+        optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, place + 1.0).detach()
+    cloudckpt.save({key: both["teacher"], "o": optimizer}, tmp_path / "c")
+    again, other = parts()
+    cloudckpt.load({key: again["teacher"], "o": other}, tmp_path / "c")
+    assert _marks(other, *again.parameters()) == [1.0, 2.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -868,6 +1080,74 @@ def test_a_scheduler_that_nobody_can_read_is_refused_beside_groups_in_another_or
     cloudckpt.load({"model": model, "o": there, "own": Own(there)}, tmp_path / "c")
     with pytest.raises(StateMismatchError, match="own may keep something for each group of o, whose groups stand in a"):
         cloudckpt.load({"model": model, "o": here, "own": Own(here)}, tmp_path / "c", strict=strict)
+
+
+class Warm:
+    """Keeps a rate for each group of an optimizer that it holds as `hold` says."""
+
+    def __init__(self, optimizer: Optimizer, hold: Callable[[Optimizer], object]) -> None:
+        self.mine = hold(optimizer)
+        self.base = [group["lr"] for group in optimizer.param_groups]
+
+    def state_dict(self) -> State:
+        return {"base": self.base}
+
+    def load_state_dict(self, state_dict: State) -> None:
+        self.base = state_dict["base"]
+
+
+class Slots(Warm):
+    __slots__ = ("opt",)
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer, lambda _: None)
+        self.opt = optimizer
+
+
+FOREIGN: dict[str, Callable[[Optimizer], object]] = {
+    **{f"in {name}": lambda optimizer, hold=hold: Warm(optimizer, hold) for name, hold in HOLD.items()},
+    "in a slot": Slots,
+    "with another of its kind": lambda optimizer: Warm(optimizer, lambda it: Warm(it, lambda it: it)),
+    "with one of torch": lambda optimizer: Warm(optimizer, lambda it: lr_scheduler.StepLR(it, 1)),
+    "in what each rank keeps": lambda optimizer: cloudckpt.PerRank(Warm(optimizer, lambda it: it)),
+}
+
+
+@pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN)
+def test_whatever_holds_an_optimizer_is_refused_beside_groups_in_another_order(
+    tmp_path: Path, make: Callable[[Optimizer], object]
+) -> None:
+    model = Matrices()
+    there, here = (_two_groups(model, is_reordered=is_reordered) for is_reordered in (False, True))
+    cloudckpt.save({"model": model, "o": there, "own": make(there)}, tmp_path / "c")
+    cloudckpt.load({"model": model, "o": there, "own": make(there)}, tmp_path / "c")
+    with pytest.raises(StateMismatchError, match="own may keep something for each group of o, whose groups stand in a"):
+        cloudckpt.load({"model": model, "o": here, "own": make(here)}, tmp_path / "c")
+
+
+def test_an_object_that_holds_another_optimizer_is_restored_beside_groups_in_another_order(tmp_path: Path) -> None:
+    model, other = Matrices(), Matrices()
+    there, here = (_two_groups(model, is_reordered=is_reordered) for is_reordered in (False, True))
+    own = Warm(_two_groups(other, is_reordered=False), lambda it: it)
+    cloudckpt.save({"model": model, "o": there, "own": own}, tmp_path / "c")
+    own.base = []
+    cloudckpt.load({"model": model, "o": here, "own": own}, tmp_path / "c")
+    assert own.base == [0.2, 0.1]
+
+
+@pytest.mark.parametrize("function", [Decay(0.5), lambda epoch: 0.5**epoch], ids=["object", "function"])
+@pytest.mark.parametrize("make", [lr_scheduler.LambdaLR, lr_scheduler.MultiplicativeLR])
+def test_a_group_that_was_not_saved_keeps_its_function(tmp_path: Path, make: Any, function: Any) -> None:
+    model = Matrices()
+    there = torch.optim.SGD([model.one.weight], lr=0.2)
+    cloudckpt.save({"model": model, "o": there, "s": make(there, Decay(0.9))}, tmp_path / "c")
+    here = torch.optim.SGD([{"params": [model.two.weight], "lr": 0.1}, {"params": [model.one.weight], "lr": 0.1}])
+    scheduler = make(here, [function, Decay(0.1)])
+    cloudckpt.load({"model": model, "o": here, "s": scheduler}, tmp_path / "c", strict=False)
+    assert scheduler.lr_lambdas[0] is function
+    assert scheduler.lr_lambdas[0](2) == 0.25
+    assert scheduler.lr_lambdas[1].rate == 0.9
+    assert scheduler.base_lrs == [0.1, 0.2]
 
 
 # -- many --------------------------------------------------------------------------------------------------------
