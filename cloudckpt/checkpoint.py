@@ -122,7 +122,8 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
             a dtype that holds every number of the saved one is filled (float16 into float32).
         materialize: the device on which module tensors that are on the meta device get memory, before they are filled.
         resize: for a tensor of another shape than was saved: called with its name, the saved tensor and the live one,
-            both on the live one's device, returns a tensor of the live one's shape and dtype, which is copied into it.
+            both on the live one's device (a copy of it; DTensors where it is one, of the same mesh and placements),
+            returns a tensor of the live one's shape and dtype, which is copied into it.
         progress: what is shown on stderr, as for `CheckpointManager`.
 
     Returns:

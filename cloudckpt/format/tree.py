@@ -46,12 +46,14 @@ class Flat:
     Attributes:
         notes: what is kept about some names (of leaves, or of what stands above them) beside their bytes.
         of_others: names of leaves of which another rank's contents count, and not the ones here.
+        alike: of an object whose names must be the same on all ranks, these names, sorted.
     """
 
     leaves: dict[str, object] = field(default_factory=dict)
     paths: dict[str, list[PathElement]] = field(default_factory=dict)
     notes: dict[str, JsonValue] = field(default_factory=dict)
     of_others: set[str] = field(default_factory=set)
+    alike: dict[str, list[str]] = field(default_factory=dict)
 
 
 def flatten(state: Mapping[str, object], *, is_tensor: Callable[[object], bool]) -> Flat:

@@ -237,13 +237,15 @@ class _Opened:
     items: list[WriteItem]
     values: dict[str, JsonValue]
     parts: dict[str, str]
+    alike: dict[str, list[str]]
     boxes: BoxTable
     message: bytes
     digest: bytes
 
     def told(self) -> dict[str, JsonValue]:
         """Return what is to be the same on all ranks: each value, and a digest of its parts if it has some."""
-        return {name: [value, self.parts[name]] if self.parts[name] else value for name, value in self.values.items()}
+        values = {name: [value, self.parts[name]] if self.parts[name] else value for name, value in self.values.items()}
+        return {**values, **{f"{name}: its names": list[JsonValue](names) for name, names in self.alike.items()}}
 
     def digests(self, memory: PlanMemory, turn: int, *, is_first: bool) -> dict[int, bytes]:
         return digests_of_sets(memory.replicas, self._tensor, turn=turn, is_first=is_first)
@@ -312,7 +314,14 @@ def _open(flat: Flat, group: Group) -> _Opened:
     digest = xxhash.xxh3_128_digest(message + f"{group.rank}/{group.size}".encode())
     digests = {name: of_name.digest() for name, of_name in parts.items()}
     return _Opened(
-        planner=planner, items=items, values=values, parts=digests, boxes=boxes, message=message, digest=digest
+        planner=planner,
+        items=items,
+        values=values,
+        parts=digests,
+        alike=flat.alike if group.size > 1 else {},
+        boxes=boxes,
+        message=message,
+        digest=digest,
     )
 
 

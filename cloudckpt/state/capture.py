@@ -49,6 +49,7 @@ class _StatefulEntry(Entry):
 
     fills = False
     is_asked = True
+    is_alike = True
 
     def __init__(self, place: Place, stateful: Stateful, beside: Beside) -> None:
         super().__init__(place)
@@ -234,6 +235,8 @@ def capture(entries: Sequence[Entry]) -> Flat:
         flat.paths.update(own.paths)
         flat.notes.update(own.notes)
         flat.of_others.update(own.of_others)
+        if entry.is_alike:
+            flat.alike[entry.name] = sorted(own.leaves)
     for name, first in tied_names(flat.leaves).items():
         note = flat.notes.get(name)
         flat.notes[name] = {**(note if isinstance(note, dict) else {}), "tied": first}

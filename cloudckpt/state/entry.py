@@ -108,6 +108,7 @@ class Entry(ABC):
         fills: whether live tensors may be filled where they are, if nothing else in the state has their memory.
         pins: whether the live tensors are what is restored, and none may be put in the place of one.
         is_bound: whether it stands where nothing can be put in its place.
+        is_alike: whether it must have the same names on all ranks: parts of several would be one that nobody had.
         talks: whether its ranks talk to each other when it is asked for its state, or given one.
         may_be_cast: whether tensors may get another dtype than they were saved in, if the caller says so.
         is_asked: whether the object may refuse a state, and is therefore handed all of it before anything is changed.
@@ -122,6 +123,7 @@ class Entry(ABC):
     pins = False
     is_bound = False
     talks = False
+    is_alike = False
     may_be_cast = False
     is_asked = False
     other_world = "restore it with as many ranks"

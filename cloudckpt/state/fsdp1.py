@@ -66,6 +66,8 @@ def flat_optimizer_entry(place: Place, optimizer: Optimizer, beside: Beside) -> 
 class _FlatEntry(NamedEntry):
     """The optimizer of an FSDP1 module: each rank has pieces of flattened parameters, which only PyTorch can read."""
 
+    talks = True
+
     # For a save it gathers them and cuts them again along their first dimension. A restore fills tensors that are cut
     # like the module's own, from which PyTorch makes the pieces.
 

@@ -204,6 +204,8 @@ class NamedEntry(Entry):
 class OptimizerEntry(NamedEntry):
     """An optimizer each of whose parameters is a tensor of its own."""
 
+    is_alike = True
+
     def __init__(self, place: Place, optimizer: Optimizer, beside: Beside) -> None:
         """Name the parameters by what stands `beside` the optimizer, else by themselves, else by place."""
         self._parameters: dict[Name, torch.Tensor] = {}
