@@ -14,14 +14,14 @@ from collections.abc import Mapping, MutableMapping, Sequence
 import torch
 
 from cloudckpt.errors import CheckpointNotFoundError
-from cloudckpt.format import DTYPES, Index, PathElement, codec, unflatten
+from cloudckpt.format import DTYPES, NOTES, Index, PathElement, codec, unflatten
 from cloudckpt.loading import RankInput, by_part_name, load_state, part_targets, read_index
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, refuse_lonely_rank
 from cloudckpt.report import Journal, Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, Exists, check_exists, own_url
 from cloudckpt.saving import Session, begin_save
-from cloudckpt.state import Allowed, Resize, captured
+from cloudckpt.state import Allowed, Resize, captured, with_attributes
 from cloudckpt.store import open_store
 from cloudckpt.transfer import Watch
 
@@ -199,7 +199,10 @@ def read(
             RankInput(store, checkpoint, index, chosen, Watch(gauge=bar)).fill({**tensors, **by_part_name(parts)})
         values = {name: codec.decode(value, key=name, parts=parts.get(name)) for name, value in stored.items()}
         leaves = {name: tensors[name] if name in tensors else values[name] for name in names}
-        return unflatten(leaves, _paths_of_some(index, names))
+        notes = codec.decode(index.values.get(NOTES, {}), key=NOTES)
+        state = unflatten(leaves, _paths_of_some(index, names))
+        with_attributes(state, "", notes if isinstance(notes, dict) else {}, is_new=True)
+        return state
 
 
 def _paths_of_some(index: Index, names: Sequence[str]) -> dict[str, list[PathElement]]:

@@ -5,6 +5,7 @@ rank.
 """
 
 from cloudckpt.state.accumulation import AccumulationWindow
+from cloudckpt.state.attributes import with_attributes
 from cloudckpt.state.capture import bind, capture, captured
 from cloudckpt.state.entry import Entry, is_tensor
 from cloudckpt.state.matching import plan_restore
@@ -29,4 +30,5 @@ __all__ = [
     "captured",
     "is_tensor",
     "plan_restore",
+    "with_attributes",
 ]

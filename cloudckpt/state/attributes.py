@@ -16,7 +16,7 @@ from torch import nn
 
 from cloudckpt.format import JsonValue, codec
 
-__all__ = ["as_it_was", "is_foreign", "notes_of", "with_attributes"]
+__all__ = ["as_it_was", "is_foreign", "metadata_of", "notes_by_prefix", "notes_of", "with_attributes"]
 
 
 def notes_of(nested: object, name: str) -> dict[str, JsonValue]:
@@ -33,7 +33,7 @@ def _notes(nested: object, name: str) -> Iterator[tuple[str, JsonValue]]:
         return
     metadata = getattr(nested, "_metadata", None)
     if type(nested) is OrderedDict and metadata is not None:
-        yield name, {"metadata": codec.encode(metadata, key=f"{name}._metadata")}
+        yield name, {"state_metadata": codec.encode(metadata, key=f"{name}._metadata")}
     if isinstance(nested, dict | list | tuple):
         for key, child in nested.items() if isinstance(nested, dict) else enumerate(nested):
             yield from _notes(child, f"{name}.{key}")
@@ -53,19 +53,74 @@ def as_it_was(leaf: object, note: JsonValue) -> object:
     return nn.Parameter(leaf) if note.get("parameter") is True else leaf.requires_grad_()
 
 
-def with_attributes(nested: object, name: str, notes: Mapping[str, JsonValue]) -> object:
-    """Give containers in nested state what notes say of them; return the state."""
-    if any(isinstance(note, dict) and "metadata" in note for note in notes.values()):
-        _give(nested, name, notes)
+def with_attributes(nested: object, name: str, notes: Mapping[str, JsonValue], *, is_new: bool = False) -> object:
+    """Give state_dicts in nested state the versions that notes say of them; return the state.
+
+    Args:
+        nested: the state.
+        name: what it is called.
+        notes: those on it, and on what is in it.
+        is_new: whether a dict may be made an `OrderedDict` for that, as `state_dict` returns one.
+    """
+    if not any(isinstance(note, dict) and note.keys() & {"metadata", "state_metadata"} for note in notes.values()):
+        return nested
+    return _given(nested, name, notes_by_prefix(notes), is_new=is_new)
+
+
+def notes_by_prefix(notes: Mapping[str, JsonValue]) -> dict[str, dict[str, JsonValue]]:
+    """Return notes by every name that leads to theirs."""
+    found: dict[str, dict[str, JsonValue]] = {}
+    for name, note in notes.items():
+        for prefix in [*_parts(name), name]:
+            found.setdefault(prefix, {})[name] = note
+    return found
+
+
+def _given(nested: object, name: str, below: Mapping[str, Mapping[str, JsonValue]], *, is_new: bool) -> object:
+    metadata = metadata_of(name, below.get(name, {}), nested)
+    if metadata is not None and isinstance(nested, dict):
+        if is_new and type(nested) is dict:
+            nested = OrderedDict(nested)
+        if type(nested) is OrderedDict:
+            nested._metadata = metadata  # type: ignore[attr-defined]  # noqa: SLF001 (where torch has it)
+        return nested
+    if isinstance(nested, dict):
+        for key, child in nested.items():
+            inner = f"{name}.{key}" if name else str(key)
+            nested[key] = _given(child, inner, below, is_new=is_new)
+    elif isinstance(nested, list):
+        nested[:] = [_given(child, f"{name}.{n}", below, is_new=is_new) for n, child in enumerate(nested)]
     return nested
 
 
-def _give(nested: object, name: str, notes: Mapping[str, JsonValue]) -> None:
+def metadata_of(name: str, notes: Mapping[str, JsonValue], keys: object) -> OrderedDict[str, object] | None:
+    """Return the `_metadata` of the state_dict that is called `name`: of a module's, or of a container that was one.
+
+    Args:
+        name: the module's or the container's.
+        notes: those on it, and on its parts.
+        keys: of the state_dict, which say what parts it has.
+    """
     note = notes.get(name)
-    if type(nested) is OrderedDict and isinstance(note, dict) and "metadata" in note:
-        metadata = codec.decode(note["metadata"], key=f"{name}._metadata")
-        if isinstance(metadata, dict):
-            nested._metadata = metadata  # type: ignore[attr-defined]  # noqa: SLF001 (where torch has it)
-    if isinstance(nested, dict | list | tuple):
-        for key, child in nested.items() if isinstance(nested, dict) else enumerate(nested):
-            _give(child, f"{name}.{key}", notes)
+    if not isinstance(note, dict):
+        return None
+    if "state_metadata" in note:
+        found = codec.decode(note["state_metadata"], key=f"{name}._metadata")
+        return OrderedDict(found) if isinstance(found, dict) else None
+    if "metadata" not in note:
+        return None
+    above = {part for key in keys if isinstance(key, str) for part in _parts(key)} if isinstance(keys, dict) else set()
+    of_parts = {of[len(name) + 1 :]: _decoded(part, of) for of, part in notes.items() if of.startswith(f"{name}.")}
+    usual: dict[str, object] = {part: {"version": 1} for part in sorted(above)}
+    noted = {part: found for part, found in of_parts.items() if found is not None}
+    return OrderedDict({"": _decoded(note, name), **usual, **noted})
+
+
+def _parts(key: str) -> Iterator[str]:
+    return (key[:at] for at, character in enumerate(key) if character == ".")
+
+
+def _decoded(note: JsonValue, name: str) -> object:
+    if not isinstance(note, dict) or "metadata" not in note:
+        return None
+    return codec.decode(note["metadata"], key=f"{name}._metadata")

@@ -21,7 +21,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from cloudckpt.format import Flat, JsonValue, codec, flatten
+from cloudckpt.format import Flat, codec, flatten
+from cloudckpt.state.attributes import metadata_of
 from cloudckpt.state.entry import Entry, Left, Misfit, Place, is_tensor, mapping_of
 from cloudckpt.state.fsdp1 import is_fsdp1, sharded
 from cloudckpt.state.replicas import buffers_of_others
@@ -134,17 +135,15 @@ class ModuleEntry(Entry):
 
     def _metadata(self) -> OrderedDict[str, object]:
         """Return what each part said of itself when it was saved, by the names that the parts have here."""
-        found: OrderedDict[str, object] = OrderedDict()
+        saved: Mapping[str, object] = metadata_of(self.name, self.notes, {}) or {}
         paths = [path for path, _ in self._module.named_modules(remove_duplicate=False)]
+        found: OrderedDict[str, object] = OrderedDict()
         # A module that shows the state of another one as its own has that one's names.
         for path in dict.fromkeys([*paths, *self._raw_metadata]):
-            note = self.notes.get(self._full(path))
-            metadata = note.get("metadata") if isinstance(note, dict) else None
-            found[path] = dict(_USUAL) if metadata is None else self._decoded(metadata)
+            clean = clean_name(self._module, path) if path else ""
+            metadata = saved.get(path, saved.get(clean, _USUAL))
+            found[path] = dict(mapping_of(metadata, f"{self.name}.{clean}"))
         return found
-
-    def _decoded(self, metadata: JsonValue) -> dict[str, object]:
-        return mapping_of(codec.decode(metadata, key=f"_metadata of {self.name}"), self.name)
 
     # -- memory ----------------------------------------------------------------------------------------------------
 

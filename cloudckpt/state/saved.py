@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from cloudckpt.format import JsonValue, PathElement
+from cloudckpt.state.attributes import notes_by_prefix
 from cloudckpt.state.per_rank import RankName
 
 __all__ = ["OURS", "Saved", "names_above"]
@@ -35,11 +36,7 @@ class Saved:
     @cached_property
     def _notes_by_prefix(self) -> Mapping[str, dict[str, JsonValue]]:
         """Notes by every name that leads to theirs, because each entry asks for those on its own."""
-        found: dict[str, dict[str, JsonValue]] = {}
-        for name, note in self.notes.items():
-            for prefix in [*names_above(name), name]:
-                found.setdefault(prefix, {})[name] = note
-        return found
+        return notes_by_prefix(self.notes)
 
     def names(self) -> list[str]:
         """All names, in the order in which they were saved."""

@@ -585,9 +585,17 @@ def test_the_versions_of_a_state_dict_come_back_with_it(tmp_path: Path) -> None:
             self.module.load_state_dict(state["inner"])
 
     live, holder, empty = Trainer(0.0), nn.Sequential(Versioned(0.0)), nn.Sequential(Versioned(0.0))
-    state: State = {"t": live, "d": holder.state_dict(), "e": None}
-    other = nn.Sequential(Versioned(4.0)).state_dict()
-    trip(tmp_path, {"t": Trainer(3.0), "d": other, "e": other}, state)
+    of_module, of_dict = nn.Sequential(Versioned(0.0)), nn.Sequential(Versioned(0.0))
+    state: State = {"t": live, "d": holder.state_dict(), "e": None, "x": of_module.state_dict(), "y": of_dict}
+    whole = nn.Sequential(Versioned(4.0))
+    other = whole.state_dict()
+    trip(tmp_path, {"t": Trainer(3.0), "d": other, "e": other, "x": whole, "y": other}, state)
+    of_module.load_state_dict(state["x"])
+    for name in ("d", "e", "x"):
+        read = nn.Sequential(Versioned(0.0))
+        read.load_state_dict(cloudckpt.read(tmp_path / "c")[name])  # type: ignore[arg-type]
+        assert read[0].weight.tolist() == [4.0] * 2
+    assert [module[0].weight.tolist() for module in (of_module, of_dict)] == [[4.0] * 2] * 2  # type: ignore[operator, union-attr]
     holder.load_state_dict(state["d"])
     empty.load_state_dict(state["e"])
     assert [module[0].weight.tolist() for module in (live.module, holder, empty)] == [[3.0] * 2, [4.0] * 2, [4.0] * 2]  # type: ignore[operator, union-attr]
