@@ -183,9 +183,11 @@ def _arm(case: Case, manager: CheckpointManager, state: dict[str, Any]) -> None:
         "index": lambda: _spring(inner, "put", trap, when=lambda key, _: key.endswith("index.bin")),
         "manifest": lambda: _spring(inner, "create", trap, when=lambda key, _: key.endswith(MANIFEST_NAME)),
         "finding": lambda: _spring(inner, "list", trap),
-        "fitting": lambda: _spring(_Loading, "_plan", trap),
+        "fitting": lambda: _spring(_Loading, "_match", trap),
+        "asking": lambda: state["part"].before.update(load_state_dict=trap),
+        "plan of a restore": lambda: _spring(_Loading, "_targets", trap),
         "read": lambda: _spring(inner, "get", trap),
-        "apply": lambda: state["part"].before.update(load_state_dict=trap),
+        "apply": lambda: _spring(_Loading, "_apply", trap),
     }
     springs[case.phase]()
 
@@ -370,7 +372,7 @@ def test_a_rank_that_is_lost_or_raises_in_any_phase_of_a_save_is_named_in_time(t
 
 
 def _restores(how: str, *, deadline_s: float) -> list[Case]:
-    alone = [("finding", 0), ("fitting", 2), ("read", 2), ("apply", 2)]
+    alone = [("finding", 0), ("fitting", 2), ("asking", 2), ("plan of a restore", 2), ("read", 2), ("apply", 2)]
     passing = [Case("read", how, victim, deadline_s, read_once="always") for victim in (0, 2)]
     return [*(Case(phase, how, victim, deadline_s) for phase, victim in alone), *passing]
 

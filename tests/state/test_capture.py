@@ -280,11 +280,23 @@ WRAPPERS: dict[str, Callable[[Net], nn.Module]] = {
 }
 
 
+# By default each with itself, with the next one, and with none; all with all in the long run.
+PAIRS = [
+    pytest.param(
+        WRAPPERS[there],
+        WRAPPERS[here],
+        id=f"{there}-{here}",
+        marks=[] if (second - first) % len(WRAPPERS) < 2 or 0 in (first, second) else [pytest.mark.slow],
+    )
+    for first, there in enumerate(WRAPPERS)
+    for second, here in enumerate(WRAPPERS)
+]
+
+
 @pytest.mark.usefixtures("group")
 # torch warns of itself when it is asked to compile.
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("there", WRAPPERS.values(), ids=WRAPPERS)
-@pytest.mark.parametrize("here", WRAPPERS.values(), ids=WRAPPERS)
+@pytest.mark.parametrize(("there", "here"), PAIRS)
 def test_what_was_saved_in_one_wrapper_is_restored_in_another(
     tmp_path: Path, there: Callable[[Net], nn.Module], here: Callable[[Net], nn.Module]
 ) -> None:
