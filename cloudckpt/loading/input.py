@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 from cloudckpt.errors import ChecksumError, ManifestError, MissingShardError, ObjectNotFoundError, StorageError
 from cloudckpt.format import (
     DTYPES,
+    NOTES,
     ChunkEntry,
     Index,
     IndexRef,
@@ -239,8 +240,8 @@ def describe(index: Index, pieces: Pieces) -> Metadata:
                 for chunk in of_name
             ],
         )
-    for name in index.values:
-        described[name] = BytesStorageMetadata()
+    # Notes are for restores of ours; DCP has no use for them.
+    described |= {name: BytesStorageMetadata() for name in index.values if name != NOTES}
     paths = {name: tuple(_plain_step(element) for element in index.paths.get(name, [name])) for name in described}
     return Metadata(state_dict_metadata=described, planner_data=paths, storage_meta=StorageMeta())
 

@@ -36,7 +36,8 @@ def _notes(nested: object, name: str) -> Iterator[tuple[str, JsonValue]]:
         yield name, {"state_metadata": codec.encode(metadata, key=f"{name}._metadata")}
     if isinstance(nested, dict | list | tuple):
         for key, child in nested.items() if isinstance(nested, dict) else enumerate(nested):
-            yield from _notes(child, f"{name}.{key}")
+            if isinstance(child, torch.Tensor | dict | list | tuple):  # a history may have millions of numbers
+                yield from _notes(child, f"{name}.{key}")
 
 
 def is_foreign(leaf: object) -> bool:

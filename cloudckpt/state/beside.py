@@ -179,7 +179,8 @@ def _tensors_in(value: object, name: str, seen: dict[int, object]) -> Iterator[t
     elif isinstance(value, dict | list | tuple) and id(value) not in seen and name.count(".") < _DOTS_LIMIT:
         seen[id(value)] = value
         for key, child in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _tensors_in(child, f"{name}.{key}", seen)
+            if isinstance(child, torch.Tensor | dict | list | tuple):  # a history may have millions of numbers
+                yield from _tensors_in(child, f"{name}.{key}", seen)
 
 
 def named_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

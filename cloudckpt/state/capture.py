@@ -201,7 +201,8 @@ def _held_twice(values: Iterable[object]) -> set[int]:
                 twice.add(id(value))
             else:
                 seen.add(id(value))
-                pending += value.values() if isinstance(value, dict) else value
+                inner = value.values() if isinstance(value, dict) else value
+                pending += [child for child in inner if isinstance(child, dict | list | tuple)]
     return twice
 
 

@@ -201,7 +201,9 @@ class _Matching:
         if name in self._saved.values:
             self._misfit.reasons.append(f"{name} is a tensor here and a value there")
         elif not _has_form(current):
-            self._misfit.reasons.append(f"{name} has no shape yet (run a batch through the module first)")
+            is_fake = type(current).__name__ == "FakeTensor"
+            what = "is a fake tensor, which has no memory" if is_fake else "has no shape yet"
+            self._misfit.reasons.append(f"{name} {what} (make it a real one first)")
         elif shape_of(current) != self._saved.shapes[name]:
             self._resize(part, name, current, is_live=True)
         elif self._fits_dtype(part, name, current):

@@ -287,3 +287,10 @@ def test_a_save_that_is_refused_at_its_begin_closes_its_store(tmp_path: Path) ->
     error = failure(lambda: dcp.save({"t": torch.ones(3)}, storage_writer=writer))
     assert isinstance(error, CheckpointExistsError)
     assert writer._address._catalog is None
+
+
+def test_dcp_sees_the_state_and_nothing_of_what_is_kept_beside_it(tmp_path: Path) -> None:
+    module = torch.nn.BatchNorm1d(2)
+    cloudckpt.save({"model": module, "n": 1}, tmp_path / "c")
+    found = CloudReader(tmp_path / "c").read_metadata().state_dict_metadata
+    assert set(found) == {"n", *(f"model.{name}" for name in module.state_dict())}
