@@ -74,10 +74,17 @@ class Outcome:
     has_ended: bool = False
 
 
+_WORKERS = 16
+
+
 def free_port() -> int:
-    """Return a port below those that the kernel lends to whoever connects, so that nobody takes it meanwhile."""
+    """Return a port below those that the kernel lends to whoever connects, so that nobody takes it meanwhile.
+
+    Workers have ports of their own: until ranks listen, which takes seconds, another one would find theirs free.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _WORKERS
     while True:
-        port = random.randrange(20_000, 32_000)
+        port = random.randrange(20_000 + worker, 32_000, _WORKERS)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
