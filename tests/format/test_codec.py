@@ -1148,3 +1148,20 @@ def test_no_two_types_share_a_written_form() -> None:
 def test_collections_are_named_once() -> None:
     """Python's own names are in the tags, so a rename there must not change the format."""
     assert [kind.__name__ for kind in (collections.OrderedDict, collections.Counter)] == ["OrderedDict", "Counter"]
+
+
+@pytest.mark.parametrize("bits", [0x7FF8000000000001, 0xFFF8000000000000, 0x7FFC123400000000])
+def test_a_nan_keeps_its_sign_and_payload(bits: int) -> None:
+    value = struct.unpack(">d", bits.to_bytes(8, "big"))[0]
+    for each in (value, complex(value, 1.0), [value]):
+        found = codec.decode(codec.encode(each, key="v"), key="v")
+        number = found.real if isinstance(found, complex) else found[0] if isinstance(found, list) else found
+        assert struct.pack(">d", number) == bits.to_bytes(8, "big")
+
+
+@pytest.mark.parametrize(
+    "text", ["7ff8000000000000", "7ff0000000000000", "3ff0000000000000", "7FF8000000000001", "7ff8"]
+)
+def test_bits_that_are_no_nan_or_have_another_spelling_are_refused(text: str) -> None:
+    with pytest.raises(ManifestError, match="malformed float"):
+        codec.decode({"$float": text}, key="v")

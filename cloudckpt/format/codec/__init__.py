@@ -7,8 +7,8 @@ Decoding trusts nothing. The same value gives the same data; a dict keeps its or
 text must not sort keys.
 
 Not kept: identity (a list held twice comes back as two), a tensor's device, strides and `requires_grad` (it comes back
-contiguous, on the CPU), the payload bits of a scalar NaN, a UUID's `is_safe`, and attributes that a program set on an
-object of the standard library.
+contiguous, on the CPU), the payload bits of a NaN in a numpy scalar, a UUID's `is_safe`, and attributes that a program
+set on an object of the standard library.
 Pure values: no I/O, no clock, no threads of its own; both functions may be called from any thread.
 
     encoding  decoding     the two directions

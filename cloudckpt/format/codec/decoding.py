@@ -10,6 +10,7 @@ import base64
 import math
 import re
 import reprlib
+import struct
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from cloudckpt.format.codec.walk import (
     MAX_INLINE_BYTES,
     MAX_INT_DIGITS,
     MAX_PLAIN_INT,
+    PLAIN_BITS,
     WITHIN,
     KeyAt,
     Walk,
@@ -39,6 +41,7 @@ from cloudckpt.format.codec.walk import (
 __all__ = ["Decoder"]
 
 _T = TypeVar("_T")
+_NAN = re.compile(r"[7f]ff[0-9a-f]{13}")
 _INT = re.compile(r"-?0x[1-9a-f][0-9a-f]*")
 _DEVICE = re.compile(r"[a-z]{1,32}(?::([0-9]{1,3}))?")
 # What constructors raise for values that cannot be theirs.
@@ -213,9 +216,13 @@ def _decode_int(walk: Decoder, data: object) -> int:
 
 def _decode_float(walk: Decoder, data: object) -> float:
     text = walk.expect(data, str)
-    if text not in ("inf", "-inf", "nan"):
+    if text in ("inf", "-inf", "nan"):
+        return float(text)
+    bits = bytes.fromhex(text) if _NAN.fullmatch(text) else b""
+    value: float = struct.unpack(">d", bits)[0] if bits and bits not in PLAIN_BITS else 0.0
+    if not math.isnan(value):
         raise walk.error("has a malformed float")
-    return float(text)
+    return value
 
 
 def _decode_str(walk: Decoder, data: object) -> str:

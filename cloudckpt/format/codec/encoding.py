@@ -9,6 +9,7 @@ import base64
 import dataclasses
 import json
 import math
+import struct
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,7 @@ from cloudckpt.format.codec.walk import (
     MAX_INLINE_BYTES,
     MAX_INT_DIGITS,
     MAX_PLAIN_INT,
+    PLAIN_BITS,
     SPILL_BYTES,
     WITHIN,
     JsonValue,
@@ -167,7 +169,11 @@ def _encode_int(walk: Encoder, value: int) -> JsonValue:
 
 
 def _encode_float(_: Encoder, value: float) -> JsonValue:
-    return value if math.isfinite(value) else {"$float": str(value)}
+    if math.isfinite(value):
+        return value
+    bits = struct.pack(">d", value)
+    # A NaN has a sign and a payload, which torch.save keeps.
+    return {"$float": str(value) if bits in PLAIN_BITS else bits.hex()}
 
 
 def _encode_str(walk: Encoder, value: str) -> JsonValue:

@@ -5,8 +5,10 @@ Shared by encoding and decoding, so that both count alike: what one of them acce
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
+import struct
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
@@ -30,6 +32,7 @@ __all__ = [
     "MAX_INT_DIGITS",
     "MAX_NODES",
     "MAX_PLAIN_INT",
+    "PLAIN_BITS",
     "SPILL_BYTES",
     "WITHIN",
     "JsonValue",
@@ -55,6 +58,8 @@ SPILL_BYTES = 64 * KIB
 """Bytes of all payloads of one value in its JSON, at most, where it may have parts."""
 MAX_INT_DIGITS = 4096
 """Hexadecimal digits of one int, at most."""
+PLAIN_BITS = tuple(struct.pack(">d", value) for value in (math.inf, -math.inf, math.nan))
+"""Floats that are no numbers and have names of their own; other NaNs are told by their bits."""
 MAX_PLAIN_INT = 2**53 - 1
 """JSON readers that hold numbers as doubles are exact up to here."""
 
