@@ -330,7 +330,7 @@ def test_quick_benchmark_measures_each_chosen_peer_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(850)
 def test_quick_benchmark_measures_every_peer_on_every_target(tmp_path: Path) -> None:
     found = counted(run_benchmark(tmp_path, "--targets", ",".join(TARGETS)))
     expected = {
