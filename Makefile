@@ -9,7 +9,8 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 INSTALL := -m pip install --quiet --disable-pip-version-check
 # Many tests wait: for deadlines, for other processes. The workers share the servers; a file stays on one worker.
 WORKERS ?= 4
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# In the order of the folders: what takes long stands early, and does not run alone at the end.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup setup-localstack dev demo test test-all lint check format bench package servers-up servers-down constraints
 # Two installations into one environment must not meet.

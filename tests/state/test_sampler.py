@@ -448,7 +448,12 @@ def _together(of_ranks: Sequence[Sequence[Sequence[int]]]) -> list[int]:
 
 @pytest.mark.parametrize(
     ("first", "second", "batch_size", "workers", "stop"),
-    [(2, 3, 4, 2, 5), (3, 2, 3, 0, 7), (1, 4, 5, 0, 3), (2, 3, 4, 0, 12)],
+    [
+        pytest.param(2, 3, 4, 2, 5, marks=pytest.mark.slow),
+        pytest.param(3, 2, 3, 0, 7, marks=pytest.mark.slow),
+        (1, 4, 5, 0, 3),
+        (2, 3, 4, 0, 12),
+    ],
 )
 def test_ranks_of_another_number_go_on_with_the_very_next_samples(
     tmp_path: Path, first: int, second: int, batch_size: int, workers: int, stop: int
