@@ -21,7 +21,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_dtensor
 
-from cloudckpt.format import Flat, codec
+from cloudckpt.format import Flat, PathElement, codec
 from cloudckpt.root import Fit
 from cloudckpt.state.entry import Entry, Misfit, dtype_of, in_common_order, is_tensor, shape_of
 from cloudckpt.state.overlap import identity, is_one_memory, overlapping, overlaps_itself, without_memory
@@ -153,13 +153,21 @@ class _Matching:
                 self._wait_for_memory(part, name)
         below = self._saved.path(name)[len(part.entry.path) :]
         if (here := part.entry.shape_here(below, shape, self._saved.shapes.get)) != shape:
-            self._resize(part, name, part.entry.allocate(below, here, self._saved.dtypes[name]), is_live=False)
+            self._resize(part, name, self._like(part, name, below, here), is_live=False)
             return
         if part.entry.fills and self._is_alike(current, name) and not part.entry.pins:
             part.leaves[name] = current
             self._held[name] = _Held(part, name, current)
         else:
             self._give_own(part, name)
+
+    def _like(self, part: Part, name: str, below: Sequence[PathElement], shape: _Shape) -> object:
+        """Return what is resized for an object that takes it as it is: what it has, else zeros."""
+        current, dtype = part.live.leaves.get(name), self._saved.dtypes[name]
+        if is_tensor(current) and _has_form(current) and (shape_of(current), dtype_of(current)) == (shape, dtype):
+            return current
+        made = part.entry.allocate(below, shape, dtype)
+        return made if isinstance(made, ShardedTensor) else made.zero_()
 
     def _is_alike(self, current: object, name: str) -> bool:
         if not is_tensor(current) or not _has_form(current) or _is_on_meta(current):

@@ -177,6 +177,9 @@ class Restoration:
     def go_on_from(self, before: Restoration) -> None:
         """Take over from what was matched before modules had memory, whose objects were asked."""
         self.fit, self._new, self._undos = before.fit, before._new, before._undos
+        made = {one.name: one.part.leaves[one.name] for one in before._resized if not one.is_live}
+        for one in self._resized:
+            one.part.leaves[one.name] = made.get(one.name, one.live)
 
     def compare_early(self, members: list[tuple[str, object, object]]) -> None:
         """Have `ask` compare tensors that share memory: (name, the live one, what it is to hold)."""

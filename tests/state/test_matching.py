@@ -840,3 +840,35 @@ def test_one_checkpoint_is_no_root(tmp_path: Path) -> None:
         pytest.raises(cloudckpt.OptionsError, match="is one checkpoint, not a root"),
     ):
         manager.restore({"n": 0})
+
+
+@pytest.mark.parametrize("is_beside_meta", [False, True])
+@pytest.mark.parametrize("is_stepped", [False, True])
+def test_the_state_of_a_grown_parameter_is_what_resize_makes_of_it(
+    tmp_path: Path, *, is_stepped: bool, is_beside_meta: bool
+) -> None:
+    def trained(size: int, *, is_stepped: bool) -> tuple[nn.Embedding, torch.optim.Optimizer]:
+        model = nn.Embedding(size, 2)
+        optimizer = torch.optim.Adam(model.parameters())
+        if is_stepped:
+            model.weight.grad = torch.ones(size, 2)
+            optimizer.step()
+        return model, optimizer
+
+    def grown(_: str, saved: torch.Tensor, live: torch.Tensor) -> torch.Tensor:
+        live[: len(saved)] = saved
+        return live
+
+    (model, optimizer), (again, live) = trained(3, is_stepped=True), trained(5, is_stepped=is_stepped)
+    tail = live.state[again.weight]["exp_avg"][3:].clone() if is_stepped else torch.zeros(2, 2)
+    with torch.device("meta" if is_beside_meta else "cpu"):
+        other = nn.Linear(2, 2)
+    saved: State = {"m": model, "o": optimizer, "other": nn.Linear(2, 2)}
+
+    trip(tmp_path, saved, {"m": again, "o": live, "other": other}, resize=grown, materialize="cpu")
+
+    state = live.state[again.weight]
+    assert torch.equal(state["exp_avg"][:3], optimizer.state[model.weight]["exp_avg"])
+    assert torch.equal(state["exp_avg"][3:], tail)
+    assert torch.equal(again.weight[:3], model.weight)
+    assert torch.equal(other.weight, saved["other"].weight)
