@@ -312,7 +312,8 @@ def _open(flat: Flat, group: Group) -> _Opened:
     message = msgspec.msgpack.encode((boxes.encode(), about, sorted(flat.of_others)))
     # A plan serves the same ranks only: a process group that was made anew may have others.
     digest = xxhash.xxh3_128_digest(message + f"{group.rank}/{group.size}".encode())
-    digests = {name: of_name.digest() for name, of_name in parts.items()}
+    # One process has nobody to compare them with, and they may be large.
+    digests = {name: of_name.digest() if group.size > 1 else "" for name, of_name in parts.items()}
     return _Opened(
         planner=planner,
         items=items,

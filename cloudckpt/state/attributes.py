@@ -16,7 +16,7 @@ from torch import nn
 
 from cloudckpt.format import JsonValue, codec
 
-__all__ = ["as_it_was", "is_foreign", "metadata_of", "notes_by_prefix", "notes_of", "with_attributes"]
+__all__ = ["as_it_was", "is_foreign", "metadata_of", "names_above", "notes_by_prefix", "notes_of", "with_attributes"]
 
 
 def notes_of(nested: object, name: str) -> dict[str, JsonValue]:
@@ -72,7 +72,7 @@ def notes_by_prefix(notes: Mapping[str, JsonValue]) -> dict[str, dict[str, JsonV
     """Return notes by every name that leads to theirs."""
     found: dict[str, dict[str, JsonValue]] = {}
     for name, note in notes.items():
-        for prefix in [*_parts(name), name]:
+        for prefix in [*names_above(name), name]:
             found.setdefault(prefix, {})[name] = note
     return found
 
@@ -110,15 +110,18 @@ def metadata_of(name: str, notes: Mapping[str, JsonValue], keys: object) -> Orde
         return OrderedDict(found) if isinstance(found, dict) else None
     if "metadata" not in note:
         return None
-    above = {part for key in keys if isinstance(key, str) for part in _parts(key)} if isinstance(keys, dict) else set()
+    above = (
+        {part for key in keys if isinstance(key, str) for part in names_above(key)} if isinstance(keys, dict) else set()
+    )
     of_parts = {of[len(name) + 1 :]: _decoded(part, of) for of, part in notes.items() if of.startswith(f"{name}.")}
     usual: dict[str, object] = {part: {"version": 1} for part in sorted(above)}
     noted = {part: found for part, found in of_parts.items() if found is not None}
     return OrderedDict({"": _decoded(note, name), **usual, **noted})
 
 
-def _parts(key: str) -> Iterator[str]:
-    return (key[:at] for at, character in enumerate(key) if character == ".")
+def names_above(name: str) -> Iterator[str]:
+    """Yield the names that lead to a name, from the top down."""
+    return (name[:at] for at, character in enumerate(name) if character == ".")
 
 
 def _decoded(note: JsonValue, name: str) -> object:

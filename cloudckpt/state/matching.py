@@ -23,11 +23,12 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from cloudckpt.format import Flat, PathElement, codec
 from cloudckpt.root import Fit
+from cloudckpt.state.attributes import names_above
 from cloudckpt.state.entry import Entry, Misfit, dtype_of, in_common_order, is_tensor, shape_of
 from cloudckpt.state.overlap import identity, is_one_memory, overlapping, overlaps_itself, without_memory
 from cloudckpt.state.per_rank import RankName
 from cloudckpt.state.restoration import Allowed, Part, Resized, Restoration, mismatch
-from cloudckpt.state.saved import OURS, Saved, names_above
+from cloudckpt.state.saved import OURS, Saved
 
 __all__ = ["plan_restore"]
 
@@ -54,7 +55,7 @@ def plan_restore(entries: Sequence[Entry], saved: Saved, allowed: Allowed) -> Re
     return matching.settle()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Held:
     """A live tensor that is to be filled where it is."""
 
@@ -310,9 +311,8 @@ class _Matching:
             restoration.compare_early([(held.name, held.tensor, self._own(held.part, held.name)) for held in group])
         for resized in self._resized:
             restoration.resize_early(resized)
-        for part in self._parts:
-            if names := [held.name for held in self._on_meta if held.part is part]:
-                restoration.materialize_later(part.entry, names)
+        for held in self._on_meta:
+            restoration.materialize_later(held.part.entry, held.name)
         return restoration
 
     def _part_memory(self) -> None:

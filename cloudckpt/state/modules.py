@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from cloudckpt.format import Flat, codec, flatten
-from cloudckpt.state.attributes import metadata_of
+from cloudckpt.state.attributes import metadata_of, names_above
 from cloudckpt.state.entry import Entry, Left, Misfit, Place, is_tensor, mapping_of
 from cloudckpt.state.fsdp1 import is_fsdp1, sharded
 from cloudckpt.state.replicas import buffers_of_others
@@ -80,8 +80,7 @@ class ModuleEntry(Entry):
         """Tell whether the module takes what is saved under a name, whatever it has there itself."""
         if self._own_names is None:
             self._own_names = set(self._names_of_their_own())
-        above = (name[:at] for at, character in enumerate(name) if character == ".")
-        return name in self._own_names or any(one in self._own_names for one in above)
+        return name in self._own_names or any(one in self._own_names for one in names_above(name))
 
     def _names_of_their_own(self) -> Iterator[str]:
         """Yield the names of parts that load by themselves, and of what they have besides tensors."""

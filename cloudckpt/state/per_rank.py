@@ -161,11 +161,9 @@ class PerRankEntry(Entry):
         return name == self.name
 
     def allocate_own(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
-        return torch.empty(shape, dtype=dtype) if dtype == torch.uint8 and len(shape) == 1 else None
+        return torch.empty(shape, dtype=dtype, device="cpu") if dtype == torch.uint8 and len(shape) == 1 else None
 
     def load_own(self, own: Mapping[str, torch.Tensor]) -> None:
-        if self.name not in own:
-            raise ManifestError(f"{self.name!r} was saved by every rank but this one", key=self.name)
         self.load(unpack(own[self.name], key=self.name), None)
 
     def load(self, restored: object, live: object) -> None:

@@ -69,7 +69,7 @@ class Allowed:
                 raise OptionsError(f"materialize is {self.materialize!r}, which is no device here: {exc}") from exc
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Part:
     """What of one entry is restored from where: a saved value, a tensor that is to be filled, or what is here."""
 
@@ -104,7 +104,7 @@ class Part:
         return left or Left()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Resized:
     """What is made of a saved tensor of another shape.
 
@@ -143,7 +143,7 @@ class Restoration:
         self._resized: list[Resized] = []
         self._new: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._undos: list[tuple[str, Callable[[], None] | None]] = []
-        self._on_meta: list[tuple[Entry, list[str]]] = []
+        self._on_meta: dict[Entry, list[str]] = {}
         self.moved: dict[str, list[str]] = {}
 
     @property
@@ -151,9 +151,9 @@ class Restoration:
         """Tell whether modules are to get memory before they are filled."""
         return bool(self._on_meta)
 
-    def materialize_later(self, entry: Entry, names: list[str]) -> None:
-        """Have `materialize` give the named tensors of an entry memory."""
-        self._on_meta.append((entry, names))
+    def materialize_later(self, entry: Entry, name: str) -> None:
+        """Have `materialize` give a tensor of an entry memory."""
+        self._on_meta.setdefault(entry, []).append(name)
 
     def materialize(self) -> None:
         """Give modules memory; nothing is filled yet.
@@ -162,7 +162,7 @@ class Restoration:
             RestoreFailedError: a tensor cannot be given memory; others have it by then.
         """
         device = self._allowed.materialize
-        for entry, names in self._on_meta if device is not None else ():
+        for entry, names in self._on_meta.items() if device is not None else ():
             try:
                 left = entry.materialize(device, names)  # type: ignore[arg-type]
             except RuntimeError as exc:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
 from cloudckpt.format import JsonValue, PathElement
-from cloudckpt.state.attributes import notes_by_prefix
+from cloudckpt.state.attributes import names_above, notes_by_prefix
 from cloudckpt.state.per_rank import RankName
 
-__all__ = ["OURS", "Saved", "names_above"]
+__all__ = ["OURS", "Saved"]
 
 _Shape = tuple[int, ...]
 OURS = "cloudckpt."
@@ -87,8 +87,3 @@ class Saved:
 
 def _key(path: Sequence[PathElement]) -> str:
     return repr(list(path))
-
-
-def names_above(name: str) -> Iterator[str]:
-    """Yield the names that lead to a name, from the top down."""
-    return (name[:at] for at, character in enumerate(name) if character == ".")
