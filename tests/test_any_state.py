@@ -32,15 +32,6 @@ _SAVED, _TWIN = 1, 2
 _numbers = itertools.count()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """States this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[concurrent.futures.Executor]:
     """Another process, for all examples."""

@@ -12,7 +12,7 @@ import struct
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +92,6 @@ def cells(*names: str) -> pytest.MarkDecorator:
 
 
 SOURCES = [_corner(name) for name in DIAGONAL]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # -- what the ranks do -------------------------------------------------------------------------------------------

@@ -21,16 +21,6 @@ import cloudckpt
 from cloudckpt import OptionsError, StateMismatchError, UnsupportedValueError
 from tests.state.nets import CUT, SCHEDULERS, Matrices, Net, State, bits, state_of, train
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads, on a busy machine a hundred times."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # -- modules -----------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,6 @@ from cloudckpt.state.beside import Beside
 from cloudckpt.state.groups import match_groups
 from cloudckpt.state.optimizers import NamedEntry
 from tests.state.nets import CUT, SCHEDULERS, Decay, Matrices, Net, State, bits, check_goes_on, state_of, train
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small are slower on several threads, on a busy machine a hundred times."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 # -- optimizers --------------------------------------------------------------------------------------------------
 
