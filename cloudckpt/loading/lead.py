@@ -18,7 +18,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol, TypeGuard, cast
 
 import torch
@@ -204,7 +204,6 @@ class _Loading:
     entries: Sequence[Entry] | None
     # What this rank found on the way, for the steps after it.
     _parts: Mapping[str, Mapping[int, torch.Tensor]] = field(init=False, default_factory=dict)
-    _index: Index = field(init=False)
     _saved: Saved = field(init=False)
     _restoration: Restoration = field(init=False)
     _extra: dict[str, torch.Tensor] = field(init=False)
@@ -241,14 +240,17 @@ class _Loading:
             partial(plan_passing, is_read_once=self._is_read_once()),
         )
 
+    @cached_property
+    def _index(self) -> Index:
+        return decode_index(self.checkpoint, self.found.index)
+
     def _plan_parts(self, state: Mapping[str, object]) -> Mapping[str, object]:
         """Return the parts of the values that the state asks for, to be filled."""
-        self._index = index = decode_index(self.checkpoint, self.found.index)
-        self._parts = part_targets(index, _wanted_values(index, state))
+        self._parts = part_targets(self._index, _wanted_values(self._index, state))
         return by_part_name(self._parts)
 
     def _match(self, state: MutableMapping[str, object], allowed: Allowed) -> _Met:
-        self._index = index = decode_index(self.checkpoint, self.found.index)
+        index = self._index
         entries = self.entries or bind(state)
         wanted = _wanted_values(index, state)
         values = {

@@ -87,8 +87,11 @@ class Part:
         """Return the nested state of the entry, without the path that leads to it."""
         top = len(self.entry.path)
         below: dict[str, list[PathElement]] = {name: ["", *self.paths[name][top:]] for name in self.leaves}
-        leaves = {name: self._as_it_was(name, leaf) for name, leaf in self.leaves.items()}
-        return with_attributes(unflatten(leaves, below).get("", {}), self.entry.name, self.entry.notes)
+        made: dict[int, object] = {}  # what has several names is one object under all of them
+        leaves = {name: made.setdefault(id(leaf), self._as_it_was(name, leaf)) for name, leaf in self.leaves.items()}
+        nested = unflatten(leaves, below).get("", {})
+        # A module is told its versions where it is handed its state.
+        return nested if self.entry.pins else with_attributes(nested, self.entry.name, self.entry.notes)
 
     def _as_it_was(self, name: str, leaf: object) -> object:
         """Return a tensor with what it was beside its bytes; a live one is what it is."""

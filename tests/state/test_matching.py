@@ -690,6 +690,23 @@ def test_an_object_gets_back_what_it_had_of_gradients(tmp_path: Path) -> None:
     assert (type(state["x"]), state["x"].requires_grad) == (nn.Parameter, True)
 
 
+def test_one_parameter_under_two_names_of_an_object_is_one_again(tmp_path: Path) -> None:
+    class Twice:
+        def __init__(self, value: float) -> None:
+            self.first = self.second = nn.Parameter(torch.tensor([value]))
+
+        def state_dict(self) -> State:
+            return {"first": self.first, "second": self.second}
+
+        def load_state_dict(self, state: State) -> None:
+            self.first, self.second = state["first"], state["second"]
+
+    live = Twice(0.0)
+    trip(tmp_path, {"o": Twice(2.0)}, {"o": live})
+    assert live.first is live.second
+    assert live.first.item() == 2.0
+
+
 @pytest.mark.parametrize("state", [(1, torch.ones(2)), [1, [2]], torch.ones(3), 7, None], ids=repr)
 def test_an_object_is_handed_whatever_its_state_was(tmp_path: Path, state: object) -> None:
     class Whatever:
