@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         (
             {"errors"},
-            {"options"},
+            {"options", "deadline"},
             {"format"},
             {"store"},
             {"transfer"},

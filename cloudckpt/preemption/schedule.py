@@ -18,11 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from cloudckpt.deadline import Deadline
 from cloudckpt.errors import OptionsError
 from cloudckpt.preemption.watch import Preemption
 from cloudckpt.ranks import Vote
 
-__all__ = ["Deadline", "Schedule"]
+__all__ = ["Schedule"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,18 +43,6 @@ class _Newest:
     step: int
     began_s: float
     state: Literal["under way", "committed", "failed"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Deadline:
-    """What all ranks know of a preemption: the end (monotonic seconds; inf if unknown) and whose word it is."""
-
-    stop_s: float
-    source: str
-
-    def left_s(self, now_s: float) -> float:
-        """Return the seconds that are left."""
-        return self.stop_s - now_s
 
 
 class Schedule:
@@ -180,7 +169,7 @@ class Schedule:
         notice = self._preemption.notice if self._preemption is not None else None
         stop_s = math.inf if left_ms == _FAR_MS - 1 else now_s + left_ms / 1000
         if self.deadline is None or stop_s < self.deadline.stop_s:
-            self.deadline = Deadline(stop_s=stop_s, source=notice.source if notice is not None else "another rank")
+            self.deadline = Deadline(stop_s=stop_s, reason=notice.source if notice is not None else "another rank")
 
     def _answer(self, step: int, now_s: float, *, is_wanted: bool) -> bool:
         """Save once, unless the newest snapshot is as good, or nothing newer could be saved in time."""
@@ -191,9 +180,9 @@ class Schedule:
         left = "an unknown time" if math.isinf(left_s) else f"{left_s:.1f} s"
         newest = self._newest
         if is_wanted or newest is None:
-            logger.warning("preempted (%s), %s left: step %d is to be saved", self.deadline.source, left, step)
+            logger.warning("preempted (%s), %s left: step %d is to be saved", self.deadline.reason, left, step)
             return True
-        logger.warning("preempted (%s), %s left: the save of step %d will do", self.deadline.source, left, newest.step)
+        logger.warning("preempted (%s), %s left: the save of step %d will do", self.deadline.reason, left, newest.step)
         return False
 
     def _standing(self, step: int, now_s: float) -> tuple[int, int]:
