@@ -24,7 +24,20 @@ from cloudckpt.options import Options
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
 from cloudckpt.ranks import refuse_lonely_rank
 from cloudckpt.report import Advice, Journal, Progress, Show, advise
-from cloudckpt.root import Catalog, Checkpoint, Choice, Orphan, Pruner, RetentionRule, Wanted, checked_rules, sweep
+from cloudckpt.root import (
+    Catalog,
+    Checkpoint,
+    Choice,
+    Cleaner,
+    Orphan,
+    Pruner,
+    RetentionRule,
+    RetentionScope,
+    Unreadable,
+    Wanted,
+    checked_rules,
+    sweep,
+)
 from cloudckpt.saving import SaveHandle
 from cloudckpt.state import Allowed, Resize
 from cloudckpt.store import open_store
@@ -61,11 +74,13 @@ class CheckpointManager:
         engine: str = "auto",
         options: Options | None = None,
         retention: Sequence[RetentionRule] = (),
+        retention_scope: RetentionScope = "line",
         save_every_steps: int | None = None,
         save_every_seconds: float | None = None,
         preemption: bool | Preemption = False,
         save_rng: bool = True,
         prune_grace_s: float = 60.0,
+        sweep_after_s: float | None = 3600.0,
         progress: Show = "auto",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -77,12 +92,16 @@ class CheckpointManager:
             engine: what moves the bytes: `auto` (the best that serves the URL), `local`, `obstore` or `fsspec`.
             options: sizes, parallelism, patience.
             retention: rules of which each keeps some checkpoints; without rules all are kept.
+            retention_scope: what the rules are about: `line`, what this job saves and what led to the checkpoint that
+                it went on from; or `root`, all below the root, also of jobs that this one knows nothing of.
             save_every_steps: the interval of `should_save`, in training steps.
             save_every_seconds: its interval in seconds since the newest save began; both may be given.
             preemption: heed notices that this machine goes: True for SIGTERM, SIGUSR1 and what the machine itself
                 offers (EC2, GCE, Slurm), or a `Preemption`, which is started here and stopped by whoever made it.
             save_rng: save and restore the random number generators of this process.
             prune_grace_s: seconds between the end of a pruned checkpoint and that of its shards, for readers of it.
+            sweep_after_s: seconds without a write after which what earlier jobs left (attempts that were never
+                committed, pruned shards) is removed in the background of saves; None leaves it to `sweep`.
             progress: what rank 0 shows on stderr: `auto` a bar on a terminal and a line for each save and restore that
                 is done, unless the log shows it; `bar` a bar in any case, `line` the line alone, `off` nothing.
             clock: monotonic seconds, for the grace time.
@@ -101,12 +120,19 @@ class CheckpointManager:
         self._store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=chosen)
         self._journal = Journal(self._store, shown)
         self._catalog = Catalog(self._store)
+        cleaner = Cleaner(
+            self._catalog,
+            grace_s=prune_grace_s,
+            sweep_after_s=sweep_after_s,
+            clock=clock,
+            is_held=lambda: schedule.is_preempted,
+        )
         self._saves = Saves(
             self._catalog,
             options=chosen,
             schedule=schedule,
             journal=self._journal,
-            pruner=Pruner(self._catalog, self._retention, grace_s=prune_grace_s, clock=clock),
+            pruner=Pruner(self._catalog, self._retention, cleaner, scope=retention_scope),
             save_rng=save_rng,
         )
         self._is_closed = False
@@ -317,6 +343,14 @@ class CheckpointManager:
         self._refuse_closed()
         return self._catalog.all()
 
+    def unreadable(self) -> list[Unreadable]:
+        """Return what stands below the root and cannot be read, oldest first by (epoch, step), each with its error.
+
+        No retention rule counts it, it is never the best, and nothing removes it.
+        """
+        self._refuse_closed()
+        return list(self._catalog.survey().unreadable)
+
     def sweep(self, *, dry_run: bool = True, older_than_s: float = 86_400.0) -> list[Orphan]:
         """Remove what killed jobs left behind: attempts of older epochs without a commit, and pruned leftovers.
 
@@ -330,7 +364,7 @@ class CheckpointManager:
     def close(self) -> None:
         """Wait for a save under way, remove what is due, and release the store and the memory. Idempotent.
 
-        Shards still in their grace time stay for a sweep.
+        Shards still in their grace time stay for the next job.
 
         Raises:
             SaveFailedError: a save failed in the background and nobody was told, or did not end within

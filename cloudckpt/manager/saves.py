@@ -217,4 +217,4 @@ class Saves:
         is_preempted = self._schedule.is_preempted
         entry.committed(outcome, left_s=self._schedule.seconds_left() if is_preempted else None)
         if entry.rank == 0 and not is_preempted:
-            self._pruner.prune_after(outcome)
+            self._pruner.prune_after(outcome, self.epoch.line)

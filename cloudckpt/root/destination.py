@@ -13,6 +13,7 @@ from functools import partial
 from cloudckpt.format import Manifest, checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.claims import Line
 from cloudckpt.root.replacing import Exists, check_place, replace
 from cloudckpt.store import probe_create
 
@@ -76,6 +77,7 @@ class Epoch:
         number: 0 until the first save has claimed it, or until another rank's has.
         resumed_from: the checkpoint that the job went on from.
         newest: the newest checkpoint of this epoch.
+        line: what this job has committed, in this epoch and others, and what led to where it went on from.
     """
 
     def __init__(self, catalog: Catalog, *, is_single_writer: bool) -> None:
@@ -85,6 +87,7 @@ class Epoch:
         self.number = 0
         self.resumed_from: Checkpoint | None = None
         self.newest: Checkpoint | None = None
+        self.line = Line()
 
     def step(self, step: int, catalog: Catalog) -> Destination:
         """Return where a step goes, by a catalog over the store with the patience that this save has. No request.
@@ -96,20 +99,32 @@ class Epoch:
         return Destination(catalog, partial(self._take, step, catalog), is_claimed=self.number > 0)
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Go on from a checkpoint; from one before this epoch's newest, in an epoch of its own: a new line is newer."""
+        """Go on from a checkpoint; from any but the one that the next save follows, in an epoch of its own.
+
+        Not from one of a newer epoch: this job is fenced, and stays so.
+        """
+        base = self.newest or self.resumed_from
+        is_base = checkpoint is base or (checkpoint is not None and base is not None and checkpoint.order == base.order)
+        is_fenced = checkpoint is not None and checkpoint.epoch > self.number
         self.resumed_from = checkpoint
-        if self.newest is not None and (checkpoint is None or checkpoint.order < self.newest.order):
+        if not is_base and not is_fenced:
             self.number, self.newest = 0, None
 
     def note(self, checkpoint: Checkpoint) -> None:
         """Note a commit of this epoch; on every rank."""
         self.number, self.newest = checkpoint.epoch, checkpoint
+        self.line = self.line.joined(Line({checkpoint.epoch: checkpoint.step}))
 
     def _take(self, step: int, catalog: Catalog) -> Target:
         if self.number == 0:
             probe_create(self._catalog.store, single_writer=self._is_single_writer)
-            self.number = self._catalog.claim(resumed_from=self.resumed_from)
+            base = self.resumed_from
+            self.number, self.line = self._catalog.claims.claim(
+                places=self._catalog.places().values(),
+                resumed_from=None if base is None else (base.step, base.epoch),
+                line=self.line,
+            )
         prefix = checkpoint_prefix(step, self.number)
-        if self.newest is not None and catalog.knows(prefix):
+        if catalog.knows(prefix) and catalog.is_taken(prefix):
             raise catalog.exists_error(prefix)
         return Target(catalog=catalog, prefix=prefix, step=step, epoch=self.number)

@@ -1,77 +1,269 @@
 """Remove the checkpoints of one root that no retention rule keeps: manifests first, shards a grace time later.
 
+    commit ──▶ what the rules let go, of this job's line ──what they keep is looked for──▶ uncommitted
+                 ╰─ `Cleaner`, in a thread of its own ──▶ their shards, once due; what other jobs left (`sweep`)
+
 Called by whichever thread has committed a checkpoint, and by the manager's; never by two at once. Keeps FORMAT
-invariants 7 and 8.
+invariants 7 to 9.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+import threading
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal, get_args
 
-from cloudckpt.errors import CheckpointExistsError, CloudCkptError
+from cloudckpt.errors import CheckpointExistsError, CloudCkptError, OptionsError
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.claims import Line
 from cloudckpt.root.retention import RetentionRule, removable
+from cloudckpt.root.sweep import delete_all, find_orphans, remove_orphan
 
-__all__ = ["Pruner"]
+__all__ = ["Cleaner", "Pruner", "RetentionScope"]
 
 logger = logging.getLogger(__name__)
+
+RetentionScope = Literal["line", "root"]
+"""Whose checkpoints retention removes: those of the job's own line of history, or all below the root."""
+
+# How long the end waits for a request of the cleaner's that is under way.
+_ENDING_S = 30.0
+_AGAIN_S = 3_600.0
+_SHOWN = 5
 
 
 class Pruner:
     """The retention rules of a root, and what they have left to be removed."""
 
     def __init__(
-        self, catalog: Catalog, rules: Sequence[RetentionRule], *, grace_s: float, clock: Callable[[], float]
+        self, catalog: Catalog, rules: Sequence[RetentionRule], cleaner: Cleaner, *, scope: RetentionScope = "line"
     ) -> None:
-        """Prune by `rules`; without any, nothing is pruned."""
+        """Prune by `rules`; without any, nothing is pruned.
+
+        Raises:
+            OptionsError: an unknown scope.
+        """
+        if scope not in get_args(RetentionScope):
+            raise OptionsError(f"retention_scope is {scope!r}; give {' or '.join(map(repr, get_args(RetentionScope)))}")
         self._catalog = catalog
         self._rules = tuple(rules)
-        self._grace_s = grace_s
-        self._clock = clock
-        # Prefixes whose manifest is gone, and since when: their shards go once readers had time to notice.
-        self._uncommitted_s: dict[str, float] = {}
+        self._cleaner = cleaner
+        self._scope = scope
+        self._has_named = False
 
-    def prune_after(self, checkpoint: Checkpoint) -> None:
-        """Uncommit what no rule keeps, and remove what is due; never the checkpoint that was just committed.
+    def prune_after(self, checkpoint: Checkpoint, line: Line) -> None:
+        """Uncommit what no rule keeps, and have removed what is due; never the checkpoint that was just committed.
 
         A failure is logged and left to the next save, because the checkpoint itself is safe.
+
+        Args:
+            checkpoint: the newest of this job.
+            line: of which only checkpoints are removed, unless the scope is the root.
         """
         try:
-            self._prune(checkpoint)
+            self._prune(checkpoint, line)
         except Exception as exc:  # noqa: BLE001 (rules may be anybody's code, and the checkpoint is committed)
             said = exc if isinstance(exc, CloudCkptError) else repr(exc)
             logger.warning(
                 "step %s is saved, but pruning failed and is left to the next save: %s", checkpoint.step, said
             )
+        self._cleaner.wake()
 
-    def _prune(self, newest: Checkpoint) -> None:
-        if self._rules:
+    def _prune(self, newest: Checkpoint, line: Line) -> None:
+        if not self._rules:
+            return
+        places = self._catalog.places()
+        mine = [prefix for prefix, order in places.items() if self._scope == "root" or line.holds(order)]
+        self._name_others(places.keys() - set(mine))
+        removed = self._removable(self._catalog.recall(mine).checkpoints, newest)
+        if removed:
+            # A newer job may be restoring what we would remove.
+            self._catalog.claims.fence(newest.epoch)
+        for checkpoint in removed:
+            self.remove(checkpoint)
+            logger.info("pruned step %s of epoch %d", checkpoint.step, checkpoint.epoch)
+
+    def _removable(self, checkpoints: Sequence[Checkpoint], newest: Checkpoint) -> list[Checkpoint]:
+        """Return what may go, once all that the rules keep instead was found to be there."""
+        seen: set[str] = set()
+        while True:
             # Our own newest is never in question, even when a newer epoch has checkpoints of its own by now.
-            removed = removable(self._catalog.all(), self._rules, protected={newest.order})
-            if removed:
-                # A newer job may be restoring what we would remove.
-                self._catalog.fence(newest.epoch)
-            for checkpoint in removed:
-                self._catalog.uncommit(checkpoint)
-                self._uncommitted_s[checkpoint.prefix] = self._clock()
-                logger.info("pruned step %s of epoch %d", checkpoint.step, checkpoint.epoch)
-        self._remove_due()
+            removed = removable(checkpoints, self._rules, protected={newest.order})
+            going = {one.prefix for one in removed}
+            unseen = [one for one in checkpoints if one.prefix not in going | seen]
+            if not removed or not unseen:
+                return removed
+            there = {one.prefix for one in self._catalog.standing(unseen)}
+            seen |= there
+            checkpoints = [one for one in checkpoints if one.prefix in going | seen]
+
+    def remove(self, checkpoint: Checkpoint) -> None:
+        """Uncommit a checkpoint now, and have its shards removed when readers had time to notice."""
+        self._catalog.uncommit(checkpoint)
+        self._cleaner.expect(checkpoint.prefix)
+
+    def _name_others(self, prefixes: Collection[str]) -> None:
+        """Say, once, what retention leaves alone because it is of another line of history."""
+        if self._has_named:
+            return
+        others = self._catalog.recall(prefixes).checkpoints
+        self._has_named = True
+        if others:
+            shown = ", ".join(f"{one.step} of epoch {one.epoch}" for one in others[-_SHOWN:])
+            logger.warning(
+                "%d checkpoints at %s are not of the line of history that this job began or went on from (the newest: "
+                "step %s): retention leaves them alone. If the job was to go on from one, call restore() before the "
+                'first save; if they are to go by its rules, give retention_scope="root"',
+                *(len(others), self._catalog.store.url, shown),
+            )
+
+    def settle(self) -> None:
+        """Wait until what was due is removed."""
+        self._cleaner.settle()
 
     def end(self) -> None:
-        """Remove what is due; shards still in their grace time stay for a sweep, and so does what cannot be removed."""
+        """Remove what is due; shards still in their grace time stay for the next job."""
+        self._cleaner.end()
+
+
+class Cleaner:
+    """Removes objects that belong to no checkpoint, in a thread of its own and with one request at a time.
+
+    What this job has pruned goes after its grace time. What other jobs left (attempts without a commit, pruned shards)
+    goes once nothing was written to it for a while; that is looked for at the first save, and again as long as some of
+    it is too young. Nothing is removed while the job is preempted.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        *,
+        grace_s: float,
+        sweep_after_s: float | None,
+        clock: Callable[[], float],
+        is_held: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Clean below the root of `catalog`.
+
+        Args:
+            catalog: the root's.
+            grace_s: seconds between the end of a checkpoint and that of its shards.
+            sweep_after_s: how old what other jobs left must be; None leaves it to `sweep`.
+            clock: monotonic seconds.
+            is_held: whether nothing is to be removed now; asked between requests, in the thread.
+
+        Raises:
+            OptionsError: a number of seconds that is none.
+        """
+        if sweep_after_s is not None and not 0 <= sweep_after_s < math.inf:
+            raise OptionsError(f"sweep_after_s is {sweep_after_s!r}; give a number of seconds from 0, or None")
+        self._catalog = catalog
+        self._grace_s = grace_s
+        self._sweep_after_s = sweep_after_s
+        self._clock = clock
+        self._is_held = is_held
+        # Prefixes whose manifest is gone, and since when: their shards go once readers had time to notice.
+        self._uncommitted_s: dict[str, float] = {}
+        self._next_sweep_s = -math.inf if sweep_after_s is not None else math.inf
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._is_woken = False
+        self._is_ended = False
+
+    def expect(self, prefix: str) -> None:
+        """Remove what is below a prefix, which was uncommitted just now, after the grace time."""
+        with self._lock:
+            self._uncommitted_s[prefix] = self._clock()
+
+    def wake(self) -> None:
+        """Have removed what is due, without waiting for that."""
+        with self._lock:
+            self._is_woken = True
+            if self._thread is None and not self._is_ended and self._has_work():
+                self._thread = threading.Thread(target=self._run, name="cloudckpt-cleaner", daemon=True)
+                self._thread.start()
+
+    def settle(self, timeout_s: float | None = None) -> None:
+        """Wait until what was due is removed."""
+        if (thread := self._thread) is not None:
+            thread.join(timeout_s)
+
+    def end(self) -> None:
+        """Stop looking for what others left, and remove what is due of this job's own."""
+        self._is_ended = True
+        self.settle(0 if self._is_held() else _ENDING_S)
+        if self._thread is None:
+            self._try(self._remove_due)
+
+    def _has_work(self) -> bool:
+        return bool(self._due()) or self._clock() >= self._next_sweep_s
+
+    def _run(self) -> None:
         try:
-            self._remove_due()
+            while not self._is_done():
+                self._is_woken = False
+                self._try(self._remove_due)
+                self._try(self._sweep)
+        except BaseException:
+            # The end of a thread: nobody waits for it, and no checkpoint depends on it.
+            logger.exception("removing what no checkpoint needs any more failed")
+            self._thread = None
+
+    def _is_done(self) -> bool:
+        """Tell whether nothing was asked for since it was looked for; from then on there is no thread."""
+        with self._lock:
+            if self._is_woken and self._has_work():
+                return False
+            self._thread = None
+            return True
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
         except CloudCkptError as exc:
-            logger.warning("pruned shards could not be removed and stay for a sweep: %s", exc)
+            logger.warning("what no checkpoint needs any more could not be removed, and stays for a later try: %s", exc)
+
+    def _due(self) -> list[str]:
+        now_s = self._clock()
+        return [prefix for prefix, at_s in self._uncommitted_s.items() if now_s - at_s >= self._grace_s]
 
     def _remove_due(self) -> None:
         """Remove the shards of what was uncommitted a grace time ago."""
-        due = [prefix for prefix, at_s in self._uncommitted_s.items() if self._clock() - at_s >= self._grace_s]
+        with self._lock:
+            due = self._due()
         for prefix in due:
+            if self._is_held():
+                return
             try:
-                self._catalog.remove_objects(prefix)
+                delete_all(self._catalog.store, self._catalog.leftovers(prefix), is_stopped=self._is_held)
             except CheckpointExistsError:
-                logger.warning("%s was committed again while it was pruned; it stays", prefix)
-            del self._uncommitted_s[prefix]
+                logger.warning("a manifest stands at %s again, which was pruned; it stays", prefix)
+            if not self._is_held():
+                with self._lock:
+                    del self._uncommitted_s[prefix]
+
+    def _is_stopped(self) -> bool:
+        return self._is_ended or self._is_held()
+
+    def _sweep(self) -> None:
+        """Remove what other jobs left, and note when to look again: never, if all of it is gone."""
+        if self._sweep_after_s is None or self._clock() < self._next_sweep_s or self._is_stopped():
+            return
+        # Should it fail, or be held up, it is not tried at every save.
+        self._next_sweep_s = self._clock() + _AGAIN_S
+        orphans = find_orphans(self._catalog)
+        removed_bytes = 0
+        for orphan in orphans:
+            if self._is_stopped():
+                return
+            is_due = orphan.is_due(self._sweep_after_s)
+            if is_due and remove_orphan(self._catalog, orphan, is_stopped=self._is_stopped):
+                removed_bytes += orphan.total_bytes
+        young = [one for one in orphans if one.object_count and not one.is_due(self._sweep_after_s)]
+        left_s = max((self._sweep_after_s - one.age_s for one in young), default=math.inf)
+        self._next_sweep_s = self._clock() + left_s
+        if removed_bytes:
+            logger.info("removed %d bytes that earlier jobs left at %s", removed_bytes, self._catalog.store.url)
