@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -399,8 +399,8 @@ class Catalog:
         self.store.create(checkpoint.prefix + MANIFEST_NAME, data)
         self.adopt(data, prefix=checkpoint.prefix)
 
-    def discard(self, attempt: str, *, prefix: str) -> None:
-        """Delete the objects of an attempt that failed, unless the manifest there is its own.
+    def discard(self, attempts: Collection[str], *, prefix: str) -> None:
+        """Delete the objects of attempts at one save that failed, unless the manifest there is of one of them.
 
         Call only when no commit of it can follow.
         """
@@ -409,11 +409,14 @@ class Catalog:
         except ObjectNotFoundError:
             pass
         else:
-            if Manifest.decode(data, key=prefix + MANIFEST_NAME).attempt == attempt:
+            if Manifest.decode(data, key=prefix + MANIFEST_NAME).attempt in attempts:
                 return
-        keys = {info.key for info in self.store.list(f"{prefix}{attempt}/").objects}
-        # Also where it was not put: a disk then lets go of a directory in which nothing came to stand.
-        self.store.delete(sorted(keys | {prefix + index_key(attempt)}))
+        # An index also where none was put: a disk then lets go of a directory in which nothing came to stand.
+        keys = {prefix + index_key(attempt) for attempt in attempts}
+        for info in self.store.list(f"{prefix}{next(iter(attempts))}/" if len(attempts) == 1 else prefix).objects:
+            if info.key.removeprefix(prefix).partition("/")[0] in attempts:
+                keys.add(info.key)
+        self.store.delete(sorted(keys))
 
     def leftovers(self, prefix: str) -> list[str]:
         """Return the keys of what an uncommitted prefix still holds.

@@ -22,7 +22,7 @@ from cloudckpt.options import Options
 from cloudckpt.ranks import Group, named_ranks
 from cloudckpt.root import Destination, Target
 from cloudckpt.saving.dedup import Replicas, share_out
-from cloudckpt.saving.output import Record, commit_index
+from cloudckpt.saving.output import Record, commit_index, discard
 from cloudckpt.saving.replicas import doubtful_sets
 from cloudckpt.saving.tally import Written, assemble, check_against_names
 
@@ -138,6 +138,11 @@ class Coordinator:
         """Ask the store where the save goes; it refuses if it may not go there."""
         self._target = self.destination.take()
         return self._target.prefix
+
+    def discard(self, attempt: str) -> None:
+        """Remove what all ranks have written in an attempt that failed, if it had a place."""
+        if self._target is not None:
+            discard(self._target, {attempt}, self.options)
 
     def share_out(self, messages: Sequence[bytes]) -> list[PlanPart]:
         decoded = [msgspec.msgpack.decode(message, type=tuple[bytes, bytes, list[str]]) for message in messages]

@@ -28,7 +28,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from cloudckpt.errors import SaveFailedError
+from cloudckpt.errors import CommitUnknownError, SaveFailedError
 from cloudckpt.format import BoxTable, Column, Flat, JsonValue, codec, metadata_to_json, metrics_to_json
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, plain_errors
@@ -197,6 +197,17 @@ class PendingSave:
             CommitUnknownError: the outcome is not known (rank 0 was lost at the end); nothing was deleted.
             CloudCkptError: what the one process, or rank 0 for all, was refused with; nothing was committed.
         """
+        try:
+            return self._finish(gauge)
+        except CommitUnknownError:
+            raise
+        except Exception:
+            # The session has ended by now, and with it what the ranks were at. A process that ends has no time for it.
+            if not self._abandoned:
+                self._lead.coordinator.discard(self._lead.order.attempt)
+            raise
+
+    def _finish(self, gauge: Gauge | None) -> Checkpoint:
         lead = self._lead
         lead.group.take_over()
         with self._stack:
