@@ -23,6 +23,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from cloudckpt.errors import (
+    BucketNotFoundError,
     CheckpointExistsError,
     CheckpointNotFoundError,
     CredentialsExpiredError,
@@ -287,7 +288,9 @@ class Catalog:
             found = self._unreadable(prefix, tried) if isinstance(tried, ManifestError) else tried
         except StorageError as exc:
             # Of this object alone, such as an archived one; what the store meets everywhere is raised.
-            if isinstance(exc, RetryExhaustedError | CredentialsExpiredError) or is_transient(exc):
+            if isinstance(exc, RetryExhaustedError | CredentialsExpiredError | BucketNotFoundError) or is_transient(
+                exc
+            ):
                 raise
             found = self._unreadable(prefix, exc)
         self._note(prefix, found)
