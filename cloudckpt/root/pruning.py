@@ -102,8 +102,7 @@ class Pruner:
 
     def remove(self, checkpoint: Checkpoint) -> None:
         """Uncommit a checkpoint now, and have its shards removed when readers had time to notice."""
-        self._catalog.uncommit(checkpoint)
-        self._cleaner.expect(checkpoint.prefix)
+        self._cleaner.uncommit(checkpoint)
 
     def _name_others(self, prefixes: Collection[str]) -> None:
         """Say, once, what retention leaves alone because it is of another line of history."""
@@ -133,8 +132,8 @@ class Cleaner:
     """Removes objects that belong to no checkpoint, in a thread of its own and with one request at a time.
 
     What this job has pruned goes after its grace time. What other jobs left (attempts without a commit, pruned shards)
-    goes once nothing was written to it for a while; that is looked for at the first save, and again as long as some of
-    it is too young. Nothing is removed while the job is preempted.
+    goes once nothing was written to it for a while; that is looked for at the first save after a grace time, and again
+    as long as some of it is too young. Nothing is removed while the job is preempted.
     """
 
     def __init__(
@@ -167,16 +166,19 @@ class Cleaner:
         self._is_held = is_held
         # Prefixes whose manifest is gone, and since when: their shards go once readers had time to notice.
         self._uncommitted_s: dict[str, float] = {}
-        self._next_sweep_s = -math.inf if sweep_after_s is not None else math.inf
+        # What a job before has pruned in its last moments has its grace time, too.
+        self._next_sweep_s = clock() + grace_s
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_woken = False
         self._is_ended = False
 
-    def expect(self, prefix: str) -> None:
-        """Remove what is below a prefix, which was uncommitted just now, after the grace time."""
+    def uncommit(self, checkpoint: Checkpoint) -> None:
+        """Uncommit a checkpoint, and remove its shards after the grace time."""
+        # Whoever holds the lock knows of all that this job has uncommitted.
         with self._lock:
-            self._uncommitted_s[prefix] = self._clock()
+            self._catalog.uncommit(checkpoint)
+            self._uncommitted_s[checkpoint.prefix] = self._clock()
 
     def wake(self) -> None:
         """Have removed what is due, without waiting for that."""
@@ -199,7 +201,10 @@ class Cleaner:
             self._try(self._remove_due)
 
     def _has_work(self) -> bool:
-        return bool(self._due()) or self._clock() >= self._next_sweep_s
+        return bool(self._due()) or self._is_sweep_due()
+
+    def _is_sweep_due(self) -> bool:
+        return self._sweep_after_s is not None and self._clock() >= self._next_sweep_s
 
     def _run(self) -> None:
         try:
@@ -250,11 +255,13 @@ class Cleaner:
 
     def _sweep(self) -> None:
         """Remove what other jobs left, and note when to look again: never, if all of it is gone."""
-        if self._sweep_after_s is None or self._clock() < self._next_sweep_s or self._is_stopped():
+        if self._sweep_after_s is None or not self._is_sweep_due() or self._is_stopped():
             return
         # Should it fail, or be held up, it is not tried at every save.
         self._next_sweep_s = self._clock() + _AGAIN_S
-        orphans = find_orphans(self._catalog)
+        found = find_orphans(self._catalog)
+        with self._lock:
+            orphans = [orphan for orphan in found if orphan.prefix not in self._uncommitted_s]
         removed_bytes = 0
         for orphan in orphans:
             if self._is_stopped():

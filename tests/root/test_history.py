@@ -376,6 +376,26 @@ def test_the_next_job_removes_what_the_one_before_left(bucket: Bucket, job: Open
         assert orders(manager) == [(1, 7), (2, 10)]
 
 
+def test_a_sweep_grants_what_was_pruned_its_grace_time(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 1, 2)
+    bucket.advance(DAY_S)
+    now_s = [0.0]
+    with job(retention=[KeepLast(1)], prune_grace_s=60, clock=lambda: now_s[0]) as manager:
+        manager.restore(state_of(0))
+        leave(bucket, 9)
+        bucket.advance(DAY_S)
+        save_steps(manager, 3)
+        assert len(below(bucket, 9, 1)) == 2, "the job before may have pruned it a moment ago"
+        now_s[0] = 59.0
+        save_steps(manager, 4)
+        now_s[0] = 60.0
+        save_steps(manager, 5)
+        assert below(bucket, 1, 1) == below(bucket, 2, 1) == []
+        assert below(bucket, 9, 1) == [MANIFEST_NAME]
+        assert len(below(bucket, 3, 2)) == 2, "pruned a second ago"
+
+
 def test_what_is_young_is_left_until_it_is_old_enough(bucket: Bucket, job: Open) -> None:
     leave(bucket, 1)
     now_s = [0.0]

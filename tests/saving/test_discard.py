@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from cloudckpt.store import RetryingStore
 from cloudckpt.store.disk import Disk
 from cloudckpt.store.local import LocalStore
 from cloudckpt.store.probe import _proven
+from tests.ranks.processes import run
 from tests.store.fault_store import Bucket, FaultKind, FaultStore, denied, refused, transient
 
 OPTIONS = Options(shard_bytes=4 * KIB, block_bytes=KIB, span_bytes=2 * KIB, memory_budget_bytes=64 * KIB)
@@ -172,3 +174,27 @@ def test_a_full_disk_has_its_space_back_and_no_empty_directory(tmp_path: Path, m
                 manager.save(step, {"w": torch.zeros(50_000)})
             assert sorted(path.name for path in root.iterdir()) == ["epochs"]
         assert manager.save(4, {"w": torch.zeros(15_000)}).step == 4
+
+
+def _fail_on_rank_1(url: str) -> None:
+    rank = int(os.environ["RANK"])
+    put = LocalStore.put
+
+    def refuse(store: LocalStore, key: str, buffers: Sequence[memoryview]) -> None:
+        if rank == 1 and "step-0000000002" in key:
+            raise OSError(errno.EDQUOT, "no quota left")
+        put(store, key, buffers)
+
+    LocalStore.put = refuse  # type: ignore[method-assign]
+    state: dict[str, object] = {f"w{number}": torch.full((4_096,), float(number)) for number in range(4)}
+    with CheckpointManager(url, options=Options(progress_timeout_s=60), progress="off") as manager:
+        manager.save(1, state)
+        with pytest.raises(CloudCkptError):
+            manager.save(2, state)
+        manager.save(3, state)
+
+
+def test_what_other_ranks_wrote_of_a_failed_save_goes_too(tmp_path: Path) -> None:
+    run(2, _fail_on_rank_1, str(tmp_path))
+    tops = sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("step-"))
+    assert tops == ["step-0000000001-e0001", "step-0000000003-e0001"]
