@@ -29,8 +29,6 @@ from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range
 
 __all__ = ["S3Wire"]
 
-# A bulk delete takes no more keys.
-_DELETE_LIMIT = 1000
 _REFUSED = ("asynchronous", "loop", "version_aware")
 
 
@@ -109,11 +107,9 @@ class S3Wire(OnLoop):
         )
 
     def delete(self, names: Sequence[str]) -> dict[str, str | Exception]:
-        failed: dict[str, str | Exception] = {}
-        for start in range(0, len(names), _DELETE_LIMIT):
-            batch = [{"Key": name} for name in names[start : start + _DELETE_LIMIT]]
-            reply = self.run(self._send("delete_objects", Delete={"Objects": batch, "Quiet": True}))
-            failed.update({item["Key"]: item.get("Code", "") for item in reply.get("Errors", ())})
+        objects = [{"Key": name} for name in names]
+        reply = self.run(self._send("delete_objects", Delete={"Objects": objects, "Quiet": True}))
+        failed = {item["Key"]: item.get("Code", "") for item in reply.get("Errors", ())}
         return {name: code for name, code in failed.items() if code != "NoSuchKey"}
 
     def close(self) -> None:
