@@ -17,6 +17,9 @@ MIB = 1024 * KIB
 # A reader holds whole blocks in memory, and an index that it was told to read says how large they are.
 MAX_BLOCK_BYTES = 256 * MIB
 _TRANSFER_BYTES = 512 * MIB
+# Of the time that is left, what one request may take, so that another one fits behind it; a connection needs the least.
+_REQUEST_SHARE = 0.5
+_LEAST_S = 0.1
 # Of the patience with what stands still: a rank names its own transfer before the others can only name the rank.
 _OWN_SHARE = 0.8
 # How much later than the store's last error a transfer counts as standing still, where time is short.
@@ -71,6 +74,11 @@ class RetryPolicy:
         for name in ("deadline_s", "request_timeout_s", "connect_timeout_s", "backoff_base_s", "backoff_max_s"):
             if not getattr(self, name) > 0:
                 raise OptionsError(f"{name} is {getattr(self, name)}; give a number of seconds above 0")
+
+    def limit_s(self, left_s: float, *, timeouts: int = 0) -> float:
+        """Return how long a request may stand still where `left_s` are left, after `timeouts` that stood too long."""
+        share_s = max(_REQUEST_SHARE * left_s, min(left_s, _LEAST_S))
+        return min(self.request_timeout_s * 2.0 ** min(timeouts, 64), share_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

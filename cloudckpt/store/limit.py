@@ -1,6 +1,6 @@
 """Say how long the request that is being made may take, and by when a row of operations must have ended.
 
-    retrying ──limited()──▶ a verb, on the same thread ──▶ limit_now() ◀── wires, credentials
+    retrying ──limited()──▶ a verb, on the same thread ──▶ limit_now() ◀── wires, errands
 
 So a verb keeps its signature, and no engine keeps a limit from its construction. The limits are context variables: each
 thread has its own, and a coroutine that a thread sends to an event loop takes them along.
@@ -8,15 +8,25 @@ thread has its own, and a coroutine that a thread sends to an event loop takes t
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from cloudckpt.deadline import NEVER, Deadline
 
-__all__ = ["Limit", "earliest", "limit_now", "limited", "one_deadline"]
+__all__ = ["Errand", "Limit", "earliest", "is_limited", "limit_now", "limited", "one_deadline"]
+
+T = TypeVar("T")
+
+# What a request may take that nobody has limited, as on a thread of a library's own.
+_DEFAULT_S = 60.0
+# Of a request's time, what may go to an errand before it.
+_ERRAND_SHARE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,9 +61,54 @@ def limited(*, still_s: float, total_s: float, timeouts: int = 0) -> Iterator[No
         _limit.reset(token)
 
 
-def limit_now() -> Limit | None:
-    """Return the limit of the request that this thread or coroutine is making; None where no retry layer set one."""
-    return _limit.get()
+def limit_now() -> Limit:
+    """Return the limit of the request that this thread or coroutine is making."""
+    return _limit.get() or Limit(still_s=_DEFAULT_S, stop_s=time.monotonic() + _DEFAULT_S)
+
+
+def is_limited() -> bool:
+    """Tell whether somebody has set the limit of what this thread or coroutine does."""
+    return _limit.get() is not None
+
+
+class Errand(Generic[T]):
+    """What a library does before a request can be sent, with a time limit of its own or none: asks for credentials.
+
+    Done on a thread of its own, by one for all who need it at the moment; each waits no longer than half of what its
+    own request may take, and leaves it to itself then.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._under_way: Future[T] | None = None
+
+    def run(self, call: Callable[[], T]) -> T:
+        """Return what `call` returns, or what the call under way does, which another one has begun.
+
+        Raises:
+            TimeoutError: it has not ended in time; it goes on.
+        """
+        with self._lock:
+            future = self._under_way
+            if future is None or future.done():
+                self._under_way = future = Future()
+                arguments = (_settle, future, call)
+                threading.Thread(
+                    target=copy_context().run, args=arguments, name="cloudckpt-errand", daemon=True
+                ).start()
+        try:
+            return future.result(timeout=_ERRAND_SHARE * limit_now().left_s())
+        finally:
+            with self._lock:
+                if future.done() and self._under_way is future:
+                    self._under_way = None  # what it brought is the caller's alone
+
+
+def _settle(future: Future[T], call: Callable[[], T]) -> None:
+    try:
+        future.set_result(call())
+    except BaseException as exc:  # noqa: BLE001 - the end of a thread's work: raised by each who waits
+        future.set_exception(exc)
 
 
 @dataclass(slots=True, eq=False)

@@ -54,7 +54,7 @@ T = TypeVar("T")
 _READ_BACK_EXCESS_BYTES = 64 * KIB
 # S3 takes no more keys in one request.
 _DELETE_LIMIT = 1000
-# Of the time that is left: what one request, or the pause before it, may take, so that another one fits behind it.
+# Of the time that is left, what a pause may take, so that another request fits behind it.
 _SHARE = 0.5
 # Less is no request: a connection alone takes about as long.
 _LEAST_S = 0.1
@@ -320,9 +320,7 @@ class _Call(Generic[T]):
         is_success = False
         try:
             left_s = self._left_s
-            # One that had too little time gets more.
-            patience_s = self._policy.request_timeout_s * 2.0**self._timeouts
-            still_s = min(patience_s, max(_SHARE * left_s, min(left_s, _LEAST_S)))
+            still_s = self._policy.limit_s(left_s, timeouts=self._timeouts)
             with limited(still_s=still_s, total_s=left_s, timeouts=self._timeouts):
                 self._refresh_if_stale()
                 result = self._timed_request()

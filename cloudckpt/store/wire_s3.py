@@ -51,7 +51,7 @@ class S3Wire(OnLoop):
     """One bucket behind one client of aiobotocore."""
 
     def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy, signed_payload: bool) -> None:
-        super().__init__(retry.request_timeout_s)
+        super().__init__()
         own = own_options(options, _REFUSED)
         given = own.pop("config_kwargs", None) or {}
         if not isinstance(given, Mapping):
@@ -115,7 +115,7 @@ class S3Wire(OnLoop):
     def close(self) -> None:
         if self._client is not None:
             self._finalizer.detach()
-            self.run(self._client.close())
+            self.end(self._client.close())
             self._client = None
 
     async def _connect(self) -> _Client:

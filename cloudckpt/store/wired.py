@@ -1,6 +1,6 @@
 """Serve the store's verbs over a wire: keys to names, ranges checked, every failure one of our errors.
 
-    verb ──▶ ask (our errors) ──▶ lease ──▶ wire (fsspec's or obstore's)
+    verb ──▶ ask (our errors, a limit) ──▶ lease ──▶ wire (fsspec's or obstore's)
 
 Owns the wire's life: it is connected at the first verb, replaced by `refresh`, and closed by its last user. Knows
 keys and bytes. Keeps FORMAT 14 and 16. Any thread may enter, and so may a forked child: it gets a wire of its own.
@@ -22,6 +22,7 @@ from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import Listing, ObjectInfo, check_delimiter
 from cloudckpt.store.buffers import check_destination, flat
 from cloudckpt.store.classify import ask, deletion_error
+from cloudckpt.store.limit import Errand, is_limited, limited
 from cloudckpt.store.location import parse_location
 from cloudckpt.store.redact import hide_in_logs, remember_secrets
 from cloudckpt.store.wire import Wire
@@ -66,14 +67,15 @@ class WiredStore(ABC):
     ) -> None:
         """Check the options, which are fsspec's; nothing is connected before the first verb.
 
-        Everything after the scheme of `url` is taken literally. `retry` gives the time limits of a request; repeating
-        one is not done here.
+        Everything after the scheme of `url` is taken literally. `retry` gives the time limits of a connection, and of a
+        request to which no retry layer gives one; repeating one is not done here.
         """
         self._location = parse_location(url)
         self._options = dict(storage_options or {})
         self._retry = retry or RetryPolicy()
         self._signed_payload = signed_payload
         self._lock = threading.Lock()
+        self._connecting: Errand[Wire] = Errand()
         self._lease: _Lease | None = None
         self._is_closed = False
         self._pid = os.getpid()
@@ -150,7 +152,10 @@ class WiredStore(ABC):
             with self._leased() as wire:
                 return call(wire)
 
-        return ask(once, op=op, key=key, url=self.url)
+        if is_limited():
+            return ask(once, op=op, key=key, url=self.url)
+        with limited(still_s=self._retry.request_timeout_s, total_s=self._retry.deadline_s):
+            return ask(once, op=op, key=key, url=self.url)
 
     @contextmanager
     def _leased(self) -> Iterator[Wire]:
@@ -169,9 +174,15 @@ class WiredStore(ABC):
             raise OptionsError(f"the store of {self.url} is closed; open another")
         self._notice_fork()
         with self._lock:
+            if self._lease is not None:
+                self._lease.users += 1
+                return self._lease
+        # Not under the lock: some libraries ask for credentials now, and others wait for theirs to end a request.
+        wire = self._connecting.run(self._connect)
+        hide_in_logs()
+        with self._lock:
             if self._lease is None:
-                self._lease = _Lease(self._connect())
-                hide_in_logs()
+                self._lease = _Lease(wire)
             self._lease.users += 1
             return self._lease
 
@@ -180,6 +191,7 @@ class WiredStore(ABC):
         if self._pid != os.getpid():
             _inherited.append(self._lease)
             self._lease, self._lock, self._pid = None, threading.Lock(), os.getpid()
+            self._connecting = Errand()
 
     @abstractmethod
     def _connect(self) -> Wire:
