@@ -26,6 +26,7 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.classify import is_absence
+from cloudckpt.store.credentials import GcsCredentials
 from cloudckpt.store.facts import GarbledReplyError, HttpStatusError
 from cloudckpt.store.redact import hide
 from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
@@ -45,12 +46,11 @@ class GcsWire(OnLoop):
     """One bucket behind one session of aiohttp."""
 
     def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy) -> None:
-        super().__init__(retry.request_timeout_s)
+        super().__init__()
         self._fs = gcs_filesystem(own_options(options, _REFUSED), self.loop)
+        self._credentials = GcsCredentials(self._fs.credentials)
         self._objects = f"b/{quote(bucket, safe='')}/o"
-        self._timeout = ClientTimeout(
-            total=None, sock_connect=retry.connect_timeout_s, sock_read=retry.request_timeout_s
-        )
+        self._timeout = ClientTimeout(total=None, sock_connect=retry.connect_timeout_s)
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         with borrowed(buffers) as lent:
@@ -108,7 +108,7 @@ class GcsWire(OnLoop):
 
     def close(self) -> None:
         if self._fs.session is not None:
-            self.run(self._fs.session.close())
+            self.end(self._fs.session.close())
 
     # ---- requests
 
@@ -122,8 +122,7 @@ class GcsWire(OnLoop):
 
     def _headers(self, headers: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the headers of a request, authorised; a token that is near its end is renewed here, off the loop."""
-        authorised: dict[str, str] = self._fs._get_headers(headers)  # noqa: SLF001
-        return authorised
+        return self._credentials.authorise(headers or {})
 
     @asynccontextmanager
     async def _reply(
@@ -133,7 +132,8 @@ class GcsWire(OnLoop):
         session._retry_connection = False  # noqa: SLF001 - aiohttp would repeat a request by itself
         async with session.request(method, url, headers=headers, timeout=self._timeout, data=data) as reply:
             if reply.status >= HTTPStatus.MULTIPLE_CHOICES:
-                raise _status_error(reply.status, await reply.content.read(_ERROR_BYTES))
+                body = await reply.content.read(_ERROR_BYTES)
+                raise _status_error(reply.status, body, reply.headers.get("Retry-After", ""))
             yield reply
 
     async def _json(
@@ -190,14 +190,15 @@ def _parsed(body: bytes) -> dict[str, Any]:
     return answer
 
 
-def _status_error(status: int, body: bytes) -> HttpStatusError:
+def _status_error(status: int, body: bytes, retry_after: str) -> HttpStatusError:
     """Read the reason and the message out of an error body of the JSON API, if it is one."""
     try:
         error = json.loads(body)["error"]
         reasons = error.get("errors") or [{}]
-        return HttpStatusError(status, str(reasons[0].get("reason", "")), str(error.get("message", "")))
+        reason, message = str(reasons[0].get("reason", "")), str(error.get("message", ""))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return HttpStatusError(status)
+        reason = message = ""
+    return HttpStatusError(status, reason, message, retry_after=retry_after)
 
 
 def _described(item: Mapping[str, Any]) -> ObjectInfo:

@@ -29,8 +29,6 @@ from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range
 
 __all__ = ["S3Wire"]
 
-# A bulk delete takes no more keys.
-_DELETE_LIMIT = 1000
 _REFUSED = ("asynchronous", "loop", "version_aware")
 
 
@@ -53,7 +51,7 @@ class S3Wire(OnLoop):
     """One bucket behind one client of aiobotocore."""
 
     def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy, signed_payload: bool) -> None:
-        super().__init__(retry.request_timeout_s)
+        super().__init__()
         own = own_options(options, _REFUSED)
         given = own.pop("config_kwargs", None) or {}
         if not isinstance(given, Mapping):
@@ -109,17 +107,15 @@ class S3Wire(OnLoop):
         )
 
     def delete(self, names: Sequence[str]) -> dict[str, str | Exception]:
-        failed: dict[str, str | Exception] = {}
-        for start in range(0, len(names), _DELETE_LIMIT):
-            batch = [{"Key": name} for name in names[start : start + _DELETE_LIMIT]]
-            reply = self.run(self._send("delete_objects", Delete={"Objects": batch, "Quiet": True}))
-            failed.update({item["Key"]: item.get("Code", "") for item in reply.get("Errors", ())})
+        objects = [{"Key": name} for name in names]
+        reply = self.run(self._send("delete_objects", Delete={"Objects": objects, "Quiet": True}))
+        failed = {item["Key"]: item.get("Code", "") for item in reply.get("Errors", ())}
         return {name: code for name, code in failed.items() if code != "NoSuchKey"}
 
     def close(self) -> None:
         if self._client is not None:
             self._finalizer.detach()
-            self.run(self._client.close())
+            self.end(self._client.close())
             self._client = None
 
     async def _connect(self) -> _Client:
