@@ -214,7 +214,7 @@ class PendingSave:
     def _upload(self, prefix: str, gauge: Gauge | None) -> RankPart:
         laid, lead = _got(self._laid), self._lead
         began_s = time.monotonic()
-        watch = replace(lead.group.watch(lead.options.progress_timeout_s), check=self._check, gauge=gauge)
+        watch = replace(lead.group.watch(lead.options.transfer_timeout_s), check=self._check, gauge=gauge)
         target = Target(catalog=lead.coordinator.destination.catalog, prefix=prefix)
         output = RankOutput(
             target=target, attempt=lead.order.attempt, rank=lead.group.rank, options=lead.options, watch=watch

@@ -131,7 +131,8 @@ class LocalStore:
         with self._our_errors("head", key), self._tree.object(key) as fd:
             return describe(key, os.fstat(fd))
 
-    def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
+    def list(self, prefix: str = "", *, delimiter: str = "", mark: str = "") -> Listing:
+        """List everything at once: a disk has no pages, and gives no mark."""
         check_delimiter(delimiter)
         with self._our_errors("list", prefix):
             return self._tree.listing(prefix, by_directory=bool(delimiter))

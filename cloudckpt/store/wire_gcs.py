@@ -133,7 +133,8 @@ class GcsWire(OnLoop):
         session._retry_connection = False  # noqa: SLF001 - aiohttp would repeat a request by itself
         async with session.request(method, url, headers=headers, timeout=self._timeout, data=data) as reply:
             if reply.status >= HTTPStatus.MULTIPLE_CHOICES:
-                raise _status_error(reply.status, await reply.content.read(_ERROR_BYTES))
+                body = await reply.content.read(_ERROR_BYTES)
+                raise _status_error(reply.status, body, reply.headers.get("Retry-After", ""))
             yield reply
 
     async def _json(
@@ -190,14 +191,15 @@ def _parsed(body: bytes) -> dict[str, Any]:
     return answer
 
 
-def _status_error(status: int, body: bytes) -> HttpStatusError:
+def _status_error(status: int, body: bytes, retry_after: str) -> HttpStatusError:
     """Read the reason and the message out of an error body of the JSON API, if it is one."""
     try:
         error = json.loads(body)["error"]
         reasons = error.get("errors") or [{}]
-        return HttpStatusError(status, str(reasons[0].get("reason", "")), str(error.get("message", "")))
+        reason, message = str(reasons[0].get("reason", "")), str(error.get("message", ""))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return HttpStatusError(status)
+        reason = message = ""
+    return HttpStatusError(status, reason, message, retry_after=retry_after)
 
 
 def _described(item: Mapping[str, Any]) -> ObjectInfo:

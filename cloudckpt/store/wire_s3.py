@@ -34,8 +34,6 @@ __all__ = ["S3Wire"]
 
 logger = logging.getLogger(__name__)
 
-# A bulk delete takes no more keys.
-_DELETE_LIMIT = 1000
 _SINGLE_DELETES = 32
 # How stores say that they know no bulk delete: some take it for a post of a form, and do not find one.
 _NO_BULK_DELETE = frozenset({"NotImplemented", "MethodNotAllowed", "MalformedXML", "MalformedPOSTRequest"})
@@ -118,16 +116,12 @@ class S3Wire(OnLoop):
         )
 
     def delete(self, names: Sequence[str]) -> dict[str, str | Exception]:
-        failed: dict[str, str | Exception] = {}
-        for start in range(0, len(names), _DELETE_LIMIT):
-            batch = names[start : start + _DELETE_LIMIT]
-            failed.update(self._delete_at_once(batch) if self._deletes_in_bulk else self._delete_singly(batch))
-        return failed
+        return self._delete_at_once(names) if self._deletes_in_bulk else self._delete_singly(names)
 
     def _delete_at_once(self, names: Sequence[str]) -> dict[str, str | Exception]:
-        asked = {"Objects": [{"Key": name} for name in names], "Quiet": True}
+        objects = [{"Key": name} for name in names]
         try:
-            reply = self.run(self._send("delete_objects", Delete=asked))
+            reply = self.run(self._send("delete_objects", Delete={"Objects": objects, "Quiet": True}))
         except ClientError as exc:
             facts = facts_of(exc)
             if facts.status not in (405, 501) and facts.code not in _NO_BULK_DELETE:

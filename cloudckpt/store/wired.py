@@ -14,16 +14,17 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NoReturn, TypeVar
 
-from cloudckpt.errors import OptionsError, StorageError
+from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import Listing, ObjectInfo, check_delimiter
 from cloudckpt.store.buffers import check_destination, flat
 from cloudckpt.store.classify import ask, deletion_error
 from cloudckpt.store.location import parse_location
 from cloudckpt.store.redact import hide_in_logs, remember_secrets
-from cloudckpt.store.wire import Page, Wire
+from cloudckpt.store.wire import Wire
 
 __all__ = ["WiredStore"]
 
@@ -112,20 +113,11 @@ class WiredStore(ABC):
         found = self._ask("head", key, lambda wire: wire.head(name))
         return ObjectInfo(key=key, size_bytes=found.size_bytes, modified_s=found.modified_s)
 
-    def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
+    def list(self, prefix: str = "", *, delimiter: str = "", mark: str = "") -> Listing:
         check_delimiter(delimiter)
-        pages = [self._page(prefix, delimiter, "")]
-        while mark := pages[-1].mark:
-            pages.append(self._page(prefix, delimiter, mark))
-            if pages[-1].mark == mark:
-                raise StorageError(f"listing {prefix!r} in {self.url} goes round in circles", op="list", key=prefix)
-        return self._location.listing(
-            [info for page in pages for info in page.objects], [name for page in pages for name in page.prefixes]
-        )
-
-    def _page(self, prefix: str, delimiter: str, mark: str) -> Page:
         start = self._location.path_prefix(prefix)
-        return self._ask("list", prefix, lambda wire: wire.page(start, delimiter, mark))
+        page = self._ask("list", prefix, lambda wire: wire.page(start, delimiter, mark))
+        return replace(self._location.listing(page.objects, page.prefixes), mark=page.mark)
 
     def delete(self, keys: Sequence[str]) -> None:
         names = {self._location.path(key): key for key in keys}
