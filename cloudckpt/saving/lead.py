@@ -124,7 +124,7 @@ def begin_save(
         group.agree(f"{what}: comparing replicas", lambda: mine.details(memory, doubtful, group.rank), refuse_replicas)
     engine = destination.catalog.store.engine
     # What this raises is raised by `finish`, which all ranks hear of.
-    laid = _tried(lambda: _lay_out(mine, memory.rows, order.attempt, options, slabs, engine=engine))
+    laid = _tried(lambda: _lay_out(mine, memory.rows, order.attempt, options, slabs, engine=engine, rank=group.rank))
     lead = _Lead(
         what=what,
         group=group,
@@ -362,13 +362,15 @@ def _plan(mine: _Opened, memory: PlanMemory, coordinator: Coordinator, group: Gr
     )
 
 
-def _lay_out(mine: _Opened, rows: Column, attempt: str, options: Options, slabs: Slabs | None, *, engine: str) -> _Laid:
+def _lay_out(
+    mine: _Opened, rows: Column, attempt: str, options: Options, slabs: Slabs | None, *, engine: str, rank: int
+) -> _Laid:
     """Place what this rank writes into shards, and find room for copies of them."""
     items = [mine.items[row] for row in rows.tolist()]
     source = Source(items, mine.planner, attempt=attempt, shard_bytes=options.shard_bytes)
     if slabs is None:
         return _Laid(source, None)
-    return _Laid(source, Staged.of(slabs, source, options, engine=engine))
+    return _Laid(source, Staged.of(slabs, source, options, engine=engine, rank=rank))
 
 
 def _tried(call: Callable[[], _T]) -> _T | Exception:
