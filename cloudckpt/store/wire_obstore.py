@@ -2,7 +2,8 @@
 
     buffers ──▶ obstore.put ──▶ socket          socket ──▶ obstore's memory ──▶ a view of it, or the caller's memory
 
-Keeping house goes over fsspec's wire. obstore's listings fail as a whole on one foreign name with an empty segment
+Keeping house goes over fsspec's wire. obstore shows no headers, and a HEAD has no body, so that nothing would tell what
+its refusal means; obstore's listings fail as a whole on one foreign name with an empty segment
 (`a//b`), cannot tell a marker of a directory from an empty object, and match whole segments only; its bulk delete
 names one of the objects that it left. One request per call; the time limit of a request, its body included, is
 obstore's own. Any thread may enter.
@@ -10,15 +11,21 @@ obstore's own. Any thread may enter.
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 import obstore
+from obstore.exceptions import BaseError
 
 from cloudckpt.options import MIB
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, joined, place
+from cloudckpt.store.classify import CredentialKind
+from cloudckpt.store.facts import HttpStatusError, before_sending, is_bare_redirect
 from cloudckpt.store.obstore_s3 import ObstoreClient
 from cloudckpt.store.wire import Page, Wire
 
@@ -26,6 +33,8 @@ __all__ = ["ObstoreWire", "is_lost_to_a_fork"]
 
 # A chunk is copied once more, into the caller's memory; 64 KiB to 4 MiB cost the same CPU time on loopback.
 _CHUNK_BYTES = MIB
+
+logger = logging.getLogger(__name__)
 
 _runtime_pid: int | None = None
 
@@ -38,6 +47,14 @@ def is_lost_to_a_fork() -> bool:
     return _runtime_pid not in (None, os.getpid())
 
 
+@runtime_checkable
+class HasRegion(Protocol):
+    """A wire that can say where its bucket is."""
+
+    def region(self) -> str:
+        """Return the region, or ""."""
+
+
 class ObstoreWire:
     """One bucket behind one client of obstore."""
 
@@ -47,16 +64,23 @@ class ObstoreWire:
         self._kept: Wire | None = None
         self._lock = threading.Lock()
 
+    @property
+    def credential_kind(self) -> CredentialKind:
+        return "none" if self._client.credentials is None else self._client.credentials.kind
+
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
-        obstore.put(
-            self._store(), name, iter(list(joined(buffers))), use_multipart=False, attributes=self._attributes()
-        )
+        with self._told_region():
+            obstore.put(
+                self._store(), name, iter(list(joined(buffers))), use_multipart=False, attributes=self._attributes()
+            )
 
     def create(self, name: str, data: bytes) -> None:
-        obstore.put(self._store(), name, data, mode="create", use_multipart=False, attributes=self._attributes())
+        with self._told_region():
+            obstore.put(self._store(), name, data, mode="create", use_multipart=False, attributes=self._attributes())
 
     def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
-        reply = obstore.get(self._store(), name, options={"range": (start, stop)})
+        with self._told_region():
+            reply = obstore.get(self._store(), name, options={"range": (start, stop)})
         check_end(reply.meta["size"], start, stop)
         if into is None:
             data = memoryview(reply.bytes())
@@ -69,15 +93,15 @@ class ObstoreWire:
         return into
 
     def read(self, name: str, limit_bytes: int) -> bytes:
-        reply = obstore.get(self._store(), name)
+        with self._told_region():
+            reply = obstore.get(self._store(), name)
         check_limit(reply.meta["size"], limit_bytes)
         data = bytes(reply.bytes())
         check_length(len(data), reply.meta["size"])
         return data
 
     def head(self, name: str) -> ObjectInfo:
-        found = obstore.head(self._store(), name)
-        return ObjectInfo(key=name, size_bytes=found["size"], modified_s=found["last_modified"].timestamp())
+        return self._keeper().head(name)
 
     def page(self, prefix: str, delimiter: str, mark: str) -> Page:
         return self._keeper().page(prefix, delimiter, mark)
@@ -97,10 +121,32 @@ class ObstoreWire:
                 self._kept = self._make_keeper()
             return self._kept
 
+    @contextmanager
+    def _told_region(self) -> Iterator[None]:
+        """Have the region looked up where the store says no more than "elsewhere": obstore shows no headers."""
+        try:
+            yield
+        except BaseError as exc:
+            region = self._keeper_region() if is_bare_redirect(exc) else None
+            if region is None:
+                raise
+            raise HttpStatusError(301, "PermanentRedirect", region=region) from exc
+
+    def _keeper_region(self) -> str | None:
+        keeper = self._keeper()
+        if not isinstance(keeper, HasRegion):
+            return None
+        try:
+            return keeper.region()
+        except Exception as exc:  # noqa: BLE001 - it was only to say more of the first failure
+            logger.debug("the bucket's region cannot be asked for: %s", type(exc).__name__)
+            return None
+
     def _store(self) -> obstore.store.ObjectStore:
         global _runtime_pid  # noqa: PLW0603 - obstore's threads are one set per process, too
         if self._client.credentials is not None:
-            self._client.credentials.ensure()
+            with before_sending():
+                self._client.credentials.ensure()
         _runtime_pid = os.getpid()
         return self._client.store
 
