@@ -91,13 +91,14 @@ class AwsCredentials:
         self._frozen()
 
     @property
-    def kind(self) -> CredentialKind:
-        """Whether they can expire: a session's token does."""
+    def kind(self) -> CredentialKind | None:
+        """Whether they can expire, as a session's token does; None before they are found."""
         with self._lock:
             keys = self._keys
+        if keys is None:
+            return None
         # Asked for its token, one that is refreshable would be refreshed.
-        is_lasting = keys is not None and not isinstance(keys, RefreshableCredentials) and not keys.token
-        return "lasting" if is_lasting else "temporary"
+        return "temporary" if isinstance(keys, RefreshableCredentials) or keys.token else "lasting"
 
     def __call__(self) -> S3Credential:
         key, secret, token = self._frozen()

@@ -135,7 +135,8 @@ class GcsWire(OnLoop):
         """Return the headers of a request, authorised; a token that is near its end is renewed here, off the loop."""
         with before_sending():
             authorised: dict[str, str] = self._fs._get_headers(headers)  # noqa: SLF001
-        check_text("the Google access token", authorised.get("Authorization"))
+        for text in authorised.values():
+            check_text("the Google access token", text)
         return authorised
 
     @asynccontextmanager

@@ -66,7 +66,12 @@ class ObstoreWire:
 
     @property
     def credential_kind(self) -> CredentialKind:
-        return "none" if self._client.credentials is None else self._client.credentials.kind
+        if self._client.credentials is None:
+            return "none"
+        with self._lock:
+            keeper = self._kept
+        known = self._client.credentials.kind
+        return known or ("temporary" if keeper is None else keeper.credential_kind)
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         with self._told_region():
