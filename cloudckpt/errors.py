@@ -16,7 +16,7 @@ CloudCkptError
 │   ├── RetryExhaustedError                         tried until the attempt cap or the deadline
 │   ├── CommitUnknownError                          the write may have landed; nothing was deleted
 │   ├── ObjectNotFoundError (FileNotFoundError)     no object under that key
-│   │   └── BucketNotFoundError
+│   │   └── BucketNotFoundError                     never taken for "no checkpoint"
 │   ├── ObjectExistsError (FileExistsError)         a create met an object of somebody else's
 │   └── CreateNotEnforcedError                      the store ignores create-only writes
 ├── IntegrityError                                  bytes are wrong: restore an older step
@@ -128,7 +128,11 @@ class StorageError(CloudCkptError):
         attempts: requests made for this operation.
         elapsed_s: seconds spent on it, waits included.
         left_keys: of a `delete`, the keys that are still there; none if that is not known.
+        may_have_landed: of a write, whether it may have taken effect although it failed: false if it was never sent,
+            or was refused.
     """
+
+    may_have_landed: bool = True
 
     def __init__(self, message: str, *, op: str = "", key: str = "", attempts: int = 1, elapsed_s: float = 0.0) -> None:
         super().__init__(message)
@@ -141,6 +145,8 @@ class StorageError(CloudCkptError):
 
 class AccessDeniedError(StorageError, PermissionError):
     """The credentials do not allow the operation; asking again does not help."""
+
+    may_have_landed = False
 
 
 class CredentialsExpiredError(AccessDeniedError):
@@ -171,11 +177,19 @@ class RetryExhaustedError(StorageError):
 
 
 class CommitUnknownError(StorageError):
-    """A create may or may not have landed and cannot be read back; nothing was deleted."""
+    """A create may or may not have landed and cannot be read back; nothing was deleted.
+
+    Attributes:
+        is_taken: whether the store's only answer was that the key is taken; unknown is just whose object it is.
+    """
+
+    is_taken: bool = False
 
 
 class ObjectNotFoundError(StorageError, FileNotFoundError):
     """No object has that key."""
+
+    may_have_landed = False
 
 
 class BucketNotFoundError(ObjectNotFoundError):

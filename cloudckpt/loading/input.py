@@ -30,7 +30,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from cloudckpt.errors import ChecksumError, ManifestError, MissingShardError, ObjectNotFoundError, StorageError
+from cloudckpt.errors import (
+    BucketNotFoundError,
+    ChecksumError,
+    ManifestError,
+    MissingShardError,
+    ObjectNotFoundError,
+    StorageError,
+)
 from cloudckpt.format import (
     DTYPES,
     NOTES,
@@ -88,6 +95,8 @@ def read_index_bytes(catalog: Catalog, checkpoint: Checkpoint) -> bytes:
 def _committed_bytes(catalog: Catalog, key: str, committed: IndexRef) -> bytes:
     try:
         data = catalog.store.read(key, limit_bytes=committed.size_bytes + 1)
+    except BucketNotFoundError:
+        raise  # no older step is there, either
     except ObjectNotFoundError as exc:
         raise MissingShardError(
             f"index {key}, which the manifest commits, is not on the store; restore an older step", key=key

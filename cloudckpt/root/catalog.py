@@ -24,6 +24,7 @@ from typing import Literal
 import msgspec
 
 from cloudckpt.errors import (
+    BucketNotFoundError,
     CheckpointExistsError,
     CheckpointNotFoundError,
     FencedError,
@@ -99,6 +100,8 @@ class Catalog:
         key = prefix + MANIFEST_NAME
         try:
             data = self.store.read(key, limit_bytes=MANIFEST_LIMIT_BYTES)
+        except BucketNotFoundError:
+            raise  # an object of it is absent as well, but on "no checkpoint" people start afresh
         except ObjectNotFoundError as exc:
             raise CheckpointNotFoundError(
                 f"no committed checkpoint at {self._url(prefix)}; {what_is_there(self.store, prefix)}"
@@ -138,7 +141,7 @@ class Catalog:
         return checkpoint
 
     def _url(self, prefix: str) -> str:
-        return f"{self.store.url}/{prefix}".rstrip("/")
+        return f"{self.store.url.rstrip('/')}/{prefix}".rstrip("/") if prefix else self.store.url
 
     def places(self) -> dict[str, tuple[int, int]]:
         """Return (epoch, step) of all attempts below the root, committed or not, by their prefix; newest first."""

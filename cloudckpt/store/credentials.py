@@ -12,6 +12,7 @@ Any thread may enter.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -20,19 +21,55 @@ from botocore.credentials import Credentials as AwsKeys
 from botocore.credentials import ReadOnlyCredentials, RefreshableCredentials
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 
+from cloudckpt.errors import OptionsError
+from cloudckpt.store.classify import CredentialKind
+from cloudckpt.store.facts import before_sending
 from cloudckpt.store.limit import Errand
 from cloudckpt.store.redact import remember_secrets
 
 if TYPE_CHECKING:
+    from botocore.credentials import ReadOnlyCredentials
     from gcsfs.credentials import GoogleCredentials
     from obstore.store import GCSCredential, S3Credential
 
-__all__ = ["AwsCredentials", "GcsCredentials"]
+__all__ = ["AwsCredentials", "GcsCredentials", "check_aws_keys", "check_text", "check_texts"]
 
 # gcsfs renews a token that ends so soon, in seconds.
 _RENEWED_BEFORE_S = 300
 # obstore keeps what it was given for so long before it asks again; when to renew is decided below, not there.
 _ASK_AGAIN_S = 60.0
+# Not sent as it stands: a customer's key may be raw bytes.
+_ENCODED = frozenset({"SSECustomerKey"})
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def check_text(name: str, text: str | None) -> None:
+    """Refuse a key or token that no header can carry; obstore would panic, which is no `Exception`."""
+    if text and not (text.isascii() and text.isprintable()):
+        raise OptionsError(_unsendable(name))
+
+
+def check_texts(options: Mapping[str, object], where: str = "storage_options") -> None:
+    """Refuse options with line breaks and other control characters, by name."""
+    for name, value in options.items():
+        if isinstance(value, Mapping) and name != "token":  # gcsfs takes a key file's contents there
+            check_texts(value, f"{where}[{name!r}]")
+        elif isinstance(value, str) and name not in _ENCODED and _CONTROL.search(value):
+            raise OptionsError(_unsendable(f"{where}[{name!r}]"))
+
+
+def check_aws_keys(frozen: ReadOnlyCredentials) -> None:
+    """Refuse keys, wherever they were found, that no header can carry."""
+    check_text("the access key id", frozen.access_key)
+    check_text("the secret key", frozen.secret_key)
+    check_text("the session token", frozen.token)
+
+
+def _unsendable(name: str) -> str:
+    return (
+        f"{name} holds a line break or another character that no request can carry (it is not repeated here); see "
+        "whether the file or variable that it came from ends with a line break"
+    )
 
 
 class AwsCredentials:
@@ -58,6 +95,15 @@ class AwsCredentials:
     def ensure(self) -> None:
         self._frozen()
 
+    @property
+    def kind(self) -> CredentialKind | None:
+        """Whether they can expire, as a session's token does; None before they are found."""
+        keys = self._keys
+        if keys is None:
+            return None
+        # Asked for its token, one that is refreshable would be refreshed.
+        return "temporary" if isinstance(keys, RefreshableCredentials) or keys.token else "lasting"
+
     def __call__(self) -> S3Credential:
         key, secret, token = self._frozen()
         return {
@@ -75,6 +121,7 @@ class AwsCredentials:
             frozen = self._renewed(self._keys)
         else:
             frozen = self._keys.get_frozen_credentials()
+        check_aws_keys(frozen)
         remember_secrets({"secret": frozen.secret_key, "token": frozen.token})
         return frozen.access_key, frozen.secret_key, frozen.token
 
@@ -107,14 +154,19 @@ class GcsCredentials:
         self._credentials = credentials
         self._errand: Errand[None] = Errand()
 
+    kind: CredentialKind = "temporary"
+
     def ensure(self) -> None:
         found = self._credentials
         if found.credentials is not None and not found._credentials_valid(_RENEWED_BEFORE_S):  # noqa: SLF001
             self._errand.run(found.maybe_refresh)
+        if found.credentials is not None:
+            check_text("the Google access token", found.credentials.token)
 
     def authorise(self, headers: Mapping[str, str]) -> dict[str, str]:
         """Return the headers of a request with the token in them, if there are credentials."""
-        self.ensure()
+        with before_sending():
+            self.ensure()
         authorised = dict(headers)
         # Not by gcsfs, which would ask for a token once more where all that the service has are near their end.
         if self._credentials.credentials is not None:

@@ -39,6 +39,9 @@ __all__ = ["LocalStore"]
 _BATCH_BYTES = 8 * MIB
 # A concurrent delete may take a directory that a put has just made for an empty one; this often it starts anew.
 _REMAKE_LIMIT = 50
+# What a network disk says when the answer to a link or a rename was lost.
+_UNHEARD = frozenset({errno.EIO, errno.ETIMEDOUT, errno.ESTALE})
+
 _FULL = "free space or let retention remove old checkpoints, then save again"
 _DENIED = "check the owner and the mode of the directory"
 _COLLISION = "an object and a directory cannot share a name on a disk; choose other keys or another root"
@@ -270,6 +273,7 @@ class LocalStore:
             yield
         except StorageError as exc:
             exc.op, exc.key = op, key
+            exc.may_have_landed = isinstance(exc, CommitUnknownError)
             raise
         except (BodyLengthError, ObjectSizeError) as exc:
             raise StorageError(
@@ -284,7 +288,9 @@ class LocalStore:
         kind, advice = _ADVICE.get(cause.errno, (StorageError, "the system's manual explains this error"))
         what = os.strerror(cause.errno) if cause.errno else str(cause)
         message = f"{op} of {key!r} in {self._root}: {what} ({_errno_name(cause)}); {advice}{also}"
-        return kind(message, op=op, key=key)
+        error = kind(message, op=op, key=key)
+        error.may_have_landed = cause.errno in _UNHEARD
+        return error
 
 
 def _batches(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:

@@ -21,6 +21,11 @@ LOCAL_SCHEMES = frozenset({"", "file", "local"})
 
 _URL = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*)://(.*)\Z", re.DOTALL)
 _ONE_SLASH = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*):/(?!/)")
+# A colon may stand in the name of a directory, but hardly one that is named like these.
+_NO_SLASHES = re.compile(
+    r"\A(s3a?|gc?s|az|abfss?|adl|file|memory|https?|s?ftp|ssh|(?:web)?hdfs|oci|oss|hf)(?::(?!/)|(?<!file)//)",
+    re.IGNORECASE,
+)
 _SAME = {"s3a": "s3", "gcs": "gs"}
 _WITH_BUCKETS = frozenset({"s3", "gs"})
 _BUCKET = re.compile(r"\A(?:[A-Za-z0-9][A-Za-z0-9._-]*|arn:aws[a-z-]*:s3[A-Za-z0-9:._-]*)\Z")
@@ -78,6 +83,12 @@ def scheme_of(url: str) -> str:
     if found:
         scheme = found[1].lower()
         return _SAME.get(scheme, scheme)
+    bare = _NO_SLASHES.match(url)
+    if bare:
+        raise OptionsError(
+            f"the URL begins with {bare[0]}, which would be a directory of that name; write {bare[1].lower()}://, or "
+            "./ before a path"
+        )
     eaten = _ONE_SLASH.match(url)
     if eaten:
         raise OptionsError(
@@ -141,7 +152,8 @@ def local_path(url: str | os.PathLike[str]) -> str:
         path = _expanded(path)
     if not path or "\0" in path:
         raise OptionsError(f"{path!r} is no path; give a directory")
-    return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links, so that the URL shows another place
+    # resolve() would follow links, so that the URL shows another place; two slashes at the start are one to the system.
+    return re.sub(r"\A//+", "/", os.path.abspath(path))  # noqa: PTH100
 
 
 def _expanded(path: str) -> str:

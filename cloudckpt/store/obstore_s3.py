@@ -23,6 +23,7 @@ from obstore.store import S3Store
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.credentials import AwsCredentials, GcsCredentials
+from cloudckpt.store.proxies import proxy_of
 from cloudckpt.store.s3_config import refuse_policy
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class S3Options:
     config: Mapping[str, object]
     store: Mapping[str, str | bool] = field(repr=False)
     attributes: Mapping[str, str]
-    proxies: Mapping[str, str] = field(repr=False)
+    proxies: Mapping[str, str] | None = field(repr=False)
 
     @classmethod
     def read(cls, options: Mapping[str, object], *, signed_payload: bool) -> S3Options:
@@ -93,7 +94,7 @@ class S3Options:
             config={"s3": s3, **{name: config.pop(name) for name in _ENDPOINT_CONFIG if name in config}},
             store=store,
             attributes={"Storage-Class": str(storage_class)} if storage_class else {},
-            proxies={scheme: str(url) for scheme, url in _mapping(config, "proxies").items()},
+            proxies=_proxies(config),
         )
         refuse_rest(rest, "storage_options")
         refuse_rest(client, "client_kwargs")
@@ -139,25 +140,34 @@ def usual_limit_s(retry: RetryPolicy) -> float:
     return retry.limit_s(retry.deadline_s)
 
 
-def client_options(origin: str, retry: RetryPolicy) -> ClientConfig:
-    """Return the limits of one request, its body included; plain HTTP only where the caller wrote http://."""
-    return {
+def client_options(origin: str, retry: RetryPolicy, proxies: Mapping[str, str] | None = None) -> ClientConfig:
+    """Return the limits of one request, its body included; plain HTTP only where the caller wrote http://.
+
+    Who goes by a proxy is decided here, by `proxies` (scheme → URL) or by the environment: obstore would read that by
+    rules of its own.
+    """
+    found: ClientConfig = {
         "timeout": timedelta(seconds=usual_limit_s(retry)),
         "connect_timeout": timedelta(seconds=retry.connect_timeout_s),
         "allow_http": origin.startswith("http://"),
     }
+    proxy = proxy_of(origin) if proxies is None else proxies.get(urlsplit(origin).scheme)
+    if proxy is not None:
+        found["proxy_url"] = proxy if "://" in proxy else f"http://{proxy}"
+    else:
+        # Only a proxy that does not serve this host keeps it from looking for one in the environment.
+        found["proxy_url"], found["proxy_excludes"] = "http://127.0.0.1:9", urlsplit(origin).hostname or ""
+    return found
 
 
 def _transport(session: botocore.session.Session, options: S3Options, origin: str, retry: RetryPolicy) -> ClientConfig:
-    found = client_options(origin, retry)
+    found = client_options(origin, retry, options.proxies)
     verify = options.client.get("verify")
     verify = session.get_config_variable("ca_bundle") if verify is None else verify
     if verify is False:
         found["allow_invalid_certificates"] = True
     elif isinstance(verify, str):
         found["root_certificate"] = Path(verify).read_bytes()
-    if (proxy := options.proxies.get(urlsplit(origin).scheme)) is not None:
-        found["proxy_url"] = proxy if "://" in proxy else f"http://{proxy}"
     return found
 
 
@@ -238,6 +248,13 @@ def _client(rest: dict[str, object], client: dict[str, object]) -> dict[str, obj
         if (value := client.pop(name, None)) is not None:
             found[name] = value
     return found
+
+
+def _proxies(config: dict[str, object]) -> Mapping[str, str] | None:
+    """Return the proxies that are given, scheme → URL, which may be none; None if the environment is to say."""
+    if config.get("proxies") is None:
+        return None
+    return {scheme: str(url) for scheme, url in _mapping(config, "proxies").items() if url}
 
 
 def _mapping(options: dict[str, object], name: str) -> dict[str, object]:

@@ -18,6 +18,7 @@ from typing import Literal, get_args
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import Options
 from cloudckpt.store.base import Store
+from cloudckpt.store.classify import classify
 from cloudckpt.store.local import LocalStore
 from cloudckpt.store.location import LOCAL_SCHEMES, scheme_of
 from cloudckpt.store.retrying import RetryingStore
@@ -51,6 +52,7 @@ def open_store(
 
     Raises:
         OptionsError: the URL, the engine or an option is wrong, or a package is missing; the message says which.
+        StorageError: the interpreter is shutting down.
     """
     chosen = Options.of(options)
     text = os.fspath(url)
@@ -61,7 +63,10 @@ def open_store(
             raise OptionsError(f"a disk has no storage_options, and {', '.join(sorted(storage_options))} were given")
         store: Store = LocalStore(text)
     else:
-        store = _open_remote(text, name, storage_options, chosen)
+        try:
+            store = _open_remote(text, name, storage_options, chosen)
+        except RuntimeError as exc:  # so do imports end once the interpreter shuts down
+            raise classify(exc, op="open", key="", url=f"{scheme}://") from exc
     return RetryingStore(store, chosen.retry)
 
 

@@ -10,7 +10,13 @@ import logging
 import secrets
 import threading
 
-from cloudckpt.errors import CreateNotEnforcedError, ObjectExistsError, StorageError, is_transient
+from cloudckpt.errors import (
+    CommitUnknownError,
+    CreateNotEnforcedError,
+    ObjectExistsError,
+    StorageError,
+    is_transient,
+)
 from cloudckpt.store.base import Store
 
 __all__ = ["probe_create"]
@@ -41,15 +47,28 @@ def probe_create(store: Store, *, single_writer: bool = False) -> None:
     with _lock:
         if place in _proven:
             return
-    _ask(store)
+    try:
+        _ask(store)
+    except CommitUnknownError as exc:
+        # Nothing hangs on a probe, so that nobody need look whether it landed.
+        raise StorageError(
+            f"{store.url} could not be asked whether it refuses to overwrite; nothing was saved. See the cause, and "
+            f"that the credentials may read what they write ({exc.__cause__ or exc})",
+            op="create",
+            key=exc.key,
+        ) from exc
     with _lock:
         _proven.add(place)
 
 
 def _ask(store: Store) -> None:
     key = f"probe-{secrets.token_hex(16)}"
-    # Different bytes, because a retrying store takes an object with the same bytes for its own.
-    store.create(key, b"first: cloudckpt asks whether the store refuses to overwrite")
+    try:
+        # Different bytes, because a retrying store takes an object with the same bytes for its own.
+        store.create(key, b"first: cloudckpt asks whether the store refuses to overwrite")
+    except CommitUnknownError:
+        _remove(store, key)
+        raise
     try:
         is_refused = any(_is_refused(store, key) for _ in range(_QUESTIONS))
     finally:
@@ -70,6 +89,10 @@ def _is_refused(store: Store, key: str) -> bool:
     except ObjectExistsError as exc:
         # After a fault a retrying store reads back, and finds the first object: its own finding, not an answer.
         return not is_transient(exc.__cause__) if exc.__cause__ is not None else True
+    except CommitUnknownError as exc:
+        if exc.is_taken:  # the store has answered; who may write and not read cannot see whose object it is
+            return True
+        raise
     raise _not_enforced(store, "it was told to create an object only if the key is free, and overwrote one")
 
 

@@ -28,10 +28,12 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type
 
 from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import (
+    AccessDeniedError,
     CommitUnknownError,
     CredentialsExpiredError,
     ObjectExistsError,
     ObjectNotFoundError,
+    OptionsError,
     RetryExhaustedError,
     StorageError,
     ThrottledError,
@@ -154,17 +156,19 @@ class RetryingStore:
             self._run("create", key, creation.step, lambda _: len(data))
         except (ObjectExistsError, CommitUnknownError):
             raise
-        except StorageError as exc:
+        except (StorageError, OptionsError) as exc:  # a file with a token may vanish between two requests
             if not creation.is_unknown:
                 raise
-            raise CommitUnknownError(
+            unknown = CommitUnknownError(
                 f"create of {key!r} on {self.url} may or may not have landed, and reading it back did not tell "
                 f"({exc}); delete nothing, and look at the store once it answers",
                 op="create",
                 key=key,
-                attempts=exc.attempts,
-                elapsed_s=exc.elapsed_s,
-            ) from exc
+                attempts=getattr(exc, "attempts", 0),
+                elapsed_s=getattr(exc, "elapsed_s", 0.0),
+            )
+            unknown.is_taken = creation.is_taken
+            raise unknown from exc
 
     def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
         check_key(key)
@@ -479,6 +483,11 @@ class _Creation:
         """Whether some request may have landed without our knowing."""
         return self._is_ambiguous or isinstance(self._fault, ObjectExistsError)
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether the store's only answer was that the key is taken."""
+        return not self._is_ambiguous and isinstance(self._fault, ObjectExistsError)
+
     def step(self) -> None:
         """Make the next request; return once the object is known to be ours."""
         if self._fault is None:
@@ -493,7 +502,7 @@ class _Creation:
             raise  # the store has looked itself; or nothing was tried, and a refresh comes first
         except StorageError as exc:
             self._fault = exc
-            self._is_ambiguous = self._is_ambiguous or is_transient(exc)
+            self._is_ambiguous = self._is_ambiguous or (is_transient(exc) and exc.may_have_landed)
             raise _AgainError(exc, at_once=True) from exc
 
     def _look_after(self, fault: StorageError) -> None:
@@ -503,9 +512,14 @@ class _Creation:
             self._fault = self._unreadable = None
             error = self._absent_after(fault)
             raise error from error.__cause__
-        except StorageError:
+        except StorageError as exc:
+            if type(exc) is AccessDeniedError and is_transient(fault):
+                # Without the right to list, S3 denies an absent object, too. Only another create can tell: it finds
+                # the key free, or taken, and then there is something to read.
+                self._fault = self._unreadable = None
+                raise _AgainError(fault) from exc
             # An answer that we cannot place says nothing about the effect; only a refusal that we know does.
-            self._is_ambiguous = self._is_ambiguous or type(fault) is StorageError
+            self._is_ambiguous = self._is_ambiguous or (type(fault) is StorageError and fault.may_have_landed)
             if self.is_unknown:
                 raise
             raise fault from fault.__cause__  # it was refused, so nothing of ours can be there

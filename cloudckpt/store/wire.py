@@ -29,6 +29,7 @@ from aiohttp import payload
 from cloudckpt.errors import OptionsError
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, pieces, place
+from cloudckpt.store.classify import CredentialKind
 from cloudckpt.store.facts import BodyLengthError
 from cloudckpt.store.limit import Limit, limit_now
 
@@ -70,6 +71,10 @@ class Page:
 
 class Wire(Protocol):
     """One bucket (or directory) behind one library. Whatever a method raises is the library's own exception."""
+
+    @property
+    def credential_kind(self) -> CredentialKind:
+        """What requests are signed with, as far as it is known by now."""
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         """Write one object in one request."""

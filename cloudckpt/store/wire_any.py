@@ -20,7 +20,8 @@ import fsspec.core
 from cloudckpt.errors import OptionsError
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_limit
-from cloudckpt.store.facts import BodyLengthError
+from cloudckpt.store.classify import CredentialKind
+from cloudckpt.store.facts import AbsentError, BodyLengthError, ForbiddenError
 from cloudckpt.store.redact import hide
 from cloudckpt.store.wire import OnLoop, Page
 
@@ -37,7 +38,9 @@ _TIME_FIELDS = ("mtime", "modified", "last_modified", "LastModified", "updated",
 
 
 class AnyWire:
-    """One root of one filesystem."""
+    """One root of one filesystem, whose objects are files: what it calls absent or forbidden is an object."""
+
+    credential_kind: CredentialKind = "temporary"
 
     def __init__(self, scheme: str, bucket: str, options: Mapping[str, object]) -> None:
         url = f"{scheme}://{bucket}/"  # without the slash, file:// is the working directory
@@ -80,7 +83,7 @@ class AnyWire:
     def head(self, name: str) -> ObjectInfo:
         info = self._call("info", self._root + name)
         if info["type"] != "file":
-            raise FileNotFoundError(name)
+            raise AbsentError(name)
         return self._described(info)
 
     def page(self, prefix: str, delimiter: str, mark: str) -> Page:
@@ -114,9 +117,14 @@ class AnyWire:
         """Do nothing: fsspec's generic filesystems have no close."""
 
     def _call(self, name: str, *positional: object, **named: object) -> Any:  # noqa: ANN401 - untyped below
-        if self._loop is None:
-            return getattr(self._fs, name)(*positional, **named)
-        return self._loop.run(getattr(self._fs, f"_{name}")(*positional, **named))
+        try:
+            if self._loop is None:
+                return getattr(self._fs, name)(*positional, **named)
+            return self._loop.run(getattr(self._fs, f"_{name}")(*positional, **named))
+        except FileNotFoundError as exc:
+            raise _told(exc, AbsentError, positional[0]) from exc
+        except PermissionError as exc:
+            raise _told(exc, ForbiddenError, positional[0]) from exc
 
     def _write(self, name: str, data: bytes) -> None:
         path = self._root + name
@@ -139,6 +147,12 @@ class AnyWire:
 
     def _described(self, info: Mapping[str, Any]) -> ObjectInfo:
         return ObjectInfo(key=self._name(info), size_bytes=int(info["size"]), modified_s=_modified_s(info))
+
+
+def _told(exc: OSError, kind: type[OSError], path: object) -> OSError:
+    """Return the error as one of an object, unless it names another file, such as one with a key."""
+    named = str(exc.filename or "").strip("/")
+    return kind(*exc.args) if str(path).strip("/").endswith(named) else exc
 
 
 def _modified_s(info: Mapping[str, Any]) -> float:

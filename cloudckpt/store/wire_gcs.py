@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import re
 import secrets
 from asyncio import AbstractEventLoop
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -25,7 +28,7 @@ from yarl import URL
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
-from cloudckpt.store.classify import is_absence
+from cloudckpt.store.classify import CredentialKind, is_absence
 from cloudckpt.store.credentials import GcsCredentials
 from cloudckpt.store.facts import GarbledReplyError, HttpStatusError
 from cloudckpt.store.redact import hide
@@ -40,6 +43,9 @@ _REFUSED = ("asynchronous", "loop", "version_aware", "requests_timeout", "timeou
 _BOUNDARY = f"cloudckpt-{secrets.token_hex(16)}"
 # Enough of an error body to find the reason in it.
 _ERROR_BYTES = 64 * 1024
+_ENDPOINT = re.compile(r"\Ahttps?://[^/\s]+")
+_OWN_HEADER = "X-GUploader-UploadID"
+_OWN_WORDS = b"No such object: "
 
 
 class GcsWire(OnLoop):
@@ -51,6 +57,10 @@ class GcsWire(OnLoop):
         self._credentials = GcsCredentials(self._fs.credentials)
         self._objects = f"b/{quote(bucket, safe='')}/o"
         self._timeout = ClientTimeout(total=None, sock_connect=retry.connect_timeout_s)
+
+    @property
+    def credential_kind(self) -> CredentialKind:
+        return "none" if self._fs.credentials.credentials is None else "temporary"
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         with borrowed(buffers) as lent:
@@ -132,8 +142,7 @@ class GcsWire(OnLoop):
         session._retry_connection = False  # noqa: SLF001 - aiohttp would repeat a request by itself
         async with session.request(method, url, headers=headers, timeout=self._timeout, data=data) as reply:
             if reply.status >= HTTPStatus.MULTIPLE_CHOICES:
-                body = await reply.content.read(_ERROR_BYTES)
-                raise _status_error(reply.status, body, reply.headers.get("Retry-After", ""))
+                raise _status_error(reply, await reply.content.read(_ERROR_BYTES))
             yield reply
 
     async def _json(
@@ -164,13 +173,27 @@ class GcsWire(OnLoop):
 
 def gcs_filesystem(options: Mapping[str, object], loop: AbstractEventLoop) -> GCSFileSystem:
     """Let gcsfs read its options and find credentials, which may ask Google's services; it connects to no bucket."""
+    _check_default_credentials(options)
     try:
-        return GCSFileSystem(
+        filesystem = GCSFileSystem(
             **options, asynchronous=True, loop=loop, skip_instance_cache=True, use_listings_cache=False
         )
     except (ValueError, TypeError, KeyError) as exc:
         # Not chained: what it says may repeat a token.
         raise OptionsError(f"gcsfs cannot use these storage_options: {hide(str(exc))}") from None
+    if not _ENDPOINT.match(filesystem._location):  # noqa: SLF001 - also what STORAGE_EMULATOR_HOST says
+        raise OptionsError("endpoint_url (or STORAGE_EMULATOR_HOST) is no URL of a host; write http(s)://host:port")
+    return filesystem
+
+
+def _check_default_credentials(options: Mapping[str, object]) -> None:
+    """Refuse a key file that the environment names and that is not there: gcsfs would go on without, anonymously."""
+    path = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if path and options.get("token") in (None, "google_default") and not Path(path).exists():
+        raise OptionsError(
+            f"GOOGLE_APPLICATION_CREDENTIALS names {path!r}, which does not exist; correct it, or give token in "
+            "storage_options"
+        )
 
 
 def _two_parts(name: str, data: bytes) -> bytes:
@@ -190,15 +213,19 @@ def _parsed(body: bytes) -> dict[str, Any]:
     return answer
 
 
-def _status_error(status: int, body: bytes, retry_after: str) -> HttpStatusError:
+def _status_error(reply: ClientResponse, body: bytes) -> HttpStatusError:
     """Read the reason and the message out of an error body of the JSON API, if it is one."""
     try:
         error = json.loads(body)["error"]
         reasons = error.get("errors") or [{}]
         reason, message = str(reasons[0].get("reason", "")), str(error.get("message", ""))
+        is_own = True
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         reason = message = ""
-    return HttpStatusError(status, reason, message, retry_after=retry_after)
+        # Downloads are refused in a line of plain text, under a header that the store's front end alone writes.
+        is_own = _OWN_HEADER in reply.headers or body.startswith(_OWN_WORDS)
+    retry_after = reply.headers.get("Retry-After", "")
+    return HttpStatusError(reply.status, reason, message, retry_after=retry_after, is_foreign=not is_own)
 
 
 def _described(item: Mapping[str, Any]) -> ObjectInfo:

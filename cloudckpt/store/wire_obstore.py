@@ -2,7 +2,8 @@
 
     buffers ──▶ obstore.put ──▶ socket          socket ──▶ obstore's memory ──▶ a view of it, or the caller's memory
 
-Keeping house goes over fsspec's wire. obstore's listings fail as a whole on one foreign name with an empty segment
+Keeping house goes over fsspec's wire. obstore shows no headers, and a HEAD has no body, so that nothing would tell what
+its refusal means; obstore's listings fail as a whole on one foreign name with an empty segment
 (`a//b`), cannot tell a marker of a directory from an empty object, and match whole segments only; its bulk delete
 names one of the objects that it left. So does a request that has less time than usual, or that took too long before:
 a client of obstore's has one time limit for all requests, their bodies included, and does not show how far they are,
@@ -11,17 +12,22 @@ so that a put which moves slowly cannot be told from one that stands still. One 
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, TypeVar, runtime_checkable
 
 import obstore
+from obstore.exceptions import BaseError
 
 from cloudckpt.options import MIB
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, joined, place
+from cloudckpt.store.classify import CredentialKind
+from cloudckpt.store.facts import HttpStatusError, before_sending, is_bare_redirect
 from cloudckpt.store.limit import Errand, limit_now
 from cloudckpt.store.obstore_s3 import ObstoreClient
 from cloudckpt.store.wire import Page, Wire
@@ -37,6 +43,8 @@ _SLOW_S = 600.0
 # A chunk is copied once more, into the caller's memory; 64 KiB to 4 MiB cost the same CPU time on loopback.
 _CHUNK_BYTES = MIB
 
+logger = logging.getLogger(__name__)
+
 _runtime_pid: int | None = None
 
 
@@ -46,6 +54,14 @@ def is_lost_to_a_fork() -> bool:
     A request would wait for them for ever, also on a client made here.
     """
     return _runtime_pid not in (None, os.getpid())
+
+
+@runtime_checkable
+class HasRegion(Protocol):
+    """A wire that can say where its bucket is."""
+
+    def region(self) -> str:
+        """Return the region, or ""."""
 
 
 class _Direct:
@@ -82,14 +98,11 @@ class _Direct:
         check_length(len(data), reply.meta["size"])
         return data
 
-    def head(self, name: str) -> ObjectInfo:
-        found = obstore.head(self._store(), name)
-        return ObjectInfo(key=name, size_bytes=found["size"], modified_s=found["last_modified"].timestamp())
-
     def _store(self) -> obstore.store.ObjectStore:
         global _runtime_pid  # noqa: PLW0603 - obstore's threads are one set per process, too
         if self._client.credentials is not None:
-            self._client.credentials.ensure()
+            with before_sending():
+                self._client.credentials.ensure()
         _runtime_pid = os.getpid()
         return self._client.store
 
@@ -102,12 +115,21 @@ class ObstoreWire:
 
     def __init__(self, client: ObstoreClient, make_keeper: Callable[[], Wire]) -> None:
         self._direct = _Direct(client)
+        self._credentials = client.credentials
         self._limit_s = client.limit_s
         self._make_keeper = make_keeper
         self._making: Errand[Wire] = Errand()
         self._kept: Wire | None = None
         self._slow_until_s = 0.0
         self._lock = threading.Lock()
+
+    @property
+    def credential_kind(self) -> CredentialKind:
+        if self._credentials is None:
+            return "none"
+        with self._lock:
+            keeper = self._kept
+        return self._credentials.kind or ("temporary" if keeper is None else keeper.credential_kind)
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         self._move(lambda wire: wire.put(name, buffers))
@@ -122,7 +144,7 @@ class ObstoreWire:
         return self._move(lambda wire: wire.read(name, limit_bytes))
 
     def head(self, name: str) -> ObjectInfo:
-        return self._move(lambda wire: wire.head(name))
+        return self._keeper().head(name)
 
     def page(self, prefix: str, delimiter: str, mark: str) -> Page:
         return self._keeper().page(prefix, delimiter, mark)
@@ -140,7 +162,8 @@ class ObstoreWire:
         limit, began_s = limit_now(), time.monotonic()
         is_usual = not limit.timeouts and limit.still_s >= _NEARLY * self._limit_s
         if is_usual and began_s >= self._slow_until_s:
-            return call(self._direct)
+            with self._told_region():
+                return call(self._direct)
         result = call(self._keeper())
         if time.monotonic() - began_s > self._limit_s:
             # It went well, and obstore would have ended it: so would it the next ones on such a link.
@@ -155,3 +178,24 @@ class ObstoreWire:
         with self._lock:
             self._kept = self._kept or made
             return self._kept
+
+    @contextmanager
+    def _told_region(self) -> Iterator[None]:
+        """Have the region looked up where the store says no more than "elsewhere": obstore shows no headers."""
+        try:
+            yield
+        except BaseError as exc:
+            region = self._keeper_region() if is_bare_redirect(exc) else None
+            if region is None:
+                raise
+            raise HttpStatusError(301, "PermanentRedirect", region=region) from exc
+
+    def _keeper_region(self) -> str | None:
+        keeper = self._keeper()
+        if not isinstance(keeper, HasRegion):
+            return None
+        try:
+            return keeper.region()
+        except Exception as exc:  # noqa: BLE001 - it was only to say more of the first failure
+            logger.debug("the bucket's region cannot be asked for: %s", type(exc).__name__)
+            return None

@@ -14,19 +14,23 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 import s3fs
 from aiobotocore.httpsession import AIOHTTPSession  # type: ignore[import-untyped,unused-ignore]
 from aiohttp import ClientSession
 from botocore.awsrequest import AWSRequest
+from botocore.credentials import ReadOnlyCredentials
 from botocore.exceptions import ClientError
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
-from cloudckpt.store.classify import is_absence
-from cloudckpt.store.facts import GarbledReplyError, facts_of
+from cloudckpt.store.classify import CredentialKind, is_absence
+from cloudckpt.store.credentials import check_aws_keys
+from cloudckpt.store.facts import GarbledReplyError, before_sending, facts_of
+from cloudckpt.store.proxies import is_in_direct_block
 from cloudckpt.store.s3_config import s3_config
 from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
 
@@ -42,6 +46,8 @@ _REFUSED = ("asynchronous", "loop", "version_aware")
 
 class _Client(Protocol):
     meta: Any
+    _endpoint: Any
+    _request_signer: Any
 
     async def close(self) -> None: ...
 
@@ -65,6 +71,8 @@ class S3Wire(OnLoop):
         if not isinstance(given, Mapping):
             raise OptionsError("config_kwargs is no mapping")
         config = s3_config(given, retry=retry, signed_payload=signed_payload)
+        if is_in_direct_block(_given_endpoint(own)):
+            config = {"proxies": {}, **config}
         self._bucket = bucket
         try:
             self._fs = s3fs.S3FileSystem(
@@ -79,6 +87,21 @@ class S3Wire(OnLoop):
             raise OptionsError(f"s3fs cannot use these storage_options: {exc}") from exc
         self._client: _Client | None = None
         self._deletes_in_bulk = True
+        self._keys: ReadOnlyCredentials | None = None
+
+    @property
+    def credential_kind(self) -> CredentialKind:
+        if self._fs.anon:
+            return "none"
+        return "temporary" if self._keys is None or self._keys.token else "lasting"
+
+    def region(self) -> str:
+        """Return where the store says that the bucket is, or ""; in one request."""
+        try:
+            reply: Mapping[str, Any] = self.run(self._send("head_bucket"))
+        except ClientError as exc:
+            reply = exc.response
+        return str(reply["ResponseMetadata"].get("HTTPHeaders", {}).get("x-amz-bucket-region", ""))
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         with borrowed(buffers) as lent:
@@ -154,8 +177,11 @@ class S3Wire(OnLoop):
 
     async def _connect(self) -> _Client:
         """Return the client; s3fs makes it once, resolving credentials and endpoint."""
-        client: _Client = await self._fs.set_session()
+        with before_sending():
+            client: _Client = await self._fs.set_session()
         if client is not self._client:
+            _check_bundle(client)
+            self._keys = await _keys_of(client)
             # Waiting for "100 Continue" costs a round trip, and for ever where a proxy does not pass it on.
             client.meta.events.register("request-created.s3.PutObject", _expect_nothing)
             client.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)
@@ -190,6 +216,14 @@ class S3Wire(OnLoop):
             return await take(body.raw_stream.content.iter_any(), reply.get("ContentLength"), limit_bytes)
 
 
+def _given_endpoint(options: Mapping[str, object]) -> str:
+    """Return the endpoint as far as options and environment name it: only there does one write an address."""
+    client = options.get("client_kwargs")
+    given = [options.get("endpoint_url"), client.get("endpoint_url") if isinstance(client, Mapping) else None]
+    named = [os.environ.get(name) for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")]
+    return str(next((url for url in given + named if url), ""))
+
+
 def _close_when_dropped(
     owner: object, loop: asyncio.AbstractEventLoop, client: _Client
 ) -> weakref.finalize[..., object]:
@@ -202,6 +236,23 @@ def _close_when_dropped(
 def _close_on(loop: asyncio.AbstractEventLoop, client: _Client, pid: int) -> None:
     if pid == os.getpid() and loop.is_running():
         asyncio.run_coroutine_threadsafe(client.close(), loop)
+
+
+def _check_bundle(client: _Client) -> None:
+    """Name a file of certificates that is not there; the library that would miss it does not."""
+    path = client._endpoint.http_session._verify  # noqa: SLF001 - as options, environment and profile have it
+    if isinstance(path, str) and not Path(path).exists():
+        raise OptionsError(f"{path!r} has no certificates: it does not exist; correct `verify` or AWS_CA_BUNDLE")
+
+
+async def _keys_of(client: _Client) -> ReadOnlyCredentials | None:
+    """Return what requests are signed with, wherever botocore found it; None if it found nothing."""
+    found = client._request_signer._credentials  # noqa: SLF001 - nobody else tells
+    if found is None:
+        return None
+    keys: ReadOnlyCredentials = await found.get_frozen_credentials()
+    check_aws_keys(keys)
+    return keys
 
 
 def _expect_nothing(request: AWSRequest, **_: object) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,9 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import Listing, ObjectInfo, check_delimiter
 from cloudckpt.store.buffers import check_destination, flat
-from cloudckpt.store.classify import ask, deletion_error
+from cloudckpt.store.classify import CredentialKind, ask, deletion_error
+from cloudckpt.store.credentials import check_texts
+from cloudckpt.store.facts import before_sending
 from cloudckpt.store.limit import Errand, is_limited, limited
 from cloudckpt.store.location import parse_location
 from cloudckpt.store.redact import hide_in_logs, remember_secrets
@@ -32,6 +35,9 @@ __all__ = ["WiredStore"]
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+# Where the options travel in headers and URLs; those of other filesystems may hold keys of several lines.
+_SENT_IN_HEADERS = frozenset({"s3", "gs"})
 
 # A forked child must not close, not even by collecting garbage, what its parent still uses.
 _inherited: list[object] = []
@@ -80,6 +86,8 @@ class WiredStore(ABC):
         self._is_closed = False
         self._pid = os.getpid()
         remember_secrets(self._options)
+        if self._location.scheme in _SENT_IN_HEADERS:
+            check_texts(self._options)
         self._check_options()
 
     @property
@@ -128,7 +136,10 @@ class WiredStore(ABC):
         failed = self._ask("delete", keys[0], lambda wire: wire.delete(list(names)))
         if failed:
             raise deletion_error(
-                {names.get(name, name): cause for name, cause in failed.items()}, asked=len(names), url=self.url
+                {names.get(name, name): cause for name, cause in failed.items()},
+                asked=len(names),
+                url=self.url,
+                outer=sys.exception(),
             )
 
     def refresh(self) -> None:
@@ -153,9 +164,13 @@ class WiredStore(ABC):
                 return call(wire)
 
         if is_limited():
-            return ask(once, op=op, key=key, url=self.url)
+            return ask(once, op=op, key=key, url=self.url, credentials=self._credential_kind)
         with limited(still_s=self._retry.request_timeout_s, total_s=self._retry.deadline_s):
-            return ask(once, op=op, key=key, url=self.url)
+            return ask(once, op=op, key=key, url=self.url, credentials=self._credential_kind)
+
+    def _credential_kind(self) -> CredentialKind:
+        with self._lock:
+            return "temporary" if self._lease is None else self._lease.wire.credential_kind
 
     @contextmanager
     def _leased(self) -> Iterator[Wire]:
@@ -178,7 +193,8 @@ class WiredStore(ABC):
                 self._lease.users += 1
                 return self._lease
         # Not under the lock: some libraries ask for credentials now, and others wait for theirs to end a request.
-        wire = self._connecting.run(self._connect)
+        with before_sending():
+            wire = self._connecting.run(self._connect)
         hide_in_logs()
         with self._lock:
             if self._lease is None:

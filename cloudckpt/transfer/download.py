@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from cloudckpt.errors import ChecksumError, MissingShardError, ObjectNotFoundError, StorageError
+from cloudckpt.errors import BucketNotFoundError, ChecksumError, MissingShardError, ObjectNotFoundError, StorageError
 from cloudckpt.format import Span, verify_blocks
 from cloudckpt.store import Store
 from cloudckpt.transfer.pool import Budget, Watch, Work, run_all
@@ -136,6 +136,8 @@ def _get(store: Store, shard: ShardSource, span: Span, buffer: _ReadBuffer) -> m
     try:
         into = buffer.take(span.stop - span.start)
         data = store.get(shard.key, start=span.start, stop=span.stop, into=into)
+    except BucketNotFoundError:
+        raise  # no older step is there, either
     except ObjectNotFoundError as exc:
         raise MissingShardError(
             f"shard {shard.key}, which the index names, is not on the store; restore an older step", key=shard.key

@@ -29,7 +29,9 @@ from cloudckpt.errors import (
 )
 from cloudckpt.options import MIB, RetryPolicy
 from cloudckpt.store.base import Listing, ObjectInfo, Store
+from cloudckpt.store.facts import AbsentError, HttpStatusError
 from tests.store.engines import CANARY, VERBS, Engine
+from tests.store.handling import while_handling
 from tests.store.http_dialects import Request
 from tests.store.http_object_server import Fault, FaultKind, ObjectServer
 
@@ -398,6 +400,24 @@ class EngineLaws:
             with pytest.raises(OptionsError):
                 store.put(key, _views(b"x"))
         assert server.count() == 0
+
+    @pytest.mark.parametrize("verb", ["put", "create", "get", "read", "head", "list"])
+    def test_a_404_that_is_no_stores_says_nothing_of_the_object(
+        self, server: ObjectServer, store: Store, verb: str
+    ) -> None:
+        page = Fault(status=404, body=b"<html>Not Found</html>", headers={"Content-Type": "text/html"})
+        server.inject(page, times=-1)
+        error = _refusal(store, verb)
+        assert not isinstance(error, ObjectNotFoundError | TransientError)
+        assert "endpoint_url" in str(error)
+
+    @pytest.mark.parametrize("verb", VERBS)
+    @pytest.mark.parametrize("theirs", [HttpStatusError(404, "NoSuchKey"), FileExistsError("x"), AbsentError("x")])
+    def test_what_the_caller_was_handling_is_no_answer_of_the_store(
+        self, server: ObjectServer, store: Store, verb: str, theirs: Exception
+    ) -> None:
+        server.inject(Fault(kind=FaultKind.RESET_BEFORE_REPLY), times=-1)
+        assert isinstance(while_handling(theirs, lambda: _refusal(store, verb)), TransientError)
 
     # ---- list and delete
 

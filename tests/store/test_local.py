@@ -32,10 +32,11 @@ from cloudckpt.errors import (
     StorageError,
     TransientError,
 )
-from cloudckpt.options import MIB
+from cloudckpt.options import MIB, RetryPolicy
 from cloudckpt.store.disk import NOT_OFFERED, Disk
 from cloudckpt.store.local import LocalStore
 from cloudckpt.store.location import local_path
+from cloudckpt.store.retrying import RetryingStore
 from tests.store.fault_disk import FaultDisk
 
 TEMP_NAME = ".cloudckpt-tmp-" + "0" * 32
@@ -887,3 +888,20 @@ def _no_thread_is_left() -> Iterator[None]:
     before = threading.active_count()
     yield
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("trouble", ["file", "long", "object-above"])
+def test_a_create_that_a_disk_refuses_for_good_is_no_unknown_commit(tmp_path: Path, trouble: str) -> None:
+    root, key = tmp_path / "root", "a/k"
+    if trouble == "file":
+        root.write_bytes(b"no directory")
+    elif trouble == "long":
+        root = tmp_path / ("x" * 300)
+    else:
+        root.mkdir()
+        (root / "a").write_bytes(b"an object")
+    store = RetryingStore(LocalStore(root), RetryPolicy(backoff_base_s=0.001))
+    with pytest.raises(StorageError) as caught:
+        store.create(key, b"x")
+    assert type(caught.value) is StorageError
+    assert caught.value.attempts <= 3

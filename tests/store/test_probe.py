@@ -126,6 +126,30 @@ def test_an_unreachable_store_is_an_error() -> None:
     assert not isinstance(caught.value, CreateNotEnforcedError | RetryExhaustedError)
 
 
+def test_who_may_write_and_not_read_passes() -> None:
+    inner = FaultStore()
+    inner.inject(verbs=["read", "head"], error=denied, times=None)
+    probe_create(over(inner, "retrying"))
+    assert inner.bucket.raw_list() == []
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize("may_delete", [True, False])
+def test_a_probe_that_may_have_landed_is_a_plain_error_and_removed_or_named(
+    skip: int, may_delete: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = FaultStore(Bucket(enforces_create=False))
+    inner.inject(kind=FaultKind.LOST_ACK, verbs=["create"], skip=skip, times=None)
+    inner.inject(verbs=["read", "head"], error=denied, times=None)
+    inner.inject(verbs=["delete"], error=denied, times=0 if may_delete else None)
+    with pytest.raises(StorageError) as caught:
+        probe_create(over(inner, "retrying"))
+    assert type(caught.value) is StorageError
+    left = inner.bucket.raw_list()
+    assert len(left) == (0 if may_delete else 1)
+    assert all(name in caplog.text for name in left)
+
+
 def test_a_job_without_the_right_to_delete_passes_and_is_told(layer: str, caplog: pytest.LogCaptureFixture) -> None:
     inner = FaultStore()
     inner.inject(verbs=["delete"], error=denied, times=None)

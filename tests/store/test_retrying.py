@@ -565,6 +565,49 @@ class TestCreate:
         with pytest.raises(CommitUnknownError):
             self.create(store)
 
+    @pytest.mark.parametrize("kind", [TransientError, StorageError])
+    def test_what_was_refused_or_never_sent_is_not_unknown_though_nothing_can_be_read(
+        self, store: RetryingStore, inner: FaultStore, kind: type[StorageError]
+    ) -> None:
+        def unsent(op: Op) -> StorageError:
+            error = kind("no route to the host", op=op.verb)
+            error.may_have_landed = False
+            return error
+
+        inner.inject(verbs=["create", "read", "head"], error=unsent, times=None)
+        with pytest.raises(RetryExhaustedError if kind is TransientError else StorageError) as caught:
+            self.create(store)
+        assert not isinstance(caught.value, CommitUnknownError)
+
+    @pytest.mark.parametrize("kind", [FaultKind.BEFORE, FaultKind.LOST_ACK])
+    def test_who_may_not_see_that_a_key_is_free_finds_out_by_another_create(
+        self, store: RetryingStore, inner: FaultStore, kind: FaultKind
+    ) -> None:
+        inner.inject(kind=kind, verbs=["create"])
+        inner.inject(verbs=["read"], error=denied)
+        self.create(store)
+        assert self.verbs(inner)[:3] == ["create", "read", "create"]
+        assert inner.bucket.raw_get("manifest") == b"ours"
+
+    def test_options_that_go_wrong_after_a_doubtful_create_leave_it_unknown(
+        self, store: RetryingStore, inner: FaultStore
+    ) -> None:
+        inner.inject(kind=FaultKind.LOST_ACK, verbs=["create"])
+        inner.inject(verbs=["read"], error=lambda _: OptionsError("the token file is away"))  # type: ignore[arg-type, return-value]
+        with pytest.raises(CommitUnknownError, match="token file"):
+            self.create(store)
+
+    def test_an_unknown_commit_tells_whether_the_store_called_the_key_taken(
+        self, store: RetryingStore, inner: FaultStore
+    ) -> None:
+        inner.inject(verbs=["read"], error=denied, times=None)
+        with pytest.raises(CommitUnknownError) as taken:
+            store.create("there", b"ours")
+        inner.inject(kind=FaultKind.LOST_ACK, verbs=["create"])
+        with pytest.raises(CommitUnknownError) as lost:
+            self.create(store)
+        assert (taken.value.is_taken, lost.value.is_taken) == (True, False)
+
     def test_each_create_is_looked_after_anew(self, store: RetryingStore, inner: FaultStore) -> None:
         inner.inject(verbs=["create"])
         inner.inject(verbs=["read"], error=refused)
