@@ -60,7 +60,7 @@ class AnyWire:
 
     def create(self, name: str, data: bytes) -> None:
         with _create_lock:
-            with suppress(FileNotFoundError):
+            with suppress(AbsentError):
                 self.head(name)
                 raise FileExistsError(name)
             self._write(name, data)
@@ -92,7 +92,7 @@ class AnyWire:
         self._fs.invalidate_cache()
         try:
             entries = self._entries(directory, delimiter)
-        except (FileNotFoundError, NotADirectoryError):
+        except (AbsentError, NotADirectoryError):
             entries = []
         objects = [self._described(entry) for entry in entries if entry["type"] == "file"]
         directories = [self._name(entry) + "/" for entry in entries if entry["type"] == "directory"]
@@ -107,7 +107,7 @@ class AnyWire:
         for name in names:
             try:
                 self._call("rm_file", self._root + name)
-            except FileNotFoundError:
+            except AbsentError:
                 continue
             except Exception as exc:  # noqa: BLE001 - the others are deleted all the same, and this is handed back
                 failed[name] = exc
@@ -130,7 +130,7 @@ class AnyWire:
         path = self._root + name
         try:
             self._call("pipe_file", path, data)
-        except FileNotFoundError:
+        except AbsentError:
             if not self._makes_directories:
                 raise
             self._call("makedirs", path.rpartition("/")[0], exist_ok=True)

@@ -185,6 +185,7 @@ class S3Wire(OnLoop):
             # Waiting for "100 Continue" costs a round trip, and for ever where a proxy does not pass it on.
             client.meta.events.register("request-created.s3.PutObject", _expect_nothing)
             client.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)
+            client.meta.events.register("before-call.s3.HeadBucket", _follow_no_redirect)
             self._finalizer = _close_when_dropped(self, self.loop, client)
             self._client = client
         return client
@@ -253,6 +254,11 @@ async def _keys_of(client: _Client) -> ReadOnlyCredentials | None:
     keys: ReadOnlyCredentials = await found.get_frozen_credentials()
     check_aws_keys(keys)
     return keys
+
+
+def _follow_no_redirect(context: dict[str, Any], **_: object) -> None:
+    """Keep botocore from asking for the bucket's region once more when that very question is redirected, and so on."""
+    context.setdefault("s3_redirect", {})["redirected"] = True
 
 
 def _expect_nothing(request: AWSRequest, **_: object) -> None:

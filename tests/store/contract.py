@@ -496,7 +496,7 @@ class RemoteContract(StoreContract):
         patience = RetryPolicy(max_attempts=3, deadline_s=20.0, request_timeout_s=5.0, backoff_base_s=0.01)
         with backend.open(retry=patience, **unreachable) as store, pytest.raises(StorageError) as caught:
             verbs(store, "a")[verb]()
-        # Nothing was ever sent, so that not even a create can have landed.
+        # A create, too: what no connection could carry has not landed.
         assert type(caught.value) is RetryExhaustedError
         assert caught.value.attempts == 3
         assert caught.value.elapsed_s <= patience.deadline_s

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from botocore.exceptions import ClientError
 from google.oauth2.credentials import Credentials
 
 import cloudckpt
@@ -144,11 +145,16 @@ def _manager(engine: Engine, options: dict[str, object]) -> cloudckpt.Checkpoint
 
 # ---- what the caller is busy with
 
+_NO_SUCH_KEY = ClientError(
+    {"Error": {"Code": "NoSuchKey", "Message": "x"}, "ResponseMetadata": {"HTTPStatusCode": 404}},  # type: ignore[typeddict-item]
+    "GetObject",
+)
+
 
 @pytest.mark.parametrize("engine", EVERYWHERE)
 @pytest.mark.parametrize(
     "theirs",
-    [FileNotFoundError("x"), StorageError("x"), CheckpointNotFoundError("x")],
+    [_NO_SUCH_KEY, FileNotFoundError("x"), CheckpointNotFoundError("x")],
     ids=lambda exc: type(exc).__name__,
 )
 def test_a_restore_from_a_handler_takes_no_older_step_when_the_store_fails(

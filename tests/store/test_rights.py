@@ -125,7 +125,8 @@ def test_who_may_write_and_not_read_passes_the_probe(server: ObjectServer, engin
 
 @pytest.mark.parametrize("engine", EVERYWHERE)
 @pytest.mark.parametrize(
-    ("status", "code"), [(405, "MethodNotAllowed"), (400, "KeyTooLongError"), (403, "AccessDenied")]
+    ("status", "code"),
+    [(405, "MethodNotAllowed"), (400, "KeyTooLongError"), (403, "AccessDenied"), (301, "PermanentRedirect")],
 )
 def test_a_refused_create_is_no_unknown_commit_though_nothing_can_be_read(
     server: ObjectServer, engine: Engine, status: int, code: str

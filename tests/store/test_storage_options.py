@@ -403,4 +403,5 @@ def test_a_certificate_that_nobody_vouches_for_is_refused_for_good(engine: Engin
             store.create("k", b"x")
         store.close()
     assert not isinstance(caught.value, TransientError)
+    assert not caught.value.may_have_landed
     assert server.count() == 0
