@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from types import TracebackType
 from typing import Literal, Self
 
@@ -24,7 +24,18 @@ from cloudckpt.options import Options
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
 from cloudckpt.ranks import refuse_lonely_rank
 from cloudckpt.report import Advice, Journal, Progress, Show, advise
-from cloudckpt.root import Catalog, Checkpoint, Choice, Orphan, Pruner, RetentionRule, Wanted, checked_rules, sweep
+from cloudckpt.root import (
+    Catalog,
+    Checkpoint,
+    Choice,
+    Orphan,
+    Pruner,
+    Retention,
+    Wanted,
+    checked_rules,
+    sweep,
+    watched_rules,
+)
 from cloudckpt.saving import SaveHandle
 from cloudckpt.state import Allowed, Resize
 from cloudckpt.store import open_store
@@ -60,7 +71,7 @@ class CheckpointManager:
         storage_options: Mapping[str, object] | None = None,
         engine: str = "auto",
         options: Options | None = None,
-        retention: Sequence[RetentionRule] = (),
+        retention: Retention = (),
         save_every_steps: int | None = None,
         save_every_seconds: float | None = None,
         preemption: bool | Preemption = False,
@@ -76,8 +87,10 @@ class CheckpointManager:
             storage_options: fsspec's own options, the same for every engine.
             engine: what moves the bytes: `auto` (the best that serves the URL), `local`, `obstore` or `fsspec`.
             options: sizes, parallelism, patience.
-            retention: rules of which each keeps some checkpoints; without rules all are kept.
-            save_every_steps: the interval of `should_save`, in training steps.
+            retention: what of the checkpoints stays: a rule such as `KeepLast(3)`, a list of rules of which each keeps
+                some, a function that is given all (oldest first) and returns those that stay, or a number: so many of
+                the newest. Without rules all are kept.
+            save_every_steps: the interval of `should_save`: each step above 0 that is a multiple of it.
             save_every_seconds: its interval in seconds since the newest save began; both may be given.
             preemption: heed notices that this machine goes: True for SIGTERM, SIGUSR1 and what the machine itself
                 offers (EC2, GCE, Slurm), or a `Preemption`, which is started here and stopped by whoever made it.
@@ -106,7 +119,7 @@ class CheckpointManager:
             options=chosen,
             schedule=schedule,
             journal=self._journal,
-            pruner=Pruner(self._catalog, self._retention, grace_s=prune_grace_s, clock=clock),
+            pruner=Pruner(self._catalog, watched_rules(self._retention), grace_s=prune_grace_s, clock=clock),
             save_rng=save_rng,
         )
         self._is_closed = False
@@ -121,9 +134,10 @@ class CheckpointManager:
     def should_save(self, step: int) -> bool:
         """Tell whether to save after `step`: by the intervals, or because of a preemption notice.
 
-        Every `save_every_steps` steps, counted from 1; `save_every_seconds` after the newest save began; and once when
-        notice was given, unless a save is under way whose snapshot is less than 5 seconds old, or nothing newer could
-        be saved in time. The same answer on every rank: with several, and with seconds or preemption, they vote, so
+        At each step above 0 that is a multiple of `save_every_steps`, as Orbax and Lightning (`global_step`) do, so
+        that `KeepEvery` counts the same ones; `save_every_seconds` after the newest save began; and once when notice
+        was given, unless a save is under way whose snapshot is less than 5 seconds old, or nothing newer could be saved
+        in time. The same answer on every rank: with several, and with seconds or preemption, they vote, so
         every rank must ask at every step (0.25 ms for 2 ranks on 2 cores; 3 ms for 4 ranks that share these).
 
         Raises:

@@ -279,7 +279,7 @@ def test_a_step_without_a_key_is_refused(tmp_path: Path, step: int) -> None:
 
 def test_should_save_asks_at_every_interval_and_never_without_one(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path, save_every_steps=5) as manager:
-        assert [step for step in range(20) if manager.should_save(step)] == [4, 9, 14, 19]
+        assert [step for step in range(20) if manager.should_save(step)] == [5, 10, 15]
     with CheckpointManager(tmp_path) as manager:
         assert not any(manager.should_save(step) for step in range(20))
 
@@ -432,7 +432,7 @@ def test_a_step_may_be_saved_again_after_going_back_before_it(tmp_path: Path) ->
 @pytest.mark.parametrize("step", [np.int64(7), torch.tensor(7), np.uint8(7)], ids=["numpy", "torch", "numpy small"])
 @pytest.mark.parametrize("how", ["save", "async_save"])
 def test_a_whole_number_of_numpy_or_torch_is_a_step(tmp_path: Path, how: str, step: int) -> None:
-    with CheckpointManager(tmp_path, save_every_steps=8) as manager:
+    with CheckpointManager(tmp_path, save_every_steps=7) as manager:
         assert manager.should_save(step)
         getattr(manager, how)(step, state_of(7))
         manager.wait()
