@@ -2,12 +2,14 @@
 
 The outside of it: what is promised, and who of `saves`, `loading` and `root` keeps it. With several ranks each has a
 manager and calls the same of it; only rank 0's claims, lists and prunes. Keeps FORMAT invariants 5, 8 and 10. A manager
-belongs to one thread, and has at most one save under way.
+belongs to one thread, and has at most one save under way. All managers of ranks that share a process group belong to
+the same thread: two would call in another order on another rank.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, MutableMapping
@@ -19,7 +21,7 @@ import torch
 from cloudckpt.errors import CloudCkptError, OptionsError
 from cloudckpt.format import step_number
 from cloudckpt.loading import load_state
-from cloudckpt.manager.saves import Saves
+from cloudckpt.manager.saves import Exists, Saves
 from cloudckpt.options import Options
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
 from cloudckpt.ranks import refuse_lonely_rank
@@ -43,6 +45,21 @@ from cloudckpt.store import open_store
 __all__ = ["CheckpointManager"]
 
 logger = logging.getLogger(__name__)
+
+
+def _preemption(given: object) -> Preemption | None:
+    if given is True or given == "auto":
+        return Preemption()
+    if given is None or given is False or isinstance(given, Preemption):
+        return given or None
+    raise OptionsError(f"preemption is {given!r}; give True, False, 'auto' or a cloudckpt.Preemption")
+
+
+def _step_before(step: object, state: object) -> int:
+    """Return the step of a call that names it before the state."""
+    if isinstance(step, Mapping) and not isinstance(state, Mapping):
+        raise OptionsError("the state stands where the step belongs; call save(step, state)")
+    return step_number(step)
 
 
 class CheckpointManager:
@@ -70,11 +87,11 @@ class CheckpointManager:
         *,
         storage_options: Mapping[str, object] | None = None,
         engine: str = "auto",
-        options: Options | None = None,
+        options: Options | Mapping[str, object] | None = None,
         retention: Retention = (),
         save_every_steps: int | None = None,
         save_every_seconds: float | None = None,
-        preemption: bool | Preemption = False,
+        preemption: bool | Literal["auto"] | Preemption | None = False,
         save_rng: bool = True,
         prune_grace_s: float = 60.0,
         progress: Show = "auto",
@@ -92,8 +109,8 @@ class CheckpointManager:
                 the newest. Without rules all are kept.
             save_every_steps: the interval of `should_save`: each step above 0 that is a multiple of it.
             save_every_seconds: its interval in seconds since the newest save began; both may be given.
-            preemption: heed notices that this machine goes: True for SIGTERM, SIGUSR1 and what the machine itself
-                offers (EC2, GCE, Slurm), or a `Preemption`, which is started here and stopped by whoever made it.
+            preemption: heed notices that this machine goes: True or `auto` for SIGTERM, SIGUSR1 and what the machine
+                itself offers (EC2, GCE, Slurm), or a `Preemption`, which is started here and stopped by who made it.
             save_rng: save and restore the random number generators of this process.
             prune_grace_s: seconds between the end of a pruned checkpoint and that of its shards, for readers of it.
             progress: what rank 0 shows on stderr: `auto` a bar on a terminal and a line for each save and restore that
@@ -103,15 +120,15 @@ class CheckpointManager:
         Raises:
             OptionsError: a wrong URL, engine, rule, interval or choice.
         """
-        if prune_grace_s < 0:
-            raise OptionsError(f"prune_grace_s is {prune_grace_s}; give 0 or more seconds")
+        if type(prune_grace_s) not in (int, float) or not 0 <= prune_grace_s < math.inf:
+            raise OptionsError(f"prune_grace_s is {prune_grace_s!r}; give 0 or more seconds")
         refuse_lonely_rank()
         shown, self._retention = Progress(progress), checked_rules(retention)
-        self._preemption = Preemption() if preemption is True else preemption or None
-        self._owns_preemption = preemption is True
+        self._owns_preemption = preemption is True or preemption == "auto"
+        self._preemption = _preemption(preemption)
         schedule = Schedule(every_steps=save_every_steps, every_s=save_every_seconds, preemption=self._preemption)
         chosen = Options.of(options)
-        self._store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=chosen)
+        self._store = open_store(url, storage_options=storage_options, engine=engine, options=chosen)
         self._journal = Journal(self._store, shown)
         self._catalog = Catalog(self._store)
         self._saves = Saves(
@@ -174,6 +191,8 @@ class CheckpointManager:
         state: MutableMapping[str, object],
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, object] | None = None,
+        *,
+        exists: Exists = "raise",
     ) -> Checkpoint:
         """Save `state` as the checkpoint of `step`; return once it is committed, then prune.
 
@@ -185,6 +204,8 @@ class CheckpointManager:
             state: name → nn.Module, Optimizer, object with state_dict/load_state_dict, tensor, container, value.
             metrics: numbers to choose the best by, non-finite ones allowed.
             metadata: values to be kept with the checkpoint.
+            exists: where the newest that this job has saved is that step: `raise`, or `skip` this one and return that
+                (for a last save after the loop, whose step an interval may have saved).
 
         Raises:
             CheckpointExistsError: this job has committed that step; it was not changed.
@@ -194,7 +215,7 @@ class CheckpointManager:
             StorageError: nothing was committed (after `CommitUnknownError`: perhaps).
         """
         self._refuse_closed()
-        return self._saves.save(step_number(step), state, metrics, metadata)
+        return self._saves.save(_step_before(step, state), state, metrics, metadata, exists=exists)
 
     def async_save(
         self,
@@ -204,6 +225,7 @@ class CheckpointManager:
         metadata: Mapping[str, object] | None = None,
         *,
         on_busy: Literal["wait", "skip"] = "wait",
+        exists: Exists = "raise",
     ) -> SaveHandle:
         """Copy `state`, return, and save the copy as the checkpoint of `step` in the background.
 
@@ -218,6 +240,7 @@ class CheckpointManager:
             metrics: as for `save`.
             metadata: as for `save`.
             on_busy: what to do while another save is under way on any rank: `wait` for it, or `skip` this one.
+            exists: as for `save`; one of that step that is under way is waited for.
 
         Raises:
             SaveFailedError: this one failed before it was staged, or an earlier one in the background and nobody was
@@ -225,7 +248,8 @@ class CheckpointManager:
             CloudCkptError: as `save` raises.
         """
         self._refuse_closed()
-        return self._saves.async_save(step_number(step), state, metrics, metadata, on_busy=on_busy)
+        number = _step_before(step, state)
+        return self._saves.async_save(number, state, metrics, metadata, on_busy=on_busy, exists=exists)
 
     def prepare(self, state: MutableMapping[str, object]) -> None:
         """Make the memory ready that `async_save` will need, in the background, so that the first one is fast, too.
@@ -330,6 +354,32 @@ class CheckpointManager:
         """Return every readable checkpoint, oldest first by (epoch, step)."""
         self._refuse_closed()
         return self._catalog.all()
+
+    def all_steps(self) -> list[int]:
+        """Return the steps of all readable checkpoints, ascending, each once."""
+        return sorted({checkpoint.step for checkpoint in self.checkpoints()})
+
+    def latest_step(self) -> int | None:
+        """Return the step of the newest readable checkpoint, which need not be the highest; None if there is none.
+
+        Raises what `latest` raises.
+        """
+        newest = self.latest()
+        return None if newest is None else newest.step
+
+    def delete(self, step: int) -> None:
+        """Delete the checkpoint that `restore(state, step)` would take: at once nobody finds it any more.
+
+        Its shards go `prune_grace_s` later, as those of a pruned one do: with the next save, with `close`, or by a
+        sweep. A save under way is waited for. With several ranks every rank calls it, and rank 0 deletes.
+
+        Raises:
+            CheckpointNotFoundError: no commit of that step.
+            FencedError: a newer job has claimed the root; nothing was deleted.
+            StorageError: the store could not be asked; the checkpoint is whole or not there.
+        """
+        self._refuse_closed()
+        self._saves.delete(step_number(step))
 
     def sweep(self, *, dry_run: bool = True, older_than_s: float = 86_400.0) -> list[Orphan]:
         """Remove what killed jobs left behind: attempts of older epochs without a commit, and pruned leftovers.

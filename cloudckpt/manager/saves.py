@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, MutableMapping
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 from cloudckpt.errors import OptionsError, RankLostError
 from cloudckpt.options import Options
@@ -24,9 +24,12 @@ from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Se
 from cloudckpt.state import Generators, bind, capture, captured
 from cloudckpt.transfer import Slabs
 
-__all__ = ["Saves"]
+__all__ = ["Exists", "Saves"]
 
 logger = logging.getLogger(__name__)
+
+Exists = Literal["raise", "skip"]
+"""What a save does where this job has committed that step already."""
 
 
 class Saves:
@@ -88,8 +91,12 @@ class Saves:
         state: MutableMapping[str, object],
         metrics: Mapping[str, float] | None,
         metadata: Mapping[str, object] | None,
+        *,
+        exists: Exists,
     ) -> Checkpoint:
         """Save, and return once it is committed; raises as `CheckpointManager.save` does."""
+        if (found := self._already(step, exists)) is not None:
+            return found
         entry, pending = self._begin(step, state, metrics, metadata, slabs=None)
         try:
             with entry.bar(f"saving step {step}") as bar:
@@ -109,10 +116,13 @@ class Saves:
         metadata: Mapping[str, object] | None,
         *,
         on_busy: Literal["wait", "skip"],
+        exists: Exists,
     ) -> SaveHandle:
         """Copy, and return while the copy is saved; raises as `CheckpointManager.async_save` does."""
         if on_busy not in ("wait", "skip"):
             raise OptionsError(f"on_busy is {on_busy!r}; give 'wait' or 'skip'")
+        if (found := self._already(step, exists)) is not None:
+            return SaveHandle.ended(step, found)
         if on_busy == "skip" and not self.is_preempted and self._is_busy(step):
             logger.info("rank %d: step %d is skipped: another save is under way", Group.of_world().rank, step)
             return SaveHandle(step)
@@ -120,6 +130,18 @@ class Saves:
         handle = self.background.begin(step, pending, partial(self._ended, step, entry))
         entry.unblocked(step, staged_bytes=pending.size_bytes)
         return handle
+
+    def _already(self, step: int, exists: Exists) -> Checkpoint | None:
+        """Return what this job has saved of a step already, if that is to do; the same on every rank."""
+        if exists not in get_args(Exists):
+            raise OptionsError(f"exists is {exists!r}; give {' or '.join(map(repr, get_args(Exists)))}")
+        if exists == "raise":
+            return None
+        if self.background.step == step:
+            self.background.wait()
+        if (found := self.epoch.newest_of(step)) is not None:
+            logger.info("rank %d: step %d is saved already", Group.of_world().rank, step)
+        return found
 
     @property
     def is_preempted(self) -> bool:
@@ -143,6 +165,17 @@ class Saves:
             engine=self._journal.store.engine,
         )
         self._slabs.touch_ahead(sizes, is_pinned=is_pinned)
+
+    def delete(self, step: int) -> None:
+        """Delete the checkpoint of a step, on rank 0; raises as `CheckpointManager.delete` does."""
+        self.background.wait()  # it may be pruning
+        if Group.of_world().rank == 0:
+            found = self._catalog.find(step)
+            if self.epoch.number:
+                self._catalog.fence(self.epoch.number)
+            self._pruner.uncommit(found)
+            logger.info("deleted step %s of epoch %d", found.step, found.epoch)
+        self.epoch.forget(step)
 
     def end(self) -> None:
         """Wait for the save under way, or abandon it; then release the memory. What it raises is `Background.end`'s."""

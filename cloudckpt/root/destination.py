@@ -75,7 +75,7 @@ class Epoch:
     Attributes:
         number: 0 until the first save has claimed it, or until another rank's has.
         resumed_from: the checkpoint that the job went on from.
-        newest: the newest checkpoint of this epoch.
+        newest: the newest checkpoint of this epoch; it may have been deleted since.
     """
 
     def __init__(self, catalog: Catalog, *, is_single_writer: bool) -> None:
@@ -85,6 +85,7 @@ class Epoch:
         self.number = 0
         self.resumed_from: Checkpoint | None = None
         self.newest: Checkpoint | None = None
+        self._deleted: set[int] = set()
 
     def step(self, step: int, catalog: Catalog) -> Destination:
         """Return where a step goes, by a catalog over the store with the patience that this save has. No request.
@@ -104,6 +105,16 @@ class Epoch:
     def note(self, checkpoint: Checkpoint) -> None:
         """Note a commit of this epoch; on every rank."""
         self.number, self.newest = checkpoint.epoch, checkpoint
+        self._deleted.discard(checkpoint.step)
+
+    def forget(self, step: int) -> None:
+        """Note that a step was deleted; on every rank."""
+        self._deleted.add(step)
+
+    def newest_of(self, step: int) -> Checkpoint | None:
+        """Return the newest checkpoint of this epoch if it is of this step; the same on every rank. No request."""
+        is_there = self.newest is not None and self.newest.step == step and step not in self._deleted
+        return self.newest if is_there else None
 
     def _take(self, step: int, catalog: Catalog) -> Target:
         if self.number == 0:

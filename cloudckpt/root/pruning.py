@@ -54,10 +54,14 @@ class Pruner:
                 # A newer job may be restoring what we would remove.
                 self._catalog.fence(newest.epoch)
             for checkpoint in removed:
-                self._catalog.uncommit(checkpoint)
-                self._uncommitted_s[checkpoint.prefix] = self._clock()
+                self.uncommit(checkpoint)
                 logger.info("pruned step %s of epoch %d", checkpoint.step, checkpoint.epoch)
         self._remove_due()
+
+    def uncommit(self, checkpoint: Checkpoint) -> None:
+        """Let a checkpoint exist no more; its shards go once readers had time to notice."""
+        self._catalog.uncommit(checkpoint)
+        self._uncommitted_s[checkpoint.prefix] = self._clock()
 
     def end(self) -> None:
         """Remove what is due; shards still in their grace time stay for a sweep, and so does what cannot be removed."""

@@ -58,6 +58,16 @@ class SaveHandle:
         if self.is_skipped:
             self._ended.set()
 
+    @classmethod
+    def ended(cls, step: int, outcome: Checkpoint | BaseException) -> SaveHandle:
+        """Return the handle of a save that needs no thread any more; nobody need be told of it."""
+        handle = cls(step)
+        handle.is_skipped = False
+        handle._checkpoint = outcome if isinstance(outcome, Checkpoint) else None
+        handle._error = outcome if isinstance(outcome, BaseException) else None
+        handle._is_told = True
+        return handle
+
     def __repr__(self) -> str:
         end = "failed" if self._error is not None else "committed"
         word = "skipped" if self.is_skipped else end if self.done() else "under way"
@@ -173,6 +183,11 @@ class Background:
     def is_busy(self) -> bool:
         """Whether a save is under way."""
         return not self._handle.done()
+
+    @property
+    def step(self) -> int:
+        """The step of the save that is under way, or was the last one; -1 before the first."""
+        return self._handle.step
 
     @property
     def is_untold(self) -> bool:

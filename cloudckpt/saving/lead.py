@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
 from cloudckpt.errors import SaveFailedError
-from cloudckpt.format import BoxTable, Column, Flat, JsonValue, codec, metadata_to_json, metrics_to_json
+from cloudckpt.format import BoxTable, Column, Flat, JsonValue, codec, record_of_call
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, plain_errors
 from cloudckpt.root import Checkpoint, Destination, Target
@@ -106,14 +106,7 @@ def begin_save(
     memory = memory or PlanMemory()
     coordinator = Coordinator(destination, memory, options, claims_later=slabs is not None)
     opened = _tried(lambda: _open(_got(flat), group))
-    record = _tried(
-        lambda: Record(
-            metrics=metrics_to_json(metrics),
-            metadata=metadata_to_json(metadata),
-            began_s=session.began_s,
-            spent_before=stats_of(destination.catalog.store),
-        )
-    )
+    record = _tried(lambda: _record(session, metrics, metadata, destination))
     order = group.agree(f"{what}: opening", lambda: _opening(opened, record, memory, destination), coordinator.decide)
     mine, record = _got(opened), _got(record)
     if not order.is_alike:
@@ -324,6 +317,18 @@ def _open(flat: Flat, group: Group) -> _Opened:
         message=message,
         digest=digest,
     )
+
+
+def _record(
+    session: Session,
+    metrics: Mapping[str, float] | None,
+    metadata: Mapping[str, object] | None,
+    destination: Destination,
+) -> Record:
+    """Begin what the manifest will say; refuses, before a byte is written, what it has no room for."""
+    in_json, about = record_of_call(metrics, metadata)
+    spent_before = stats_of(destination.catalog.store)
+    return Record(metrics=in_json, metadata=about, began_s=session.began_s, spent_before=spent_before)
 
 
 def _opening(
