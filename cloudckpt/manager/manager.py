@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Literal, Self
 
@@ -175,7 +176,7 @@ class CheckpointManager:
         return self._preemption.exit_code if self._preemption is not None else EXIT_PREEMPTED
 
     def report(self, mtbf_s: float | None = None) -> Advice:
-        """Say what saves cost, and how often to save; printed, it is a few lines for a person.
+        """Say what saves cost, how often to save, and what went wrong; printed, it is a few lines for a person.
 
         Args:
             mtbf_s: mean seconds between failures of the job; None if not known.
@@ -183,7 +184,7 @@ class CheckpointManager:
         Raises:
             OptionsError: `mtbf_s` is not a finite number above 0.
         """
-        return advise(self._journal.meter.costs(), mtbf_s)
+        return replace(advise(self._journal.meter.costs(), mtbf_s), troubles=tuple(self._journal.troubles))
 
     def save(
         self,

@@ -250,4 +250,7 @@ class Saves:
         is_preempted = self._schedule.is_preempted
         entry.committed(outcome, left_s=self._schedule.seconds_left() if is_preempted else None)
         if entry.rank == 0 and not is_preempted:
-            self._pruner.prune_after(outcome)
+            with self._journal.harmless(
+                f"step {outcome.step} is saved, but pruning failed and is left to the next save"
+            ):
+                self._pruner.prune_after(outcome)

@@ -36,26 +36,17 @@ class Pruner:
     def prune_after(self, checkpoint: Checkpoint) -> None:
         """Uncommit what no rule keeps, and remove what is due; never the checkpoint that was just committed.
 
-        A failure is logged and left to the next save, because the checkpoint itself is safe.
+        Whatever it raises, also what a rule of the caller's own does, is left to the next save: the checkpoint is safe.
         """
-        try:
-            self._prune(checkpoint)
-        except Exception as exc:  # noqa: BLE001 (rules may be anybody's code, and the checkpoint is committed)
-            said = exc if isinstance(exc, CloudCkptError) else repr(exc)
-            logger.warning(
-                "step %s is saved, but pruning failed and is left to the next save: %s", checkpoint.step, said
-            )
-
-    def _prune(self, newest: Checkpoint) -> None:
         if self._rules:
             # Our own newest is never in question, even when a newer epoch has checkpoints of its own by now.
-            removed = removable(self._catalog.all(), self._rules, protected={newest.order})
+            removed = removable(self._catalog.all(), self._rules, protected={checkpoint.order})
             if removed:
                 # A newer job may be restoring what we would remove.
-                self._catalog.fence(newest.epoch)
-            for checkpoint in removed:
-                self.uncommit(checkpoint)
-                logger.info("pruned step %s of epoch %d", checkpoint.step, checkpoint.epoch)
+                self._catalog.fence(checkpoint.epoch)
+            for old in removed:
+                self.uncommit(old)
+                logger.info("pruned step %s of epoch %d", old.step, old.epoch)
         self._remove_due()
 
     def uncommit(self, checkpoint: Checkpoint) -> None:

@@ -494,3 +494,51 @@ def test_one_damaged_answer_is_no_reason_to_go_back_to_an_older_step(tmp_path: P
         restored = other.restore({"w": torch.zeros(100), "config": {}})
     assert restored is not None
     assert (restored.step, len(damaged)) == (2, 1)
+
+
+class Deaf(logging.Handler):
+    """A handler of the log that raises."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise RuntimeError("no room for logs")
+
+
+class Gone:
+    """A stream that nobody reads."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+    def isatty(self) -> bool:
+        raise OSError
+
+
+@pytest.mark.parametrize("how", ["save", "async_save"])
+def test_nothing_makes_a_save_raise_once_it_is_committed_and_the_report_says_what_went_wrong(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> object:
+        raise KeyError("loss")
+
+    log, deaf = logging.getLogger("cloudckpt.report"), Deaf()
+    level = log.level
+    log.addHandler(deaf)
+    log.setLevel(logging.DEBUG)
+    monkeypatch.setattr("sys.stderr", Gone())
+    try:
+        with CheckpointManager(tmp_path, retention=broken, progress="bar") as manager:
+            for step in (1, 2):
+                made = getattr(manager, how)(step, state_of(step))
+                manager.wait()
+                found = made if how == "save" else made.result()
+                assert found == manager.latest()
+            report = manager.report()
+    finally:
+        log.removeHandler(deaf)
+        log.setLevel(level)
+    assert "step 2 is saved, but pruning failed and is left to the next save: KeyError('loss')" in report.troubles
+    assert any("step 2 is saved, but that could not be told" in trouble for trouble in report.troubles)
+    assert "trouble   step 2 is saved, but pruning failed" in str(report)
