@@ -19,7 +19,7 @@ from cloudckpt.loading import RankInput, by_part_name, load_state, part_targets,
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, refuse_lonely_rank
 from cloudckpt.report import Journal, Progress, Show
-from cloudckpt.root import Catalog, Checkpoint, Exists, check_exists, own_url
+from cloudckpt.root import Catalog, Checkpoint, Exists, Roots, check_exists, own_url
 from cloudckpt.saving import Session, begin_save
 from cloudckpt.state import Allowed, Resize, captured, with_attributes
 from cloudckpt.store import open_store
@@ -152,7 +152,7 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
         found = load_state(
             state,
             map(catalog.open, [""]),
-            catalog=catalog,
+            roots=Roots([catalog]),
             journal=Journal(store, Progress(progress)),
             options=chosen,
             allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize),

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Literal, Self
@@ -22,7 +22,8 @@ import torch
 from cloudckpt.errors import CloudCkptError, OptionsError
 from cloudckpt.format import step_number
 from cloudckpt.loading import load_state
-from cloudckpt.manager.saves import Exists, Saves
+from cloudckpt.manager.saves import Exists, Home, Saves
+from cloudckpt.manager.tolerance import OnError, Tolerance
 from cloudckpt.options import Options
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
 from cloudckpt.ranks import refuse_lonely_rank
@@ -41,7 +42,7 @@ from cloudckpt.root import (
 )
 from cloudckpt.saving import SaveHandle
 from cloudckpt.state import Allowed, Resize
-from cloudckpt.store import open_store
+from cloudckpt.store import RetryingStore, open_store
 
 __all__ = ["CheckpointManager"]
 
@@ -54,6 +55,11 @@ def _preemption(given: object) -> Preemption | None:
     if given is None or given is False or isinstance(given, Preemption):
         return given or None
     raise OptionsError(f"preemption is {given!r}; give True, False, 'auto' or a cloudckpt.Preemption")
+
+
+def _refuse_same(stores: Sequence[RetryingStore]) -> None:
+    if len({store.url for store in stores}) < len(stores):
+        raise OptionsError(f"the fallback is {stores[0].url} itself; give another root, on another store")
 
 
 def _step_before(step: object, state: object) -> int:
@@ -93,6 +99,10 @@ class CheckpointManager:
         save_every_steps: int | None = None,
         save_every_seconds: float | None = None,
         preemption: bool | Literal["auto"] | Preemption | None = False,
+        on_error: OnError = "raise",
+        max_failures: int = 3,
+        fallback: str | os.PathLike[str] | None = None,
+        fallback_storage_options: Mapping[str, object] | None = None,
         save_rng: bool = True,
         prune_grace_s: float = 60.0,
         progress: Show = "auto",
@@ -112,6 +122,16 @@ class CheckpointManager:
             save_every_seconds: its interval in seconds since the newest save began; both may be given.
             preemption: heed notices that this machine goes: True or `auto` for SIGTERM, SIGUSR1 and what the machine
                 itself offers (EC2, GCE, Slurm), or a `Preemption`, which is started here and stopped by who made it.
+            on_error: where a store fails a save: `raise`, or `warn` and let training go on without that checkpoint;
+                `save` then returns None. What is no outage of a store is raised in any case: a wrong call, a newer job,
+                a rank that is lost.
+            max_failures: with `warn`, so many failed saves in a row raise.
+            fallback: a second root, such as `file:///nvme/run-7`, that takes a save, the same bytes, when the store of
+                the first is down. Before each further save the first is asked for 10 s whether it takes writes again.
+                Both together are one history: `restore`, `latest` and the like read both and know which checkpoint is
+                newer, so give the same fallback to the job that resumes; they raise if one of the two cannot be read.
+                With several ranks it must be one for all of them, as the first is. Nothing is copied back.
+            fallback_storage_options: fsspec's own options for it.
             save_rng: save and restore the random number generators of this process.
             prune_grace_s: seconds between the end of a pruned checkpoint and that of its shards, for readers of it.
             progress: what rank 0 shows on stderr: `auto` a bar on a terminal and a line for each save and restore that
@@ -129,15 +149,22 @@ class CheckpointManager:
         self._preemption = _preemption(preemption)
         schedule = Schedule(every_steps=save_every_steps, every_s=save_every_seconds, preemption=self._preemption)
         chosen = Options.of(options)
-        self._store = open_store(url, storage_options=storage_options, engine=engine, options=chosen)
+        stores = [open_store(url, storage_options=storage_options, engine=engine, options=chosen)]
+        if fallback is not None:
+            stores.append(open_store(fallback, storage_options=fallback_storage_options, options=chosen))
+        _refuse_same(stores)
+        self._store = stores[0]
         self._journal = Journal(self._store, shown)
-        self._catalog = Catalog(self._store)
+
+        def pruner(catalog: Catalog) -> Pruner:
+            return Pruner(catalog, watched_rules(self._retention), grace_s=prune_grace_s, clock=clock)
+
         self._saves = Saves(
-            self._catalog,
+            [Home.of(store, pruner, chosen) for store in stores],
             options=chosen,
             schedule=schedule,
             journal=self._journal,
-            pruner=Pruner(self._catalog, watched_rules(self._retention), grace_s=prune_grace_s, clock=clock),
+            tolerance=Tolerance(self._journal, on_error, max_failures),
             save_rng=save_rng,
         )
         self._is_closed = False
@@ -194,7 +221,7 @@ class CheckpointManager:
         metadata: Mapping[str, object] | None = None,
         *,
         exists: Exists = "raise",
-    ) -> Checkpoint:
+    ) -> Checkpoint | None:
         """Save `state` as the checkpoint of `step`; return once it is committed, then prune.
 
         With several ranks, every rank calls it with its own objects and the same plain values; rank 0's `metrics` and
@@ -207,6 +234,9 @@ class CheckpointManager:
             metadata: values to be kept with the checkpoint.
             exists: where the newest that this job has saved is that step: `raise`, or `skip` this one and return that
                 (for a last save after the loop, whose step an interval may have saved).
+
+        Returns:
+            The checkpoint; None only with `on_error="warn"`, if it was not saved.
 
         Raises:
             CheckpointExistsError: this job has committed that step; it was not changed.
@@ -313,12 +343,12 @@ class CheckpointManager:
         """
         self._refuse_closed()
         self._saves.background.wait()
-        choice = Choice(self._catalog, step, self._retention)
+        choice = Choice(self._saves.roots, step, self._retention)
         refuse_lonely_rank()
         checkpoint = load_state(
             state,
             choice.candidates(),
-            catalog=self._catalog,
+            roots=self._saves.roots,
             journal=self._journal,
             options=self._saves.options,
             allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize),
@@ -326,7 +356,7 @@ class CheckpointManager:
             shown=f"restoring {choice}",
             extra=self._saves.generators,
         )
-        self._saves.epoch.resume(checkpoint)
+        self._saves.resume(checkpoint)
         return checkpoint
 
     def latest(self) -> Checkpoint | None:
@@ -337,7 +367,7 @@ class CheckpointManager:
             StorageError: the store cannot be listed or read.
         """
         self._refuse_closed()
-        return self._catalog.newest()
+        return self._saves.roots.newest()
 
     def best(self, metric: str, mode: Literal["min", "max"] = "min") -> Checkpoint | None:
         """Return the checkpoint with the smallest (`min`) or largest (`max`) `metric`; the newer of equals.
@@ -349,12 +379,12 @@ class CheckpointManager:
             CloudCkptError: what `checkpoints` raises.
         """
         self._refuse_closed()
-        return self._catalog.best(metric, mode)
+        return self._saves.roots.best(metric, mode)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Return every readable checkpoint, oldest first by (epoch, step)."""
         self._refuse_closed()
-        return self._catalog.all()
+        return self._saves.roots.all()
 
     def all_steps(self) -> list[int]:
         """Return the steps of all readable checkpoints, ascending, each once."""
@@ -390,7 +420,8 @@ class CheckpointManager:
             older_than_s: spare attempts whose newest object is younger than this, by the store's clock.
         """
         self._refuse_closed()
-        return sweep(self._catalog, older_than_s=older_than_s, dry_run=dry_run)
+        catalogs = self._saves.roots.catalogs
+        return [one for catalog in catalogs for one in sweep(catalog, older_than_s=older_than_s, dry_run=dry_run)]
 
     def close(self) -> None:
         """Wait for a save under way, remove what is due, and release the store and the memory. Idempotent.
@@ -410,7 +441,8 @@ class CheckpointManager:
         finally:
             if self._preemption is not None and self._owns_preemption:
                 self._preemption.stop()
-            self._store.close()
+            for home in self._saves.homes:
+                home.store.close()
         self._saves.background.settle()
 
     def __enter__(self) -> Self:

@@ -10,54 +10,99 @@ The training's thread enters; that of a save in the background ends it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import permutations
 from typing import Literal, get_args
 
-from cloudckpt.errors import OptionsError, RankLostError
+from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError
+from cloudckpt.manager.tolerance import Tolerance
 from cloudckpt.options import Options
 from cloudckpt.preemption import Schedule
 from cloudckpt.ranks import Group, Vote, refuse_lonely_rank
 from cloudckpt.report import Entry, Journal
-from cloudckpt.root import Catalog, Checkpoint, Epoch, Pruner
+from cloudckpt.root import Catalog, Checkpoint, Destination, Epoch, Pruner, Roots
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
 from cloudckpt.state import Generators, bind, capture, captured
+from cloudckpt.store import RetryingStore
 from cloudckpt.transfer import Slabs
 
-__all__ = ["Exists", "Saves"]
+__all__ = ["Exists", "Home", "Saves"]
 
 logger = logging.getLogger(__name__)
 
+# How long a root that was down is asked whether it is there again, and the other one which epochs it has.
+_LOOK_S = 10.0
+
 Exists = Literal["raise", "skip"]
 """What a save does where this job has committed that step already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Home:
+    """One root of a job, and what is done there.
+
+    Attributes:
+        store: the root's.
+        catalog: over that store.
+        pruner: by the job's rules.
+        epoch: the job's there.
+    """
+
+    store: RetryingStore
+    catalog: Catalog
+    pruner: Pruner
+    epoch: Epoch
+
+    @classmethod
+    def of(cls, store: RetryingStore, pruner: Callable[[Catalog], Pruner], options: Options) -> Home:
+        """Put together what a root needs; nothing is asked of it."""
+        catalog = Catalog(store)
+
+        def hurried() -> Catalog:
+            return catalog.with_store(store.within(options.within(_LOOK_S).retry))
+
+        epoch = Epoch(catalog, is_single_writer=options.single_writer, hurried=hurried)
+        return cls(store=store, catalog=catalog, pruner=pruner(catalog), epoch=epoch)
+
+    def destination(self, step: int, options: Options | None) -> Destination:
+        """Return where a step goes, with the patience of `options`, or all there is."""
+        catalog = self.catalog
+        if options is not None:
+            catalog = catalog.with_store(self.store.within(options.retry))
+        return self.epoch.step(step, catalog)
 
 
 class Saves:
     """The saves of one job.
 
     Attributes:
-        epoch: the job's, on its root.
+        homes: the root that saves go to, and perhaps one that takes them when the first is down.
+        roots: the same, to be read as one.
         options: sizes, parallelism, patience; also of restores.
         background: the save that may be under way.
     """
 
     def __init__(
         self,
-        catalog: Catalog,
+        homes: Sequence[Home],
         *,
         options: Options,
         schedule: Schedule,
         journal: Journal,
-        pruner: Pruner,
+        tolerance: Tolerance,
         save_rng: bool,
     ) -> None:
-        self.epoch = Epoch(catalog, is_single_writer=options.single_writer)
+        self.homes = tuple(homes)
+        self.roots = Roots([home.catalog for home in homes])
+        for home, other in permutations(homes, 2):
+            home.epoch.beside = other.epoch
+        self._tolerance = tolerance
         self.background = Background(patience_s=options.finish_timeout_s)
-        self._catalog = catalog
         self.options = options
         self._schedule = schedule
         self._journal = journal
-        self._pruner = pruner
         self._save_rng = save_rng
         self._plan = PlanMemory()
         self._slabs = Slabs()
@@ -85,6 +130,11 @@ class Saves:
             self._vote = Vote(rank=group.rank, size=group.size, timeout_s=self.options.progress_timeout_s)
         return self._vote
 
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Go on from a checkpoint, or from nothing."""
+        for home in self.homes:
+            home.epoch.resume(checkpoint)
+
     def save(
         self,
         step: int,
@@ -93,10 +143,24 @@ class Saves:
         metadata: Mapping[str, object] | None,
         *,
         exists: Exists,
-    ) -> Checkpoint:
+    ) -> Checkpoint | None:
         """Save, and return once it is committed; raises as `CheckpointManager.save` does."""
         if (found := self._already(step, exists)) is not None:
             return found
+        try:
+            return self._save(step, state, metrics, metadata)
+        except CloudCkptError as exc:
+            if not self._tolerance.forgives(step, exc):
+                raise
+            return None
+
+    def _save(
+        self,
+        step: int,
+        state: MutableMapping[str, object],
+        metrics: Mapping[str, float] | None,
+        metadata: Mapping[str, object] | None,
+    ) -> Checkpoint:
         entry, pending = self._begin(step, state, metrics, metadata, slabs=None)
         try:
             with entry.bar(f"saving step {step}") as bar:
@@ -126,8 +190,13 @@ class Saves:
         if on_busy == "skip" and not self.is_preempted and self._is_busy(step):
             logger.info("rank %d: step %d is skipped: another save is under way", Group.of_world().rank, step)
             return SaveHandle(step)
-        entry, pending = self._begin(step, state, metrics, metadata, slabs=self._slabs)
-        handle = self.background.begin(step, pending, partial(self._ended, step, entry))
+        try:
+            entry, pending = self._begin(step, state, metrics, metadata, slabs=self._slabs)
+            handle = self.background.begin(step, pending, partial(self._ended, step, entry))
+        except CloudCkptError as exc:
+            if not self._tolerance.forgives(step, exc):
+                raise
+            return SaveHandle.ended(step, exc)
         entry.unblocked(step, staged_bytes=pending.size_bytes)
         return handle
 
@@ -139,7 +208,7 @@ class Saves:
             return None
         if self.background.step == step:
             self.background.wait()
-        if (found := self.epoch.newest_of(step)) is not None:
+        if (found := self.homes[0].epoch.newest_of(step)) is not None:
             logger.info("rank %d: step %d is saved already", Group.of_world().rank, step)
         return found
 
@@ -170,18 +239,21 @@ class Saves:
         """Delete the checkpoint of a step, on rank 0; raises as `CheckpointManager.delete` does."""
         self.background.wait()  # it may be pruning
         if Group.of_world().rank == 0:
-            found = self._catalog.find(step)
-            if self.epoch.number:
-                self._catalog.fence(self.epoch.number)
-            self._pruner.uncommit(found)
+            found = self.roots.find(step)
+            home = self._home_of(found)
+            if home.epoch.number:
+                home.catalog.fence(home.epoch.number)
+            home.pruner.uncommit(found)
             logger.info("deleted step %s of epoch %d", found.step, found.epoch)
-        self.epoch.forget(step)
+        for home in self.homes:
+            home.epoch.forget(step)
 
     def end(self) -> None:
         """Wait for the save under way, or abandon it; then release the memory. What it raises is `Background.end`'s."""
         try:
             self.background.end()
-            self._pruner.end()
+            for home in self.homes:
+                home.pruner.end()
         finally:
             self._slabs.close()
 
@@ -214,14 +286,15 @@ class Saves:
         group = Group.of_world()
         entry = self._journal.begin(rank=group.rank)
         self.background.settle()
-        catalog, options = self._means()
+        options, destinations = self._means(step)
         self._is_beginning = True
         try:
             with Session.of(group, f"save of step {step}", options) as session:
                 pending = begin_save(
                     session,
                     captured(state, self.generators),
-                    self.epoch.step(step, catalog),
+                    destinations[0],
+                    fallback=destinations[1] if len(destinations) > 1 else None,
                     memory=self._plan,
                     metrics=metrics,
                     metadata=metadata,
@@ -232,25 +305,40 @@ class Saves:
         self._schedule.begun(step, entry.began_s)
         return entry, pending
 
-    def _means(self) -> tuple[Catalog, Options]:
-        """Return what a save may use: after a preemption notice, no more time than is left."""
+    def _means(self, step: int) -> tuple[Options, list[Destination]]:
+        """Return what a save may use, and where it goes: after a preemption notice, in no more time than is left."""
         left_s = self._schedule.seconds_for_a_save()
         if left_s is None:
-            return self._catalog, self.options
-        options = self.options.within(left_s)
-        return self._catalog.with_store(self._journal.store.within(options.retry)), options
+            return self.options, [home.destination(step, None) for home in self.homes]
+        # Each root has its share of the time, or the first one, if it is down, would take all of it.
+        share = self.options.within(left_s / len(self.homes))
+        return self.options.within(left_s), [home.destination(step, share) for home in self.homes]
 
-    def _ended(self, step: int, entry: Entry, outcome: Checkpoint | BaseException) -> None:
-        """Note what became of a save, and prune after a commit; perhaps in a background save's thread."""
+    def _home_of(self, checkpoint: Checkpoint) -> Home:
+        return next((home for home in self.homes if home.catalog.holds(checkpoint)), self.homes[0])
+
+    def _ended(self, step: int, entry: Entry, outcome: Checkpoint | BaseException) -> bool:
+        """Note what became of a save, and prune after a commit; perhaps in a background save's thread.
+
+        Returns:
+            Whether nobody need be told that it has failed.
+        """
         if isinstance(outcome, BaseException):
             self._schedule.failed(step)
-            return
-        self.epoch.note(outcome)
+            return self._tolerance.forgives(step, outcome)
+        home, first = self._home_of(outcome), self.homes[0]
+        for one in self.homes:
+            one.epoch.note(outcome)
+        first.epoch.is_doubted = home is not first
+        self._tolerance.saved()
         self._schedule.committed(step)
+        if home is not first and entry.rank == 0:
+            self._journal.note(f"step {step} is saved to {home.store.url}, because {first.store.url} is down")
         is_preempted = self._schedule.is_preempted
         entry.committed(outcome, left_s=self._schedule.seconds_left() if is_preempted else None)
         if entry.rank == 0 and not is_preempted:
             with self._journal.harmless(
                 f"step {outcome.step} is saved, but pruning failed and is left to the next save"
             ):
-                self._pruner.prune_after(outcome)
+                home.pruner.prune_after(outcome)
+        return False

@@ -19,6 +19,7 @@ from cloudckpt.root.retention import (
     checked_rules,
     watched_rules,
 )
+from cloudckpt.root.roots import Roots
 from cloudckpt.root.sweep import Orphan, sweep
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Pruner",
     "Retention",
     "RetentionRule",
+    "Roots",
     "Target",
     "Wanted",
     "check_exists",

@@ -41,7 +41,7 @@ class SaveHandle:
         self,
         step: int,
         pending: PendingSave | None = None,
-        ended_with: Callable[[Checkpoint | BaseException], None] = lambda _: None,
+        ended_with: Callable[[Checkpoint | BaseException], bool] = lambda _: False,
         patience_s: float = 0.0,
     ) -> None:
         """Made by `CheckpointManager.async_save`."""
@@ -116,7 +116,7 @@ class SaveHandle:
             self._error = exc
         try:
             if self._error is not None:
-                self._ended_with(self._error)
+                self._is_told = self._ended_with(self._error)
                 # At once: the next call that raises it may be an hour away.
                 logger.error("the save of step %d failed in the background: %s", self.step, self._error)
         finally:  # also where a program's own handler of the log raises
@@ -196,7 +196,7 @@ class Background:
         return handle.done() and handle._error is not None and not handle._is_told
 
     def begin(
-        self, step: int, pending: PendingSave, ended_with: Callable[[Checkpoint | BaseException], None]
+        self, step: int, pending: PendingSave, ended_with: Callable[[Checkpoint | BaseException], bool]
     ) -> SaveHandle:
         """Stage a save in this thread and finish it in another; return once it is staged.
 
@@ -204,7 +204,7 @@ class Background:
             step: the training step.
             pending: what all ranks have agreed on.
             ended_with: is called with the checkpoint, or with what the save failed with, in the other thread, before
-                the save counts as done.
+                the save counts as done; returns whether nobody need be told of a failure.
 
         Raises:
             CloudCkptError: it failed before everything was staged; nothing was committed.

@@ -359,7 +359,7 @@ def test_sweep_removes_what_a_killed_job_left_and_nothing_else(tmp_path: Path) -
 def test_a_zombie_cannot_commit_what_a_sweep_has_voided(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as manager:
         save_steps(manager, 1)
-        catalog = manager._catalog
+        catalog = manager._saves.roots.catalogs[0]
         manifest = catalog.all()[0].manifest
         assert catalog.void("step-0000000009-e0001/")
         late = msgspec.structs.replace(manifest, step=9)
