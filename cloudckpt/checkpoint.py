@@ -13,13 +13,13 @@ from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 
-from cloudckpt.errors import CheckpointNotFoundError
+from cloudckpt.errors import CheckpointNotFoundError, OptionsError
 from cloudckpt.format import DTYPES, NOTES, Index, PathElement, codec, unflatten
 from cloudckpt.loading import RankInput, by_part_name, load_state, part_targets, read_index
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, refuse_lonely_rank
 from cloudckpt.report import Journal, Progress, Show
-from cloudckpt.root import Catalog, Checkpoint, Exists, check_exists, own_url
+from cloudckpt.root import Catalog, Checkpoint, Exists, Roots, check_exists, own_url
 from cloudckpt.saving import Session, begin_save
 from cloudckpt.state import Allowed, Resize, captured, with_attributes
 from cloudckpt.store import open_store
@@ -30,13 +30,19 @@ __all__ = ["load", "read", "save"]
 logger = logging.getLogger(__name__)
 
 
+def _refuse_swapped(call: str, state: object, url: object) -> None:
+    """Refuse a URL where the state belongs, before anything is opened."""
+    if isinstance(url, Mapping) and not isinstance(state, Mapping):
+        raise OptionsError(f"the URL stands where the state belongs; call {call}(state, url)")
+
+
 def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
     state: MutableMapping[str, object],
     url: str | os.PathLike[str],
     *,
     storage_options: Mapping[str, object] | None = None,
     engine: str = "auto",
-    options: Options | None = None,
+    options: Options | Mapping[str, object] | None = None,
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, object] | None = None,
     exists: Exists = "raise",
@@ -69,6 +75,7 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
             (after `CommitUnknownError`: the whole checkpoint, or nothing).
     """
     refuse_lonely_rank()
+    _refuse_swapped("save", state, url)
     chosen = Options.of(options)
     destined = check_exists(exists)
     group = Group.of_world()
@@ -95,7 +102,7 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
     *,
     storage_options: Mapping[str, object] | None = None,
     engine: str = "auto",
-    options: Options | None = None,
+    options: Options | Mapping[str, object] | None = None,
     strict: bool = True,
     cast: bool = False,
     materialize: str | torch.device | None = None,
@@ -138,13 +145,14 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
         RankLostError: another rank died, hangs or never came. Tensors may hold a mixture.
         StorageError: the store could not be read.
     """
+    _refuse_swapped("load", state, url)
     chosen = Options.of(options)
     with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
         catalog = Catalog(store)
         found = load_state(
             state,
             map(catalog.open, [""]),
-            catalog=catalog,
+            roots=Roots([catalog]),
             journal=Journal(store, Progress(progress)),
             options=chosen,
             allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize),
@@ -162,7 +170,7 @@ def read(
     *,
     storage_options: Mapping[str, object] | None = None,
     engine: str = "auto",
-    options: Options | None = None,
+    options: Options | Mapping[str, object] | None = None,
     progress: Show = "auto",
 ) -> dict[str, object]:
     """Read a checkpoint, or a part of it, without a model: nested dicts of new host tensors and plain values.

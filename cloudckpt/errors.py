@@ -70,6 +70,7 @@ __all__ = [
     "ThrottledError",
     "TransientError",
     "UnsupportedValueError",
+    "is_outage",
     "is_transient",
 ]
 
@@ -319,6 +320,18 @@ class StalledError(CloudCkptError):
         super().__init__(message)
         self.key = key
         self.still_s = still_s
+
+
+def is_outage(error: BaseException) -> bool:
+    """Tell whether a store is why a save failed, so that another time or place may do better.
+
+    What the call or the set-up is wrong about is no outage (a bucket that is missing, creates that are not enforced),
+    nor is a rank that is lost.
+    """
+    if isinstance(error, SaveFailedError):
+        return bool(error.failures) and all(map(is_outage, error.failures.values()))
+    is_wrong = isinstance(error, ObjectNotFoundError | CreateNotEnforcedError)
+    return isinstance(error, StorageError | StalledError) and not is_wrong
 
 
 def is_transient(error: BaseException) -> bool:

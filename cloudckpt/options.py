@@ -5,8 +5,9 @@ Pure values, validated when they are made; no I/O. Every default that was tuned 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 from cloudckpt.errors import OptionsError
 
@@ -42,6 +43,18 @@ def _check_types(options: RetryPolicy | Options) -> None:
         value = getattr(options, one.name)
         if types and type(value) not in types:
             raise OptionsError(f"{one.name} is {value!r}; give {words}")
+
+
+_Chosen = TypeVar("_Chosen", "RetryPolicy", "Options")
+
+
+def _made(kind: type[_Chosen], given: Mapping[str, object]) -> _Chosen:
+    """Return options of a kind that were written down as a mapping."""
+    known = [one.name for one in fields(kind)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise OptionsError(f"options have no {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+    return kind(**given)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,12 +159,16 @@ class Options:
             )
 
     @classmethod
-    def of(cls, options: Options | None) -> Options:
-        """Return the options that a caller gave, or the defaults.
+    def of(cls, options: Options | Mapping[str, object] | None) -> Options:
+        """Return the options that a caller gave, perhaps as a mapping, or the defaults.
 
         Raises:
             OptionsError: they are none.
         """
+        if isinstance(options, Mapping):
+            retry = options.get("retry")
+            given = {**options, "retry": _made(RetryPolicy, retry)} if isinstance(retry, Mapping) else options
+            return _made(cls, given)
         if options is not None and not isinstance(options, Options):
             raise OptionsError(f"options is {options!r}; give cloudckpt.Options(...)")
         return options or cls()

@@ -318,7 +318,7 @@ class _Notice:
         """Tell whether rank 0 has saved, and is in a step after which no interval is over."""
         events = read_record(self._record)
         last = events[-1] if events else None
-        is_idle = isinstance(last, Step) and all((last.step + ahead) % self._save_every for ahead in (1, 2))
+        is_idle = isinstance(last, Step) and all((last.step + ahead) % self._save_every for ahead in (0, 1))
         return is_idle and any(isinstance(event, Saved) for event in events)
 
     def _stopped(self) -> dict[int, int]:

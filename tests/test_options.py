@@ -90,7 +90,9 @@ def test_options_do_not_change_once_made(value: Options | RetryPolicy) -> None:
         (lambda: Options(retry=None), "retry is None; give a RetryPolicy"),  # type: ignore[arg-type]
         (lambda: Options(finish_timeout_s="1"), "finish_timeout_s is '1'; give a number"),  # type: ignore[arg-type]
         (lambda: RetryPolicy(max_attempts=1.5), "max_attempts is 1.5; give a whole number"),  # type: ignore[arg-type]
-        (lambda: Options.of({}), "options is {}; give cloudckpt.Options"),  # type: ignore[arg-type]
+        (lambda: Options.of([1]), "options is [1]; give cloudckpt.Options"),  # type: ignore[arg-type]
+        (lambda: Options.of({"retries": 1}), "options have no 'retries'; there are shard_bytes, "),
+        (lambda: Options.of({"retry": {"concurrency": 1}}), "options have no 'concurrency'; there are max_attempts, "),
         (lambda: Options.of(1), "options is 1; give cloudckpt.Options"),  # type: ignore[arg-type]
     ],
 )

@@ -30,8 +30,7 @@ from cloudckpt.format.manifest import (
     Metric,
     decode_claim,
     digest_of,
-    metadata_to_json,
-    metrics_to_json,
+    record_of_call,
 )
 from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
@@ -79,13 +78,12 @@ __all__ = [
     "is_attempt",
     "lay_out",
     "lone_surrogates",
-    "metadata_to_json",
-    "metrics_to_json",
     "new_attempt",
     "parse_checkpoint_prefix",
     "parse_epoch_key",
     "plan_spans",
     "ragged_places",
+    "record_of_call",
     "register",
     "row_products",
     "shard_key",

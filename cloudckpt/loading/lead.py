@@ -35,7 +35,7 @@ from cloudckpt.loading.passing import Step, plan_passing
 from cloudckpt.options import Options
 from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, own_failures, plain_errors
 from cloudckpt.report import Journal
-from cloudckpt.root import Candidate, Catalog, Checkpoint, Fit
+from cloudckpt.root import Candidate, Catalog, Checkpoint, Fit, Roots
 from cloudckpt.state import Allowed, Entry, Restoration, Saved, bind, plan_restore
 from cloudckpt.transfer import Gauge, inner_names
 
@@ -46,12 +46,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What rank 0 tells of the checkpoint that is tried next, such as whether there are parts of values to be read."""
+    """What rank 0 tells of the checkpoint that is tried next: its root, and whether values have parts to be read."""
 
     manifest: bytes
     prefix: str
     index: bytes
     has_parts: bool
+    root: int
 
 
 class Extra(Protocol):
@@ -68,7 +69,7 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     state: MutableMapping[str, object],
     candidates: Iterator[Candidate],
     *,
-    catalog: Catalog,
+    roots: Roots,
     journal: Journal,
     options: Options,
     allowed: Allowed,
@@ -82,7 +83,7 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
         state: this rank's objects.
         candidates: checkpoints, best first; only rank 0's are asked for, one after the other. Each one that is corrupt
             is logged, and the next one is tried.
-        catalog: this rank's own.
+        roots: this rank's own.
         journal: is told.
         options: sizes, parallelism, patience.
         allowed: what may be done where a checkpoint and `state` differ.
@@ -104,10 +105,11 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     entry = journal.begin(rank=group.rank)
     # One process refuses a wrong call before anything is asked of the store; with several, all hear of it.
     entries = bind(state) if group.size == 1 else None
-    search = _Search(candidates, catalog)
+    search = _Search(candidates, roots)
     checkpoint = None
     with entry.bar(shown) as bar, plain_errors(), group.session(what, deadline_s=options.progress_timeout_s):
         while (found := group.agree(f"{what}: finding", lambda: None, lambda _: search.next())) is not None:
+            catalog = roots.catalogs[found.root]
             checkpoint = catalog.adopt(found.manifest, prefix=found.prefix)
             loading = _Loading(checkpoint, found, catalog, group, options, bar, entries)
             entries = None  # they remember what they saw of one checkpoint
@@ -126,9 +128,9 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
 class _Search:
     """Which checkpoint is tried next, on rank 0."""
 
-    def __init__(self, candidates: Iterator[Candidate], catalog: Catalog) -> None:
+    def __init__(self, candidates: Iterator[Candidate], roots: Roots) -> None:
         self._candidates = candidates
-        self._catalog = catalog
+        self._roots = roots
         self._failures: list[tuple[Checkpoint | None, IntegrityError]] = []
 
     def next(self) -> _Found | None:
@@ -141,21 +143,25 @@ class _Search:
             try:
                 if isinstance(candidate, IntegrityError):
                     raise candidate
-                data = read_index_bytes(self._catalog, candidate)
+                catalog = self._roots.catalog_of(candidate)
+                data = read_index_bytes(catalog, candidate)
                 index = decode_index(candidate, data)
             except IntegrityError as exc:
                 self._note(candidate if isinstance(candidate, Checkpoint) else None, exc)
                 continue
             logger.info("rank 0: read manifest and index of %s for all ranks: %d bytes", candidate.url, len(data))
             has_parts = any(map(codec.is_part_name, index.tensors))
-            return _Found(candidate.manifest.encode(), candidate.prefix, data, has_parts)
+            root = self._roots.catalogs.index(catalog)
+            return _Found(candidate.manifest.encode(), candidate.prefix, data, has_parts, root)
         if self._failures:
             raise self._explained(*self._failures[0])
         return None
 
     def _explained(self, checkpoint: Checkpoint | None, error: IntegrityError) -> IntegrityError:
         """Tell a checkpoint that was removed while it was read from one that lost a shard."""
-        if checkpoint is None or not isinstance(error, MissingShardError) or self._catalog.is_taken(checkpoint.prefix):
+        if checkpoint is None or not isinstance(error, MissingShardError):
+            return error
+        if self._roots.catalog_of(checkpoint).is_taken(checkpoint.prefix):
             return error
         return MissingShardError(f"{checkpoint.url} was pruned while it was read; restore a newer one", key=error.key)
 

@@ -194,7 +194,7 @@ class Schedule:
             RankLostError: another rank did not come to ask.
         """
         self._is_asked = True
-        is_due = self._every_steps is not None and (step + 1) % self._every_steps == 0
+        is_due = self._every_steps is not None and step > 0 and step % self._every_steps == 0
         if self._every_s is None and self._preemption is None:
             return is_due  # no rank could answer differently
         now_s = self._clock()

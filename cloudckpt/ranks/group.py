@@ -284,6 +284,8 @@ class Group:
         if is_final and (fault := link.pulse.decide()) is not None:
             raise fault
         told = answers([sent, *map(unpickled, parts)], decide)
+        if is_final and told[0].error is not None:
+            link.pulse.go_on()
         if is_same:
             _wait(link.pulse, phase, link.submit(partial(link.broadcast, pickled(told[0]))))
             return told[0]

@@ -140,6 +140,10 @@ class Catalog:
             self._known[prefix] = checkpoint
         return checkpoint
 
+    def holds(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether a checkpoint is one of this root, by its URL. No request."""
+        return checkpoint.url == self._url(checkpoint.prefix)
+
     def _url(self, prefix: str) -> str:
         return f"{self.store.url.rstrip('/')}/{prefix}".rstrip("/") if prefix else self.store.url
 
@@ -251,12 +255,12 @@ class Catalog:
         listing = self.store.list(EPOCHS_PREFIX)
         return max((parse_epoch_key(info.key) or 0 for info in listing.objects), default=0)
 
-    def claim(self, *, resumed_from: Checkpoint | None) -> int:
-        """Claim the next epoch, so that every older writer is fenced, and return it.
+    def claim(self, *, resumed_from: Checkpoint | None, least: int = 1) -> int:
+        """Claim the next epoch, `least` or a higher one, so that every older writer is fenced, and return it.
 
         Two jobs that claim at once get different epochs; the higher one wins.
         """
-        epoch = self.highest_epoch() + 1
+        epoch = max(self.highest_epoch() + 1, least)
         while True:
             claim = EpochClaim(
                 format_version=FORMAT_VERSION,

@@ -6,17 +6,21 @@ Epoch      of one job on one root: claimed with its first save; then every step 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from cloudckpt.errors import StorageError
 from cloudckpt.format import Manifest, checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.replacing import Exists, check_place, replace
-from cloudckpt.store import probe_create
+from cloudckpt.store import probe_create, probe_write
 
 __all__ = ["Destination", "Epoch", "Target", "own_url"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,21 +74,39 @@ def own_url(catalog: Catalog, *, is_single_writer: bool, exists: Exists = "raise
 class Epoch:
     """One job's epoch on its root, and what it has committed in it.
 
+    A job may have a second root, which takes saves when the first is down, and an epoch there. A save never goes to a
+    root in a lower epoch than the job has on the other one: there the next one is claimed first, at least as high. So
+    (epoch, step) tells over both roots which checkpoint is newer.
+
     The thread of a background save may note a commit while the training's thread asks.
 
     Attributes:
         number: 0 until the first save has claimed it, or until another rank's has.
         resumed_from: the checkpoint that the job went on from.
-        newest: the newest checkpoint of this epoch.
+        newest: the newest checkpoint of this line, on either root; it may have been deleted since.
+        beside: the epoch on the job's other root.
+        is_doubted: whether a save has gone to the other root, because this one was down: it is asked before the next.
     """
 
-    def __init__(self, catalog: Catalog, *, is_single_writer: bool) -> None:
-        """Nothing is written before the first `take` of a step."""
+    def __init__(
+        self, catalog: Catalog, *, is_single_writer: bool, hurried: Callable[[], Catalog] | None = None
+    ) -> None:
+        """Nothing is written before the first `take` of a step.
+
+        Args:
+            catalog: the root's.
+            is_single_writer: whether the caller promises that nobody else writes there.
+            hurried: returns the same catalog with little patience, to ask whether the root is there.
+        """
         self._catalog = catalog
         self._is_single_writer = is_single_writer
+        self._hurried = hurried or (lambda: catalog)
         self.number = 0
         self.resumed_from: Checkpoint | None = None
         self.newest: Checkpoint | None = None
+        self.beside: Epoch | None = None
+        self.is_doubted = False
+        self._deleted: set[int] = set()
 
     def step(self, step: int, catalog: Catalog) -> Destination:
         """Return where a step goes, by a catalog over the store with the patience that this save has. No request.
@@ -93,23 +115,57 @@ class Epoch:
             OptionsError: a step that is negative, or larger than keys hold.
         """
         checkpoint_prefix(step, self.number or 1)
-        return Destination(catalog, partial(self._take, step, catalog), is_claimed=self.number > 0)
+        is_claimed = self._is_high_enough and not self.is_doubted
+        return Destination(catalog, partial(self._take, step, catalog), is_claimed=is_claimed)
+
+    @property
+    def _is_high_enough(self) -> bool:
+        return self.number > 0 and (self.beside is None or self.number >= self.beside.number)
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Go on from a checkpoint; from one before this epoch's newest, in an epoch of its own: a new line is newer."""
+        """Go on from a checkpoint; from one before this line's newest, in an epoch of its own: a new line is newer."""
         self.resumed_from = checkpoint
         if self.newest is not None and (checkpoint is None or checkpoint.order < self.newest.order):
             self.number, self.newest = 0, None
 
     def note(self, checkpoint: Checkpoint) -> None:
-        """Note a commit of this epoch; on every rank."""
-        self.number, self.newest = checkpoint.epoch, checkpoint
+        """Note a commit of this job, on this root or the other one; on every rank."""
+        if self._catalog.holds(checkpoint):
+            self.number = checkpoint.epoch
+        self.newest = checkpoint
+        self._deleted.discard(checkpoint.step)
+
+    def forget(self, step: int) -> None:
+        """Note that a step was deleted; on every rank."""
+        self._deleted.add(step)
+
+    def newest_of(self, step: int) -> Checkpoint | None:
+        """Return the newest checkpoint of this line if it is of this step; the same on every rank. No request."""
+        is_there = self.newest is not None and self.newest.step == step and step not in self._deleted
+        return self.newest if is_there else None
 
     def _take(self, step: int, catalog: Catalog) -> Target:
-        if self.number == 0:
-            probe_create(self._catalog.store, single_writer=self._is_single_writer)
-            self.number = self._catalog.claim(resumed_from=self.resumed_from)
+        if self.is_doubted:
+            probe_write(self._hurried().store)
+            self.is_doubted = False
+        if not self._is_high_enough:
+            if self.number == 0:
+                probe_create(self._catalog.store, single_writer=self._is_single_writer)
+            self.number = self._catalog.claim(resumed_from=self.newest or self.resumed_from, least=self._least())
         prefix = checkpoint_prefix(step, self.number)
         if self.newest is not None and catalog.knows(prefix):
             raise catalog.exists_error(prefix)
         return Target(catalog=catalog, prefix=prefix, step=step, epoch=self.number)
+
+    def _least(self) -> int:
+        """Return the lowest epoch that is newer than all that the job knows of its other root."""
+        if self.beside is None:
+            return 1
+        if self.beside.number:
+            return self.beside.number
+        known = 0 if self.resumed_from is None else self.resumed_from.epoch
+        try:
+            known = max(known, self.beside._hurried().highest_epoch())  # noqa: SLF001 (its own kind)
+        except StorageError as exc:
+            logger.warning("the epochs of the other root are not known, and taken to be %d: %s", known, exc)
+        return known + 1

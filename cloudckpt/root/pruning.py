@@ -36,31 +36,26 @@ class Pruner:
     def prune_after(self, checkpoint: Checkpoint, *, go_on: Callable[[], bool] = lambda: True) -> None:
         """Uncommit what no rule keeps, and remove what is due; never the checkpoint that was just committed.
 
-        It ends early, between two of them, when `go_on` says so; the rest is left to the next time.
-        A failure is logged and left to the next save, because the checkpoint itself is safe.
+        It ends early, between two of them, when `go_on` says so; the rest is left to the next time. Whatever it raises,
+        also what a rule of the caller's own does, is left to the next save: the checkpoint is safe.
         """
-        try:
-            self._prune(checkpoint, go_on)
-        except Exception as exc:  # noqa: BLE001 (rules may be anybody's code, and the checkpoint is committed)
-            said = exc if isinstance(exc, CloudCkptError) else repr(exc)
-            logger.warning(
-                "step %s is saved, but pruning failed and is left to the next save: %s", checkpoint.step, said
-            )
-
-    def _prune(self, newest: Checkpoint, go_on: Callable[[], bool]) -> None:
         if self._rules:
             # Our own newest is never in question, even when a newer epoch has checkpoints of its own by now.
-            removed = removable(self._catalog.all(), self._rules, protected={newest.order})
+            removed = removable(self._catalog.all(), self._rules, protected={checkpoint.order})
             if removed:
                 # A newer job may be restoring what we would remove.
-                self._catalog.fence(newest.epoch)
-            for checkpoint in removed:
+                self._catalog.fence(checkpoint.epoch)
+            for old in removed:
                 if not go_on():
                     return
-                self._catalog.uncommit(checkpoint)
-                self._uncommitted_s[checkpoint.prefix] = self._clock()
-                logger.info("pruned step %s of epoch %d", checkpoint.step, checkpoint.epoch)
+                self.uncommit(old)
+                logger.info("pruned step %s of epoch %d", old.step, old.epoch)
         self._remove_due(go_on)
+
+    def uncommit(self, checkpoint: Checkpoint) -> None:
+        """Let a checkpoint exist no more; its shards go once readers had time to notice."""
+        self._catalog.uncommit(checkpoint)
+        self._uncommitted_s[checkpoint.prefix] = self._clock()
 
     def end(self) -> None:
         """Remove what is due; shards still in their grace time stay for a sweep, and so does what cannot be removed."""

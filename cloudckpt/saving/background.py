@@ -44,7 +44,7 @@ class SaveHandle:
         self,
         step: int,
         pending: PendingSave | None = None,
-        ended_with: Callable[[Checkpoint | BaseException], None] = lambda _: None,
+        ended_with: Callable[[Checkpoint | BaseException], bool] = lambda _: False,
         patience_s: float = 0.0,
     ) -> None:
         """Made by `CheckpointManager.async_save`."""
@@ -60,6 +60,16 @@ class SaveHandle:
         self._ended = threading.Event()
         if self.is_skipped:
             self._ended.set()
+
+    @classmethod
+    def ended(cls, step: int, outcome: Checkpoint | BaseException) -> SaveHandle:
+        """Return the handle of a save that needs no thread any more; nobody need be told of it."""
+        handle = cls(step)
+        handle.is_skipped = False
+        handle._checkpoint = outcome if isinstance(outcome, Checkpoint) else None
+        handle._error = outcome if isinstance(outcome, BaseException) else None
+        handle._is_told = True
+        return handle
 
     def __repr__(self) -> str:
         end = "failed" if self._error is not None else "committed"
@@ -109,7 +119,7 @@ class SaveHandle:
             self._error = exc
         try:
             if self._error is not None:
-                self._ended_with(self._error)
+                self._is_told = self._ended_with(self._error)
                 # At once: the next call that raises it may be an hour away.
                 logger.error("the save of step %d failed in the background: %s", self.step, self._error)
         finally:  # also where a program's own handler of the log raises
@@ -181,6 +191,11 @@ class Background:
         return not self._handle.done()
 
     @property
+    def step(self) -> int:
+        """The step of the save that is under way, or was the last one; -1 before the first."""
+        return self._handle.step
+
+    @property
     def is_untold(self) -> bool:
         """Whether one has failed, and nobody was told yet."""
         return bool(self._untold())
@@ -191,7 +206,7 @@ class Background:
         return [handle for handle in handles if handle.done() and handle._error is not None and not handle._is_told]
 
     def begin(
-        self, step: int, pending: PendingSave, ended_with: Callable[[Checkpoint | BaseException], None]
+        self, step: int, pending: PendingSave, ended_with: Callable[[Checkpoint | BaseException], bool]
     ) -> SaveHandle:
         """Stage a save in this thread and finish it in another; return once it is staged.
 
@@ -199,7 +214,7 @@ class Background:
             step: the training step.
             pending: what all ranks have agreed on.
             ended_with: is called with the checkpoint, or with what the save failed with, in the other thread, before
-                the save counts as done.
+                the save counts as done; returns whether nobody need be told of a failure.
 
         Raises:
             CloudCkptError: it failed before everything was staged; nothing was committed.

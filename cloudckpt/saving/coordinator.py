@@ -111,13 +111,24 @@ class RankPart:
 
 @dataclass(slots=True)
 class Coordinator:
-    """Rank 0's side: where the save goes, who writes what, and whether all of it was written. Idle on other ranks."""
+    """Rank 0's side: where the save goes, who writes what, and whether all of it was written. Idle on other ranks.
+
+    Attributes:
+        destination: where it goes, on every rank.
+        fallback: where it goes instead if that is down.
+    """
 
     destination: Destination
     memory: PlanMemory
     options: Options
     claims_later: bool
+    fallback: Destination | None = None
     _target: Target | None = None
+
+    def divert(self) -> None:
+        """Go to the fallback from now on; on every rank."""
+        if self.fallback is not None:
+            self.destination, self.fallback, self._target = self.fallback, None, None
 
     def decide(self, openings: Sequence[Opening]) -> Order:
         _refuse_other_places([opening.url for opening in openings])
@@ -125,7 +136,8 @@ class Coordinator:
             return Order(is_alike=False)
         plans = {opening.plan_id for opening in openings}
         is_planned = len(plans) == 1 and bool(plans.pop())
-        is_placed = self.destination.is_claimed or not self.claims_later
+        # With a fallback nothing is asked of the store before the part of the save that can be done twice.
+        is_placed = self.destination.is_claimed or not (self.claims_later or self.fallback is not None)
         return Order(
             prefix=self.place() if is_placed else None,
             attempt=new_attempt(),

@@ -10,7 +10,7 @@ Knows tensors and where a shard's pieces lie; memory and threads are `transfer`'
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
@@ -47,10 +47,13 @@ class Staged:
     devices: tuple[torch.device, ...] = ()
 
     @classmethod
-    def of(cls, slabs: Slabs, source: Source, options: Options, *, engine: str, rank: int) -> Staged:
-        """Prepare to stage the shards of a source; nothing is copied yet."""
+    def of(cls, slabs: Slabs, source: Source, options: Options, *, engines: Collection[str], rank: int) -> Staged:
+        """Prepare to stage the shards of a source; nothing is copied yet.
+
+        With several engines one may send what another has failed to, so that copies are kept, if all have room.
+        """
         sizes = [shard.size_bytes - len(shard.header) for shard in source.shards]
-        is_sent_in_place = engine in _SENDS_IN_PLACE
+        is_sent_in_place = _SENDS_IN_PLACE.issuperset(engines)
         staging_bytes, transfer_bytes = staging_limits(
             sum(sizes), options, is_sent_in_place=is_sent_in_place, held_bytes=slabs.held_bytes
         )
@@ -67,7 +70,7 @@ class Staged:
                 else "raise memory_budget_bytes if the host has more",
             )
         devices = source.cuda_devices() if torch.cuda.is_available() else ()
-        stage = Stage(slabs, sizes, limit_bytes=staging_bytes, is_pinned=bool(devices))
+        stage = Stage(slabs, sizes, limit_bytes=staging_bytes, is_pinned=bool(devices), is_kept=len(engines) > 1)
         return cls(stage, transfer_bytes, is_sent_in_place, devices)
 
 

@@ -19,7 +19,7 @@ from cloudckpt.errors import (
 )
 from cloudckpt.store.base import Store
 
-__all__ = ["probe_create"]
+__all__ = ["probe_create", "probe_write"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +59,17 @@ def probe_create(store: Store, *, single_writer: bool = False) -> None:
         ) from exc
     with _lock:
         _proven.add(place)
+
+
+def probe_write(store: Store) -> None:
+    """Make sure that `store` takes a write now: a few bytes under a random key, and removes them.
+
+    Raises:
+        StorageError: it does not.
+    """
+    key = f"probe-{secrets.token_hex(16)}"
+    store.put(key, [memoryview(b"cloudckpt asks whether the store is there again")])
+    _remove(store, key)
 
 
 def _ask(store: Store) -> None:

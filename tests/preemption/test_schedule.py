@@ -57,8 +57,10 @@ def save_and_wait(manager: CheckpointManager, how: str) -> None:
 # -- intervals ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("every_steps", "expected"), [(1, [0, 1, 2, 3]), (2, [1, 3]), (3, [2]), (None, [])])
-def test_steps_are_counted_from_one(every_steps: int | None, expected: list[int]) -> None:
+@pytest.mark.parametrize(("every_steps", "expected"), [(1, [1, 2, 3]), (2, [2]), (3, [3]), (None, [])])
+def test_a_step_above_zero_that_is_a_multiple_of_the_interval_is_saved(
+    every_steps: int | None, expected: list[int]
+) -> None:
     schedule = Schedule(every_steps=every_steps)
     assert [step for step in range(4) if schedule.ask(step, ALONE)] == expected
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.format import FORMAT_VERSION, IndexRef, Manifest, checkpoint_prefix, metrics_to_json, new_attempt
+from cloudckpt.format import FORMAT_VERSION, IndexRef, Manifest, checkpoint_prefix, new_attempt
+from cloudckpt.format.manifest import metrics_to_json
 from cloudckpt.root import Catalog
 from cloudckpt.store import open_store
 
