@@ -12,6 +12,7 @@ import threading
 
 from cloudckpt.errors import CreateNotEnforcedError, ObjectExistsError, StorageError, is_transient
 from cloudckpt.store.base import Store
+from cloudckpt.store.limit import one_deadline
 
 __all__ = ["probe_create"]
 
@@ -46,6 +47,7 @@ def probe_create(store: Store, *, single_writer: bool = False) -> None:
         _proven.add(place)
 
 
+@one_deadline()
 def _ask(store: Store) -> None:
     key = f"probe-{secrets.token_hex(16)}"
     # Different bytes, because a retrying store takes an object with the same bytes for its own.
