@@ -55,7 +55,7 @@ from cloudckpt.format import (
 from cloudckpt.loading.landing import Landing, Taking, deliver
 from cloudckpt.options import Options
 from cloudckpt.root import Catalog, Checkpoint
-from cloudckpt.store import Store
+from cloudckpt.store import Store, one_deadline
 from cloudckpt.transfer import Budget, Fetch, ShardSource, Watch, download
 
 __all__ = [
@@ -92,6 +92,15 @@ def read_index_bytes(catalog: Catalog, checkpoint: Checkpoint) -> bytes:
         return _committed_bytes(catalog, key, committed)
 
 
+def _size_of(catalog: Catalog, key: str) -> int:
+    """Return the size of an object that could not be read, 0 if that cannot be told either."""
+    try:
+        return catalog.store.head(key).size_bytes
+    except StorageError:
+        return 0
+
+
+@one_deadline()
 def _committed_bytes(catalog: Catalog, key: str, committed: IndexRef) -> bytes:
     try:
         data = catalog.store.read(key, limit_bytes=committed.size_bytes + 1)
@@ -102,7 +111,7 @@ def _committed_bytes(catalog: Catalog, key: str, committed: IndexRef) -> bytes:
             f"index {key}, which the manifest commits, is not on the store; restore an older step", key=key
         ) from exc
     except StorageError as exc:
-        size_bytes = catalog.store.head(key).size_bytes
+        size_bytes = _size_of(catalog, key)
         if size_bytes <= committed.size_bytes:
             raise
         raise ChecksumError(

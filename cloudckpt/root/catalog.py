@@ -50,7 +50,7 @@ from cloudckpt.format import (
 )
 from cloudckpt.root.absence import what_is_there
 from cloudckpt.root.checkpoint import Checkpoint, best_first
-from cloudckpt.store import Store
+from cloudckpt.store import Store, one_deadline
 
 __all__ = ["Catalog"]
 
@@ -77,6 +77,7 @@ class Catalog:
 
     # -- reading -------------------------------------------------------------------------------------------
 
+    @one_deadline()
     def open(self, prefix: str = "") -> Checkpoint:
         """Return the checkpoint under `prefix` ("" for a URL that is itself a checkpoint).
 
@@ -279,6 +280,7 @@ class Catalog:
             logger.info("claimed epoch %d of %s", epoch, self.store.url)
             return epoch
 
+    @one_deadline()
     def fence(self, epoch: int) -> None:
         """Raise `FencedError` if a newer epoch than `epoch` was claimed. One listing."""
         highest = self.highest_epoch()

@@ -7,15 +7,19 @@ nothing. Ages are told by the store's clock alone. Knows the catalog and its sto
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cloudckpt.errors import StorageError
 from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.store import ObjectInfo, Store
+from cloudckpt.store import ObjectInfo, Store, one_deadline
 
 __all__ = ["Orphan", "sweep"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +74,7 @@ def _uncommitted(catalog: Catalog, prefix: str) -> Sequence[ObjectInfo]:
     return rest if len(rest) == len(objects) or catalog.is_void(prefix) else ()
 
 
+@one_deadline()
 def _now_s(store: Store) -> float:
     """Return the store's clock: the time that it gives to an object written just now."""
     key = f"{EPOCHS_PREFIX}clock-{secrets.token_hex(8)}"
@@ -77,7 +82,11 @@ def _now_s(store: Store) -> float:
     try:
         return store.head(key).modified_s
     finally:
-        store.delete([key])
+        try:
+            store.delete([key])
+        except StorageError as exc:
+            # What kept the clock from being read, if anything did, is what is raised.
+            logger.warning("the object %r stays on %s: %s", key, store.url, exc)
 
 
 def _remove(catalog: Catalog, orphan: Orphan) -> bool:

@@ -18,6 +18,7 @@ from cloudckpt.errors import (
     is_transient,
 )
 from cloudckpt.store.base import Store
+from cloudckpt.store.limit import one_deadline
 
 __all__ = ["probe_create", "probe_write"]
 
@@ -72,6 +73,7 @@ def probe_write(store: Store) -> None:
     _remove(store, key)
 
 
+@one_deadline()
 def _ask(store: Store) -> None:
     key = f"probe-{secrets.token_hex(16)}"
     try:

@@ -17,7 +17,7 @@ from functools import partial
 
 from cloudckpt.errors import BucketNotFoundError, ChecksumError, MissingShardError, ObjectNotFoundError, StorageError
 from cloudckpt.format import Span, verify_blocks
-from cloudckpt.store import Store
+from cloudckpt.store import Store, one_deadline
 from cloudckpt.transfer.pool import Budget, Watch, Work, run_all
 
 __all__ = ["Fetch", "ShardSource", "download"]
@@ -99,7 +99,9 @@ def download(
 
     def fetch(job: Fetch) -> None:
         try:
-            job.consume(_verified(store, job, buffer))
+            with one_deadline():
+                data = _verified(store, job, buffer)
+            job.consume(data)
         finally:
             budget.free(job.cost_bytes)
 
