@@ -297,15 +297,13 @@ class GceSource:
         self._quiet_s: float | None = None
 
     def poll(self) -> Iterator[Notice]:
-        began_s = self._clock()
-        value = self._value()
+        value, was_held = self._value()
         now_s = self._clock()
         if value not in _GCE_ENDS:
             self._quiet_s = now_s
             return
         # What was held back is told at the moment; otherwise it has happened since it was last asked for.
-        is_told_at_once = self._quiet_s is None or now_s - began_s > _AT_ONCE_S
-        given_s = now_s if is_told_at_once or self._quiet_s is None else self._quiet_s
+        given_s = now_s if was_held or self._quiet_s is None else self._quiet_s
         reason, leaves_s = _GCE_ENDS[value]
         deadline_s = None if leaves_s is None else max(now_s, given_s + leaves_s)
         yield Notice(source=self.name, reason=reason, deadline_s=deadline_s, received_s=now_s)
@@ -313,25 +311,23 @@ class GceSource:
     def hang_up(self) -> None:
         self._endpoint.hang_up()
 
-    def _value(self) -> str:
-        """Return the value once it differs from the last one, or after a while; at once if it cannot be waited for."""
+    def _value(self) -> tuple[str, bool]:
+        """Return the value, and whether the question was held back until now; at once if it cannot be."""
         self.waits = False
-        if self._etag:
-            query = f"?wait_for_change=true&timeout_sec={math.ceil(self._held_s)}&last_etag={quote(self._etag)}"
-            began_s, last_etag = time.monotonic(), self._etag
+        if last_etag := self._etag:
+            query = f"?wait_for_change=true&timeout_sec={math.ceil(self._held_s)}&last_etag={quote(last_etag)}"
+            began_s = self._clock()
             try:
                 value = self._asked(query, more_s=self._held_s)
             except SourceError:
                 self._etag = ""
             else:
-                is_news = self._etag != last_etag
-                self.waits = bool(self._etag) and (
-                    is_news or time.monotonic() - began_s > min(_AT_ONCE_S, self._held_s / 2)
-                )
-                return value
+                was_held = self._clock() - began_s > _AT_ONCE_S
+                self.waits = bool(self._etag) and (was_held or self._etag != last_etag)
+                return value, was_held
         value = self._asked("")
         self.waits = bool(self._etag)
-        return value
+        return value, False
 
     def _asked(self, query: str, *, more_s: float = 0.0) -> str:
         path = f"/computeMetadata/v1/instance/{self._key}"

@@ -128,13 +128,18 @@ class Watcher:
         take: Callable[[Notice], None],
         *,
         poll_s: float,
+        withdraw: Callable[[Notice], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Hand what is new of what `source` says to `take`, asking every `poll_s` seconds, and less often in vain."""
+        """Hand what is new of what `source` says to `take`, asking every `poll_s` seconds, and less often in vain.
+
+        What it has said and does not say any more goes to `withdraw`.
+        """
         self.name = source.name
         self._source = source
         self._take = take
         self._poll_s = poll_s
+        self._withdraw = withdraw
         self._clock = clock
         self._said: dict[tuple[str, str, str], Notice] = {}
         self._asked_s: float | None = None
@@ -195,6 +200,9 @@ class Watcher:
             return
         finally:
             self._asked_s = None
+        for what, notice in self._said.items():
+            if what not in said:
+                self._withdraw(notice)
         self._said = said
         if self._failures:
             logger.info("%s answers again; its notices are heard", self.name)

@@ -218,24 +218,24 @@ class Schedule:
 
     def _left_ms(self, now_s: float) -> int:
         """Return the milliseconds until the earliest end that this rank was told of and that has not passed."""
-        if self._preemption is None:
+        told = self._preemption
+        if told is None:
             return _NO_END_MS
-        return min((self._left_of(notice, now_s) for notice in self._preemption.pending), default=_NO_END_MS)
+        return min((self._left_of(notice, now_s, told) for notice in told.pending), default=_NO_END_MS)
 
-    def _left_of(self, notice: Notice, now_s: float) -> int:
-        """Return the milliseconds that a notice leaves; one whose end has passed is over."""
+    def _left_of(self, notice: Notice, now_s: float, preemption: Preemption) -> int:
+        """Return the milliseconds that a notice leaves, and dismiss it if it is over."""
         left_s = notice.seconds_left(now_s)
-        if left_s is None:
-            return _TIMELESS_MS
-        is_known = notice in self._was_ahead
-        was_ahead = self._was_ahead.setdefault(notice, left_s > 0)
-        if left_s > 0:
+        is_answered = notice in self._was_ahead and self._safe_number >= self._goal.number
+        was_ahead = self._was_ahead.setdefault(notice, left_s is not None and left_s > 0)
+        if left_s:
             return min(_TIMELESS_MS - 1, int(left_s * 1000))
-        # Who asks seldom hears of it too late. The machine is still there, so there is time, nobody knows how much.
-        if not was_ahead and not (is_known and self._safe_number >= self._goal.number):
+        # Who asks seldom hears of an end when it has passed. The machine is still there, so there is time, nobody knows
+        # how much: as with a notice without a time, it is over only when its save is safe.
+        is_over = preemption.is_withdrawn(notice) and is_answered if left_s is None else was_ahead or is_answered
+        if not is_over:
             return _TIMELESS_MS
-        if self._preemption is not None:
-            self._preemption.dismiss(notice)
+        preemption.dismiss(notice)
         return _NO_END_MS
 
     def _is_news(self, now_s: float, left_ms: int) -> bool:
@@ -264,7 +264,7 @@ class Schedule:
             if self.deadline is not None:
                 self.deadline = None
                 logger.warning(
-                    "the end announced by %s has passed and this job is still there: saves and pruning go on as usual",
+                    "the end announced by %s did not come, and this job is still there: all goes on as usual",
                     self._source,
                 )
             return

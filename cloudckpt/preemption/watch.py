@@ -138,7 +138,7 @@ class Preemption:
                 its own, such as `{SIGTERM: 30, SIGUSR1: 120}` with `--signal=USR1@120`.
             sources: whom else to ask; `auto` for those that this machine has (EC2, GCE, Azure, Slurm).
             check: a function of yours, called in a thread of its own: false for no notice, True for one without a
-                time, or the seconds left.
+                time, or the seconds left. What it says no longer is over once its save is committed.
             poll_s: seconds between two questions to a source.
             slurm_lead_s: seconds before the end of a Slurm job at which `auto` gives notice.
             act_on_rebalance: take EC2's rebalance recommendation, which is no certainty, for a notice, too. Otherwise
@@ -170,6 +170,7 @@ class Preemption:
         self._clock = clock
         self._seen: list[Notice] = []
         self._dismissed: list[Notice] = []
+        self._withdrawn: set[tuple[str, str, str]] = set()
         self._logged_count = 0
         self._asked_count = 0
         self._complained_count = 0
@@ -208,7 +209,7 @@ class Preemption:
         return self._weighed[1]
 
     def dismiss(self, notice: Notice) -> None:
-        """Take a notice as over, for whoever acts on notices: its time has passed, and this process is still there.
+        """Take a notice as over, for whoever acts on notices: its time has passed, or it has none and was withdrawn.
 
         The same may be given anew: by a signal when it comes again, by a source once it has stopped saying it.
         """
@@ -248,15 +249,24 @@ class Preemption:
     def _take(self, notice: Notice) -> None:
         """Keep what a source says, unless it has said so before; in the source's thread."""
         with self._take_lock:
+            self._withdrawn.discard(notice.what)
             if any(self._is_no_news(known, notice) for known in self._seen):
                 return
             self._seen.append(notice)
         self._log_news()
 
     def _is_no_news(self, known: Notice, notice: Notice) -> bool:
-        is_over = known.seconds_left(self._clock()) == 0
+        is_over = known.seconds_left(self._clock()) == 0 or any(known is one for one in self._dismissed)
         has_end_ahead = notice.urgency[0] > notice.received_s
         return known.covers(notice) and not (is_over and has_end_ahead)
+
+    def _withdraw(self, notice: Notice) -> None:
+        with self._take_lock:
+            self._withdrawn.add(notice.what)
+
+    def is_withdrawn(self, notice: Notice) -> bool:
+        """Tell whether the source of a notice has stopped saying it."""
+        return notice.what in self._withdrawn
 
     def _look(self) -> None:
         """Say what goes wrong in silence: a source that hangs, and notices that nobody asks for; in a thread."""
@@ -295,7 +305,10 @@ class Preemption:
         self._start_signals(is_all=not sources)
         self._pid = os.getpid()
         take = _weakly(self._take)
-        watchers = [Watcher(source, take, poll_s=self._poll_s, clock=self._clock) for source in sources]
+        withdraw = _weakly(self._withdraw)
+        watchers = [
+            Watcher(source, take, poll_s=self._poll_s, withdraw=withdraw, clock=self._clock) for source in sources
+        ]
         lookout = Watcher(_Lookout(_weakly(self._look)), take, poll_s=_LOOK_S)
         self._watchers = watchers
         self._threads = [*watchers, lookout]

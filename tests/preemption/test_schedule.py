@@ -201,7 +201,7 @@ def test_a_deadline_that_has_passed_is_over_and_all_is_as_before(caplog: pytest.
     assert not job.ask(6)
     assert (job.schedule.is_preempted, job.schedule.is_end_near) == (False, False)
     assert job.preemption.notice is None
-    assert caplog.messages[-1].startswith("the end announced by test has passed and this job is still there")
+    assert caplog.messages[-1].startswith("the end announced by test did not come, and this job is still there")
     job.now_s = 150.0
     assert job.ask(7), "the interval is over"
 
@@ -235,6 +235,27 @@ def test_a_notice_that_is_heard_when_its_time_is_over_asks_for_a_save_all_the_sa
     assert (job.schedule.is_preempted, job.schedule.seconds_for_a_save()) == (True, None)
     job.save(6)
     assert (job.ask(7), job.schedule.is_preempted) == (False, False)
+
+
+def test_a_notice_without_a_time_is_over_when_its_source_takes_it_back_and_its_save_is_safe() -> None:
+    job = Job()
+    for step in (5, 15):
+        job.notice(None)
+        assert job.ask(step)
+        job.preemption._withdraw(job.preemption.seen[-1])
+        assert (job.ask(step + 1), job.schedule.is_preempted) == (True, True)
+        job.save(step + 1)
+        assert (job.ask(step + 2), job.schedule.is_preempted) == (False, False)
+
+
+def test_a_notice_without_a_time_stays_while_its_source_says_it() -> None:
+    job = Job()
+    job.notice(None)
+    job.preemption._withdraw(job.preemption.seen[-1])
+    job.notice(None)
+    assert job.ask(5)
+    job.save(5)
+    assert [job.ask(6), job.schedule.is_preempted, job.schedule.is_end_near] == [False, True, False]
 
 
 def test_an_end_that_comes_much_nearer_asks_for_a_save_of_its_own_and_one_beside_it_does_not() -> None:

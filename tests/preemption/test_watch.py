@@ -553,6 +553,21 @@ def test_a_source_that_repeats_what_is_over_does_not_revive_it() -> None:
         assert preemption.seen[-1].deadline_s == 90.0
 
 
+def test_what_a_source_stops_saying_is_withdrawn_until_it_says_it_again() -> None:
+    source = Scripted(notice())
+    with quiet(sources=[source], poll_s=0.001) as preemption:
+        wait_for(lambda: preemption.notice)
+        found = preemption.seen[0]
+        assert not preemption.is_withdrawn(found)
+        source.notices = []
+        wait_for(lambda: preemption.is_withdrawn(found))
+        assert preemption.notice is found
+        source.notices = [notice()]
+        wait_for(lambda: not preemption.is_withdrawn(found))
+
+    assert preemption.seen == (found,)
+
+
 def test_a_notice_that_nobody_asks_for_is_told_of_in_the_log_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
