@@ -22,7 +22,7 @@ from cloudckpt.errors import (
     StorageError,
     TransientError,
 )
-from cloudckpt.store.facts import BodyLengthError, Facts, HttpStatusError, ObjectSizeError, facts_of
+from cloudckpt.store.facts import BodyLengthError, Facts, GarbledReplyError, HttpStatusError, ObjectSizeError, facts_of
 from cloudckpt.store.redact import hide
 
 __all__ = ["EngineError", "ask", "classify", "deletion_error", "is_absence"]
@@ -55,6 +55,11 @@ _TAKEN = _Verdict(ObjectExistsError, "an object of that name exists and was left
 _REGION = _Verdict(
     StorageError, "the bucket is in another region; set client_kwargs={'region_name': …} in storage_options"
 )
+_NO_STORE = _Verdict(
+    TransientError,
+    "no object store answered there; see that endpoint_url is the store's own API, and whether a proxy, a login page "
+    "or another server stands in its place",
+)
 _TOO_LARGE = _Verdict(StorageError, "the store refuses objects of that size; lower shard_bytes")
 _OTHER_OBJECT = _Verdict(StorageError, "it is not the object that was committed; restore an older step")
 _ARCHIVED = _Verdict(StorageError, "the object is archived; restore it from the archive first")
@@ -75,6 +80,7 @@ _BY_CODE: dict[str, _Verdict] = {
     **_each(_SLOWER, "rateLimitExceeded userRateLimitExceeded PriorRequestNotComplete ServerBusy"),
     **_each(_AGAIN, "InternalError ServiceUnavailable RequestTimeout RequestTimeoutException OperationTimedOut"),
     **_each(_AGAIN, "ConditionalRequestConflict OperationAborted TransactionInProgress"),
+    **_each(_AGAIN, "TemporaryRedirect"),  # a young bucket, whose name is still on its way through the store
     # the bytes were spoilt on the way there
     **_each(_AGAIN, "BadDigest IncompleteBody XAmzContentSHA256Mismatch XAmzContentChecksumMismatch InvalidDigest"),
     **_each(_EXPIRED, "ExpiredToken ExpiredTokenException TokenRefreshRequired RequestExpired InvalidToken"),
@@ -93,8 +99,11 @@ _BY_CODE: dict[str, _Verdict] = {
 }
 
 _BY_STATUS: dict[int, _Verdict] = {
-    301: _REGION,
-    307: _AGAIN,  # a young bucket, whose name is still on its way through the store
+    301: _NO_STORE,
+    302: _NO_STORE,
+    303: _NO_STORE,
+    307: _NO_STORE,
+    308: _NO_STORE,
     401: _EXPIRED,
     403: _DENIED,
     408: _AGAIN,
@@ -109,6 +118,7 @@ _BY_STATUS: dict[int, _Verdict] = {
     503: _SLOWER,
     504: _AGAIN,
     507: _FULL,
+    511: _NO_STORE,
 }
 
 _FACTS = "cloudckpt.store.facts."
@@ -119,7 +129,8 @@ _PYTHON = "builtins."
 
 # The classes of one exception are tried from the most special to the most general.
 _BY_TYPE: dict[str, _Verdict] = {
-    **_each(_AGAIN, "BodyLengthError GarbledReplyError", below=_FACTS),
+    **_each(_AGAIN, "BodyLengthError", below=_FACTS),
+    **_each(_NO_STORE, "GarbledReplyError", below=_FACTS),
     **_each(_OTHER_OBJECT, "ObjectSizeError", below=_FACTS),
     **_each(_TAKEN, "AlreadyExistsError PreconditionError", below=_OBSTORE),
     **_each(_DENIED, "PermissionDeniedError", below=_OBSTORE),
@@ -127,7 +138,11 @@ _BY_TYPE: dict[str, _Verdict] = {
     **_each(_OPTIONS, "UnknownConfigurationKeyError", below=_OBSTORE),
     # the kinds of obstore's HTTP client, as `facts` names them
     **_each(_AGAIN, "Connect Request Timeout Interrupted Decode", below="obstore.HttpError:"),
-    **_each(_AGAIN, "InvalidListResponse", below="obstore."),
+    **_each(_NO_STORE, "InvalidListResponse RedirectElsewhere", below="obstore."),
+    # what its replies to puts, heads and gets lack, or have in another form
+    **_each(_NO_STORE, "NotPartial NoContentRange UnexpectedRange ParseContentRange BadHeader", below="obstore."),
+    **_each(_NO_STORE, "MissingEtag MissingLastModified MissingContentLength", below="obstore."),
+    **_each(_NO_STORE, "InvalidLastModified InvalidContentLength", below="obstore."),
     **_each(_REGION, "BareRedirect", below="obstore."),
     **_each(_TLS, "obstore.InvalidCertificate ssl.SSLCertVerificationError"),
     **_each(_NO_CREDENTIALS, "NoCredentialsError PartialCredentialsError", below=_BOTOCORE),
@@ -137,7 +152,8 @@ _BY_TYPE: dict[str, _Verdict] = {
     **_each(_OPTIONS, "UnsupportedS3ConfigurationError", below=_BOTOCORE),
     **_each(_AGAIN, "HTTPClientError ConnectionError IncompleteReadError FlexibleChecksumError", below=_BOTOCORE),
     **_each(_AGAIN, "ResponseStreamingError", below=_BOTOCORE),
-    **_each(_AGAIN, "botocore.parsers.ResponseParserError requests.exceptions.RequestException"),
+    **_each(_NO_STORE, "botocore.parsers.ResponseParserError"),
+    **_each(_AGAIN, "requests.exceptions.RequestException"),
     **_each(_AGAIN, "aiohttp.client_exceptions.ClientError aiohttp.http_exceptions.HttpProcessingError"),
     **_each(_NO_CREDENTIALS, "DefaultCredentialsError", below=_GOOGLE),
     **_each(_EXPIRED, "RefreshError", below=_GOOGLE),
@@ -172,7 +188,9 @@ def classify(exc: BaseException, *, op: str, key: str, url: str) -> CloudCkptErr
     verdict = _verdict(facts, op)
     reply = f"{facts.status} {facts.code}".strip() if facts.status else facts.code
     what = reply or (
-        str(exc) if isinstance(exc, BodyLengthError | ObjectSizeError) else facts.types[0].rpartition(".")[2]
+        str(exc)
+        if isinstance(exc, BodyLengthError | GarbledReplyError | ObjectSizeError)
+        else facts.types[0].rpartition(".")[2]
     )
     message = f"{op} of {key!r} in {url} failed ({what}): {verdict.advice}"
     error = (
@@ -221,6 +239,8 @@ def _status_verdict(status: int, op: str) -> _Verdict:
     if status == 404:
         # Writing and listing need no object, so what they miss is the bucket.
         return _NO_BUCKET if op in ("put", "create", "list") else _NO_OBJECT
+    if status == 301 and op == "head":
+        return _REGION
     if status == 400 and op == "head":
         # The reply to a HEAD has no body, so no code; expired credentials are its usual reason.
         return _EXPIRED

@@ -18,11 +18,13 @@ import botocore
 import botocore.session
 from botocore.awsrequest import AWSRequest, AWSResponse
 from botocore.config import Config
+from botocore.utils import get_environ_proxies
 from obstore.store import S3Store
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.credentials import AwsCredentials, GcsCredentials
+from cloudckpt.store.facts import NOWHERE
 from cloudckpt.store.s3_config import refuse_policy
 
 if TYPE_CHECKING:
@@ -45,11 +47,16 @@ _ENDPOINT_CONFIG = ("region_name", "use_dualstack_endpoint", "use_fips_endpoint"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObstoreClient:
-    """A store of obstore's, what keeps its credentials fresh, and what each object is given on the way."""
+    """A store of obstore's, what keeps its credentials fresh, and what each object is given on the way.
+
+    Attributes:
+        has_generations: whether the store numbers what it stores, as GCS does, and says so in each answer.
+    """
 
     store: ObjectStore
     credentials: AwsCredentials | GcsCredentials | None
     attributes: Mapping[str, str] = field(default_factory=dict)
+    has_generations: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,12 +136,28 @@ def s3_client(bucket: str, options: S3Options, retry: RetryPolicy) -> ObstoreCli
 
 
 def client_options(origin: str, retry: RetryPolicy) -> ClientConfig:
-    """Return the limits of one request, its body included; plain HTTP only where the caller wrote http://."""
-    return {
+    """Return the limits of one request, its body included; plain HTTP only where the caller wrote http://.
+
+    And the way to the store: by the proxy that the environment names for it, else only to its own host.
+    """
+    found: ClientConfig = {
         "timeout": timedelta(seconds=retry.request_timeout_s),
         "connect_timeout": timedelta(seconds=retry.connect_timeout_s),
         "allow_http": origin.startswith("http://"),
     }
+    named = get_environ_proxies(origin)
+    proxy = named.get(urlsplit(origin).scheme) or named.get("all")
+    return {**found, **(_by_proxy(proxy) if proxy else _to_one_host(origin))}
+
+
+def _by_proxy(proxy: str) -> ClientConfig:
+    return {"proxy_url": proxy if "://" in proxy else f"http://{proxy}"}
+
+
+def _to_one_host(origin: str) -> ClientConfig:
+    # obstore follows redirects, session token in hand, and has no switch for it: so all hosts but the store's own are
+    # behind a proxy at an address where nobody can be.
+    return {"proxy_url": f"http://{NOWHERE}", "proxy_excludes": str(urlsplit(origin).hostname)}
 
 
 def _transport(session: botocore.session.Session, options: S3Options, origin: str, retry: RetryPolicy) -> ClientConfig:
@@ -146,7 +169,8 @@ def _transport(session: botocore.session.Session, options: S3Options, origin: st
     elif isinstance(verify, str):
         found["root_certificate"] = Path(verify).read_bytes()
     if (proxy := options.proxies.get(urlsplit(origin).scheme)) is not None:
-        found["proxy_url"] = proxy if "://" in proxy else f"http://{proxy}"
+        found.pop("proxy_excludes", None)
+        found.update(_by_proxy(proxy))
     return found
 
 

@@ -25,8 +25,10 @@ from yarl import URL
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
+from cloudckpt.store.buffers import check_length
 from cloudckpt.store.classify import is_absence
 from cloudckpt.store.facts import GarbledReplyError, HttpStatusError
+from cloudckpt.store.proof import check_generation, check_object
 from cloudckpt.store.redact import hide
 from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
 
@@ -56,14 +58,14 @@ class GcsWire(OnLoop):
         with borrowed(buffers) as lent:
             # "media" is the plain upload in one request: a resumable one would be two, and could be left half done.
             url = self._url("upload/storage/v1", self._objects, {"uploadType": "media", "name": name})
-            headers = self._headers({"Content-Type": "application/octet-stream"})
-            self.run(self._json("POST", url, headers, GatherBody(lent)))
+            headers, body = self._headers({"Content-Type": "application/octet-stream"}), GatherBody(lent)
+            _check_stored(self.run(self._json("POST", url, headers, body)), name, len(body))
 
     def create(self, name: str, data: bytes) -> None:
         # fake-gcs-server overlooks the precondition of a "media" upload, so that this one is in two parts.
         url = self._url("upload/storage/v1", self._objects, {"uploadType": "multipart", "ifGenerationMatch": "0"})
         headers = self._headers({"Content-Type": f'multipart/related; boundary="{_BOUNDARY}"'})
-        self.run(self._json("POST", url, headers, _two_parts(name, data)))
+        _check_stored(self.run(self._json("POST", url, headers, _two_parts(name, data))), name, len(data))
 
     def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
         memory = memory_for(start, stop, into)
@@ -76,7 +78,9 @@ class GcsWire(OnLoop):
         return self.run(self._read(name, limit_bytes, self._headers()))
 
     def head(self, name: str) -> ObjectInfo:
-        return _described(self.run(self._json("GET", self._object_url(name), self._headers())))
+        reply = self.run(self._json("GET", self._object_url(name), self._headers()))
+        _check_resource(reply, name)
+        return _described(reply)
 
     def page(self, prefix: str, delimiter: str, mark: str) -> Page:
         asked = {"prefix": prefix, "delimiter": delimiter, "pageToken": mark}
@@ -131,7 +135,9 @@ class GcsWire(OnLoop):
     ) -> AsyncIterator[ClientResponse]:
         session = await self._fs._set_session()  # noqa: SLF001
         session._retry_connection = False  # noqa: SLF001 - aiohttp would repeat a request by itself
-        async with session.request(method, url, headers=headers, timeout=self._timeout, data=data) as reply:
+        async with session.request(
+            method, url, headers=headers, timeout=self._timeout, data=data, allow_redirects=False
+        ) as reply:
             if reply.status >= HTTPStatus.MULTIPLE_CHOICES:
                 raise _status_error(reply.status, await reply.content.read(_ERROR_BYTES))
             yield reply
@@ -145,6 +151,7 @@ class GcsWire(OnLoop):
     async def _get(self, name: str, start: int, stop: int, memory: memoryview, headers: Mapping[str, str]) -> None:
         url = self._object_url(name, "download/storage/v1", alt="media")
         async with self._reply("GET", url, headers) as reply:
+            _check_object(reply)
             length_bytes = reply.content_length if reply.content_length is not None else stop - start
             check_range(reply.headers.get("Content-Range", ""), length_bytes, start, stop)
             await fill(memory, reply.content.iter_any())
@@ -152,14 +159,17 @@ class GcsWire(OnLoop):
     async def _read(self, name: str, limit_bytes: int, headers: Mapping[str, str]) -> bytes:
         url = self._object_url(name, "download/storage/v1", alt="media")
         async with self._reply("GET", url, headers) as reply:
+            _check_object(reply)
             return await take(reply.content.iter_any(), reply.content_length, limit_bytes)
 
     async def _delete_each(self, names: Sequence[str], headers: Mapping[str, str]) -> list[BaseException | None]:
         return await asyncio.gather(*(self._delete(name, headers) for name in names), return_exceptions=True)
 
     async def _delete(self, name: str, headers: Mapping[str, str]) -> None:
-        async with self._reply("DELETE", self._object_url(name), headers):
-            pass
+        async with self._reply("DELETE", self._object_url(name), headers) as reply:
+            # fake-gcs-server says so with 200 and a null.
+            if reply.status != HTTPStatus.NO_CONTENT and (await reply.read()).strip() != b"null":
+                raise GarbledReplyError("the reply does not say that the object was deleted")
 
 
 def gcs_filesystem(options: Mapping[str, object], loop: AbstractEventLoop) -> GCSFileSystem:
@@ -188,6 +198,21 @@ def _parsed(body: bytes) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise GarbledReplyError("JSON, but no object")
     return answer
+
+
+def _check_resource(reply: Mapping[str, Any], name: str) -> None:
+    if reply.get("kind") != "storage#object" or reply.get("name") != name:
+        raise GarbledReplyError("the reply describes no object of that name")
+
+
+def _check_stored(reply: Mapping[str, Any], name: str, size_bytes: int) -> None:
+    _check_resource(reply, name)
+    check_generation(reply.get("generation"))
+    check_length(int(reply.get("size", 0)), size_bytes)
+
+
+def _check_object(reply: ClientResponse) -> None:
+    check_object(reply.headers.get("X-Goog-Generation"), reply.headers.get("Content-Type"))
 
 
 def _status_error(status: int, body: bytes) -> HttpStatusError:

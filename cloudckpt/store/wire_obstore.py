@@ -20,6 +20,7 @@ from cloudckpt.options import MIB
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, joined, place
 from cloudckpt.store.obstore_s3 import ObstoreClient
+from cloudckpt.store.proof import check_created, check_generation, check_object, check_stored
 from cloudckpt.store.wire import Page, Wire
 
 __all__ = ["ObstoreWire", "is_lost_to_a_fork"]
@@ -48,15 +49,26 @@ class ObstoreWire:
         self._lock = threading.Lock()
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
-        obstore.put(
+        reply = obstore.put(
             self._store(), name, iter(list(joined(buffers))), use_multipart=False, attributes=self._attributes()
         )
+        if self._client.has_generations:
+            check_generation(reply["version"])
+        else:
+            size_bytes = sum(buffer.nbytes for buffer in buffers)
+            check_stored(reply["e_tag"], size_bytes, lambda: self._described(name))
 
     def create(self, name: str, data: bytes) -> None:
-        obstore.put(self._store(), name, data, mode="create", use_multipart=False, attributes=self._attributes())
+        reply = obstore.put(
+            self._store(), name, data, mode="create", use_multipart=False, attributes=self._attributes()
+        )
+        if self._client.has_generations:
+            check_generation(reply["version"])
+        else:
+            check_created(reply["e_tag"], data, lambda: self.read(name, len(data)))
 
     def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
-        reply = obstore.get(self._store(), name, options={"range": (start, stop)})
+        reply = self._asked(name, {"range": (start, stop)})
         check_end(reply.meta["size"], start, stop)
         if into is None:
             data = memoryview(reply.bytes())
@@ -69,14 +81,15 @@ class ObstoreWire:
         return into
 
     def read(self, name: str, limit_bytes: int) -> bytes:
-        reply = obstore.get(self._store(), name)
+        reply = self._asked(name, {})
         check_limit(reply.meta["size"], limit_bytes)
         data = bytes(reply.bytes())
         check_length(len(data), reply.meta["size"])
         return data
 
     def head(self, name: str) -> ObjectInfo:
-        found = obstore.head(self._store(), name)
+        # Not `obstore.head`, which does not show the type of what it found.
+        found = self._asked(name, {"head": True}).meta
         return ObjectInfo(key=name, size_bytes=found["size"], modified_s=found["last_modified"].timestamp())
 
     def page(self, prefix: str, delimiter: str, mark: str) -> Page:
@@ -90,6 +103,16 @@ class ObstoreWire:
             keeper, self._kept = self._kept, None
         if keeper is not None:
             keeper.close()
+
+    def _asked(self, name: str, options: obstore.GetOptions) -> obstore.GetResult:
+        reply = obstore.get(self._store(), name, options=options)
+        proof = reply.meta["version" if self._client.has_generations else "e_tag"]
+        check_object(proof, reply.attributes.get("Content-Type"))
+        return reply
+
+    def _described(self, name: str) -> tuple[str | None, int]:
+        found = self._asked(name, {"head": True}).meta
+        return found["e_tag"], found["size"]
 
     def _keeper(self) -> Wire:
         with self._lock:

@@ -13,17 +13,20 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
+from http import HTTPStatus
 from typing import Any, Protocol
 
 import s3fs
 from aiobotocore.httpsession import AIOHTTPSession  # type: ignore[import-untyped,unused-ignore]
-from aiohttp import ClientSession
+from aiohttp import ClientResponse, ClientSession
 from botocore.awsrequest import AWSRequest
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
-from cloudckpt.store.facts import GarbledReplyError
+from cloudckpt.store.facts import HttpStatusError
+from cloudckpt.store.proof import check_created, check_object, check_root, check_stored, is_document
 from cloudckpt.store.s3_config import s3_config
 from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
 
@@ -32,6 +35,7 @@ __all__ = ["S3Wire"]
 # A bulk delete takes no more keys.
 _DELETE_LIMIT = 1000
 _REFUSED = ("asynchronous", "loop", "version_aware")
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
 class _Client(Protocol):
@@ -43,10 +47,26 @@ class _Client(Protocol):
 class _OneRequestSession(AIOHTTPSession):  # type: ignore[misc]  # aiobotocore ships no types
     """aiohttp repeats a request on a stale connection by itself; here every repetition is the retry layer's."""
 
-    async def _get_session(self, proxy_url: str | None) -> ClientSession:
+    async def _get_session(self, proxy_url: str | None) -> _Undiverted:
         session: ClientSession = await super()._get_session(proxy_url)
         session._retry_connection = False  # noqa: SLF001 - there is no public switch; the tests count requests
-        return session
+        return _Undiverted(session)
+
+
+class _Undiverted:
+    """A session that follows no redirect: wherever it leads to would be sent the session token."""
+
+    def __init__(self, session: ClientSession) -> None:
+        self._session = session
+
+    async def request(self, method: str, **arguments: Any) -> ClientResponse:  # noqa: ANN401 - aiobotocore's own
+        reply = await self._session.request(method, allow_redirects=False, **arguments)
+        # A store says in which region a bucket is, which botocore then uses. Of any other redirect it asks the bucket
+        # for its region, is redirected again, and so on.
+        is_redirect = reply.status in _REDIRECTS and "x-amz-bucket-region" not in reply.headers
+        if is_redirect and not is_document(await reply.read(), "Error"):
+            raise HttpStatusError(reply.status)
+        return reply
 
 
 class S3Wire(OnLoop):
@@ -75,10 +95,13 @@ class S3Wire(OnLoop):
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         with borrowed(buffers) as lent:
-            _check_stored(self.run(self._send("put_object", Key=name, Body=GatherBody(lent))))
+            body = GatherBody(lent)
+            reply = self.run(self._send("put_object", Key=name, Body=body))
+        check_stored(reply.get("ETag"), len(body), lambda: self._described(name))
 
     def create(self, name: str, data: bytes) -> None:
-        _check_stored(self.run(self._send("put_object", Key=name, Body=data, IfNoneMatch="*")))
+        reply = self.run(self._send("put_object", Key=name, Body=data, IfNoneMatch="*"))
+        check_created(reply.get("ETag"), data, lambda: self.read(name, len(data)))
 
     def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
         memory = memory_for(start, stop, into)
@@ -91,14 +114,12 @@ class S3Wire(OnLoop):
 
     def head(self, name: str) -> ObjectInfo:
         reply = self.run(self._send("head_object", Key=name))
+        _check_object(reply)
         return ObjectInfo(key=name, size_bytes=reply["ContentLength"], modified_s=_seconds(reply["LastModified"]))
 
     def page(self, prefix: str, delimiter: str, mark: str) -> Page:
         asked = {"Prefix": prefix, "Delimiter": delimiter, "ContinuationToken": mark}
         reply = self.run(self._send("list_objects_v2", **{name: text for name, text in asked.items() if text}))
-        if "IsTruncated" not in reply:
-            # What botocore makes of a page of HTML, or of an empty reply: a listing of nothing.
-            raise GarbledReplyError("the reply is no listing")
         return Page(
             objects=[
                 ObjectInfo(key=item["Key"], size_bytes=item["Size"], modified_s=_seconds(item["LastModified"]))
@@ -129,9 +150,16 @@ class S3Wire(OnLoop):
             # Waiting for "100 Continue" costs a round trip, and for ever where a proxy does not pass it on.
             client.meta.events.register("request-created.s3.PutObject", _expect_nothing)
             client.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)
+            # Of a page of HTML, and of an empty reply, botocore makes a listing of nothing, and a delete of everything.
+            client.meta.events.register("before-parse.s3.ListObjectsV2", partial(_check_document, "ListBucketResult"))
+            client.meta.events.register("before-parse.s3.DeleteObjects", partial(_check_document, "DeleteResult"))
             self._finalizer = _close_when_dropped(self, self.loop, client)
             self._client = client
         return client
+
+    def _described(self, name: str) -> tuple[str | None, int]:
+        reply = self.run(self._send("head_object", Key=name))
+        return reply.get("ETag"), reply["ContentLength"]
 
     async def _send(self, verb: str, **arguments: object) -> dict[str, Any]:
         client = await self._connect()
@@ -144,6 +172,7 @@ class S3Wire(OnLoop):
     async def _get(self, name: str, start: int, stop: int, memory: memoryview) -> None:
         reply = await self._send("get_object", Key=name, Range=f"bytes={start}-{stop - 1}")
         async with reply["Body"] as body:
+            _check_object(reply)
             check_range(reply.get("ContentRange", ""), reply.get("ContentLength", stop - start), start, stop)
             # Chunk by chunk into place: 2.0 GB/s on loopback, where `await body.read()` joins them at 0.7.
             await fill(memory, body.raw_stream.content.iter_any())
@@ -151,6 +180,7 @@ class S3Wire(OnLoop):
     async def _read(self, name: str, limit_bytes: int) -> bytes:
         reply = await self._send("get_object", Key=name)
         async with reply["Body"] as body:
+            _check_object(reply)
             return await take(body.raw_stream.content.iter_any(), reply.get("ContentLength"), limit_bytes)
 
 
@@ -182,7 +212,14 @@ def _seconds(moment: datetime) -> float:
     return moment.timestamp()
 
 
-def _check_stored(reply: Mapping[str, object]) -> None:
-    """Refuse an answer with status 200 that does not say what was stored: a proxy may have given it."""
-    if "ETag" not in reply:
-        raise GarbledReplyError("the reply names no object that was stored")
+def _check_object(reply: Mapping[str, Any]) -> None:
+    check_object(reply.get("ETag"), reply.get("ContentType"))
+
+
+def _check_document(name: str, response_dict: Mapping[str, Any], **_: object) -> None:
+    status, body = response_dict["status_code"], response_dict["body"]
+    # botocore has made a 500 of a 200 whose body is no XML.
+    is_answer = status < HTTPStatus.MULTIPLE_CHOICES or (status == HTTPStatus.INTERNAL_SERVER_ERROR and body)
+    # S3 may begin an answer with 200, and find out then that it is an error.
+    if is_answer and not is_document(body, "Error"):
+        check_root(body, name)

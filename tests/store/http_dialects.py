@@ -17,7 +17,7 @@ from email.utils import formatdate
 from urllib.parse import quote, unquote
 from xml.sax.saxutils import escape
 
-__all__ = ["ObjectSpace", "Reply", "Request", "StoredObject", "error_reply"]
+__all__ = ["ObjectSpace", "Reply", "Request", "StoredObject", "error_reply", "md5_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +58,7 @@ class ObjectSpace:
         page_size: entries per listing page.
         honours_preconditions: whether create-only writes are enforced.
         fail_delete_of: key → error code, told inside a 200 reply to a bulk delete.
+        etag_of: what names an object's content; as in S3, the MD5 of its bytes.
     """
 
     def __init__(self, *, buckets: tuple[str, ...] = ("bucket",), page_size: int = 1000) -> None:
@@ -66,6 +67,7 @@ class ObjectSpace:
         self.page_size = page_size
         self.honours_preconditions = True
         self.fail_delete_of: dict[str, str] = {}
+        self.etag_of: Callable[[StoredObject], str] = md5_of
         self._generation = 0
         self._objects_lock = threading.Lock()
 
@@ -144,13 +146,13 @@ class ObjectSpace:
             stored = self._store(bucket, key, request.body)
         if request.path.startswith("/upload/"):
             return _json_reply(_resource(bucket, key, stored))
-        return Reply(headers=_object_headers(stored))
+        return Reply(headers=self._object_headers(stored))
 
     def _get(self, bucket: str, key: str, request: Request) -> Reply:
         stored = self.objects.get((bucket, key))
         if stored is None:
             return error_reply(request, 404, "NoSuchKey")
-        headers = _object_headers(stored)
+        headers = self._object_headers(stored)
         wanted = request.headers.get("range")
         if request.method == "HEAD" or wanted is None:
             return Reply(body=memoryview(stored.data), headers=headers)
@@ -161,6 +163,13 @@ class ObjectSpace:
             return error_reply(request, 416, "InvalidRange")
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         return Reply(status=206, body=memoryview(stored.data)[start:stop], headers=headers)
+
+    def _object_headers(self, stored: StoredObject) -> dict[str, str]:
+        return {
+            "ETag": f'"{self.etag_of(stored)}"',
+            "Last-Modified": formatdate(stored.modified_s, usegmt=True),
+            "x-goog-generation": str(stored.generation),
+        }
 
     def _page(self, bucket: str, prefix: str, delimiter: str, after: str, limit: int) -> tuple[list[str], str]:
         """The next names and common prefixes after `after`, and the mark to go on from, or ""."""
@@ -192,7 +201,7 @@ class ObjectSpace:
                 continue
             parts.append(
                 f"<Contents><Key>{encode(name)}</Key><LastModified>{_iso(stored.modified_s)}</LastModified>"
-                f"<ETag>&quot;{stored.generation}&quot;</ETag><Size>{len(stored.data)}</Size></Contents>"
+                f"<ETag>&quot;{self.etag_of(stored)}&quot;</ETag><Size>{len(stored.data)}</Size></Contents>"
             )
         return Reply(body=_xml("ListBucketResult", "".join(parts)), headers={"Content-Type": "application/xml"})
 
@@ -264,12 +273,9 @@ def _iso(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
 
 
-def _object_headers(stored: StoredObject) -> dict[str, str]:
-    return {
-        "ETag": f'"{stored.generation}"',
-        "Last-Modified": formatdate(stored.modified_s, usegmt=True),
-        "x-goog-generation": str(stored.generation),
-    }
+def md5_of(stored: StoredObject) -> str:
+    """Return what names an object's content: the MD5 of its bytes, as in S3."""
+    return hashlib.md5(stored.data).hexdigest()
 
 
 def _resource(bucket: str, key: str, stored: StoredObject) -> dict[str, str]:
