@@ -86,8 +86,10 @@ class Options:
             what is in flight, and the copy besides, as far as half of the free memory has room for it.
         signed_payload: sign request bodies (S3). Off, because the digests of the format protect the bytes
             end to end and hashing every body with SHA-256 costs more than sending it.
-        single_writer: accept a store without create-only writes, and a `CloudWriter` in one process of several that
-            have no process group; the caller promises that no other process writes to the same root.
+        single_writer: the caller promises that no other process writes to the same root. Every create is a plain put
+            then, and looked at before and after: it works on stores without create-only writes, and on disks without
+            hard links. Two jobs that break the promise may overwrite each other's commits unnoticed. A `CloudWriter`
+            in one process of several that have no process group asks for it, too.
         progress_timeout_s: patience with what stands still: a transfer that does not end, a rank that does not come,
             died or hangs. Longer than `retry.deadline_s`, so that a store in trouble is not taken for a lost rank.
         read_once: on restore, read what several ranks need from the store once and pass it on between them: `always`,

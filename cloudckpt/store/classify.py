@@ -15,6 +15,7 @@ from cloudckpt.errors import (
     AccessDeniedError,
     BucketNotFoundError,
     CloudCkptError,
+    CreateNotEnforcedError,
     CredentialsExpiredError,
     ObjectExistsError,
     ObjectNotFoundError,
@@ -64,6 +65,11 @@ _TOO_LARGE = _Verdict(StorageError, "the store refuses objects of that size; low
 _OTHER_OBJECT = _Verdict(StorageError, "it is not the object that was committed; restore an older step")
 _ARCHIVED = _Verdict(StorageError, "the object is archived; restore it from the archive first")
 _UNKNOWN_VERB = _Verdict(StorageError, "the store does not implement this request; use a store that does")
+_NO_CREATES = _Verdict(
+    CreateNotEnforcedError,
+    "the store has no create-only writes; use one that has, or pass Options(single_writer=True), which promises that "
+    "no other job writes to this root: two jobs could overwrite each other's commits there, and neither would notice",
+)
 _TLS = _Verdict(StorageError, "the certificate of the endpoint is not trusted; set client_kwargs={'verify': …}")
 _OPTIONS = _Verdict(OptionsError, "correct storage_options, the environment or the profile")
 _FULL = _Verdict(StorageError, "the store is full, or its quota is used up; free space")
@@ -224,6 +230,8 @@ def is_absence(exc: BaseException) -> bool:
 
 
 def _verdict(facts: Facts, op: str) -> _Verdict:
+    if op == "create" and (facts.status == 501 or facts.code == "NotImplemented"):
+        return _NO_CREATES
     if facts.code in _BY_CODE:
         return _BY_CODE[facts.code]
     if facts.status:

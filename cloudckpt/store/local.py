@@ -218,7 +218,8 @@ class LocalStore:
                 raise
             raise CreateNotEnforcedError(
                 f"the file system of {self._root} has neither hard links nor exclusive renames, so two jobs could both "
-                "commit there; choose a root on another file system"
+                "commit there; choose a root on another file system, or pass Options(single_writer=True) if no other "
+                "job ever writes to this root"
             ) from exc
 
     def _discard(self, temp: str, *, at: int) -> None:

@@ -47,7 +47,7 @@ def open_store(
         storage_options: fsspec's own options for that scheme, also when another engine moves the bytes.
         engine: `auto` (the first that this module names for the scheme), `local` (paths and file:// alone), `obstore`
             or `fsspec`.
-        options: patience and payload signing are taken from here.
+        options: patience, payload signing and who writes are taken from here.
 
     Raises:
         OptionsError: the URL, the engine or an option is wrong, or a package is missing; the message says which.
@@ -62,7 +62,7 @@ def open_store(
         store: Store = LocalStore(text)
     else:
         store = _open_remote(text, name, storage_options, chosen)
-    return RetryingStore(store, chosen.retry)
+    return RetryingStore(store, chosen.retry, single_writer=chosen.single_writer)
 
 
 def _engine_for(scheme: str, engine: str) -> str:

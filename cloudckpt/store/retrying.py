@@ -35,6 +35,7 @@ from cloudckpt.errors import (
 )
 from cloudckpt.options import KIB, RetryPolicy
 from cloudckpt.store.base import Listing, ObjectInfo, Store, check_key
+from cloudckpt.store.lone import LoneCreation
 from cloudckpt.store.stats import OpStats, Recorder, StoreStats
 
 __all__ = ["RetryingStore"]
@@ -79,12 +80,18 @@ class RetryingStore:
         store: Store,
         policy: RetryPolicy,
         *,
+        single_writer: bool = False,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        """Wrap `store`, which is closed with this one."""
+        """Wrap `store`, which is closed with this one.
+
+        With `single_writer` the caller promises that nobody else writes there: nothing is asked of the store then but
+        plain puts, and a create is a look, a put and another look.
+        """
         self.inner = store
+        self._single_writer = single_writer
         self.url = store.url
         self.engine = store.engine
         self.is_create_atomic = store.is_create_atomic
@@ -94,7 +101,13 @@ class RetryingStore:
 
     def within(self, policy: RetryPolicy) -> RetryingStore:
         """Return this store with another patience; both count together, and this one is to be closed."""
-        other = RetryingStore(self.inner, policy, sleep=self._sleep, clock=self._means.clock, rng=self._means.rng)
+        other = RetryingStore(
+            *(self.inner, policy),
+            single_writer=self._single_writer,
+            sleep=self._sleep,
+            clock=self._means.clock,
+            rng=self._means.rng,
+        )
         other._means.recorder = self._means.recorder
         return other
 
@@ -124,7 +137,8 @@ class RetryingStore:
             CommitUnknownError: it may have landed, and cannot be read back; nothing was deleted.
             StorageError: it was refused, and nothing landed.
         """
-        creation = _Creation(self.inner, check_key(key), data)
+        kind = LoneCreation if self._single_writer else _Creation
+        creation = kind(self.inner, check_key(key), data)
         try:
             self._run("create", key, creation.step, lambda _: len(data))
         except (ObjectExistsError, CommitUnknownError):

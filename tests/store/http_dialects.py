@@ -57,6 +57,7 @@ class ObjectSpace:
         buckets: the buckets that exist.
         page_size: entries per listing page.
         honours_preconditions: whether create-only writes are enforced.
+        has_preconditions: whether it knows them at all, or answers 501.
         fail_delete_of: key → error code, told inside a 200 reply to a bulk delete.
         etag_of: what names an object's content; as in S3, the MD5 of its bytes.
     """
@@ -66,6 +67,7 @@ class ObjectSpace:
         self.buckets = set(buckets)
         self.page_size = page_size
         self.honours_preconditions = True
+        self.has_preconditions = True
         self.fail_delete_of: dict[str, str] = {}
         self.etag_of: Callable[[StoredObject], str] = md5_of
         self._generation = 0
@@ -140,6 +142,8 @@ class ObjectSpace:
             or request.headers.get("x-goog-if-generation-match") == "0"
             or request.query.get("ifGenerationMatch") == "0"
         )
+        if only_create and not self.has_preconditions:
+            return error_reply(request, 501, "NotImplemented")
         with self._objects_lock:
             if only_create and self.honours_preconditions and (bucket, key) in self.objects:
                 return error_reply(request, 412, "PreconditionFailed")

@@ -129,6 +129,7 @@ class ObjectServer(ObjectSpace):
         self.buckets = {"bucket"}
         self.fail_delete_of.clear()
         self.etag_of = md5_of
+        self.has_preconditions = True
         self.requests.clear()
 
     def count(self, method: str | None = None) -> int:
