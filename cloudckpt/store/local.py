@@ -81,6 +81,7 @@ class LocalStore:
     """Objects below one directory; `create` is exclusive among all processes that see the same disk."""
 
     engine = "local"
+    endpoint = ""
     is_create_atomic = True
 
     def __init__(self, url: str | os.PathLike[str], *, disk: Disk | None = None) -> None:

@@ -94,6 +94,7 @@ class RetryingStore:
         self._single_writer = single_writer
         self.url = store.url
         self.engine = store.engine
+        self.endpoint = store.endpoint
         self.is_create_atomic = store.is_create_atomic
         self._sleep = sleep
         self._means = _Means(store=store, policy=policy, clock=clock, rng=rng or random.Random())

@@ -21,7 +21,7 @@ from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import Listing, ObjectInfo, check_delimiter
 from cloudckpt.store.buffers import check_destination, flat
 from cloudckpt.store.classify import ask, deletion_error
-from cloudckpt.store.location import parse_location
+from cloudckpt.store.location import named_endpoint, parse_location
 from cloudckpt.store.redact import hide_in_logs, remember_secrets
 from cloudckpt.store.wire import Page, Wire
 
@@ -82,6 +82,10 @@ class WiredStore(ABC):
     @property
     def url(self) -> str:
         return self._location.url
+
+    @property
+    def endpoint(self) -> str:
+        return named_endpoint(self._location.scheme, self._options)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"

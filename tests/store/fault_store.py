@@ -195,6 +195,7 @@ class FaultStore:
         bucket: Bucket | None = None,
         *,
         url: str = "memory://bucket/root",
+        endpoint: str = "",
         is_create_atomic: bool = True,
         hook: Callable[[Op], None] | None = None,
     ) -> None:
@@ -205,6 +206,7 @@ class FaultStore:
         self.refresh_count = 0
         self.is_closed = False
         self._url = url
+        self.endpoint = endpoint
         self._is_create_atomic = is_create_atomic
         self._is_dead = False
 
