@@ -12,6 +12,7 @@ CloudCkptError
 │   ├── AccessDeniedError (PermissionError)
 │   │   └── CredentialsExpiredError                 refreshed once, then raised
 │   ├── TransientError                              worth another try; only ever seen below the retry layer
+│   │   └── ThrottledError                          the store asks for fewer requests
 │   ├── RetryExhaustedError                         tried until the attempt cap or the deadline
 │   ├── CommitUnknownError                          the write may have landed; nothing was deleted
 │   ├── ObjectNotFoundError (FileNotFoundError)     no object under that key
@@ -64,6 +65,7 @@ __all__ = [
     "StalledError",
     "StateMismatchError",
     "StorageError",
+    "ThrottledError",
     "TransientError",
     "UnsupportedValueError",
     "is_transient",
@@ -125,6 +127,7 @@ class StorageError(CloudCkptError):
         key: the object's key below the store's root, or "".
         attempts: requests made for this operation.
         elapsed_s: seconds spent on it, waits included.
+        left_keys: of a `delete`, the keys that are still there; none if that is not known.
     """
 
     def __init__(self, message: str, *, op: str = "", key: str = "", attempts: int = 1, elapsed_s: float = 0.0) -> None:
@@ -133,6 +136,7 @@ class StorageError(CloudCkptError):
         self.key = key
         self.attempts = attempts
         self.elapsed_s = elapsed_s
+        self.left_keys: tuple[str, ...] = ()
 
 
 class AccessDeniedError(StorageError, PermissionError):
@@ -148,6 +152,18 @@ class TransientError(StorageError):
 
     The effect of a write that failed so is unknown: it may have landed.
     """
+
+
+class ThrottledError(TransientError):
+    """The store asks for fewer requests: the next one follows after a longer pause, and this one does not count.
+
+    Attributes:
+        retry_after_s: seconds that the reply asks to wait; 0 if it does not say.
+    """
+
+    def __init__(self, message: str, *, op: str = "", key: str = "", attempts: int = 1, elapsed_s: float = 0.0) -> None:
+        super().__init__(message, op=op, key=key, attempts=attempts, elapsed_s=elapsed_s)
+        self.retry_after_s = 0.0
 
 
 class RetryExhaustedError(StorageError):

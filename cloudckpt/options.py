@@ -17,6 +17,13 @@ MIB = 1024 * KIB
 # A reader holds whole blocks in memory, and an index that it was told to read says how large they are.
 MAX_BLOCK_BYTES = 256 * MIB
 _TRANSFER_BYTES = 512 * MIB
+# Of the time that is left, what one request may take, so that another one fits behind it; a connection needs the least.
+_REQUEST_SHARE = 0.5
+_LEAST_S = 0.1
+# Of the patience with what stands still: a rank names its own transfer before the others can only name the rank.
+_OWN_SHARE = 0.8
+# How much later than the store's last error a transfer counts as standing still, where time is short.
+_GRACE_S = 4.0
 
 
 # Annotation → what a value may be, and what to say of one that is not.
@@ -42,10 +49,12 @@ class RetryPolicy:
     """How patient one operation on the store is.
 
     Attributes:
-        max_attempts: requests per operation, at most.
-        deadline_s: seconds per operation, waits included: no attempt starts later than
-            `deadline_s - request_timeout_s`, so the operation ends by `deadline_s`.
-        request_timeout_s: seconds that one request may take, its body included.
+        max_attempts: requests per operation, at most; those that the store answers with "slower" do not count.
+        deadline_s: seconds per operation, waits included. A request gets at most half of what is left, so that
+            another one fits behind it.
+        request_timeout_s: seconds that one request may stand still, none of its bytes moving. obstore does not show
+            its bytes, so that there it is what a request may take in all; one that took longer is sent again by
+            fsspec's client, which does show them.
         connect_timeout_s: seconds that one connection attempt may take.
         backoff_base_s: upper bound of the first wait; it doubles per attempt (full jitter below the bound).
         backoff_max_s: the bound's own cap.
@@ -65,11 +74,11 @@ class RetryPolicy:
         for name in ("deadline_s", "request_timeout_s", "connect_timeout_s", "backoff_base_s", "backoff_max_s"):
             if not getattr(self, name) > 0:
                 raise OptionsError(f"{name} is {getattr(self, name)}; give a number of seconds above 0")
-        if self.request_timeout_s > self.deadline_s:
-            raise OptionsError(
-                f"request_timeout_s ({self.request_timeout_s}) is longer than deadline_s ({self.deadline_s}); "
-                "one request would already break the deadline"
-            )
+
+    def limit_s(self, left_s: float, *, timeouts: int = 0) -> float:
+        """Return how long a request may stand still where `left_s` are left, after `timeouts` that stood too long."""
+        share_s = max(_REQUEST_SHARE * left_s, min(left_s, _LEAST_S))
+        return min(self.request_timeout_s * 2.0 ** min(timeouts, 64), share_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,13 +159,21 @@ class Options:
         return options or cls()
 
     def within(self, seconds: float) -> Options:
-        """Return the same options with no more patience than `seconds`."""
-        retry = replace(
-            self.retry,
-            deadline_s=min(self.retry.deadline_s, seconds),
-            request_timeout_s=min(self.retry.request_timeout_s, seconds),
-        )
-        return replace(self, retry=retry, progress_timeout_s=min(self.progress_timeout_s, seconds))
+        """Return the same options for what must have ended in `seconds`: the store's own errors come first even so."""
+        retry = replace(self.retry, deadline_s=min(self.retry.deadline_s, seconds))
+        return replace(self, retry=retry, progress_timeout_s=min(self.progress_timeout_s, seconds + _GRACE_S))
+
+    @property
+    def transfer_timeout_s(self) -> float:
+        """Seconds that one transfer of this rank's own may take.
+
+        Between the time of the store's own error, which tells the cause, and that when other ranks can only say that
+        this one stands still.
+        """
+        share_s = _OWN_SHARE * self.progress_timeout_s
+        if self.retry.deadline_s >= self.progress_timeout_s:
+            return share_s
+        return max(share_s, (self.retry.deadline_s + self.progress_timeout_s) / 2)
 
     @property
     def transfer_budget_bytes(self) -> int:

@@ -37,6 +37,7 @@ TREE = {
     "AccessDeniedError": "StorageError PermissionError",
     "CredentialsExpiredError": "AccessDeniedError",
     "TransientError": "StorageError",
+    "ThrottledError": "TransientError",
     "RetryExhaustedError": "StorageError",
     "CommitUnknownError": "StorageError",
     "ObjectNotFoundError": "StorageError FileNotFoundError",
@@ -181,7 +182,7 @@ def test_facts_do_not_alias_what_the_caller_passed() -> None:
 
 def test_only_transient_errors_are_tried_again() -> None:
     assert is_transient(TransientError("503", **STORAGE_FACTS))
-    others = [kind("no") for kind in CLASSES if kind is not TransientError]
+    others = [kind("no") for kind in CLASSES if not issubclass(kind, TransientError)]
     assert [error for error in [*others, OSError(104, "reset"), TimeoutError()] if is_transient(error)] == []
 
 

@@ -291,7 +291,7 @@ class _Loading:
         return choice == "always" or (choice == "auto" and self.catalog.store.engine != "local")
 
     def _source(self) -> RankInput:
-        watch = replace(self.group.watch(self.options.progress_timeout_s), gauge=self.gauge)
+        watch = replace(self.group.watch(self.options.transfer_timeout_s), gauge=self.gauge)
         return RankInput(self.catalog.store, self.checkpoint, self._index, self.options, watch)
 
     def _ask(self, unexpected: set[str]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Mapping, MutableMapping
 from functools import partial
 from typing import Literal
 
+from cloudckpt.deadline import Deadline
 from cloudckpt.errors import OptionsError, RankLostError
 from cloudckpt.options import Options
 from cloudckpt.preemption import Schedule
@@ -201,11 +202,11 @@ class Saves:
 
     def _means(self) -> tuple[Catalog, Options]:
         """Return what a save may use: after a preemption notice, no more time than is left."""
-        left_s = self._schedule.seconds_for_a_save()
-        if left_s is None:
+        left_s, end = self._schedule.seconds_for_a_save(), self._schedule.deadline
+        if left_s is None or end is None:
             return self._catalog, self.options
-        options = self.options.within(left_s)
-        return self._catalog.with_store(self._journal.store.within(options.retry)), options
+        deadline = Deadline.after(left_s, f"preemption ({end.reason})")
+        return self._catalog.with_store(self._journal.store.within(deadline)), self.options.within(left_s)
 
     def _ended(self, step: int, entry: Entry, outcome: Checkpoint | BaseException) -> None:
         """Note what became of a save, and prune after a commit; perhaps in a background save's thread."""

@@ -124,7 +124,7 @@ def begin_save(
         group.agree(f"{what}: comparing replicas", lambda: mine.details(memory, doubtful, group.rank), refuse_replicas)
     engine = destination.catalog.store.engine
     # What this raises is raised by `finish`, which all ranks hear of.
-    laid = _tried(lambda: _lay_out(mine, memory.rows, order.attempt, options, slabs, engine=engine))
+    laid = _tried(lambda: _lay_out(mine, memory.rows, order.attempt, options, slabs, engine=engine, rank=group.rank))
     lead = _Lead(
         what=what,
         group=group,
@@ -214,7 +214,7 @@ class PendingSave:
     def _upload(self, prefix: str, gauge: Gauge | None) -> RankPart:
         laid, lead = _got(self._laid), self._lead
         began_s = time.monotonic()
-        watch = replace(lead.group.watch(lead.options.progress_timeout_s), check=self._check, gauge=gauge)
+        watch = replace(lead.group.watch(lead.options.transfer_timeout_s), check=self._check, gauge=gauge)
         target = Target(catalog=lead.coordinator.destination.catalog, prefix=prefix)
         output = RankOutput(
             target=target, attempt=lead.order.attempt, rank=lead.group.rank, options=lead.options, watch=watch
@@ -362,13 +362,15 @@ def _plan(mine: _Opened, memory: PlanMemory, coordinator: Coordinator, group: Gr
     )
 
 
-def _lay_out(mine: _Opened, rows: Column, attempt: str, options: Options, slabs: Slabs | None, *, engine: str) -> _Laid:
+def _lay_out(
+    mine: _Opened, rows: Column, attempt: str, options: Options, slabs: Slabs | None, *, engine: str, rank: int
+) -> _Laid:
     """Place what this rank writes into shards, and find room for copies of them."""
     items = [mine.items[row] for row in rows.tolist()]
     source = Source(items, mine.planner, attempt=attempt, shard_bytes=options.shard_bytes)
     if slabs is None:
         return _Laid(source, None)
-    return _Laid(source, Staged.of(slabs, source, options, engine=engine))
+    return _Laid(source, Staged.of(slabs, source, options, engine=engine, rank=rank))
 
 
 def _tried(call: Callable[[], _T]) -> _T | Exception:

@@ -21,6 +21,7 @@ from cloudckpt.errors import (
     ObjectNotFoundError,
     OptionsError,
     StorageError,
+    ThrottledError,
     TransientError,
 )
 from cloudckpt.store.facts import BodyLengthError, Facts, GarbledReplyError, HttpStatusError, ObjectSizeError, facts_of
@@ -42,7 +43,7 @@ class _Verdict:
 
 
 _AGAIN = _Verdict(TransientError, "it may pass when tried again")
-_SLOWER = _Verdict(TransientError, "the store asks for fewer requests; lower the concurrency if it goes on")
+_SLOWER = _Verdict(ThrottledError, "the store asks for fewer requests; lower the concurrency if it goes on")
 _DENIED = _Verdict(AccessDeniedError, "let the credentials read, write, list and delete below this root")
 _NO_CREDENTIALS = _Verdict(
     AccessDeniedError, "give credentials in storage_options, the environment, a profile or an instance role"
@@ -83,8 +84,9 @@ def _each(verdict: _Verdict, names: str, *, below: str = "") -> dict[str, _Verdi
 _BY_CODE: dict[str, _Verdict] = {
     **_each(_SLOWER, "SlowDown Throttling ThrottlingException ThrottledException RequestThrottled TooManyRequests"),
     **_each(_SLOWER, "TooManyRequestsException RequestLimitExceeded BandwidthLimitExceeded KMS.ThrottlingException"),
-    **_each(_SLOWER, "rateLimitExceeded userRateLimitExceeded PriorRequestNotComplete ServerBusy"),
-    **_each(_AGAIN, "InternalError ServiceUnavailable RequestTimeout RequestTimeoutException OperationTimedOut"),
+    # S3 says "reduce your request rate" with the first of these, too
+    **_each(_SLOWER, "ServiceUnavailable rateLimitExceeded userRateLimitExceeded PriorRequestNotComplete ServerBusy"),
+    **_each(_AGAIN, "InternalError RequestTimeout RequestTimeoutException OperationTimedOut"),
     **_each(_AGAIN, "ConditionalRequestConflict OperationAborted TransactionInProgress"),
     **_each(_AGAIN, "TemporaryRedirect"),  # a young bucket, whose name is still on its way through the store
     # the bytes were spoilt on the way there
@@ -202,6 +204,8 @@ def classify(exc: BaseException, *, op: str, key: str, url: str) -> CloudCkptErr
     error = (
         verdict.error(message, op=op, key=key) if issubclass(verdict.error, StorageError) else verdict.error(message)
     )
+    if isinstance(error, ThrottledError):
+        error.retry_after_s = facts.retry_after_s
     error.__cause__ = EngineError(_shorn(exc, facts))
     return error
 
@@ -214,6 +218,7 @@ def deletion_error(failures: Mapping[str, str | BaseException], *, asked: int, u
     errors = [_single_deletion_error(key, cause, url) for key, cause in failures.items()]
     first = next((error for error in errors if not isinstance(error, TransientError)), errors[0])
     told = type(first)(f"{first}; {len(failures)} of {asked} objects are still there", op="delete", key=first.key)
+    told.left_keys = tuple(failures)
     told.__cause__ = first.__cause__
     return told
 

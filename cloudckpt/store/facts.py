@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
     "NOWHERE",
@@ -27,11 +27,12 @@ NOWHERE = "127.0.0.1:0"
 class HttpStatusError(Exception):
     """A store answered a request of ours with an error status."""
 
-    def __init__(self, status: int, code: str = "", message: str = "") -> None:
+    def __init__(self, status: int, code: str = "", message: str = "", *, retry_after: str = "") -> None:
         super().__init__(f"{status} {code} {message}".strip())
         self.status = status
         self.code = code
         self.message = message
+        self.retry_after = retry_after
 
 
 class BodyLengthError(Exception):
@@ -57,6 +58,7 @@ class Facts:
     code: str = ""
     message: str = ""
     types: tuple[str, ...] = ()
+    retry_after_s: float = 0.0
 
 
 def facts_of(exc: BaseException) -> Facts:
@@ -68,7 +70,7 @@ def facts_of(exc: BaseException) -> Facts:
     for link in chain:
         reply = _reply(link)
         if reply.status or reply.code or reply.types:
-            return Facts(status=reply.status, code=reply.code, message=reply.message, types=reply.types + types)
+            return replace(reply, types=reply.types + types)
     return Facts(types=types)
 
 
@@ -87,7 +89,8 @@ def _type_names(exc: BaseException) -> list[str]:
 
 def _reply(exc: BaseException) -> Facts:
     if isinstance(exc, HttpStatusError):
-        return Facts(status=exc.status, code=exc.code, message=exc.message)
+        seconds = _seconds(exc.retry_after)
+        return Facts(status=exc.status, code=exc.code, message=exc.message, retry_after_s=seconds)
     module = type(exc).__module__.partition(".")[0]
     if module == "botocore":
         return _botocore_facts(exc)
@@ -109,7 +112,14 @@ def _botocore_facts(exc: BaseException) -> Facts:
     code, status = str(error.get("Code", "")), int(metadata.get("HTTPStatusCode") or 0)
     # Without a body (HEAD) botocore puts the status where the code would be.
     code = "" if code.isdigit() else code
-    return Facts(status=status, code=code, message=str(error.get("Message", "")))
+    seconds = _seconds(metadata.get("HTTPHeaders", {}).get("retry-after", ""))
+    return Facts(status=status, code=code, message=str(error.get("Message", "")), retry_after_s=seconds)
+
+
+def _seconds(retry_after: object) -> float:
+    """Read a header that asks to wait, in seconds; a date, which needs both clocks to agree, counts as none."""
+    text = str(retry_after).strip()
+    return float(text) if text.isascii() and text.isdigit() else 0.0
 
 
 def _status(value: object) -> Facts:

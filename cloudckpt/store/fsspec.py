@@ -55,7 +55,7 @@ def fsspec_wire(where: Location, options: Mapping[str, object], *, retry: RetryP
         return GcsWire(where.bucket, options, retry=retry)
     from cloudckpt.store.wire_any import AnyWire
 
-    return AnyWire(where.scheme, where.bucket, options, retry=retry)
+    return AnyWire(where.scheme, where.bucket, options)
 
 
 def _check_filesystem(scheme: str) -> None:

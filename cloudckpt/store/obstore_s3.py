@@ -30,7 +30,7 @@ from cloudckpt.store.s3_config import refuse_policy
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, S3Config
 
-__all__ = ["ObstoreClient", "S3Options", "client_options", "refuse_rest", "s3_client"]
+__all__ = ["ObstoreClient", "S3Options", "client_options", "refuse_rest", "s3_client", "usual_limit_s"]
 
 # Of these, s3fs's file objects and caches take note, and nothing here uses either.
 _INERT = (
@@ -51,10 +51,12 @@ class ObstoreClient:
 
     Attributes:
         has_generations: whether the store numbers what it stores, as GCS does, and says so in each answer.
+        limit_s: seconds that each of its requests may take, the body included.
     """
 
     store: ObjectStore
     credentials: AwsCredentials | GcsCredentials | None
+    limit_s: float
     attributes: Mapping[str, str] = field(default_factory=dict)
     has_generations: bool = False
 
@@ -132,7 +134,13 @@ def s3_client(bucket: str, options: S3Options, retry: RetryPolicy) -> ObstoreCli
         retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=retry.request_timeout_s)},
         credential_provider=credentials,
     )
-    return ObstoreClient(store=store, credentials=credentials, attributes=options.attributes)
+    limit_s = usual_limit_s(retry)
+    return ObstoreClient(store=store, credentials=credentials, limit_s=limit_s, attributes=options.attributes)
+
+
+def usual_limit_s(retry: RetryPolicy) -> float:
+    """Return the limit of the first request of an operation: a client has one for all."""
+    return retry.limit_s(retry.deadline_s)
 
 
 def client_options(origin: str, retry: RetryPolicy) -> ClientConfig:
@@ -141,7 +149,7 @@ def client_options(origin: str, retry: RetryPolicy) -> ClientConfig:
     And the way to the store: by the proxy that the environment names for it, else only to its own host.
     """
     found: ClientConfig = {
-        "timeout": timedelta(seconds=retry.request_timeout_s),
+        "timeout": timedelta(seconds=usual_limit_s(retry)),
         "connect_timeout": timedelta(seconds=retry.connect_timeout_s),
         "allow_http": origin.startswith("http://"),
     }

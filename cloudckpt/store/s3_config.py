@@ -41,6 +41,6 @@ def s3_config(config_kwargs: Mapping[str, object], *, retry: RetryPolicy, signed
         **config_kwargs,
         "retries": {"mode": "standard", "total_max_attempts": 1},
         "connect_timeout": retry.connect_timeout_s,
-        "read_timeout": retry.request_timeout_s,
+        "read_timeout": None,  # the wire ends what stands still
         "s3": {"payload_signing_enabled": signed_payload, **given},
     }

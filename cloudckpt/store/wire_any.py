@@ -18,7 +18,6 @@ from typing import Any
 import fsspec.core
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_limit
 from cloudckpt.store.facts import BodyLengthError
@@ -40,7 +39,7 @@ _TIME_FIELDS = ("mtime", "modified", "last_modified", "LastModified", "updated",
 class AnyWire:
     """One root of one filesystem."""
 
-    def __init__(self, scheme: str, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy) -> None:
+    def __init__(self, scheme: str, bucket: str, options: Mapping[str, object]) -> None:
         url = f"{scheme}://{bucket}/"  # without the slash, file:// is the working directory
         try:
             self._fs, root = fsspec.core.url_to_fs(
@@ -50,7 +49,7 @@ class AnyWire:
             # Not chained: what it says may repeat an option.
             raise OptionsError(f"fsspec cannot open {scheme}:// URLs here: {hide(str(exc))}") from None
         self._root = root.rstrip("/") + "/"
-        self._loop = OnLoop(retry.request_timeout_s) if self._fs.async_impl else None
+        self._loop = OnLoop() if self._fs.async_impl else None
         self._makes_directories = scheme in _WITH_DIRECTORIES
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:

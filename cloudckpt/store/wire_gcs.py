@@ -27,6 +27,7 @@ from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_length
 from cloudckpt.store.classify import is_absence
+from cloudckpt.store.credentials import GcsCredentials
 from cloudckpt.store.facts import GarbledReplyError, HttpStatusError
 from cloudckpt.store.proof import check_generation, check_object
 from cloudckpt.store.redact import hide
@@ -47,12 +48,11 @@ class GcsWire(OnLoop):
     """One bucket behind one session of aiohttp."""
 
     def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy) -> None:
-        super().__init__(retry.request_timeout_s)
+        super().__init__()
         self._fs = gcs_filesystem(own_options(options, _REFUSED), self.loop)
+        self._credentials = GcsCredentials(self._fs.credentials)
         self._objects = f"b/{quote(bucket, safe='')}/o"
-        self._timeout = ClientTimeout(
-            total=None, sock_connect=retry.connect_timeout_s, sock_read=retry.request_timeout_s
-        )
+        self._timeout = ClientTimeout(total=None, sock_connect=retry.connect_timeout_s)
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         with borrowed(buffers) as lent:
@@ -112,7 +112,7 @@ class GcsWire(OnLoop):
 
     def close(self) -> None:
         if self._fs.session is not None:
-            self.run(self._fs.session.close())
+            self.end(self._fs.session.close())
 
     # ---- requests
 
@@ -126,8 +126,7 @@ class GcsWire(OnLoop):
 
     def _headers(self, headers: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the headers of a request, authorised; a token that is near its end is renewed here, off the loop."""
-        authorised: dict[str, str] = self._fs._get_headers(headers)  # noqa: SLF001
-        return authorised
+        return self._credentials.authorise(headers or {})
 
     @asynccontextmanager
     async def _reply(
@@ -139,7 +138,8 @@ class GcsWire(OnLoop):
             method, url, headers=headers, timeout=self._timeout, data=data, allow_redirects=False
         ) as reply:
             if reply.status >= HTTPStatus.MULTIPLE_CHOICES:
-                raise _status_error(reply.status, await reply.content.read(_ERROR_BYTES))
+                body = await reply.content.read(_ERROR_BYTES)
+                raise _status_error(reply.status, body, reply.headers.get("Retry-After", ""))
             yield reply
 
     async def _json(
@@ -215,14 +215,15 @@ def _check_object(reply: ClientResponse) -> None:
     check_object(reply.headers.get("X-Goog-Generation"), reply.headers.get("Content-Type"))
 
 
-def _status_error(status: int, body: bytes) -> HttpStatusError:
+def _status_error(status: int, body: bytes, retry_after: str) -> HttpStatusError:
     """Read the reason and the message out of an error body of the JSON API, if it is one."""
     try:
         error = json.loads(body)["error"]
         reasons = error.get("errors") or [{}]
-        return HttpStatusError(status, str(reasons[0].get("reason", "")), str(error.get("message", "")))
+        reason, message = str(reasons[0].get("reason", "")), str(error.get("message", ""))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return HttpStatusError(status)
+        reason = message = ""
+    return HttpStatusError(status, reason, message, retry_after=retry_after)
 
 
 def _described(item: Mapping[str, Any]) -> ObjectInfo:

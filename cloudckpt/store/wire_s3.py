@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import logging
 import os
 import weakref
 from collections.abc import Mapping, Sequence
@@ -21,19 +22,24 @@ import s3fs
 from aiobotocore.httpsession import AIOHTTPSession  # type: ignore[import-untyped,unused-ignore]
 from aiohttp import ClientResponse, ClientSession
 from botocore.awsrequest import AWSRequest
+from botocore.exceptions import ClientError
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
-from cloudckpt.store.facts import HttpStatusError
+from cloudckpt.store.classify import is_absence
+from cloudckpt.store.facts import HttpStatusError, facts_of
 from cloudckpt.store.proof import check_created, check_object, check_root, check_stored, is_document
 from cloudckpt.store.s3_config import s3_config
 from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
 
 __all__ = ["S3Wire"]
 
-# A bulk delete takes no more keys.
-_DELETE_LIMIT = 1000
+logger = logging.getLogger(__name__)
+
+_SINGLE_DELETES = 32
+# How stores say that they know no bulk delete: some take it for a post of a form, and do not find one.
+_NO_BULK_DELETE = frozenset({"NotImplemented", "MethodNotAllowed", "MalformedXML", "MalformedPOSTRequest"})
 _REFUSED = ("asynchronous", "loop", "version_aware")
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
@@ -73,7 +79,7 @@ class S3Wire(OnLoop):
     """One bucket behind one client of aiobotocore."""
 
     def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy, signed_payload: bool) -> None:
-        super().__init__(retry.request_timeout_s)
+        super().__init__()
         own = own_options(options, _REFUSED)
         given = own.pop("config_kwargs", None) or {}
         if not isinstance(given, Mapping):
@@ -92,6 +98,7 @@ class S3Wire(OnLoop):
         except KeyError as exc:  # so it says that a name and its synonym were both given
             raise OptionsError(f"s3fs cannot use these storage_options: {exc}") from exc
         self._client: _Client | None = None
+        self._deletes_in_bulk = True
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         with borrowed(buffers) as lent:
@@ -130,17 +137,40 @@ class S3Wire(OnLoop):
         )
 
     def delete(self, names: Sequence[str]) -> dict[str, str | Exception]:
-        failed: dict[str, str | Exception] = {}
-        for start in range(0, len(names), _DELETE_LIMIT):
-            batch = [{"Key": name} for name in names[start : start + _DELETE_LIMIT]]
-            reply = self.run(self._send("delete_objects", Delete={"Objects": batch, "Quiet": True}))
-            failed.update({item["Key"]: item.get("Code", "") for item in reply.get("Errors", ())})
+        return self._delete_at_once(names) if self._deletes_in_bulk else self._delete_singly(names)
+
+    def _delete_at_once(self, names: Sequence[str]) -> dict[str, str | Exception]:
+        objects = [{"Key": name} for name in names]
+        try:
+            reply = self.run(self._send("delete_objects", Delete={"Objects": objects, "Quiet": True}))
+        except ClientError as exc:
+            facts = facts_of(exc)
+            if facts.status not in (405, 501) and facts.code not in _NO_BULK_DELETE:
+                raise
+            self._deletes_in_bulk = False
+            logger.info("%r takes no bulk deletes (%d %s): one by one", self._bucket, facts.status, facts.code)
+            return self._delete_singly(names)
+        failed = {item["Key"]: item.get("Code", "") for item in reply.get("Errors", ())}
         return {name: code for name, code in failed.items() if code != "NoSuchKey"}
+
+    def _delete_singly(self, names: Sequence[str]) -> dict[str, str | Exception]:
+        failed: dict[str, str | Exception] = {}
+        for start in range(0, len(names), _SINGLE_DELETES):
+            batch = names[start : start + _SINGLE_DELETES]
+            raised = self.run(self._delete_each(batch))
+            failed.update(
+                {
+                    name: error if isinstance(error, Exception) else TimeoutError("cancelled")
+                    for name, error in zip(batch, raised, strict=True)
+                    if error is not None and not is_absence(error)
+                }
+            )
+        return failed
 
     def close(self) -> None:
         if self._client is not None:
             self._finalizer.detach()
-            self.run(self._client.close())
+            self.end(self._client.close())
             self._client = None
 
     async def _connect(self) -> _Client:
@@ -168,6 +198,13 @@ class S3Wire(OnLoop):
         wanted = self._fs._get_s3_method_kwargs(method, Bucket=self._bucket, **arguments)  # noqa: SLF001
         reply: dict[str, Any] = await method(**wanted)
         return reply
+
+    async def _delete_each(self, names: Sequence[str]) -> list[BaseException | None]:
+        return await asyncio.gather(*(self._delete(name) for name in names), return_exceptions=True)
+
+    async def _delete(self, name: str) -> None:
+        reply = await self._send("delete_object", Key=name)
+        check_object("deleted", reply["ResponseMetadata"]["HTTPHeaders"].get("content-type"))
 
     async def _get(self, name: str, start: int, stop: int, memory: memoryview) -> None:
         reply = await self._send("get_object", Key=name, Range=f"bytes={start}-{stop - 1}")

@@ -26,6 +26,7 @@ from cloudckpt.errors import (
     ObjectNotFoundError,
     OptionsError,
     StorageError,
+    ThrottledError,
     TransientError,
     is_transient,
 )
@@ -47,14 +48,14 @@ def _class_of(exc: BaseException, op: str = "put") -> type[CloudCkptError]:
 @pytest.mark.parametrize(
     ("status", "code", "expected"),
     [
-        (503, "SlowDown", TransientError),
+        (503, "SlowDown", ThrottledError),
         (400, "RequestTimeout", TransientError),
         (400, "BadDigest", TransientError),
         (400, "IncompleteBody", TransientError),
         (400, "XAmzContentSHA256Mismatch", TransientError),
-        (400, "ThrottlingException", TransientError),
-        (400, "KMS.ThrottlingException", TransientError),
-        (403, "rateLimitExceeded", TransientError),
+        (400, "ThrottlingException", ThrottledError),
+        (400, "KMS.ThrottlingException", ThrottledError),
+        (403, "rateLimitExceeded", ThrottledError),
         (409, "ConditionalRequestConflict", TransientError),
         (409, "OperationAborted", TransientError),
         (400, "ExpiredToken", CredentialsExpiredError),
@@ -133,7 +134,7 @@ _TO = {"endpoint_url": "http://127.0.0.1:1"}
         (google.auth.exceptions.RefreshError("x"), CredentialsExpiredError),
         (google.auth.exceptions.DefaultCredentialsError("x"), AccessDeniedError),
         (HttpError({"code": 401, "message": "Invalid Credentials"}), CredentialsExpiredError),
-        (HttpError({"code": "503", "message": "x"}), TransientError),
+        (HttpError({"code": "503", "message": "x"}), ThrottledError),
         (BodyLengthError(1, 2), TransientError),
         (ObjectSizeError("x"), StorageError),
         (FileNotFoundError("x"), ObjectNotFoundError),
@@ -229,9 +230,9 @@ _SPLIT_BODY = (
 @pytest.mark.parametrize(
     ("text", "op", "expected"),
     [
-        (_obstore_reply(503, _SLOW), "put", TransientError),
-        (_obstore_reply(503, ""), "put", TransientError),
-        (_obstore_reply(503, _SLOW, listing=True), "list", TransientError),
+        (_obstore_reply(503, _SLOW), "put", ThrottledError),
+        (_obstore_reply(503, ""), "put", ThrottledError),
+        (_obstore_reply(503, _SLOW, listing=True), "list", ThrottledError),
         (_obstore_reply(400, "<Error><Code>ExpiredToken</Code></Error>"), "put", CredentialsExpiredError),
         (_obstore_reply(400, "<Error><Code>InvalidRequest</Code></Error>"), "put", StorageError),
         (_obstore_reply(403, "<Error><Code>AccessDenied</Code></Error>", listing=True), "list", AccessDeniedError),

@@ -60,7 +60,7 @@ def test_the_url_of_a_store_opens_the_same_store_again(tmp_path: Path) -> None:
 def test_the_policy_of_the_options_is_kept(tmp_path: Path) -> None:
     policy = RetryPolicy(max_attempts=3)
     with open_store(tmp_path, options=Options(retry=policy)) as store:
-        assert store._means.policy is policy
+        assert store._policy is policy
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from cloudckpt.options import RetryPolicy
 from cloudckpt.store.fsspec import FsspecStore
 from cloudckpt.store.obstore import ObstoreStore
 from cloudckpt.store.obstore_s3 import S3Options, _where
+from cloudckpt.store.retrying import RetryingStore
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, Engine
 from tests.store.http_object_server import ObjectServer
 
@@ -138,9 +139,8 @@ def test_a_bulk_delete_carries_the_checksum_that_look_alikes_demand(server: Obje
 
 @pytest.mark.parametrize("engine", ON_S3)
 def test_a_bulk_delete_takes_a_thousand_keys_a_request(server: ObjectServer, engine: Engine) -> None:
-    store = engine.open(server)
-    store.delete([f"k{number}" for number in range(2001)])
-    store.close()
+    with RetryingStore(engine.open(server), RetryPolicy()) as store:
+        store.delete([f"k{number}" for number in range(2001)])
     assert server.count("POST") == 3
 
 
