@@ -22,10 +22,10 @@ from botocore.utils import get_environ_proxies
 from obstore.store import S3Store
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.options import RetryPolicy
+from cloudckpt.options import Checksum, RetryPolicy
 from cloudckpt.store.credentials import AwsCredentials, GcsCredentials
 from cloudckpt.store.facts import NOWHERE
-from cloudckpt.store.s3_config import refuse_policy
+from cloudckpt.store.s3_config import headers_for, refuse_policy
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, S3Config
@@ -113,7 +113,9 @@ def refuse_rest(rest: Mapping[str, object], where: str) -> None:
         raise OptionsError(f'{where} {left} cannot be honoured by obstore; leave them out, or pass engine="fsspec"')
 
 
-def s3_client(bucket: str, options: S3Options, retry: RetryPolicy) -> ObstoreClient:
+def s3_client(
+    bucket: str, options: S3Options, retry: RetryPolicy, *, checksum: Checksum | None = None
+) -> ObstoreClient:
     """Make the client of one bucket; nothing is sent yet, and credentials are found at the first request."""
     if bucket.startswith("arn:") or bucket.endswith("--x-s3"):
         raise OptionsError('access points and directory buckets need engine="fsspec"')
@@ -125,6 +127,7 @@ def s3_client(bucket: str, options: S3Options, retry: RetryPolicy) -> ObstoreCli
         "virtual_hosted_style_request": is_virtual,
         "conditional_put": "etag",
         "s3_express": False,
+        **({"checksum_algorithm": checksum} if checksum else {}),
     }
     credentials = _credentials(session, options)
     store = S3Store(
@@ -179,6 +182,8 @@ def _transport(session: botocore.session.Session, options: S3Options, origin: st
     if (proxy := options.proxies.get(urlsplit(origin).scheme)) is not None:
         found.pop("proxy_excludes", None)
         found.update(_by_proxy(proxy))
+    if headers := headers_for(origin):
+        found["default_headers"] = headers
     return found
 
 

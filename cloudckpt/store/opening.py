@@ -59,6 +59,9 @@ def open_store(
     if name == "local":
         if storage_options:
             raise OptionsError(f"a disk has no storage_options, and {', '.join(sorted(storage_options))} were given")
+        for name in ("checksum", "create_only"):
+            if getattr(chosen, name):
+                raise OptionsError(f"a disk knows no {name}; leave it out of Options")
         store: Store = LocalStore(text)
     else:
         store = _open_remote(text, name, storage_options, chosen)
@@ -80,12 +83,13 @@ def _engine_for(scheme: str, engine: str) -> str:
 
 def _open_remote(url: str, engine: str, storage_options: Mapping[str, object] | None, options: Options) -> Store:
     # Imported here, so that a run pays for what it uses.
+    from cloudckpt.store.terms import PutTerms
+
+    terms = PutTerms(signed_payload=options.signed_payload, checksum=options.checksum, create_only=options.create_only)
     if engine == "obstore":
         from cloudckpt.store.obstore import ObstoreStore
 
-        return ObstoreStore(
-            url, storage_options=storage_options, retry=options.retry, signed_payload=options.signed_payload
-        )
+        return ObstoreStore(url, storage_options=storage_options, retry=options.retry, terms=terms)
     from cloudckpt.store.fsspec import FsspecStore
 
-    return FsspecStore(url, storage_options=storage_options, retry=options.retry, signed_payload=options.signed_payload)
+    return FsspecStore(url, storage_options=storage_options, retry=options.retry, terms=terms)

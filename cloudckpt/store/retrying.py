@@ -43,6 +43,7 @@ from cloudckpt.store.base import Listing, ObjectInfo, Store, check_key
 from cloudckpt.store.gate import Gate
 from cloudckpt.store.limit import earliest, limited, one_deadline
 from cloudckpt.store.lone import LoneCreation
+from cloudckpt.store.putting import Putting
 from cloudckpt.store.stats import OpStats, Recorder, StoreStats
 
 __all__ = ["RetryingStore"]
@@ -144,8 +145,8 @@ class RetryingStore:
 
     def put(self, key: str, buffers: Sequence[memoryview]) -> None:
         check_key(key)
-        size_bytes = sum(buffer.nbytes for buffer in buffers)
-        self._run("put", key, lambda: self.inner.put(key, buffers), lambda _: size_bytes)
+        putting = Putting(self.inner, key, buffers)
+        self._run("put", key, putting.step, lambda _: putting.size_bytes)
 
     def create(self, key: str, data: bytes) -> None:
         """Create the object, or find out that it was created; see `Store.create`.

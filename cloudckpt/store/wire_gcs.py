@@ -31,6 +31,7 @@ from cloudckpt.store.credentials import GcsCredentials
 from cloudckpt.store.facts import GarbledReplyError, HttpStatusError
 from cloudckpt.store.proof import check_generation, check_object
 from cloudckpt.store.redact import hide
+from cloudckpt.store.terms import PutTerms, checksum_of
 from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
 
 __all__ = ["GcsWire", "gcs_filesystem"]
@@ -47,25 +48,38 @@ _ERROR_BYTES = 64 * 1024
 class GcsWire(OnLoop):
     """One bucket behind one session of aiohttp."""
 
-    def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy) -> None:
+    def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy, terms: PutTerms) -> None:
         super().__init__()
         self._fs = gcs_filesystem(own_options(options, _REFUSED), self.loop)
         self._credentials = GcsCredentials(self._fs.credentials)
         self._objects = f"b/{quote(bucket, safe='')}/o"
         self._timeout = ClientTimeout(total=None, sock_connect=retry.connect_timeout_s)
+        self._terms = terms
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         with borrowed(buffers) as lent:
+            if self._terms.create_only or self._terms.checksum:
+                return self._put_in_parts(name, lent, create_only=self._terms.create_only)
             # "media" is the plain upload in one request: a resumable one would be two, and could be left half done.
             url = self._url("upload/storage/v1", self._objects, {"uploadType": "media", "name": name})
             headers, body = self._headers({"Content-Type": "application/octet-stream"}), GatherBody(lent)
-            _check_stored(self.run(self._json("POST", url, headers, body)), name, len(body))
+            return _check_stored(self.run(self._json("POST", url, headers, body)), name, len(body))
 
     def create(self, name: str, data: bytes) -> None:
-        # fake-gcs-server overlooks the precondition of a "media" upload, so that this one is in two parts.
-        url = self._url("upload/storage/v1", self._objects, {"uploadType": "multipart", "ifGenerationMatch": "0"})
+        # fake-gcs-server overlooks the precondition of a "media" upload.
+        self._put_in_parts(name, [memoryview(data)], create_only=True)
+
+    def _put_in_parts(self, name: str, buffers: Sequence[memoryview], *, create_only: bool) -> None:
+        """Upload in one request of two parts: what the object is called, with its checksum, and its bytes."""
+        condition = {"ifGenerationMatch": "0"} if create_only else {}
+        url = self._url("upload/storage/v1", self._objects, {"uploadType": "multipart", **condition})
         headers = self._headers({"Content-Type": f'multipart/related; boundary="{_BOUNDARY}"'})
-        _check_stored(self.run(self._json("POST", url, headers, _two_parts(name, data))), name, len(data))
+        kind = self._terms.checksum
+        resource = {"name": name} if kind is None else {"name": name, kind: checksum_of(kind, buffers)}
+        start, end = (memoryview(part) for part in _around(resource))
+        size_bytes = sum(buffer.nbytes for buffer in buffers)
+        reply = self.run(self._json("POST", url, headers, GatherBody([start, *buffers, end])))
+        _check_stored(reply, name, size_bytes)
 
     def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
         memory = memory_for(start, stop, into)
@@ -183,11 +197,11 @@ def gcs_filesystem(options: Mapping[str, object], loop: AbstractEventLoop) -> GC
         raise OptionsError(f"gcsfs cannot use these storage_options: {hide(str(exc))}") from None
 
 
-def _two_parts(name: str, data: bytes) -> bytes:
-    """Return the body of a multipart upload: what the object is called, and its bytes."""
-    start = f"--{_BOUNDARY}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps({'name': name})}\r\n"
+def _around(resource: Mapping[str, str]) -> tuple[bytes, bytes]:
+    """Return what stands before and behind an object's bytes in the body of a multipart upload."""
+    start = f"--{_BOUNDARY}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps(resource)}\r\n"
     middle = f"--{_BOUNDARY}\r\nContent-Type: application/octet-stream\r\n\r\n"
-    return (start + middle).encode() + data + f"\r\n--{_BOUNDARY}--".encode()
+    return (start + middle).encode(), f"\r\n--{_BOUNDARY}--".encode()
 
 
 def _parsed(body: bytes) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import obstore
 
@@ -52,12 +52,16 @@ def is_lost_to_a_fork() -> bool:
 class _Direct:
     """One bucket behind one client of obstore: what moves bytes."""
 
-    def __init__(self, client: ObstoreClient) -> None:
+    def __init__(self, client: ObstoreClient, *, create_only: bool) -> None:
         self._client = client
+        self._put_mode: Literal["create", "overwrite"] = "create" if create_only else "overwrite"
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         reply = obstore.put(
-            self._store(), name, iter(list(joined(buffers))), use_multipart=False, attributes=self._attributes()
+            *(self._store(), name, iter(list(joined(buffers)))),
+            mode=self._put_mode,
+            use_multipart=False,
+            attributes=self._attributes(),
         )
         if self._client.has_generations:
             check_generation(reply["version"])
@@ -123,8 +127,8 @@ class _Direct:
 class ObstoreWire:
     """One bucket behind obstore, and behind fsspec's wire for what obstore cannot do, or not in time."""
 
-    def __init__(self, client: ObstoreClient, make_keeper: Callable[[], Wire]) -> None:
-        self._direct = _Direct(client)
+    def __init__(self, client: ObstoreClient, make_keeper: Callable[[], Wire], *, create_only: bool = False) -> None:
+        self._direct = _Direct(client, create_only=create_only)
         self._limit_s = client.limit_s
         self._make_keeper = make_keeper
         self._making: Errand[Wire] = Errand()

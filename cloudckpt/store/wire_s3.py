@@ -30,7 +30,8 @@ from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.classify import is_absence
 from cloudckpt.store.facts import HttpStatusError, facts_of
 from cloudckpt.store.proof import check_created, check_object, check_root, check_stored, is_document
-from cloudckpt.store.s3_config import s3_config
+from cloudckpt.store.s3_config import headers_for, s3_config
+from cloudckpt.store.terms import PutTerms, checksum_of
 from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
 
 __all__ = ["S3Wire"]
@@ -78,13 +79,14 @@ class _Undiverted:
 class S3Wire(OnLoop):
     """One bucket behind one client of aiobotocore."""
 
-    def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy, signed_payload: bool) -> None:
+    def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy, terms: PutTerms) -> None:
         super().__init__()
         own = own_options(options, _REFUSED)
         given = own.pop("config_kwargs", None) or {}
         if not isinstance(given, Mapping):
             raise OptionsError("config_kwargs is no mapping")
-        config = s3_config(given, retry=retry, signed_payload=signed_payload)
+        config = s3_config(given, retry=retry, signed_payload=terms.signed_payload)
+        self._terms = terms
         self._bucket = bucket
         try:
             self._fs = s3fs.S3FileSystem(
@@ -103,11 +105,13 @@ class S3Wire(OnLoop):
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         with borrowed(buffers) as lent:
             body = GatherBody(lent)
-            reply = self.run(self._send("put_object", Key=name, Body=body))
+            condition = {"IfNoneMatch": "*"} if self._terms.create_only else {}
+            reply = self.run(self._send("put_object", Key=name, Body=body, **condition, **self._checksum(lent)))
         check_stored(reply.get("ETag"), len(body), lambda: self._described(name))
 
     def create(self, name: str, data: bytes) -> None:
-        reply = self.run(self._send("put_object", Key=name, Body=data, IfNoneMatch="*"))
+        checksum = self._checksum([memoryview(data)])
+        reply = self.run(self._send("put_object", Key=name, Body=data, IfNoneMatch="*", **checksum))
         check_created(reply.get("ETag"), data, lambda: self.read(name, len(data)))
 
     def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
@@ -183,9 +187,15 @@ class S3Wire(OnLoop):
             # Of a page of HTML, and of an empty reply, botocore makes a listing of nothing, and a delete of everything.
             client.meta.events.register("before-parse.s3.ListObjectsV2", partial(_check_document, "ListBucketResult"))
             client.meta.events.register("before-parse.s3.DeleteObjects", partial(_check_document, "DeleteResult"))
+            if headers := headers_for(client.meta.endpoint_url):
+                client.meta.events.register("before-sign.s3", partial(_add_headers, headers))
             self._finalizer = _close_when_dropped(self, self.loop, client)
             self._client = client
         return client
+
+    def _checksum(self, buffers: Sequence[memoryview]) -> dict[str, str]:
+        kind = self._terms.checksum
+        return {} if kind is None else {f"Checksum{kind.upper()}": checksum_of(kind, buffers)}
 
     def _described(self, name: str) -> tuple[str | None, int]:
         reply = self.run(self._send("head_object", Key=name))
@@ -233,6 +243,11 @@ def _close_when_dropped(
 def _close_on(loop: asyncio.AbstractEventLoop, client: _Client, pid: int) -> None:
     if pid == os.getpid() and loop.is_running():
         asyncio.run_coroutine_threadsafe(client.close(), loop)
+
+
+def _add_headers(headers: Mapping[str, str], request: AWSRequest, **_: object) -> None:
+    for name, text in headers.items():
+        request.headers[name] = text
 
 
 def _expect_nothing(request: AWSRequest, **_: object) -> None:

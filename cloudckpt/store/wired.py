@@ -25,6 +25,7 @@ from cloudckpt.store.classify import ask, deletion_error
 from cloudckpt.store.limit import Errand, is_limited, limited
 from cloudckpt.store.location import named_endpoint, parse_location
 from cloudckpt.store.redact import hide_in_logs, remember_secrets
+from cloudckpt.store.terms import PutTerms
 from cloudckpt.store.wire import Wire
 
 __all__ = ["WiredStore"]
@@ -63,7 +64,7 @@ class WiredStore(ABC):
         *,
         storage_options: Mapping[str, object] | None = None,
         retry: RetryPolicy | None = None,
-        signed_payload: bool = False,
+        terms: PutTerms | None = None,
     ) -> None:
         """Check the options, which are fsspec's; nothing is connected before the first verb.
 
@@ -73,7 +74,7 @@ class WiredStore(ABC):
         self._location = parse_location(url)
         self._options = dict(storage_options or {})
         self._retry = retry or RetryPolicy()
-        self._signed_payload = signed_payload
+        self._terms = terms or PutTerms()
         self._lock = threading.Lock()
         self._connecting: Errand[Wire] = Errand()
         self._lease: _Lease | None = None
@@ -98,7 +99,9 @@ class WiredStore(ABC):
 
     def put(self, key: str, buffers: Sequence[memoryview]) -> None:
         name, full = self._location.path(key), flat(buffers)
-        self._ask("put", key, lambda wire: wire.put(name, full))
+        # Told to create only, a put may be refused as creates are.
+        op = "create" if self._terms.create_only else "put"
+        self._ask(op, key, lambda wire: wire.put(name, full))
 
     def create(self, key: str, data: bytes) -> None:
         name = self._location.path(key)

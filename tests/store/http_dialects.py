@@ -59,6 +59,8 @@ class ObjectSpace:
         honours_preconditions: whether create-only writes are enforced.
         has_preconditions: whether it knows them at all, or answers 501.
         fail_delete_of: key → error code, told inside a 200 reply to a bulk delete.
+        demands_checksum: whether a put without one is refused, as where objects are locked by default.
+        demands_condition: whether a put without one is denied, as a bucket's policy may.
         etag_of: what names an object's content; as in S3, the MD5 of its bytes.
     """
 
@@ -68,6 +70,8 @@ class ObjectSpace:
         self.page_size = page_size
         self.honours_preconditions = True
         self.has_preconditions = True
+        self.demands_checksum = False
+        self.demands_condition = False
         self.fail_delete_of: dict[str, str] = {}
         self.etag_of: Callable[[StoredObject], str] = md5_of
         self._generation = 0
@@ -142,6 +146,8 @@ class ObjectSpace:
             or request.headers.get("x-goog-if-generation-match") == "0"
             or request.query.get("ifGenerationMatch") == "0"
         )
+        if refusal := self._refusal(request, only_create):
+            return error_reply(request, *refusal)
         if only_create and not self.has_preconditions:
             return error_reply(request, 501, "NotImplemented")
         with self._objects_lock:
@@ -151,6 +157,15 @@ class ObjectSpace:
         if request.path.startswith("/upload/"):
             return _json_reply(_resource(bucket, key, stored))
         return Reply(headers=self._object_headers(stored))
+
+    def _refusal(self, request: Request, only_create: bool) -> tuple[int, str] | None:
+        """Say why a put is refused, whatever its key, if it is."""
+        checksums = _checksums(request)
+        if (self.demands_checksum and not checksums) or len(checksums) > 1:
+            return 400, "InvalidRequest"
+        if any(text != _checksum_of(kind, bytes(request.body)) for kind, text in checksums.items()):
+            return 400, "BadDigest"
+        return (403, "AccessDenied") if self.demands_condition and not only_create else None
 
     def _get(self, bucket: str, key: str, request: Request) -> Reply:
         stored = self.objects.get((bucket, key))
@@ -261,8 +276,33 @@ def _uploaded(request: Request) -> tuple[str, Request]:
         return request.query["name"], request
     boundary = request.headers["content-type"].split("boundary=", 1)[1].strip('"').encode()
     _, resource, media, _ = bytes(request.body).split(b"--" + boundary)
-    name = json.loads(resource.partition(b"\r\n\r\n")[2])["name"]
-    return str(name), replace(request, body=media.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n"))
+    described = json.loads(resource.partition(b"\r\n\r\n")[2])
+    headers = {f"x-amz-checksum-{kind}": text for kind, text in described.items() if kind != "name"}
+    body = media.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n")
+    return str(described["name"]), replace(request, body=body, headers={**request.headers, **headers})
+
+
+def _checksums(request: Request) -> dict[str, str]:
+    mark = "x-amz-checksum-"
+    return {name.removeprefix(mark): text for name, text in request.headers.items() if name.startswith(mark)}
+
+
+# Reflected polynomials.
+_CRCS = {"crc32": (0xEDB88320, 4), "crc32c": (0x82F63B78, 4), "crc64nvme": (0x9A6C9329AC4BC9B5, 8)}
+
+
+def _checksum_of(kind: str, data: bytes) -> str:
+    """Compute a checksum bit by bit, as nobody else here does."""
+    if kind == "sha256":
+        return base64.b64encode(hashlib.sha256(data).digest()).decode()
+    polynomial, size_bytes = _CRCS[kind]
+    ones = (1 << 8 * size_bytes) - 1
+    value = ones
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (polynomial if value & 1 else 0)
+    return base64.b64encode((value ^ ones).to_bytes(size_bytes, "big")).decode()
 
 
 def _json_reply(value: object) -> Reply:

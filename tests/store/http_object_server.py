@@ -140,6 +140,7 @@ class ObjectServer(ObjectSpace):
         self.fail_delete_of.clear()
         self.etag_of = md5_of
         self.has_preconditions = True
+        self.demands_checksum = self.demands_condition = False
         self.requests.clear()
 
     def count(self, method: str | None = None) -> int:
