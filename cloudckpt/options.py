@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from cloudckpt.errors import OptionsError
 
-__all__ = ["KIB", "MAX_BLOCK_BYTES", "MIB", "Options", "RetryPolicy"]
+__all__ = ["KIB", "MAX_BLOCK_BYTES", "MIB", "Checksum", "Options", "RetryPolicy"]
+
+Checksum = Literal["crc64nvme", "sha256", "crc32c", "crc32"]
+"""What a store can compare the bytes of a put with, before it takes them."""
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -108,8 +111,15 @@ class Options:
             what is in flight, and the copy besides, as far as half of the free memory has room for it.
         signed_payload: sign request bodies (S3). Off, because the digests of the format protect the bytes
             end to end and hashing every body with SHA-256 costs more than sending it.
-        single_writer: accept a store without create-only writes, and a `CloudWriter` in one process of several that
-            have no process group; the caller promises that no other process writes to the same root.
+        single_writer: the caller promises that no other process writes to the same root. Every create is a plain put
+            then, and looked at before and after: it works on stores without create-only writes, and on disks without
+            hard links. Two jobs that break the promise may overwrite each other's commits unnoticed. A `CloudWriter`
+            in one process of several that have no process group asks for it, too.
+        checksum: sent with every put, so that the store itself refuses bytes that were spoilt on the way; buckets with
+            Object Lock and a default retention take no put without one. By obstore on S3 "crc64nvme" or "sha256"; by
+            s3fs "sha256", "crc32c", "crc32", and "crc64nvme" with awscrt; by gcsfs "crc32c"; elsewhere refused.
+        create_only: send `If-None-Match: *` with every put, not with claims and manifests alone, for buckets whose
+            policy demands it (S3, GCS).
         progress_timeout_s: patience with what stands still: a transfer that does not end, a rank that does not come,
             died or hangs. Longer than `retry.deadline_s`, so that a store in trouble is not taken for a lost rank.
         read_once: on restore, read what several ranks need from the store once and pass it on between them: `always`,
@@ -126,6 +136,8 @@ class Options:
     memory_budget_bytes: int | None = None
     signed_payload: bool = False
     single_writer: bool = False
+    checksum: Checksum | None = None
+    create_only: bool = False
     progress_timeout_s: float = 600.0
     read_once: Literal["auto", "always", "never"] = "auto"
     finish_timeout_s: float = 300.0
@@ -142,6 +154,7 @@ class Options:
         for name in ("progress_timeout_s", "finish_timeout_s"):
             if not getattr(self, name) > 0:
                 raise OptionsError(f"{name} is {getattr(self, name)}; give a number of seconds above 0")
+        self._check_puts()
         if self.read_once not in ("auto", "always", "never"):
             raise OptionsError(f"read_once is {self.read_once!r}; give 'auto', 'always' or 'never'")
         if self.block_bytes > MAX_BLOCK_BYTES:
@@ -156,6 +169,14 @@ class Options:
             raise OptionsError(
                 f"memory_budget_bytes ({self.transfer_budget_bytes}) is smaller than one shard or span ({least}); "
                 "raise the budget or lower shard_bytes"
+            )
+
+    def _check_puts(self) -> None:
+        if self.checksum not in (None, *get_args(Checksum)):
+            raise OptionsError(f"checksum is {self.checksum!r}; give one of {', '.join(get_args(Checksum))}, or None")
+        if self.create_only and self.single_writer:
+            raise OptionsError(
+                "create_only sends a condition with every put, and single_writer with none; give one of them"
             )
 
     @classmethod

@@ -71,6 +71,10 @@ class Store(Protocol):
         """What moves the bytes: `local`, `obstore` or `fsspec`."""
 
     @property
+    def endpoint(self) -> str:
+        """The server that the options name (scheme, host and port), or "" for the scheme's own; no credentials."""
+
+    @property
     def is_create_atomic(self) -> bool:
         """Whether `create` stays exclusive when two processes race; if not, only `single_writer` may use it."""
 

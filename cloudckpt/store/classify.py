@@ -17,6 +17,7 @@ from cloudckpt.errors import (
     AccessDeniedError,
     BucketNotFoundError,
     CloudCkptError,
+    CreateNotEnforcedError,
     CredentialsExpiredError,
     ObjectExistsError,
     ObjectNotFoundError,
@@ -25,7 +26,15 @@ from cloudckpt.errors import (
     ThrottledError,
     TransientError,
 )
-from cloudckpt.store.facts import BodyLengthError, Facts, HttpStatusError, ObjectSizeError, UnsentError, facts_of
+from cloudckpt.store.facts import (
+    BodyLengthError,
+    Facts,
+    GarbledReplyError,
+    HttpStatusError,
+    ObjectSizeError,
+    UnsentError,
+    facts_of,
+)
 from cloudckpt.store.redact import hide
 
 __all__ = ["CredentialKind", "EngineError", "ask", "classify", "deletion_error", "is_absence"]
@@ -80,10 +89,20 @@ _MUTE = _Verdict(
 )
 _COLLISION = _Verdict(StorageError, "an object and a prefix cannot share a name in this store; choose another root")
 _TOO_LONG = _Verdict(StorageError, "choose a shorter root")
+_NO_STORE = _Verdict(
+    TransientError,
+    "no object store answered there; see that endpoint_url is the store's own API, and whether a proxy, a login page "
+    "or another server stands in its place",
+)
 _TOO_LARGE = _Verdict(StorageError, "the store refuses objects of that size; lower shard_bytes")
 _OTHER_OBJECT = _Verdict(StorageError, "it is not the object that was committed; restore an older step")
 _ARCHIVED = _Verdict(StorageError, "the object is archived; restore it from the archive first")
 _UNKNOWN_VERB = _Verdict(StorageError, "the store does not implement this request; use a store that does")
+_NO_CREATES = _Verdict(
+    CreateNotEnforcedError,
+    "the store has no create-only writes; use one that has, or pass Options(single_writer=True), which promises that "
+    "no other job writes to this root: two jobs could overwrite each other's commits there, and neither would notice",
+)
 _TLS = _Verdict(StorageError, "the certificate of the endpoint is not trusted; set client_kwargs={'verify': …}")
 _OPTIONS = _Verdict(OptionsError, "correct storage_options, the environment or the profile")
 _NO_FILE = _Verdict(
@@ -113,6 +132,7 @@ _BY_CODE: dict[str, _Verdict] = {
     **_each(_SLOWER, "ServiceUnavailable rateLimitExceeded userRateLimitExceeded PriorRequestNotComplete ServerBusy"),
     **_each(_AGAIN, "InternalError RequestTimeout RequestTimeoutException OperationTimedOut"),
     **_each(_AGAIN, "ConditionalRequestConflict OperationAborted TransactionInProgress"),
+    **_each(_AGAIN, "TemporaryRedirect"),  # a young bucket, whose name is still on its way through the store
     # the bytes were spoilt on the way there
     **_each(_AGAIN, "BadDigest IncompleteBody XAmzContentSHA256Mismatch XAmzContentChecksumMismatch InvalidDigest"),
     **_each(_EXPIRED, "ExpiredToken ExpiredTokenException TokenRefreshRequired RequestExpired InvalidToken"),
@@ -136,9 +156,9 @@ _BY_CODE: dict[str, _Verdict] = {
 
 _BY_STATUS: dict[int, _Verdict] = {
     301: _REDIRECTED,
-    302: _REDIRECTED,
-    303: _REDIRECTED,
-    307: _AGAIN,  # a young bucket, whose name is still on its way through the store
+    302: _NO_STORE,
+    303: _NO_STORE,
+    307: _NO_STORE,
     308: _REDIRECTED,
     403: _DENIED,
     405: _UNKNOWN_VERB,
@@ -154,6 +174,7 @@ _BY_STATUS: dict[int, _Verdict] = {
     503: _SLOWER,
     504: _AGAIN,
     507: _FULL,
+    511: _NO_STORE,
 }
 
 _FACTS = "cloudckpt.store.facts."
@@ -164,7 +185,8 @@ _PYTHON = "builtins."
 
 # The classes of one exception are tried from the most special to the most general.
 _BY_TYPE: dict[str, _Verdict] = {
-    **_each(_AGAIN, "BodyLengthError GarbledReplyError", below=_FACTS),
+    **_each(_AGAIN, "BodyLengthError", below=_FACTS),
+    **_each(_NO_STORE, "GarbledReplyError", below=_FACTS),
     **_each(_OTHER_OBJECT, "ObjectSizeError", below=_FACTS),
     **_each(_TAKEN, "AlreadyExistsError PreconditionError", below=_OBSTORE),
     **_each(_DENIED, "PermissionDeniedError", below=_OBSTORE),
@@ -172,7 +194,11 @@ _BY_TYPE: dict[str, _Verdict] = {
     **_each(_OPTIONS, "UnknownConfigurationKeyError", below=_OBSTORE),
     # the kinds of obstore's HTTP client, as `facts` names them
     **_each(_AGAIN, "Connect Request Timeout Interrupted Decode", below="obstore.HttpError:"),
-    **_each(_AGAIN, "InvalidListResponse", below="obstore."),
+    **_each(_NO_STORE, "InvalidListResponse RedirectElsewhere", below="obstore."),
+    # what its replies to puts, heads and gets lack, or have in another form
+    **_each(_NO_STORE, "NotPartial NoContentRange UnexpectedRange ParseContentRange BadHeader", below="obstore."),
+    **_each(_NO_STORE, "MissingEtag MissingLastModified MissingContentLength", below="obstore."),
+    **_each(_NO_STORE, "InvalidLastModified InvalidContentLength", below="obstore."),
     **_each(_REGION, "BareRedirect", below="obstore."),
     **_each(_TLS, "obstore.InvalidCertificate ssl.SSLCertVerificationError"),
     **_each(_NO_CREDENTIALS, "NoCredentialsError PartialCredentialsError", below=_BOTOCORE),
@@ -182,7 +208,8 @@ _BY_TYPE: dict[str, _Verdict] = {
     **_each(_OPTIONS, "UnsupportedS3ConfigurationError InvalidProxiesConfigError", below=_BOTOCORE),
     **_each(_AGAIN, "HTTPClientError ConnectionError IncompleteReadError FlexibleChecksumError", below=_BOTOCORE),
     **_each(_AGAIN, "ResponseStreamingError", below=_BOTOCORE),
-    **_each(_AGAIN, "botocore.parsers.ResponseParserError requests.exceptions.RequestException"),
+    **_each(_NO_STORE, "botocore.parsers.ResponseParserError"),
+    **_each(_AGAIN, "requests.exceptions.RequestException"),
     **_each(_OPTIONS, "aiohttp.client_exceptions.InvalidURL aiohttp.client_exceptions.NonHttpUrlClientError"),
     **_each(_AGAIN, "aiohttp.client_exceptions.ClientError aiohttp.http_exceptions.HttpProcessingError"),
     **_each(_NO_CREDENTIALS, "DefaultCredentialsError", below=_GOOGLE),
@@ -295,7 +322,7 @@ def classify(
 def _what(exc: BaseException, facts: Facts) -> str:
     if reply := f"{facts.status} {facts.code}".strip() if facts.status else facts.code:
         return reply
-    if isinstance(exc, BodyLengthError | ObjectSizeError):
+    if isinstance(exc, BodyLengthError | GarbledReplyError | ObjectSizeError):
         return str(exc)
     name = facts.types[0].rpartition(".")[2] if facts.types else type(exc).__name__
     return f"{name}: {facts.path!r}" if facts.path else name
@@ -342,6 +369,8 @@ def is_absence(exc: BaseException) -> bool:
 
 
 def _verdict(facts: Facts, op: str, credentials: CredentialKind) -> _Verdict:
+    if op == "create" and (facts.status == 501 or facts.code == "NotImplemented"):
+        return _NO_CREATES
     found = _reply_verdict(facts, op, credentials) if facts.status or facts.code else _type_verdict(facts, op)
     return _ANONYMOUS if found is _DENIED and credentials == "none" else found
 
@@ -383,6 +412,8 @@ def _status_verdict(status: int, op: str) -> _Verdict:
         return _TAKEN if op == "create" else _UNKNOWN
     if status == 404:
         return _NO_BUCKET if op in _NEEDS_NO_OBJECT else _NO_OBJECT
+    if status == 301 and op == "head":
+        return _REGION
     if status in _BY_STATUS:
         return _BY_STATUS[status]
     # Proxies in front of stores have codes of their own up there (520 to 530 and others).

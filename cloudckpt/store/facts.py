@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from cloudckpt.errors import CloudCkptError
 
 __all__ = [
+    "NOWHERE",
     "AbsentError",
     "BodyLengthError",
     "Facts",
@@ -26,6 +27,9 @@ __all__ = [
     "facts_of",
     "is_bare_redirect",
 ]
+
+# Port 0 is nobody's: where obstore's connection to another host than the store's own ends.
+NOWHERE = "127.0.0.1:0"
 
 
 class HttpStatusError(Exception):
@@ -221,8 +225,13 @@ _DEBUG_MARK = "\n\nDebug source:\n"
 _STATUS_LINE = re.compile(r"^ *inner: (?:Status|Response) \{\n *status: (\d{3}),$", re.MULTILINE)
 _BODY_LINE = re.compile(r'^ *(?:body: )?"(.*)",$', re.MULTILINE)
 _KIND_LINE = re.compile(r"HttpError \{\n *kind: (\w+),$", re.MULTILINE)
-_OTHER_LINE = re.compile(r"^ *(?:source|inner): (InvalidListResponse|BareRedirect)\b", re.MULTILINE)
+_OTHER_LINE = re.compile(
+    r"^ *(?:source|inner): (InvalidListResponse|BareRedirect|NotPartial|NoContentRange|UnexpectedRange|BadHeader"
+    r"|ParseContentRange|MissingEtag|(?:Missing|Invalid)(?:LastModified|ContentLength))\b",
+    re.MULTILINE,
+)
 _CERTIFICATE_LINE = re.compile(r"^ *(?:error: )?InvalidCertificate\(?$", re.MULTILINE)
+_NOWHERE_LINE = re.compile(rf"^ *{re.escape(NOWHERE)},$", re.MULTILINE)
 _CODE_ELEMENT = re.compile(r"<Code>([\w.]{1,80})</Code>")
 _MESSAGE_ELEMENT = re.compile(r"<Message>([^<]{1,300})</Message>")
 _REGION_ELEMENT = re.compile(r"<Region>([a-z0-9-]{1,40})</Region>")
@@ -249,6 +258,8 @@ def _obstore_facts(text: str) -> Facts:
         )
     if _CERTIFICATE_LINE.search(debug):
         return Facts(types=("obstore.InvalidCertificate",))
+    if _NOWHERE_LINE.search(debug):
+        return Facts(types=("obstore.RedirectElsewhere",))
     kind, other = _KIND_LINE.search(debug), _OTHER_LINE.search(debug)
     if kind is not None:
         return Facts(types=(f"obstore.HttpError:{kind.group(1)}",))

@@ -89,6 +89,7 @@ class LocalStore:
     """Objects below one directory; `create` is exclusive among all processes that see the same disk."""
 
     engine = "local"
+    endpoint = ""
     is_create_atomic = True
 
     def __init__(self, url: str | os.PathLike[str], *, disk: Disk | None = None) -> None:
@@ -229,7 +230,8 @@ class LocalStore:
                 raise
             raise CreateNotEnforcedError(
                 f"the file system of {self._root} has neither hard links ({_errno_name(no_link)}) nor exclusive "
-                f"renames ({_errno_name(exc)}), so two jobs could both commit there; choose a root on another one"
+                f"renames ({_errno_name(exc)}), so two jobs could both commit there; choose a root on another one, or "
+                "pass Options(single_writer=True) if no other job ever writes to this root"
             ) from exc
 
     def _discard(self, temp: str, *, at: int) -> None:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.store.base import Listing, ObjectInfo, check_key, is_key
 
-__all__ = ["LOCAL_SCHEMES", "Location", "local_path", "parse_location", "scheme_of"]
+__all__ = ["LOCAL_SCHEMES", "Location", "local_path", "named_endpoint", "parse_location", "scheme_of"]
 
 # "" stands for a path.
 LOCAL_SCHEMES = frozenset({"", "file", "local"})
@@ -32,6 +33,7 @@ _BUCKET = re.compile(r"\A(?:[A-Za-z0-9][A-Za-z0-9._-]*|arn:aws[a-z-]*:s3[A-Za-z0
 # The name of an access point stands behind a slash of its own: arn:aws:s3:region:account:accesspoint/name.
 _ACCESS_POINT = re.compile(r"\A(arn:[^/]*?:(?:outpost/[^/]+/)?(?:accesspoint|bucket)[:/][^/]+)(?:/(.*))?\Z", re.DOTALL)
 # Azure writes container@account where others have a bucket.
+_ENDPOINT_VARIABLES = {"s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), "gs": ("STORAGE_EMULATOR_HOST",)}
 _CONTAINER_AT_ACCOUNT = frozenset({"az", "abfs", "abfss"})
 
 
@@ -127,6 +129,17 @@ def parse_location(url: str) -> Location:
     if prefix:
         check_key(prefix)
     return Location(scheme=scheme, bucket=bucket, prefix=prefix)
+
+
+def named_endpoint(scheme: str, options: Mapping[str, object]) -> str:
+    """Return the server that fsspec's options or the environment name for `scheme`, without credentials; or ""."""
+    inner = options.get("client_kwargs")
+    given = [options.get("endpoint_url"), inner.get("endpoint_url") if isinstance(inner, Mapping) else None]
+    named = next((str(url) for url in (*given, *map(os.environ.get, _ENDPOINT_VARIABLES.get(scheme, ()))) if url), "")
+    parts = urlsplit(named)
+    # A profile may name another one, in a file.
+    profile = options.get("profile") or os.environ.get("AWS_PROFILE") if scheme == "s3" and not named else ""
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if named else f"profile {profile}" if profile else ""
 
 
 def local_path(url: str | os.PathLike[str]) -> str:

@@ -55,4 +55,4 @@ def gcs_client(bucket: str, options: Mapping[str, object], retry: RetryPolicy) -
         retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=retry.request_timeout_s)},
         credential_provider=credentials,
     )
-    return ObstoreClient(store=store, credentials=credentials, limit_s=usual_limit_s(retry))
+    return ObstoreClient(store=store, credentials=credentials, limit_s=usual_limit_s(retry), has_generations=True)

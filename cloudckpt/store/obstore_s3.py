@@ -21,10 +21,11 @@ from botocore.config import Config
 from obstore.store import S3Store
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.options import RetryPolicy
+from cloudckpt.options import Checksum, RetryPolicy
 from cloudckpt.store.credentials import AwsCredentials, GcsCredentials
+from cloudckpt.store.facts import NOWHERE
 from cloudckpt.store.proxies import proxy_of
-from cloudckpt.store.s3_config import refuse_policy
+from cloudckpt.store.s3_config import headers_for, refuse_policy
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, S3Config
@@ -49,6 +50,7 @@ class ObstoreClient:
     """A store of obstore's, what keeps its credentials fresh, and what each object is given on the way.
 
     Attributes:
+        has_generations: whether the store numbers what it stores, as GCS does, and says so in each answer.
         limit_s: seconds that each of its requests may take, the body included.
     """
 
@@ -56,6 +58,7 @@ class ObstoreClient:
     credentials: AwsCredentials | GcsCredentials | None
     limit_s: float
     attributes: Mapping[str, str] = field(default_factory=dict)
+    has_generations: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +113,9 @@ def refuse_rest(rest: Mapping[str, object], where: str) -> None:
         raise OptionsError(f'{where} {left} cannot be honoured by obstore; leave them out, or pass engine="fsspec"')
 
 
-def s3_client(bucket: str, options: S3Options, retry: RetryPolicy) -> ObstoreClient:
+def s3_client(
+    bucket: str, options: S3Options, retry: RetryPolicy, *, checksum: Checksum | None = None
+) -> ObstoreClient:
     """Make the client of one bucket; nothing is sent yet, and credentials are found at the first request."""
     if bucket.startswith("arn:") or bucket.endswith("--x-s3"):
         raise OptionsError('access points and directory buckets need engine="fsspec"')
@@ -122,6 +127,7 @@ def s3_client(bucket: str, options: S3Options, retry: RetryPolicy) -> ObstoreCli
         "virtual_hosted_style_request": is_virtual,
         "conditional_put": "etag",
         "s3_express": False,
+        **({"checksum_algorithm": checksum} if checksum else {}),
     }
     credentials = _credentials(session, options)
     store = S3Store(
@@ -143,8 +149,8 @@ def usual_limit_s(retry: RetryPolicy) -> float:
 def client_options(origin: str, retry: RetryPolicy, proxies: Mapping[str, str] | None = None) -> ClientConfig:
     """Return the limits of one request, its body included; plain HTTP only where the caller wrote http://.
 
-    Who goes by a proxy is decided here, by `proxies` (scheme → URL) or by the environment: obstore would read that by
-    rules of its own.
+    And the way to the store: by the proxy that `proxies` (scheme → URL) or the environment name for it, else only to
+    its own host. Who goes by a proxy is decided here: obstore would read the environment by rules of its own.
     """
     found: ClientConfig = {
         "timeout": timedelta(seconds=usual_limit_s(retry)),
@@ -152,12 +158,17 @@ def client_options(origin: str, retry: RetryPolicy, proxies: Mapping[str, str] |
         "allow_http": origin.startswith("http://"),
     }
     proxy = proxy_of(origin) if proxies is None else proxies.get(urlsplit(origin).scheme)
-    if proxy is not None:
-        found["proxy_url"] = proxy if "://" in proxy else f"http://{proxy}"
-    else:
-        # Only a proxy that does not serve this host keeps it from looking for one in the environment.
-        found["proxy_url"], found["proxy_excludes"] = "http://127.0.0.1:9", urlsplit(origin).hostname or ""
-    return found
+    return {**found, **(_by_proxy(proxy) if proxy else _to_one_host(origin))}
+
+
+def _by_proxy(proxy: str) -> ClientConfig:
+    return {"proxy_url": proxy if "://" in proxy else f"http://{proxy}"}
+
+
+def _to_one_host(origin: str) -> ClientConfig:
+    # obstore follows redirects, session token in hand, and has no switch for it: so all hosts but the store's own are
+    # behind a proxy at an address where nobody can be.
+    return {"proxy_url": f"http://{NOWHERE}", "proxy_excludes": str(urlsplit(origin).hostname)}
 
 
 def _transport(session: botocore.session.Session, options: S3Options, origin: str, retry: RetryPolicy) -> ClientConfig:
@@ -168,6 +179,8 @@ def _transport(session: botocore.session.Session, options: S3Options, origin: st
         found["allow_invalid_certificates"] = True
     elif isinstance(verify, str):
         found["root_certificate"] = Path(verify).read_bytes()
+    if headers := headers_for(origin):
+        found["default_headers"] = headers
     return found
 
 

@@ -54,7 +54,7 @@ def open_store(
             given, also `{}`, is taken alone: nothing of the environment's is added to it.
         engine: `auto` (the first that this module names for the scheme), `local` (paths and file:// alone), `obstore`
             or `fsspec`.
-        options: patience and payload signing are taken from here.
+        options: patience, payload signing and who writes are taken from here.
 
     Raises:
         OptionsError: the URL, the engine or an option is wrong, or a package is missing; the message says which.
@@ -70,6 +70,9 @@ def open_store(
     if name == "local":
         if storage_options:
             raise OptionsError(f"a disk has no storage_options, and {', '.join(sorted(storage_options))} were given")
+        for name in ("checksum", "create_only"):
+            if getattr(chosen, name):
+                raise OptionsError(f"a disk knows no {name}; leave it out of Options")
         store: Store = LocalStore(text)
     else:
         given = _of_environment() if storage_options is None else storage_options
@@ -77,7 +80,7 @@ def open_store(
             store = _open_remote(text, name, given, chosen)
         except RuntimeError as exc:  # so do imports end once the interpreter shuts down
             raise classify(exc, op="open", key="", url=f"{scheme}://") from exc
-    return RetryingStore(store, chosen.retry)
+    return RetryingStore(store, chosen.retry, single_writer=chosen.single_writer)
 
 
 def _text_of(url: object) -> str:
@@ -119,12 +122,13 @@ def _engine_for(scheme: str, engine: str) -> str:
 
 def _open_remote(url: str, engine: str, storage_options: Mapping[str, object] | None, options: Options) -> Store:
     # Imported here, so that a run pays for what it uses.
+    from cloudckpt.store.terms import PutTerms
+
+    terms = PutTerms(signed_payload=options.signed_payload, checksum=options.checksum, create_only=options.create_only)
     if engine == "obstore":
         from cloudckpt.store.obstore import ObstoreStore
 
-        return ObstoreStore(
-            url, storage_options=storage_options, retry=options.retry, signed_payload=options.signed_payload
-        )
+        return ObstoreStore(url, storage_options=storage_options, retry=options.retry, terms=terms)
     from cloudckpt.store.fsspec import FsspecStore
 
-    return FsspecStore(url, storage_options=storage_options, retry=options.retry, signed_payload=options.signed_payload)
+    return FsspecStore(url, storage_options=storage_options, retry=options.retry, terms=terms)

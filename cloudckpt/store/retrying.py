@@ -44,6 +44,8 @@ from cloudckpt.options import KIB, RetryPolicy
 from cloudckpt.store.base import Listing, ObjectInfo, Store, check_key
 from cloudckpt.store.gate import Gate
 from cloudckpt.store.limit import earliest, limited, one_deadline
+from cloudckpt.store.lone import LoneCreation
+from cloudckpt.store.putting import Putting
 from cloudckpt.store.stats import OpStats, Recorder, StoreStats
 
 __all__ = ["RetryingStore"]
@@ -102,14 +104,21 @@ class RetryingStore:
         store: Store,
         policy: RetryPolicy,
         *,
+        single_writer: bool = False,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        """Wrap `store`, which is closed with this one."""
+        """Wrap `store`, which is closed with this one.
+
+        With `single_writer` the caller promises that nobody else writes there: nothing is asked of the store then but
+        plain puts, and a create is a look, a put and another look.
+        """
         self.inner = store
+        self._single_writer = single_writer
         self.url = store.url
         self.engine = store.engine
+        self.endpoint = store.endpoint
         self.is_create_atomic = store.is_create_atomic
         self.deadline = NEVER
         self._policy = policy
@@ -121,7 +130,7 @@ class RetryingStore:
 
         The deadline is on this store's clock, `time.monotonic` unless a test gave another one.
         """
-        other = RetryingStore(self.inner, self._policy)
+        other = RetryingStore(self.inner, self._policy, single_writer=self._single_writer)
         other._means, other.deadline = self._means, self.deadline.earlier(deadline)
         return other
 
@@ -138,8 +147,8 @@ class RetryingStore:
 
     def put(self, key: str, buffers: Sequence[memoryview]) -> None:
         check_key(key)
-        size_bytes = sum(buffer.nbytes for buffer in buffers)
-        self._run("put", key, lambda: self.inner.put(key, buffers), lambda _: size_bytes)
+        putting = Putting(self.inner, key, buffers)
+        self._run("put", key, putting.step, lambda _: putting.size_bytes)
 
     def create(self, key: str, data: bytes) -> None:
         """Create the object, or find out that it was created; see `Store.create`.
@@ -151,7 +160,8 @@ class RetryingStore:
             CommitUnknownError: it may have landed, and cannot be read back; nothing was deleted.
             StorageError: it was refused, and nothing landed.
         """
-        creation = _Creation(self.inner, check_key(key), data)
+        kind = LoneCreation if self._single_writer else _Creation
+        creation = kind(self.inner, check_key(key), data)
         try:
             self._run("create", key, creation.step, lambda _: len(data))
         except (ObjectExistsError, CommitUnknownError):

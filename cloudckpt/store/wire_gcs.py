@@ -28,10 +28,13 @@ from yarl import URL
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
+from cloudckpt.store.buffers import check_length
 from cloudckpt.store.classify import CredentialKind, is_absence
 from cloudckpt.store.credentials import GcsCredentials
 from cloudckpt.store.facts import GarbledReplyError, HttpStatusError
+from cloudckpt.store.proof import check_generation, check_object
 from cloudckpt.store.redact import hide
+from cloudckpt.store.terms import PutTerms, checksum_of
 from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
 
 __all__ = ["GcsWire", "gcs_filesystem"]
@@ -51,12 +54,13 @@ _OWN_WORDS = b"No such object: "
 class GcsWire(OnLoop):
     """One bucket behind one session of aiohttp."""
 
-    def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy) -> None:
+    def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy, terms: PutTerms) -> None:
         super().__init__()
         self._fs = gcs_filesystem(own_options(options, _REFUSED), self.loop)
         self._credentials = GcsCredentials(self._fs.credentials)
         self._objects = f"b/{quote(bucket, safe='')}/o"
         self._timeout = ClientTimeout(total=None, sock_connect=retry.connect_timeout_s)
+        self._terms = terms
 
     @property
     def credential_kind(self) -> CredentialKind:
@@ -64,16 +68,28 @@ class GcsWire(OnLoop):
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         with borrowed(buffers) as lent:
+            if self._terms.create_only or self._terms.checksum:
+                return self._put_in_parts(name, lent, create_only=self._terms.create_only)
             # "media" is the plain upload in one request: a resumable one would be two, and could be left half done.
             url = self._url("upload/storage/v1", self._objects, {"uploadType": "media", "name": name})
-            headers = self._headers({"Content-Type": "application/octet-stream"})
-            self.run(self._json("POST", url, headers, GatherBody(lent)))
+            headers, body = self._headers({"Content-Type": "application/octet-stream"}), GatherBody(lent)
+            return _check_stored(self.run(self._json("POST", url, headers, body)), name, len(body))
 
     def create(self, name: str, data: bytes) -> None:
-        # fake-gcs-server overlooks the precondition of a "media" upload, so that this one is in two parts.
-        url = self._url("upload/storage/v1", self._objects, {"uploadType": "multipart", "ifGenerationMatch": "0"})
+        # fake-gcs-server overlooks the precondition of a "media" upload.
+        self._put_in_parts(name, [memoryview(data)], create_only=True)
+
+    def _put_in_parts(self, name: str, buffers: Sequence[memoryview], *, create_only: bool) -> None:
+        """Upload in one request of two parts: what the object is called, with its checksum, and its bytes."""
+        condition = {"ifGenerationMatch": "0"} if create_only else {}
+        url = self._url("upload/storage/v1", self._objects, {"uploadType": "multipart", **condition})
         headers = self._headers({"Content-Type": f'multipart/related; boundary="{_BOUNDARY}"'})
-        self.run(self._json("POST", url, headers, _two_parts(name, data)))
+        kind = self._terms.checksum
+        resource = {"name": name} if kind is None else {"name": name, kind: checksum_of(kind, buffers)}
+        start, end = (memoryview(part) for part in _around(resource))
+        size_bytes = sum(buffer.nbytes for buffer in buffers)
+        reply = self.run(self._json("POST", url, headers, GatherBody([start, *buffers, end])))
+        _check_stored(reply, name, size_bytes)
 
     def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
         memory = memory_for(start, stop, into)
@@ -86,7 +102,9 @@ class GcsWire(OnLoop):
         return self.run(self._read(name, limit_bytes, self._headers()))
 
     def head(self, name: str) -> ObjectInfo:
-        return _described(self.run(self._json("GET", self._object_url(name), self._headers())))
+        reply = self.run(self._json("GET", self._object_url(name), self._headers()))
+        _check_resource(reply, name)
+        return _described(reply)
 
     def page(self, prefix: str, delimiter: str, mark: str) -> Page:
         asked = {"prefix": prefix, "delimiter": delimiter, "pageToken": mark}
@@ -140,7 +158,9 @@ class GcsWire(OnLoop):
     ) -> AsyncIterator[ClientResponse]:
         session = await self._fs._set_session()  # noqa: SLF001
         session._retry_connection = False  # noqa: SLF001 - aiohttp would repeat a request by itself
-        async with session.request(method, url, headers=headers, timeout=self._timeout, data=data) as reply:
+        async with session.request(
+            method, url, headers=headers, timeout=self._timeout, data=data, allow_redirects=False
+        ) as reply:
             if reply.status >= HTTPStatus.MULTIPLE_CHOICES:
                 raise _status_error(reply, await reply.content.read(_ERROR_BYTES))
             yield reply
@@ -166,6 +186,7 @@ class GcsWire(OnLoop):
         url = self._object_url(name, "download/storage/v1", alt="media")
         try:
             async with self._reply("GET", url, headers) as reply:
+                _check_object(reply)
                 yield reply
         except HttpStatusError as exc:
             if exc.status == HTTPStatus.NOT_FOUND and exc.is_foreign:
@@ -178,8 +199,10 @@ class GcsWire(OnLoop):
         return await asyncio.gather(*(self._delete(name, headers) for name in names), return_exceptions=True)
 
     async def _delete(self, name: str, headers: Mapping[str, str]) -> None:
-        async with self._reply("DELETE", self._object_url(name), headers):
-            pass
+        async with self._reply("DELETE", self._object_url(name), headers) as reply:
+            # fake-gcs-server says so with 200 and a null.
+            if reply.status != HTTPStatus.NO_CONTENT and (await reply.read()).strip() != b"null":
+                raise GarbledReplyError("the reply does not say that the object was deleted")
 
 
 def gcs_filesystem(options: Mapping[str, object], loop: AbstractEventLoop) -> GCSFileSystem:
@@ -207,11 +230,11 @@ def _check_default_credentials(options: Mapping[str, object]) -> None:
         )
 
 
-def _two_parts(name: str, data: bytes) -> bytes:
-    """Return the body of a multipart upload: what the object is called, and its bytes."""
-    start = f"--{_BOUNDARY}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps({'name': name})}\r\n"
+def _around(resource: Mapping[str, str]) -> tuple[bytes, bytes]:
+    """Return what stands before and behind an object's bytes in the body of a multipart upload."""
+    start = f"--{_BOUNDARY}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps(resource)}\r\n"
     middle = f"--{_BOUNDARY}\r\nContent-Type: application/octet-stream\r\n\r\n"
-    return (start + middle).encode() + data + f"\r\n--{_BOUNDARY}--".encode()
+    return (start + middle).encode(), f"\r\n--{_BOUNDARY}--".encode()
 
 
 def _parsed(body: bytes) -> dict[str, Any]:
@@ -222,6 +245,21 @@ def _parsed(body: bytes) -> dict[str, Any]:
     if not isinstance(answer, dict):
         raise GarbledReplyError("JSON, but no object")
     return answer
+
+
+def _check_resource(reply: Mapping[str, Any], name: str) -> None:
+    if reply.get("kind") != "storage#object" or reply.get("name") != name:
+        raise GarbledReplyError("the reply describes no object of that name")
+
+
+def _check_stored(reply: Mapping[str, Any], name: str, size_bytes: int) -> None:
+    _check_resource(reply, name)
+    check_generation(reply.get("generation"))
+    check_length(int(reply.get("size", 0)), size_bytes)
+
+
+def _check_object(reply: ClientResponse) -> None:
+    check_object(reply.headers.get("X-Goog-Generation"), reply.headers.get("Content-Type"))
 
 
 def _status_error(reply: ClientResponse, body: bytes) -> HttpStatusError:

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import obstore
 from obstore.exceptions import BaseError
@@ -30,6 +30,7 @@ from cloudckpt.store.classify import CredentialKind
 from cloudckpt.store.facts import HttpStatusError, before_sending, is_bare_redirect
 from cloudckpt.store.limit import Errand, limit_now
 from cloudckpt.store.obstore_s3 import ObstoreClient
+from cloudckpt.store.proof import check_created, check_generation, check_object, check_stored
 from cloudckpt.store.wire import Page, Wire
 
 __all__ = ["ObstoreWire", "is_lost_to_a_fork"]
@@ -67,19 +68,34 @@ class HasRegion(Protocol):
 class _Direct:
     """One bucket behind one client of obstore: what moves bytes."""
 
-    def __init__(self, client: ObstoreClient) -> None:
+    def __init__(self, client: ObstoreClient, *, create_only: bool) -> None:
         self._client = client
+        self._put_mode: Literal["create", "overwrite"] = "create" if create_only else "overwrite"
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
-        obstore.put(
-            self._store(), name, iter(list(joined(buffers))), use_multipart=False, attributes=self._attributes()
+        reply = obstore.put(
+            *(self._store(), name, iter(list(joined(buffers)))),
+            mode=self._put_mode,
+            use_multipart=False,
+            attributes=self._attributes(),
         )
+        if self._client.has_generations:
+            check_generation(reply["version"])
+        else:
+            size_bytes = sum(buffer.nbytes for buffer in buffers)
+            check_stored(reply["e_tag"], size_bytes, lambda: self._described(name))
 
     def create(self, name: str, data: bytes) -> None:
-        obstore.put(self._store(), name, data, mode="create", use_multipart=False, attributes=self._attributes())
+        reply = obstore.put(
+            self._store(), name, data, mode="create", use_multipart=False, attributes=self._attributes()
+        )
+        if self._client.has_generations:
+            check_generation(reply["version"])
+        else:
+            check_created(reply["e_tag"], data, lambda: self.read(name, len(data)))
 
     def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
-        reply = obstore.get(self._store(), name, options={"range": (start, stop)})
+        reply = self._asked(name, {"range": (start, stop)})
         check_end(reply.meta["size"], start, stop)
         if into is None:
             data = memoryview(reply.bytes())
@@ -92,11 +108,21 @@ class _Direct:
         return into
 
     def read(self, name: str, limit_bytes: int) -> bytes:
-        reply = obstore.get(self._store(), name)
+        reply = self._asked(name, {})
         check_limit(reply.meta["size"], limit_bytes)
         data = bytes(reply.bytes())
         check_length(len(data), reply.meta["size"])
         return data
+
+    def _asked(self, name: str, options: obstore.GetOptions) -> obstore.GetResult:
+        reply = obstore.get(self._store(), name, options=options)
+        proof = reply.meta["version" if self._client.has_generations else "e_tag"]
+        check_object(proof, reply.attributes.get("Content-Type"))
+        return reply
+
+    def _described(self, name: str) -> tuple[str | None, int]:
+        found = self._asked(name, {"head": True}).meta
+        return found["e_tag"], found["size"]
 
     def _store(self) -> obstore.store.ObjectStore:
         global _runtime_pid  # noqa: PLW0603 - obstore's threads are one set per process, too
@@ -113,8 +139,8 @@ class _Direct:
 class ObstoreWire:
     """One bucket behind obstore, and behind fsspec's wire for what obstore cannot do, or not in time."""
 
-    def __init__(self, client: ObstoreClient, make_keeper: Callable[[], Wire]) -> None:
-        self._direct = _Direct(client)
+    def __init__(self, client: ObstoreClient, make_keeper: Callable[[], Wire], *, create_only: bool = False) -> None:
+        self._direct = _Direct(client, create_only=create_only)
         self._credentials = client.credentials
         self._limit_s = client.limit_s
         self._make_keeper = make_keeper

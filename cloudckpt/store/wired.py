@@ -26,8 +26,9 @@ from cloudckpt.store.classify import CredentialKind, ask, deletion_error
 from cloudckpt.store.credentials import check_texts
 from cloudckpt.store.facts import before_sending
 from cloudckpt.store.limit import Errand, is_limited, limited
-from cloudckpt.store.location import parse_location
+from cloudckpt.store.location import named_endpoint, parse_location
 from cloudckpt.store.redact import hide_in_logs, remember_secrets
+from cloudckpt.store.terms import PutTerms
 from cloudckpt.store.wire import Wire
 
 __all__ = ["WiredStore"]
@@ -69,7 +70,7 @@ class WiredStore(ABC):
         *,
         storage_options: Mapping[str, object] | None = None,
         retry: RetryPolicy | None = None,
-        signed_payload: bool = False,
+        terms: PutTerms | None = None,
     ) -> None:
         """Check the options, which are fsspec's; nothing is connected before the first verb.
 
@@ -79,7 +80,7 @@ class WiredStore(ABC):
         self._location = parse_location(url)
         self._options = dict(storage_options or {})
         self._retry = retry or RetryPolicy()
-        self._signed_payload = signed_payload
+        self._terms = terms or PutTerms()
         self._lock = threading.Lock()
         self._connecting: Errand[Wire] = Errand()
         self._lease: _Lease | None = None
@@ -94,6 +95,10 @@ class WiredStore(ABC):
     def url(self) -> str:
         return self._location.url
 
+    @property
+    def endpoint(self) -> str:
+        return named_endpoint(self._location.scheme, self._options)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
 
@@ -102,7 +107,9 @@ class WiredStore(ABC):
 
     def put(self, key: str, buffers: Sequence[memoryview]) -> None:
         name, full = self._location.path(key), flat(buffers)
-        self._ask("put", key, lambda wire: wire.put(name, full))
+        # Told to create only, a put may be refused as creates are.
+        op = "create" if self._terms.create_only else "put"
+        self._ask(op, key, lambda wire: wire.put(name, full))
 
     def create(self, key: str, data: bytes) -> None:
         name = self._location.path(key)

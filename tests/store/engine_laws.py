@@ -30,6 +30,7 @@ from cloudckpt.errors import (
 from cloudckpt.options import MIB, RetryPolicy
 from cloudckpt.store.base import Listing, ObjectInfo, Store
 from cloudckpt.store.facts import AbsentError, HttpStatusError
+from cloudckpt.store.retrying import RetryingStore
 from tests.store.engines import CANARY, VERBS, Engine
 from tests.store.handling import while_handling
 from tests.store.http_dialects import Request
@@ -41,6 +42,21 @@ _CUTS = [
     *((verb, kind) for verb in ("get", "read", "list") for kind in (FaultKind.RESET_IN_REPLY, FaultKind.SHORT_HONEST)),
     *((verb, FaultKind.SHORT_MATCHING) for verb in ("get", "list")),
 ]
+# What stands at an address where an object store was expected, or between it and us.
+PAGES = {
+    "empty": b"",
+    "html": b"<!DOCTYPE html><html><body>Please log in</body></html>",
+    "xhtml": b"<?xml version='1.0'?><!DOCTYPE html><html xmlns='http://www.w3.org/1999/xhtml'><head/><body/></html>",
+    "xml": b"<?xml version='1.0'?><!-- down --><maintenance><IsTruncated>false</IsTruncated></maintenance>",
+    "buckets": b"<ListAllMyBucketsResult><Buckets/><IsTruncated>false</IsTruncated></ListAllMyBucketsResult>",
+    "json": b'{"kind": "status", "ok": true}',
+    "list": b"[]",
+}
+WEB_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "ETag": '"65a1f3c2-5f3c"',
+    "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT",
+}
 _IMPATIENT = RetryPolicy(request_timeout_s=1.0, connect_timeout_s=1.0)
 
 
@@ -477,19 +493,49 @@ class EngineLaws:
         with pytest.raises(TransientError):
             _listing(store)
 
-    @pytest.mark.parametrize(
-        "body", [b"", b"<html>Please log in</html>", b"<?xml version='1.0'?><maintenance/>", b"{}"]
-    )
-    def test_a_reply_that_is_no_listing_is_no_empty_one(self, server: ObjectServer, store: Store, body: bytes) -> None:
-        server.inject(Fault(status=200, body=body))
-        assert isinstance(_refusal(store, "list"), StorageError)
+    # ---- whatever says 200
 
-    @pytest.mark.parametrize("verb", ["put", "create"])
-    def test_a_reply_that_does_not_say_what_was_stored_is_no_success(
-        self, server: ObjectServer, store: Store, verb: str
+    @pytest.mark.parametrize("verb", VERBS)
+    @pytest.mark.parametrize("headers", [{}, WEB_HEADERS], ids=["bare", "web"])
+    @pytest.mark.parametrize("page", PAGES)
+    def test_what_no_object_store_answered_is_never_believed(
+        self, server: ObjectServer, store: Store, verb: str, headers: dict[str, str], page: str
     ) -> None:
-        server.inject(Fault(status=200, body=b""))
-        assert isinstance(_refusal(store, verb), StorageError)
+        server.inject(Fault(status=200, body=PAGES[page], headers=headers), times=-1)
+        error = _refusal(store, verb)
+        assert isinstance(error, TransientError)
+
+    def test_the_error_says_that_no_object_store_answered(self, server: ObjectServer, store: Store) -> None:
+        server.inject(Fault(status=200, body=PAGES["html"], headers=WEB_HEADERS), times=-1)
+        assert {verb for verb in VERBS if "no object store answered" not in str(_refusal(store, verb))} <= {"get"}
+
+    @pytest.mark.parametrize("verb", VERBS)
+    @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+    def test_no_redirect_to_another_host_is_followed(
+        self, server: ObjectServer, store: Store, elsewhere: ObjectServer, verb: str, status: int
+    ) -> None:
+        # Another name is another host, though it leads to this machine, too.
+        target = f"http://localhost:{elsewhere.port}/login"
+        server.inject(Fault(status=status, code="", body=b"", headers={"Location": target}), times=-1)
+        error = _refusal(store, verb)
+        assert isinstance(error, StorageError)
+        assert elsewhere.requests == []
+        assert server.count() == 1
+        if (status, verb) != (301, "head"):
+            assert "no object store answered" in str(error)
+
+    @pytest.fixture
+    def elsewhere(self) -> Iterator[ObjectServer]:
+        with ObjectServer() as server:
+            yield server
+
+    def test_a_create_that_a_page_answered_is_unknown_and_then_looked_at(
+        self, server: ObjectServer, store: Store
+    ) -> None:
+        retrying = RetryingStore(store, RetryPolicy(), sleep=lambda _: None)
+        server.inject(Fault(status=200, body=PAGES["html"], headers=WEB_HEADERS), times=1)
+        retrying.create("fresh", b"abc")
+        assert server.data("root/fresh") == b"abc"
 
     def test_a_delete_takes_many_keys_and_absent_ones(self, server: ObjectServer, store: Store) -> None:
         names = [f"n{number}" for number in range(1500)]

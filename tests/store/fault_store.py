@@ -195,6 +195,7 @@ class FaultStore:
         bucket: Bucket | None = None,
         *,
         url: str = "memory://bucket/root",
+        endpoint: str = "",
         is_create_atomic: bool = True,
         hook: Callable[[Op], None] | None = None,
         page_size: int = 1000,
@@ -206,6 +207,7 @@ class FaultStore:
         self.refresh_count = 0
         self.is_closed = False
         self._url = url
+        self.endpoint = endpoint
         self._is_create_atomic = is_create_atomic
         self._page_size = page_size
         self._is_dead = False

@@ -21,7 +21,7 @@ from enum import StrEnum, auto
 from typing import Self
 from urllib.parse import parse_qsl, urlsplit
 
-from tests.store.http_dialects import ObjectSpace, Reply, Request, error_reply
+from tests.store.http_dialects import ObjectSpace, Reply, Request, error_reply, md5_of
 
 __all__ = ["Fault", "FaultKind", "ObjectServer"]
 
@@ -138,6 +138,9 @@ class ObjectServer(ObjectSpace):
         self.objects.clear()
         self.buckets = {"bucket"}
         self.fail_delete_of.clear()
+        self.etag_of = md5_of
+        self.has_preconditions = True
+        self.demands_checksum = self.demands_condition = False
         self.requests.clear()
 
     def count(self, method: str | None = None) -> int:

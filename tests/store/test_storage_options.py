@@ -24,6 +24,7 @@ from cloudckpt.store.fsspec import FsspecStore
 from cloudckpt.store.obstore import ObstoreStore
 from cloudckpt.store.obstore_s3 import S3Options, _where
 from cloudckpt.store.retrying import RetryingStore
+from cloudckpt.store.terms import PutTerms
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, Engine
 from tests.store.http_object_server import ObjectServer
 
@@ -61,7 +62,7 @@ def test_a_body_goes_unsigned_unless_asked_for(server: ObjectServer, engine: Eng
 @pytest.mark.parametrize("engine", ON_S3)
 def test_a_signed_body_is_hashed(server: ObjectServer, engine: Engine) -> None:
     large = bytes(range(256)) * 20_000
-    store = engine.open(server, signed_payload=True)
+    store = engine.open(server, terms=PutTerms(signed_payload=True))
     store.put("p", [memoryview(large), memoryview(b"end")])
     store.close()
     assert server.requests[-1].headers["x-amz-content-sha256"] == hashlib.sha256(large + b"end").hexdigest()
