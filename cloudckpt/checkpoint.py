@@ -199,7 +199,7 @@ def read(
             RankInput(store, checkpoint, index, chosen, Watch(gauge=bar)).fill({**tensors, **by_part_name(parts)})
         values = {name: codec.decode(value, key=name, parts=parts.get(name)) for name, value in stored.items()}
         leaves = {name: tensors[name] if name in tensors else values[name] for name in names}
-        notes = codec.decode(index.values.get(NOTES, {}), key=NOTES)
+        notes = codec.decode_json(index.values.get(NOTES, {}), key=NOTES)
         state = unflatten(leaves, _paths_of_some(index, names))
         with_attributes(state, "", notes if isinstance(notes, dict) else {}, is_new=True)
         return state

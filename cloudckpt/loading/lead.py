@@ -257,8 +257,9 @@ class _Loading:
             # What nobody asks for need not be there, nor be of a type that this program knows.
             name: codec.decode(value, key=name, parts=self._parts.get(name)) if name in wanted else None
             for name, value in index.values.items()
+            if name != NOTES
         }
-        notes = values.pop(NOTES, {})
+        notes = codec.decode_json(index.values.get(NOTES, {}), key=NOTES)
         self._saved = Saved(
             shapes={name: tensor.shape for name, tensor in index.tensors.items()},
             dtypes={name: DTYPES[tensor.dtype] for name, tensor in index.tensors.items()},

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast, runtime_checkable
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -82,8 +82,7 @@ class Left:
     unexpected: Sequence[str] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a value of the state stands: its path and name, and the container that holds it under `key`."""
 
     path: list[PathElement]
@@ -126,6 +125,7 @@ class Entry(ABC):
     is_alike = False
     may_be_cast = False
     is_asked = False
+    is_plain = False
     other_world = "restore it with as many ranks"
 
     def __init__(self, place: Place) -> None:
@@ -151,6 +151,10 @@ class Entry(ABC):
         Returns:
             What the object says that it left out, if it does say so.
         """
+
+    def is_done(self, live: object) -> bool:
+        """Tell whether nothing is left to do for `load` when all tensors of `live` were filled, and nothing else."""
+        return False
 
     def fillable(self) -> object:
         """Return the nested state whose tensors a restore may fill: `current`, unless nothing there is live."""
@@ -218,7 +222,8 @@ class Entry(ABC):
 
 def in_common_order(entries: Sequence[Entry]) -> list[Entry]:
     """Return entries in an order that is the same on all ranks where ranks talk: those first, by name."""
-    return sorted(entries, key=lambda entry: (not entry.talks, entry.name if entry.talks else ""))
+    talking = sorted((entry for entry in entries if entry.talks), key=lambda entry: entry.name)
+    return talking + [entry for entry in entries if not entry.talks]
 
 
 def mapping_of(value: object, name: str) -> dict[str, object]:

@@ -39,6 +39,8 @@ __all__ = ["flat_optimizer_entry", "is_fsdp1", "sharded"]
 
 def is_fsdp1(module: nn.Module) -> bool:
     """Tell whether a module has parts that FSDP1 has wrapped."""
+    if not module._modules:  # noqa: SLF001 (a state may have many thousands of small modules)
+        return isinstance(module, FullyShardedDataParallel)
     return any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
 
 
