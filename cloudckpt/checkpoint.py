@@ -21,7 +21,7 @@ from cloudckpt.ranks import Group, refuse_lonely_rank
 from cloudckpt.report import Journal, Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, Exists, check_exists, own_url
 from cloudckpt.saving import Session, begin_save
-from cloudckpt.state import Allowed, Resize, captured, with_attributes
+from cloudckpt.state import Allowed, Resize, captured, collector_at_rest, with_attributes
 from cloudckpt.store import open_store
 from cloudckpt.transfer import Watch
 
@@ -75,7 +75,7 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
     with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
         journal = Journal(store, Progress(progress))
         entry = journal.begin(rank=group.rank)
-        with Session.of(group, "save", chosen) as session:
+        with Session.of(group, "save", chosen) as session, collector_at_rest():
             pending = begin_save(
                 session,
                 captured(state),

@@ -42,6 +42,8 @@ def _notes(nested: object, name: str) -> Iterator[tuple[str, JsonValue]]:
 
 def is_foreign(leaf: object) -> bool:
     """Tell whether a leaf is a tensor of a type that is not PyTorch's, and of which only the bytes are kept."""
+    if type(leaf) in (torch.Tensor, nn.Parameter):
+        return False
     return isinstance(leaf, torch.Tensor) and type(leaf).__module__.partition(".")[0] != "torch"
 
 

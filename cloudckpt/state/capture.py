@@ -29,6 +29,7 @@ from cloudckpt.state.accumulation import AccumulationWindow, WindowEntry
 from cloudckpt.state.attributes import is_foreign
 from cloudckpt.state.backup import backup_of
 from cloudckpt.state.beside import Beside
+from cloudckpt.state.collector import collector_awake
 from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, in_common_order, is_tensor, mapping_of
 from cloudckpt.state.fsdp1 import flat_optimizer_entry
 from cloudckpt.state.modules import ModuleEntry
@@ -60,7 +61,8 @@ class _StatefulEntry(Entry):
         self._beside = beside
 
     def current(self) -> object:
-        return self._stateful.state_dict()
+        with collector_awake():
+            return self._stateful.state_dict()
 
     def fillable(self) -> object:
         try:
@@ -155,7 +157,10 @@ def _places(place: Place) -> Iterator[Place]:
     """Yield the place of a value, or the places in it when it is a container of objects."""
     if not _is_object(place.value) and _holds_object(place.value, depth=0):
         for step in _steps_into(place):
-            yield from _places(step)
+            if _is_object(step.value):
+                yield step
+            else:
+                yield from _places(step)
         return
     is_mutable = isinstance(place.holder, MutableMapping | MutableSequence)
     if not (is_mutable or _is_object(place.value) or is_tensor(place.value)):
@@ -241,7 +246,8 @@ def capture(entries: Sequence[Entry]) -> Flat:
         flat.leaves.update(own.leaves)
         flat.paths.update(own.paths)
         flat.notes.update(own.notes)
-        flat.of_others.update(own.of_others)
+        if own.of_others:
+            flat.of_others.update(own.of_others)
         if entry.is_alike:
             flat.alike[entry.name] = sorted(own.leaves)
     for name, first in tied_names(flat.leaves).items():

@@ -12,13 +12,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.format import Flat, JsonValue, PathElement, flatten
+from cloudckpt.format import Flat, JsonValue, PathElement, flatten_at
 from cloudckpt.state.attributes import notes_of
 
 __all__ = [
@@ -35,9 +36,12 @@ __all__ = [
 ]
 
 
+_TENSORS = (torch.Tensor, ShardedTensor)
+
+
 def is_tensor(value: object) -> bool:
     """Tell whether a value is stored as a tensor (dense, distributed or sharded)."""
-    return isinstance(value, torch.Tensor | ShardedTensor)
+    return isinstance(value, _TENSORS)
 
 
 def shape_of(tensor: object) -> tuple[int, ...]:
@@ -126,14 +130,14 @@ class Entry(ABC):
     may_be_cast = False
     is_asked = False
     is_plain = False
+    is_strict = True
+    notes: Mapping[str, JsonValue] = MappingProxyType({})
     other_world = "restore it with as many ranks"
 
     def __init__(self, place: Place) -> None:
         self.path = place.path
         self.name = place.name
         self.subject = place.value
-        self.is_strict = True
-        self.notes: Mapping[str, JsonValue] = {}
 
     @property
     def may_write(self) -> bool:
@@ -162,9 +166,9 @@ class Entry(ABC):
 
     def flat(self, nested: object) -> Flat:
         """Return the names of all that is in `current` or `fillable`, and notes about them."""
-        flat = flatten({self.name: nested}, is_tensor=is_tensor)
-        paths = {name: [*self.path, *path[1:]] for name, path in flat.paths.items()}
-        return Flat(flat.leaves, paths, notes_of(nested, self.name))
+        flat = flatten_at(nested, self.name, self.path, is_tensor=is_tensor)
+        flat.notes.update(notes_of(nested, self.name))
+        return flat
 
     def takes(self, name: str) -> bool:
         """Tell whether what is saved under a name is taken as it is, whatever the live state has there.

@@ -50,6 +50,8 @@ def flat_optimizer_entry(place: Place, optimizer: Optimizer, beside: Beside) -> 
     Raises:
         OptionsError: it has parameters of an FSDP1 module and others besides.
     """
+    if not beside.fsdp1:
+        return None
     own = {id(parameter) for group in groups_of(optimizer) for parameter in group["params"]}
     for top, module in beside.fsdp1.items():
         if own.isdisjoint(map(id, module.parameters())):

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -22,8 +23,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from cloudckpt.format import Flat, codec, flatten
+from cloudckpt.format import Flat, JsonValue, codec, flatten
 from cloudckpt.state.attributes import metadata_of, names_above
+from cloudckpt.state.collector import collector_awake
 from cloudckpt.state.entry import Entry, Left, Misfit, Place, is_tensor, mapping_of
 from cloudckpt.state.fsdp1 import is_fsdp1, sharded
 from cloudckpt.state.plain import PlainModules
@@ -36,8 +38,9 @@ _EXTRA_STATE = "_extra_state"
 # Of a module, by PyTorch's names: what may change the names, types or shapes on the way in or out.
 _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _METHODS = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
-_USUAL = {"version": 1}
-_USUAL_NOTE = {"metadata": _USUAL}
+_USUAL: dict[str, JsonValue] = {"version": 1}
+_USUAL_NOTE: dict[str, JsonValue] = {"metadata": _USUAL}
+_ALL_USUAL = {"": _USUAL}
 
 
 class ModuleEntry(Entry):
@@ -45,24 +48,26 @@ class ModuleEntry(Entry):
 
     pins = True
     may_be_cast = True
+    # Of what the module said last; a state may have many thousands of modules.
+    _raw_names: Mapping[str, str] = MappingProxyType({})
+    _raw_metadata: Mapping[str, object] = MappingProxyType({})
+    _own_names: set[str] | None = None
 
     def __init__(self, place: Place, module: nn.Module, plain: PlainModules) -> None:
         super().__init__(place)
         self._module = module
         self._plain = plain
         self._is_fsdp1 = self.talks = is_fsdp1(module)
-        self._raw_names: dict[str, str] = {}
-        self._raw_metadata: Mapping[str, object] = {}
-        self._own_names: set[str] | None = None
 
     def current(self) -> object:
         found = self._plain.tensors_of(self._module)
         self.is_plain = found is not None
         if found is not None:
             tensors, versions = found
-            self._raw_metadata = {"": _USUAL, **{path: {"version": version} for path, version in versions.items()}}
+            named = {path: {"version": version} for path, version in versions.items()}
+            self._raw_metadata = {"": _USUAL, **named} if named else _ALL_USUAL
             return {name: tensor.detach() for name, tensor in tensors.items()}
-        with self._context():
+        with collector_awake(), self._context():
             raw = self._module.state_dict()
         self._raw_metadata = getattr(raw, "_metadata", {})
         self._raw_names = {clean_name(self._module, key): key for key in raw}
@@ -74,24 +79,30 @@ class ModuleEntry(Entry):
     def flat(self, nested: object) -> Flat:
         # Key by key, so that a module without tensors has the same names as one with some.
         state = mapping_of(nested, self.name)
-        if not state:
-            flat = super().flat(state)
-        elif self.is_plain and all(map(str.isascii, state)):
-            names = {f"{self.name}.{name}": name for name in state}
-            paths = {full: [*self.path, name] for full, name in names.items()}
-            flat = Flat(dict(zip(names, state.values(), strict=True)), paths)
-        else:
-            flat = _below(self, flatten(state, is_tensor=is_tensor))
+        flat = self._plain_flat(state) if self.is_plain else None
+        if flat is None:
+            flat = _below(self, flatten(state, is_tensor=is_tensor)) if state else super().flat(state)
         if not self.is_plain:
             flat.of_others.update(map(self._full, buffers_of_others(self._module)))
         for raw, metadata in self._raw_metadata.items():
             # That of the module itself also where it is usual: it tells that the others were, too.
-            if not raw and metadata is _USUAL:
-                flat.notes[self.name] = {"metadata": {**_USUAL}}
+            if metadata is _USUAL:
+                flat.notes[self.name] = _USUAL_NOTE
             elif metadata != _USUAL or not raw:
                 where = self._full(raw)
                 flat.notes[where] = {"metadata": codec.encode(metadata, key=f"_metadata of {where}")}
         return flat
+
+    def _plain_flat(self, state: Mapping[str, object]) -> Flat | None:
+        """Return the names of a plain module's tensors; None if there are none, or they need a closer look."""
+        leaves, paths, prefix, path = {}, {}, f"{self.name}.", self.path
+        for name, tensor in state.items():
+            if not name.isascii():
+                return None
+            full = prefix + name
+            leaves[full] = tensor
+            paths[full] = [*path, name]
+        return Flat(leaves, paths) if leaves else None
 
     # -- what the module judges by itself --------------------------------------------------------------------------
 

@@ -59,7 +59,7 @@ class PlainModules:
             return False
         if (version := module._version) != 1:  # noqa: SLF001 (where torch has it)
             versions[prefix[:-1]] = version
-        return all(
+        return not parts or all(
             part is None or self._walk(part, f"{prefix}{name}.", tensors, versions) for name, part in parts.items()
         )
 

@@ -69,13 +69,16 @@ class Allowed:
                 raise OptionsError(f"materialize is {self.materialize!r}, which is no device here: {exc}") from exc
 
 
+_NOTHING = Flat()
+
+
 @dataclass(slots=True, eq=False)
 class Part:
     """What of one entry is restored from where: a saved value, a tensor that is to be filled, or what is here."""
 
     entry: Entry
     nested: object = None
-    live: Flat = field(default_factory=Flat)
+    live: Flat = _NOTHING
     leaves: dict[str, object] = field(default_factory=dict)
     paths: dict[str, list[PathElement]] = field(default_factory=dict)
     own: dict[str, torch.Tensor] = field(default_factory=dict)
