@@ -5,9 +5,9 @@
     python benchmarks/structure.py --shapes 'one module' --counts 1000,10000 --check-goals
 
 The structure's cost is what a save (or load) takes beyond that of the same contents in one flat dict. The goals: at
-most twice what torch's own `state_dict` (or `load_state_dict`) takes; and what we add to torch's own grows linearly from
-the least to the largest count (torch's own does not, with many groups). The exit status is 3 when one is missed and
-`--check-goals` is given.
+most twice what torch's own `state_dict` (or `load_state_dict`) takes; and what we add to torch's own grows linearly
+from the least to the largest count (torch's own does not, with many groups). The exit status is 3 when one is missed
+and `--check-goals` is given.
 """
 
 from __future__ import annotations

@@ -105,8 +105,6 @@ class _Flattening:
         self.flat.paths[name] = path
 
     def _holds_tensor(self, value: object, depth: int) -> bool:
-        if type(value) in _SCALARS:
-            return False
         if self._is_tensor(value):
             return True
         contents = _contents(value)
@@ -114,10 +112,11 @@ class _Flattening:
             return False
         if depth == PATH_LIMIT:
             raise _too_deep(value)
-        found = any(self._holds_tensor(child, depth + 1) for child in contents)
-        if not found:
-            self._without_tensors[id(value)] = value
-        return found
+        for child in contents:
+            if type(child) not in _SCALARS and self._holds_tensor(child, depth + 1):
+                return True
+        self._without_tensors[id(value)] = value
+        return False
 
 
 def _too_deep(value: object) -> UnsupportedValueError:

@@ -49,6 +49,8 @@ def _optimizers_in(holder: object, looks_into: Callable[[object], bool]) -> list
         if type(value) in _SCALARS or id(value) in seen:
             continue
         if isinstance(value, _CONTAINERS):
+            if not value:  # as most of an optimizer's are, for hooks
+                continue
             seen[id(value)] = value
             items = list(value.values() if isinstance(value, dict) else value)
             pending += items if len(items) <= _HELD_LIMIT else [item for item in items if isinstance(item, Optimizer)]
