@@ -21,7 +21,7 @@ from cloudckpt.ranks import Group, refuse_lonely_rank
 from cloudckpt.report import Journal, Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, Exists, Roots, check_exists, own_url
 from cloudckpt.saving import Session, begin_save
-from cloudckpt.state import Allowed, Resize, captured, with_attributes
+from cloudckpt.state import Allowed, Resize, captured, collector_at_rest, with_attributes
 from cloudckpt.store import open_store
 from cloudckpt.transfer import Watch
 
@@ -82,7 +82,7 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
     with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
         journal = Journal(store, Progress(progress))
         entry = journal.begin(rank=group.rank)
-        with Session.of(group, "save", chosen) as session:
+        with Session.of(group, "save", chosen) as session, collector_at_rest():
             pending = begin_save(
                 session,
                 captured(state),
@@ -207,7 +207,7 @@ def read(
             RankInput(store, checkpoint, index, chosen, Watch(gauge=bar)).fill({**tensors, **by_part_name(parts)})
         values = {name: codec.decode(value, key=name, parts=parts.get(name)) for name, value in stored.items()}
         leaves = {name: tensors[name] if name in tensors else values[name] for name in names}
-        notes = codec.decode(index.values.get(NOTES, {}), key=NOTES)
+        notes = codec.decode_json(index.values.get(NOTES, {}), key=NOTES)
         state = unflatten(leaves, _paths_of_some(index, names))
         with_attributes(state, "", notes if isinstance(notes, dict) else {}, is_new=True)
         return state

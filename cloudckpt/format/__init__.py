@@ -36,7 +36,7 @@ from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
 from cloudckpt.format.shard import block_digests, verify_blocks
 from cloudckpt.format.tiling import untiled
-from cloudckpt.format.tree import NOTES, Flat, PathElement, flatten, unflatten
+from cloudckpt.format.tree import NOTES, Flat, PathElement, flatten, flatten_at, unflatten
 
 __all__ = [
     "DTYPES",
@@ -74,6 +74,7 @@ __all__ = [
     "digest_of",
     "epoch_key",
     "flatten",
+    "flatten_at",
     "index_key",
     "is_attempt",
     "lay_out",

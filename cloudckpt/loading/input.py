@@ -55,6 +55,7 @@ from cloudckpt.format import (
 from cloudckpt.loading.landing import Landing, Taking, deliver
 from cloudckpt.options import Options
 from cloudckpt.root import Catalog, Checkpoint
+from cloudckpt.state import collector_at_rest
 from cloudckpt.store import Store, one_deadline
 from cloudckpt.transfer import Budget, Fetch, ShardSource, Watch, download
 
@@ -173,10 +174,13 @@ class RankInput:
             StorageError: the store could not be read. In either case targets may hold a mixture.
         """
         budget = Budget(self.options.transfer_budget_bytes)
-        landings = self._landings(items, planner, pieces, budget)
-        fetches = [
-            fetch for place in sorted(landings) for fetch in self._fetches(self.index.shard(*place), landings[place])
-        ]
+        with collector_at_rest():
+            landings = self._landings(items, planner, pieces, budget)
+            fetches = [
+                fetch
+                for place in sorted(landings)
+                for fetch in self._fetches(self.index.shard(*place), landings[place])
+            ]
         concurrency = self.options.concurrency
         download(self.store, fetches, concurrency=concurrency, budget=budget, watch=self.watch)
 

@@ -36,7 +36,7 @@ from cloudckpt.options import Options
 from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, own_failures, plain_errors
 from cloudckpt.report import Journal
 from cloudckpt.root import Candidate, Catalog, Checkpoint, Fit, Roots
-from cloudckpt.state import Allowed, Entry, Restoration, Saved, bind, plan_restore
+from cloudckpt.state import Allowed, Entry, Restoration, Saved, bind, collector_at_rest, plan_restore
 from cloudckpt.transfer import Gauge, inner_names
 
 __all__ = ["Extra", "load_state"]
@@ -256,24 +256,29 @@ class _Loading:
         return by_part_name(self._parts)
 
     def _match(self, state: MutableMapping[str, object], allowed: Allowed) -> _Met:
+        with collector_at_rest():
+            self._saved = self._said(state)
+            self._restoration = plan_restore(self.entries or bind(state), self._saved, allowed)
+        return _Met(set(self._restoration.unexpected), self._restoration.needs_memory)
+
+    def _said(self, state: Mapping[str, object]) -> Saved:
+        """Return what the index says that there is."""
         index = self._index
-        entries = self.entries or bind(state)
         wanted = _wanted_values(index, state)
         values = {
             # What nobody asks for need not be there, nor be of a type that this program knows.
             name: codec.decode(value, key=name, parts=self._parts.get(name)) if name in wanted else None
             for name, value in index.values.items()
+            if name != NOTES
         }
-        notes = values.pop(NOTES, {})
-        self._saved = Saved(
+        notes = codec.decode_json(index.values.get(NOTES, {}), key=NOTES)
+        return Saved(
             shapes={name: tensor.shape for name, tensor in index.tensors.items()},
             dtypes={name: DTYPES[tensor.dtype] for name, tensor in index.tensors.items()},
             values=values,
             paths=index.paths,
             notes=notes if isinstance(notes, dict) else {},
         )
-        self._restoration = plan_restore(entries, self._saved, allowed)
-        return _Met(set(self._restoration.unexpected), self._restoration.needs_memory)
 
     def _give_memory(self, state: MutableMapping[str, object], allowed: Allowed) -> None:
         """Give modules memory, now that nothing refuses, and match again with what they have."""
@@ -287,7 +292,8 @@ class _Loading:
         return {**self._restoration.tensors, **self._extra}
 
     def _shareable(self, tensors: Mapping[str, object]) -> BoxTable:
-        self._filling = _Filling(dict(tensors), self._index, near=self.group.rank)
+        with collector_at_rest():
+            self._filling = _Filling(dict(tensors), self._index, near=self.group.rank)
         return self._filling.shareable() if self.group.size > 1 else BoxTable.of(())
 
     def _is_read_once(self) -> bool:

@@ -31,7 +31,7 @@ from cloudckpt.ranks import Group, Vote, refuse_lonely_rank
 from cloudckpt.report import Entry, Journal
 from cloudckpt.root import Catalog, Checkpoint, Destination, Epoch, Pruner, Roots
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
-from cloudckpt.state import Generators, bind, capture, captured
+from cloudckpt.state import Generators, bind, capture, captured, collector_at_rest
 from cloudckpt.store import RetryingStore
 from cloudckpt.transfer import Slabs
 
@@ -326,7 +326,7 @@ class Saves:
         options, destinations = self._means(step)
         self._is_beginning = True
         try:
-            with Session.of(group, f"save of step {step}", options) as session:
+            with Session.of(group, f"save of step {step}", options) as session, collector_at_rest():
                 pending = begin_save(
                     session,
                     captured(state, self.generators),

@@ -49,7 +49,7 @@ def _mistaken(store: Store, top: Listing) -> str:
     if steps:
         return (
             f"it is the root of a CheckpointManager with {len(steps)} steps; restore through CheckpointManager, or "
-            f"give the URL of one step such as {store.url.rstrip('/')}/{steps[-1].rstrip('/')}"
+            f"give the URL of one step such as {store.url.removesuffix('/')}/{steps[-1].rstrip('/')}"
         )
     return ""
 
@@ -60,7 +60,7 @@ def _unfinished(store: Store, top: Listing) -> str:
         return ""
     kept = {set_aside_key(name.rstrip("/")) for name in attempts}
     aside = [info.key for info in store.list("").objects if info.key in kept]
-    root = store.url.rstrip("/")
+    root = store.url.removesuffix("/")
     if aside:
         return (
             "a save that was to replace the checkpoint there is under way, or was cut off: copy "

@@ -146,7 +146,7 @@ class Catalog:
         return checkpoint.url == self._url(checkpoint.prefix)
 
     def _url(self, prefix: str) -> str:
-        return f"{self.store.url.rstrip('/')}/{prefix}".rstrip("/") if prefix else self.store.url
+        return f"{self.store.url.removesuffix('/')}/{prefix}".rstrip("/") if prefix else self.store.url
 
     def places(self) -> dict[str, tuple[int, int]]:
         """Return (epoch, step) of all attempts below the root, committed or not, by their prefix; newest first."""

@@ -119,8 +119,7 @@ class SaveHandle:
             self._error = exc
         try:
             if self._error is not None:
-                is_forgiven = self._ended_with(self._error)
-                self._is_told = self._is_told or is_forgiven
+                self._is_told = self._ended_with(self._error) or self._is_told
                 # At once: the next call that raises it may be an hour away.
                 logger.error("the save of step %d failed in the background: %s", self.step, self._error)
         finally:  # also where a program's own handler of the log raises

@@ -25,6 +25,7 @@ from cloudckpt.saving.dedup import Replicas, share_out
 from cloudckpt.saving.output import Record, commit_index
 from cloudckpt.saving.replicas import doubtful_sets
 from cloudckpt.saving.tally import Written, assemble, check_against_names
+from cloudckpt.state import collector_at_rest
 
 __all__ = ["Coordinator", "Opening", "Order", "PlanMemory", "PlanPart", "RankPart"]
 
@@ -172,14 +173,15 @@ class Coordinator:
             "gather_s": time.monotonic() - parts[group.rank].ended_s,
             "slowest_rank": float(slowest),
         }
-        written = [Written.decode(part.written) for part in parts]
-        index = assemble(
-            written,
-            attempt=attempt,
-            block_bytes=self.options.block_bytes,
-            paths=self.memory.paths,
-            notes=self.memory.notes,
-        )
+        with collector_at_rest():
+            written = [Written.decode(part.written) for part in parts]
+            index = assemble(
+                written,
+                attempt=attempt,
+                block_bytes=self.options.block_bytes,
+                paths=self.memory.paths,
+                notes=self.memory.notes,
+            )
         group.tick()
         check_against_names(self.memory.tensors, index)
         group.tick()

@@ -77,9 +77,6 @@ _TAKEN = _Verdict(ObjectExistsError, "an object of that name exists and was left
 _REGION = _Verdict(
     StorageError, "the bucket is in another region; set client_kwargs={'region_name': '{region}'} in storage_options"
 )
-_REDIRECTED = _Verdict(
-    StorageError, "the endpoint leads elsewhere, and nothing is sent there; set endpoint_url to where the store is"
-)
 _FOREIGN = _Verdict(
     StorageError,
     "the answer is not that of a store, so it says nothing of the object; correct endpoint_url or the proxy",
@@ -155,11 +152,11 @@ _BY_CODE: dict[str, _Verdict] = {
 }
 
 _BY_STATUS: dict[int, _Verdict] = {
-    301: _REDIRECTED,
+    301: _NO_STORE,
     302: _NO_STORE,
     303: _NO_STORE,
     307: _NO_STORE,
-    308: _REDIRECTED,
+    308: _NO_STORE,
     403: _DENIED,
     405: _UNKNOWN_VERB,
     408: _AGAIN,
