@@ -409,8 +409,6 @@ def _status_verdict(status: int, op: str) -> _Verdict:
         return _TAKEN if op == "create" else _UNKNOWN
     if status == 404:
         return _NO_BUCKET if op in _NEEDS_NO_OBJECT else _NO_OBJECT
-    if status == 301 and op == "head":
-        return _REGION
     if status in _BY_STATUS:
         return _BY_STATUS[status]
     # Proxies in front of stores have codes of their own up there (520 to 530 and others).

@@ -38,7 +38,7 @@ _WRITERS = 8
 # A second race is cheap where the first one was; where writers wait for a lock (SeaweedFS: for seconds), one tells.
 _RACES = 3
 _RACING_S = 0.25
-# Where faults spoil some, no more are run than these.
+# Where faults spoil some, no more are run than these; where nobody gets an answer, no other.
 _RACES_AT_MOST = 5
 # Longer than any thread takes to come; all come, or none is waited for.
 _BARRIER_S = 60.0
@@ -102,7 +102,8 @@ def _ask(store: Store) -> None:
                 keys.append(f"probe-{secrets.token_hex(16)}")
                 ends = _race(store, keys[-1], pool)
                 answers += _is_answered(store, keys[-1], ends)
-                if len(keys) == _RACES_AT_MOST and not answers:
+                is_mute = not any(end.error is None or end.is_refused for end in ends)
+                if not answers and (is_mute or len(keys) == _RACES_AT_MOST):
                     raise _undecided(store, keys[-1], ends)
     finally:
         _remove(store, keys)
