@@ -81,6 +81,8 @@ class CheckpointManager:
                 manager.async_save(step, state, metrics={"loss": float(loss)})
             if manager.preempted:
                 break  # the end of the block waits for the save
+        else:
+            manager.save(total - 1, state, exists="skip")  # the last one, unless it is saved already
     ```
 
     The end of the `with` block waits for a save under way, for `options.finish_timeout_s` at most, also when it ends by
