@@ -29,6 +29,7 @@ CloudCkptError
 ├── RankLostError                                   other ranks died, hang or never came: restart the job
 ├── StalledError                                    a transfer of this rank stands still
 └── SaveFailedError                                 nothing was committed
+    └── EarlierSaveFailedError                      an earlier one; the one that was asked for is under way
 ```
 
 Each keeps its facts as attributes, so that a handler never reads the message, and each pickles, because
@@ -50,6 +51,7 @@ __all__ = [
     "ConflictError",
     "CreateNotEnforcedError",
     "CredentialsExpiredError",
+    "EarlierSaveFailedError",
     "FencedError",
     "FormatVersionError",
     "IntegrityError",
@@ -256,6 +258,25 @@ class SaveFailedError(CloudCkptError):
     def __init__(self, message: str, *, failures: Mapping[int, BaseException] | None = None) -> None:
         super().__init__(message)
         self.failures = dict(failures or {})
+
+
+class EarlierSaveFailedError(SaveFailedError):
+    """A save before this one failed in the background and nobody was told; the one that was asked for is under way.
+
+    What the earlier one failed with is the cause of this.
+
+    Attributes:
+        step: the step that was not saved.
+        handle: the `SaveHandle` of the save that was asked for; None in another process.
+    """
+
+    def __init__(self, message: str, *, step: int = -1, handle: object = None) -> None:
+        super().__init__(message)
+        self.step = step
+        self.handle = handle
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), self.args, {**self.__dict__, "handle": None}
 
 
 class RankLostError(CloudCkptError):

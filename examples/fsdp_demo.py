@@ -38,7 +38,7 @@ from typing import TypeVar
 import fsspec
 from bucket import Attempt, attempts_in
 from fsdp_record import Event, Left, Restored, Saved, Step, read_record
-from runs import EXIT_PREEMPTED, NOTICE_S, QUIET_S, DemoError
+from runs import EXIT_INTERRUPTED, EXIT_PREEMPTED, NOTICE_S, QUIET_S, DemoError
 from target import Target, seaweedfs_target, target_at
 
 __all__ = ["FIRST_LOSS_TOLERANCE", "LOSS_TOLERANCE", "Part", "Size", "checks", "main", "show", "torchrun"]
@@ -536,6 +536,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DemoError as error:
         print(f"The demo failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        # What it had started has ended on the way here.
+        print("The demo was interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

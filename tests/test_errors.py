@@ -54,6 +54,7 @@ TREE = {
     "StalledError": "CloudCkptError",
     "RestoreFailedError": "CloudCkptError",
     "SaveFailedError": "CloudCkptError",
+    "EarlierSaveFailedError": "SaveFailedError",
 }
 """Error → its bases. A handler somewhere relies on every line: add, never change."""
 
@@ -65,6 +66,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "UnsupportedValueError": {"key": "scheduler.f", "type_name": "function"},
     "RankLostError": {"ranks": (1, 2), "phase": "commit"},
     "RestoreFailedError": {"name": "model", "changed": ("optimizer",)},
+    "EarlierSaveFailedError": {"step": 3, "handle": None},
     "StalledError": {"key": "step-1/a.safetensors", "still_s": 1.5},
 }
 """Attributes by the error that introduces them; those below inherit them."""

@@ -79,13 +79,14 @@ class CheckpointManager:
             retention: rules of which each keeps some checkpoints; without rules all are kept.
             save_every_steps: the interval of `should_save`, in training steps.
             save_every_seconds: its interval in seconds since the newest save began; both may be given.
-            preemption: heed notices that this machine goes: True for SIGTERM, SIGUSR1 and what the machine itself
-                offers (EC2, GCE, Slurm), or a `Preemption`, which is started here and stopped by whoever made it.
+            preemption: heed notices that this machine goes: True for SIGTERM and what the machine itself offers (EC2,
+                GCE, Azure, Slurm, there SIGUSR1, too), or a `Preemption`, which is started here and stopped by whoever
+                made it.
             save_rng: save and restore the random number generators of this process.
             prune_grace_s: seconds between the end of a pruned checkpoint and that of its shards, for readers of it.
             progress: what rank 0 shows on stderr: `auto` a bar on a terminal and a line for each save and restore that
                 is done, unless the log shows it; `bar` a bar in any case, `line` the line alone, `off` nothing.
-            clock: monotonic seconds, for the grace time.
+            clock: monotonic seconds, for the grace time, intervals and notices; the same as that of a `Preemption`.
 
         Raises:
             OptionsError: a wrong URL, engine, rule, interval or choice.
@@ -96,10 +97,12 @@ class CheckpointManager:
         shown, self._retention = Progress(progress), checked_rules(retention)
         self._preemption = Preemption() if preemption is True else preemption or None
         self._owns_preemption = preemption is True
-        schedule = Schedule(every_steps=save_every_steps, every_s=save_every_seconds, preemption=self._preemption)
+        schedule = Schedule(
+            every_steps=save_every_steps, every_s=save_every_seconds, preemption=self._preemption, clock=clock
+        )
         chosen = Options.of(options)
         self._store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=chosen)
-        self._journal = Journal(self._store, shown)
+        self._journal = Journal(self._store, shown, clock=clock)
         self._catalog = Catalog(self._store)
         self._saves = Saves(
             self._catalog,
@@ -121,10 +124,12 @@ class CheckpointManager:
     def should_save(self, step: int) -> bool:
         """Tell whether to save after `step`: by the intervals, or because of a preemption notice.
 
-        Every `save_every_steps` steps, counted from 1; `save_every_seconds` after the newest save began; and once when
-        notice was given, unless a save is under way whose snapshot is less than 5 seconds old, or nothing newer could
-        be saved in time. The same answer on every rank: with several, and with seconds or preemption, they vote, so
-        every rank must ask at every step (0.25 ms for 2 ranks on 2 cores; 3 ms for 4 ranks that share these).
+        Every `save_every_steps` steps, counted from 1; `save_every_seconds` after the newest save began; and when
+        notice was given, until a save of the step of that notice or a later one is committed, or the end has passed: so
+        again after a save that failed, or that the state refused. An older save that is under way is waited for first,
+        if its snapshot is less than 5 seconds old, or there is no time for both. The same answer on every rank: with
+        several, and with seconds or preemption, they vote, so every rank must ask at every step (0.25 ms for 2 ranks on
+        2 cores; 3 ms for 4 ranks that share these).
 
         Raises:
             OptionsError: the ranks ask about different steps.
@@ -135,7 +140,10 @@ class CheckpointManager:
 
     @property
     def preempted(self) -> bool:
-        """Whether notice was given that this job's machine goes; as of the last `should_save`, if that is asked."""
+        """Whether notice was given that this job's machine goes; as of the last `should_save`, if that is asked.
+
+        No longer once the end that was announced has passed: the notice was false then, and all is as before.
+        """
         return self._saves.is_preempted
 
     @property
@@ -162,6 +170,9 @@ class CheckpointManager:
         metadata: Mapping[str, object] | None = None,
     ) -> Checkpoint:
         """Save `state` as the checkpoint of `step`; return once it is committed, then prune.
+
+        Nothing is pruned while the end of a preemption is near. An earlier save that failed in the background is no
+        reason not to save; who was not told of it is by `wait` or `close`.
 
         With several ranks, every rank calls it with its own objects and the same plain values; rank 0's `metrics` and
         `metadata` are kept.
@@ -206,8 +217,9 @@ class CheckpointManager:
             on_busy: what to do while another save is under way on any rank: `wait` for it, or `skip` this one.
 
         Raises:
-            SaveFailedError: this one failed before it was staged, or an earlier one in the background and nobody was
-                told: then this one was not begun.
+            EarlierSaveFailedError: an earlier one failed in the background and nobody was told; this one is under way
+                all the same (`.handle`). After a preemption notice the log is told of it instead.
+            SaveFailedError: this one failed before it was staged.
             CloudCkptError: as `save` raises.
         """
         self._refuse_closed()
@@ -223,16 +235,16 @@ class CheckpointManager:
         self._saves.prepare(state)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait for a save under way.
+        """Wait for a save under way, and for what is pruned after it, unless the end of a preemption is near.
 
         Args:
             timeout: seconds to wait; None waits as long as the save's own deadlines let it live.
 
         Raises:
-            TimeoutError: it goes on.
+            TimeoutError: the save goes on.
             SaveFailedError: it failed; also one that failed before and nobody was told.
         """
-        self._saves.background.settle(timeout)
+        self._saves.settle(timeout)
 
     def _refuse_closed(self) -> None:
         if self._is_closed:
@@ -273,7 +285,7 @@ class CheckpointManager:
             StorageError: the store could not be read; that is never taken for "nothing there".
         """
         self._refuse_closed()
-        self._saves.background.wait()
+        self._saves.rest()
         choice = Choice(self._catalog, step, self._retention)
         refuse_lonely_rank()
         checkpoint = load_state(

@@ -2,7 +2,10 @@
 
     begin: wait for the one before ─▶ capture ─▶ agree with all ranks ─▶ schedule.begun
     then:  upload, commit                    here, or from a copy in a thread of its own
-    ended: epoch, schedule and journal are told ─▶ prune
+    ended: epoch, schedule and journal are told
+    tidy:  prune, while no end is near: no part of a save, and the next one does not wait for it
+
+A save that has failed in the background keeps no new one from being made: the work is done first, and told of then.
 
 The training's thread enters; that of a save in the background ends it.
 """
@@ -10,12 +13,15 @@ The training's thread enters; that of a save in the background ends it.
 from __future__ import annotations
 
 import logging
+import math
+import time
+from collections import deque
 from collections.abc import Mapping, MutableMapping
 from functools import partial
 from typing import Literal
 
 from cloudckpt.deadline import Deadline
-from cloudckpt.errors import OptionsError, RankLostError
+from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError, SaveFailedError
 from cloudckpt.options import Options
 from cloudckpt.preemption import Schedule
 from cloudckpt.ranks import Group, Vote, refuse_lonely_rank
@@ -28,6 +34,9 @@ from cloudckpt.transfer import Slabs
 __all__ = ["Saves"]
 
 logger = logging.getLogger(__name__)
+
+# How often a wait for what is pruned looks whether an end is near.
+_LOOK_S = 0.1
 
 
 class Saves:
@@ -50,7 +59,7 @@ class Saves:
         save_rng: bool,
     ) -> None:
         self.epoch = Epoch(catalog, is_single_writer=options.single_writer)
-        self.background = Background(patience_s=options.finish_timeout_s)
+        self.background = Background(patience_s=options.finish_timeout_s, tidy=self._prune)
         self._catalog = catalog
         self.options = options
         self._schedule = schedule
@@ -62,6 +71,8 @@ class Saves:
         self._vote: Vote | None = None
         self._to_prepare: MutableMapping[str, object] | None = None
         self._is_beginning = False
+        # The newest commit after which nothing was pruned yet.
+        self._to_prune: deque[Checkpoint] = deque(maxlen=1)
 
     def are_due(self, step: int) -> bool:
         """Tell whether to save after `step`, as the schedule and all ranks have it; asked at every step."""
@@ -100,6 +111,10 @@ class Saves:
             raise
         entry.unblocked(step)
         self._ended(step, entry, checkpoint)
+        if self._schedule.is_preempted:
+            self.background.log_earlier(step)
+        self._wait_tidy()
+        self._prune()
         return checkpoint
 
     def async_save(
@@ -117,9 +132,17 @@ class Saves:
         if on_busy == "skip" and not self.is_preempted and self._is_busy(step):
             logger.info("rank %d: step %d is skipped: another save is under way", Group.of_world().rank, step)
             return SaveHandle(step)
-        entry, pending = self._begin(step, state, metrics, metadata, slabs=self._slabs)
-        handle = self.background.begin(step, pending, partial(self._ended, step, entry))
+        try:
+            entry, pending = self._begin(step, state, metrics, metadata, slabs=self._slabs)
+            handle = self.background.begin(step, pending, partial(self._ended, step, entry))
+        except CloudCkptError as exc:
+            self.background.note_earlier(exc)
+            raise
         entry.unblocked(step, staged_bytes=pending.size_bytes)
+        if self._schedule.is_preempted:
+            # What this raised would end the process by an error, not by its exit code.
+            self.background.log_earlier(step, handle)
+        self.background.tell_earlier(handle)
         return handle
 
     @property
@@ -149,9 +172,22 @@ class Saves:
         """Wait for the save under way, or abandon it; then release the memory. What it raises is `Background.end`'s."""
         try:
             self.background.end()
-            self._pruner.end()
+            self._wait_tidy(self.options.finish_timeout_s)
+            if self._may_prune() and self.background.wait_tidy(0):
+                self._pruner.end()
         finally:
             self._slabs.close()
+
+    def settle(self, timeout: float | None) -> None:
+        """Wait for the save under way, and for what is pruned after it; what it raises is `Background.settle`'s."""
+        began_s = time.monotonic()
+        self.background.settle(timeout)
+        self._wait_tidy(None if timeout is None else timeout - (time.monotonic() - began_s))
+
+    def rest(self) -> None:
+        """Wait for the save under way and what is pruned after it, whatever became of it."""
+        self.background.wait()
+        self._wait_tidy()
 
     def _is_busy(self, step: int) -> bool:
         """Tell whether any rank has a save under way, and none has one that failed and nobody was told."""
@@ -181,7 +217,13 @@ class Saves:
         refuse_lonely_rank()  # the group of before may have been destroyed
         group = Group.of_world()
         entry = self._journal.begin(rank=group.rank)
-        self.background.settle()
+        left_s = self._schedule.seconds_for_a_save()
+        if not self.background.wait(left_s):
+            raise SaveFailedError(
+                f"step {step} was not saved: the save before it is still under way, and has taken all of the "
+                f"{left_s or 0.0:.1f} s that were left before the end"
+            )
+        entry.working()
         catalog, options = self._means()
         self._is_beginning = True
         try:
@@ -197,7 +239,7 @@ class Saves:
                 )
         finally:
             self._is_beginning = False
-        self._schedule.begun(step, entry.began_s)
+        self._schedule.begun(step, entry.work_began_s)
         return entry, pending
 
     def _means(self) -> tuple[Catalog, Options]:
@@ -205,11 +247,11 @@ class Saves:
         left_s, end = self._schedule.seconds_for_a_save(), self._schedule.deadline
         if left_s is None or end is None:
             return self._catalog, self.options
-        deadline = Deadline.after(left_s, f"preemption ({end.reason})")
+        deadline = Deadline.after(left_s, end.reason)
         return self._catalog.with_store(self._journal.store.within(deadline)), self.options.within(left_s)
 
     def _ended(self, step: int, entry: Entry, outcome: Checkpoint | BaseException) -> None:
-        """Note what became of a save, and prune after a commit; perhaps in a background save's thread."""
+        """Note what became of a save; perhaps in a background save's thread."""
         if isinstance(outcome, BaseException):
             self._schedule.failed(step)
             return
@@ -217,5 +259,20 @@ class Saves:
         self._schedule.committed(step)
         is_preempted = self._schedule.is_preempted
         entry.committed(outcome, left_s=self._schedule.seconds_left() if is_preempted else None)
-        if entry.rank == 0 and not is_preempted:
-            self._pruner.prune_after(outcome)
+        if entry.rank == 0:
+            self._to_prune.append(outcome)
+
+    def _prune(self) -> None:
+        """Prune after the newest commit; later, if an end is near, because deletes would take a save's time."""
+        while self._may_prune() and self._to_prune:
+            self._pruner.prune_after(self._to_prune.pop(), go_on=self._may_prune)
+
+    def _may_prune(self) -> bool:
+        return not self._schedule.is_end_near
+
+    def _wait_tidy(self, timeout: float | None = None) -> None:
+        """Wait until nothing is pruned any more, or an end is near."""
+        stop_s = math.inf if timeout is None else time.monotonic() + timeout
+        while self._may_prune() and (left_s := stop_s - time.monotonic()) > 0:
+            if self.background.wait_tidy(min(_LOOK_S, left_s)):
+                break

@@ -48,11 +48,12 @@ class Entry:
     Attributes:
         rank: this process's.
         began_s: when it began, on the journal's clock.
+        work_began_s: when its own work began, after the wait for the save before; until `working` the same.
     """
 
     def __init__(self, journal: Journal, rank: int) -> None:
         self.rank = rank
-        self.began_s = journal.clock()
+        self.began_s = self.work_began_s = journal.clock()
         self._journal = journal
         self._before = journal.store.stats()
 
@@ -60,9 +61,13 @@ class Entry:
         """Show how far it is while the block runs."""
         return self._journal.progress.bar(what, rank=self.rank)
 
+    def working(self) -> None:
+        """Note that nothing else is waited for any more: what it costs is counted from here on."""
+        self.work_began_s = self._journal.clock()
+
     def unblocked(self, step: int, staged_bytes: int | None = None) -> None:
         """Note that training goes on; with the bytes that were copied, if the rest goes on in the background."""
-        blocked_s = self._elapsed_s()
+        blocked_s = self._journal.clock() - self.began_s
         self._journal.meter.note_blocked(blocked_s)
         if staged_bytes is not None:
             logger.info(
@@ -94,7 +99,7 @@ class Entry:
         self._say("restored", checkpoint, elapsed_s)
 
     def _elapsed_s(self) -> float:
-        return self._journal.clock() - self.began_s
+        return self._journal.clock() - self.work_began_s
 
     def _say(self, did: str, checkpoint: Checkpoint, elapsed_s: float, *, phases: str = "") -> None:
         spent = self._journal.store.stats() - self._before
