@@ -58,7 +58,7 @@ class Saves:
         pruner: Pruner,
         save_rng: bool,
     ) -> None:
-        self.epoch = Epoch(catalog, is_single_writer=options.single_writer)
+        self.epoch = Epoch(is_single_writer=options.single_writer)
         self.background = Background(patience_s=options.finish_timeout_s, tidy=self._prune)
         self._catalog = catalog
         self.options = options

@@ -78,9 +78,8 @@ class Epoch:
         newest: the newest checkpoint of this epoch.
     """
 
-    def __init__(self, catalog: Catalog, *, is_single_writer: bool) -> None:
+    def __init__(self, *, is_single_writer: bool) -> None:
         """Nothing is written before the first `take` of a step."""
-        self._catalog = catalog
         self._is_single_writer = is_single_writer
         self.number = 0
         self.resumed_from: Checkpoint | None = None
@@ -107,8 +106,8 @@ class Epoch:
 
     def _take(self, step: int, catalog: Catalog) -> Target:
         if self.number == 0:
-            probe_create(self._catalog.store, single_writer=self._is_single_writer)
-            self.number = self._catalog.claim(resumed_from=self.resumed_from)
+            probe_create(catalog.store, single_writer=self._is_single_writer)
+            self.number = catalog.claim(resumed_from=self.resumed_from)
         prefix = checkpoint_prefix(step, self.number)
         if self.newest is not None and catalog.knows(prefix):
             raise catalog.exists_error(prefix)
