@@ -347,9 +347,9 @@ class Saves:
         left_s, end = self._schedule.seconds_for_a_save(), self._schedule.deadline
         if left_s is None or end is None:
             return self.options, [home.destination(step, None) for home in self.homes]
-        reason, count = f"preemption ({end.reason})", len(self.homes)
+        count = len(self.homes)
         # Each root has its share of the time, or the first one, if it is down, would take all of it.
-        deadlines = [Deadline.after(left_s * (place + 1) / count, reason) for place in range(count)]
+        deadlines = [Deadline.after(left_s * (place + 1) / count, end.reason) for place in range(count)]
         return self.options.within(left_s), [
             home.destination(step, deadline) for home, deadline in zip(self.homes, deadlines, strict=True)
         ]

@@ -150,8 +150,8 @@ class Epoch:
             self.is_doubted = False
         if not self._is_high_enough:
             if self.number == 0:
-                probe_create(self._catalog.store, single_writer=self._is_single_writer)
-            self.number = self._catalog.claim(resumed_from=self.newest or self.resumed_from, least=self._least())
+                probe_create(catalog.store, single_writer=self._is_single_writer)
+            self.number = catalog.claim(resumed_from=self.newest or self.resumed_from, least=self._least())
         prefix = checkpoint_prefix(step, self.number)
         if self.newest is not None and catalog.knows(prefix):
             raise catalog.exists_error(prefix)
