@@ -4,10 +4,10 @@
     python benchmarks/structure.py --quick                     smoke test: 50 and 100 parameters
     python benchmarks/structure.py --shapes 'one module' --counts 1000,10000 --check-goals
 
-The structure's cost is what a save (or load) takes beyond that of the same tensors in one flat dict. The goals: at most
-twice what torch's own `state_dict` (or `load_state_dict`) takes; and what we add to torch's own grows linearly from the
-least to the largest count (torch's own does not, with many groups). The exit status is 3 when one is missed and
-`--check-goals` is given.
+The structure's cost is what a save (or load) takes beyond that of the same contents in one flat dict. The goals: at
+most twice what torch's own `state_dict` (or `load_state_dict`) takes; and what we add to torch's own grows linearly
+from the least to the largest count (torch's own does not, with many groups). The exit status is 3 when one is missed
+and `--check-goals` is given.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="smoke test: 50 and 100 parameters, 1 run")
     parser.add_argument("--shapes", type=_shapes, default=list(SHAPES), help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--counts", type=_numbers, default=[1_000, 2_000, 4_000, 10_000], help="numbers of parameters")
-    parser.add_argument("--runs", type=int, default=2, help="of which the fastest counts")
+    parser.add_argument("--runs", type=int, default=5, help="of which the fastest counts")
     parser.add_argument("--limit-s", type=float, default=300, help="seconds that one shape and count may take")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="where checkpoints may lie")
     parser.add_argument("--json", type=Path, help="write every number to this file")

@@ -13,15 +13,15 @@ from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 
-from cloudckpt.errors import CheckpointNotFoundError
+from cloudckpt.errors import CheckpointNotFoundError, OptionsError
 from cloudckpt.format import DTYPES, NOTES, Index, PathElement, codec, unflatten
 from cloudckpt.loading import RankInput, by_part_name, load_state, part_targets, read_index
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, refuse_lonely_rank
 from cloudckpt.report import Journal, Progress, Show
-from cloudckpt.root import Catalog, Checkpoint, Exists, check_exists, own_url
+from cloudckpt.root import Catalog, Checkpoint, Exists, Roots, check_exists, own_url
 from cloudckpt.saving import Session, begin_save
-from cloudckpt.state import Allowed, Resize, captured, with_attributes
+from cloudckpt.state import Allowed, Resize, captured, collector_at_rest, with_attributes
 from cloudckpt.store import open_store
 from cloudckpt.transfer import Watch
 
@@ -30,13 +30,19 @@ __all__ = ["load", "read", "save"]
 logger = logging.getLogger(__name__)
 
 
+def _refuse_swapped(call: str, state: object, url: object) -> None:
+    """Refuse a URL where the state belongs, before anything is opened."""
+    if isinstance(url, Mapping) and not isinstance(state, Mapping):
+        raise OptionsError(f"the URL stands where the state belongs; call {call}(state, url)")
+
+
 def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
     state: MutableMapping[str, object],
     url: str | os.PathLike[str],
     *,
     storage_options: Mapping[str, object] | None = None,
     engine: str = "auto",
-    options: Options | None = None,
+    options: Options | Mapping[str, object] | None = None,
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, object] | None = None,
     exists: Exists = "raise",
@@ -69,13 +75,14 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
             (after `CommitUnknownError`: the whole checkpoint, or nothing).
     """
     refuse_lonely_rank()
+    _refuse_swapped("save", state, url)
     chosen = Options.of(options)
     destined = check_exists(exists)
     group = Group.of_world()
     with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
         journal = Journal(store, Progress(progress))
         entry = journal.begin(rank=group.rank)
-        with Session.of(group, "save", chosen) as session:
+        with Session.of(group, "save", chosen) as session, collector_at_rest():
             pending = begin_save(
                 session,
                 captured(state),
@@ -95,7 +102,7 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
     *,
     storage_options: Mapping[str, object] | None = None,
     engine: str = "auto",
-    options: Options | None = None,
+    options: Options | Mapping[str, object] | None = None,
     strict: bool = True,
     cast: bool = False,
     materialize: str | torch.device | None = None,
@@ -138,13 +145,14 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
         RankLostError: another rank died, hangs or never came. Tensors may hold a mixture.
         StorageError: the store could not be read.
     """
+    _refuse_swapped("load", state, url)
     chosen = Options.of(options)
     with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
         catalog = Catalog(store)
         found = load_state(
             state,
             map(catalog.open, [""]),
-            catalog=catalog,
+            roots=Roots([catalog]),
             journal=Journal(store, Progress(progress)),
             options=chosen,
             allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize),
@@ -162,7 +170,7 @@ def read(
     *,
     storage_options: Mapping[str, object] | None = None,
     engine: str = "auto",
-    options: Options | None = None,
+    options: Options | Mapping[str, object] | None = None,
     progress: Show = "auto",
 ) -> dict[str, object]:
     """Read a checkpoint, or a part of it, without a model: nested dicts of new host tensors and plain values.
@@ -199,7 +207,7 @@ def read(
             RankInput(store, checkpoint, index, chosen, Watch(gauge=bar)).fill({**tensors, **by_part_name(parts)})
         values = {name: codec.decode(value, key=name, parts=parts.get(name)) for name, value in stored.items()}
         leaves = {name: tensors[name] if name in tensors else values[name] for name in names}
-        notes = codec.decode(index.values.get(NOTES, {}), key=NOTES)
+        notes = codec.decode_json(index.values.get(NOTES, {}), key=NOTES)
         state = unflatten(leaves, _paths_of_some(index, names))
         with_attributes(state, "", notes if isinstance(notes, dict) else {}, is_new=True)
         return state

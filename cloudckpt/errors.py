@@ -12,10 +12,11 @@ CloudCkptError
 │   ├── AccessDeniedError (PermissionError)
 │   │   └── CredentialsExpiredError                 refreshed once, then raised
 │   ├── TransientError                              worth another try; only ever seen below the retry layer
+│   │   └── ThrottledError                          the store asks for fewer requests
 │   ├── RetryExhaustedError                         tried until the attempt cap or the deadline
 │   ├── CommitUnknownError                          the write may have landed; nothing was deleted
 │   ├── ObjectNotFoundError (FileNotFoundError)     no object under that key
-│   │   └── BucketNotFoundError
+│   │   └── BucketNotFoundError                     never taken for "no checkpoint"
 │   ├── ObjectExistsError (FileExistsError)         a create met an object of somebody else's
 │   └── CreateNotEnforcedError                      the store ignores create-only writes
 ├── IntegrityError                                  bytes are wrong: restore an older step
@@ -28,6 +29,7 @@ CloudCkptError
 ├── RankLostError                                   other ranks died, hang or never came: restart the job
 ├── StalledError                                    a transfer of this rank stands still
 └── SaveFailedError                                 nothing was committed
+    └── EarlierSaveFailedError                      an earlier one; the one that was asked for is under way
 ```
 
 Each keeps its facts as attributes, so that a handler never reads the message, and each pickles, because
@@ -49,6 +51,7 @@ __all__ = [
     "ConflictError",
     "CreateNotEnforcedError",
     "CredentialsExpiredError",
+    "EarlierSaveFailedError",
     "FencedError",
     "FormatVersionError",
     "IntegrityError",
@@ -64,8 +67,10 @@ __all__ = [
     "StalledError",
     "StateMismatchError",
     "StorageError",
+    "ThrottledError",
     "TransientError",
     "UnsupportedValueError",
+    "is_outage",
     "is_transient",
 ]
 
@@ -125,7 +130,12 @@ class StorageError(CloudCkptError):
         key: the object's key below the store's root, or "".
         attempts: requests made for this operation.
         elapsed_s: seconds spent on it, waits included.
+        left_keys: of a `delete`, the keys that are still there; none if that is not known.
+        may_have_landed: of a write, whether it may have taken effect although it failed: false if it was never sent,
+            or was refused.
     """
+
+    may_have_landed: bool = True
 
     def __init__(self, message: str, *, op: str = "", key: str = "", attempts: int = 1, elapsed_s: float = 0.0) -> None:
         super().__init__(message)
@@ -133,10 +143,13 @@ class StorageError(CloudCkptError):
         self.key = key
         self.attempts = attempts
         self.elapsed_s = elapsed_s
+        self.left_keys: tuple[str, ...] = ()
 
 
 class AccessDeniedError(StorageError, PermissionError):
     """The credentials do not allow the operation; asking again does not help."""
+
+    may_have_landed = False
 
 
 class CredentialsExpiredError(AccessDeniedError):
@@ -150,16 +163,36 @@ class TransientError(StorageError):
     """
 
 
+class ThrottledError(TransientError):
+    """The store asks for fewer requests: the next one follows after a longer pause, and this one does not count.
+
+    Attributes:
+        retry_after_s: seconds that the reply asks to wait; 0 if it does not say.
+    """
+
+    def __init__(self, message: str, *, op: str = "", key: str = "", attempts: int = 1, elapsed_s: float = 0.0) -> None:
+        super().__init__(message, op=op, key=key, attempts=attempts, elapsed_s=elapsed_s)
+        self.retry_after_s = 0.0
+
+
 class RetryExhaustedError(StorageError):
     """Every attempt met a transient fault, until the attempt cap or the deadline."""
 
 
 class CommitUnknownError(StorageError):
-    """A create may or may not have landed and cannot be read back; nothing was deleted."""
+    """A create may or may not have landed and cannot be read back; nothing was deleted.
+
+    Attributes:
+        is_taken: whether the store's only answer was that the key is taken; unknown is just whose object it is.
+    """
+
+    is_taken: bool = False
 
 
 class ObjectNotFoundError(StorageError, FileNotFoundError):
     """No object has that key."""
+
+    may_have_landed = False
 
 
 class BucketNotFoundError(ObjectNotFoundError):
@@ -242,6 +275,25 @@ class SaveFailedError(CloudCkptError):
         self.failures = dict(failures or {})
 
 
+class EarlierSaveFailedError(SaveFailedError):
+    """A save before this one failed in the background and nobody was told; the one that was asked for is under way.
+
+    What the earlier one failed with is the cause of this.
+
+    Attributes:
+        step: the step that was not saved.
+        handle: the `SaveHandle` of the save that was asked for; None in another process.
+    """
+
+    def __init__(self, message: str, *, step: int = -1, handle: object = None) -> None:
+        super().__init__(message)
+        self.step = step
+        self.handle = handle
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), self.args, {**self.__dict__, "handle": None}
+
+
 class RankLostError(CloudCkptError):
     """Other ranks of this save or restore died, hang, gave up or never came.
 
@@ -268,6 +320,18 @@ class StalledError(CloudCkptError):
         super().__init__(message)
         self.key = key
         self.still_s = still_s
+
+
+def is_outage(error: BaseException) -> bool:
+    """Tell whether a store is why a save failed, so that another time or place may do better.
+
+    What the call or the set-up is wrong about is no outage (a bucket that is missing, creates that are not enforced),
+    nor is a rank that is lost.
+    """
+    if isinstance(error, SaveFailedError):
+        return bool(error.failures) and all(map(is_outage, error.failures.values()))
+    is_wrong = isinstance(error, ObjectNotFoundError | CreateNotEnforcedError)
+    return isinstance(error, StorageError | StalledError) and not is_wrong
 
 
 def is_transient(error: BaseException) -> bool:

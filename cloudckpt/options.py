@@ -5,18 +5,29 @@ Pure values, validated when they are made; no I/O. Every default that was tuned 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal
+from typing import Literal, TypeVar, get_args
 
 from cloudckpt.errors import OptionsError
 
-__all__ = ["KIB", "MAX_BLOCK_BYTES", "MIB", "Options", "RetryPolicy"]
+__all__ = ["KIB", "MAX_BLOCK_BYTES", "MIB", "Checksum", "Options", "RetryPolicy"]
+
+Checksum = Literal["crc64nvme", "sha256", "crc32c", "crc32"]
+"""What a store can compare the bytes of a put with, before it takes them."""
 
 KIB = 1024
 MIB = 1024 * KIB
 # A reader holds whole blocks in memory, and an index that it was told to read says how large they are.
 MAX_BLOCK_BYTES = 256 * MIB
 _TRANSFER_BYTES = 512 * MIB
+# Of the time that is left, what one request may take, so that another one fits behind it; a connection needs the least.
+_REQUEST_SHARE = 0.5
+_LEAST_S = 0.1
+# Of the patience with what stands still: a rank names its own transfer before the others can only name the rank.
+_OWN_SHARE = 0.8
+# How much later than the store's last error a transfer counts as standing still, where time is short.
+_GRACE_S = 4.0
 
 
 # Annotation → what a value may be, and what to say of one that is not.
@@ -37,15 +48,29 @@ def _check_types(options: RetryPolicy | Options) -> None:
             raise OptionsError(f"{one.name} is {value!r}; give {words}")
 
 
+_Chosen = TypeVar("_Chosen", "RetryPolicy", "Options")
+
+
+def _made(kind: type[_Chosen], given: Mapping[str, object]) -> _Chosen:
+    """Return options of a kind that were written down as a mapping."""
+    known = [one.name for one in fields(kind)]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise OptionsError(f"options have no {', '.join(map(repr, unknown))}; there are {', '.join(known)}")
+    return kind(**given)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryPolicy:
     """How patient one operation on the store is.
 
     Attributes:
-        max_attempts: requests per operation, at most.
-        deadline_s: seconds per operation, waits included: no attempt starts later than
-            `deadline_s - request_timeout_s`, so the operation ends by `deadline_s`.
-        request_timeout_s: seconds that one request may take, its body included.
+        max_attempts: requests per operation, at most; those that the store answers with "slower" do not count.
+        deadline_s: seconds per operation, waits included. A request gets at most half of what is left, so that
+            another one fits behind it.
+        request_timeout_s: seconds that one request may stand still, none of its bytes moving. obstore does not show
+            its bytes, so that there it is what a request may take in all; one that took longer is sent again by
+            fsspec's client, which does show them.
         connect_timeout_s: seconds that one connection attempt may take.
         backoff_base_s: upper bound of the first wait; it doubles per attempt (full jitter below the bound).
         backoff_max_s: the bound's own cap.
@@ -65,11 +90,11 @@ class RetryPolicy:
         for name in ("deadline_s", "request_timeout_s", "connect_timeout_s", "backoff_base_s", "backoff_max_s"):
             if not getattr(self, name) > 0:
                 raise OptionsError(f"{name} is {getattr(self, name)}; give a number of seconds above 0")
-        if self.request_timeout_s > self.deadline_s:
-            raise OptionsError(
-                f"request_timeout_s ({self.request_timeout_s}) is longer than deadline_s ({self.deadline_s}); "
-                "one request would already break the deadline"
-            )
+
+    def limit_s(self, left_s: float, *, timeouts: int = 0) -> float:
+        """Return how long a request may stand still where `left_s` are left, after `timeouts` that stood too long."""
+        share_s = max(_REQUEST_SHARE * left_s, min(left_s, _LEAST_S))
+        return min(self.request_timeout_s * 2.0 ** min(timeouts, 64), share_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +111,15 @@ class Options:
             what is in flight, and the copy besides, as far as half of the free memory has room for it.
         signed_payload: sign request bodies (S3). Off, because the digests of the format protect the bytes
             end to end and hashing every body with SHA-256 costs more than sending it.
-        single_writer: accept a store without create-only writes, and a `CloudWriter` in one process of several that
-            have no process group; the caller promises that no other process writes to the same root.
+        single_writer: the caller promises that no other process writes to the same root. Every create is a plain put
+            then, and looked at before and after: it works on stores without create-only writes, and on disks without
+            hard links. Two jobs that break the promise may overwrite each other's commits unnoticed. A `CloudWriter`
+            in one process of several that have no process group asks for it, too.
+        checksum: sent with every put, so that the store itself refuses bytes that were spoilt on the way; buckets with
+            Object Lock and a default retention take no put without one. By obstore on S3 "crc64nvme" or "sha256"; by
+            s3fs "sha256", "crc32c", "crc32", and "crc64nvme" with awscrt; by gcsfs "crc32c"; elsewhere refused.
+        create_only: send `If-None-Match: *` with every put, not with claims and manifests alone, for buckets whose
+            policy demands it (S3, GCS).
         progress_timeout_s: patience with what stands still: a transfer that does not end, a rank that does not come,
             died or hangs. Longer than `retry.deadline_s`, so that a store in trouble is not taken for a lost rank.
         read_once: on restore, read what several ranks need from the store once and pass it on between them: `always`,
@@ -104,6 +136,8 @@ class Options:
     memory_budget_bytes: int | None = None
     signed_payload: bool = False
     single_writer: bool = False
+    checksum: Checksum | None = None
+    create_only: bool = False
     progress_timeout_s: float = 600.0
     read_once: Literal["auto", "always", "never"] = "auto"
     finish_timeout_s: float = 300.0
@@ -120,6 +154,7 @@ class Options:
         for name in ("progress_timeout_s", "finish_timeout_s"):
             if not getattr(self, name) > 0:
                 raise OptionsError(f"{name} is {getattr(self, name)}; give a number of seconds above 0")
+        self._check_puts()
         if self.read_once not in ("auto", "always", "never"):
             raise OptionsError(f"read_once is {self.read_once!r}; give 'auto', 'always' or 'never'")
         if self.block_bytes > MAX_BLOCK_BYTES:
@@ -136,25 +171,45 @@ class Options:
                 "raise the budget or lower shard_bytes"
             )
 
+    def _check_puts(self) -> None:
+        if self.checksum not in (None, *get_args(Checksum)):
+            raise OptionsError(f"checksum is {self.checksum!r}; give one of {', '.join(get_args(Checksum))}, or None")
+        if self.create_only and self.single_writer:
+            raise OptionsError(
+                "create_only sends a condition with every put, and single_writer with none; give one of them"
+            )
+
     @classmethod
-    def of(cls, options: Options | None) -> Options:
-        """Return the options that a caller gave, or the defaults.
+    def of(cls, options: Options | Mapping[str, object] | None) -> Options:
+        """Return the options that a caller gave, perhaps as a mapping, or the defaults.
 
         Raises:
             OptionsError: they are none.
         """
+        if isinstance(options, Mapping):
+            retry = options.get("retry")
+            given = {**options, "retry": _made(RetryPolicy, retry)} if isinstance(retry, Mapping) else options
+            return _made(cls, given)
         if options is not None and not isinstance(options, Options):
             raise OptionsError(f"options is {options!r}; give cloudckpt.Options(...)")
         return options or cls()
 
     def within(self, seconds: float) -> Options:
-        """Return the same options with no more patience than `seconds`."""
-        retry = replace(
-            self.retry,
-            deadline_s=min(self.retry.deadline_s, seconds),
-            request_timeout_s=min(self.retry.request_timeout_s, seconds),
-        )
-        return replace(self, retry=retry, progress_timeout_s=min(self.progress_timeout_s, seconds))
+        """Return the same options for what must have ended in `seconds`: the store's own errors come first even so."""
+        retry = replace(self.retry, deadline_s=min(self.retry.deadline_s, seconds))
+        return replace(self, retry=retry, progress_timeout_s=min(self.progress_timeout_s, seconds + _GRACE_S))
+
+    @property
+    def transfer_timeout_s(self) -> float:
+        """Seconds that one transfer of this rank's own may take.
+
+        Between the time of the store's own error, which tells the cause, and that when other ranks can only say that
+        this one stands still.
+        """
+        share_s = _OWN_SHARE * self.progress_timeout_s
+        if self.retry.deadline_s >= self.progress_timeout_s:
+            return share_s
+        return max(share_s, (self.retry.deadline_s + self.progress_timeout_s) / 2)
 
     @property
     def transfer_budget_bytes(self) -> int:

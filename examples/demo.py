@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from record import Outcome, record_of
-from runs import NOTICE_S, DemoError, Interruption, Job, Segment, run
+from runs import EXIT_INTERRUPTED, NOTICE_S, DemoError, Interruption, Job, Segment, run
 from target import Target, seaweedfs_target, target_at
 from trajectory import compare, table
 
@@ -174,6 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DemoError as error:
         print(f"The demo failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        # What it had started has ended on the way here.
+        print("The demo was interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from typing import TypeVar
 import fsspec
 from bucket import Attempt, attempts_in
 from fsdp_record import Event, Left, Restored, Saved, Step, read_record
-from runs import EXIT_PREEMPTED, NOTICE_S, QUIET_S, DemoError
+from runs import EXIT_INTERRUPTED, EXIT_PREEMPTED, NOTICE_S, QUIET_S, DemoError
 from target import Target, seaweedfs_target, target_at
 
 __all__ = ["FIRST_LOSS_TOLERANCE", "LOSS_TOLERANCE", "Part", "Size", "checks", "main", "show", "torchrun"]
@@ -318,7 +318,7 @@ class _Notice:
         """Tell whether rank 0 has saved, and is in a step after which no interval is over."""
         events = read_record(self._record)
         last = events[-1] if events else None
-        is_idle = isinstance(last, Step) and all((last.step + ahead) % self._save_every for ahead in (1, 2))
+        is_idle = isinstance(last, Step) and all((last.step + ahead) % self._save_every for ahead in (0, 1))
         return is_idle and any(isinstance(event, Saved) for event in events)
 
     def _stopped(self) -> dict[int, int]:
@@ -536,6 +536,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DemoError as error:
         print(f"The demo failed: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        # What it had started has ended on the way here.
+        print("The demo was interrupted.", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

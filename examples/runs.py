@@ -28,7 +28,18 @@ from typing import Literal, TypeVar
 from bucket import Attempt, Bucket
 from events import Event, Saved, Saving, Start, Step, read_event
 
-__all__ = ["EXIT_PREEMPTED", "NOTICE_S", "QUIET_S", "DemoError", "Interruption", "Job", "Segment", "run", "run_segment"]
+__all__ = [
+    "EXIT_INTERRUPTED",
+    "EXIT_PREEMPTED",
+    "NOTICE_S",
+    "QUIET_S",
+    "DemoError",
+    "Interruption",
+    "Job",
+    "Segment",
+    "run",
+    "run_segment",
+]
 
 Kind = TypeVar("Kind", bound=Event)
 
@@ -38,6 +49,8 @@ _SETTLE_DEADLINE_S = 30.0
 
 NOTICE_S = 20.0
 """From SIGTERM to the SIGKILL that follows it, if the process has not ended by then."""
+EXIT_INTERRUPTED = 130
+"""128 + SIGINT: what a shell reports of a program that Ctrl-C has ended."""
 EXIT_PREEMPTED = 143
 """128 + SIGTERM."""
 

@@ -215,3 +215,32 @@ def test_the_state_must_be_a_dict_with_names() -> None:
     for wrong in ({}, {1: torch.zeros(1)}, {"cloudckpt.rng": 1}):
         with pytest.raises(OptionsError):
             cloudckpt.save(wrong, "memory://x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", [cloudckpt.save, cloudckpt.load])
+def test_a_url_where_the_state_belongs_is_told_so(tmp_path: Path, call: object) -> None:
+    with pytest.raises(OptionsError, match=r"the URL stands where the state belongs; call (save|load)\(state, url\)"):
+        call(tmp_path / "c", state())  # type: ignore[operator]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("url", [None, 7, b"c", ["c"]], ids=repr)
+def test_what_is_no_url_is_refused(url: object) -> None:
+    for call in (
+        lambda: cloudckpt.save(state(), url),  # type: ignore[arg-type]
+        lambda: cloudckpt.load(state(), url),  # type: ignore[arg-type]
+        lambda: cloudckpt.read(url),  # type: ignore[arg-type]
+        lambda: CheckpointManager(url),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(OptionsError, match=f"the URL is a {type(url).__name__}; give a path or a URL"):
+            call()
+
+
+def test_metrics_and_metadata_that_no_manifest_holds_are_refused_before_anything_is_uploaded(tmp_path: Path) -> None:
+    halves = {"metrics": {f"{number:0100}": 1.0 for number in range(20_000)}, "metadata": {"log": "x" * (3 << 20)}}
+    with pytest.raises(OptionsError, match="move large metadata into the state"):
+        cloudckpt.save(state(), tmp_path / "c", **halves)  # type: ignore[arg-type]
+    with pytest.raises(OptionsError, match="move large metadata into the state"):
+        cloudckpt.CloudWriter(tmp_path / "c", **halves)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+    cloudckpt.save(state(), tmp_path / "c", metadata={"log": "x" * (3 << 20)})

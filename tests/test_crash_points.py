@@ -92,7 +92,7 @@ def live(client: FaultStore, clients: list[FaultStore], acknowledged: list[int],
                 raise
             acknowledged.append(step)
             # So that a request has the same number in each life.
-            manager._saves._pruner.settle()
+            manager._saves.homes[0].pruner.settle()
 
 
 def check_next(bucket: Bucket, clients: list[FaultStore], acknowledged: list[int], possible: list[int]) -> None:
@@ -214,7 +214,7 @@ def test_a_save_of_one_small_shard_costs_four_requests_and_its_restore_four(clie
     with manager_on(FaultStore(bucket), clients) as manager:
         state = {"w": torch.zeros(10)}
         manager.save(0, state)
-        manager._saves._pruner.settle()
+        manager._saves.homes[0].pruner.settle()
         client = clients[-1]
         before = client.op_count
         manager.save(1, state)

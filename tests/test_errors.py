@@ -37,6 +37,7 @@ TREE = {
     "AccessDeniedError": "StorageError PermissionError",
     "CredentialsExpiredError": "AccessDeniedError",
     "TransientError": "StorageError",
+    "ThrottledError": "TransientError",
     "RetryExhaustedError": "StorageError",
     "CommitUnknownError": "StorageError",
     "ObjectNotFoundError": "StorageError FileNotFoundError",
@@ -53,6 +54,7 @@ TREE = {
     "StalledError": "CloudCkptError",
     "RestoreFailedError": "CloudCkptError",
     "SaveFailedError": "CloudCkptError",
+    "EarlierSaveFailedError": "SaveFailedError",
 }
 """Error → its bases. A handler somewhere relies on every line: add, never change."""
 
@@ -64,6 +66,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "UnsupportedValueError": {"key": "scheduler.f", "type_name": "function"},
     "RankLostError": {"ranks": (1, 2), "phase": "commit"},
     "RestoreFailedError": {"name": "model", "changed": ("optimizer",)},
+    "EarlierSaveFailedError": {"step": 3, "handle": None},
     "StalledError": {"key": "step-1/a.safetensors", "still_s": 1.5},
 }
 """Attributes by the error that introduces them; those below inherit them."""
@@ -86,7 +89,7 @@ def test_the_tree_has_exactly_this_shape() -> None:
 
 
 def test_everything_is_exported_and_drawn() -> None:
-    assert set(errors.__all__) == {*TREE, "is_transient"}
+    assert set(errors.__all__) == {*TREE, "is_outage", "is_transient"}
     assert [name for name in TREE if name not in str(errors.__doc__)] == []
 
 
@@ -181,7 +184,7 @@ def test_facts_do_not_alias_what_the_caller_passed() -> None:
 
 def test_only_transient_errors_are_tried_again() -> None:
     assert is_transient(TransientError("503", **STORAGE_FACTS))
-    others = [kind("no") for kind in CLASSES if kind is not TransientError]
+    others = [kind("no") for kind in CLASSES if not issubclass(kind, TransientError)]
     assert [error for error in [*others, OSError(104, "reset"), TimeoutError()] if is_transient(error)] == []
 
 

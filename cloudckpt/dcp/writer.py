@@ -24,7 +24,7 @@ from torch.futures import Future
 
 from cloudckpt.dcp.address import Address
 from cloudckpt.errors import CommitUnknownError, OptionsError
-from cloudckpt.format import JsonValue, PathElement, codec, metadata_to_json, metrics_to_json, new_attempt
+from cloudckpt.format import JsonValue, PathElement, codec, new_attempt, record_of_call
 from cloudckpt.options import Options
 from cloudckpt.ranks import refuse_lonely_rank
 from cloudckpt.root import Checkpoint, Exists, Target, check_exists, check_place
@@ -92,8 +92,7 @@ class CloudWriter(StorageWriter):
         """
         self._address = Address(url, storage_options=storage_options, engine=engine, options=options)
         self._options = self._address.options
-        self._metrics = metrics_to_json(metrics)
-        self._metadata = metadata_to_json(metadata)
+        self._metrics, self._metadata = record_of_call(metrics, metadata)
         self._exists = check_exists(exists)
         self._begin()
 

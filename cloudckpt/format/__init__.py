@@ -30,14 +30,13 @@ from cloudckpt.format.manifest import (
     Metric,
     decode_claim,
     digest_of,
-    metadata_to_json,
-    metrics_to_json,
+    record_of_call,
 )
 from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
 from cloudckpt.format.shard import block_digests, verify_blocks
 from cloudckpt.format.tiling import untiled
-from cloudckpt.format.tree import NOTES, Flat, PathElement, flatten, unflatten
+from cloudckpt.format.tree import NOTES, Flat, PathElement, flatten, flatten_at, unflatten
 
 __all__ = [
     "DTYPES",
@@ -75,17 +74,17 @@ __all__ = [
     "digest_of",
     "epoch_key",
     "flatten",
+    "flatten_at",
     "index_key",
     "is_attempt",
     "lay_out",
     "lone_surrogates",
-    "metadata_to_json",
-    "metrics_to_json",
     "new_attempt",
     "parse_checkpoint_prefix",
     "parse_epoch_key",
     "plan_spans",
     "ragged_places",
+    "record_of_call",
     "register",
     "row_products",
     "shard_key",

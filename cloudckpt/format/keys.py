@@ -11,6 +11,7 @@ import re
 import secrets
 
 from cloudckpt.errors import OptionsError
+from cloudckpt.format.record import shown
 
 __all__ = [
     "EPOCHS_PREFIX",
@@ -48,7 +49,7 @@ def step_number(step: object) -> int:
             return operator.index(step)  # type: ignore[arg-type]
     except (TypeError, ValueError, RuntimeError):
         pass
-    raise OptionsError(f"step is {step!r}; give the training step, a whole number")
+    raise OptionsError(f"step is {shown(step)}; give the training step, a whole number")
 
 
 def checkpoint_prefix(step: int, epoch: int) -> str:

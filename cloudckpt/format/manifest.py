@@ -21,7 +21,7 @@ from cloudckpt.format import codec
 from cloudckpt.format.codec import JsonValue
 from cloudckpt.format.codec.walk import is_text
 from cloudckpt.format.keys import is_attempt
-from cloudckpt.format.record import INDEX_LIMIT_BYTES, NUMBER_LIMIT, decode_record
+from cloudckpt.format.record import INDEX_LIMIT_BYTES, NUMBER_LIMIT, decode_record, shown
 
 __all__ = [
     "MANIFEST_LIMIT_BYTES",
@@ -32,10 +32,13 @@ __all__ = [
     "digest_of",
     "metadata_to_json",
     "metrics_to_json",
+    "record_of_call",
 ]
 
 # A manifest is a few KiB; user metadata may make it larger, but it is read in one request and held in memory.
 MANIFEST_LIMIT_BYTES = 4 << 20
+# Of it, for all that is not the caller's own: counts, versions, the data path.
+_OWN_BYTES = 64 << 10
 
 _SHA256 = re.compile(r"\A[0-9a-f]{64}\Z")
 # How every manifest ends, in every version. The seal covers the bytes as they stand, not what they decode to: so
@@ -206,8 +209,33 @@ def decode_claim(data: bytes, *, key: str) -> EpochClaim:
     return claim
 
 
+def record_of_call(
+    metrics: Mapping[str, object] | None, metadata: Mapping[str, object] | None
+) -> tuple[dict[str, Metric], dict[str, JsonValue]]:
+    """Return both in their JSON form, for a manifest that is written at the end of a save; to be called at its begin.
+
+    Raises:
+        OptionsError: metrics are no numbers, names no text, or both together larger than a manifest holds.
+        UnsupportedValueError: metadata that the codec refuses.
+    """
+    told = metrics_to_json(metrics), metadata_to_json(metadata)
+    size_bytes = len(_bytes(told))
+    if size_bytes > MANIFEST_LIMIT_BYTES - _OWN_BYTES:
+        raise OptionsError(
+            f"metrics and metadata have {size_bytes} bytes, more than the {MANIFEST_LIMIT_BYTES - _OWN_BYTES} that a "
+            "manifest has room for; move large metadata into the state"
+        )
+    return told
+
+
+def _refuse_no_mapping(name: str, given: object) -> None:
+    if given is not None and not isinstance(given, Mapping):
+        raise OptionsError(f"{name} is {shown(given)}; give a dict of names, such as {{'loss': 0.3}}")
+
+
 def metrics_to_json(metrics: Mapping[str, object] | None) -> dict[str, Metric]:
     """Check metrics and bring them into their JSON form; refuses what is no number."""
+    _refuse_no_mapping("metrics", metrics)
     result: dict[str, Metric] = {}
     for name, value in (metrics or {}).items():
         if not isinstance(name, str) or not name or not is_text(name):
@@ -228,13 +256,14 @@ def _number(name: str, value: object) -> float:
 
 def metadata_to_json(metadata: Mapping[str, object] | None) -> dict[str, JsonValue]:
     """Bring the caller's metadata into the codec's JSON; refuses what the codec refuses."""
+    _refuse_no_mapping("metadata", metadata)
     for name in metadata or {}:
         if not isinstance(name, str) or not is_text(name):
             raise OptionsError(f"metadata key {name!r} is not a string of Unicode text")
     return {name: codec.encode(value, key=f"metadata.{name}") for name, value in (metadata or {}).items()}
 
 
-def _bytes(value: msgspec.Struct) -> bytes:
+def _bytes(value: object) -> bytes:
     try:
         return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
     except UnicodeEncodeError as exc:

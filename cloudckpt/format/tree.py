@@ -22,7 +22,7 @@ from cloudckpt.format.codec.standard import FACTORIES, factory_name
 from cloudckpt.format.codec.walk import is_key, is_text
 from cloudckpt.format.record import lone_surrogates
 
-__all__ = ["NOTES", "PATH_LIMIT", "Flat", "PathElement", "flatten", "unflatten"]
+__all__ = ["NOTES", "PATH_LIMIT", "Flat", "PathElement", "flatten", "flatten_at", "unflatten"]
 
 # One step down: a string key; a place in a list; {"key": a key that is no string}; {"tuple": a place in a tuple};
 # {"OrderedDict": a key}; {"defaultdict": [name of its factory, a key]}.
@@ -35,6 +35,7 @@ NOTES = "cloudckpt.notes"
 """The value that holds the notes of all ranks."""
 
 _SHOWN = 200
+_SCALARS = frozenset((type(None), bool, int, float, str))
 # Keys chosen to share one hash make a dict quadratic; honest ones share it by a few. A str's hash is salted.
 _HASH_TWINS_LIMIT = 256
 
@@ -66,7 +67,14 @@ def flatten(state: Mapping[str, object], *, is_tensor: Callable[[object], bool])
     """
     flattening = _Flattening(is_tensor)
     for key, value in state.items():
-        flattening.walk(value, [key])
+        flattening.walk(value, [key], key)
+    return flattening.flat
+
+
+def flatten_at(value: object, name: str, path: Sequence[PathElement], *, is_tensor: Callable[[object], bool]) -> Flat:
+    """Name every leaf of what stands at `path` and is called `name`; else as `flatten`."""
+    flattening = _Flattening(is_tensor)
+    flattening.walk(value, [*path], name)
     return flattening.flat
 
 
@@ -79,15 +87,14 @@ class _Flattening:
         # By id, and kept alive for as long as their ids must stay theirs. Looked at once, however often they are held.
         self._without_tensors: dict[int, object] = {}
 
-    def walk(self, value: object, path: list[PathElement]) -> None:
-        name = ".".join(map(_segment, path))
+    def walk(self, value: object, path: list[PathElement], name: str) -> None:
         if self._is_tensor(value) or not self._holds_tensor(value, depth=0):
             self._add(value, name, path)
         elif len(path) == PATH_LIMIT:
             raise _too_deep(value)
         else:
             for element, child in _children(value, name):
-                self.walk(child, [*path, element])
+                self.walk(child, [*path, element], f"{name}.{_segment(element)}")
 
     def _add(self, leaf: object, name: str, path: list[PathElement]) -> None:
         if not is_text(name):
@@ -105,10 +112,11 @@ class _Flattening:
             return False
         if depth == PATH_LIMIT:
             raise _too_deep(value)
-        found = any(self._holds_tensor(child, depth + 1) for child in contents)
-        if not found:
-            self._without_tensors[id(value)] = value
-        return found
+        for child in contents:
+            if type(child) not in _SCALARS and self._holds_tensor(child, depth + 1):
+                return True
+        self._without_tensors[id(value)] = value
+        return False
 
 
 def _too_deep(value: object) -> UnsupportedValueError:
@@ -119,6 +127,8 @@ def _too_deep(value: object) -> UnsupportedValueError:
 
 
 def _contents(value: object) -> Iterable[object] | None:
+    if type(value) is dict:
+        return value.values()
     if registered(type(value)) is not None:
         return None
     if isinstance(value, Mapping):

@@ -30,7 +30,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from cloudckpt.errors import ChecksumError, ManifestError, MissingShardError, ObjectNotFoundError, StorageError
+from cloudckpt.errors import (
+    BucketNotFoundError,
+    ChecksumError,
+    ManifestError,
+    MissingShardError,
+    ObjectNotFoundError,
+    StorageError,
+)
 from cloudckpt.format import (
     DTYPES,
     NOTES,
@@ -48,7 +55,8 @@ from cloudckpt.format import (
 from cloudckpt.loading.landing import Landing, Taking, deliver
 from cloudckpt.options import Options
 from cloudckpt.root import Catalog, Checkpoint
-from cloudckpt.store import Store
+from cloudckpt.state import collector_at_rest
+from cloudckpt.store import Store, one_deadline
 from cloudckpt.transfer import Budget, Fetch, ShardSource, Watch, download
 
 __all__ = [
@@ -85,15 +93,26 @@ def read_index_bytes(catalog: Catalog, checkpoint: Checkpoint) -> bytes:
         return _committed_bytes(catalog, key, committed)
 
 
+def _size_of(catalog: Catalog, key: str) -> int:
+    """Return the size of an object that could not be read, 0 if that cannot be told either."""
+    try:
+        return catalog.store.head(key).size_bytes
+    except StorageError:
+        return 0
+
+
+@one_deadline()
 def _committed_bytes(catalog: Catalog, key: str, committed: IndexRef) -> bytes:
     try:
         data = catalog.store.read(key, limit_bytes=committed.size_bytes + 1)
+    except BucketNotFoundError:
+        raise  # no older step is there, either
     except ObjectNotFoundError as exc:
         raise MissingShardError(
             f"index {key}, which the manifest commits, is not on the store; restore an older step", key=key
         ) from exc
     except StorageError as exc:
-        size_bytes = catalog.store.head(key).size_bytes
+        size_bytes = _size_of(catalog, key)
         if size_bytes <= committed.size_bytes:
             raise
         raise ChecksumError(
@@ -155,10 +174,13 @@ class RankInput:
             StorageError: the store could not be read. In either case targets may hold a mixture.
         """
         budget = Budget(self.options.transfer_budget_bytes)
-        landings = self._landings(items, planner, pieces, budget)
-        fetches = [
-            fetch for place in sorted(landings) for fetch in self._fetches(self.index.shard(*place), landings[place])
-        ]
+        with collector_at_rest():
+            landings = self._landings(items, planner, pieces, budget)
+            fetches = [
+                fetch
+                for place in sorted(landings)
+                for fetch in self._fetches(self.index.shard(*place), landings[place])
+            ]
         concurrency = self.options.concurrency
         download(self.store, fetches, concurrency=concurrency, budget=budget, watch=self.watch)
 

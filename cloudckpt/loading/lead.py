@@ -35,8 +35,8 @@ from cloudckpt.loading.passing import Step, plan_passing
 from cloudckpt.options import Options
 from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, own_failures, plain_errors
 from cloudckpt.report import Journal
-from cloudckpt.root import Candidate, Catalog, Checkpoint, Fit
-from cloudckpt.state import Allowed, Entry, Restoration, Saved, bind, plan_restore
+from cloudckpt.root import Candidate, Catalog, Checkpoint, Fit, Roots
+from cloudckpt.state import Allowed, Entry, Restoration, Saved, bind, collector_at_rest, plan_restore
 from cloudckpt.transfer import Gauge, inner_names
 
 __all__ = ["Extra", "load_state"]
@@ -46,12 +46,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What rank 0 tells of the checkpoint that is tried next, such as whether there are parts of values to be read."""
+    """What rank 0 tells of the checkpoint that is tried next: its root, and whether values have parts to be read."""
 
     manifest: bytes
     prefix: str
     index: bytes
     has_parts: bool
+    root: int
 
 
 class Extra(Protocol):
@@ -68,7 +69,7 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     state: MutableMapping[str, object],
     candidates: Iterator[Candidate],
     *,
-    catalog: Catalog,
+    roots: Roots,
     journal: Journal,
     options: Options,
     allowed: Allowed,
@@ -82,7 +83,7 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
         state: this rank's objects.
         candidates: checkpoints, best first; only rank 0's are asked for, one after the other. Each one that is corrupt
             is logged, and the next one is tried.
-        catalog: this rank's own.
+        roots: this rank's own.
         journal: is told.
         options: sizes, parallelism, patience.
         allowed: what may be done where a checkpoint and `state` differ.
@@ -104,10 +105,11 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     entry = journal.begin(rank=group.rank)
     # One process refuses a wrong call before anything is asked of the store; with several, all hear of it.
     entries = bind(state) if group.size == 1 else None
-    search = _Search(candidates, catalog)
+    search = _Search(candidates, roots)
     checkpoint = None
     with entry.bar(shown) as bar, plain_errors(), group.session(what, deadline_s=options.progress_timeout_s):
         while (found := group.agree(f"{what}: finding", lambda: None, lambda _: search.next())) is not None:
+            catalog = roots.catalogs[found.root]
             checkpoint = catalog.adopt(found.manifest, prefix=found.prefix)
             loading = _Loading(checkpoint, found, catalog, group, options, bar, entries)
             entries = None  # they remember what they saw of one checkpoint
@@ -126,9 +128,9 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
 class _Search:
     """Which checkpoint is tried next, on rank 0."""
 
-    def __init__(self, candidates: Iterator[Candidate], catalog: Catalog) -> None:
+    def __init__(self, candidates: Iterator[Candidate], roots: Roots) -> None:
         self._candidates = candidates
-        self._catalog = catalog
+        self._roots = roots
         self._failures: list[tuple[Checkpoint | None, IntegrityError]] = []
 
     def next(self) -> _Found | None:
@@ -141,21 +143,25 @@ class _Search:
             try:
                 if isinstance(candidate, IntegrityError):
                     raise candidate
-                data = read_index_bytes(self._catalog, candidate)
+                catalog = self._roots.catalog_of(candidate)
+                data = read_index_bytes(catalog, candidate)
                 index = decode_index(candidate, data)
             except IntegrityError as exc:
                 self._note(candidate if isinstance(candidate, Checkpoint) else None, exc)
                 continue
             logger.info("rank 0: read manifest and index of %s for all ranks: %d bytes", candidate.url, len(data))
             has_parts = any(map(codec.is_part_name, index.tensors))
-            return _Found(candidate.manifest.encode(), candidate.prefix, data, has_parts)
+            root = self._roots.catalogs.index(catalog)
+            return _Found(candidate.manifest.encode(), candidate.prefix, data, has_parts, root)
         if self._failures:
             raise self._explained(*self._failures[0])
         return None
 
     def _explained(self, checkpoint: Checkpoint | None, error: IntegrityError) -> IntegrityError:
         """Tell a checkpoint that was removed while it was read from one that lost a shard."""
-        if checkpoint is None or not isinstance(error, MissingShardError) or self._catalog.is_taken(checkpoint.prefix):
+        if checkpoint is None or not isinstance(error, MissingShardError):
+            return error
+        if self._roots.catalog_of(checkpoint).is_taken(checkpoint.prefix):
             return error
         return MissingShardError(f"{checkpoint.url} was pruned while it was read; restore a newer one", key=error.key)
 
@@ -250,24 +256,29 @@ class _Loading:
         return by_part_name(self._parts)
 
     def _match(self, state: MutableMapping[str, object], allowed: Allowed) -> _Met:
+        with collector_at_rest():
+            self._saved = self._said(state)
+            self._restoration = plan_restore(self.entries or bind(state), self._saved, allowed)
+        return _Met(set(self._restoration.unexpected), self._restoration.needs_memory)
+
+    def _said(self, state: Mapping[str, object]) -> Saved:
+        """Return what the index says that there is."""
         index = self._index
-        entries = self.entries or bind(state)
         wanted = _wanted_values(index, state)
         values = {
             # What nobody asks for need not be there, nor be of a type that this program knows.
             name: codec.decode(value, key=name, parts=self._parts.get(name)) if name in wanted else None
             for name, value in index.values.items()
+            if name != NOTES
         }
-        notes = values.pop(NOTES, {})
-        self._saved = Saved(
+        notes = codec.decode_json(index.values.get(NOTES, {}), key=NOTES)
+        return Saved(
             shapes={name: tensor.shape for name, tensor in index.tensors.items()},
             dtypes={name: DTYPES[tensor.dtype] for name, tensor in index.tensors.items()},
             values=values,
             paths=index.paths,
             notes=notes if isinstance(notes, dict) else {},
         )
-        self._restoration = plan_restore(entries, self._saved, allowed)
-        return _Met(set(self._restoration.unexpected), self._restoration.needs_memory)
 
     def _give_memory(self, state: MutableMapping[str, object], allowed: Allowed) -> None:
         """Give modules memory, now that nothing refuses, and match again with what they have."""
@@ -281,7 +292,8 @@ class _Loading:
         return {**self._restoration.tensors, **self._extra}
 
     def _shareable(self, tensors: Mapping[str, object]) -> BoxTable:
-        self._filling = _Filling(dict(tensors), self._index, near=self.group.rank)
+        with collector_at_rest():
+            self._filling = _Filling(dict(tensors), self._index, near=self.group.rank)
         return self._filling.shareable() if self.group.size > 1 else BoxTable.of(())
 
     def _is_read_once(self) -> bool:
@@ -291,7 +303,7 @@ class _Loading:
         return choice == "always" or (choice == "auto" and self.catalog.store.engine != "local")
 
     def _source(self) -> RankInput:
-        watch = replace(self.group.watch(self.options.progress_timeout_s), gauge=self.gauge)
+        watch = replace(self.group.watch(self.options.transfer_timeout_s), gauge=self.gauge)
         return RankInput(self.catalog.store, self.checkpoint, self._index, self.options, watch)
 
     def _ask(self, unexpected: set[str]) -> None:

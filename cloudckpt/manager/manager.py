@@ -2,15 +2,18 @@
 
 The outside of it: what is promised, and who of `saves`, `loading` and `root` keeps it. With several ranks each has a
 manager and calls the same of it; only rank 0's claims, lists and prunes. Keeps FORMAT invariants 5, 8 and 10. A manager
-belongs to one thread, and has at most one save under way.
+belongs to one thread, and has at most one save under way. All managers of ranks that share a process group belong to
+the same thread: two would call in another order on another rank.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Literal, Self
 
@@ -19,7 +22,8 @@ import torch
 from cloudckpt.errors import CloudCkptError, OptionsError
 from cloudckpt.format import step_number
 from cloudckpt.loading import load_state
-from cloudckpt.manager.saves import Saves
+from cloudckpt.manager.saves import Exists, Home, Saves
+from cloudckpt.manager.tolerance import OnError, Tolerance
 from cloudckpt.options import Options
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
 from cloudckpt.ranks import refuse_lonely_rank
@@ -31,20 +35,41 @@ from cloudckpt.root import (
     Cleaner,
     Orphan,
     Pruner,
-    RetentionRule,
+    Retention,
     RetentionScope,
     Unreadable,
     Wanted,
     checked_rules,
     sweep,
+    watched_rules,
 )
 from cloudckpt.saving import SaveHandle
 from cloudckpt.state import Allowed, Resize
-from cloudckpt.store import open_store
+from cloudckpt.store import RetryingStore, open_store
 
 __all__ = ["CheckpointManager"]
 
 logger = logging.getLogger(__name__)
+
+
+def _preemption(given: object) -> Preemption | None:
+    if given is True or given == "auto":
+        return Preemption()
+    if given is None or given is False or isinstance(given, Preemption):
+        return given or None
+    raise OptionsError(f"preemption is {given!r}; give True, False, 'auto' or a cloudckpt.Preemption")
+
+
+def _refuse_same(stores: Sequence[RetryingStore]) -> None:
+    if len({store.url for store in stores}) < len(stores):
+        raise OptionsError(f"the fallback is {stores[0].url} itself; give another root, on another store")
+
+
+def _step_before(step: object, state: object) -> int:
+    """Return the step of a call that names it before the state."""
+    if isinstance(step, Mapping) and not isinstance(state, Mapping):
+        raise OptionsError("the state stands where the step belongs; call save(step, state)")
+    return step_number(step)
 
 
 class CheckpointManager:
@@ -59,6 +84,8 @@ class CheckpointManager:
                 manager.async_save(step, state, metrics={"loss": float(loss)})
             if manager.preempted:
                 break  # the end of the block waits for the save
+        else:
+            manager.save(total - 1, state, exists="skip")  # the last one, unless it is saved already
     ```
 
     The end of the `with` block waits for a save under way, for `options.finish_timeout_s` at most, also when it ends by
@@ -72,12 +99,16 @@ class CheckpointManager:
         *,
         storage_options: Mapping[str, object] | None = None,
         engine: str = "auto",
-        options: Options | None = None,
-        retention: Sequence[RetentionRule] = (),
+        options: Options | Mapping[str, object] | None = None,
+        retention: Retention = (),
         retention_scope: RetentionScope = "line",
         save_every_steps: int | None = None,
         save_every_seconds: float | None = None,
-        preemption: bool | Preemption = False,
+        preemption: bool | Literal["auto"] | Preemption | None = False,
+        on_error: OnError = "raise",
+        max_failures: int = 3,
+        fallback: str | os.PathLike[str] | None = None,
+        fallback_storage_options: Mapping[str, object] | None = None,
         save_rng: bool = True,
         prune_grace_s: float = 60.0,
         sweep_after_s: float | None = 3600.0,
@@ -91,48 +122,71 @@ class CheckpointManager:
             storage_options: fsspec's own options, the same for every engine.
             engine: what moves the bytes: `auto` (the best that serves the URL), `local`, `obstore` or `fsspec`.
             options: sizes, parallelism, patience.
-            retention: rules of which each keeps some checkpoints; without rules all are kept.
+            retention: what of the checkpoints stays: a rule such as `KeepLast(3)`, a list of rules of which each keeps
+                some, a function that is given all (oldest first) and returns those that stay, or a number: so many of
+                the newest. Without rules all are kept.
             retention_scope: what the rules are about: `line`, what this job saves and what led to the checkpoint that
                 it went on from; or `root`, all below the root, also of jobs that this one knows nothing of.
-            save_every_steps: the interval of `should_save`, in training steps.
+            save_every_steps: the interval of `should_save`: each step above 0 that is a multiple of it.
             save_every_seconds: its interval in seconds since the newest save began; both may be given.
-            preemption: heed notices that this machine goes: True for SIGTERM, SIGUSR1 and what the machine itself
-                offers (EC2, GCE, Slurm), or a `Preemption`, which is started here and stopped by whoever made it.
+            preemption: heed notices that this machine goes: True or `auto` for SIGTERM and what the machine itself
+                offers (EC2, GCE, Azure, Slurm, there SIGUSR1, too), or a `Preemption`, which is started here and
+                stopped by whoever made it.
+            on_error: where a store fails a save: `raise`, or `warn` and let training go on without that checkpoint;
+                `save` then returns None. What is no outage of a store is raised in any case: a wrong call, a newer job,
+                a rank that is lost.
+            max_failures: with `warn`, so many failed saves in a row raise.
+            fallback: a second root, such as `file:///nvme/run-7`, that takes a save, the same bytes, when the store of
+                the first is down. Before each further save the first is asked for 10 s whether it takes writes again.
+                Both together are one history: `restore`, `latest` and the like read both and know which checkpoint is
+                newer, so give the same fallback to the job that resumes; they raise if one of the two cannot be read.
+                With several ranks it must be one for all of them, as the first is. Nothing is copied back.
+            fallback_storage_options: fsspec's own options for it.
             save_rng: save and restore the random number generators of this process.
             prune_grace_s: seconds between the end of a pruned checkpoint and that of its shards, for readers of it.
             sweep_after_s: seconds without a write after which what earlier jobs left (attempts that were never
                 committed, pruned shards) is removed in the background of saves; None leaves it to `sweep`.
             progress: what rank 0 shows on stderr: `auto` a bar on a terminal and a line for each save and restore that
                 is done, unless the log shows it; `bar` a bar in any case, `line` the line alone, `off` nothing.
-            clock: monotonic seconds, for the grace time.
+            clock: monotonic seconds, for the grace time, intervals and notices; the same as that of a `Preemption`.
 
         Raises:
             OptionsError: a wrong URL, engine, rule, interval or choice.
         """
-        if prune_grace_s < 0:
-            raise OptionsError(f"prune_grace_s is {prune_grace_s}; give 0 or more seconds")
+        if type(prune_grace_s) not in (int, float) or not 0 <= prune_grace_s < math.inf:
+            raise OptionsError(f"prune_grace_s is {prune_grace_s!r}; give 0 or more seconds")
         refuse_lonely_rank()
         shown, self._retention = Progress(progress), checked_rules(retention)
-        self._preemption = Preemption() if preemption is True else preemption or None
-        self._owns_preemption = preemption is True
-        schedule = Schedule(every_steps=save_every_steps, every_s=save_every_seconds, preemption=self._preemption)
-        chosen = Options.of(options)
-        self._store = open_store(os.fspath(url), storage_options=storage_options, engine=engine, options=chosen)
-        self._journal = Journal(self._store, shown)
-        self._catalog = Catalog(self._store)
-        cleaner = Cleaner(
-            self._catalog,
-            grace_s=prune_grace_s,
-            sweep_after_s=sweep_after_s,
-            clock=clock,
-            is_held=lambda: schedule.is_preempted,
+        self._owns_preemption = preemption is True or preemption == "auto"
+        self._preemption = _preemption(preemption)
+        schedule = Schedule(
+            every_steps=save_every_steps, every_s=save_every_seconds, preemption=self._preemption, clock=clock
         )
+        chosen = Options.of(options)
+        stores = [open_store(url, storage_options=storage_options, engine=engine, options=chosen)]
+        if fallback is not None:
+            stores.append(open_store(fallback, storage_options=fallback_storage_options, options=chosen))
+        _refuse_same(stores)
+        self._store = stores[0]
+        self._journal = Journal(self._store, shown, clock=clock)
+
+        def pruner(catalog: Catalog) -> Pruner:
+            cleaner = Cleaner(
+                catalog,
+                grace_s=prune_grace_s,
+                sweep_after_s=sweep_after_s,
+                clock=clock,
+                is_held=lambda: schedule.is_preempted or schedule.is_end_near,
+                note=self._journal.note,
+            )
+            return Pruner(catalog, watched_rules(self._retention), cleaner, scope=retention_scope)
+
         self._saves = Saves(
-            self._catalog,
+            [Home.of(store, pruner, chosen) for store in stores],
             options=chosen,
             schedule=schedule,
             journal=self._journal,
-            pruner=Pruner(self._catalog, self._retention, cleaner, scope=retention_scope),
+            tolerance=Tolerance(self._journal, on_error, max_failures),
             save_rng=save_rng,
         )
         self._is_closed = False
@@ -147,10 +201,13 @@ class CheckpointManager:
     def should_save(self, step: int) -> bool:
         """Tell whether to save after `step`: by the intervals, or because of a preemption notice.
 
-        Every `save_every_steps` steps, counted from 1; `save_every_seconds` after the newest save began; and once when
-        notice was given, unless a save is under way whose snapshot is less than 5 seconds old, or nothing newer could
-        be saved in time. The same answer on every rank: with several, and with seconds or preemption, they vote, so
-        every rank must ask at every step (0.25 ms for 2 ranks on 2 cores; 3 ms for 4 ranks that share these).
+        At each step above 0 that is a multiple of `save_every_steps`, as Orbax and Lightning (`global_step`) do, so
+        that `KeepEvery` counts the same ones; `save_every_seconds` after the newest save began; and when notice was
+        given, until a save of the step of that notice or a later one is committed, or the end has passed: so again
+        after a save that failed, or that the state refused. An older save that is under way is waited for first, if its
+        snapshot is less than 5 seconds old, or there is no time for both. The same answer on every rank: with several,
+        and with seconds or preemption, they vote, so every rank must ask at every step (0.25 ms for 2 ranks on 2 cores;
+        3 ms for 4 ranks that share these).
 
         Raises:
             OptionsError: the ranks ask about different steps.
@@ -161,7 +218,10 @@ class CheckpointManager:
 
     @property
     def preempted(self) -> bool:
-        """Whether notice was given that this job's machine goes; as of the last `should_save`, if that is asked."""
+        """Whether notice was given that this job's machine goes; as of the last `should_save`, if that is asked.
+
+        No longer once the end that was announced has passed: the notice was false then, and all is as before.
+        """
         return self._saves.is_preempted
 
     @property
@@ -170,7 +230,7 @@ class CheckpointManager:
         return self._preemption.exit_code if self._preemption is not None else EXIT_PREEMPTED
 
     def report(self, mtbf_s: float | None = None) -> Advice:
-        """Say what saves cost, and how often to save; printed, it is a few lines for a person.
+        """Say what saves cost, how often to save, and what went wrong; printed, it is a few lines for a person.
 
         Args:
             mtbf_s: mean seconds between failures of the job; None if not known.
@@ -178,7 +238,7 @@ class CheckpointManager:
         Raises:
             OptionsError: `mtbf_s` is not a finite number above 0.
         """
-        return advise(self._journal.meter.costs(), mtbf_s)
+        return replace(advise(self._journal.meter.costs(), mtbf_s), troubles=tuple(self._journal.troubles))
 
     def save(
         self,
@@ -186,8 +246,13 @@ class CheckpointManager:
         state: MutableMapping[str, object],
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, object] | None = None,
-    ) -> Checkpoint:
+        *,
+        exists: Exists = "raise",
+    ) -> Checkpoint | None:
         """Save `state` as the checkpoint of `step`; return once it is committed, then prune.
+
+        Nothing is pruned while the end of a preemption is near. An earlier save that failed in the background is no
+        reason not to save; who was not told of it is by `wait` or `close`.
 
         With several ranks, every rank calls it with its own objects and the same plain values; rank 0's `metrics` and
         `metadata` are kept.
@@ -197,6 +262,11 @@ class CheckpointManager:
             state: name → nn.Module, Optimizer, object with state_dict/load_state_dict, tensor, container, value.
             metrics: numbers to choose the best by, non-finite ones allowed.
             metadata: values to be kept with the checkpoint.
+            exists: where the newest that this job has saved is that step: `raise`, or `skip` this one and return that
+                (for a last save after the loop, whose step an interval may have saved).
+
+        Returns:
+            The checkpoint; None only with `on_error="warn"`, if it was not saved.
 
         Raises:
             CheckpointExistsError: this job has committed that step; it was not changed.
@@ -206,7 +276,7 @@ class CheckpointManager:
             StorageError: nothing was committed (after `CommitUnknownError`: perhaps).
         """
         self._refuse_closed()
-        return self._saves.save(step_number(step), state, metrics, metadata)
+        return self._saves.save(_step_before(step, state), state, metrics, metadata, exists=exists)
 
     def async_save(
         self,
@@ -216,6 +286,7 @@ class CheckpointManager:
         metadata: Mapping[str, object] | None = None,
         *,
         on_busy: Literal["wait", "skip"] = "wait",
+        exists: Exists = "raise",
     ) -> SaveHandle:
         """Copy `state`, return, and save the copy as the checkpoint of `step` in the background.
 
@@ -230,14 +301,17 @@ class CheckpointManager:
             metrics: as for `save`.
             metadata: as for `save`.
             on_busy: what to do while another save is under way on any rank: `wait` for it, or `skip` this one.
+            exists: as for `save`; one of that step that is under way is waited for.
 
         Raises:
-            SaveFailedError: this one failed before it was staged, or an earlier one in the background and nobody was
-                told: then this one was not begun.
+            EarlierSaveFailedError: an earlier one failed in the background and nobody was told; this one is under way
+                all the same (`.handle`). After a preemption notice the log is told of it instead.
+            SaveFailedError: this one failed before it was staged.
             CloudCkptError: as `save` raises.
         """
         self._refuse_closed()
-        return self._saves.async_save(step_number(step), state, metrics, metadata, on_busy=on_busy)
+        number = _step_before(step, state)
+        return self._saves.async_save(number, state, metrics, metadata, on_busy=on_busy, exists=exists)
 
     def prepare(self, state: MutableMapping[str, object]) -> None:
         """Make the memory ready that `async_save` will need, in the background, so that the first one is fast, too.
@@ -249,16 +323,16 @@ class CheckpointManager:
         self._saves.prepare(state)
 
     def wait(self, timeout: float | None = None) -> None:
-        """Wait for a save under way.
+        """Wait for a save under way, and for what is pruned after it, unless the end of a preemption is near.
 
         Args:
             timeout: seconds to wait; None waits as long as the save's own deadlines let it live.
 
         Raises:
-            TimeoutError: it goes on.
+            TimeoutError: the save goes on.
             SaveFailedError: it failed; also one that failed before and nobody was told.
         """
-        self._saves.background.settle(timeout)
+        self._saves.settle(timeout)
 
     def _refuse_closed(self) -> None:
         if self._is_closed:
@@ -299,13 +373,13 @@ class CheckpointManager:
             StorageError: the store could not be read; that is never taken for "nothing there".
         """
         self._refuse_closed()
-        self._saves.background.wait()
-        choice = Choice(self._catalog, step, self._retention)
+        self._saves.rest()
+        choice = Choice(self._saves.roots, step, self._retention)
         refuse_lonely_rank()
         checkpoint = load_state(
             state,
             choice.candidates(),
-            catalog=self._catalog,
+            roots=self._saves.roots,
             journal=self._journal,
             options=self._saves.options,
             allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize),
@@ -313,7 +387,7 @@ class CheckpointManager:
             shown=f"restoring {choice}",
             extra=self._saves.generators,
         )
-        self._saves.epoch.resume(checkpoint)
+        self._saves.resume(checkpoint)
         return checkpoint
 
     def latest(self) -> Checkpoint | None:
@@ -324,7 +398,7 @@ class CheckpointManager:
             StorageError: the store cannot be listed or read.
         """
         self._refuse_closed()
-        return self._catalog.newest()
+        return self._saves.roots.newest()
 
     def best(self, metric: str, mode: Literal["min", "max"] = "min") -> Checkpoint | None:
         """Return the checkpoint with the smallest (`min`) or largest (`max`) `metric`; the newer of equals.
@@ -336,20 +410,46 @@ class CheckpointManager:
             CloudCkptError: what `checkpoints` raises.
         """
         self._refuse_closed()
-        return self._catalog.best(metric, mode)
+        return self._saves.roots.best(metric, mode)
 
     def checkpoints(self) -> list[Checkpoint]:
         """Return every readable checkpoint, oldest first by (epoch, step)."""
         self._refuse_closed()
-        return self._catalog.all()
+        return self._saves.roots.all()
+
+    def all_steps(self) -> list[int]:
+        """Return the steps of all readable checkpoints, ascending, each once."""
+        return sorted({checkpoint.step for checkpoint in self.checkpoints()})
+
+    def latest_step(self) -> int | None:
+        """Return the step of the newest readable checkpoint, which need not be the highest; None if there is none.
+
+        Raises what `latest` raises.
+        """
+        newest = self.latest()
+        return None if newest is None else newest.step
+
+    def delete(self, step: int) -> None:
+        """Delete the checkpoint that `restore(state, step)` would take: at once nobody finds it any more.
+
+        Its shards go `prune_grace_s` later, as those of a pruned one do: with the next save, with `close`, or by a
+        sweep. A save under way is waited for. With several ranks every rank calls it, and rank 0 deletes.
+
+        Raises:
+            CheckpointNotFoundError: no commit of that step.
+            FencedError: a newer job has claimed the root; nothing was deleted.
+            StorageError: the store could not be asked; the checkpoint is whole or not there.
+        """
+        self._refuse_closed()
+        self._saves.delete(step_number(step))
 
     def unreadable(self) -> list[Unreadable]:
-        """Return what stands below the root and cannot be read, oldest first by (epoch, step), each with its error.
+        """Return what stands in either root and cannot be read, oldest first by (epoch, step), with its error.
 
         No retention rule counts it, it is never the best, and nothing removes it.
         """
         self._refuse_closed()
-        return list(self._catalog.survey().unreadable)
+        return list(self._saves.roots.survey().unreadable)
 
     def sweep(self, *, dry_run: bool = True, older_than_s: float = 86_400.0) -> list[Orphan]:
         """Remove what killed jobs left behind: attempts of older epochs without a commit, and pruned leftovers.
@@ -359,7 +459,8 @@ class CheckpointManager:
             older_than_s: spare attempts whose newest object is younger than this, by the store's clock.
         """
         self._refuse_closed()
-        return sweep(self._catalog, older_than_s=older_than_s, dry_run=dry_run)
+        catalogs = self._saves.roots.catalogs
+        return [one for catalog in catalogs for one in sweep(catalog, older_than_s=older_than_s, dry_run=dry_run)]
 
     def close(self) -> None:
         """Wait for a save under way, remove what is due, and release the store and the memory. Idempotent.
@@ -379,7 +480,8 @@ class CheckpointManager:
         finally:
             if self._preemption is not None and self._owns_preemption:
                 self._preemption.stop()
-            self._store.close()
+            for home in self._saves.homes:
+                home.store.close()
         self._saves.background.settle()
 
     def __enter__(self) -> Self:

@@ -2,7 +2,10 @@
 
     begin: wait for the one before ─▶ capture ─▶ agree with all ranks ─▶ schedule.begun
     then:  upload, commit                    here, or from a copy in a thread of its own
-    ended: epoch, schedule and journal are told ─▶ prune
+    ended: epoch, schedule and journal are told
+    tidy:  prune, while no end is near: no part of a save, and the next one does not wait for it
+
+A save that has failed in the background keeps no new one from being made: the work is done first, and told of then.
 
 The training's thread enters; that of a save in the background ends it.
 """
@@ -10,57 +13,111 @@ The training's thread enters; that of a save in the background ends it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, MutableMapping
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from itertools import permutations
+from typing import Literal, get_args
 
-from cloudckpt.errors import OptionsError, RankLostError
+from cloudckpt.deadline import Deadline
+from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError, SaveFailedError
+from cloudckpt.manager.tolerance import Tolerance
 from cloudckpt.options import Options
 from cloudckpt.preemption import Schedule
 from cloudckpt.ranks import Group, Vote, refuse_lonely_rank
 from cloudckpt.report import Entry, Journal
-from cloudckpt.root import Catalog, Checkpoint, Epoch, Pruner
+from cloudckpt.root import Catalog, Checkpoint, Destination, Epoch, Pruner, Roots
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
-from cloudckpt.state import Generators, bind, capture, captured
+from cloudckpt.state import Generators, bind, capture, captured, collector_at_rest
+from cloudckpt.store import RetryingStore
 from cloudckpt.transfer import Slabs
 
-__all__ = ["Saves"]
+__all__ = ["Exists", "Home", "Saves"]
 
 logger = logging.getLogger(__name__)
+
+# How often a wait for what is pruned looks whether an end is near.
+_LOOK_S = 0.1
+# How long a root that was down is asked whether it is there again, and the other one which epochs it has.
+_ASK_S = 10.0
+
+Exists = Literal["raise", "skip"]
+"""What a save does where this job has committed that step already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Home:
+    """One root of a job, and what is done there.
+
+    Attributes:
+        store: the root's.
+        catalog: over that store.
+        pruner: by the job's rules.
+        epoch: the job's there.
+    """
+
+    store: RetryingStore
+    catalog: Catalog
+    pruner: Pruner
+    epoch: Epoch
+
+    @classmethod
+    def of(cls, store: RetryingStore, pruner: Callable[[Catalog], Pruner], options: Options) -> Home:
+        """Put together what a root needs; nothing is asked of it."""
+        catalog = Catalog(store)
+
+        def hurried() -> Catalog:
+            return catalog.with_store(store.within(Deadline.after(_ASK_S, "a look at a root that was down")))
+
+        epoch = Epoch(catalog, is_single_writer=options.single_writer, hurried=hurried)
+        return cls(store=store, catalog=catalog, pruner=pruner(catalog), epoch=epoch)
+
+    def destination(self, step: int, deadline: Deadline | None) -> Destination:
+        """Return where a step goes, by a deadline, or with all the patience there is."""
+        catalog = self.catalog if deadline is None else self.catalog.with_store(self.store.within(deadline))
+        return self.epoch.step(step, catalog)
 
 
 class Saves:
     """The saves of one job.
 
     Attributes:
-        epoch: the job's, on its root.
+        homes: the root that saves go to, and perhaps one that takes them when the first is down.
+        roots: the same, to be read as one.
         options: sizes, parallelism, patience; also of restores.
         background: the save that may be under way.
     """
 
     def __init__(
         self,
-        catalog: Catalog,
+        homes: Sequence[Home],
         *,
         options: Options,
         schedule: Schedule,
         journal: Journal,
-        pruner: Pruner,
+        tolerance: Tolerance,
         save_rng: bool,
     ) -> None:
-        self.epoch = Epoch(catalog, is_single_writer=options.single_writer)
-        self.background = Background(patience_s=options.finish_timeout_s)
-        self._catalog = catalog
+        self.homes = tuple(homes)
+        self.roots = Roots([home.catalog for home in homes])
+        for home, other in permutations(homes, 2):
+            home.epoch.beside = other.epoch
+        self._tolerance = tolerance
+        self.background = Background(patience_s=options.finish_timeout_s, tidy=self._prune)
         self.options = options
         self._schedule = schedule
         self._journal = journal
-        self._pruner = pruner
         self._save_rng = save_rng
         self._plan = PlanMemory()
         self._slabs = Slabs()
         self._vote: Vote | None = None
         self._to_prepare: MutableMapping[str, object] | None = None
         self._is_beginning = False
+        # The newest commit after which nothing was pruned yet.
+        self._to_prune: deque[Checkpoint] = deque(maxlen=1)
 
     def are_due(self, step: int) -> bool:
         """Tell whether to save after `step`, as the schedule and all ranks have it; asked at every step."""
@@ -82,14 +139,36 @@ class Saves:
             self._vote = Vote(rank=group.rank, size=group.size, timeout_s=self.options.progress_timeout_s)
         return self._vote
 
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Go on from a checkpoint, or from nothing."""
+        self.homes[0].epoch.resume(checkpoint)
+
     def save(
         self,
         step: int,
         state: MutableMapping[str, object],
         metrics: Mapping[str, float] | None,
         metadata: Mapping[str, object] | None,
-    ) -> Checkpoint:
+        *,
+        exists: Exists,
+    ) -> Checkpoint | None:
         """Save, and return once it is committed; raises as `CheckpointManager.save` does."""
+        if (found := self._already(step, exists)) is not None:
+            return found
+        try:
+            return self._save(step, state, metrics, metadata)
+        except CloudCkptError as exc:
+            if not self._tolerance.forgives(step, exc):
+                raise
+            return None
+
+    def _save(
+        self,
+        step: int,
+        state: MutableMapping[str, object],
+        metrics: Mapping[str, float] | None,
+        metadata: Mapping[str, object] | None,
+    ) -> Checkpoint:
         entry, pending = self._begin(step, state, metrics, metadata, slabs=None)
         try:
             with entry.bar(f"saving step {step}") as bar:
@@ -99,6 +178,10 @@ class Saves:
             raise
         entry.unblocked(step)
         self._ended(step, entry, checkpoint)
+        if self._schedule.is_preempted:
+            self.background.log_earlier(step)
+        self._wait_tidy()
+        self._prune()
         return checkpoint
 
     def async_save(
@@ -109,17 +192,42 @@ class Saves:
         metadata: Mapping[str, object] | None,
         *,
         on_busy: Literal["wait", "skip"],
+        exists: Exists,
     ) -> SaveHandle:
         """Copy, and return while the copy is saved; raises as `CheckpointManager.async_save` does."""
         if on_busy not in ("wait", "skip"):
             raise OptionsError(f"on_busy is {on_busy!r}; give 'wait' or 'skip'")
+        if (found := self._already(step, exists)) is not None:
+            return SaveHandle.ended(step, found)
         if on_busy == "skip" and not self.is_preempted and self._is_busy(step):
             logger.info("rank %d: step %d is skipped: another save is under way", Group.of_world().rank, step)
             return SaveHandle(step)
-        entry, pending = self._begin(step, state, metrics, metadata, slabs=self._slabs)
-        handle = self.background.begin(step, pending, partial(self._ended, step, entry))
+        try:
+            entry, pending = self._begin(step, state, metrics, metadata, slabs=self._slabs)
+            handle = self.background.begin(step, pending, partial(self._ended, step, entry))
+        except CloudCkptError as exc:
+            if not self._tolerance.forgives(step, exc):
+                self.background.note_earlier(exc)
+                raise
+            return SaveHandle.ended(step, exc)
         entry.unblocked(step, staged_bytes=pending.size_bytes)
+        if self._schedule.is_preempted:
+            # What this raised would end the process by an error, not by its exit code.
+            self.background.log_earlier(step, handle)
+        self.background.tell_earlier(handle)
         return handle
+
+    def _already(self, step: int, exists: Exists) -> Checkpoint | None:
+        """Return what this job has saved of a step already, if that is to do; the same on every rank."""
+        if exists not in get_args(Exists):
+            raise OptionsError(f"exists is {exists!r}; give {' or '.join(map(repr, get_args(Exists)))}")
+        if exists == "raise":
+            return None
+        if self.background.step == step:
+            self.background.wait()
+        if (found := self.homes[0].epoch.newest_of(step)) is not None:
+            logger.info("rank %d: step %d is saved already", Group.of_world().rank, step)
+        return found
 
     @property
     def is_preempted(self) -> bool:
@@ -144,13 +252,42 @@ class Saves:
         )
         self._slabs.touch_ahead(sizes, is_pinned=is_pinned)
 
+    def delete(self, step: int) -> None:
+        """Delete the checkpoint of a step, on rank 0; raises as `CheckpointManager.delete` does."""
+        self.background.wait()  # it may be pruning
+        if Group.of_world().rank == 0:
+            found = self.roots.find(step)
+            home = self._home_of(found)
+            if home.epoch.number:
+                home.catalog.claims.fence(home.epoch.number)
+            home.pruner.uncommit(found)
+            logger.info("deleted step %s of epoch %d", found.step, found.epoch)
+        for home in self.homes:
+            home.epoch.forget(step)
+
     def end(self) -> None:
         """Wait for the save under way, or abandon it; then release the memory. What it raises is `Background.end`'s."""
         try:
             self.background.end()
-            self._pruner.end()
+            self._wait_tidy(self.options.finish_timeout_s)
+            if self._may_prune() and self.background.wait_tidy(0):
+                for home in self.homes:
+                    home.pruner.end()
         finally:
+            for home in self.homes:
+                home.pruner.stop()
             self._slabs.close()
+
+    def settle(self, timeout: float | None) -> None:
+        """Wait for the save under way, and for what is pruned after it; what it raises is `Background.settle`'s."""
+        began_s = time.monotonic()
+        self.background.settle(timeout)
+        self._wait_tidy(None if timeout is None else timeout - (time.monotonic() - began_s))
+
+    def rest(self) -> None:
+        """Wait for the save under way and what is pruned after it, whatever became of it."""
+        self.background.wait()
+        self._wait_tidy()
 
     def _is_busy(self, step: int) -> bool:
         """Tell whether any rank has a save under way, and none has one that failed and nobody was told."""
@@ -180,15 +317,22 @@ class Saves:
         refuse_lonely_rank()  # the group of before may have been destroyed
         group = Group.of_world()
         entry = self._journal.begin(rank=group.rank)
-        self.background.settle()
-        catalog, options = self._means()
+        left_s = self._schedule.seconds_for_a_save()
+        if not self.background.wait(left_s):
+            raise SaveFailedError(
+                f"step {step} was not saved: the save before it is still under way, and has taken all of the "
+                f"{left_s or 0.0:.1f} s that were left before the end"
+            )
+        entry.working()
+        options, destinations = self._means(step)
         self._is_beginning = True
         try:
-            with Session.of(group, f"save of step {step}", options) as session:
+            with Session.of(group, f"save of step {step}", options) as session, collector_at_rest():
                 pending = begin_save(
                     session,
                     captured(state, self.generators),
-                    self.epoch.step(step, catalog),
+                    destinations[0],
+                    fallback=destinations[1] if len(destinations) > 1 else None,
                     memory=self._plan,
                     metrics=metrics,
                     metadata=metadata,
@@ -196,25 +340,65 @@ class Saves:
                 )
         finally:
             self._is_beginning = False
-        self._schedule.begun(step, entry.began_s)
+        self._schedule.begun(step, entry.work_began_s)
         return entry, pending
 
-    def _means(self) -> tuple[Catalog, Options]:
-        """Return what a save may use: after a preemption notice, no more time than is left."""
-        left_s = self._schedule.seconds_for_a_save()
-        if left_s is None:
-            return self._catalog, self.options
-        options = self.options.within(left_s)
-        return self._catalog.with_store(self._journal.store.within(options.retry)), options
+    def _means(self, step: int) -> tuple[Options, list[Destination]]:
+        """Return what a save may use, and where it goes: after a preemption notice, in no more time than is left."""
+        left_s, end = self._schedule.seconds_for_a_save(), self._schedule.deadline
+        if left_s is None or end is None:
+            return self.options, [home.destination(step, None) for home in self.homes]
+        count = len(self.homes)
+        # Each root has its share of the time, or the first one, if it is down, would take all of it.
+        deadlines = [Deadline.after(left_s * (place + 1) / count, end.reason) for place in range(count)]
+        return self.options.within(left_s), [
+            home.destination(step, deadline) for home, deadline in zip(self.homes, deadlines, strict=True)
+        ]
 
-    def _ended(self, step: int, entry: Entry, outcome: Checkpoint | BaseException) -> None:
-        """Note what became of a save, and prune after a commit; perhaps in a background save's thread."""
+    def _home_of(self, checkpoint: Checkpoint) -> Home:
+        return next((home for home in self.homes if home.catalog.holds(checkpoint)), self.homes[0])
+
+    def _ended(self, step: int, entry: Entry, outcome: Checkpoint | BaseException) -> bool:
+        """Note what became of a save; perhaps in a background save's thread.
+
+        Returns:
+            Whether nobody need be told that it has failed.
+        """
         if isinstance(outcome, BaseException):
             self._schedule.failed(step)
-            return
-        self.epoch.note(outcome)
+            return self._tolerance.forgives(step, outcome)
+        home, first = self._home_of(outcome), self.homes[0]
+        for one in self.homes:
+            one.epoch.note(outcome)
+        first.epoch.is_doubted = home is not first
+        self._tolerance.saved()
         self._schedule.committed(step)
+        if home is not first and entry.rank == 0:
+            self._journal.note(f"step {step} is saved to {home.store.url}, because {first.store.url} is down")
         is_preempted = self._schedule.is_preempted
         entry.committed(outcome, left_s=self._schedule.seconds_left() if is_preempted else None)
-        if entry.rank == 0 and not is_preempted:
-            self._pruner.prune_after(outcome, self.epoch.line)
+        if entry.rank == 0:
+            self._to_prune.append(outcome)
+        return False
+
+    def _prune(self) -> None:
+        """Prune after the newest commit; later, if an end is near, because deletes would take a save's time."""
+        while self._may_prune() and self._to_prune:
+            newest = self._to_prune.pop()
+            with self._journal.harmless(
+                f"step {newest.step} is saved, but pruning failed and is left to the next save"
+            ):
+                home = self._home_of(newest)
+                home.pruner.prune_after(newest, home.epoch.line, go_on=self._may_prune)
+            for one in self.homes:
+                one.pruner.clean()
+
+    def _may_prune(self) -> bool:
+        return not self._schedule.is_end_near
+
+    def _wait_tidy(self, timeout: float | None = None) -> None:
+        """Wait until nothing is pruned any more, or an end is near."""
+        stop_s = math.inf if timeout is None else time.monotonic() + timeout
+        while self._may_prune() and (left_s := stop_s - time.monotonic()) > 0:
+            if self.background.wait_tidy(min(_LOOK_S, left_s)):
+                break

@@ -1,4 +1,4 @@
-"""Ask the metadata servers of EC2 and GCE whether they will take this machine away.
+"""Ask the metadata servers of EC2, GCE and Azure whether they will take this machine away.
 
     endpoint ──HTTP, one bounded request──▶ Reply ──what the provider documents──▶ notices
 
@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Literal
+from urllib.parse import quote, urlsplit
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.preemption.notices import Notice, SourceError
 
-__all__ = ["DMI", "Ec2Source", "GceSource", "is_ec2", "is_gce"]
+__all__ = ["DMI", "AzureSource", "Ec2Source", "GceSource", "is_azure", "is_ec2", "is_gce"]
 
 DMI = Path("/sys/class/dmi/id")
 
@@ -35,8 +38,17 @@ _TOKEN_TTL_S = 21_600
 # EC2 warns 2 minutes ahead; a time far outside of that is a mistake of somebody's, not a notice.
 _MOST_PAST_S = 300.0
 _MOST_AHEAD_S = 3_600.0
-# From the preemption on, which is seen a little later.
+# From the preemption on.
 _PREEMPTED_S = 30.0
+# How long GCE is to hold a question back while it has no news.
+_HELD_S = 20.0
+# An answer that came sooner was not held back.
+_AT_ONCE_S = 0.5
+# Azure turns scheduled events on with the first question, which it answers within 2 minutes.
+_AZURE_FIRST_S = 125.0
+# Azure announces some maintenance days ahead.
+_AZURE_LEAD_S = 120.0
+_AZURE_CHASSIS = "7783-7084-3265-9085-8269-3286-77"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,16 +88,24 @@ class _Endpoint:
             raise OptionsError(f"timeout_s is {timeout_s}; give a number of seconds above 0")
         self._host, self._port = parts.hostname, parts.port or 80
         self._timeout_s = timeout_s
+        self._sock: socket.socket | None = None
         self.url = url.rstrip("/")
 
-    def ask(self, path: str, headers: Mapping[str, str], *, method: str = "GET") -> _Reply:
-        """Exchange one request within the time-out, on a connection of its own."""
-        deadline_s = time.monotonic() + self._timeout_s
+    def hang_up(self) -> None:
+        """End the exchange under way with an error; in any thread."""
+        if (sock := self._sock) is not None:
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def ask(self, path: str, headers: Mapping[str, str], *, method: str = "GET", more_s: float = 0.0) -> _Reply:
+        """Exchange one request within the time-out and `more_s`, on a connection of its own."""
+        timeout_s = self._timeout_s + more_s
+        deadline_s = time.monotonic() + timeout_s
         connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
         try:
             connection.connect()
-            sock = _HurriedSocket(fileno=connection.sock.detach())
-            sock.settimeout(self._timeout_s)
+            sock = self._sock = _HurriedSocket(fileno=connection.sock.detach())
+            sock.settimeout(timeout_s)
             sock.deadline_s = deadline_s
             connection.sock = sock
             connection.request(method, path, headers=dict(headers))
@@ -96,6 +116,7 @@ class _Endpoint:
         except (OSError, ValueError, http.client.HTTPException) as exc:
             raise SourceError(f"no answer from {self.url}{path}: {type(exc).__name__}: {exc}") from exc
         finally:
+            self._sock = None
             connection.close()
         if len(body) > _MOST_BODY_BYTES:
             raise SourceError(f"{self.url}{path} answered with more than {_MOST_BODY_BYTES} bytes")
@@ -106,6 +127,19 @@ class _Endpoint:
         return SourceError(f"{self.url}{path} answered with status {reply.status} and {reply.text[:80]!r}")
 
 
+_LIFECYCLE_STATES = {
+    "InService": False,
+    "Standby": False,
+    "Detached": False,
+    "Terminated": True,
+    "Warmed:Running": False,
+    "Warmed:Stopped": True,
+    "Warmed:Hibernated": True,
+    "Warmed:Terminated": True,
+}
+"""Where an instance of an Auto Scaling group may be on its way to, and whether it ends there."""
+
+
 class Ec2Source:
     """The interruption notice and the rebalance recommendation of a Spot Instance, by IMDSv2.
 
@@ -113,7 +147,9 @@ class Ec2Source:
     JSON with `action` and `time`, two minutes ahead but for hibernation), "EC2 instance rebalance recommendations"
     (`events/recommendations/rebalance`: 404, or JSON with `noticeTime`) and "Use the Instance Metadata Service"
     (a token by PUT; 401 once it is no longer valid). A recommendation comes when the risk has risen, without a time
-    and often without an interruption after it: it is a notice of the kind `advice`.
+    and often without an interruption after it: it is a notice of the kind `advice`. And in that of EC2 Auto Scaling:
+    "Retrieve the target lifecycle state through instance metadata" (`autoscaling/target-lifecycle-state`: 404 outside
+    of a group; whither the instance is on its way, as long as the group's lifecycle hook, if it has one, lets it live).
     """
 
     name = "ec2"
@@ -136,7 +172,10 @@ class Ec2Source:
         self._token = ""
 
     def poll(self) -> Iterator[Notice]:
-        yield from filter(None, (ask() for ask in (self._action, self._recommendation)))
+        yield from filter(None, (ask() for ask in (self._action, self._lifecycle, self._recommendation)))
+
+    def hang_up(self) -> None:
+        self._endpoint.hang_up()
 
     def _action(self) -> Notice | None:
         path = "/latest/meta-data/spot/instance-action"
@@ -157,6 +196,23 @@ class Ec2Source:
             reason=f"EC2 will {action} this Spot Instance at {said['time']}",
             deadline_s=now_s + max(0.0, left_s),
             received_s=now_s,
+        )
+
+    def _lifecycle(self) -> Notice | None:
+        path = "/latest/meta-data/autoscaling/target-lifecycle-state"
+        reply = self._get(path)
+        if reply is None:
+            return None
+        state = reply.text
+        if state not in _LIFECYCLE_STATES:
+            raise self._endpoint.misfit(path, reply)
+        if not _LIFECYCLE_STATES[state]:
+            return None
+        return Notice(
+            source="ec2 auto scaling",
+            reason=f"its Auto Scaling group has this instance on its way to {state}",
+            deadline_s=None,
+            received_s=self._clock(),
         )
 
     def _recommendation(self) -> Notice | None:
@@ -207,48 +263,169 @@ class Ec2Source:
 
 
 class GceSource:
-    """The preemption and the host maintenance of a Compute Engine machine.
+    """The preemption, or the host maintenance, of a Compute Engine machine; each is a source of its own, as it waits.
 
     Documented by Google Cloud: "Create and use Spot VMs" (`instance/preempted`: TRUE once it is being preempted, of
     which it has 30 s), "Query metadata server for maintenance event notices" and "Handle GPU host maintenance events"
     (`instance/maintenance-event`: NONE, MIGRATE_ON_HOST_MAINTENANCE, which a process outlives, or
-    TERMINATE_ON_HOST_MAINTENANCE, an hour ahead on machines with GPUs and 60 s on others). Whatever lacks the header
-    `Metadata-Flavor: Google` was not said by the metadata server.
+    TERMINATE_ON_HOST_MAINTENANCE, an hour ahead on machines with GPUs and 60 s on others), and "View and query VM
+    metadata" (`wait_for_change=true`, `last_etag`, `timeout_sec`: the answer is held back until there is news). What
+    lacks the header `Metadata-Flavor: Google` was not said by the metadata server. Where a held-back question gets no
+    proper answer, or none is held back, it is asked plainly, now and then.
+
+    Attributes:
+        waits: whether the last question was held back, so that the next one may follow at once.
     """
 
-    name = "gce"
+    def __init__(
+        self,
+        key: Literal["preempted", "maintenance-event"] = "preempted",
+        *,
+        endpoint: str = _LINK_LOCAL,
+        timeout_s: float = _TIMEOUT_S,
+        held_s: float = _HELD_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Ask for `key` at `endpoint`; a request ends within `timeout_s`, and `held_s` more if it is held back."""
+        self.name = f"gce {key}"
+        self.waits = False
+        self._key = key
+        self._endpoint = _Endpoint(endpoint, timeout_s=timeout_s)
+        self._held_s = held_s
+        self._clock = clock
+        self._etag = ""
+        self._quiet_s: float | None = None
+
+    def poll(self) -> Iterator[Notice]:
+        value, was_held = self._value()
+        now_s = self._clock()
+        if value not in _GCE_ENDS:
+            self._quiet_s = now_s
+            return
+        # What was held back is told at the moment; otherwise it has happened since it was last asked for.
+        given_s = now_s if was_held or self._quiet_s is None else self._quiet_s
+        reason, leaves_s = _GCE_ENDS[value]
+        deadline_s = None if leaves_s is None else max(now_s, given_s + leaves_s)
+        yield Notice(source=self.name, reason=reason, deadline_s=deadline_s, received_s=now_s)
+
+    def hang_up(self) -> None:
+        self._endpoint.hang_up()
+
+    def _value(self) -> tuple[str, bool]:
+        """Return the value, and whether the question was held back until now; at once if it cannot be."""
+        self.waits = False
+        if last_etag := self._etag:
+            query = f"?wait_for_change=true&timeout_sec={math.ceil(self._held_s)}&last_etag={quote(last_etag)}"
+            began_s = self._clock()
+            try:
+                value = self._asked(query, more_s=self._held_s)
+            except SourceError:
+                self._etag = ""
+            else:
+                was_held = self._clock() - began_s > _AT_ONCE_S
+                self.waits = bool(self._etag) and (was_held or self._etag != last_etag)
+                return value, was_held
+        value = self._asked("")
+        self.waits = bool(self._etag)
+        return value, False
+
+    def _asked(self, query: str, *, more_s: float = 0.0) -> str:
+        path = f"/computeMetadata/v1/instance/{self._key}"
+        reply = self._endpoint.ask(path + query, {"Metadata-Flavor": "Google"}, more_s=more_s)
+        is_google = reply.headers.get("metadata-flavor") == "Google"
+        if reply.status != 200 or not is_google or reply.text not in _GCE_VALUES[self._key]:
+            raise self._endpoint.misfit(path, reply)
+        self._etag = reply.headers.get("etag", "")
+        return reply.text
+
+
+_GCE_VALUES = {
+    "preempted": ("TRUE", "FALSE"),
+    "maintenance-event": ("NONE", "MIGRATE_ON_HOST_MAINTENANCE", "TERMINATE_ON_HOST_MAINTENANCE"),
+}
+_GCE_ENDS: dict[str, tuple[str, float | None]] = {
+    "TRUE": ("Compute Engine preempts this machine", _PREEMPTED_S),
+    "TERMINATE_ON_HOST_MAINTENANCE": ("Compute Engine will stop this machine for host maintenance", None),
+}
+"""What says that the machine ends: in words, and the seconds that it leaves."""
+
+
+class AzureSource:
+    """The scheduled events of an Azure machine that end what runs on it.
+
+    Documented by Microsoft: "Azure Metadata Service: Scheduled Events for Linux VMs" (`scheduledevents`, with the
+    header `Metadata: true`: `Events`, each with `EventId`, `EventType`, `EventStatus`, `NotBefore`, empty once it has
+    started, and `Resources`, because all machines of a set are told; the first answer takes up to 2 minutes) and "Azure
+    Instance Metadata Service" (`compute/name`: which of them this is). Preempt comes 30 s ahead, Terminate 5 to 15
+    minutes, Reboot and Redeploy from 10 minutes to days. A Freeze is outlived.
+    """
+
+    name = "azure"
+    patience_s = 2 * _AZURE_FIRST_S
 
     def __init__(
         self,
         *,
         endpoint: str = _LINK_LOCAL,
         timeout_s: float = _TIMEOUT_S,
+        lead_s: float = _AZURE_LEAD_S,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Ask the metadata server at `endpoint`; each request ends within `timeout_s`."""
+        """Ask the metadata server at `endpoint`; give notice `lead_s` seconds before the event at most.
+
+        Each request but the first ends within `timeout_s`. `wall_clock` is used only if an answer does not say by its
+        `Date` what time it is.
+        """
         self._endpoint = _Endpoint(endpoint, timeout_s=timeout_s)
+        self._lead_s = lead_s
         self._clock = clock
+        self._wall_clock = wall_clock
+        self._first_s = _AZURE_FIRST_S
+        self._machine = ""
 
     def poll(self) -> Iterator[Notice]:
-        if self._value("preempted", ("TRUE", "FALSE")) == "TRUE":
-            yield self._notice("gce preempted", "Compute Engine preempts this machine", _PREEMPTED_S)
-        events = ("NONE", "MIGRATE_ON_HOST_MAINTENANCE", "TERMINATE_ON_HOST_MAINTENANCE")
-        if self._value("maintenance-event", events) == "TERMINATE_ON_HOST_MAINTENANCE":
-            reason = "Compute Engine will stop this machine for host maintenance"
-            yield self._notice("gce maintenance-event", reason, None)
-
-    def _notice(self, source: str, reason: str, left_s: float | None) -> Notice:
-        now_s = self._clock()
-        deadline_s = None if left_s is None else now_s + left_s
-        return Notice(source=source, reason=reason, deadline_s=deadline_s, received_s=now_s)
-
-    def _value(self, key: str, expected: tuple[str, ...]) -> str:
-        path = f"/computeMetadata/v1/instance/{key}"
-        reply = self._endpoint.ask(path, {"Metadata-Flavor": "Google"})
-        is_google = reply.headers.get("metadata-flavor") == "Google"
-        if reply.status != 200 or not is_google or reply.text not in expected:
+        if not self._machine:
+            self._machine = self._asked("/metadata/instance/compute/name?api-version=2021-02-01&format=text").text
+        path = "/metadata/scheduledevents?api-version=2020-07-01"
+        first_s, self._first_s = self._first_s, 0.0
+        reply = self._asked(path, more_s=first_s)
+        events = _json_object(reply).get("Events")
+        if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
             raise self._endpoint.misfit(path, reply)
-        return reply.text
+        for event in events:
+            if event.get("EventType") in ("Preempt", "Terminate", "Reboot", "Redeploy") and self._is_meant(event):
+                yield from self._notices(path, reply, event)
+
+    def hang_up(self) -> None:
+        self._endpoint.hang_up()
+
+    def _is_meant(self, event: Mapping[str, object]) -> bool:
+        resources = event.get("Resources")
+        return isinstance(resources, list) and self._machine in resources
+
+    def _notices(self, path: str, reply: _Reply, event: Mapping[str, object]) -> Iterator[Notice]:
+        wall_s = _date_s(reply) or self._wall_clock()
+        not_before = event.get("NotBefore") or ""
+        at_s = _rfc_s(not_before) if not_before else wall_s
+        if at_s is None:
+            raise self._endpoint.misfit(path, reply)
+        if at_s - wall_s > self._lead_s:
+            return
+        now_s = self._clock()
+        when = f"not before {not_before}" if not_before else "now"
+        yield Notice(
+            source=f"azure {event['EventType']}",
+            reason=f"Azure announces {event['EventType']} of this machine, {when} (event {event.get('EventId')})",
+            deadline_s=now_s + max(0.0, at_s - wall_s),
+            received_s=now_s,
+        )
+
+    def _asked(self, path: str, *, more_s: float = 0.0) -> _Reply:
+        reply = self._endpoint.ask(path, {"Metadata": "true"}, more_s=more_s)
+        if reply.status != 200 or not reply.body:
+            raise self._endpoint.misfit(path, reply)
+        return reply
 
 
 def is_ec2(dmi: Path, environ: Mapping[str, str]) -> bool:
@@ -266,6 +443,11 @@ def is_ec2(dmi: Path, environ: Mapping[str, str]) -> bool:
 def is_gce(dmi: Path) -> bool:
     """Tell whether this is a Compute Engine machine, by the name that its DMI tables carry."""
     return _dmi(dmi, "product_name") == "Google Compute Engine"
+
+
+def is_azure(dmi: Path) -> bool:
+    """Tell whether this is an Azure machine, by the asset tag that all of them carry, and no other Hyper-V's."""
+    return _dmi(dmi, "chassis_asset_tag") == _AZURE_CHASSIS
 
 
 def _dmi(directory: Path, name: str) -> str:
@@ -294,7 +476,12 @@ def _utc_s(text: object) -> float | None:
 
 def _date_s(reply: _Reply) -> float | None:
     """Return what time it is by the answer itself."""
+    return _rfc_s(reply.headers.get("date", ""))
+
+
+def _rfc_s(text: object) -> float | None:
+    """Return the Unix seconds of `Mon, 19 Sep 2016 18:29:47 GMT`; None for anything else."""
     try:
-        return parsedate_to_datetime(reply.headers.get("date", "")).timestamp()
+        return parsedate_to_datetime(str(text)).timestamp()
     except (ValueError, OverflowError):
         return None

@@ -3,8 +3,9 @@
     source ──poll──▶ notices, or an error ──Watcher (a thread per source)──▶ whoever takes notices
 
 A source that is absent, slow, hangs or lies costs a log line and nothing else: its error ends in its watcher, which
-asks less and less often. A thread per source, so that one that hangs keeps no other from being heard. Knows nothing
-of signals, checkpoints or ranks; the sources themselves are in `clouds` and `slurm`.
+asks less and less often. A thread per source, so that one that hangs keeps no other from being heard. What a source
+goes on saying is one notice, until it has once not said it. Knows nothing of signals, checkpoints or ranks; the sources
+themselves are in `clouds` and `slurm`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ logger = logging.getLogger(__name__)
 
 # The shortest warning that a cloud gives is 30 s (GCE), so a source that came back is asked again in time.
 _LONGEST_WAIT_S = 20.0
+# A source that has not answered for so long hangs, unless it says that it takes longer.
+_PATIENCE_S = 60.0
+_JOIN_S = 0.1
+# A deadline moves a little with each question.
+_SAME_S = 1.0
 
 
 class SourceError(Exception):
@@ -51,9 +57,28 @@ class Notice:
         """Return the seconds from `now_s` (of `time.monotonic`) to the deadline, 0 after it, None if it is unknown."""
         return None if self.deadline_s is None else max(0.0, self.deadline_s - now_s)
 
+    @property
+    def urgency(self) -> tuple[float, float]:
+        """The earlier its deadline, the less; of equal ones, the earlier it was received."""
+        return (math.inf if self.deadline_s is None else self.deadline_s), self.received_s
+
+    @property
+    def what(self) -> tuple[str, str, str]:
+        """What it says, but for the time."""
+        return self.source, self.reason, self.kind
+
+    def covers(self, later: Notice) -> bool:
+        """Tell whether `later` says no more than this: the same, and no earlier an end."""
+        return self.what == later.what and self.urgency[0] <= later.urgency[0] + _SAME_S
+
 
 class NoticeSource(Protocol):
-    """Somebody who may know. `poll` is called from one thread at a time."""
+    """Somebody who may know. `poll` is called from one thread at a time.
+
+    A source may have besides: `hang_up()`, called in another thread when nobody wants the answer any more; `waits`,
+    true while `poll` itself waits for news, so that it may be called again at once; and `patience_s`, the seconds that
+    it may take at most.
+    """
 
     @property
     def name(self) -> str:
@@ -62,7 +87,8 @@ class NoticeSource(Protocol):
     def poll(self) -> Iterable[Notice]:
         """Ask once, in bounded time, and return or yield what holds now; nothing if all is well.
 
-        The same notice may come again and again. What was yielded before an error counts.
+        The same notice may come again and again: it is one, until an answer without it. What was yielded before an
+        error counts.
 
         Raises:
             Exception: of any kind; no answer could be had.
@@ -96,12 +122,28 @@ class CheckSource:
 class Watcher:
     """Poll one source in a thread of its own, until it is stopped."""
 
-    def __init__(self, source: NoticeSource, take: Callable[[Notice], None], *, poll_s: float) -> None:
-        """Hand what `source` says to `take`, asking every `poll_s` seconds and less often where no answer comes."""
+    def __init__(
+        self,
+        source: NoticeSource,
+        take: Callable[[Notice], None],
+        *,
+        poll_s: float,
+        withdraw: Callable[[Notice], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Hand what is new of what `source` says to `take`, asking every `poll_s` seconds, and less often in vain.
+
+        What it has said and does not say any more goes to `withdraw`.
+        """
         self.name = source.name
         self._source = source
         self._take = take
         self._poll_s = poll_s
+        self._withdraw = withdraw
+        self._clock = clock
+        self._said: dict[tuple[str, str, str], Notice] = {}
+        self._asked_s: float | None = None
+        self._complained_s: float | None = None
         self._failures = 0
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -109,6 +151,8 @@ class Watcher:
     @property
     def wait_s(self) -> float:
         """Seconds until the next question: twice as many after each failure, and never many."""
+        if not self._failures and getattr(self._source, "waits", False):
+            return 0.0
         longest_s = max(self._poll_s, _LONGEST_WAIT_S)
         return min(longest_s, self._poll_s * 2.0 ** min(self._failures, 32))
 
@@ -120,12 +164,22 @@ class Watcher:
     def stop(self) -> None:
         """Ask no more. Returns at once; `join` waits."""
         self._stopping.set()
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        hang_up = getattr(self._source, "hang_up", None)
+        if callable(hang_up):
+            hang_up()
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread to end; tell whether it has."""
         if self._thread is None:
             return True
-        self._thread.join(timeout_s)
+        stop_s = time.monotonic() + timeout_s
+        while self._thread.is_alive() and (left_s := stop_s - time.monotonic()) > 0:
+            # A question may have been on its way only when it was to be ended.
+            self._hang_up()
+            self._thread.join(min(_JOIN_S, left_s))
         return not self._thread.is_alive()
 
     def _run(self) -> None:
@@ -135,15 +189,45 @@ class Watcher:
 
     def ask(self) -> None:
         """Poll once. Whatever goes wrong is logged: as a warning when it begins, for debugging while it lasts."""
+        said = {}
+        self._asked_s = self._clock()
         try:
             for notice in self._source.poll():
-                self._take(notice)
+                said[notice.what] = self._newest(notice)
         except BaseException as exc:  # noqa: BLE001 (it is anybody's code, and training must not end of it)
-            self._note_failure(exc)
+            if not self._stopping.is_set():
+                self._note_failure(exc)
             return
+        finally:
+            self._asked_s = None
+        for what, notice in self._said.items():
+            if what not in said:
+                self._withdraw(notice)
+        self._said = said
         if self._failures:
             logger.info("%s answers again; its notices are heard", self.name)
         self._failures = 0
+
+    def _newest(self, notice: Notice) -> Notice:
+        """Hand a notice on if it is new, and return what is known of its kind from now on."""
+        known = self._said.get(notice.what)
+        if known is not None and known.covers(notice):
+            return known
+        self._said[notice.what] = notice
+        self._take(notice)
+        return notice
+
+    def look(self) -> None:
+        """Say it once, in whichever thread, if a question of this one's is not answered."""
+        asked_s, patience_s = self._asked_s, getattr(self._source, "patience_s", _PATIENCE_S)
+        if asked_s is None or self._complained_s == asked_s or self._clock() - asked_s <= patience_s:
+            return
+        self._complained_s = asked_s
+        logger.warning(
+            "%s has not answered for %.0f s, so a notice of its is not heard; it must return in bounded time",
+            self.name,
+            self._clock() - asked_s,
+        )
 
     def _note_failure(self, exc: BaseException) -> None:
         self._failures += 1

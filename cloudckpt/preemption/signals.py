@@ -9,7 +9,6 @@ appends. In any other process it is as if it were not there, because a fork inhe
 from __future__ import annotations
 
 import logging
-import math
 import os
 import signal
 import threading
@@ -36,7 +35,9 @@ class SignalWatch:
     def __init__(
         self, signals: Sequence[int], grace_s: Mapping[int, float], seen: list[Notice], *, clock: Callable[[], float]
     ) -> None:
-        """Install the handlers, in the main thread; each of `signals` is appended to `seen` when it first comes.
+        """Install the handlers, in the main thread; each of `signals` is appended to `seen` when it comes.
+
+        It is so once, until it is forgotten.
 
         A signal that is handled by code outside of Python is left alone, with a warning.
         """
@@ -45,7 +46,7 @@ class SignalWatch:
         self._clock = clock
         self._pid = os.getpid()
         self._is_open = True
-        self._deadlines_s: dict[int, float] = {}
+        self._noted: dict[int, Notice] = {}
         self.previous: dict[int, _Handler] = {}
         for number in signals:
             self._install(number)
@@ -83,12 +84,19 @@ class SignalWatch:
 
     def _note(self, number: int) -> None:
         """Note a signal when it comes first."""
-        if number in self._deadlines_s:
+        if number in self._noted:
             return
         now_s, grace_s, name = self._clock(), self._grace_s[number], signal.Signals(number).name
-        deadline_s = self._deadlines_s[number] = now_s + grace_s
         reason = f"this process was sent {name}, which leaves it {grace_s:g} s"
-        self._seen.append(Notice(source=name, reason=reason, deadline_s=deadline_s, received_s=now_s))
+        notice = Notice(source=name, reason=reason, deadline_s=now_s + grace_s, received_s=now_s)
+        self._noted[number] = notice
+        self._seen.append(notice)
+
+    def forget(self, notice: Notice) -> None:
+        """Let the signal that gave a notice give one again: somebody knows that its time has passed."""
+        for number, noted in self._noted.copy().items():
+            if noted is notice:
+                del self._noted[number]
 
     def _is_end_allowed(self, number: int) -> bool:
         """Tell whether all watches from the installed handler down to this one let the process end."""
@@ -102,4 +110,5 @@ class SignalWatch:
 
     def is_over(self, number: int) -> bool:
         """Tell whether the time that a signal left is over, or nobody listens."""
-        return not self._is_listening() or self._clock() > self._deadlines_s.get(number, math.inf)
+        noted = self._noted.get(number)
+        return not self._is_listening() or (noted is not None and self._clock() > noted.urgency[0])

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
+import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -19,6 +20,8 @@ from cloudckpt.preemption.notices import Notice, SourceError
 __all__ = ["SlurmSource"]
 
 _TIMEOUT_S = 5.0
+_LOOK_S = 0.01
+_MOST_BYTES = 1 << 20
 _REFRESH_S = 300.0
 # An end so long ago is that of another job, whose environment this process has inherited.
 _MOST_PAST_S = 300.0
@@ -91,18 +94,37 @@ class SlurmSource:
 
     def _asked_end_s(self) -> float | None:
         """Return the Unix second of the end by `scontrol`, None for a job without one."""
-        try:
-            done = subprocess.run(  # noqa: S603 (the command is ours or the user's, its argument Slurm's)
-                [*self._command, self._job],
-                env={**self._environ, "SLURM_TIME_FORMAT": "standard"},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                timeout=_TIMEOUT_S,
-                check=True,
-            )
-        except (OSError, subprocess.SubprocessError) as exc:
-            raise SourceError(f"Slurm cannot be asked for the end of job {self._job}: {exc}") from exc
-        return self._end_in(done.stdout.decode("utf-8", "replace"))
+        return self._end_in(self._answer())
+
+    def _answer(self) -> str:
+        """Return what the command writes.
+
+        Raises:
+            SourceError: it cannot be started, fails, or takes too long.
+        """
+        command = [*self._command, self._job]
+        environ = {**self._environ, "SLURM_TIME_FORMAT": "standard"}
+        # Neither a pipe nor `subprocess`, which has one inside: a worker of a DataLoader that the main thread forks at
+        # this moment would hold its other end, and whoever reads it would wait for that worker's end.
+        with tempfile.TemporaryFile() as output:
+            ends = [
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_DUP2, output.fileno(), 1),
+                (os.POSIX_SPAWN_DUP2, output.fileno(), 2),
+            ]
+            try:
+                pid = os.posix_spawnp(command[0], command, environ, file_actions=ends)
+            except OSError as exc:
+                raise self._refusal(exc) from exc
+            status = _status_of(pid)
+            output.seek(0)
+            said = output.read(_MOST_BYTES).decode("utf-8", "replace")
+        if status != 0:
+            raise self._refusal(f"{command[0]} ended with {status}: {said[-200:]!r}")
+        return said
+
+    def _refusal(self, why: object) -> SourceError:
+        return SourceError(f"Slurm cannot be asked for the end of job {self._job}: {why}")
 
     def _end_in(self, text: str) -> float | None:
         # Under the number of an array's first job, all of its jobs are listed.
@@ -116,3 +138,20 @@ class SlurmSource:
             return time.mktime(time.strptime(found[1], "%Y-%m-%dT%H:%M:%S"))
         except (ValueError, OverflowError) as exc:
             raise SourceError(f"Slurm named {found[1]!r} as the EndTime of job {self._job}") from exc
+
+
+def _status_of(pid: int) -> int | str:
+    """Wait for a process to end, and kill it when its time is over; return its exit code, or what was done to it."""
+    stop_s = time.monotonic() + _TIMEOUT_S
+    is_killed = False
+    while True:
+        try:
+            found, status = os.waitpid(pid, os.WNOHANG)
+        except ChildProcessError:
+            return 0  # a handler of SIGCHLD was quicker: what was written decides
+        if found:
+            return f"a kill after {_TIMEOUT_S:g} s" if is_killed else os.waitstatus_to_exitcode(status)
+        if not is_killed and time.monotonic() > stop_s:
+            is_killed = True
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(_LOOK_S)

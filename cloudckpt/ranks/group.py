@@ -48,9 +48,6 @@ __all__ = ["Group"]
 
 logger = logging.getLogger(__name__)
 
-# Of the deadline: a rank names its own transfer that stands still before the others can only say that the rank does.
-_OWN_SHARE = 0.8
-
 _Mine = TypeVar("_Mine")
 _Result = TypeVar("_Result")
 
@@ -220,8 +217,8 @@ class Group:
             raise
 
     def watch(self, deadline_s: float) -> Watch:
-        """Return how this rank's own transfers are watched over, where `deadline_s` is the others' patience with it."""
-        return Watch(deadline_s=_OWN_SHARE * deadline_s, tick=self.tick, check=self.check)
+        """Return how this rank's own transfers are watched over, each of which may take `deadline_s`."""
+        return Watch(deadline_s=deadline_s, tick=self.tick, check=self.check)
 
     def check(self) -> None:
         """Raise if a rank is known to be lost."""
@@ -287,6 +284,8 @@ class Group:
         if is_final and (fault := link.pulse.decide()) is not None:
             raise fault
         told = answers([sent, *map(unpickled, parts)], decide)
+        if is_final and told[0].error is not None:
+            link.pulse.go_on()
         if is_same:
             _wait(link.pulse, phase, link.submit(partial(link.broadcast, pickled(told[0]))))
             return told[0]

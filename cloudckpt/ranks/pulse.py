@@ -155,6 +155,11 @@ class Pulse:
             self._is_deciding = self._fault is None
             return self._fault
 
+    def go_on(self) -> None:
+        """Take lost ranks for lost again: what was to stand was not decided."""
+        with self._lock:
+            self._is_deciding = False
+
     def leave(self, reason: str) -> None:
         """Tell the others that this rank gives up, and why; at once, because the process may be about to end."""
         with self._lock:

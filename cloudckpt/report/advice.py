@@ -147,6 +147,7 @@ class Advice:
         present_interval_s: the interval as it is.
         goodput_present: expected goodput with it.
         goodput_best: expected goodput with `best_s` (in whole steps, if a step's time is known).
+        troubles: the last things that went wrong beside saves, or in saves that were let fail; oldest first.
     """
 
     costs: Costs
@@ -158,13 +159,15 @@ class Advice:
     present_interval_s: float | None = None
     goodput_present: float | None = None
     goodput_best: float | None = None
+    troubles: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Say it for a person, a line for each subject; what is not known comes with how to learn it."""
         subjects = {"saves": self._saves(), "restore": self._restore()}
         if self.costs.blocked_s is not None:
             subjects |= {"interval": self._interval(), "goodput": self._gain()}
-        return "\n".join(f"{subject:<10}{said}" for subject, said in subjects.items() if said)
+        told = [*subjects.items(), *(("trouble", trouble) for trouble in self.troubles)]
+        return "\n".join(f"{subject:<10}{said}" for subject, said in told if said)
 
     def _saves(self) -> str:
         costs = self.costs

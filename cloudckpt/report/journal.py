@@ -11,9 +11,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 
+from cloudckpt.errors import CloudCkptError
 from cloudckpt.report.meter import Meter
 from cloudckpt.report.progress import Bar, Progress, as_bytes
 from cloudckpt.root import Checkpoint
@@ -23,11 +25,16 @@ __all__ = ["Entry", "Journal"]
 
 logger = logging.getLogger(__name__)
 
+_TROUBLES = 8
 _PHASES = ("plan", "stage", "upload", "gather", "commit")
 
 
 class Journal:
-    """The saves and restores of one job on one store; `progress` shows people what the log says."""
+    """The saves and restores of one job on one store; `progress` shows people what the log says.
+
+    Attributes:
+        troubles: the last things that went wrong and failed no call, for `report`.
+    """
 
     def __init__(
         self, store: RetryingStore, progress: Progress, *, clock: Callable[[], float] = time.monotonic
@@ -36,6 +43,21 @@ class Journal:
         self.progress = progress
         self.meter = Meter(clock=clock)
         self.clock = clock
+        self.troubles: deque[str] = deque(maxlen=_TROUBLES)
+
+    def note(self, trouble: str) -> None:
+        """Note what went wrong and fails no call: in the log, and for who asks later."""
+        self.troubles.append(trouble)
+        with suppress(Exception):  # a program's own handler of the log may be what went wrong
+            logger.warning("%s", trouble)
+
+    @contextmanager
+    def harmless(self, what: str) -> Iterator[None]:
+        """Let the block fail without consequence but a note that begins with `what`: the checkpoint is committed."""
+        try:
+            yield
+        except Exception as exc:  # noqa: BLE001 (rules, handlers and streams are anybody's code)
+            self.note(f"{what}: {exc if isinstance(exc, CloudCkptError) else repr(exc)}")
 
     def begin(self, *, rank: int) -> Entry:
         """Begin the entry of a save or restore, at this moment."""
@@ -48,11 +70,12 @@ class Entry:
     Attributes:
         rank: this process's.
         began_s: when it began, on the journal's clock.
+        work_began_s: when its own work began, after the wait for the save before; until `working` the same.
     """
 
     def __init__(self, journal: Journal, rank: int) -> None:
         self.rank = rank
-        self.began_s = journal.clock()
+        self.began_s = self.work_began_s = journal.clock()
         self._journal = journal
         self._before = journal.store.stats()
 
@@ -60,27 +83,34 @@ class Entry:
         """Show how far it is while the block runs."""
         return self._journal.progress.bar(what, rank=self.rank)
 
+    def working(self) -> None:
+        """Note that nothing else is waited for any more: what it costs is counted from here on."""
+        self.work_began_s = self._journal.clock()
+
     def unblocked(self, step: int, staged_bytes: int | None = None) -> None:
         """Note that training goes on; with the bytes that were copied, if the rest goes on in the background."""
-        blocked_s = self._elapsed_s()
+        blocked_s = self._journal.clock() - self.began_s
         self._journal.meter.note_blocked(blocked_s)
         if staged_bytes is not None:
-            logger.info(
-                "rank %d: staged step %d: %d bytes, training was blocked for %.3f s",
-                self.rank,
-                step,
-                staged_bytes,
-                blocked_s,
-            )
+            with self._journal.harmless(f"step {step} is staged, but that could not be told"):
+                logger.info(
+                    "rank %d: staged step %d: %d bytes, training was blocked for %.3f s",
+                    self.rank,
+                    step,
+                    staged_bytes,
+                    blocked_s,
+                )
 
     def committed(self, checkpoint: Checkpoint, *, left_s: float | None = None) -> None:
         """Note a commit; with the seconds before the end, if the job is about to be preempted."""
         elapsed_s = self._elapsed_s()
         self._journal.meter.note_commit(elapsed_s)
-        self._say("saved", checkpoint, elapsed_s, phases=_phases(checkpoint))
-        if left_s is not None:
-            when = "before an end whose time is not known" if math.isinf(left_s) else f"{left_s:.1f} s before the end"
-            logger.warning("rank %d: step %s is safe, %s", self.rank, checkpoint.step, when)
+        with self._journal.harmless(f"step {checkpoint.step} is saved, but that could not be told"):
+            self._say("saved", checkpoint, elapsed_s, phases=_phases(checkpoint))
+            if left_s is not None:
+                is_known = not math.isinf(left_s)
+                when = f"{left_s:.1f} s before the end" if is_known else "before an end whose time is not known"
+                logger.warning("rank %d: step %s is safe, %s", self.rank, checkpoint.step, when)
 
     def restored(self, checkpoint: Checkpoint | None) -> None:
         """Note a restore, or that there was nothing to restore."""
@@ -94,7 +124,7 @@ class Entry:
         self._say("restored", checkpoint, elapsed_s)
 
     def _elapsed_s(self) -> float:
-        return self._journal.clock() - self.began_s
+        return self._journal.clock() - self.work_began_s
 
     def _say(self, did: str, checkpoint: Checkpoint, elapsed_s: float, *, phases: str = "") -> None:
         spent = self._journal.store.stats() - self._before

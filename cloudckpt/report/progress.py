@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Literal, get_args
 
 from cloudckpt.errors import OptionsError
@@ -56,7 +56,8 @@ def _harmless() -> Iterator[None]:
     try:
         yield
     except Exception as exc:  # noqa: BLE001 (whatever stands there is anybody's code)
-        logger.debug("progress could not be shown: %r", exc)
+        with suppress(Exception):  # what stands behind the log, too
+            logger.debug("progress could not be shown: %r", exc)
 
 
 class Progress:

@@ -9,7 +9,17 @@ from cloudckpt.root.choice import Candidate, Choice, Wanted
 from cloudckpt.root.destination import Destination, Epoch, Target, own_url
 from cloudckpt.root.pruning import Cleaner, Pruner, RetentionScope
 from cloudckpt.root.replacing import Exists, check_exists, check_place
-from cloudckpt.root.retention import KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule, checked_rules
+from cloudckpt.root.retention import (
+    KeepBest,
+    KeepEvery,
+    KeepFor,
+    KeepLast,
+    Retention,
+    RetentionRule,
+    checked_rules,
+    watched_rules,
+)
+from cloudckpt.root.roots import Roots
 from cloudckpt.root.sweep import Orphan, sweep
 
 __all__ = [
@@ -28,8 +38,10 @@ __all__ = [
     "KeepLast",
     "Orphan",
     "Pruner",
+    "Retention",
     "RetentionRule",
     "RetentionScope",
+    "Roots",
     "Target",
     "Unreadable",
     "Wanted",
@@ -38,4 +50,5 @@ __all__ = [
     "checked_rules",
     "own_url",
     "sweep",
+    "watched_rules",
 ]

@@ -5,7 +5,7 @@ Asked only after a manifest was not found. Keeps FORMAT invariant 7: what a cut-
 
 from __future__ import annotations
 
-from cloudckpt.errors import StorageError
+from cloudckpt.errors import BucketNotFoundError, StorageError
 from cloudckpt.format import MANIFEST_NAME, is_attempt, parse_checkpoint_prefix
 from cloudckpt.store import Listing, Store
 
@@ -20,12 +20,18 @@ def set_aside_key(attempt: str) -> str:
 
 
 def what_is_there(store: Store, prefix: str) -> str:
-    """Return a clause for an error: what was found below `prefix` in place of a manifest, and the next action."""
+    """Return a clause for an error: what was found below `prefix` in place of a manifest, and the next action.
+
+    Raises:
+        BucketNotFoundError: nothing can be there. Of an object alone not every store tells that its bucket is missing.
+    """
     if prefix:
         return _NOTHING
     try:
         top = store.list("", delimiter="/")
         return _mistaken(store, top) or _unfinished(store, top) or _NOTHING
+    except BucketNotFoundError:
+        raise
     except StorageError:
         # A listing may be refused where reading is not; what is raised is that nothing is committed.
         return _NOTHING
@@ -43,7 +49,7 @@ def _mistaken(store: Store, top: Listing) -> str:
     if steps:
         return (
             f"it is the root of a CheckpointManager with {len(steps)} steps; restore through CheckpointManager, or "
-            f"give the URL of one step such as {store.url}/{steps[-1].rstrip('/')}"
+            f"give the URL of one step such as {store.url.removesuffix('/')}/{steps[-1].rstrip('/')}"
         )
     return ""
 
@@ -54,9 +60,10 @@ def _unfinished(store: Store, top: Listing) -> str:
         return ""
     kept = {set_aside_key(name.rstrip("/")) for name in attempts}
     aside = [info.key for info in store.list("").objects if info.key in kept]
+    root = store.url.removesuffix("/")
     if aside:
         return (
             "a save that was to replace the checkpoint there is under way, or was cut off: copy "
-            f"{store.url}/{aside[0]} to {store.url}/{MANIFEST_NAME} to have the old checkpoint back, or save again"
+            f"{root}/{aside[0]} to {root}/{MANIFEST_NAME} to have the old checkpoint back, or save again"
         )
     return f"{len(attempts)} attempts to save there are under way, or were cut off before they committed"

@@ -48,7 +48,7 @@ from cloudckpt.format import (
 from cloudckpt.root.absence import what_is_there
 from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable, best_first
 from cloudckpt.root.claims import Claims
-from cloudckpt.store import Store
+from cloudckpt.store import Store, one_deadline
 
 __all__ = ["Catalog"]
 
@@ -97,6 +97,7 @@ class Catalog:
 
     # -- reading -------------------------------------------------------------------------------------------
 
+    @one_deadline()
     def open(self, prefix: str = "") -> Checkpoint:
         """Return the checkpoint under `prefix` ("" for a URL that is itself a checkpoint).
 
@@ -122,6 +123,8 @@ class Catalog:
         key = prefix + MANIFEST_NAME
         try:
             data = self.store.read(key, limit_bytes=MANIFEST_LIMIT_BYTES)
+        except BucketNotFoundError:
+            raise  # an object of it is absent as well, but on "no checkpoint" people start afresh
         except ObjectNotFoundError as exc:
             raise CheckpointNotFoundError(
                 f"no committed checkpoint at {self._url(prefix)}; {what_is_there(self.store, prefix)}"
@@ -171,8 +174,12 @@ class Catalog:
         with self._memory.lock:
             self._memory.found[prefix] = found
 
+    def holds(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether a checkpoint is one of this root, by its URL. No request."""
+        return checkpoint.url == self._url(checkpoint.prefix)
+
     def _url(self, prefix: str) -> str:
-        return f"{self.store.url}/{prefix}".rstrip("/")
+        return f"{self.store.url.removesuffix('/')}/{prefix}".rstrip("/") if prefix else self.store.url
 
     def places(self) -> dict[str, tuple[int, int]]:
         """Return (epoch, step) of all attempts below the root, committed or not, by their prefix; newest first."""
@@ -402,6 +409,7 @@ class Catalog:
         self.store.create(checkpoint.prefix + MANIFEST_NAME, data)
         self.adopt(data, prefix=checkpoint.prefix)
 
+    @one_deadline()
     def discard(self, attempts: Collection[str], *, prefix: str) -> None:
         """Delete the objects of attempts at one save that failed, unless the manifest there is of one of them.
 
@@ -421,16 +429,21 @@ class Catalog:
                 keys.add(info.key)
         self.store.delete(sorted(keys))
 
-    def leftovers(self, prefix: str) -> list[str]:
-        """Return the keys of what an uncommitted prefix still holds.
+    @one_deadline()
+    def leftovers(self, prefix: str, attempt: str) -> list[str]:
+        """Return the keys of what an attempt still holds that was uncommitted; not those of another one there.
 
         Raises:
-            CheckpointExistsError: a manifest stands there.
+            CheckpointExistsError: it is committed again.
+            ManifestError: a manifest stands there, and nobody can say whose.
         """
         keys = [info.key for info in self.store.list(prefix).objects]
-        if prefix + MANIFEST_NAME in keys:
+        found = self._tried(prefix) if prefix + MANIFEST_NAME in keys else None
+        if isinstance(found, ManifestError):
+            raise found
+        if found is not None and found.attempt == attempt:
             raise self.exists_error(prefix)
-        return keys
+        return [key for key in keys if key.startswith(f"{prefix}{attempt}/")]
 
     def void(self, prefix: str) -> bool:
         """Decide that no attempt under `prefix` ever commits: create its manifest as `void`. False if one committed."""

@@ -63,6 +63,10 @@ class Checkpoint:
     prefix: str = field(repr=False)
     fit: Fit | None = field(default=None, repr=False, compare=False)
 
+    def __hash__(self) -> int:
+        """Hash by what tells one from another: metrics and metadata are dicts, and have none."""
+        return hash((self.url, self.digest))
+
     @property
     def order(self) -> tuple[int, int]:
         """(epoch, step): what makes one checkpoint newer than another (FORMAT invariant 10)."""

@@ -11,9 +11,9 @@ from typing import Literal
 
 from cloudckpt.errors import IntegrityError, OptionsError
 from cloudckpt.format import step_number
-from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.retention import KeepBest, RetentionRule
+from cloudckpt.root.roots import Roots
 
 __all__ = ["Candidate", "Choice", "Wanted"]
 
@@ -26,15 +26,15 @@ Wanted = int | Literal["latest", "best"] | Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What is asked for, of one root.
+    """What is asked for, of the roots of one job.
 
     Attributes:
-        catalog: the root's.
+        roots: where it may be.
         wanted: `latest`, `best` by the first `KeepBest` of `rules`, a step, or a checkpoint.
         rules: the root's retention rules.
     """
 
-    catalog: Catalog
+    roots: Roots
     wanted: Wanted
     rules: Sequence[RetentionRule] = ()
 
@@ -51,12 +51,12 @@ class Choice:
         """
         if self.wanted == "latest":
             is_empty = True
-            for candidate in self.catalog.newest_first():
+            for candidate in self.roots.newest_first():
                 is_empty = False
                 yield candidate
-            if is_empty and self.catalog.is_taken(""):
+            if is_empty and self.roots.catalogs[0].is_taken(""):
                 raise OptionsError(
-                    f"{self.catalog.store.url} is one checkpoint, not a root of checkpoints; load it with "
+                    f"{self.roots.url} is one checkpoint, not a root of checkpoints; load it with "
                     "cloudckpt.load, or give the URL of the root"
                 )
         elif isinstance(self.wanted, Checkpoint):
@@ -64,7 +64,7 @@ class Choice:
         elif isinstance(self.wanted, str):
             yield from self._best()
         else:
-            yield self.catalog.find(step_number(self.wanted))
+            yield self.roots.find(step_number(self.wanted))
 
     def _best(self) -> Iterator[Checkpoint]:
         rule = next((rule for rule in self.rules if isinstance(rule, KeepBest)), None)
@@ -73,6 +73,6 @@ class Choice:
                 f"step {self.wanted!r} says nothing here; give 'latest', a step, manager.best('name'), or 'best' with "
                 "a KeepBest rule in retention"
             )
-        best = self.catalog.best(rule.metric, rule.mode)
+        best = self.roots.best(rule.metric, rule.mode)
         if best is not None:
             yield best

@@ -4,7 +4,7 @@
     fence     one listing: nobody claimed a newer epoch, and our own claim is still there and still ours
     Line      what a job committed itself, and the checkpoints that led to the one that it went on from
 
-Knows claims and one store. Any thread may enter.
+A line may lead through two roots of one job, whose epochs grow over both. Any thread may enter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 import secrets
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Self
@@ -22,9 +22,9 @@ import msgspec
 
 from cloudckpt.errors import FencedError, ManifestError, ObjectExistsError, ObjectNotFoundError, StorageError
 from cloudckpt.format import EPOCHS_PREFIX, FORMAT_VERSION, EpochClaim, decode_claim, epoch_key, parse_epoch_key
-from cloudckpt.store import ObjectInfo, Store
+from cloudckpt.store import ObjectInfo, Store, one_deadline
 
-__all__ = ["Claims", "Line", "highest_claim"]
+__all__ = ["Claims", "Line", "highest_claim", "leading_to"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +53,10 @@ class Line:
         epochs = {*self.steps, *other.steps}
         return Line({epoch: max(self.steps.get(epoch, -1), other.steps.get(epoch, -1)) for epoch in epochs})
 
-    def links(self, epochs: Collection[int]) -> list[tuple[int, int]]:
-        """Return (step, epoch) of the newest of those epochs, the newest first, as a claim has them."""
-        found = sorted(((epoch, step) for epoch, step in self.steps.items() if epoch in epochs), reverse=True)
-        return [(step, epoch) for epoch, step in found[:_LINKS]]
+    def links(self, epochs: Collection[int] | None) -> list[tuple[int, int]]:
+        """Return (step, epoch) of the newest of those epochs (None: of all), the newest first, as a claim has them."""
+        known = self.steps if epochs is None else self.steps.keys() & set(epochs)
+        return [(self.steps[epoch], epoch) for epoch in sorted(known, reverse=True)[:_LINKS]]
 
     @classmethod
     def of(cls, links: Collection[tuple[int, int]]) -> Self:
@@ -86,23 +86,23 @@ class Claims:
         other._own = self._own
         return other
 
+    def highest(self) -> int:
+        """Return the highest epoch that anybody claimed, 0 if nobody did. One listing."""
+        return highest_claim(self._listed())
+
     def claim(
-        self, *, places: Collection[tuple[int, int]], resumed_from: tuple[int, int] | None, line: Line
-    ) -> tuple[int, Line]:
-        """Claim the next epoch, so that every older writer is fenced; return it, and its line of history.
+        self, *, above: int = 0, resumed_from: tuple[int, int] | None = None, links: Sequence[tuple[int, int]] = ()
+    ) -> int:
+        """Claim the next epoch, so that every older writer is fenced, and return it.
 
         Two jobs that claim at once get different epochs; the higher one wins.
 
         Args:
-            places: (epoch, step) of all prefixes below the root: copied there without their claims, or left when these
-                were removed, they count as claimed.
+            above: what is taken though nobody claimed it here, and all below.
             resumed_from: (step, epoch) of the checkpoint that the job went on from.
-            line: what the job has committed or resumed before.
+            links: its line of history.
         """
-        epochs = {epoch for epoch, _ in places}
-        line = line.joined(self._leading_to(resumed_from, epochs))
-        links = line.links(epochs)
-        epoch = max(highest_claim(self._listed()), max(epochs, default=0)) + 1
+        epoch = max(self.highest(), above) + 1
         while True:
             claim = EpochClaim(
                 format_version=FORMAT_VERSION,
@@ -112,7 +112,7 @@ class Claims:
                 host=platform.node(),
                 pid=os.getpid(),
                 resumed_from=resumed_from,
-                line=links or msgspec.UNSET,
+                line=list(links) or msgspec.UNSET,
             )
             data = claim.encode()
             try:
@@ -122,25 +122,9 @@ class Claims:
                 continue
             self._own[epoch] = _Own(data)
             logger.info("claimed epoch %d of %s", epoch, self._store.url)
-            return epoch, line
+            return epoch
 
-    def _leading_to(self, link: tuple[int, int] | None, epochs: Collection[int]) -> Line:
-        """Return the line that leads to a checkpoint; it ends where a claim cannot be read, and where nothing stands.
-
-        A claim tells the whole of it; one of before that was so tells one link.
-        """
-        steps: dict[int, int] = {}
-        while link is not None and link[1] >= min(epochs, default=0):
-            step, epoch = link
-            steps[epoch] = step
-            claim = self._read(epoch)
-            if claim is None:
-                break
-            if claim.line:
-                return Line(steps).joined(Line.of(claim.line))
-            link = claim.resumed_from if claim.resumed_from and claim.resumed_from[1] < epoch else None
-        return Line(steps)
-
+    @one_deadline()
     def fence(self, epoch: int) -> None:
         """Raise `FencedError` if a newer epoch than `epoch` was claimed, or if a claim of ours is gone. One listing.
 
@@ -182,10 +166,11 @@ class Claims:
 
     def _claimed_by(self, epoch: int) -> str:
         """Describe the claimer for people; a claim that cannot be read does not hide the fence."""
-        claim = self._read(epoch)
+        claim = self.read(epoch)
         return "" if claim is None else f" (host {claim.host!r}, process {claim.pid}, at {claim.created_at})"
 
-    def _read(self, epoch: int) -> EpochClaim | None:
+    def read(self, epoch: int) -> EpochClaim | None:
+        """Return the claim of an epoch; None if there is none, or none that can be read."""
         if not epoch:
             return None
         key = epoch_key(epoch)
@@ -196,6 +181,30 @@ class Claims:
         except (StorageError, ManifestError) as exc:
             logger.warning("the claim %s of %s cannot be read: %s", key, self._store.url, exc)
             return None
+
+
+def leading_to(link: tuple[int, int], claims: Sequence[Claims], *, since: int) -> Line:
+    """Return the line that leads to a checkpoint, from epoch `since` on; it ends where no claim can be read.
+
+    A claim tells the whole of it; one of before that was so tells one link.
+
+    Args:
+        link: (step, epoch) of the checkpoint.
+        claims: of all roots that the line may lead through.
+        since: the oldest epoch of which anything stands.
+    """
+    steps: dict[int, int] = {}
+    following: tuple[int, int] | None = link
+    while following is not None and following[1] >= since:
+        step, epoch = following
+        steps[epoch] = step
+        claim = next((found for one in claims if (found := one.read(epoch)) is not None), None)
+        if claim is None:
+            break
+        if claim.line:
+            return Line(steps).joined(Line.of(claim.line))
+        following = claim.resumed_from if claim.resumed_from and claim.resumed_from[1] < epoch else None
+    return Line(steps)
 
 
 def highest_claim(keys: Collection[str]) -> int:

@@ -6,18 +6,22 @@ Epoch      of one job on one root: claimed with its first save; then every step 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from cloudckpt.errors import StorageError
 from cloudckpt.format import Manifest, checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
-from cloudckpt.root.claims import Line
+from cloudckpt.root.claims import Claims, Line, leading_to
 from cloudckpt.root.replacing import Exists, check_place, replace
-from cloudckpt.store import probe_create
+from cloudckpt.store import probe_create, probe_write
 
 __all__ = ["Destination", "Epoch", "Target", "own_url"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,23 +75,41 @@ def own_url(catalog: Catalog, *, is_single_writer: bool, exists: Exists = "raise
 class Epoch:
     """One job's epoch on its root, and what it has committed in it.
 
+    A job may have a second root, which takes saves when the first is down, and an epoch there. A save never goes to a
+    root in a lower epoch than the job has on the other one: there the next one is claimed first, at least as high. So
+    (epoch, step) tells over both roots which checkpoint is newer.
+
     The thread of a background save may note a commit while the training's thread asks.
 
     Attributes:
         number: 0 until the first save has claimed it, or until another rank's has.
         resumed_from: the checkpoint that the job went on from.
-        newest: the newest checkpoint of this epoch.
-        line: what this job has committed, in this epoch and others, and what led to where it went on from.
+        newest: the newest checkpoint of this line, on either root; it may have been deleted since.
+        line: what this job has committed, in this epoch and others, and what led to where it went on from; on both.
+        beside: the epoch on the job's other root.
+        is_doubted: whether a save has gone to the other root, because this one was down: it is asked before the next.
     """
 
-    def __init__(self, catalog: Catalog, *, is_single_writer: bool) -> None:
-        """Nothing is written before the first `take` of a step."""
+    def __init__(
+        self, catalog: Catalog, *, is_single_writer: bool, hurried: Callable[[], Catalog] | None = None
+    ) -> None:
+        """Nothing is written before the first `take` of a step.
+
+        Args:
+            catalog: the root's.
+            is_single_writer: whether the caller promises that nobody else writes there.
+            hurried: returns the same catalog with little patience, to ask whether the root is there.
+        """
         self._catalog = catalog
         self._is_single_writer = is_single_writer
+        self._hurried = hurried or (lambda: catalog)
         self.number = 0
         self.resumed_from: Checkpoint | None = None
         self.newest: Checkpoint | None = None
         self.line = Line()
+        self.beside: Epoch | None = None
+        self.is_doubted = False
+        self._deleted: set[int] = set()
 
     def step(self, step: int, catalog: Catalog) -> Destination:
         """Return where a step goes, by a catalog over the store with the patience that this save has. No request.
@@ -96,35 +118,102 @@ class Epoch:
             OptionsError: a step that is negative, or larger than keys hold.
         """
         checkpoint_prefix(step, self.number or 1)
-        return Destination(catalog, partial(self._take, step, catalog), is_claimed=self.number > 0)
+        is_claimed = self._is_high_enough and not self.is_doubted
+        return Destination(catalog, partial(self._take, step, catalog), is_claimed=is_claimed)
+
+    @property
+    def _is_high_enough(self) -> bool:
+        return self.number > 0 and (self.beside is None or self.number >= self.beside.number)
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Go on from a checkpoint; from any but the one that the next save follows, in an epoch of its own.
+        """Go on from a checkpoint, on both roots; from any but the one that the next save follows, in a new epoch.
 
         Not from one of a newer epoch: this job is fenced, and stays so.
         """
         base = self.newest or self.resumed_from
         is_base = checkpoint is base or (checkpoint is not None and base is not None and checkpoint.order == base.order)
-        is_fenced = checkpoint is not None and checkpoint.epoch > self.number
-        self.resumed_from = checkpoint
-        if not is_base and not is_fenced:
-            self.number, self.newest = 0, None
+        is_fenced = checkpoint is not None and checkpoint.epoch > max(epoch.number for epoch in self._both)
+        for epoch in self._both:
+            epoch.resumed_from = checkpoint
+            if not is_base and not is_fenced:
+                epoch.number, epoch.newest = 0, None
+
+    @property
+    def _both(self) -> tuple[Epoch, ...]:
+        return (self,) if self.beside is None else (self, self.beside)
 
     def note(self, checkpoint: Checkpoint) -> None:
-        """Note a commit of this epoch; on every rank."""
-        self.number, self.newest = checkpoint.epoch, checkpoint
+        """Note a commit of this job, on this root or the other one; on every rank."""
+        if self._catalog.holds(checkpoint):
+            self.number = checkpoint.epoch
+        self.newest = checkpoint
         self.line = self.line.joined(Line({checkpoint.epoch: checkpoint.step}))
+        self._deleted.discard(checkpoint.step)
+
+    def forget(self, step: int) -> None:
+        """Note that a step was deleted; on every rank."""
+        self._deleted.add(step)
+
+    def newest_of(self, step: int) -> Checkpoint | None:
+        """Return the newest checkpoint of this line if it is of this step; the same on every rank. No request."""
+        is_there = self.newest is not None and self.newest.step == step and step not in self._deleted
+        return self.newest if is_there else None
 
     def _take(self, step: int, catalog: Catalog) -> Target:
-        if self.number == 0:
-            probe_create(self._catalog.store, single_writer=self._is_single_writer)
-            base = self.resumed_from
-            self.number, self.line = self._catalog.claims.claim(
-                places=self._catalog.places().values(),
-                resumed_from=None if base is None else (base.step, base.epoch),
-                line=self.line,
-            )
+        if self.is_doubted:
+            probe_write(self._hurried().store)
+            self.is_doubted = False
+        if not self._is_high_enough:
+            if self.number == 0:
+                probe_create(catalog.store, single_writer=self._is_single_writer)
+            self._claim(catalog)
         prefix = checkpoint_prefix(step, self.number)
         if catalog.knows(prefix) and catalog.is_taken(prefix):
             raise catalog.exists_error(prefix)
         return Target(catalog=catalog, prefix=prefix, step=step, epoch=self.number)
+
+    def _claim(self, catalog: Catalog) -> None:
+        """Claim an epoch that is newer than all that the job knows of both roots; then its line is known, too."""
+        base = self.newest or self.resumed_from
+        link = None if base is None else (base.step, base.epoch)
+        here = {epoch for epoch, _ in catalog.places().values()}
+        there = self._there()
+        epochs = None if there.epochs is None else here | there.epochs
+        line = self.line
+        if base is not None and link is not None and not line.holds(base.order):
+            claims = [catalog.claims, *there.claims]
+            line = line.joined(leading_to(link, claims, since=min(epochs or {0})))
+        above = max([there.least - 1, *here])
+        self.number = catalog.claims.claim(above=above, resumed_from=link, links=line.links(epochs))
+        for epoch in self._both:
+            epoch.line = line
+
+    def _there(self) -> _There:
+        """Look at the job's other root, unless it has claimed an epoch there: then the line is known, too."""
+        if self.beside is None:
+            return _There(1, set())
+        if self.beside.number:
+            return _There(self.beside.number, None)
+        known = max([*self.line.steps, 0 if self.resumed_from is None else self.resumed_from.epoch])
+        try:
+            catalog = self.beside._hurried()  # noqa: SLF001 (its own kind)
+            epochs = {epoch for epoch, _ in catalog.places().values()}
+            return _There(max([known, catalog.claims.highest(), *epochs]) + 1, epochs, (catalog.claims,))
+        except StorageError as exc:
+            logger.warning("the epochs of the other root are not known, and taken to be %d: %s", known, exc)
+            return _There(known + 1, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _There:
+    """What a job knows of its other root when it claims an epoch.
+
+    Attributes:
+        least: the lowest epoch that is not older than anything there.
+        epochs: of which something stands there; None if nobody has looked.
+        claims: those there, to be read.
+    """
+
+    least: int
+    epochs: set[int] | None
+    claims: tuple[Claims, ...] = ()

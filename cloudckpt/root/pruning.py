@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, get_args
 
@@ -31,6 +32,8 @@ RetentionScope = Literal["line", "root"]
 
 # How long the end waits for a request of the cleaner's that is under way.
 _ENDING_S = 30.0
+# How often that wait looks whether it is held up.
+_LOOK_S = 0.1
 _AGAIN_S = 3_600.0
 _SHOWN = 5
 
@@ -54,37 +57,34 @@ class Pruner:
         self._scope = scope
         self._has_named = False
 
-    def prune_after(self, checkpoint: Checkpoint, line: Line) -> None:
-        """Uncommit what no rule keeps, and have removed what is due; never the checkpoint that was just committed.
+    def prune_after(self, checkpoint: Checkpoint, line: Line, *, go_on: Callable[[], bool] = lambda: True) -> None:
+        """Uncommit what no rule keeps; never the checkpoint that was just committed.
 
-        A failure is logged and left to the next save, because the checkpoint itself is safe.
+        It ends early, between two of them, when `go_on` says so; the rest is left to the next time. Whatever it raises,
+        also what a rule of the caller's own does, is left to the next save: the checkpoint is safe.
 
         Args:
             checkpoint: the newest of this job.
             line: of which only checkpoints are removed, unless the scope is the root.
+            go_on: whether there is time for the next one.
         """
-        try:
-            self._prune(checkpoint, line)
-        except Exception as exc:  # noqa: BLE001 (rules may be anybody's code, and the checkpoint is committed)
-            said = exc if isinstance(exc, CloudCkptError) else repr(exc)
-            logger.warning(
-                "step %s is saved, but pruning failed and is left to the next save: %s", checkpoint.step, said
-            )
-        self._cleaner.wake()
+        for old in self._going(checkpoint, line):
+            if not go_on():
+                return
+            self.uncommit(old)
+            logger.info("pruned step %s of epoch %d", old.step, old.epoch)
 
-    def _prune(self, newest: Checkpoint, line: Line) -> None:
+    def _going(self, newest: Checkpoint, line: Line) -> list[Checkpoint]:
         if not self._rules:
-            return
+            return []
         places = self._catalog.places()
         mine = [prefix for prefix, order in places.items() if self._scope == "root" or line.holds(order)]
         self._name_others(places.keys() - set(mine))
-        removed = self._removable(self._catalog.recall(mine).checkpoints, newest)
-        if removed:
+        going = self._removable(self._catalog.recall(mine).checkpoints, newest)
+        if going:
             # A newer job may be restoring what we would remove.
             self._catalog.claims.fence(newest.epoch)
-        for checkpoint in removed:
-            self.remove(checkpoint)
-            logger.info("pruned step %s of epoch %d", checkpoint.step, checkpoint.epoch)
+        return going
 
     def _removable(self, checkpoints: Sequence[Checkpoint], newest: Checkpoint) -> list[Checkpoint]:
         """Return what may go, once all that the rules keep instead was found to be there."""
@@ -100,9 +100,13 @@ class Pruner:
             seen |= there
             checkpoints = [one for one in checkpoints if one.prefix in going | seen]
 
-    def remove(self, checkpoint: Checkpoint) -> None:
-        """Uncommit a checkpoint now, and have its shards removed when readers had time to notice."""
+    def uncommit(self, checkpoint: Checkpoint) -> None:
+        """Let a checkpoint exist no more; its shards go once readers had time to notice."""
         self._cleaner.uncommit(checkpoint)
+
+    def clean(self) -> None:
+        """Have removed what is due, without waiting for that."""
+        self._cleaner.wake()
 
     def _name_others(self, prefixes: Collection[str]) -> None:
         """Say, once, what retention leaves alone because it is of another line of history."""
@@ -127,6 +131,10 @@ class Pruner:
         """Remove what is due; shards still in their grace time stay for the next job."""
         self._cleaner.end()
 
+    def stop(self) -> None:
+        """Remove nothing more."""
+        self._cleaner.stop()
+
 
 class Cleaner:
     """Removes objects that belong to no checkpoint, in a thread of its own and with one request at a time.
@@ -144,6 +152,7 @@ class Cleaner:
         sweep_after_s: float | None,
         clock: Callable[[], float],
         is_held: Callable[[], bool] = lambda: False,
+        note: Callable[[str], None] = logger.warning,
     ) -> None:
         """Clean below the root of `catalog`.
 
@@ -153,55 +162,72 @@ class Cleaner:
             sweep_after_s: how old what other jobs left must be; None leaves it to `sweep`.
             clock: monotonic seconds.
             is_held: whether nothing is to be removed now; asked between requests, in the thread.
+            note: is told what could not be removed.
 
         Raises:
             OptionsError: a number of seconds that is none.
         """
-        if sweep_after_s is not None and not 0 <= sweep_after_s < math.inf:
+        if sweep_after_s is not None and (type(sweep_after_s) not in (int, float) or not 0 <= sweep_after_s < math.inf):
             raise OptionsError(f"sweep_after_s is {sweep_after_s!r}; give a number of seconds from 0, or None")
         self._catalog = catalog
         self._grace_s = grace_s
         self._sweep_after_s = sweep_after_s
         self._clock = clock
         self._is_held = is_held
-        # Prefixes whose manifest is gone, and since when: their shards go once readers had time to notice.
-        self._uncommitted_s: dict[str, float] = {}
+        self._note = note
+        # What does not exist any more, by prefix and attempt, and since when: its shards go once readers had time to
+        # notice.
+        self._uncommitted_s: dict[tuple[str, str], float] = {}
         # What a job before has pruned in its last moments has its grace time, too.
         self._next_sweep_s = clock() + grace_s
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_woken = False
-        self._is_ended = False
+        self._is_ending = False
+        self._is_stopped = False
 
     def uncommit(self, checkpoint: Checkpoint) -> None:
         """Uncommit a checkpoint, and remove its shards after the grace time."""
         # Whoever holds the lock knows of all that this job has uncommitted.
         with self._lock:
             self._catalog.uncommit(checkpoint)
-            self._uncommitted_s[checkpoint.prefix] = self._clock()
+            self._uncommitted_s[checkpoint.prefix, checkpoint.attempt] = self._clock()
 
     def wake(self) -> None:
         """Have removed what is due, without waiting for that."""
         with self._lock:
             self._is_woken = True
-            if self._thread is None and not self._is_ended and self._has_work():
+            if self._thread is None and self._may_remove() and self._has_work():
                 self._thread = threading.Thread(target=self._run, name="cloudckpt-cleaner", daemon=True)
                 self._thread.start()
 
-    def settle(self, timeout_s: float | None = None) -> None:
-        """Wait until what was due is removed."""
+    def settle(self) -> None:
+        """Wait until what was due is removed, and what others left."""
         if (thread := self._thread) is not None:
-            thread.join(timeout_s)
+            thread.join()
 
     def end(self) -> None:
-        """Stop looking for what others left, and remove what is due of this job's own."""
-        self._is_ended = True
-        self.settle(0 if self._is_held() else _ENDING_S)
-        if self._thread is None:
+        """Stop looking for what others left, and remove what is due of this job's own, until that is held up."""
+        self._is_ending = True
+        thread, stop_s = self._thread, time.monotonic() + _ENDING_S
+        while thread is not None and thread.is_alive() and self._may_remove() and time.monotonic() < stop_s:
+            thread.join(_LOOK_S)
+        if thread is None or not thread.is_alive():
             self._try(self._remove_due)
+        self.stop()
+
+    def stop(self) -> None:
+        """Make no further request."""
+        self._is_stopped = True
+
+    def _may_remove(self) -> bool:
+        return not (self._is_stopped or self._is_held())
+
+    def _may_sweep(self) -> bool:
+        return not self._is_ending and self._may_remove()
 
     def _has_work(self) -> bool:
-        return bool(self._due()) or self._is_sweep_due()
+        return bool(self._due()) or (self._is_sweep_due() and not self._is_ending)
 
     def _is_sweep_due(self) -> bool:
         return self._sweep_after_s is not None and self._clock() >= self._next_sweep_s
@@ -209,7 +235,6 @@ class Cleaner:
     def _run(self) -> None:
         try:
             while not self._is_done():
-                self._is_woken = False
                 self._try(self._remove_due)
                 self._try(self._sweep)
         except BaseException:
@@ -220,7 +245,8 @@ class Cleaner:
     def _is_done(self) -> bool:
         """Tell whether nothing was asked for since it was looked for; from then on there is no thread."""
         with self._lock:
-            if self._is_woken and self._has_work():
+            is_woken, self._is_woken = self._is_woken, False
+            if is_woken and self._may_remove() and self._has_work():
                 return False
             self._thread = None
             return True
@@ -229,45 +255,45 @@ class Cleaner:
         try:
             work()
         except CloudCkptError as exc:
-            logger.warning("what no checkpoint needs any more could not be removed, and stays for a later try: %s", exc)
+            self._note(f"what no checkpoint needs any more could not be removed, and stays for a later try: {exc}")
 
-    def _due(self) -> list[str]:
+    def _due(self) -> list[tuple[str, str]]:
         now_s = self._clock()
-        return [prefix for prefix, at_s in self._uncommitted_s.items() if now_s - at_s >= self._grace_s]
+        return [place for place, at_s in self._uncommitted_s.items() if now_s - at_s >= self._grace_s]
 
     def _remove_due(self) -> None:
         """Remove the shards of what was uncommitted a grace time ago."""
         with self._lock:
             due = self._due()
-        for prefix in due:
-            if self._is_held():
+        for prefix, attempt in due:
+            if not self._may_remove():
                 return
             try:
-                delete_all(self._catalog.store, self._catalog.leftovers(prefix), is_stopped=self._is_held)
+                keys = self._catalog.leftovers(prefix, attempt)
+                is_gone = delete_all(self._catalog.store, keys, go_on=self._may_remove)
             except CheckpointExistsError:
-                logger.warning("a manifest stands at %s again, which was pruned; it stays", prefix)
-            if not self._is_held():
+                logger.warning("%s stands there again, which was pruned; it stays", prefix)
+                is_gone = True
+            if is_gone:
                 with self._lock:
-                    del self._uncommitted_s[prefix]
-
-    def _is_stopped(self) -> bool:
-        return self._is_ended or self._is_held()
+                    del self._uncommitted_s[prefix, attempt]
 
     def _sweep(self) -> None:
         """Remove what other jobs left, and note when to look again: never, if all of it is gone."""
-        if self._sweep_after_s is None or not self._is_sweep_due() or self._is_stopped():
+        if self._sweep_after_s is None or not self._is_sweep_due() or not self._may_sweep():
             return
         # Should it fail, or be held up, it is not tried at every save.
         self._next_sweep_s = self._clock() + _AGAIN_S
         found = find_orphans(self._catalog)
         with self._lock:
-            orphans = [orphan for orphan in found if orphan.prefix not in self._uncommitted_s]
+            own = {prefix for prefix, _ in self._uncommitted_s}
+        orphans = [orphan for orphan in found if orphan.prefix not in own]
         removed_bytes = 0
         for orphan in orphans:
-            if self._is_stopped():
+            if not self._may_sweep():
                 return
             is_due = orphan.is_due(self._sweep_after_s)
-            if is_due and remove_orphan(self._catalog, orphan, is_stopped=self._is_stopped):
+            if is_due and remove_orphan(self._catalog, orphan, go_on=self._may_sweep):
                 removed_bytes += orphan.total_bytes
         young = [one for one in orphans if one.object_count and not one.is_due(self._sweep_after_s)]
         left_s = max((self._sweep_after_s - one.age_s for one in young), default=math.inf)

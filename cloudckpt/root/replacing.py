@@ -14,10 +14,12 @@ import logging
 from typing import Literal, get_args
 
 from cloudckpt.errors import (
+    AccessDeniedError,
     CheckpointExistsError,
     CloudCkptError,
     CommitUnknownError,
     ConflictError,
+    CredentialsExpiredError,
     OptionsError,
     StorageError,
 )
@@ -53,7 +55,17 @@ def check_place(catalog: Catalog, exists: Exists) -> None:
             not replaced.
         ManifestError: it holds one that cannot be read, and so is not replaced.
     """
-    if not catalog.is_taken(""):
+    try:
+        is_taken = catalog.is_taken("")
+    except CredentialsExpiredError:
+        raise
+    except AccessDeniedError as exc:
+        if exists == "replace":
+            raise
+        # Without the right to list, S3 denies an absent object, too. The commit itself never overwrites.
+        logger.warning("whether a checkpoint is there already shows only at the commit: %s", exc)
+        return
+    if not is_taken:
         return
     if exists == "raise":
         raise catalog.exists_error("")

@@ -8,15 +8,31 @@ Keeps the parts of FORMAT invariants 8 and 10 that are decisions.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.root.checkpoint import Checkpoint, best_first, check_metric
 
-__all__ = ["KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule", "checked_rules", "removable"]
+__all__ = [
+    "KeepBest",
+    "KeepEvery",
+    "KeepFor",
+    "KeepLast",
+    "Retention",
+    "RetentionRule",
+    "checked_rules",
+    "removable",
+    "watched_rules",
+]
+
+logger = logging.getLogger(__name__)
+
+# A rule that has kept nothing this many times in a row is looked at: a metric may well come with every third save.
+_IDLE_LIMIT = 5
 
 
 @runtime_checkable
@@ -25,6 +41,10 @@ class RetentionRule(Protocol):
 
     def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
         """Return which of `checkpoints` (committed, not empty, oldest first) must stay, by their (epoch, step)."""
+
+
+Retention = int | RetentionRule | Callable[[Sequence[Checkpoint]], object] | Sequence[RetentionRule]
+"""What a caller may say of what stays: so many of the newest, a rule or a function like `keep`, or rules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +78,15 @@ class KeepBest:
     def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
         return {checkpoint.order for checkpoint in best_first(checkpoints, self.metric, self.mode)[: self.n]}
 
+    def why_idle(self, first_step: int, newest: Checkpoint) -> str:
+        """Say why it has kept nothing since `first_step`."""
+        found = ", ".join(map(repr, sorted(newest.metrics))) or "none"
+        return f"no checkpoint has a number for the metric {self.metric!r}; the newest one's metrics: {found}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeepEvery:
-    """Keep each checkpoint whose step is a multiple of `steps` (0 is one)."""
+    """Keep each checkpoint whose step is a multiple of `steps` (0 is one), as `save_every_steps` counts them."""
 
     steps: int
 
@@ -70,6 +95,15 @@ class KeepEvery:
 
     def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
         return {one.order for one in checkpoints if one.step % self.steps == 0}
+
+    def why_idle(self, first_step: int, newest: Checkpoint) -> str:
+        """Say why it has kept nothing since `first_step`; "" while no two of its steps have passed."""
+        if newest.step // self.steps - first_step // self.steps < 2:
+            return ""
+        return (
+            f"steps {first_step} to {newest.step} were saved, and none of them is a multiple of {self.steps}; save at "
+            "multiples of a divisor of it"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,23 +142,67 @@ def removable(
     return [one for one in oldest_first if one.order not in kept]
 
 
-def checked_rules(rules: object) -> tuple[RetentionRule, ...]:
-    """Return retention rules as a tuple.
+def checked_rules(retention: object) -> tuple[RetentionRule, ...]:
+    """Return what a caller says of what stays as rules.
 
     Raises:
-        OptionsError: they are no rules, or stand in no list.
+        OptionsError: it says nothing.
     """
-    if not isinstance(rules, Sequence):
-        raise OptionsError(f"retention is {rules!r}; give a list of rules, such as [KeepLast(3)]")
-    for rule in rules:
-        if not isinstance(rule, RetentionRule) or isinstance(rule, type):
-            raise OptionsError(f"retention holds {rule!r}, which is no rule; give KeepLast(3) or the like")
-    return tuple(rules)
+    if isinstance(retention, Sequence) and not isinstance(retention, str | bytes):
+        return tuple(map(_rule, retention))
+    return (KeepLast(retention) if type(retention) is int else _rule(retention),)
+
+
+def _rule(given: object) -> RetentionRule:
+    if isinstance(given, RetentionRule) and not isinstance(given, type):
+        return given
+    if callable(given) and not isinstance(given, type):
+        return _Said(cast("Callable[[Sequence[Checkpoint]], set[tuple[int, int]]]", given))
+    raise OptionsError(f"retention holds {given!r}, which is no rule; give KeepLast(3), a list of rules, or 3")
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """A function as a rule."""
+
+    keep: Callable[[Sequence[Checkpoint]], set[tuple[int, int]]]
+
+
+def watched_rules(rules: Sequence[RetentionRule]) -> tuple[RetentionRule, ...]:
+    """Return the same rules, each of which says once, in the log, when it never keeps anything."""
+    return tuple(map(_Watched, rules))
+
+
+class _Watched:
+    """A rule that is noticed when it can never match."""
+
+    def __init__(self, rule: RetentionRule) -> None:
+        self._rule = rule
+        self._idle_count = 0
+        self._first_step: int | None = None
+        self._is_told = False
+
+    def __repr__(self) -> str:
+        return repr(self._rule)
+
+    def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
+        kept = self._rule.keep(checkpoints)
+        if isinstance(self._rule, KeepBest | KeepEvery) and not self._is_told:
+            self._watch(self._rule, checkpoints, is_idle=not kept)
+        return kept
+
+    def _watch(self, rule: KeepBest | KeepEvery, checkpoints: Sequence[Checkpoint], *, is_idle: bool) -> None:
+        first_step = checkpoints[0].step if self._first_step is None else self._first_step
+        self._idle_count, self._first_step = (self._idle_count + 1, first_step) if is_idle else (0, None)
+        why = rule.why_idle(first_step, checkpoints[-1]) if self._idle_count >= _IDLE_LIMIT else ""
+        if why:
+            self._is_told = True
+            logger.warning("the retention rule %r has kept nothing so far: %s", rule, why)
 
 
 def _kept(rule: RetentionRule, oldest_first: Sequence[Checkpoint]) -> Iterable[tuple[int, int]]:
     """Return what a rule keeps; one of the user's own that says it in other words must not let everything go."""
-    kept = list(rule.keep(oldest_first))
+    kept = [one.order if isinstance(one, Checkpoint) else one for one in rule.keep(oldest_first)]
     for order in kept:
         if not (isinstance(order, tuple) and [type(part) for part in order] == [int, int]):
             raise OptionsError(

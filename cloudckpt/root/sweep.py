@@ -11,14 +11,16 @@ of tensors.
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from cloudckpt.errors import StorageError
 from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, parse_checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.claims import highest_claim
-from cloudckpt.store import ObjectInfo, Store
+from cloudckpt.store import ObjectInfo, Store, one_deadline
 
 __all__ = ["Orphan", "delete_all", "find_orphans", "remove_orphan", "sweep"]
 
@@ -26,6 +28,8 @@ __all__ = ["Orphan", "delete_all", "find_orphans", "remove_orphan", "sweep"]
 _VOID_S = 7 * 86_400.0
 # So many objects in one call, between which a sweep may be stopped; the largest bulk delete of any store.
 _BATCH = 1_000
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +97,7 @@ def _orphan(prefix: str, found: Sequence[ObjectInfo], now_s: float) -> Orphan:
     )
 
 
+@one_deadline()
 def _now_s(store: Store) -> float:
     """Return the store's clock: the time that it gives to an object written just now."""
     key = f"{EPOCHS_PREFIX}clock-{secrets.token_hex(8)}"
@@ -100,25 +105,30 @@ def _now_s(store: Store) -> float:
     try:
         return store.head(key).modified_s
     finally:
-        store.delete([key])
+        try:
+            store.delete([key])
+        except StorageError as exc:
+            # What kept the clock from being read, if anything did, is what is raised.
+            logger.warning("the object %r stays on %s: %s", key, store.url, exc)
 
 
-def remove_orphan(catalog: Catalog, orphan: Orphan, *, is_stopped: Callable[[], bool] = lambda: False) -> bool:
+def remove_orphan(catalog: Catalog, orphan: Orphan, *, go_on: Callable[[], bool] = lambda: True) -> bool:
     """Void an orphan and delete its objects; of one that is a void manifest alone, that. False if one committed."""
     if not catalog.void(orphan.prefix):
         return False
     # Listed again: what a zombie has put since then goes, too.
     keys = [info.key for info in catalog.store.list(orphan.prefix).objects]
     rest = [key for key in keys if key != orphan.prefix + MANIFEST_NAME]
-    delete_all(catalog.store, rest, is_stopped=is_stopped)
+    is_gone = delete_all(catalog.store, rest, go_on=go_on)
     if not orphan.object_count and not rest:
         catalog.unvoid(orphan.prefix)
-    return True
+    return is_gone
 
 
-def delete_all(store: Store, keys: Sequence[str], *, is_stopped: Callable[[], bool]) -> None:
-    """Delete objects, batch after batch, until it is stopped."""
+def delete_all(store: Store, keys: Sequence[str], *, go_on: Callable[[], bool]) -> bool:
+    """Delete objects, batch after batch, while it may go on; tell whether all are deleted."""
     for start in range(0, len(keys), _BATCH):
-        if is_stopped():
-            return
+        if not go_on():
+            return False
         store.delete(keys[start : start + _BATCH])
+    return True

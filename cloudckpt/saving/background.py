@@ -1,9 +1,11 @@
 """Finish a save in a thread of its own, and keep what became of it for whoever asks.
 
     begin ──▶ stage (the caller waits) ──▶ the caller goes on
-      ╰─ thread: upload as shards are staged ──▶ commit ──▶ done, or failed: logged at once, and kept
+      ╰─ thread: upload as shards are staged ──▶ commit ──▶ done, or failed: logged at once, and kept ──▶ tidy up
 
-`Background` holds the one save of a job that may be under way. The thread is a daemon, so that a store that hangs
+`Background` holds the one save of a job that may be under way, and failed ones of which nobody was told: they keep no
+new one from being begun. What is tidied up afterwards is no part of a save, and nobody waits for it but who wants to.
+Tidying is done for one save at a time. The thread is a daemon, so that a store that hangs
 cannot keep a process from ending; the end of the interpreter waits for it all the same, for as long as the options say.
 """
 
@@ -15,8 +17,9 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 
-from cloudckpt.errors import CloudCkptError, CommitUnknownError, SaveFailedError
+from cloudckpt.errors import CloudCkptError, CommitUnknownError, EarlierSaveFailedError, SaveFailedError
 from cloudckpt.root import Checkpoint
 from cloudckpt.saving.lead import PendingSave
 from cloudckpt.transfer import StageClosedError
@@ -41,7 +44,7 @@ class SaveHandle:
         self,
         step: int,
         pending: PendingSave | None = None,
-        ended_with: Callable[[Checkpoint | BaseException], None] = lambda _: None,
+        ended_with: Callable[[Checkpoint | BaseException], bool] = lambda _: False,
         patience_s: float = 0.0,
     ) -> None:
         """Made by `CheckpointManager.async_save`."""
@@ -57,6 +60,16 @@ class SaveHandle:
         self._ended = threading.Event()
         if self.is_skipped:
             self._ended.set()
+
+    @classmethod
+    def ended(cls, step: int, outcome: Checkpoint | BaseException) -> SaveHandle:
+        """Return the handle of a save that needs no thread any more; nobody need be told of it."""
+        handle = cls(step)
+        handle.is_skipped = False
+        handle._checkpoint = outcome if isinstance(outcome, Checkpoint) else None
+        handle._error = outcome if isinstance(outcome, BaseException) else None
+        handle._is_told = True
+        return handle
 
     def __repr__(self) -> str:
         end = "failed" if self._error is not None else "committed"
@@ -106,7 +119,7 @@ class SaveHandle:
             self._error = exc
         try:
             if self._error is not None:
-                self._ended_with(self._error)
+                self._is_told = self._ended_with(self._error) or self._is_told
                 # At once: the next call that raises it may be an hour away.
                 logger.error("the save of step %d failed in the background: %s", self.step, self._error)
         finally:  # also where a program's own handler of the log raises
@@ -164,10 +177,13 @@ class SaveHandle:
 class Background:
     """The save of one job that may be under way in the background; one at a time."""
 
-    def __init__(self, *, patience_s: float) -> None:
-        """Nothing is under way; the end waits for `patience_s` at most."""
+    def __init__(self, *, patience_s: float, tidy: Callable[[], None] = lambda: None) -> None:
+        """Nothing is under way; the end waits for `patience_s` at most. `tidy` is called when a save has ended."""
         self._patience_s = patience_s
+        self._tidy = tidy
         self._handle = SaveHandle(-1)  # of none
+        self._earlier: list[SaveHandle] = []
+        self._thread: threading.Thread | None = None
 
     @property
     def is_busy(self) -> bool:
@@ -175,13 +191,22 @@ class Background:
         return not self._handle.done()
 
     @property
+    def step(self) -> int:
+        """The step of the save that is under way, or was the last one; -1 before the first."""
+        return self._handle.step
+
+    @property
     def is_untold(self) -> bool:
-        """Whether the last one has failed, and nobody was told yet."""
-        handle = self._handle
-        return handle.done() and handle._error is not None and not handle._is_told
+        """Whether one has failed, and nobody was told yet."""
+        return bool(self._untold())
+
+    def _untold(self) -> list[SaveHandle]:
+        """Return the handles of those, the oldest first."""
+        handles = [*self._earlier, self._handle]
+        return [handle for handle in handles if handle.done() and handle._error is not None and not handle._is_told]
 
     def begin(
-        self, step: int, pending: PendingSave, ended_with: Callable[[Checkpoint | BaseException], None]
+        self, step: int, pending: PendingSave, ended_with: Callable[[Checkpoint | BaseException], bool]
     ) -> SaveHandle:
         """Stage a save in this thread and finish it in another; return once it is staged.
 
@@ -189,16 +214,18 @@ class Background:
             step: the training step.
             pending: what all ranks have agreed on.
             ended_with: is called with the checkpoint, or with what the save failed with, in the other thread, before
-                the save counts as done.
+                the save counts as done; returns whether nobody need be told of a failure.
 
         Raises:
             CloudCkptError: it failed before everything was staged; nothing was committed.
         """
         handle = SaveHandle(step, pending, ended_with, self._patience_s)
-        thread = threading.Thread(target=handle._run, name="cloudckpt-save", daemon=True)
+        before = self._thread
+        work = partial(self._run, handle, before)
+        thread = threading.Thread(target=work, name="cloudckpt-save", daemon=True)
         # An interrupt may come anywhere below.
         try:
-            self._handle = handle
+            self._earlier, self._handle, self._thread = self._untold(), handle, thread
             _UNDER_WAY.append(handle)
             thread.start()
             pending.stage()
@@ -208,6 +235,7 @@ class Background:
         except BaseException as exc:
             handle._is_told = True
             if thread.ident is None:
+                self._thread = before
                 # The ranks' session has to end, and the other ranks to hear why.
                 pending.abandon(f"its thread could not be started: {exc}")
                 handle._run()
@@ -218,20 +246,64 @@ class Background:
             raise
         return handle
 
-    def wait(self, timeout: float | None = None) -> None:
-        """Wait for the save under way, without asking what became of it."""
-        self._handle._ended.wait(timeout)
+    def _run(self, handle: SaveHandle, before: threading.Thread | None) -> None:
+        handle._run()
+        if before is not None:
+            before.join()
+        self._tidy()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the save under way, without asking what became of it; tell whether it has ended."""
+        return self._handle._ended.wait(timeout)
+
+    def wait_tidy(self, timeout: float | None = None) -> bool:
+        """Wait until what follows a save is done, too; tell whether it is."""
+        thread = self._thread
+        if thread is None:
+            return True
+        thread.join(timeout)
+        return not thread.is_alive()
 
     def settle(self, timeout: float | None = None) -> None:
-        """Wait for the save under way; raise what it failed with, also if that was long ago and nobody was told.
+        """Wait for the save under way; raise what one has failed with, also if that was long ago and nobody was told.
 
         Raises:
             TimeoutError: it goes on.
             CloudCkptError: it failed.
         """
-        handle = self._handle
-        if not handle._ended.wait(timeout) or self.is_untold:
+        if not self._handle._ended.wait(timeout):
+            self._handle.result(0)
+        for handle in self._untold():
             handle.result(0)
+
+    def tell_earlier(self, handle: SaveHandle) -> None:
+        """Raise what one before `handle` has failed with, if nobody was told.
+
+        Raises:
+            EarlierSaveFailedError: of the oldest; has `handle`.
+        """
+        for failed in self._untold():
+            if failed is not handle:
+                failed._is_told = True
+                raise EarlierSaveFailedError(
+                    f"the save of step {failed.step} failed in the background: {failed._error}; that of step "
+                    f"{handle.step} is under way all the same",
+                    step=failed.step,
+                    handle=handle,
+                ) from failed._error
+
+    def note_earlier(self, error: BaseException) -> None:
+        """Tell of them beside the error with which the save that was asked for could not be begun."""
+        for failed in self._untold():
+            failed._is_told = True
+            error.add_note(f"before that, the save of step {failed.step} failed in the background: {failed._error}")
+
+    def log_earlier(self, step: int, handle: SaveHandle | None = None) -> None:
+        """Tell the log instead, because the save of `step`, of `handle` if any, may be the last one of this process."""
+        for failed in self._untold():
+            if failed is not handle:
+                failed._is_told = True
+                logger.error("step %d was not saved: %s; step %d is saved instead", failed.step, failed._error, step)
 
     def end(self) -> None:
         """Wait for the save under way, and abandon it when the patience is over.

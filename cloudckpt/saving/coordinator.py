@@ -25,6 +25,7 @@ from cloudckpt.saving.dedup import Replicas, share_out
 from cloudckpt.saving.output import Record, commit_index, discard
 from cloudckpt.saving.replicas import doubtful_sets
 from cloudckpt.saving.tally import Written, assemble, check_against_names
+from cloudckpt.state import collector_at_rest
 
 __all__ = ["Coordinator", "Opening", "Order", "PlanMemory", "PlanPart", "RankPart"]
 
@@ -111,13 +112,26 @@ class RankPart:
 
 @dataclass(slots=True)
 class Coordinator:
-    """Rank 0's side: where the save goes, who writes what, and whether all of it was written. Idle on other ranks."""
+    """Rank 0's side: where the save goes, who writes what, and whether all of it was written. Idle on other ranks.
+
+    Attributes:
+        destination: where it goes, on every rank.
+        fallback: where it goes instead if that is down.
+    """
 
     destination: Destination
     memory: PlanMemory
     options: Options
     claims_later: bool
+    fallback: Destination | None = None
     _target: Target | None = None
+    _left: Target | None = None
+
+    def divert(self, *, is_known: bool) -> None:
+        """Go to the fallback from now on; on every rank. Not committed where it was is what `is_known` says."""
+        if self.fallback is not None:
+            self._left = self._target if is_known else None
+            self.destination, self.fallback, self._target = self.fallback, None, None
 
     def decide(self, openings: Sequence[Opening]) -> Order:
         _refuse_other_places([opening.url for opening in openings])
@@ -125,7 +139,8 @@ class Coordinator:
             return Order(is_alike=False)
         plans = {opening.plan_id for opening in openings}
         is_planned = len(plans) == 1 and bool(plans.pop())
-        is_placed = self.destination.is_claimed or not self.claims_later
+        # With a fallback nothing is asked of the store before the part of the save that can be done twice.
+        is_placed = self.destination.is_claimed or not (self.claims_later or self.fallback is not None)
         return Order(
             prefix=self.place() if is_placed else None,
             attempt=new_attempt(),
@@ -139,10 +154,14 @@ class Coordinator:
         self._target = self.destination.take()
         return self._target.prefix
 
-    def discard(self, attempt: str) -> None:
-        """Remove what all ranks have written in an attempt that failed, if it had a place."""
-        if self._target is not None:
-            discard(self._target, {attempt}, self.options)
+    def discard(self, attempt: str, *, has_failed: bool) -> None:
+        """Remove what all ranks have written where it was not committed: before it was diverted, or if it has failed.
+
+        Call only once the save has ended.
+        """
+        for target in (self._left, self._target if has_failed else None):
+            if target is not None:
+                discard(target, {attempt}, self.options)
 
     def share_out(self, messages: Sequence[bytes]) -> list[PlanPart]:
         decoded = [msgspec.msgpack.decode(message, type=tuple[bytes, bytes, list[str]]) for message in messages]
@@ -165,14 +184,15 @@ class Coordinator:
             "gather_s": time.monotonic() - parts[group.rank].ended_s,
             "slowest_rank": float(slowest),
         }
-        written = [Written.decode(part.written) for part in parts]
-        index = assemble(
-            written,
-            attempt=attempt,
-            block_bytes=self.options.block_bytes,
-            paths=self.memory.paths,
-            notes=self.memory.notes,
-        )
+        with collector_at_rest():
+            written = [Written.decode(part.written) for part in parts]
+            index = assemble(
+                written,
+                attempt=attempt,
+                block_bytes=self.options.block_bytes,
+                paths=self.memory.paths,
+                notes=self.memory.notes,
+            )
         group.tick()
         check_against_names(self.memory.tensors, index)
         group.tick()

@@ -15,6 +15,7 @@ plans as objects are too much for one. Keeps FORMAT invariants 2, 3, 4 and 13.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,10 +29,10 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from cloudckpt.errors import CommitUnknownError, SaveFailedError
-from cloudckpt.format import BoxTable, Column, Flat, JsonValue, codec, metadata_to_json, metrics_to_json
+from cloudckpt.errors import CommitUnknownError, SaveFailedError, is_outage
+from cloudckpt.format import BoxTable, Column, Flat, JsonValue, codec, record_of_call
 from cloudckpt.options import Options
-from cloudckpt.ranks import Group, plain_errors
+from cloudckpt.ranks import Group, RanksFailedError, plain_errors
 from cloudckpt.root import Checkpoint, Destination, Target
 from cloudckpt.saving.coordinator import Coordinator, Opening, Order, PlanMemory, RankPart
 from cloudckpt.saving.output import RankOutput, Record, stats_of
@@ -43,6 +44,8 @@ from cloudckpt.state import is_tensor
 from cloudckpt.transfer import AbandonedError, Gauge, Slabs, Stage, StageClosedError
 
 __all__ = ["PendingSave", "PlanMemory", "Session", "begin_save"]
+
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -80,6 +83,7 @@ def begin_save(
     flat: Flat | Exception,
     destination: Destination,
     *,
+    fallback: Destination | None = None,
     memory: PlanMemory | None = None,
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, object] | None = None,
@@ -92,6 +96,7 @@ def begin_save(
         flat: this rank's named leaves, or why there are none: all ranks are to hear of it.
         destination: where the checkpoint goes; rank 0's is asked. One that is not claimed yet is claimed in `finish` of
             a save from a copy, because that takes requests.
+        fallback: where it goes instead, at once and with the same bytes, if the store there is down.
         memory: the plan of an earlier save, which is used again while nothing changed.
         metrics: numbers to be kept with the checkpoint.
         metadata: values to be kept with the checkpoint.
@@ -104,17 +109,11 @@ def begin_save(
     """
     group, what, options = session.group, session.what, session.options
     memory = memory or PlanMemory()
-    coordinator = Coordinator(destination, memory, options, claims_later=slabs is not None)
+    coordinator = Coordinator(destination, memory, options, claims_later=slabs is not None, fallback=fallback)
+    places = [one for one in (destination, fallback) if one is not None]
     opened = _tried(lambda: _open(_got(flat), group))
-    record = _tried(
-        lambda: Record(
-            metrics=metrics_to_json(metrics),
-            metadata=metadata_to_json(metadata),
-            began_s=session.began_s,
-            spent_before=stats_of(destination.catalog.store),
-        )
-    )
-    order = group.agree(f"{what}: opening", lambda: _opening(opened, record, memory, destination), coordinator.decide)
+    record = _tried(lambda: _record(session, metrics, metadata, destination))
+    order = group.agree(f"{what}: opening", lambda: _opening(opened, record, memory, places), coordinator.decide)
     mine, record = _got(opened), _got(record)
     if not order.is_alike:
         _tell_values_apart(mine, group, what)
@@ -122,9 +121,10 @@ def begin_save(
     doubtful = order.doubtful if order.is_planned else _plan(mine, memory, coordinator, group, what)
     if doubtful:
         group.agree(f"{what}: comparing replicas", lambda: mine.details(memory, doubtful, group.rank), refuse_replicas)
-    engine = destination.catalog.store.engine
+    engines = [one.catalog.store.engine for one in places]
     # What this raises is raised by `finish`, which all ranks hear of.
-    laid = _tried(lambda: _lay_out(mine, memory.rows, order.attempt, options, slabs, engine=engine))
+    rank = group.rank
+    laid = _tried(lambda: _lay_out(mine, memory.rows, order.attempt, options, slabs, engines=engines, rank=rank))
     lead = _Lead(
         what=what,
         group=group,
@@ -198,14 +198,18 @@ class PendingSave:
             CloudCkptError: what the one process, or rank 0 for all, was refused with; nothing was committed.
         """
         try:
-            return self._finish(gauge)
-        except CommitUnknownError:
+            checkpoint = self._finish(gauge)
+        except Exception as exc:
+            self._discard(has_failed=not isinstance(exc, CommitUnknownError))
             raise
-        except Exception:
-            # The session has ended by now, and with it what the ranks were at. A process that ends has no time for it.
-            if not self._abandoned:
-                self._lead.coordinator.discard(self._lead.order.attempt)
-            raise
+        self._discard(has_failed=False)
+        return checkpoint
+
+    def _discard(self, *, has_failed: bool) -> None:
+        """Remove what is not committed; the session has ended, and with it what the ranks were at."""
+        # A process that ends has no time for it.
+        if not self._abandoned:
+            self._lead.coordinator.discard(self._lead.order.attempt, has_failed=has_failed)
 
     def _finish(self, gauge: Gauge | None) -> Checkpoint:
         lead = self._lead
@@ -214,7 +218,7 @@ class PendingSave:
             if (stage := self._stage) is not None:
                 stage.wait_for_first()
             try:
-                return lead.finish(lambda prefix: self._upload(prefix, gauge), self._check)
+                return lead.finish(lambda prefix: self._upload(prefix, gauge), self._check, self._is_whole)
             except BaseException:
                 # Whatever it was, the next save is planned anew: a plan that does not fit must not fail every save.
                 lead.coordinator.memory.plan_id = ""
@@ -222,10 +226,15 @@ class PendingSave:
             finally:
                 self._close_stage()
 
+    def _is_whole(self) -> bool:
+        """Tell whether this rank's part can be uploaded once more."""
+        self._check()
+        return self._stage is None or self._stage.is_whole
+
     def _upload(self, prefix: str, gauge: Gauge | None) -> RankPart:
         laid, lead = _got(self._laid), self._lead
         began_s = time.monotonic()
-        watch = replace(lead.group.watch(lead.options.progress_timeout_s), check=self._check, gauge=gauge)
+        watch = replace(lead.group.watch(lead.options.transfer_timeout_s), check=self._check, gauge=gauge)
         target = Target(catalog=lead.coordinator.destination.catalog, prefix=prefix)
         output = RankOutput(
             target=target, attempt=lead.order.attempt, rank=lead.group.rank, options=lead.options, watch=watch
@@ -288,15 +297,48 @@ class _Lead:
     record: Record
     values: Mapping[str, JsonValue]
 
-    def finish(self, upload: Callable[[str], RankPart], check: Callable[[], None]) -> Checkpoint:
-        """Have every rank upload, and rank 0 commit; return, on every rank, what is committed."""
-        prefix = self.order.prefix
+    def finish(
+        self, upload: Callable[[str], RankPart], check: Callable[[], None], is_whole: Callable[[], bool]
+    ) -> Checkpoint:
+        """Have every rank upload, and rank 0 commit; return, on every rank, what is committed.
+
+        Where the store is down it goes to the fallback, if every rank's part `is_whole` still.
+        """
+        try:
+            return self._finish(upload, check, self.order.prefix, self.record)
+        except Exception as exc:
+            if not self._is_diverted(exc, is_whole):
+                raise
+        spent_before = stats_of(self.coordinator.destination.catalog.store)
+        return self._finish(upload, check, None, replace(self.record, spent_before=spent_before))
+
+    def _is_diverted(self, error: Exception, is_whole: Callable[[], bool]) -> bool:
+        """Tell whether the fallback takes the save from here on; all ranks have the same error, and the same answer."""
+        causes = list(error.failures.values()) if isinstance(error, RanksFailedError) else [error]
+        fallback = self.coordinator.fallback
+        if fallback is None or not all(map(is_outage, causes)):
+            return False
+        url, other = self.coordinator.destination.catalog.store.url, fallback.catalog.store.url
+        if not self.group.agree(f"{self.what}: to the fallback", is_whole, all):
+            logger.error(
+                "rank %d: %s to %s failed, and parts of its copy are gone, so that it cannot go to %s; raise "
+                "memory_budget_bytes to hold the state",
+                *(self.group.rank, self.what, url, other),
+            )
+            return False
+        logger.error("rank %d: %s to %s failed and goes to %s: %s", self.group.rank, self.what, url, other, causes[0])
+        self.coordinator.divert(is_known=not any(isinstance(cause, CommitUnknownError) for cause in causes))
+        return True
+
+    def _finish(
+        self, upload: Callable[[str], RankPart], check: Callable[[], None], prefix: str | None, record: Record
+    ) -> Checkpoint:
         if prefix is None:
             prefix = self.group.agree(f"{self.what}: claiming", lambda: None, lambda _: self.coordinator.place())
 
         def commit(parts: Sequence[RankPart]) -> bytes:
             check()
-            return self.coordinator.commit(parts, self.order.attempt, self.record, self.group)
+            return self.coordinator.commit(parts, self.order.attempt, record, self.group)
 
         data = self.group.conclude(f"{self.what}: upload and commit", lambda: upload(prefix), commit)
         return self.coordinator.destination.catalog.adopt(data, prefix=prefix)
@@ -337,15 +379,28 @@ def _open(flat: Flat, group: Group) -> _Opened:
     )
 
 
+def _record(
+    session: Session,
+    metrics: Mapping[str, float] | None,
+    metadata: Mapping[str, object] | None,
+    destination: Destination,
+) -> Record:
+    """Begin what the manifest will say; refuses, before a byte is written, what it has no room for."""
+    in_json, about = record_of_call(metrics, metadata)
+    spent_before = stats_of(destination.catalog.store)
+    return Record(metrics=in_json, metadata=about, began_s=session.began_s, spent_before=spent_before)
+
+
 def _opening(
-    opened: _Opened | Exception, record: Record | Exception, memory: PlanMemory, destination: Destination
+    opened: _Opened | Exception, record: Record | Exception, memory: PlanMemory, places: Sequence[Destination]
 ) -> Opening:
     mine = _got(opened)
     _got(record)
     values = digest_of_values(mine.told())
     plan_id = memory.plan_id if memory.digest == mine.digest else ""
     replicas = mine.digests(memory, memory.turn + 1, is_first=False) if plan_id else {}
-    return Opening(destination.catalog.store.url, values, plan_id, replicas)
+    urls = " or ".join(one.catalog.store.url for one in places)
+    return Opening(urls, values, plan_id, replicas)
 
 
 def _tell_values_apart(mine: _Opened, group: Group, what: str) -> None:
@@ -373,13 +428,22 @@ def _plan(mine: _Opened, memory: PlanMemory, coordinator: Coordinator, group: Gr
     )
 
 
-def _lay_out(mine: _Opened, rows: Column, attempt: str, options: Options, slabs: Slabs | None, *, engine: str) -> _Laid:
+def _lay_out(
+    mine: _Opened,
+    rows: Column,
+    attempt: str,
+    options: Options,
+    slabs: Slabs | None,
+    *,
+    engines: Sequence[str],
+    rank: int,
+) -> _Laid:
     """Place what this rank writes into shards, and find room for copies of them."""
     items = [mine.items[row] for row in rows.tolist()]
     source = Source(items, mine.planner, attempt=attempt, shard_bytes=options.shard_bytes)
     if slabs is None:
         return _Laid(source, None)
-    return _Laid(source, Staged.of(slabs, source, options, engine=engine))
+    return _Laid(source, Staged.of(slabs, source, options, engines=engines, rank=rank))
 
 
 def _tried(call: Callable[[], _T]) -> _T | Exception:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from cloudckpt.deadline import Deadline
 from cloudckpt.errors import CloudCkptError, ObjectNotFoundError, SaveFailedError
 from cloudckpt.format import (
     FORMAT_VERSION,
@@ -154,7 +155,8 @@ def discard(target: Target, attempts: Collection[str], options: Options) -> None
     catalog = target.catalog
     if isinstance(catalog.store, RetryingStore):
         patience_s = min(_DISCARD_S, _DISCARD_SHARE * options.retry.deadline_s)
-        catalog = catalog.with_store(catalog.store.within(options.within(patience_s).retry))
+        deadline = Deadline.after(patience_s, "the removal of what a failed save has written")
+        catalog = catalog.with_store(catalog.store.within(deadline))
     try:
         catalog.discard(attempts, prefix=target.prefix)
     except CloudCkptError as exc:

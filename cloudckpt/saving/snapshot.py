@@ -9,7 +9,8 @@ Knows tensors and where a shard's pieces lie; memory and threads are `transfer`'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,6 +23,8 @@ from cloudckpt.saving.source import Source, Staging
 from cloudckpt.transfer import Copy, Slabs, Stage, copying_threads, free_bytes, ranks_here
 
 __all__ = ["Staged", "expected_shards", "staging_limits", "take_snapshot"]
+
+logger = logging.getLogger(__name__)
 
 # obstore, and our own files, take buffers as they are: 2 GiB through either kept 1 to 9 MiB (benchmarks/run.py).
 _SENDS_IN_PLACE = frozenset({"local", "obstore"})
@@ -44,15 +47,30 @@ class Staged:
     devices: tuple[torch.device, ...] = ()
 
     @classmethod
-    def of(cls, slabs: Slabs, source: Source, options: Options, *, engine: str) -> Staged:
-        """Prepare to stage the shards of a source; nothing is copied yet."""
+    def of(cls, slabs: Slabs, source: Source, options: Options, *, engines: Collection[str], rank: int) -> Staged:
+        """Prepare to stage the shards of a source; nothing is copied yet.
+
+        With several engines one may send what another has failed to, so that copies are kept, if all have room.
+        """
         sizes = [shard.size_bytes - len(shard.header) for shard in source.shards]
-        is_sent_in_place = engine in _SENDS_IN_PLACE
+        is_sent_in_place = _SENDS_IN_PLACE.issuperset(engines)
         staging_bytes, transfer_bytes = staging_limits(
             sum(sizes), options, is_sent_in_place=is_sent_in_place, held_bytes=slabs.held_bytes
         )
+        if staging_bytes < sum(sizes) and not slabs.is_short:
+            slabs.is_short = True  # told once: the saves that follow will do the same
+            logger.warning(
+                "rank %d: %d MiB are to be saved and there is room for copies of %d MiB, so async_save waits for "
+                "uploads to free some; %s",
+                rank,
+                sum(sizes) >> 20,
+                staging_bytes >> 20,
+                f"half of the free memory is shared by {ranks_here()} ranks of this machine"
+                if options.memory_budget_bytes is None
+                else "raise memory_budget_bytes if the host has more",
+            )
         devices = source.cuda_devices() if torch.cuda.is_available() else ()
-        stage = Stage(slabs, sizes, limit_bytes=staging_bytes, is_pinned=bool(devices))
+        stage = Stage(slabs, sizes, limit_bytes=staging_bytes, is_pinned=bool(devices), is_kept=len(engines) > 1)
         return cls(stage, transfer_bytes, is_sent_in_place, devices)
 
 

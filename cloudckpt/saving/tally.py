@@ -142,7 +142,7 @@ def assemble(
     assembly = _Assembly(attempt, block_bytes)
     for of_rank in written:
         assembly.take(of_rank)
-    values = {**assembly.values, **({NOTES: codec.encode(dict(notes), key=NOTES)} if notes else {})}
+    values = {**assembly.values, **({NOTES: codec.encode_json(dict(notes), key=NOTES)} if notes else {})}
     return Index(*assembly.builder.finish(values, paths), key=index_key(attempt))
 
 

@@ -26,6 +26,7 @@ _SHOWN_TEXT = 60
 # Tags of dicts whose entries stand in a list; those but the last compare equal in any order.
 _DICTS = ("$dict", "$Counter", "$OrderedDict")
 _UNORDERED = _DICTS[:-1]
+_UNORDERED_TEXTS = tuple(f'"{tag}"'.encode() for tag in _UNORDERED)
 _TENSOR = b"tensor"
 
 
@@ -52,14 +53,21 @@ def digests_of(values: Mapping[str, JsonValue], tensors: Iterable[str] = ()) -> 
 
 def digest_of_values(values: Mapping[str, JsonValue]) -> bytes:
     """Return a digest of all values, in any order."""
-    return xxhash.xxh3_128_digest(msgspec.msgpack.encode(sorted(digests_of(values).items())))
+    text = msgspec.json.encode(values, order="sorted")
+    if _may_be_unordered(text):
+        text = msgspec.msgpack.encode(sorted(digests_of(values).items()))
+    return xxhash.xxh3_128_digest(text)
 
 
 def _digest_of(value: JsonValue) -> bytes:
     text = msgspec.json.encode(value, order="sorted")
-    if any(f'"{tag}"'.encode() in text for tag in _UNORDERED):
+    if _may_be_unordered(text):
         text = msgspec.json.encode(_sorted(value), order="sorted")
     return xxhash.xxh3_128_digest(text)
+
+
+def _may_be_unordered(text: bytes) -> bool:
+    return any(tag in text for tag in _UNORDERED_TEXTS)
 
 
 def _sorted(value: JsonValue) -> JsonValue:

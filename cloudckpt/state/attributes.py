@@ -18,30 +18,39 @@ from cloudckpt.format import JsonValue, codec
 
 __all__ = ["as_it_was", "is_foreign", "metadata_of", "names_above", "notes_by_prefix", "notes_of", "with_attributes"]
 
+_CONTAINERS = (dict, list, tuple)
+_NOTED = (torch.Tensor, *_CONTAINERS)
+
 
 def notes_of(nested: object, name: str) -> dict[str, JsonValue]:
     """Return the notes of nested state that is called `name`, and of all that is in it."""
-    return dict(_notes(nested, name))
+    found: dict[str, JsonValue] = {}
+    _note(nested, name, found)
+    return found
 
 
-def _notes(nested: object, name: str) -> Iterator[tuple[str, JsonValue]]:
+def _note(nested: object, name: str, found: dict[str, JsonValue]) -> None:
     if isinstance(nested, torch.Tensor):
         if nested.requires_grad:
-            yield name, {"requires_grad": True, "parameter": isinstance(nested, nn.Parameter)}
+            found[name] = {"requires_grad": True, "parameter": isinstance(nested, nn.Parameter)}
         if is_foreign(nested):
-            yield name, {"subclass": type(nested).__name__}
+            found[name] = {"subclass": type(nested).__name__}
         return
-    metadata = getattr(nested, "_metadata", None)
-    if type(nested) is OrderedDict and metadata is not None:
-        yield name, {"state_metadata": codec.encode(metadata, key=f"{name}._metadata")}
-    if isinstance(nested, dict | list | tuple):
+    if type(nested) is OrderedDict and (metadata := getattr(nested, "_metadata", None)) is not None:
+        found[name] = {"state_metadata": codec.encode(metadata, key=f"{name}._metadata")}
+    if isinstance(nested, _CONTAINERS):
         for key, child in nested.items() if isinstance(nested, dict) else enumerate(nested):
-            if isinstance(child, torch.Tensor | dict | list | tuple):  # a history may have millions of numbers
-                yield from _notes(child, f"{name}.{key}")
+            # A history may have millions of numbers; and of most tensors there is nothing to note.
+            if type(child) is torch.Tensor and not child.requires_grad:
+                continue
+            if isinstance(child, _NOTED):
+                _note(child, f"{name}.{key}", found)
 
 
 def is_foreign(leaf: object) -> bool:
     """Tell whether a leaf is a tensor of a type that is not PyTorch's, and of which only the bytes are kept."""
+    if type(leaf) in (torch.Tensor, nn.Parameter):
+        return False
     return isinstance(leaf, torch.Tensor) and type(leaf).__module__.partition(".")[0] != "torch"
 
 

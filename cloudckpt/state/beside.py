@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from itertools import chain
 from types import MemberDescriptorType
 from typing import cast
@@ -30,6 +31,7 @@ _PER_GROUP = ("base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_
 _DOTS_LIMIT = 500
 # A longer container is data, whose items are not looked into one by one.
 _HELD_LIMIT = 1000
+_SCALARS = frozenset((type(None), bool, int, float, str))
 _CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 
 
@@ -44,9 +46,11 @@ def _optimizers_in(holder: object, looks_into: Callable[[object], bool]) -> list
     pending = deque(_attributes(holder))
     while pending:
         value = pending.popleft()
-        if id(value) in seen:
+        if type(value) in _SCALARS or id(value) in seen:
             continue
         if isinstance(value, _CONTAINERS):
+            if not value:  # as most of an optimizer's are, for hooks
+                continue
             seen[id(value)] = value
             items = list(value.values() if isinstance(value, dict) else value)
             pending += items if len(items) <= _HELD_LIMIT else [item for item in items if isinstance(item, Optimizer)]
@@ -60,10 +64,15 @@ def _attributes(value: object) -> Iterator[object]:
     """Yield what an object has; what a property of somebody else's object does is not to be found out here."""
     skipped = ("state", "param_groups") if isinstance(value, Optimizer) else ()  # large, and torch's
     yield from (child for name, child in getattr(value, "__dict__", {}).items() if name not in skipped)
-    for member in chain.from_iterable(vars(kind).values() for kind in type(value).__mro__):
-        if isinstance(member, MemberDescriptorType):  # of __slots__
-            with suppress(AttributeError):
-                yield member.__get__(value)
+    for member in _slots_of(type(value)):  # type: ignore[arg-type]  # (every type has a hash)
+        with suppress(AttributeError):
+            yield member.__get__(value)
+
+
+@lru_cache(maxsize=256)  # a state may have many thousands of optimizers, of few types
+def _slots_of(kind: type) -> tuple[MemberDescriptorType, ...]:
+    members = chain.from_iterable(vars(each).values() for each in kind.__mro__)
+    return tuple(member for member in members if isinstance(member, MemberDescriptorType))
 
 
 class Beside:

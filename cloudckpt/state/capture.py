@@ -29,12 +29,14 @@ from cloudckpt.state.accumulation import AccumulationWindow, WindowEntry
 from cloudckpt.state.attributes import is_foreign
 from cloudckpt.state.backup import backup_of
 from cloudckpt.state.beside import Beside
+from cloudckpt.state.collector import collector_awake
 from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, in_common_order, is_tensor, mapping_of
 from cloudckpt.state.fsdp1 import flat_optimizer_entry
 from cloudckpt.state.modules import ModuleEntry
 from cloudckpt.state.optimizers import OptimizerEntry
 from cloudckpt.state.overlap import tied_names
 from cloudckpt.state.per_rank import PerRank, PerRankEntry, is_stateful_loader
+from cloudckpt.state.plain import PlainModules
 from cloudckpt.state.rng import Generators, set_generator
 
 __all__ = ["bind", "capture", "captured"]
@@ -42,6 +44,8 @@ __all__ = ["bind", "capture", "captured"]
 logger = logging.getLogger(__name__)
 
 _DEPTH_LIMIT = 64
+_VALUES = frozenset((dict, list, tuple, set, str, bytes, int, float, bool, type(None), torch.Tensor, nn.Parameter))
+"""The usual types of what is no object with state."""
 
 
 class _StatefulEntry(Entry):
@@ -57,7 +61,8 @@ class _StatefulEntry(Entry):
         self._beside = beside
 
     def current(self) -> object:
-        return self._stateful.state_dict()
+        with collector_awake():
+            return self._stateful.state_dict()
 
     def fillable(self) -> object:
         try:
@@ -144,14 +149,18 @@ def bind(state: MutableMapping[str, object]) -> list[Entry]:
     places = [place for name, value in state.items() for place in _places(Place([name], name, value, state, name))]
     beside = Beside({place.name: place.value for place in places})
     shared = _held_twice(place.value for place in places if not _is_object(place.value))
-    return [_entry(place, beside, shared) for place in places]
+    plain = PlainModules()
+    return [_entry(place, beside, shared, plain) for place in places]
 
 
 def _places(place: Place) -> Iterator[Place]:
     """Yield the place of a value, or the places in it when it is a container of objects."""
     if not _is_object(place.value) and _holds_object(place.value, depth=0):
         for step in _steps_into(place):
-            yield from _places(step)
+            if _is_object(step.value):
+                yield step
+            else:
+                yield from _places(step)
         return
     is_mutable = isinstance(place.holder, MutableMapping | MutableSequence)
     if not (is_mutable or _is_object(place.value) or is_tensor(place.value)):
@@ -177,8 +186,10 @@ def _steps_into(place: Place) -> Iterator[Place]:
 
 
 def _is_object(value: object) -> bool:
-    is_stateful = isinstance(value, Stateful) and not isinstance(value, type)
-    return is_stateful or isinstance(value, nn.Module | Optimizer)
+    if type(value) in _VALUES:
+        return False
+    # The protocol last: it looks at every member of an instance.
+    return isinstance(value, nn.Module | Optimizer) or (isinstance(value, Stateful) and not isinstance(value, type))
 
 
 def _holds_object(value: object, depth: int) -> bool:
@@ -206,10 +217,10 @@ def _held_twice(values: Iterable[object]) -> set[int]:
     return twice
 
 
-def _entry(place: Place, beside: Beside, shared: Collection[int]) -> Entry:
+def _entry(place: Place, beside: Beside, shared: Collection[int], plain: PlainModules) -> Entry:
     value = place.value
     if isinstance(value, nn.Module):
-        return ModuleEntry(place, value)
+        return ModuleEntry(place, value, plain)
     if isinstance(value, Optimizer):
         return flat_optimizer_entry(place, value, beside) or OptimizerEntry(place, value, beside)
     if isinstance(value, AccumulationWindow):
@@ -227,15 +238,16 @@ def capture(entries: Sequence[Entry]) -> Flat:
     found = {id(entry): entry.flat(entry.current()) for entry in in_common_order(entries)}
     for entry in entries:
         own = found[id(entry)]
-        twice = next((name for name in own.leaves if name in flat.leaves), None)
-        if twice is not None:
+        if not flat.leaves.keys().isdisjoint(own.leaves):
+            twice = next(name for name in own.leaves if name in flat.leaves)
             raise OptionsError(f"two entries of the state are both named {twice!r}; rename one of the keys")
         if entry.is_asked:
             _refuse_subclasses(own)
         flat.leaves.update(own.leaves)
         flat.paths.update(own.paths)
         flat.notes.update(own.notes)
-        flat.of_others.update(own.of_others)
+        if own.of_others:
+            flat.of_others.update(own.of_others)
         if entry.is_alike:
             flat.alike[entry.name] = sorted(own.leaves)
     for name, first in tied_names(flat.leaves).items():

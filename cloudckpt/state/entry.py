@@ -12,13 +12,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, cast, runtime_checkable
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.format import Flat, JsonValue, PathElement, flatten
+from cloudckpt.format import Flat, JsonValue, PathElement, flatten_at
 from cloudckpt.state.attributes import notes_of
 
 __all__ = [
@@ -35,9 +36,12 @@ __all__ = [
 ]
 
 
+_TENSORS = (torch.Tensor, ShardedTensor)
+
+
 def is_tensor(value: object) -> bool:
     """Tell whether a value is stored as a tensor (dense, distributed or sharded)."""
-    return isinstance(value, torch.Tensor | ShardedTensor)
+    return isinstance(value, _TENSORS)
 
 
 def shape_of(tensor: object) -> tuple[int, ...]:
@@ -82,8 +86,7 @@ class Left:
     unexpected: Sequence[str] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where a value of the state stands: its path and name, and the container that holds it under `key`."""
 
     path: list[PathElement]
@@ -126,14 +129,15 @@ class Entry(ABC):
     is_alike = False
     may_be_cast = False
     is_asked = False
+    is_plain = False
+    is_strict = True
+    notes: Mapping[str, JsonValue] = MappingProxyType({})
     other_world = "restore it with as many ranks"
 
     def __init__(self, place: Place) -> None:
         self.path = place.path
         self.name = place.name
         self.subject = place.value
-        self.is_strict = True
-        self.notes: Mapping[str, JsonValue] = {}
 
     @property
     def may_write(self) -> bool:
@@ -152,15 +156,19 @@ class Entry(ABC):
             What the object says that it left out, if it does say so.
         """
 
+    def is_done(self, live: object) -> bool:
+        """Tell whether nothing is left to do for `load` when all tensors of `live` were filled, and nothing else."""
+        return False
+
     def fillable(self) -> object:
         """Return the nested state whose tensors a restore may fill: `current`, unless nothing there is live."""
         return self.current()
 
     def flat(self, nested: object) -> Flat:
         """Return the names of all that is in `current` or `fillable`, and notes about them."""
-        flat = flatten({self.name: nested}, is_tensor=is_tensor)
-        paths = {name: [*self.path, *path[1:]] for name, path in flat.paths.items()}
-        return Flat(flat.leaves, paths, notes_of(nested, self.name))
+        flat = flatten_at(nested, self.name, self.path, is_tensor=is_tensor)
+        flat.notes.update(notes_of(nested, self.name))
+        return flat
 
     def takes(self, name: str) -> bool:
         """Tell whether what is saved under a name is taken as it is, whatever the live state has there.
@@ -218,7 +226,8 @@ class Entry(ABC):
 
 def in_common_order(entries: Sequence[Entry]) -> list[Entry]:
     """Return entries in an order that is the same on all ranks where ranks talk: those first, by name."""
-    return sorted(entries, key=lambda entry: (not entry.talks, entry.name if entry.talks else ""))
+    talking = sorted((entry for entry in entries if entry.talks), key=lambda entry: entry.name)
+    return talking + [entry for entry in entries if not entry.talks]
 
 
 def mapping_of(value: object, name: str) -> dict[str, object]:

@@ -39,6 +39,8 @@ __all__ = ["flat_optimizer_entry", "is_fsdp1", "sharded"]
 
 def is_fsdp1(module: nn.Module) -> bool:
     """Tell whether a module has parts that FSDP1 has wrapped."""
+    if not module._modules:  # noqa: SLF001 (a state may have many thousands of small modules)
+        return isinstance(module, FullyShardedDataParallel)
     return any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
 
 
@@ -48,6 +50,8 @@ def flat_optimizer_entry(place: Place, optimizer: Optimizer, beside: Beside) -> 
     Raises:
         OptionsError: it has parameters of an FSDP1 module and others besides.
     """
+    if not beside.fsdp1:
+        return None
     own = {id(parameter) for group in groups_of(optimizer) for parameter in group["params"]}
     for top, module in beside.fsdp1.items():
         if own.isdisjoint(map(id, module.parameters())):

@@ -95,7 +95,7 @@ class _Matching:
             self._misfit.missing.append(entry.name)
             return
         sizes = {owner.size for found in owned.values() for owner in found}
-        if sizes - {RankName.here(entry.name).size}:
+        if sizes and sizes != {RankName.here(entry.name).size}:
             self._refuse_other_world(entry, sizes)
             return
         self._tops.add(str(entry.path[0]))
@@ -116,7 +116,7 @@ class _Matching:
         part.live = live = entry.flat(part.nested)
         replaced: set[str] = set()
         for name in in_checkpoint:
-            above = self._value_above(live, name)
+            above = None if name in live.leaves else self._value_above(live, name)
             replaced.update([above] if above else [])
             if entry.takes(name):
                 part.paths[name] = self._saved.path(name)
@@ -297,7 +297,7 @@ class _Matching:
         self._refuse_doubles()
         for part in self._parts:
             if part.is_shared:
-                self._add(part.entry.compare(part.restored(), self._saved.dtypes))
+                self._add(part.misfit(self._saved.dtypes))
         self._refuse_mismatch()
         self._tensors.update({name: held.tensor for name, held in self._held.items()})
         fit = Fit(missing=tuple(dict.fromkeys(self._misfit.missing)), cast=tuple(self._cast))

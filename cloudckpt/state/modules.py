@@ -15,16 +15,20 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from cloudckpt.format import Flat, codec, flatten
+from cloudckpt.format import Flat, JsonValue, codec, flatten
 from cloudckpt.state.attributes import metadata_of, names_above
+from cloudckpt.state.collector import collector_awake
 from cloudckpt.state.entry import Entry, Left, Misfit, Place, is_tensor, mapping_of
 from cloudckpt.state.fsdp1 import is_fsdp1, sharded
+from cloudckpt.state.plain import PlainModules
 from cloudckpt.state.replicas import buffers_of_others
 from cloudckpt.state.wrappers import clean_name, is_torchs_own, wrapped_name
 
@@ -34,7 +38,9 @@ _EXTRA_STATE = "_extra_state"
 # Of a module, by PyTorch's names: what may change the names, types or shapes on the way in or out.
 _HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 _METHODS = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
-_USUAL = {"version": 1}
+_USUAL: dict[str, JsonValue] = {"version": 1}
+_USUAL_NOTE: dict[str, JsonValue] = {"metadata": _USUAL}
+_ALL_USUAL = {"": _USUAL}
 
 
 class ModuleEntry(Entry):
@@ -42,17 +48,26 @@ class ModuleEntry(Entry):
 
     pins = True
     may_be_cast = True
+    # Of what the module said last; a state may have many thousands of modules.
+    _raw_names: Mapping[str, str] = MappingProxyType({})
+    _raw_metadata: Mapping[str, object] = MappingProxyType({})
+    _own_names: set[str] | None = None
 
-    def __init__(self, place: Place, module: nn.Module) -> None:
+    def __init__(self, place: Place, module: nn.Module, plain: PlainModules) -> None:
         super().__init__(place)
         self._module = module
+        self._plain = plain
         self._is_fsdp1 = self.talks = is_fsdp1(module)
-        self._raw_names: dict[str, str] = {}
-        self._raw_metadata: Mapping[str, object] = {}
-        self._own_names: set[str] | None = None
 
     def current(self) -> object:
-        with self._context():
+        found = self._plain.tensors_of(self._module)
+        self.is_plain = found is not None
+        if found is not None:
+            tensors, versions = found
+            named = {path: {"version": version} for path, version in versions.items()}
+            self._raw_metadata = {"": _USUAL, **named} if named else _ALL_USUAL
+            return {name: tensor.detach() for name, tensor in tensors.items()}
+        with collector_awake(), self._context():
             raw = self._module.state_dict()
         self._raw_metadata = getattr(raw, "_metadata", {})
         self._raw_names = {clean_name(self._module, key): key for key in raw}
@@ -64,20 +79,37 @@ class ModuleEntry(Entry):
     def flat(self, nested: object) -> Flat:
         # Key by key, so that a module without tensors has the same names as one with some.
         state = mapping_of(nested, self.name)
-        flat = _below(self, flatten(state, is_tensor=is_tensor)) if state else super().flat(state)
-        flat.of_others.update(map(self._full, buffers_of_others(self._module)))
+        flat = self._plain_flat(state) if self.is_plain else None
+        if flat is None:
+            flat = _below(self, flatten(state, is_tensor=is_tensor)) if state else super().flat(state)
+        if not self.is_plain:
+            flat.of_others.update(map(self._full, buffers_of_others(self._module)))
         for raw, metadata in self._raw_metadata.items():
-            name = clean_name(self._module, raw) if raw else ""
             # That of the module itself also where it is usual: it tells that the others were, too.
-            if metadata != _USUAL or not name:
-                where = f"{self.name}.{name}" if name else self.name
+            if metadata is _USUAL:
+                flat.notes[self.name] = _USUAL_NOTE
+            elif metadata != _USUAL or not raw:
+                where = self._full(raw)
                 flat.notes[where] = {"metadata": codec.encode(metadata, key=f"_metadata of {where}")}
         return flat
+
+    def _plain_flat(self, state: Mapping[str, object]) -> Flat | None:
+        """Return the names of a plain module's tensors; None if there are none, or they need a closer look."""
+        leaves, paths, prefix, path = {}, {}, f"{self.name}.", self.path
+        for name, tensor in state.items():
+            if not name.isascii():
+                return None
+            full = prefix + name
+            leaves[full] = tensor
+            paths[full] = [*path, name]
+        return Flat(leaves, paths) if leaves else None
 
     # -- what the module judges by itself --------------------------------------------------------------------------
 
     def takes(self, name: str) -> bool:
         """Tell whether the module takes what is saved under a name, whatever it has there itself."""
+        if self.is_plain:
+            return False
         if self._own_names is None:
             self._own_names = set(self._names_of_their_own())
         return name in self._own_names or any(one in self._own_names for one in names_above(name))
@@ -93,6 +125,19 @@ class ModuleEntry(Entry):
 
     # -- back ------------------------------------------------------------------------------------------------------
 
+    def is_done(self, live: object) -> bool:
+        """Tell whether the module still holds the memory that was filled: then its own loading has nothing to copy."""
+        found = self._plain.tensors_of(self._module)
+        if found is None:
+            return False
+        filled = mapping_of(live, self.name)
+        if found[0].keys() != filled.keys():
+            return False
+        try:
+            return all(tensor.is_set_to(cast("torch.Tensor", filled[name])) for name, tensor in found[0].items())
+        except RuntimeError:  # on a device that cannot tell
+            return False
+
     def load(self, restored: object, live: object) -> Left:
         # Also where every tensor was filled in place: what a module does in its own loading has to be done, and torch
         # copies no memory to itself (0.04 s of a core for 700 tensors, 1.7 s for 23,000, no memory).
@@ -107,7 +152,7 @@ class ModuleEntry(Entry):
         if not isinstance(found, tuple) or len(found) != 2:
             return Left()  # a load_state_dict of its own that returns nothing
         missing, unexpected = found
-        shown = set(self._raw_names.values())
+        shown = set(self._raw_names.values()) or set(mapping_of(live, self.name))
         return Left(
             missing=[self._full(key) for key in missing],
             # A hook of its own put them there, and the module has no use for them.
@@ -125,7 +170,8 @@ class ModuleEntry(Entry):
 
     def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
         """Look at what the checkpoint says of versions, which nobody else has looked at."""
-        self._metadata()
+        if self.notes != {self.name: _USUAL_NOTE}:
+            self._saved_metadata()
         return Misfit()
 
     def _full(self, raw: str) -> str:
@@ -134,15 +180,19 @@ class ModuleEntry(Entry):
 
     def _metadata(self) -> OrderedDict[str, object]:
         """Return what each part said of itself when it was saved, by the names that the parts have here."""
-        saved: Mapping[str, object] = metadata_of(self.name, self.notes, {}) or {}
+        saved = self._saved_metadata()
         paths = [path for path, _ in self._module.named_modules(remove_duplicate=False)]
         found: OrderedDict[str, object] = OrderedDict()
         # A module that shows the state of another one as its own has that one's names.
         for path in dict.fromkeys([*paths, *self._raw_metadata]):
             clean = clean_name(self._module, path) if path else ""
-            metadata = saved.get(path, saved.get(clean, _USUAL))
-            found[path] = dict(mapping_of(metadata, f"{self.name}.{clean}"))
+            found[path] = dict(saved.get(path, saved.get(clean, _USUAL)))
         return found
+
+    def _saved_metadata(self) -> Mapping[str, dict[str, object]]:
+        """Return what parts said of themselves when they were saved, by the names that they had there."""
+        found: Mapping[str, object] = metadata_of(self.name, self.notes, {}) or {}
+        return {path: mapping_of(metadata, f"{self.name}.{path}") for path, metadata in found.items()}
 
     # -- memory ----------------------------------------------------------------------------------------------------
 

@@ -324,7 +324,7 @@ class OptimizerEntry(NamedEntry):
             if is_distributed or isinstance(leaf, DTensor):
                 note = placement_note(parameter, leaf, below)
                 flat.notes.update({} if note is None else {name: note})
-            is_of_other_dtype = _is_alike(leaf, parameter) and leaf.dtype != parameter.dtype
+            is_of_other_dtype = leaf.dtype != parameter.dtype and _is_alike(leaf, parameter)
             if is_of_other_dtype and isinstance(owner, str) and parameter.dtype in _DTYPE_NAMES:
                 flat.notes[self._of(owner)] = {"parameter": _DTYPE_NAMES[parameter.dtype]}
         return flat

@@ -8,6 +8,7 @@ A distributed tensor counts with what this rank has of it. Reads no tensor but t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -71,6 +72,14 @@ def _address(tensor: torch.Tensor) -> int:
         return 0
 
 
+def _start(tensor: torch.Tensor) -> int:
+    """Return where this rank's elements of a tensor begin, the first of its parts'; 0 if it has no memory."""
+    if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
+        return tensor.data_ptr()
+    parts = local_parts(tensor)
+    return _address(parts[0]) if parts else 0
+
+
 def overlapping(tensors: Iterable[tuple[str, object]]) -> list[list[str]]:
     """Return the names of tensors whose memory others of them have, too; each group by its first bytes."""
     ranges = [
@@ -128,10 +137,13 @@ def without_memory(tensors: Iterable[tuple[str, object]]) -> list[list[str]]:
 
 def tied_names(leaves: Mapping[str, object]) -> dict[str, str]:
     """Return name → the first name of the same memory, of all tensors that have several names."""
+    # Few tensors begin where another one does, and only those are looked at closely.
+    starts = {name: _start(leaf) for name, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
+    counts = Counter(starts.values())
     firsts: dict[tuple[object, ...], str] = {}
     found = {}
-    for name, leaf in leaves.items():
-        place = identity(leaf)
+    for name in [name for name, start in starts.items() if counts[start] > 1]:
+        place = identity(leaves[name])
         first = firsts.setdefault(place, name) if place else name
         if first != name:
             found[name] = first

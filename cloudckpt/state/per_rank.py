@@ -23,6 +23,7 @@ from cloudckpt.errors import ManifestError, OptionsError
 from cloudckpt.format import Flat, codec
 from cloudckpt.ranks import Group
 from cloudckpt.state.backup import backup_of
+from cloudckpt.state.collector import collector_awake
 from cloudckpt.state.entry import Entry, Place
 
 __all__ = ["PerRank", "PerRankEntry", "RankName", "is_stateful_loader", "pack", "unpack"]
@@ -147,7 +148,9 @@ class PerRankEntry(Entry):
         return None if is_stateful_loader(self._stateful) else backup_of(self._stateful)
 
     def current(self) -> object:
-        return pack(self._stateful.state_dict(), key=self.name)
+        with collector_awake():
+            state = self._stateful.state_dict()
+        return pack(state, key=self.name)
 
     def flat(self, nested: object) -> Flat:
         if isinstance(nested, torch.Tensor):

@@ -19,7 +19,7 @@ from cloudckpt.errors import OptionsError, RestoreFailedError, StateMismatchErro
 from cloudckpt.format import Flat, PathElement, unflatten
 from cloudckpt.root import Fit
 from cloudckpt.state.attributes import as_it_was, with_attributes
-from cloudckpt.state.entry import Entry, Left
+from cloudckpt.state.entry import Entry, Left, Misfit
 from cloudckpt.state.overlap import conflict, local_parts
 
 __all__ = ["Allowed", "Part", "Resize", "Resized", "Restoration", "mismatch", "some"]
@@ -69,19 +69,33 @@ class Allowed:
                 raise OptionsError(f"materialize is {self.materialize!r}, which is no device here: {exc}") from exc
 
 
+_NOTHING = Flat()
+
+
 @dataclass(slots=True, eq=False)
 class Part:
     """What of one entry is restored from where: a saved value, a tensor that is to be filled, or what is here."""
 
     entry: Entry
     nested: object = None
-    live: Flat = field(default_factory=Flat)
+    live: Flat = _NOTHING
     leaves: dict[str, object] = field(default_factory=dict)
     paths: dict[str, list[PathElement]] = field(default_factory=dict)
     own: dict[str, torch.Tensor] = field(default_factory=dict)
     tied: dict[tuple[str, _Shape, torch.dtype], object] = field(default_factory=dict)
     is_shared: bool = False
     is_own: bool = False
+
+    def is_filled(self) -> bool:
+        """Tell whether all that is restored is filled where it is, or is here already."""
+        here = self.live.leaves
+        return len(self.leaves) == len(here) and all(here.get(name) is leaf for name, leaf in self.leaves.items())
+
+    def misfit(self, dtypes: Mapping[str, torch.dtype]) -> Misfit:
+        """Have the entry compare itself with what is to be restored."""
+        # Of a plain module only names and tensors count, which are compared by now.
+        restored = None if self.entry.is_plain and self.is_filled() else self.restored()
+        return self.entry.compare(restored, dtypes)
 
     def restored(self) -> object:
         """Return the nested state of the entry, without the path that leads to it."""
@@ -101,7 +115,9 @@ class Part:
 
     def load(self) -> Left:
         """Have the entry take what was restored, and then what is this rank's own."""
-        left = self.entry.load(self.restored(), self.nested) if self.is_shared else None
+        left = None
+        if self.is_shared and not (self.is_filled() and self.entry.is_done(self.nested)):
+            left = self.entry.load(self.restored(), self.nested)
         if self.is_own:
             self.entry.load_own(self.own)
         return left or Left()

@@ -31,6 +31,8 @@ class Generators:
     def __init__(self, rank: int) -> None:
         """Those of this process, which is `rank`."""
         self.name = f"{_NAME}.r{rank:05d}"
+        self._rank = rank
+        self._others = 0
 
     def pack(self) -> torch.Tensor:
         """Return their states as bytes."""
@@ -38,6 +40,7 @@ class Generators:
 
     def targets(self, index: Index) -> dict[str, torch.Tensor]:
         """Return the tensor that is to be filled with them, if a checkpoint has them."""
+        self._others = sum(name.startswith(f"{_NAME}.r") for name in index.tensors)
         saved = index.tensors.get(self.name)
         return {} if saved is None else {self.name: torch.empty(saved.shape, dtype=torch.uint8, device="cpu")}
 
@@ -46,6 +49,13 @@ class Generators:
         states = unpack(filled[self.name], key=_NAME) if self.name in filled else None
         if isinstance(states, dict):
             restore_rng(cast("dict[str, object]", states))
+        elif self._others:
+            logger.warning(
+                "rank %d: the checkpoint holds random number generators of %d ranks and none of this one, which keeps "
+                "its own; seed it if runs are to be the same",
+                self._rank,
+                self._others,
+            )
         else:
             logger.warning("the checkpoint holds no random number generator state; this process keeps its own")
 
@@ -122,14 +132,17 @@ def _set_numpy_generator(live: object, restored: object) -> bool:
     import numpy as np
 
     if isinstance(live, np.random.RandomState) and isinstance(restored, np.random.RandomState):
-        live.set_state(restored.get_state())
+        if type(live._bit_generator) is not type(restored._bit_generator):  # noqa: SLF001
+            live.__init__(restored._bit_generator)  # type: ignore[misc]  # noqa: SLF001
+        live.set_state(restored.get_state(legacy=False))
         return True
     if not (isinstance(live, np.random.Generator) and isinstance(restored, np.random.Generator)):
         return False
     here, there = live.bit_generator, restored.bit_generator
-    # What it spawned belongs to the seed, which no setter changes.
     seed: object = getattr(there, "seed_seq", None)
-    if type(here) is not type(there) or getattr(seed, "n_children_spawned", None) != 0:
-        return False
-    here.state = there.state
+    if type(here) is type(there) and getattr(seed, "n_children_spawned", None) == 0:
+        here.state = there.state
+    else:
+        # What it has spawned belongs to its seed, which no setter changes.
+        live.__init__(there)  # type: ignore[misc]
     return True

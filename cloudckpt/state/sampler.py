@@ -96,6 +96,8 @@ class ResumableSampler(Sampler[int]):
         self._iteration = 0
         self._jumps = 0
         self._is_handing_out = False
+        self._is_drawn, self._is_counted = False, False  # since somebody began to iterate
+        self._is_told = False
 
     # -- where it stands ---------------------------------------------------------------------------------------
 
@@ -146,11 +148,18 @@ class ResumableSampler(Sampler[int]):
     def _jump(self, data_epoch: int, consumed: int) -> None:
         self._data_epoch, self._consumed = data_epoch, consumed
         self._jumps += 1
+        self._is_counted = True
 
     # -- samples -----------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[int]:
-        """Return this rank's samples from where training stands to the end of the data epoch; moves nothing."""
+        """Return this rank's samples from where training stands to the end of the data epoch; moves nothing.
+
+        A loader's workers draw ahead, so what is drawn says nothing of what training was handed: `batches` counts that,
+        or `advance`. A loop over the loader that does neither is told so, once, in the log.
+        """
+        self._tell_uncounted("began again where it stood before, so that the same samples come in the same order")
+        self._is_drawn, self._is_counted = False, False
         self._iteration += 1
         return self._numbers(self._share(), self._iteration)
 
@@ -162,7 +171,19 @@ class ResumableSampler(Sampler[int]):
                         "the sampler is iterated by two at once, who would get the same samples; use one loader at a "
                         "time, each with a sampler of its own"
                     )
+                self._is_drawn = True
                 yield number
+
+    def _tell_uncounted(self, what: str) -> None:
+        """Tell who draws samples and counts none what that leads to."""
+        is_uncounted = self._is_drawn and not self._is_counted and not self._is_handing_out
+        if is_uncounted and not self._is_told:
+            self._is_told = True
+            logger.warning(
+                "a ResumableSampler was iterated, nothing was counted, and it %s; loop over sampler.batches(loader), "
+                "or call sampler.advance(samples) for each batch and set_data_epoch for each data epoch",
+                what,
+            )
 
     def _share(self) -> torch.Tensor:
         start = self._consumed + self._rank
@@ -283,11 +304,13 @@ class ResumableSampler(Sampler[int]):
         """Count samples of every rank; the last batch may be smaller, and smaller on some ranks than on others."""
         dealt = self._left - self._left % self._size if self._tail == "drop" else self._left
         self._consumed += min(samples * self._size, dealt)
+        self._is_counted = True
 
     # -- state -------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, object]:
         """Return the position in the data epoch, and what it is a position in; the same on all ranks."""
+        self._tell_uncounted("is saved at the position where the loop began")
         return {
             "data_epoch": self._data_epoch,
             "consumed": self._consumed,

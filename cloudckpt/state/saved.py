@@ -72,15 +72,21 @@ class Saved:
 
     def below(self, path: Sequence[PathElement]) -> list[str]:
         """The names of all that stood at `path` or below it."""
-        return self._by_prefix.get(_key(path), [])
+        depth = len(path)
+        if depth not in self._by_depth:
+            self._by_depth[depth] = self._below_all(depth)
+        return self._by_depth[depth].get(_key(path), [])
 
     @cached_property
-    def _by_prefix(self) -> Mapping[str, list[str]]:
-        """Names by every path that leads to them: a state with many entries looks each of them up."""
+    def _by_depth(self) -> dict[int, Mapping[str, list[str]]]:
+        """Names by the path of so many steps that leads to them: a state with many entries looks each of them up."""
+        return {}
+
+    def _below_all(self, depth: int) -> Mapping[str, list[str]]:
         found: dict[str, list[str]] = {}
         for name in self.names():
             path = self.path(name)
-            for depth in range(1, len(path) + 1):
+            if len(path) >= depth:
                 found.setdefault(_key(path[:depth]), []).append(name)
         return found
 

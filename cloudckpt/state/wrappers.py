@@ -15,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["clean_name", "is_torchs_own", "wrapped_name"]
+__all__ = ["clean_name", "is_torchs_own", "is_wrapper", "wrapped_name"]
 
 # What a wrapper calls the module inside of it, and whether its state_dict says so, too: others have hooks that do not.
 _INNER: tuple[tuple[type[nn.Module], str, bool], ...] = (
@@ -28,10 +28,19 @@ _INNER: tuple[tuple[type[nn.Module], str, bool], ...] = (
 
 def _inner(module: object) -> tuple[str, bool] | None:
     """Return what a wrapper calls its inside, and whether a state_dict has that name; None for another module."""
+    return _inner_of(type(module))
+
+
+def _inner_of(kind: type) -> tuple[str, bool] | None:
     compiler = sys.modules.get("torch._dynamo.eval_frame")  # takes a second to import, and nobody may have it
-    if compiler is not None and isinstance(module, compiler.OptimizedModule):
+    if compiler is not None and issubclass(kind, compiler.OptimizedModule):
         return "_orig_mod", True
-    return next(((name, is_shown) for kind, name, is_shown in _INNER if isinstance(module, kind)), None)
+    return next(((name, is_shown) for wrapper, name, is_shown in _INNER if issubclass(kind, wrapper)), None)
+
+
+def is_wrapper(kind: type) -> bool:
+    """Tell whether a type of modules puts something into the names of what is inside of it."""
+    return _inner_of(kind) is not None
 
 
 def clean_name(module: nn.Module, path: str) -> str:

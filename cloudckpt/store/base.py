@@ -36,15 +36,26 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """All pages of one listing, each part sorted by key.
+    """A listing, or one page of it, each part sorted by key.
 
     Attributes:
         objects: the objects whose key starts with the prefix (with a delimiter: and has no further one).
         prefixes: with a delimiter, the common prefixes, each ending with the delimiter.
+        mark: where the next page begins; "" if this is the last one.
     """
 
     objects: Sequence[ObjectInfo] = field(default_factory=tuple)
     prefixes: Sequence[str] = field(default_factory=tuple)
+    mark: str = ""
+
+    @classmethod
+    def of_pages(cls, pages: Sequence[Listing]) -> Listing:
+        """Return the pages of one listing as a whole."""
+        if len(pages) == 1:
+            return pages[0]
+        objects = {info.key: info for page in pages for info in page.objects}
+        prefixes = {prefix for page in pages for prefix in page.prefixes}
+        return cls(objects=tuple(objects[key] for key in sorted(objects)), prefixes=tuple(sorted(prefixes)))
 
 
 @runtime_checkable
@@ -58,6 +69,10 @@ class Store(Protocol):
     @property
     def engine(self) -> str:
         """What moves the bytes: `local`, `obstore` or `fsspec`."""
+
+    @property
+    def endpoint(self) -> str:
+        """The server that the options name (scheme, host and port), or "" for the scheme's own; no credentials."""
 
     @property
     def is_create_atomic(self) -> bool:
@@ -100,17 +115,20 @@ class Store(Protocol):
     def head(self, key: str) -> ObjectInfo:
         """Describe one object, or raise `ObjectNotFoundError`. Never cached."""
 
-    def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
-        """List what starts with `prefix` (a plain string prefix, usually ending in `/`). All pages, never cached.
+    def list(self, prefix: str = "", *, delimiter: str = "", mark: str = "") -> Listing:
+        """List what starts with `prefix` (a plain string prefix, usually ending in `/`), in one request. Never cached.
 
-        An empty result means that there is nothing; a listing that fails raises.
+        Returns the page that begins at `mark`, the first one if that is ""; its own mark leads to the next one. A store
+        may return all at once. An empty page without a mark means that there is nothing more; a listing that fails
+        raises.
         """
 
     def delete(self, keys: Sequence[str]) -> None:
-        """Delete objects, in bulk where the store can; a key that is absent counts as deleted.
+        """Delete up to 1,000 objects, in bulk where the store can; a key that is absent counts as deleted.
 
         Raises:
-            StorageError: at least one is still there; the message names the first and their count.
+            StorageError: at least one is still there; the message names the first and their count, and `left_keys`
+                all of them, where that is known.
         """
 
     def refresh(self) -> None:

@@ -12,12 +12,19 @@ from collections.abc import Mapping
 from fsspec import available_protocols, get_filesystem_class
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.options import RetryPolicy
+from cloudckpt.options import Checksum, RetryPolicy
 from cloudckpt.store.location import LOCAL_SCHEMES, Location
+from cloudckpt.store.terms import PutTerms, checksum_of, refuse_terms
 from cloudckpt.store.wire import Wire
 from cloudckpt.store.wired import WiredStore
 
 __all__ = ["FsspecStore", "fsspec_wire"]
+
+
+_CHECKSUMS: Mapping[str, tuple[Checksum, ...]] = {
+    "s3": ("crc64nvme", "sha256", "crc32c", "crc32"),
+    "gs": ("crc32c",),
+}
 
 
 class FsspecStore(WiredStore):
@@ -38,24 +45,28 @@ class FsspecStore(WiredStore):
         if unknown:
             scheme = self._location.scheme
             raise OptionsError(f"storage_options {unknown} are unknown to fsspec's filesystem for {scheme}://")
+        scheme, checksums = self._location.scheme, _CHECKSUMS.get(self._location.scheme, ())
+        refuse_terms(self._terms, f"fsspec to {scheme}://", checksums=checksums, creates=scheme in _CHECKSUMS)
+        if self._terms.checksum is not None:
+            checksum_of(self._terms.checksum, ())  # what it takes is installed, or is named here
 
     def _connect(self) -> Wire:
-        return fsspec_wire(self._location, self._options, retry=self._retry, signed_payload=self._signed_payload)
+        return fsspec_wire(self._location, self._options, retry=self._retry, terms=self._terms)
 
 
-def fsspec_wire(where: Location, options: Mapping[str, object], *, retry: RetryPolicy, signed_payload: bool) -> Wire:
+def fsspec_wire(where: Location, options: Mapping[str, object], *, retry: RetryPolicy, terms: PutTerms) -> Wire:
     """Connect the wire for a location's scheme; its library is imported here, so that a run pays for what it uses."""
     if where.scheme == "s3":
         from cloudckpt.store.wire_s3 import S3Wire
 
-        return S3Wire(where.bucket, options, retry=retry, signed_payload=signed_payload)
+        return S3Wire(where.bucket, options, retry=retry, terms=terms)
     if where.scheme == "gs":
         from cloudckpt.store.wire_gcs import GcsWire
 
-        return GcsWire(where.bucket, options, retry=retry)
+        return GcsWire(where.bucket, options, retry=retry, terms=terms)
     from cloudckpt.store.wire_any import AnyWire
 
-    return AnyWire(where.scheme, where.bucket, options, retry=retry)
+    return AnyWire(where.scheme, where.bucket, options)
 
 
 def _check_filesystem(scheme: str) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from urllib.parse import quote_from_bytes
@@ -29,9 +28,9 @@ from cloudckpt.errors import (
 from cloudckpt.options import MIB
 from cloudckpt.store.base import Listing, ObjectInfo, check_delimiter
 from cloudckpt.store.buffers import check_destination, check_end, check_length, check_limit, flat, pieces
-from cloudckpt.store.disk import Disk
+from cloudckpt.store.disk import NOT_OFFERED, Disk, temp_name
 from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
-from cloudckpt.store.local_tree import ABSENT, TEMP_PREFIX, LocalTree, describe, segments_of, try_lock
+from cloudckpt.store.local_tree import ABSENT, LocalTree, describe, segments_of, try_lock
 from cloudckpt.store.location import local_path
 
 __all__ = ["LocalStore"]
@@ -40,14 +39,16 @@ __all__ = ["LocalStore"]
 _BATCH_BYTES = 8 * MIB
 # A concurrent delete may take a directory that a put has just made for an empty one; this often it starts anew.
 _REMAKE_LIMIT = 50
-# How file systems say that they have no hard links (FAT, some network and FUSE ones), or no exclusive rename.
-_NO_LINKS = frozenset({errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-_NO_EXCLUSIVE_RENAME = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
+# What a network disk says when the answer to a link or a rename was lost.
+_UNHEARD = frozenset({errno.EIO, errno.ETIMEDOUT, errno.ESTALE})
 
 _FULL = "free space or let retention remove old checkpoints, then save again"
 _DENIED = "check the owner and the mode of the directory"
 _COLLISION = "an object and a directory cannot share a name on a disk; choose other keys or another root"
-_BUSY = "the file system is busy"
+_BUSY = "the file system is busy, or somebody holds the file"
+_LINK = "nothing is written or deleted through a symbolic link; put what it points to in its place, or remove the link"
+_GONE = "what the path was mounted from is gone; mount it again, or choose another root"
+_DAMAGED = "the file system is damaged; save elsewhere, and have it checked (fsck)"
 _ADVICE: dict[int | None, tuple[type[StorageError], str]] = {
     errno.ENOENT: (ObjectNotFoundError, "there is no object of that key"),
     errno.ENOSPC: (StorageError, _FULL),
@@ -58,7 +59,12 @@ _ADVICE: dict[int | None, tuple[type[StorageError], str]] = {
     errno.EPERM: (AccessDeniedError, _DENIED),
     errno.EIO: (StorageError, "the device is failing; look at the kernel's log, and save elsewhere"),
     errno.ENAMETOOLONG: (StorageError, "choose a shorter root or key"),
-    errno.ELOOP: (StorageError, "a symbolic link below the root is never followed; put what it points to in its place"),
+    errno.EUCLEAN: (StorageError, _DAMAGED),
+    errno.EBADMSG: (StorageError, _DAMAGED),
+    errno.ENODEV: (StorageError, _GONE),
+    errno.ENXIO: (StorageError, _GONE),
+    errno.ENOTCONN: (TransientError, _GONE),
+    errno.ELOOP: (StorageError, _LINK),
     errno.ENOTDIR: (StorageError, _COLLISION),
     errno.EISDIR: (StorageError, _COLLISION),
     errno.ENOTEMPTY: (StorageError, _COLLISION),
@@ -67,6 +73,8 @@ _ADVICE: dict[int | None, tuple[type[StorageError], str]] = {
     errno.ENOMEM: (TransientError, "the kernel is short of memory"),
     errno.EAGAIN: (TransientError, _BUSY),
     errno.EBUSY: (TransientError, _BUSY),
+    errno.ETXTBSY: (TransientError, _BUSY),
+    errno.EINTR: (TransientError, _BUSY),
     errno.ETIMEDOUT: (TransientError, "the network file system did not answer"),
     errno.ESTALE: (TransientError, "the network file system lost the handle"),
 }
@@ -81,12 +89,14 @@ class LocalStore:
     """Objects below one directory; `create` is exclusive among all processes that see the same disk."""
 
     engine = "local"
+    endpoint = ""
     is_create_atomic = True
 
     def __init__(self, url: str | os.PathLike[str], *, disk: Disk | None = None) -> None:
         """Look at `url` (see `local_path`); nothing is made before the first write.
 
-        Directories are made with mode 0700 and objects with 0600, less the umask: weights are their owner's.
+        Directories and objects get the modes that the umask leaves, as those of `torch.save` do: a umask of 077 keeps
+        weights to their owner, and 002 shares them with a group.
         """
         self._root = local_path(url)
         self._disk = disk or Disk()
@@ -125,7 +135,8 @@ class LocalStore:
         with self._our_errors("head", key), self._tree.object(key) as fd:
             return describe(key, os.fstat(fd))
 
-    def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
+    def list(self, prefix: str = "", *, delimiter: str = "", mark: str = "") -> Listing:
+        """List everything at once: a disk has no pages, and gives no mark."""
         check_delimiter(delimiter)
         with self._our_errors("list", prefix):
             return self._tree.listing(prefix, by_directory=bool(delimiter))
@@ -162,7 +173,7 @@ class LocalStore:
             )
 
     def _write_below(self, fd: int, name: str, buffers: Sequence[memoryview], publish: _Publish) -> None:
-        temp = TEMP_PREFIX + secrets.token_hex(16)
+        temp = temp_name()
         file = self._disk.open_new(temp, at=fd)
         try:
             try_lock(file)
@@ -209,16 +220,18 @@ class LocalStore:
         try:
             return self._disk.link(temp, name, at=fd)
         except OSError as exc:
-            if exc.errno not in _NO_LINKS:
-                raise
+            no_link = exc
+        if no_link.errno not in NOT_OFFERED["link"]:
+            raise no_link
         try:
             self._disk.rename_new(temp, name, at=fd)
         except OSError as exc:
-            if exc.errno not in _NO_EXCLUSIVE_RENAME:
+            if exc.errno not in NOT_OFFERED["rename_new"]:
                 raise
             raise CreateNotEnforcedError(
-                f"the file system of {self._root} has neither hard links nor exclusive renames, so two jobs could both "
-                "commit there; choose a root on another file system"
+                f"the file system of {self._root} has neither hard links ({_errno_name(no_link)}) nor exclusive "
+                f"renames ({_errno_name(exc)}), so two jobs could both commit there; choose a root on another one, or "
+                "pass Options(single_writer=True) if no other job ever writes to this root"
             ) from exc
 
     def _discard(self, temp: str, *, at: int) -> None:
@@ -262,6 +275,7 @@ class LocalStore:
             yield
         except StorageError as exc:
             exc.op, exc.key = op, key
+            exc.may_have_landed = isinstance(exc, CommitUnknownError)
             raise
         except (BodyLengthError, ObjectSizeError) as exc:
             raise StorageError(
@@ -276,7 +290,9 @@ class LocalStore:
         kind, advice = _ADVICE.get(cause.errno, (StorageError, "the system's manual explains this error"))
         what = os.strerror(cause.errno) if cause.errno else str(cause)
         message = f"{op} of {key!r} in {self._root}: {what} ({_errno_name(cause)}); {advice}{also}"
-        return kind(message, op=op, key=key)
+        error = kind(message, op=op, key=key)
+        error.may_have_landed = cause.errno in _UNHEARD
+        return error
 
 
 def _batches(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:

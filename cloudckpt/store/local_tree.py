@@ -1,12 +1,15 @@
-"""Find, make, list and clean the directories below one root of a disk, following no symbolic link on the way.
+"""Find, make, list and clean the directories below one root of a disk.
 
-A key's directories are opened one below the other, each by its own name, so that nothing that somebody planted
-there can lead out of the root. A directory exists only for the objects in it: one without objects is not listed,
-and goes with the last of them. Its name is durable before a writer gets to use it (FORMAT invariant 2).
+A key's directories are opened one below the other, each by its own name. Who reads follows symbolic links: a step that
+somebody moved to another disk and linked is found. Who writes or deletes never does, so that nothing that was put
+there leads a change out of the root. A link that leads nowhere is an error to whoever reads below it: what it stood for
+is away, and not absent.
 
-A temp name is `.cloudckpt-tmp-` and 32 hexadecimal digits. No listing shows it and no key may name it; its writer
-holds a lock on it, so that one without a lock, left by a crash, may be removed by whoever finds it.
-Raises the disk's own `OSError`; knows no contents. Any thread may enter, and so may a forked child.
+A directory exists only for the objects in it: one without objects is not listed, and goes with the last of them. Its
+name is durable before a writer gets to use it (FORMAT invariant 2). A temp name is `.cloudckpt-tmp-` and 32 hexadecimal
+digits. No listing shows it and no key may name it; its writer holds a lock on it, so that one without a lock, left by a
+crash, may be removed by whoever finds it. Raises the disk's own `OSError`; knows no contents. Any thread may enter, and
+so may a forked child.
 """
 
 from __future__ import annotations
@@ -24,15 +27,14 @@ from pathlib import Path
 
 from cloudckpt.errors import OptionsError, StorageError
 from cloudckpt.store.base import Listing, ObjectInfo, check_key, is_key
-from cloudckpt.store.disk import Disk
+from cloudckpt.store.disk import TEMP_PREFIX, Disk, is_link
 
-__all__ = ["ABSENT", "TEMP_PREFIX", "LocalTree", "describe", "segments_of", "try_lock"]
+__all__ = ["ABSENT", "LocalTree", "describe", "segments_of", "try_lock"]
 
 logger = logging.getLogger(__name__)
 
 # How a disk says that there is nothing of that name: also when a part of the path is an object.
 ABSENT = (FileNotFoundError, NotADirectoryError)
-TEMP_PREFIX = ".cloudckpt-tmp-"
 
 _TEMP = re.compile(rf"\A{re.escape(TEMP_PREFIX)}[0-9a-f]{{32}}\Z")
 _REMEMBERED_DIRECTORIES = 4096
@@ -51,8 +53,8 @@ class LocalTree:
     # -- opening and making --------------------------------------------------------------------------------
 
     @contextmanager
-    def directory(self, segments: Sequence[str], *, make: bool = False) -> Iterator[int]:
-        """Open the directory of those names; with `make`, have it durable first."""
+    def directory(self, segments: Sequence[str], *, make: bool = False, follow: bool = False) -> Iterator[int]:
+        """Open the directory of those names; with `make`, have it durable first; with `follow`, through links."""
         if make:
             self._make_root()
         fd = self._open_root()
@@ -60,7 +62,8 @@ class LocalTree:
             for depth, name in enumerate(segments, 1):
                 if make:
                     self._make(fd, tuple(segments[:depth]))
-                child = self._disk.open_directory(name, at=fd)
+                with self._resolved(name, at=fd):
+                    child = self._disk.open_directory(name, at=fd, follow=follow)
                 os.close(fd)
                 fd = child
             yield fd
@@ -73,14 +76,24 @@ class LocalTree:
         *parents, name = segments_of(key)
         absent = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), key)
         try:
-            with self.directory(parents) as directory:
-                fd = self._disk.open_to_read(name, at=directory)
+            with self.directory(parents, follow=True) as directory, self._resolved(name, at=directory):
+                fd = self._disk.open_to_read(name, at=directory, follow=True)
         except NotADirectoryError as exc:
             raise absent from exc
         with _closing(fd):
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise absent
             yield fd
+
+    @contextmanager
+    def _resolved(self, name: str, *, at: int) -> Iterator[None]:
+        """Tell a name that is not there from a link to something that is away."""
+        try:
+            yield
+        except FileNotFoundError:
+            if is_link(name, at=at):
+                raise _link_to_nothing(f"{name!r} in {self.root}") from None
+            raise
 
     def _open_root(self) -> int:
         try:
@@ -90,7 +103,7 @@ class LocalTree:
             raise StorageError(f"{self.root} is not a directory; choose another root") from exc
         except FileNotFoundError:
             if Path(self.root).is_symlink():
-                raise StorageError(f"{self.root} is a symbolic link to nothing; mount or make its target") from None
+                raise _link_to_nothing(self.root) from None
             raise
 
     def _make_root(self) -> None:
@@ -131,29 +144,31 @@ class LocalTree:
         parent, slash, _ = prefix.rpartition("/")
         objects: list[ObjectInfo] = []
         prefixes: list[str] = []
-        with suppress(*ABSENT), self.directory(segments_of(parent) if slash else ()) as fd:
+        with suppress(*ABSENT), self.directory(segments_of(parent) if slash else (), follow=True) as fd:
             for key, entry in self._entries(fd, parent + slash):
                 if not key.startswith(prefix):
                     continue
-                found = self._objects(fd, key, entry)
-                if not by_directory or entry.is_file(follow_symlinks=False):
+                found = self._objects((fd,), key, entry)
+                if not by_directory or _is_file(entry):
                     objects += found
-                elif any(True for _ in found):
+                # Nobody knows what is behind a link that leads nowhere; who reads there is told.
+                elif _is_lost(entry) or any(True for _ in found):
                     prefixes.append(key + "/")
         return Listing(objects=tuple(sorted(objects, key=lambda info: info.key)), prefixes=tuple(sorted(prefixes)))
 
-    def _objects(self, fd: int, key: str, entry: os.DirEntry[str]) -> Iterator[ObjectInfo]:
-        """Describe the object that an entry of an open directory is, or all that are below it."""
+    def _objects(self, above: tuple[int, ...], key: str, entry: os.DirEntry[str]) -> Iterator[ObjectInfo]:
+        """Describe the object that an entry of the last of some open directories is, or all that are below it."""
         with suppress(*ABSENT):  # deleted while we looked
-            if entry.is_file(follow_symlinks=False):
-                yield describe(key, entry.stat(follow_symlinks=False))
-            elif entry.is_dir(follow_symlinks=False):
-                with _closing(self._disk.open_directory(entry.name, at=fd)) as child:
-                    for name, below in self._entries(child, key + "/"):
-                        yield from self._objects(child, name, below)
+            if _is_file(entry):
+                yield describe(key, entry.stat())
+            elif not _is_lost(entry) and entry.is_dir():
+                with _closing(self._disk.open_directory(entry.name, at=above[-1], follow=True)) as child:
+                    if not (entry.is_symlink() and _leads_back(child, above)):
+                        for name, below in self._entries(child, key + "/"):
+                            yield from self._objects((*above, child), name, below)
             elif key not in self._skipped:
                 self._skipped.add(key)
-                logger.warning("%r in %s is a symbolic link or a special file, so it is skipped", key, self.root)
+                logger.warning("%r in %s is a special file or a link to nothing, so it is skipped", key, self.root)
 
     def _entries(self, fd: int, base: str) -> list[tuple[str, os.DirEntry[str]]]:
         """Return what an open directory holds, each with its key, objects first; foreign names are passed over."""
@@ -203,6 +218,27 @@ class LocalTree:
     def _objects_first(self, fd: int) -> list[os.DirEntry[str]]:
         """Return what an open directory holds; who looks for one object need not look into directories before."""
         return sorted(self._disk.entries(fd), key=lambda entry: entry.is_dir(follow_symlinks=False))
+
+
+def _is_lost(entry: os.DirEntry[str]) -> bool:
+    """Tell whether an entry is a link that cannot be followed."""
+    try:
+        return entry.is_symlink() and not entry.stat()
+    except OSError:
+        return True
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    return not _is_lost(entry) and entry.is_file()
+
+
+def _leads_back(fd: int, above: Sequence[int]) -> bool:
+    """Tell whether an open directory is one of those above it."""
+    return any(os.path.samestat(os.fstat(fd), os.fstat(one)) for one in above)
+
+
+def _link_to_nothing(what: str) -> StorageError:
+    return StorageError(f"{what} is a symbolic link to nothing; mount or make its target, or remove the link")
 
 
 @contextmanager

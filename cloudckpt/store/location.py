@@ -7,26 +7,33 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.store.base import Listing, ObjectInfo, check_key, is_key
 
-__all__ = ["LOCAL_SCHEMES", "Location", "local_path", "parse_location", "scheme_of"]
+__all__ = ["LOCAL_SCHEMES", "Location", "local_path", "named_endpoint", "parse_location", "scheme_of"]
 
 # "" stands for a path.
 LOCAL_SCHEMES = frozenset({"", "file", "local"})
 
 _URL = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*)://(.*)\Z", re.DOTALL)
 _ONE_SLASH = re.compile(r"\A([A-Za-z][A-Za-z0-9+.-]*):/(?!/)")
+# A colon may stand in the name of a directory, but hardly one that is named like these.
+_NO_SLASHES = re.compile(
+    r"\A(s3a?|gc?s|az|abfss?|adl|file|memory|https?|s?ftp|ssh|(?:web)?hdfs|oci|oss|hf)(?::(?!/)|(?<!file)//)",
+    re.IGNORECASE,
+)
 _SAME = {"s3a": "s3", "gcs": "gs"}
 _WITH_BUCKETS = frozenset({"s3", "gs"})
 _BUCKET = re.compile(r"\A(?:[A-Za-z0-9][A-Za-z0-9._-]*|arn:aws[a-z-]*:s3[A-Za-z0-9:._-]*)\Z")
 # The name of an access point stands behind a slash of its own: arn:aws:s3:region:account:accesspoint/name.
 _ACCESS_POINT = re.compile(r"\A(arn:[^/]*?:(?:outpost/[^/]+/)?(?:accesspoint|bucket)[:/][^/]+)(?:/(.*))?\Z", re.DOTALL)
 # Azure writes container@account where others have a bucket.
+_ENDPOINT_VARIABLES = {"s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), "gs": ("STORAGE_EMULATOR_HOST",)}
 _CONTAINER_AT_ACCOUNT = frozenset({"az", "abfs", "abfss"})
 
 
@@ -78,6 +85,12 @@ def scheme_of(url: str) -> str:
     if found:
         scheme = found[1].lower()
         return _SAME.get(scheme, scheme)
+    bare = _NO_SLASHES.match(url)
+    if bare:
+        raise OptionsError(
+            f"the URL begins with {bare[0]}, which would be a directory of that name; write {bare[1].lower()}://, or "
+            "./ before a path"
+        )
     eaten = _ONE_SLASH.match(url)
     if eaten:
         raise OptionsError(
@@ -118,6 +131,17 @@ def parse_location(url: str) -> Location:
     return Location(scheme=scheme, bucket=bucket, prefix=prefix)
 
 
+def named_endpoint(scheme: str, options: Mapping[str, object]) -> str:
+    """Return the server that fsspec's options or the environment name for `scheme`, without credentials; or ""."""
+    inner = options.get("client_kwargs")
+    given = [options.get("endpoint_url"), inner.get("endpoint_url") if isinstance(inner, Mapping) else None]
+    named = next((str(url) for url in (*given, *map(os.environ.get, _ENDPOINT_VARIABLES.get(scheme, ()))) if url), "")
+    parts = urlsplit(named)
+    # A profile may name another one, in a file.
+    profile = options.get("profile") or os.environ.get("AWS_PROFILE") if scheme == "s3" and not named else ""
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if named else f"profile {profile}" if profile else ""
+
+
 def local_path(url: str | os.PathLike[str]) -> str:
     """Return the absolute path that a local URL or path names.
 
@@ -141,7 +165,8 @@ def local_path(url: str | os.PathLike[str]) -> str:
         path = _expanded(path)
     if not path or "\0" in path:
         raise OptionsError(f"{path!r} is no path; give a directory")
-    return os.path.abspath(path)  # noqa: PTH100 - resolve() would follow links, so that the URL shows another place
+    # resolve() would follow links, so that the URL shows another place; two slashes at the start are one to the system.
+    return re.sub(r"\A//+", "/", os.path.abspath(path))  # noqa: PTH100
 
 
 def _expanded(path: str) -> str:

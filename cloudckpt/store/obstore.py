@@ -12,6 +12,7 @@ from functools import partial
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.store.fsspec import fsspec_wire
+from cloudckpt.store.terms import refuse_terms
 from cloudckpt.store.wire import Wire
 from cloudckpt.store.wired import WiredStore
 
@@ -30,11 +31,13 @@ class ObstoreStore(WiredStore):
         if self._location.scheme == "s3":
             from cloudckpt.store.obstore_s3 import S3Options
 
-            S3Options.read(self._options, signed_payload=self._signed_payload)
+            S3Options.read(self._options, signed_payload=self._terms.signed_payload)
+            refuse_terms(self._terms, "obstore", checksums=("crc64nvme", "sha256"), creates=True)
         elif self._location.scheme == "gs":
             from cloudckpt.store.obstore_gcs import check_gcs_options
 
             check_gcs_options(self._options)
+            refuse_terms(self._terms, "obstore to gs://", creates=True)
         else:
             raise OptionsError(f'obstore serves s3:// and gs://, not {self._location.scheme}://; pass engine="fsspec"')
 
@@ -42,9 +45,7 @@ class ObstoreStore(WiredStore):
         from cloudckpt.store.wire_obstore import ObstoreWire, is_lost_to_a_fork
 
         # Not a method of this store: a wire that holds its store could not be freed before the next garbage collection.
-        by_fsspec = partial(
-            fsspec_wire, self._location, self._options, retry=self._retry, signed_payload=self._signed_payload
-        )
+        by_fsspec = partial(fsspec_wire, self._location, self._options, retry=self._retry, terms=self._terms)
         if is_lost_to_a_fork():
             logger.warning("obstore does not survive a fork: fsspec serves %s in this process", self.url)
             return by_fsspec()
@@ -52,10 +53,10 @@ class ObstoreStore(WiredStore):
         if self._location.scheme == "s3":
             from cloudckpt.store.obstore_s3 import S3Options, s3_client
 
-            options = S3Options.read(self._options, signed_payload=self._signed_payload)
-            client = s3_client(bucket, options, self._retry)
+            options = S3Options.read(self._options, signed_payload=self._terms.signed_payload)
+            client = s3_client(bucket, options, self._retry, checksum=self._terms.checksum)
         else:
             from cloudckpt.store.obstore_gcs import gcs_client
 
             client = gcs_client(bucket, self._options, self._retry)
-        return ObstoreWire(client, by_fsspec)
+        return ObstoreWire(client, by_fsspec, create_only=self._terms.create_only)

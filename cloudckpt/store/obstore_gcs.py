@@ -14,7 +14,7 @@ from obstore.store import GCSStore
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.credentials import GcsCredentials
-from cloudckpt.store.obstore_s3 import ObstoreClient, client_options, refuse_rest
+from cloudckpt.store.obstore_s3 import ObstoreClient, client_options, refuse_rest, usual_limit_s
 from cloudckpt.store.wire_gcs import gcs_filesystem
 
 __all__ = ["check_gcs_options", "gcs_client"]
@@ -55,4 +55,4 @@ def gcs_client(bucket: str, options: Mapping[str, object], retry: RetryPolicy) -
         retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=retry.request_timeout_s)},
         credential_provider=credentials,
     )
-    return ObstoreClient(store=store, credentials=credentials)
+    return ObstoreClient(store=store, credentials=credentials, limit_s=usual_limit_s(retry), has_generations=True)

@@ -21,14 +21,16 @@ from botocore.config import Config
 from obstore.store import S3Store
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.options import RetryPolicy
+from cloudckpt.options import Checksum, RetryPolicy
 from cloudckpt.store.credentials import AwsCredentials, GcsCredentials
-from cloudckpt.store.s3_config import refuse_policy
+from cloudckpt.store.facts import NOWHERE
+from cloudckpt.store.proxies import proxy_of
+from cloudckpt.store.s3_config import headers_for, refuse_policy
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, S3Config
 
-__all__ = ["ObstoreClient", "S3Options", "client_options", "refuse_rest", "s3_client"]
+__all__ = ["ObstoreClient", "S3Options", "client_options", "refuse_rest", "s3_client", "usual_limit_s"]
 
 # Of these, s3fs's file objects and caches take note, and nothing here uses either.
 _INERT = (
@@ -45,11 +47,18 @@ _ENDPOINT_CONFIG = ("region_name", "use_dualstack_endpoint", "use_fips_endpoint"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObstoreClient:
-    """A store of obstore's, what keeps its credentials fresh, and what each object is given on the way."""
+    """A store of obstore's, what keeps its credentials fresh, and what each object is given on the way.
+
+    Attributes:
+        has_generations: whether the store numbers what it stores, as GCS does, and says so in each answer.
+        limit_s: seconds that each of its requests may take, the body included.
+    """
 
     store: ObjectStore
     credentials: AwsCredentials | GcsCredentials | None
+    limit_s: float
     attributes: Mapping[str, str] = field(default_factory=dict)
+    has_generations: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +72,7 @@ class S3Options:
     config: Mapping[str, object]
     store: Mapping[str, str | bool] = field(repr=False)
     attributes: Mapping[str, str]
-    proxies: Mapping[str, str] = field(repr=False)
+    proxies: Mapping[str, str] | None = field(repr=False)
 
     @classmethod
     def read(cls, options: Mapping[str, object], *, signed_payload: bool) -> S3Options:
@@ -88,7 +97,7 @@ class S3Options:
             config={"s3": s3, **{name: config.pop(name) for name in _ENDPOINT_CONFIG if name in config}},
             store=store,
             attributes={"Storage-Class": str(storage_class)} if storage_class else {},
-            proxies={scheme: str(url) for scheme, url in _mapping(config, "proxies").items()},
+            proxies=_proxies(config),
         )
         refuse_rest(rest, "storage_options")
         refuse_rest(client, "client_kwargs")
@@ -104,7 +113,9 @@ def refuse_rest(rest: Mapping[str, object], where: str) -> None:
         raise OptionsError(f'{where} {left} cannot be honoured by obstore; leave them out, or pass engine="fsspec"')
 
 
-def s3_client(bucket: str, options: S3Options, retry: RetryPolicy) -> ObstoreClient:
+def s3_client(
+    bucket: str, options: S3Options, retry: RetryPolicy, *, checksum: Checksum | None = None
+) -> ObstoreClient:
     """Make the client of one bucket; nothing is sent yet, and credentials are found at the first request."""
     if bucket.startswith("arn:") or bucket.endswith("--x-s3"):
         raise OptionsError('access points and directory buckets need engine="fsspec"')
@@ -116,6 +127,7 @@ def s3_client(bucket: str, options: S3Options, retry: RetryPolicy) -> ObstoreCli
         "virtual_hosted_style_request": is_virtual,
         "conditional_put": "etag",
         "s3_express": False,
+        **({"checksum_algorithm": checksum} if checksum else {}),
     }
     credentials = _credentials(session, options)
     store = S3Store(
@@ -125,28 +137,50 @@ def s3_client(bucket: str, options: S3Options, retry: RetryPolicy) -> ObstoreCli
         retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=retry.request_timeout_s)},
         credential_provider=credentials,
     )
-    return ObstoreClient(store=store, credentials=credentials, attributes=options.attributes)
+    limit_s = usual_limit_s(retry)
+    return ObstoreClient(store=store, credentials=credentials, limit_s=limit_s, attributes=options.attributes)
 
 
-def client_options(origin: str, retry: RetryPolicy) -> ClientConfig:
-    """Return the limits of one request, its body included; plain HTTP only where the caller wrote http://."""
-    return {
-        "timeout": timedelta(seconds=retry.request_timeout_s),
+def usual_limit_s(retry: RetryPolicy) -> float:
+    """Return the limit of the first request of an operation: a client has one for all."""
+    return retry.limit_s(retry.deadline_s)
+
+
+def client_options(origin: str, retry: RetryPolicy, proxies: Mapping[str, str] | None = None) -> ClientConfig:
+    """Return the limits of one request, its body included; plain HTTP only where the caller wrote http://.
+
+    And the way to the store: by the proxy that `proxies` (scheme → URL) or the environment name for it, else only to
+    its own host. Who goes by a proxy is decided here: obstore would read the environment by rules of its own.
+    """
+    found: ClientConfig = {
+        "timeout": timedelta(seconds=usual_limit_s(retry)),
         "connect_timeout": timedelta(seconds=retry.connect_timeout_s),
         "allow_http": origin.startswith("http://"),
     }
+    proxy = proxy_of(origin) if proxies is None else proxies.get(urlsplit(origin).scheme)
+    return {**found, **(_by_proxy(proxy) if proxy else _to_one_host(origin))}
+
+
+def _by_proxy(proxy: str) -> ClientConfig:
+    return {"proxy_url": proxy if "://" in proxy else f"http://{proxy}"}
+
+
+def _to_one_host(origin: str) -> ClientConfig:
+    # obstore follows redirects, session token in hand, and has no switch for it: so all hosts but the store's own are
+    # behind a proxy at an address where nobody can be.
+    return {"proxy_url": f"http://{NOWHERE}", "proxy_excludes": str(urlsplit(origin).hostname)}
 
 
 def _transport(session: botocore.session.Session, options: S3Options, origin: str, retry: RetryPolicy) -> ClientConfig:
-    found = client_options(origin, retry)
+    found = client_options(origin, retry, options.proxies)
     verify = options.client.get("verify")
     verify = session.get_config_variable("ca_bundle") if verify is None else verify
     if verify is False:
         found["allow_invalid_certificates"] = True
     elif isinstance(verify, str):
         found["root_certificate"] = Path(verify).read_bytes()
-    if (proxy := options.proxies.get(urlsplit(origin).scheme)) is not None:
-        found["proxy_url"] = proxy if "://" in proxy else f"http://{proxy}"
+    if headers := headers_for(origin):
+        found["default_headers"] = headers
     return found
 
 
@@ -227,6 +261,13 @@ def _client(rest: dict[str, object], client: dict[str, object]) -> dict[str, obj
         if (value := client.pop(name, None)) is not None:
             found[name] = value
     return found
+
+
+def _proxies(config: dict[str, object]) -> Mapping[str, str] | None:
+    """Return the proxies that are given, scheme → URL, which may be none; None if the environment is to say."""
+    if config.get("proxies") is None:
+        return None
+    return {scheme: str(url) for scheme, url in _mapping(config, "proxies").items() if url}
 
 
 def _mapping(options: dict[str, object], name: str) -> dict[str, object]:

@@ -1,7 +1,9 @@
 """Find out whether a store honours create-only writes, on which every commit stands (FORMAT invariant 2).
 
-Creates one random key twice, with different bytes, and expects to be refused the second time. What has been shown
-once holds for the process. Any thread may enter.
+    eight writers ──▶ one barrier ──▶ one key, eight contents ──▶ exactly one wins, and it is the winner's that stands
+
+One after the other is no proof: some stores look first and write later, and let whoever is between them win, too.
+What has been shown once holds for the process. Any thread may enter.
 """
 
 from __future__ import annotations
@@ -9,76 +11,172 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from dataclasses import dataclass
 
-from cloudckpt.errors import CreateNotEnforcedError, ObjectExistsError, StorageError, is_transient
+from cloudckpt.errors import (
+    AccessDeniedError,
+    CommitUnknownError,
+    CreateNotEnforcedError,
+    ObjectExistsError,
+    RetryExhaustedError,
+    StorageError,
+    TransientError,
+)
+from cloudckpt.options import KIB
 from cloudckpt.store.base import Store
+from cloudckpt.store.limit import one_deadline
 
-__all__ = ["probe_create"]
+__all__ = ["probe_create", "probe_write"]
 
 logger = logging.getLogger(__name__)
 
-_QUESTIONS = 5
+_WRITERS = 8
+# A second race is cheap where the first one was; where writers wait for a lock (SeaweedFS: for seconds), one tells.
+_RACES = 3
+_RACING_S = 0.25
+# Where faults spoil some, no more are run than these; where nobody gets an answer, no other.
+_RACES_AT_MOST = 5
+# Longer than any thread takes to come; all come, or none is waited for.
+_BARRIER_S = 60.0
+_FAULTS = (TransientError, RetryExhaustedError, CommitUnknownError)
 
-_proven: set[tuple[str, str]] = set()
+_proven: set[tuple[str, str, str]] = set()
 _lock = threading.Lock()
 
 
 def probe_create(store: Store, *, single_writer: bool = False) -> None:
-    """Make sure that `store` refuses to create an object that is there.
+    """Make sure that of writers who create one object at the same time exactly one wins.
 
-    Costs two creates (with a retrying store also a read) and a delete, once per process, engine and bucket. With
-    `single_writer` it costs nothing and proves nothing: the caller promises that nobody else writes there.
+    Costs up to three races, each of eight creates and the reads after them, and a delete, once per process, engine,
+    endpoint and bucket. With `single_writer` it costs nothing and proves nothing: the caller promises that nobody else
+    writes there.
 
     Raises:
-        CreateNotEnforcedError: it overwrote the object, or its engine cannot refuse.
+        CreateNotEnforcedError: several won, or the store's engine cannot refuse.
         StorageError: it could not be asked.
     """
     if single_writer:
         return
     if not store.is_create_atomic:
         raise _not_enforced(store, f"the {store.engine} engine cannot create an object only if its key is free")
-    place = (store.engine, _bucket_of(store.url))
+    place = (store.engine, store.endpoint, _bucket_of(store.url))
     with _lock:
         if place in _proven:
             return
-    _ask(store)
+    try:
+        _ask(store)
+    except CommitUnknownError as exc:
+        # Nothing hangs on a probe, so that nobody need look whether it landed.
+        raise StorageError(
+            f"{store.url} could not be asked whether it refuses to overwrite; nothing was saved. See the cause, and "
+            f"that the credentials may read what they write ({exc.__cause__ or exc})",
+            op="create",
+            key=exc.key,
+        ) from exc
     with _lock:
         _proven.add(place)
 
 
-def _ask(store: Store) -> None:
+def probe_write(store: Store) -> None:
+    """Make sure that `store` takes a write now: a few bytes under a random key, and removes them.
+
+    Raises:
+        StorageError: it does not.
+    """
     key = f"probe-{secrets.token_hex(16)}"
-    # Different bytes, because a retrying store takes an object with the same bytes for its own.
-    store.create(key, b"first: cloudckpt asks whether the store refuses to overwrite")
+    store.put(key, [memoryview(b"cloudckpt asks whether the store is there again")])
+    _remove(store, [key])
+
+
+@one_deadline()
+def _ask(store: Store) -> None:
+    keys: list[str] = []
+    answers, began_s = 0, time.monotonic()
     try:
-        is_refused = any(_is_refused(store, key) for _ in range(_QUESTIONS))
+        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="cloudckpt-probe") as pool:
+            while not answers or (answers < _RACES and time.monotonic() - began_s < _RACING_S):
+                keys.append(f"probe-{secrets.token_hex(16)}")
+                ends = _race(store, keys[-1], pool)
+                answers += _is_answered(store, keys[-1], ends)
+                is_mute = not any(end.error is None or end.is_refused for end in ends)
+                if not answers and (is_mute or len(keys) == _RACES_AT_MOST):
+                    raise _undecided(store, keys[-1], ends)
     finally:
-        _remove(store, key)
-    if not is_refused:
-        raise StorageError(
-            f"create of {key!r} on {store.url} met a fault each time, so nobody knows whether the store refuses to "
-            "overwrite; try again when it is well",
-            op="create",
-            key=key,
-        )
+        _remove(store, keys)
 
 
-def _is_refused(store: Store, key: str) -> bool:
-    """Tell whether the store itself said that the key is taken; False if a fault kept it from answering."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _End:
+    """How one writer's create ended: it won, or why it did not."""
+
+    content: bytes
+    error: StorageError | None
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether the store itself said that the key is taken."""
+        # After a fault a retrying store reads back, and finds another's object: its own finding, not an answer.
+        if isinstance(self.error, CommitUnknownError):
+            return self.error.is_taken  # who may write and not read cannot see whose object it is
+        return isinstance(self.error, ObjectExistsError) and not isinstance(self.error.__cause__, TransientError)
+
+
+def _race(store: Store, key: str, pool: ThreadPoolExecutor) -> list[_End]:
+    start = threading.Barrier(_WRITERS, timeout=_BARRIER_S)
+
+    def write(number: int) -> _End:
+        # Different bytes, because a retrying store takes an object with the same bytes for its own.
+        content = b"writer %d of %d: cloudckpt asks whether exactly one wins" % (number, _WRITERS)
+        start.wait()
+        try:
+            store.create(key, content)
+        except (ObjectExistsError, *_FAULTS) as exc:
+            return _End(content=content, error=exc)
+        return _End(content=content, error=None)
+
+    # Each in a copy of this context, which says by when all of it must have ended.
+    contexts = [copy_context() for _ in range(_WRITERS)]
+    return list(pool.map(lambda number: contexts[number].run(write, number), range(_WRITERS)))
+
+
+def _is_answered(store: Store, key: str, ends: Sequence[_End]) -> bool:
+    """Tell whether a race shows that creates are exclusive; False if faults spoilt it. Raises if they are not."""
+    winners = [end.content for end in ends if end.error is None]
+    if len(winners) > 1:
+        raise _not_enforced(store, f"{len(winners)} of {len(ends)} writers created the same object")
+    if not winners or not any(end.is_refused for end in ends):
+        return False
     try:
-        store.create(key, b"second: it does not")
-    except ObjectExistsError as exc:
-        # After a fault a retrying store reads back, and finds the first object: its own finding, not an answer.
-        return not is_transient(exc.__cause__) if exc.__cause__ is not None else True
-    raise _not_enforced(store, "it was told to create an object only if the key is free, and overwrote one")
+        is_winners = store.read(key, limit_bytes=KIB) == winners[0]
+    except AccessDeniedError:
+        return True  # who may write and not read has seen one win, and the others refused
+    if not is_winners:
+        raise _not_enforced(store, "one writer created an object, and another one's bytes stand there")
+    return True
 
 
-def _remove(store: Store, key: str) -> None:
+def _undecided(store: Store, key: str, ends: Sequence[_End]) -> StorageError:
+    fault = next((end.error for end in ends if isinstance(end.error, _FAULTS)), None)
+    error = StorageError(
+        f"creates of {key!r} on {store.url} met faults each time, so nobody knows whether the store refuses to "
+        f"overwrite; try again when it is well ({fault or 'every one was refused'})",
+        op="create",
+        key=key,
+    )
+    error.__cause__ = fault
+    return error
+
+
+def _remove(store: Store, keys: Sequence[str]) -> None:
     try:
-        store.delete([key])
+        store.delete(keys)
     except StorageError as exc:
         # A training job may well have no right to delete; a few bytes are left, and no reader looks at them.
-        logger.warning("the probe object %r stays on %s: %s", key, store.url, exc)
+        logger.warning("the probe objects %s stay on %s: %s", ", ".join(keys), store.url, exc)
 
 
 def _not_enforced(store: Store, reason: str) -> CreateNotEnforcedError:

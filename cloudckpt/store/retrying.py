@@ -1,13 +1,15 @@
-"""Turn single requests that may fail into operations that end within a deadline: the only retry layer there is.
+"""Turn single requests that may fail into operations that end by a deadline: the only retry layer there is.
 
-    verb ──▶ request ──▶ done
-               │ transient        ──▶ wait (full jitter) ──▶ request …       until the attempt cap or the deadline
-               │ expired          ──▶ refresh, once      ──▶ request …
-               ╰ definite         ──▶ raised as it is
+    verb ──▶ gate ──▶ request, with a limit of its own ──▶ done
+                         │ throttled        ──▶ longer wait, fewer at once ──▶ gate …    until the deadline
+                         │ transient        ──▶ wait (full jitter)         ──▶ gate …    … or the attempt cap
+                         │ expired          ──▶ refresh, once              ──▶ gate …
+                         ╰ definite         ──▶ raised as it is
     create ──▶ request ──▶ done
                ╰ any failure      ──▶ read back ──▶ ours: done │ other: exists │ absent: again │ else: unknown
 
-Keeps FORMAT invariants 6 and 14. Knows no backend. Any thread may enter; each call has a state of its own.
+A request's limit is a share of what is left, so that another one fits behind it. tenacity keeps the waits and the
+counting. Keeps FORMAT invariants 6 and 14. Knows no backend. Any thread may enter; each call has a state of its own.
 """
 
 from __future__ import annotations
@@ -18,23 +20,32 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Generic, NoReturn, Self, TypeVar
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type
 
+from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import (
+    AccessDeniedError,
     CommitUnknownError,
     CredentialsExpiredError,
     ObjectExistsError,
     ObjectNotFoundError,
+    OptionsError,
     RetryExhaustedError,
     StorageError,
+    ThrottledError,
     TransientError,
     is_transient,
 )
 from cloudckpt.options import KIB, RetryPolicy
 from cloudckpt.store.base import Listing, ObjectInfo, Store, check_key
+from cloudckpt.store.gate import Gate
+from cloudckpt.store.limit import earliest, limited, one_deadline
+from cloudckpt.store.lone import LoneCreation
+from cloudckpt.store.putting import Putting
 from cloudckpt.store.stats import OpStats, Recorder, StoreStats
 
 __all__ = ["RetryingStore"]
@@ -45,16 +56,27 @@ T = TypeVar("T")
 
 # Another writer's object of about our size is told from ours by one read; only a much larger one needs a second look.
 _READ_BACK_EXCESS_BYTES = 64 * KIB
+# S3 takes no more keys in one request.
+_DELETE_LIMIT = 1000
+# Of the time that is left, what a pause may take, so that another request fits behind it.
+_SHARE = 0.5
+# Less is no request: a connection alone takes about as long.
+_LEAST_S = 0.1
+# A request took its whole limit, or so nearly that no other fault can be meant.
+_NEARLY = 0.9
+# How long to stay away from a closed gate: a request takes about as long, and no two threads come together.
+_GATE_PAUSE_S = (0.02, 0.1)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Means:
-    """What all calls of one store share."""
+    """What all calls on one store share, whatever their patience."""
 
     store: Store
-    policy: RetryPolicy
+    sleep: Callable[[float], None]
     clock: Callable[[], float]
     rng: random.Random
+    gate: Gate = field(default_factory=Gate)
     recorder: Recorder = field(default_factory=Recorder)
     refresh_count: int = 0
     refresh_lock: threading.Lock = field(default_factory=threading.Lock)
@@ -68,10 +90,13 @@ class _Means:
 
 
 class RetryingStore:
-    """A store whose verbs try again: each ends by `policy.deadline_s`, after at most `policy.max_attempts` requests.
+    """A store whose verbs try again: each ends by `policy.deadline_s` and by the deadline that the store was given.
+
+    Of the requests of one operation that fail otherwise than by throttling there are at most `policy.max_attempts`.
 
     Attributes:
         inner: the store below, whose verbs make one request each.
+        deadline: by when all that is asked of this store must have ended.
     """
 
     def __init__(
@@ -79,23 +104,34 @@ class RetryingStore:
         store: Store,
         policy: RetryPolicy,
         *,
+        single_writer: bool = False,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
         rng: random.Random | None = None,
     ) -> None:
-        """Wrap `store`, which is closed with this one."""
+        """Wrap `store`, which is closed with this one.
+
+        With `single_writer` the caller promises that nobody else writes there: nothing is asked of the store then but
+        plain puts, and a create is a look, a put and another look.
+        """
         self.inner = store
+        self._single_writer = single_writer
         self.url = store.url
         self.engine = store.engine
+        self.endpoint = store.endpoint
         self.is_create_atomic = store.is_create_atomic
-        self._sleep = sleep
-        self._means = _Means(store=store, policy=policy, clock=clock, rng=rng or random.Random())
+        self.deadline = NEVER
+        self._policy = policy
+        self._means = _Means(store=store, sleep=sleep, clock=clock, rng=rng or random.Random())
         self._is_closed = False
 
-    def within(self, policy: RetryPolicy) -> RetryingStore:
-        """Return this store with another patience; both count together, and this one is to be closed."""
-        other = RetryingStore(self.inner, policy, sleep=self._sleep, clock=self._means.clock, rng=self._means.rng)
-        other._means.recorder = self._means.recorder
+    def within(self, deadline: Deadline) -> RetryingStore:
+        """Return this store with no more time than until `deadline`; both count together, and this one is to be closed.
+
+        The deadline is on this store's clock, `time.monotonic` unless a test gave another one.
+        """
+        other = RetryingStore(self.inner, self._policy, single_writer=self._single_writer)
+        other._means, other.deadline = self._means, self.deadline.earlier(deadline)
         return other
 
     def __repr__(self) -> str:
@@ -111,8 +147,8 @@ class RetryingStore:
 
     def put(self, key: str, buffers: Sequence[memoryview]) -> None:
         check_key(key)
-        size_bytes = sum(buffer.nbytes for buffer in buffers)
-        self._run("put", key, lambda: self.inner.put(key, buffers), lambda _: size_bytes)
+        putting = Putting(self.inner, key, buffers)
+        self._run("put", key, putting.step, lambda _: putting.size_bytes)
 
     def create(self, key: str, data: bytes) -> None:
         """Create the object, or find out that it was created; see `Store.create`.
@@ -124,22 +160,25 @@ class RetryingStore:
             CommitUnknownError: it may have landed, and cannot be read back; nothing was deleted.
             StorageError: it was refused, and nothing landed.
         """
-        creation = _Creation(self.inner, check_key(key), data)
+        kind = LoneCreation if self._single_writer else _Creation
+        creation = kind(self.inner, check_key(key), data)
         try:
             self._run("create", key, creation.step, lambda _: len(data))
         except (ObjectExistsError, CommitUnknownError):
             raise
-        except StorageError as exc:
+        except (StorageError, OptionsError) as exc:  # a file with a token may vanish between two requests
             if not creation.is_unknown:
                 raise
-            raise CommitUnknownError(
+            unknown = CommitUnknownError(
                 f"create of {key!r} on {self.url} may or may not have landed, and reading it back did not tell "
                 f"({exc}); delete nothing, and look at the store once it answers",
                 op="create",
                 key=key,
-                attempts=exc.attempts,
-                elapsed_s=exc.elapsed_s,
-            ) from exc
+                attempts=getattr(exc, "attempts", 0),
+                elapsed_s=getattr(exc, "elapsed_s", 0.0),
+            )
+            unknown.is_taken = creation.is_taken
+            raise unknown from exc
 
     def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
         check_key(key)
@@ -158,13 +197,40 @@ class RetryingStore:
         check_key(key)
         return self._run("head", key, lambda: self.inner.head(key))
 
-    def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
-        return self._run("list", prefix, lambda: self.inner.list(prefix, delimiter=delimiter))
+    def list(self, prefix: str = "", *, delimiter: str = "", mark: str = "") -> Listing:
+        """List all pages from `mark` on; each is tried again by itself, and all end by one deadline."""
+        pages: _Pages = []
+        with one_deadline():
+            while not pages or mark:
+                pages.append(self._run("list", prefix, partial(self._page, prefix, delimiter, mark)))
+                if pages[-1].mark and pages[-1].mark == mark:
+                    raise StorageError(f"listing {prefix!r} in {self.url} goes round in circles", op="list", key=prefix)
+                mark = pages[-1].mark
+        return Listing.of_pages(pages)
+
+    def _page(self, prefix: str, delimiter: str, mark: str) -> Listing:
+        if not mark:
+            return self.inner.list(prefix, delimiter=delimiter)
+        return self.inner.list(prefix, delimiter=delimiter, mark=mark)
 
     def delete(self, keys: Sequence[str]) -> None:
-        if keys:
-            names = [check_key(key) for key in keys]
-            self._run("delete", names[0], lambda: self.inner.delete(names))
+        """Delete any number of objects, in batches that end by one deadline; tried again is what is left of a batch.
+
+        What the store refuses to delete does not keep the others.
+        """
+        names = [check_key(key) for key in keys]
+        refused: StorageError | None = None
+        with one_deadline():
+            for start in range(0, len(names), _DELETE_LIMIT):
+                batch = _Deletion(self.inner, names[start : start + _DELETE_LIMIT])
+                try:
+                    self._run("delete", names[start], batch.step)
+                except StorageError as exc:
+                    if isinstance(exc, RetryExhaustedError) or not exc.left_keys:
+                        raise
+                    refused = refused or exc
+        if refused is not None:
+            raise refused
 
     def refresh(self) -> None:
         self.inner.refresh()
@@ -179,7 +245,9 @@ class RetryingStore:
         return self._means.recorder.snapshot()
 
     def _run(self, op: str, key: str, request: Callable[[], T], size_of: Callable[[T], int] = lambda _: 0) -> T:
-        call = _Call(self._means, op, key, request, size_of)
+        limit = Deadline.after(self._policy.deadline_s, "RetryPolicy.deadline_s", now_s=self._means.clock())
+        deadline = earliest(self.deadline.earlier(limit))
+        call = _Call(self._means, self._policy, deadline, op, key, request, size_of)
         retrying = Retrying(
             retry=retry_if_exception_type(_AgainError),
             stop=call.is_over,
@@ -187,7 +255,7 @@ class RetryingStore:
             before=call.note_state,
             before_sleep=call.note_retry,
             retry_error_callback=call.give_up,
-            sleep=self._sleep,
+            sleep=self._means.sleep,
         )
         try:
             return retrying(call.attempt)
@@ -196,6 +264,10 @@ class RetryingStore:
             raise
         finally:
             call.release()
+
+
+# The store has a verb `list`, so that its methods cannot name the type.
+_Pages = list[Listing]
 
 
 class _AgainError(Exception):
@@ -208,16 +280,30 @@ class _AgainError(Exception):
 
 
 class _Call(Generic[T]):
-    """One operation: its requests so far, its clock, and what may come next."""
+    """One operation: its requests so far, its time, and what may come next."""
 
-    def __init__(self, means: _Means, op: str, key: str, request: Callable[[], T], size_of: Callable[[T], int]) -> None:
+    def __init__(
+        self,
+        means: _Means,
+        policy: RetryPolicy,
+        deadline: Deadline,
+        op: str,
+        key: str,
+        request: Callable[[], T],
+        size_of: Callable[[T], int],
+    ) -> None:
         self._means = means
+        self._policy = policy
+        self._deadline = deadline
         self._op = op
         self._key = key
         self._request = request
         self._size_of = size_of
         self._began_s = means.clock()
         self._requests = 0
+        self._counted = 0
+        self._throttles = 0
+        self._timeouts = 0
         self._waits = 0
         self._pause_s = 0.0
         self._stale_since: int | None = None
@@ -228,13 +314,57 @@ class _Call(Generic[T]):
     def _elapsed_s(self) -> float:
         return self._means.clock() - self._began_s
 
+    @property
+    def _left_s(self) -> float:
+        return self._deadline.left_s(self._means.clock())
+
+    @property
+    def _is_late(self) -> bool:
+        return self._left_s - self._pause_s < _LEAST_S
+
     def attempt(self) -> T:
-        """Make one request."""
+        """Make one request, within its share of the time that is left."""
+        if self._left_s <= 0:
+            raise RetryExhaustedError(
+                f"{self._op} of {self._key!r} on {self._means.store.url} was not tried: the time of "
+                f"{self._deadline.reason} was over before"
+            )
+        ticket, began_s = self._pass_gate(), self._means.clock()
+        cause: StorageError | None = None
+        is_success = False
         try:
-            self._refresh_if_stale()
-            return self._timed_request()
+            left_s = self._left_s
+            still_s = self._policy.limit_s(left_s, timeouts=self._timeouts)
+            with limited(still_s=still_s, total_s=left_s, timeouts=self._timeouts):
+                self._refresh_if_stale()
+                result = self._timed_request()
+            is_success = True
         except TransientError as exc:
+            cause = exc
             raise _AgainError(exc) from exc
+        except _AgainError as exc:
+            cause = exc.cause
+            raise
+        finally:
+            has_timed_out = self._means.clock() - began_s >= _NEARLY * still_s
+            is_slower = cause is not None and self._is_slower(cause, has_timed_out=has_timed_out)
+            self._means.gate.leave(ticket, is_slower=is_slower, is_success=is_success)
+            cause = None  # its stack holds this frame
+        return result
+
+    def _pass_gate(self) -> int:
+        """Wait until this request may be in flight, but no longer than for its share of what is left."""
+        latest_s = self._means.clock() + _SHARE * self._left_s
+        while (ticket := self._means.gate.enter(is_forced=self._means.clock() >= latest_s)) is None:
+            self._means.sleep(self._means.rng.uniform(*_GATE_PAUSE_S))
+        return ticket
+
+    def _is_slower(self, cause: StorageError, *, has_timed_out: bool) -> bool:
+        """Count a failed request, and tell whether fewer should be in flight."""
+        is_throttled = isinstance(cause, ThrottledError)
+        self._timeouts += has_timed_out and not is_throttled
+        self._counted += not is_throttled
+        return has_timed_out or is_throttled
 
     def _refresh_if_stale(self) -> None:
         if self._stale_since is not None:
@@ -260,22 +390,28 @@ class _Call(Generic[T]):
         return result
 
     def wait_s(self, state: RetryCallState) -> float:
-        """Return the pause before the next request: random below a bound that doubles, so that ranks spread out."""
-        if _again(state).at_once:
+        """Return the pause before the next request: random below a bound that doubles, so that ranks spread out.
+
+        It leaves time for another request, also where the store asks for a longer one.
+        """
+        again = _again(state)
+        if again.at_once:
             self._pause_s = 0.0
-        else:
-            policy = self._means.policy
-            # The exponent is capped, since 2.0 ** 1024 is no float.
-            bound_s = min(policy.backoff_max_s, policy.backoff_base_s * 2.0 ** min(self._waits, 64))
-            self._pause_s = self._means.rng.uniform(0.0, bound_s)
-            self._waits += 1
+            return 0.0
+        policy, rng = self._policy, self._means.rng
+        # The exponent is capped, since 2.0 ** 1024 is no float.
+        bound_s = min(policy.backoff_max_s, policy.backoff_base_s * 2.0 ** min(self._waits, 64))
+        pause_s = rng.uniform(0.0, bound_s)
+        if isinstance(again.cause, ThrottledError):
+            pause_s += again.cause.retry_after_s
+        most_s = _SHARE * max(0.0, self._left_s)
+        self._pause_s = pause_s if pause_s <= most_s else rng.uniform(0.0, most_s)
+        self._waits += 1
         return self._pause_s
 
     def is_over(self, state: RetryCallState) -> bool:
-        """Tell whether the requests are used up, or one after the pause could outlast the deadline."""
-        policy = self._means.policy
-        latest_start_s = policy.deadline_s - policy.request_timeout_s
-        return state.attempt_number >= policy.max_attempts or self._elapsed_s + self._pause_s > latest_start_s
+        """Tell whether the attempts are used up, or the time."""
+        return self._counted >= self._policy.max_attempts or self._is_late
 
     def note_retry(self, state: RetryCallState) -> None:
         """Count a retry, and say why it is needed."""
@@ -285,25 +421,28 @@ class _Call(Generic[T]):
         self._means.recorder.add(self._op, OpStats(retries=int(is_fault)))
         logger.log(
             logging.WARNING if is_fault else logging.DEBUG,
-            "%s of %r: request %d of at most %d failed; the next in %.2f s (%s: %s)",
+            "%s of %r: request %d failed, %d of at most %d that count; the next in %.2f s, %.1f s are left (%s: %s)",
             self._op,
             self._key,
             self._requests,
-            self._means.policy.max_attempts,
+            self._counted,
+            self._policy.max_attempts,
             self._pause_s,
+            self._left_s,
             type(cause).__name__,
             str(cause),  # the error itself holds its stack, and that the caller's memory
         )
 
     def give_up(self, state: RetryCallState) -> NoReturn:
-        """End an operation that has used up its requests or its time."""
+        """End an operation that has used up its attempts or its time."""
         last = _again(state).cause
         if not is_transient(last):
             raise last
+        limit = self._deadline.reason if self._is_late else "RetryPolicy.max_attempts"
         raise RetryExhaustedError(
             f"{self._op} of {self._key!r} on {self._means.store.url} failed {self._requests} times in "
-            f"{self._elapsed_s:.1f} s; the last time: {last}. See whether the store can be reached and is well, or "
-            "allow more in RetryPolicy (max_attempts, deadline_s)"
+            f"{self._elapsed_s:.1f} s, the end by {limit}; the last time: {last}. See whether the store can be reached "
+            "and is well, or allow more in RetryPolicy (max_attempts, deadline_s)"
         ) from last
 
     def fill(self, error: StorageError) -> None:
@@ -322,6 +461,22 @@ class _Call(Generic[T]):
             self._state.outcome = None
 
 
+class _Deletion:
+    """One batch of a delete: the keys that may still be there."""
+
+    def __init__(self, store: Store, keys: Sequence[str]) -> None:
+        self._store = store
+        self._keys = keys
+
+    def step(self) -> None:
+        """Make one request for what is left."""
+        try:
+            self._store.delete(self._keys)
+        except StorageError as exc:
+            self._keys = exc.left_keys or self._keys
+            raise
+
+
 class _Creation:
     """One create: whether the next request is the create itself, or a look at what stands there since it failed."""
 
@@ -338,6 +493,11 @@ class _Creation:
         """Whether some request may have landed without our knowing."""
         return self._is_ambiguous or isinstance(self._fault, ObjectExistsError)
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether the store's only answer was that the key is taken."""
+        return not self._is_ambiguous and isinstance(self._fault, ObjectExistsError)
+
     def step(self) -> None:
         """Make the next request; return once the object is known to be ours."""
         if self._fault is None:
@@ -352,7 +512,7 @@ class _Creation:
             raise  # the store has looked itself; or nothing was tried, and a refresh comes first
         except StorageError as exc:
             self._fault = exc
-            self._is_ambiguous = self._is_ambiguous or is_transient(exc)
+            self._is_ambiguous = self._is_ambiguous or (is_transient(exc) and exc.may_have_landed)
             raise _AgainError(exc, at_once=True) from exc
 
     def _look_after(self, fault: StorageError) -> None:
@@ -362,9 +522,14 @@ class _Creation:
             self._fault = self._unreadable = None
             error = self._absent_after(fault)
             raise error from error.__cause__
-        except StorageError:
+        except StorageError as exc:
+            if type(exc) is AccessDeniedError and is_transient(fault):
+                # Without the right to list, S3 denies an absent object, too. Only another create can tell: it finds
+                # the key free, or taken, and then there is something to read.
+                self._fault = self._unreadable = None
+                raise _AgainError(fault) from exc
             # An answer that we cannot place says nothing about the effect; only a refusal that we know does.
-            self._is_ambiguous = self._is_ambiguous or type(fault) is StorageError
+            self._is_ambiguous = self._is_ambiguous or (type(fault) is StorageError and fault.may_have_landed)
             if self.is_unknown:
                 raise
             raise fault from fault.__cause__  # it was refused, so nothing of ours can be there

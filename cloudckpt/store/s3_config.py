@@ -6,16 +6,18 @@ Pure values.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 
-__all__ = ["refuse_policy", "s3_config"]
+__all__ = ["headers_for", "refuse_policy", "s3_config"]
 
 # More than any sensible concurrency, since waiting for a free connection would count against the request's time.
 _CONNECTIONS = 128
 # What the retry policy decides, under the names that botocore gives to it.
 _POLICY = ("retries", "connect_timeout", "read_timeout")
+_TIGRIS = ("tigris.dev", "t3.storage.dev")
 
 
 def refuse_policy(config_kwargs: Mapping[str, object]) -> None:
@@ -25,6 +27,23 @@ def refuse_policy(config_kwargs: Mapping[str, object]) -> None:
         raise OptionsError(
             f"config_kwargs {ours} belong to the retry policy; set them in Options(retry=RetryPolicy(…))"
         )
+
+
+def headers_for(endpoint_url: str) -> dict[str, str]:
+    """Return what a store at this endpoint wants with each request; refuse one that has a better way in.
+
+    Raises:
+        OptionsError: Google Cloud Storage, whose likeness of S3 takes no notice of `If-None-Match`.
+    """
+    host = urlsplit(endpoint_url).hostname or ""
+    if _is_below(host, "storage.googleapis.com"):
+        raise OptionsError("Google Cloud Storage by s3:// ignores create-only writes; use gs:// URLs")
+    # Elsewhere than where an object was written, it would answer with what it held before.
+    return {"X-Tigris-Consistent": "true"} if any(_is_below(host, name) for name in _TIGRIS) else {}
+
+
+def _is_below(host: str, name: str) -> bool:
+    return host == name or host.endswith(f".{name}")
 
 
 def s3_config(config_kwargs: Mapping[str, object], *, retry: RetryPolicy, signed_payload: bool) -> dict[str, object]:
@@ -41,6 +60,6 @@ def s3_config(config_kwargs: Mapping[str, object], *, retry: RetryPolicy, signed
         **config_kwargs,
         "retries": {"mode": "standard", "total_max_attempts": 1},
         "connect_timeout": retry.connect_timeout_s,
-        "read_timeout": retry.request_timeout_s,
+        "read_timeout": None,  # the wire ends what stands still
         "s3": {"payload_signing_enabled": signed_payload, **given},
     }

@@ -1,7 +1,8 @@
 """Carry one verb over the wire: the seam between the remote stores and the libraries below them.
 
-    caller's thread ──▶ OnLoop.run ──▶ fsspec's own event loop ──▶ one request, ended by its time limit
+    caller's thread ──▶ OnLoop.run ──▶ fsspec's own event loop ──▶ one request, ended when it stands still too long
     buffers ──▶ GatherBody ──▶ socket          socket ──▶ fill() ──▶ the caller's memory
+                    ╰──────────── bytes moved ────────────╯
 
 A wire knows names in its bucket and bytes; nothing of roots, keys or our errors: it raises what its library raises
 (`classify` judges that). Keeps FORMAT 14: one request per call and page, no retry. Any thread may enter.
@@ -10,10 +11,15 @@ A wire knows names in its bucket and bytes; nothing of roots, keys or our errors
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import re
+import termios
+import time
+from array import array
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -23,7 +29,9 @@ from aiohttp import payload
 from cloudckpt.errors import OptionsError
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, pieces, place
+from cloudckpt.store.classify import CredentialKind
 from cloudckpt.store.facts import BodyLengthError
+from cloudckpt.store.limit import Limit, limit_now
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -48,6 +56,8 @@ os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 # How much longer than a request the caller waits for the loop, which something else may keep busy.
 _GRACE_S = 5.0
+# How often, while a request may stand still, to look whether it does.
+_LOOKS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +71,10 @@ class Page:
 
 class Wire(Protocol):
     """One bucket (or directory) behind one library. Whatever a method raises is the library's own exception."""
+
+    @property
+    def credential_kind(self) -> CredentialKind:
+        """What requests are signed with, as far as it is known by now."""
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         """Write one object in one request."""
@@ -99,15 +113,78 @@ def own_options(options: Mapping[str, object], refused: Sequence[str]) -> dict[s
     return {name: value for name, value in options.items() if name not in left_out}
 
 
-class OnLoop:
-    """Runs coroutines on fsspec's loop from any other thread, each within a time limit."""
+class _Progress:
+    """How far the bytes of one request are. Belongs to fsspec's loop."""
 
-    def __init__(self, request_timeout_s: float) -> None:
-        self.request_timeout_s = request_timeout_s
+    def __init__(self) -> None:
+        self._moved_bytes = 0
+        self._transport: asyncio.WriteTransport | None = None
+
+    def note(self, size_bytes: int, transport: asyncio.WriteTransport | None = None) -> None:
+        """Note that so many bytes more came, or were handed to a connection that sends them."""
+        self._moved_bytes += size_bytes
+        self._transport = transport or self._transport
+
+    def position(self) -> int:
+        """Return a number that stays the same only as long as nothing moves."""
+        return self._moved_bytes - (_unsent_bytes(self._transport) if self._transport is not None else 0)
+
+
+def _unsent_bytes(transport: asyncio.WriteTransport) -> int:
+    """Return how much of what was handed over has not reached the peer; the kernel alone may hold megabytes of it."""
+    waiting = array("i", [0])
+    with suppress(OSError, AttributeError, ValueError):  # a socket that is closed by now, or a system that cannot tell
+        fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, waiting)
+    return transport.get_write_buffer_size() + waiting[0]
+
+
+_progress: ContextVar[_Progress | None] = ContextVar("cloudckpt_progress", default=None)
+
+
+def _note_bytes(size_bytes: int, transport: asyncio.WriteTransport | None = None) -> None:
+    progress = _progress.get()
+    if progress is not None:
+        progress.note(size_bytes, transport)
+
+
+async def _bounded(request: Coroutine[object, object, T], limit: Limit) -> T:
+    """Return the request's result; cancel it, and raise `TimeoutError`, when it stands still too long or has to end."""
+    progress = _Progress()
+    _progress.set(progress)
+    task = asyncio.ensure_future(request)  # with a copy of this context, and what it starts itself has one, too
+    position, moved_s = 0, time.monotonic()
+    try:
+        while not task.done():
+            left_s = min(moved_s + limit.still_s, limit.stop_s) - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError("its bytes stood still" if time.monotonic() < limit.stop_s else "its time was up")
+            await asyncio.wait({task}, timeout=min(left_s, limit.still_s / _LOOKS))
+            if progress.position() != position:
+                position, moved_s = progress.position(), time.monotonic()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=_GRACE_S)
+            if task.done() and not task.cancelled():
+                task.exception()  # what it says of its cancellation; asyncio would complain that nobody heard it
+    return task.result()
+
+
+class OnLoop:
+    """Runs coroutines on fsspec's loop from any other thread, each within the limit of the caller's request."""
+
+    def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop = fsspec.asyn.get_loop()
 
     def run(self, request: Coroutine[object, object, T]) -> T:
-        """Return the request's result; cancel it, and raise, when its time is up or the caller is interrupted."""
+        """Return the request's result; cancel it, and raise, when it is late or the caller is interrupted."""
+        return self._run(request, limit_now())
+
+    def end(self, closing: Coroutine[object, object, None]) -> None:
+        """Wait for what closes a connection, which must not be left open because a request had no time."""
+        self._run(closing, Limit(still_s=_GRACE_S, stop_s=time.monotonic() + _GRACE_S))
+
+    def _run(self, request: Coroutine[object, object, T], limit: Limit) -> T:
         try:
             on_loop = asyncio.get_running_loop() is self.loop
         except RuntimeError:
@@ -115,10 +192,9 @@ class OnLoop:
         if on_loop:
             request.close()
             raise RuntimeError("called on fsspec's own event loop, where it would wait for itself")
-        bounded = asyncio.wait_for(request, self.request_timeout_s)
-        future = asyncio.run_coroutine_threadsafe(bounded, self.loop)
+        future = asyncio.run_coroutine_threadsafe(_bounded(request, limit), self.loop)
         try:
-            return future.result(self.request_timeout_s + _GRACE_S)
+            return future.result(limit.stop_s - time.monotonic() + _GRACE_S)
         finally:
             future.cancel()  # does nothing to a request that has ended
 
@@ -140,6 +216,7 @@ class GatherBody(payload.Payload):
 
     async def write(self, writer: AbstractStreamWriter) -> None:
         for piece in pieces(self._buffers):
+            _note_bytes(piece.nbytes, getattr(writer, "transport", None))
             await writer.write(piece)
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
@@ -193,6 +270,7 @@ async def fill(memory: memoryview, chunks: AsyncIterator[bytes]) -> None:
     filled = 0
     async for chunk in chunks:
         filled = place(chunk, memory, filled)
+        _note_bytes(len(chunk))
     check_length(filled, memory.nbytes)
 
 
@@ -203,6 +281,7 @@ async def take(chunks: AsyncIterator[bytes], length_bytes: int | None, limit_byt
     async for chunk in chunks:
         check_limit(len(data) + len(chunk), limit_bytes)
         data += chunk
+        _note_bytes(len(chunk))
     if length_bytes is not None:
         check_length(len(data), length_bytes)
     return bytes(data)

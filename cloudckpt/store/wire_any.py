@@ -18,10 +18,10 @@ from typing import Any
 import fsspec.core
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_limit
-from cloudckpt.store.facts import BodyLengthError
+from cloudckpt.store.classify import CredentialKind
+from cloudckpt.store.facts import AbsentError, BodyLengthError, ForbiddenError
 from cloudckpt.store.redact import hide
 from cloudckpt.store.wire import OnLoop, Page
 
@@ -38,9 +38,11 @@ _TIME_FIELDS = ("mtime", "modified", "last_modified", "LastModified", "updated",
 
 
 class AnyWire:
-    """One root of one filesystem."""
+    """One root of one filesystem, whose objects are files: what it calls absent or forbidden is an object."""
 
-    def __init__(self, scheme: str, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy) -> None:
+    credential_kind: CredentialKind = "temporary"
+
+    def __init__(self, scheme: str, bucket: str, options: Mapping[str, object]) -> None:
         url = f"{scheme}://{bucket}/"  # without the slash, file:// is the working directory
         try:
             self._fs, root = fsspec.core.url_to_fs(
@@ -50,7 +52,7 @@ class AnyWire:
             # Not chained: what it says may repeat an option.
             raise OptionsError(f"fsspec cannot open {scheme}:// URLs here: {hide(str(exc))}") from None
         self._root = root.rstrip("/") + "/"
-        self._loop = OnLoop(retry.request_timeout_s) if self._fs.async_impl else None
+        self._loop = OnLoop() if self._fs.async_impl else None
         self._makes_directories = scheme in _WITH_DIRECTORIES
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
@@ -58,7 +60,7 @@ class AnyWire:
 
     def create(self, name: str, data: bytes) -> None:
         with _create_lock:
-            with suppress(FileNotFoundError):
+            with suppress(AbsentError):
                 self.head(name)
                 raise FileExistsError(name)
             self._write(name, data)
@@ -81,7 +83,7 @@ class AnyWire:
     def head(self, name: str) -> ObjectInfo:
         info = self._call("info", self._root + name)
         if info["type"] != "file":
-            raise FileNotFoundError(name)
+            raise AbsentError(name)
         return self._described(info)
 
     def page(self, prefix: str, delimiter: str, mark: str) -> Page:
@@ -90,7 +92,7 @@ class AnyWire:
         self._fs.invalidate_cache()
         try:
             entries = self._entries(directory, delimiter)
-        except (FileNotFoundError, NotADirectoryError):
+        except (AbsentError, NotADirectoryError):
             entries = []
         objects = [self._described(entry) for entry in entries if entry["type"] == "file"]
         directories = [self._name(entry) + "/" for entry in entries if entry["type"] == "directory"]
@@ -105,7 +107,7 @@ class AnyWire:
         for name in names:
             try:
                 self._call("rm_file", self._root + name)
-            except FileNotFoundError:
+            except AbsentError:
                 continue
             except Exception as exc:  # noqa: BLE001 - the others are deleted all the same, and this is handed back
                 failed[name] = exc
@@ -115,15 +117,20 @@ class AnyWire:
         """Do nothing: fsspec's generic filesystems have no close."""
 
     def _call(self, name: str, *positional: object, **named: object) -> Any:  # noqa: ANN401 - untyped below
-        if self._loop is None:
-            return getattr(self._fs, name)(*positional, **named)
-        return self._loop.run(getattr(self._fs, f"_{name}")(*positional, **named))
+        try:
+            if self._loop is None:
+                return getattr(self._fs, name)(*positional, **named)
+            return self._loop.run(getattr(self._fs, f"_{name}")(*positional, **named))
+        except FileNotFoundError as exc:
+            raise _told(exc, AbsentError, positional[0]) from exc
+        except PermissionError as exc:
+            raise _told(exc, ForbiddenError, positional[0]) from exc
 
     def _write(self, name: str, data: bytes) -> None:
         path = self._root + name
         try:
             self._call("pipe_file", path, data)
-        except FileNotFoundError:
+        except AbsentError:
             if not self._makes_directories:
                 raise
             self._call("makedirs", path.rpartition("/")[0], exist_ok=True)
@@ -140,6 +147,12 @@ class AnyWire:
 
     def _described(self, info: Mapping[str, Any]) -> ObjectInfo:
         return ObjectInfo(key=self._name(info), size_bytes=int(info["size"]), modified_s=_modified_s(info))
+
+
+def _told(exc: OSError, kind: type[OSError], path: object) -> OSError:
+    """Return the error as one of an object, unless it names another file, such as one with a key."""
+    named = str(exc.filename or "").strip("/")
+    return kind(*exc.args) if str(path).strip("/").endswith(named) else exc
 
 
 def _modified_s(info: Mapping[str, Any]) -> float:

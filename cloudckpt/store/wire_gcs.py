@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import email
 import json
+import os
 import re
 import secrets
 from asyncio import AbstractEventLoop
@@ -17,6 +18,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -27,9 +29,13 @@ from yarl import URL
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
-from cloudckpt.store.classify import is_absence
+from cloudckpt.store.buffers import check_length
+from cloudckpt.store.classify import CredentialKind, is_absence
+from cloudckpt.store.credentials import GcsCredentials
 from cloudckpt.store.facts import GarbledReplyError, HttpStatusError
+from cloudckpt.store.proof import check_generation, check_object
 from cloudckpt.store.redact import hide
+from cloudckpt.store.terms import PutTerms, checksum_of
 from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
 
 __all__ = ["GcsWire", "gcs_filesystem"]
@@ -45,31 +51,50 @@ _REFUSED = ("asynchronous", "loop", "version_aware", "requests_timeout", "timeou
 _BOUNDARY = f"cloudckpt-{secrets.token_hex(16)}"
 # Enough of an error body to find the reason in it.
 _ERROR_BYTES = 64 * 1024
+_ENDPOINT = re.compile(r"\Ahttps?://[^/\s]+")
+_OWN_HEADER = "X-GUploader-UploadID"
+_OWN_WORDS = b"No such object: "
 
 
 class GcsWire(OnLoop):
     """One bucket behind one session of aiohttp."""
 
-    def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy) -> None:
-        super().__init__(retry.request_timeout_s)
+    def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy, terms: PutTerms) -> None:
+        super().__init__()
         self._fs = gcs_filesystem(own_options(options, _REFUSED), self.loop)
+        self._credentials = GcsCredentials(self._fs.credentials)
         self._objects = f"b/{quote(bucket, safe='')}/o"
-        self._timeout = ClientTimeout(
-            total=None, sock_connect=retry.connect_timeout_s, sock_read=retry.request_timeout_s
-        )
+        self._timeout = ClientTimeout(total=None, sock_connect=retry.connect_timeout_s)
+        self._terms = terms
+
+    @property
+    def credential_kind(self) -> CredentialKind:
+        return "none" if self._fs.credentials.credentials is None else "temporary"
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
         with borrowed(buffers) as lent:
+            if self._terms.create_only or self._terms.checksum:
+                return self._put_in_parts(name, lent, create_only=self._terms.create_only)
             # "media" is the plain upload in one request: a resumable one would be two, and could be left half done.
             url = self._url("upload/storage/v1", self._objects, {"uploadType": "media", "name": name})
-            headers = self._headers({"Content-Type": "application/octet-stream"})
-            self.run(self._json("POST", url, headers, GatherBody(lent)))
+            headers, body = self._headers({"Content-Type": "application/octet-stream"}), GatherBody(lent)
+            return _check_stored(self.run(self._json("POST", url, headers, body)), name, len(body))
 
     def create(self, name: str, data: bytes) -> None:
-        # fake-gcs-server overlooks the precondition of a "media" upload, so that this one is in two parts.
-        url = self._url("upload/storage/v1", self._objects, {"uploadType": "multipart", "ifGenerationMatch": "0"})
+        # fake-gcs-server overlooks the precondition of a "media" upload.
+        self._put_in_parts(name, [memoryview(data)], create_only=True)
+
+    def _put_in_parts(self, name: str, buffers: Sequence[memoryview], *, create_only: bool) -> None:
+        """Upload in one request of two parts: what the object is called, with its checksum, and its bytes."""
+        condition = {"ifGenerationMatch": "0"} if create_only else {}
+        url = self._url("upload/storage/v1", self._objects, {"uploadType": "multipart", **condition})
         headers = self._headers({"Content-Type": f'multipart/related; boundary="{_BOUNDARY}"'})
-        self.run(self._json("POST", url, headers, _two_parts(name, data)))
+        kind = self._terms.checksum
+        resource = {"name": name} if kind is None else {"name": name, kind: checksum_of(kind, buffers)}
+        start, end = (memoryview(part) for part in _around(resource))
+        size_bytes = sum(buffer.nbytes for buffer in buffers)
+        reply = self.run(self._json("POST", url, headers, GatherBody([start, *buffers, end])))
+        _check_stored(reply, name, size_bytes)
 
     def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
         memory = memory_for(start, stop, into)
@@ -82,7 +107,9 @@ class GcsWire(OnLoop):
         return self.run(self._read(name, limit_bytes, self._headers()))
 
     def head(self, name: str) -> ObjectInfo:
-        return _described(self.run(self._json("GET", self._object_url(name), self._headers())))
+        reply = self.run(self._json("GET", self._object_url(name), self._headers()))
+        _check_resource(reply, name)
+        return _described(reply)
 
     def page(self, prefix: str, delimiter: str, mark: str) -> Page:
         asked = {"prefix": prefix, "delimiter": delimiter, "pageToken": mark}
@@ -116,7 +143,7 @@ class GcsWire(OnLoop):
 
     def close(self) -> None:
         if self._fs.session is not None:
-            self.run(self._fs.session.close())
+            self.end(self._fs.session.close())
 
     # ---- requests
 
@@ -130,8 +157,7 @@ class GcsWire(OnLoop):
 
     def _headers(self, headers: Mapping[str, str] | None = None) -> dict[str, str]:
         """Return the headers of a request, authorised; a token that is near its end is renewed here, off the loop."""
-        authorised: dict[str, str] = self._fs._get_headers(headers)  # noqa: SLF001
-        return authorised
+        return self._credentials.authorise(headers or {})
 
     @asynccontextmanager
     async def _reply(
@@ -139,9 +165,11 @@ class GcsWire(OnLoop):
     ) -> AsyncIterator[ClientResponse]:
         session = await self._fs._set_session()  # noqa: SLF001
         session._retry_connection = False  # noqa: SLF001 - aiohttp would repeat a request by itself
-        async with session.request(method, url, headers=headers, timeout=self._timeout, data=data) as reply:
+        async with session.request(
+            method, url, headers=headers, timeout=self._timeout, data=data, allow_redirects=False
+        ) as reply:
             if reply.status >= HTTPStatus.MULTIPLE_CHOICES:
-                raise _status_error(reply.status, await reply.content.read(_ERROR_BYTES))
+                raise _status_error(reply, await reply.content.read(_ERROR_BYTES))
             yield reply
 
     async def _json(
@@ -151,47 +179,75 @@ class GcsWire(OnLoop):
             return _parsed(await reply.read())
 
     async def _get(self, name: str, start: int, stop: int, memory: memoryview, headers: Mapping[str, str]) -> None:
-        url = self._object_url(name, "download/storage/v1", alt="media")
-        async with self._reply("GET", url, headers) as reply:
+        async with self._download(name, headers) as reply:
             length_bytes = reply.content_length if reply.content_length is not None else stop - start
             check_range(reply.headers.get("Content-Range", ""), length_bytes, start, stop)
             await fill(memory, reply.content.iter_any())
 
     async def _read(self, name: str, limit_bytes: int, headers: Mapping[str, str]) -> bytes:
-        url = self._object_url(name, "download/storage/v1", alt="media")
-        async with self._reply("GET", url, headers) as reply:
+        async with self._download(name, headers) as reply:
             return await take(reply.content.iter_any(), reply.content_length, limit_bytes)
 
-    async def _delete_batch(self, names: Sequence[str], headers: Mapping[str, str]) -> Sequence[BaseException | None]:
+    async def _delete_batch(self, names: Sequence[str], headers: Mapping[str, str]) -> list[BaseException | None]:
         url, content_type = self._url("batch/storage", "v1", {}), f'multipart/mixed; boundary="{_BOUNDARY}"'
         calls = [self._object_url(name).raw_path_qs for name in names]
         async with self._reply("POST", url, {**headers, "Content-Type": content_type}, _batch_of(calls)) as reply:
             return _batch_answers(reply.headers.get("Content-Type", ""), await reply.read(), len(names))
 
-    async def _delete_each(self, names: Sequence[str], headers: Mapping[str, str]) -> Sequence[BaseException | None]:
+    @asynccontextmanager
+    async def _download(self, name: str, headers: Mapping[str, str]) -> AsyncIterator[ClientResponse]:
+        url = self._object_url(name, "download/storage/v1", alt="media")
+        try:
+            async with self._reply("GET", url, headers) as reply:
+                _check_object(reply)
+                yield reply
+        except HttpStatusError as exc:
+            if exc.status == HTTPStatus.NOT_FOUND and exc.is_foreign:
+                # Emulators refuse a download in no form that is a store's; asked to describe the object, they have one.
+                about = {header: text for header, text in headers.items() if header != "Range"}
+                await self._json("GET", self._object_url(name), about)
+            raise
+
+    async def _delete_each(self, names: Sequence[str], headers: Mapping[str, str]) -> list[BaseException | None]:
         return await asyncio.gather(*(self._delete(name, headers) for name in names), return_exceptions=True)
 
     async def _delete(self, name: str, headers: Mapping[str, str]) -> None:
-        async with self._reply("DELETE", self._object_url(name), headers):
-            pass
+        async with self._reply("DELETE", self._object_url(name), headers) as reply:
+            # fake-gcs-server says so with 200 and a null.
+            if reply.status != HTTPStatus.NO_CONTENT and (await reply.read()).strip() != b"null":
+                raise GarbledReplyError("the reply does not say that the object was deleted")
 
 
 def gcs_filesystem(options: Mapping[str, object], loop: AbstractEventLoop) -> GCSFileSystem:
     """Let gcsfs read its options and find credentials, which may ask Google's services; it connects to no bucket."""
+    _check_default_credentials(options)
     try:
-        return GCSFileSystem(
+        filesystem = GCSFileSystem(
             **options, asynchronous=True, loop=loop, skip_instance_cache=True, use_listings_cache=False
         )
     except (ValueError, TypeError, KeyError) as exc:
         # Not chained: what it says may repeat a token.
         raise OptionsError(f"gcsfs cannot use these storage_options: {hide(str(exc))}") from None
+    if not _ENDPOINT.match(filesystem._location):  # noqa: SLF001 - also what STORAGE_EMULATOR_HOST says
+        raise OptionsError("endpoint_url (or STORAGE_EMULATOR_HOST) is no URL of a host; write http(s)://host:port")
+    return filesystem
 
 
-def _two_parts(name: str, data: bytes) -> bytes:
-    """Return the body of a multipart upload: what the object is called, and its bytes."""
-    start = f"--{_BOUNDARY}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps({'name': name})}\r\n"
+def _check_default_credentials(options: Mapping[str, object]) -> None:
+    """Refuse a key file that the environment names and that is not there: gcsfs would go on without, anonymously."""
+    path = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
+    if path and options.get("token") in (None, "google_default") and not Path(path).exists():
+        raise OptionsError(
+            f"GOOGLE_APPLICATION_CREDENTIALS names {path!r}, which does not exist; correct it, or give token in "
+            "storage_options"
+        )
+
+
+def _around(resource: Mapping[str, str]) -> tuple[bytes, bytes]:
+    """Return what stands before and behind an object's bytes in the body of a multipart upload."""
+    start = f"--{_BOUNDARY}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps(resource)}\r\n"
     middle = f"--{_BOUNDARY}\r\nContent-Type: application/octet-stream\r\n\r\n"
-    return (start + middle).encode() + data + f"\r\n--{_BOUNDARY}--".encode()
+    return (start + middle).encode(), f"\r\n--{_BOUNDARY}--".encode()
 
 
 def _batch_of(calls: Sequence[str]) -> bytes:
@@ -224,14 +280,34 @@ def _parsed(body: bytes) -> dict[str, Any]:
     return answer
 
 
-def _status_error(status: int, body: bytes) -> HttpStatusError:
+def _check_resource(reply: Mapping[str, Any], name: str) -> None:
+    if reply.get("kind") != "storage#object" or reply.get("name") != name:
+        raise GarbledReplyError("the reply describes no object of that name")
+
+
+def _check_stored(reply: Mapping[str, Any], name: str, size_bytes: int) -> None:
+    _check_resource(reply, name)
+    check_generation(reply.get("generation"))
+    check_length(int(reply.get("size", 0)), size_bytes)
+
+
+def _check_object(reply: ClientResponse) -> None:
+    check_object(reply.headers.get("X-Goog-Generation"), reply.headers.get("Content-Type"))
+
+
+def _status_error(reply: ClientResponse, body: bytes) -> HttpStatusError:
     """Read the reason and the message out of an error body of the JSON API, if it is one."""
     try:
         error = json.loads(body)["error"]
         reasons = error.get("errors") or [{}]
-        return HttpStatusError(status, str(reasons[0].get("reason", "")), str(error.get("message", "")))
+        reason, message = str(reasons[0].get("reason", "")), str(error.get("message", ""))
+        is_own = True
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        return HttpStatusError(status)
+        reason = message = ""
+        # Downloads are refused in a line of plain text, under a header that the store's front end alone writes.
+        is_own = _OWN_HEADER in reply.headers or body.startswith(_OWN_WORDS)
+    retry_after = reply.headers.get("Retry-After", "")
+    return HttpStatusError(reply.status, reason, message, retry_after=retry_after, is_foreign=not is_own)
 
 
 def _described(item: Mapping[str, Any]) -> ObjectInfo:

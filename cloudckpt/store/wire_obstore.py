@@ -2,30 +2,49 @@
 
     buffers ──▶ obstore.put ──▶ socket          socket ──▶ obstore's memory ──▶ a view of it, or the caller's memory
 
-Keeping house goes over fsspec's wire. obstore's listings fail as a whole on one foreign name with an empty segment
+Keeping house goes over fsspec's wire. obstore shows no headers, and a HEAD has no body, so that nothing would tell what
+its refusal means; obstore's listings fail as a whole on one foreign name with an empty segment
 (`a//b`), cannot tell a marker of a directory from an empty object, and match whole segments only; its bulk delete
-names one of the objects that it left. One request per call; the time limit of a request, its body included, is
-obstore's own. Any thread may enter.
+names one of the objects that it left. So does a request that has less time than usual, or that took too long before:
+a client of obstore's has one time limit for all requests, their bodies included, and does not show how far they are,
+so that a put which moves slowly cannot be told from one that stands still. One request per call. Any thread may enter.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import obstore
+from obstore.exceptions import BaseError
 
 from cloudckpt.options import MIB
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, joined, place
+from cloudckpt.store.classify import CredentialKind
+from cloudckpt.store.facts import HttpStatusError, before_sending, is_bare_redirect
+from cloudckpt.store.limit import Errand, limit_now
 from cloudckpt.store.obstore_s3 import ObstoreClient
+from cloudckpt.store.proof import check_created, check_generation, check_object, check_stored
 from cloudckpt.store.wire import Page, Wire
 
 __all__ = ["ObstoreWire", "is_lost_to_a_fork"]
 
+T = TypeVar("T")
+
+# A request that begins a moment after its operation has a little less than the usual time.
+_NEARLY = 0.9
+# How long a link is taken to be slow that has shown it.
+_SLOW_S = 600.0
 # A chunk is copied once more, into the caller's memory; 64 KiB to 4 MiB cost the same CPU time on loopback.
 _CHUNK_BYTES = MIB
+
+logger = logging.getLogger(__name__)
 
 _runtime_pid: int | None = None
 
@@ -38,25 +57,45 @@ def is_lost_to_a_fork() -> bool:
     return _runtime_pid not in (None, os.getpid())
 
 
-class ObstoreWire:
-    """One bucket behind one client of obstore."""
+@runtime_checkable
+class HasRegion(Protocol):
+    """A wire that can say where its bucket is."""
 
-    def __init__(self, client: ObstoreClient, make_keeper: Callable[[], Wire]) -> None:
+    def region(self) -> str:
+        """Return the region, or ""."""
+
+
+class _Direct:
+    """One bucket behind one client of obstore: what moves bytes."""
+
+    def __init__(self, client: ObstoreClient, *, create_only: bool) -> None:
         self._client = client
-        self._make_keeper = make_keeper
-        self._kept: Wire | None = None
-        self._lock = threading.Lock()
+        self._put_mode: Literal["create", "overwrite"] = "create" if create_only else "overwrite"
 
     def put(self, name: str, buffers: Sequence[memoryview]) -> None:
-        obstore.put(
-            self._store(), name, iter(list(joined(buffers))), use_multipart=False, attributes=self._attributes()
+        reply = obstore.put(
+            *(self._store(), name, iter(list(joined(buffers)))),
+            mode=self._put_mode,
+            use_multipart=False,
+            attributes=self._attributes(),
         )
+        if self._client.has_generations:
+            check_generation(reply["version"])
+        else:
+            size_bytes = sum(buffer.nbytes for buffer in buffers)
+            check_stored(reply["e_tag"], size_bytes, lambda: self._described(name))
 
     def create(self, name: str, data: bytes) -> None:
-        obstore.put(self._store(), name, data, mode="create", use_multipart=False, attributes=self._attributes())
+        reply = obstore.put(
+            self._store(), name, data, mode="create", use_multipart=False, attributes=self._attributes()
+        )
+        if self._client.has_generations:
+            check_generation(reply["version"])
+        else:
+            check_created(reply["e_tag"], data, lambda: self.read(name, len(data)))
 
     def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
-        reply = obstore.get(self._store(), name, options={"range": (start, stop)})
+        reply = self._asked(name, {"range": (start, stop)})
         check_end(reply.meta["size"], start, stop)
         if into is None:
             data = memoryview(reply.bytes())
@@ -69,15 +108,69 @@ class ObstoreWire:
         return into
 
     def read(self, name: str, limit_bytes: int) -> bytes:
-        reply = obstore.get(self._store(), name)
+        reply = self._asked(name, {})
         check_limit(reply.meta["size"], limit_bytes)
         data = bytes(reply.bytes())
         check_length(len(data), reply.meta["size"])
         return data
 
+    def _asked(self, name: str, options: obstore.GetOptions) -> obstore.GetResult:
+        reply = obstore.get(self._store(), name, options=options)
+        proof = reply.meta["version" if self._client.has_generations else "e_tag"]
+        check_object(proof, reply.attributes.get("Content-Type"))
+        return reply
+
+    def _described(self, name: str) -> tuple[str | None, int]:
+        found = self._asked(name, {"head": True}).meta
+        return found["e_tag"], found["size"]
+
+    def _store(self) -> obstore.store.ObjectStore:
+        global _runtime_pid  # noqa: PLW0603 - obstore's threads are one set per process, too
+        if self._client.credentials is not None:
+            with before_sending():
+                self._client.credentials.ensure()
+        _runtime_pid = os.getpid()
+        return self._client.store
+
+    def _attributes(self) -> dict[str, str] | None:
+        return dict(self._client.attributes) or None
+
+
+class ObstoreWire:
+    """One bucket behind obstore, and behind fsspec's wire for what obstore cannot do, or not in time."""
+
+    def __init__(self, client: ObstoreClient, make_keeper: Callable[[], Wire], *, create_only: bool = False) -> None:
+        self._direct = _Direct(client, create_only=create_only)
+        self._credentials = client.credentials
+        self._limit_s = client.limit_s
+        self._make_keeper = make_keeper
+        self._making: Errand[Wire] = Errand()
+        self._kept: Wire | None = None
+        self._slow_until_s = 0.0
+        self._lock = threading.Lock()
+
+    @property
+    def credential_kind(self) -> CredentialKind:
+        if self._credentials is None:
+            return "none"
+        with self._lock:
+            keeper = self._kept
+        return self._credentials.kind or ("temporary" if keeper is None else keeper.credential_kind)
+
+    def put(self, name: str, buffers: Sequence[memoryview]) -> None:
+        self._move(lambda wire: wire.put(name, buffers))
+
+    def create(self, name: str, data: bytes) -> None:
+        self._move(lambda wire: wire.create(name, data))
+
+    def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
+        return self._move(lambda wire: wire.get(name, start, stop, into))
+
+    def read(self, name: str, limit_bytes: int) -> bytes:
+        return self._move(lambda wire: wire.read(name, limit_bytes))
+
     def head(self, name: str) -> ObjectInfo:
-        found = obstore.head(self._store(), name)
-        return ObjectInfo(key=name, size_bytes=found["size"], modified_s=found["last_modified"].timestamp())
+        return self._keeper().head(name)
 
     def page(self, prefix: str, delimiter: str, mark: str) -> Page:
         return self._keeper().page(prefix, delimiter, mark)
@@ -91,18 +184,44 @@ class ObstoreWire:
         if keeper is not None:
             keeper.close()
 
+    def _move(self, call: Callable[[Wire | _Direct], T]) -> T:
+        limit, began_s = limit_now(), time.monotonic()
+        is_usual = not limit.timeouts and limit.still_s >= _NEARLY * self._limit_s
+        if is_usual and began_s >= self._slow_until_s:
+            with self._told_region():
+                return call(self._direct)
+        result = call(self._keeper())
+        if time.monotonic() - began_s > self._limit_s:
+            # It went well, and obstore would have ended it: so would it the next ones on such a link.
+            self._slow_until_s = time.monotonic() + _SLOW_S
+        return result
+
     def _keeper(self) -> Wire:
         with self._lock:
-            if self._kept is None:
-                self._kept = self._make_keeper()
+            if self._kept is not None:
+                return self._kept
+        made = self._making.run(self._make_keeper)
+        with self._lock:
+            self._kept = self._kept or made
             return self._kept
 
-    def _store(self) -> obstore.store.ObjectStore:
-        global _runtime_pid  # noqa: PLW0603 - obstore's threads are one set per process, too
-        if self._client.credentials is not None:
-            self._client.credentials.ensure()
-        _runtime_pid = os.getpid()
-        return self._client.store
+    @contextmanager
+    def _told_region(self) -> Iterator[None]:
+        """Have the region looked up where the store says no more than "elsewhere": obstore shows no headers."""
+        try:
+            yield
+        except BaseError as exc:
+            region = self._keeper_region() if is_bare_redirect(exc) else None
+            if region is None:
+                raise
+            raise HttpStatusError(301, "PermanentRedirect", region=region) from exc
 
-    def _attributes(self) -> dict[str, str] | None:
-        return dict(self._client.attributes) or None
+    def _keeper_region(self) -> str | None:
+        keeper = self._keeper()
+        if not isinstance(keeper, HasRegion):
+            return None
+        try:
+            return keeper.region()
+        except Exception as exc:  # noqa: BLE001 - it was only to say more of the first failure
+            logger.debug("the bucket's region cannot be asked for: %s", type(exc).__name__)
+            return None

@@ -1,6 +1,6 @@
 """Serve the store's verbs over a wire: keys to names, ranges checked, every failure one of our errors.
 
-    verb ──▶ ask (our errors) ──▶ lease ──▶ wire (fsspec's or obstore's)
+    verb ──▶ ask (our errors, a limit) ──▶ lease ──▶ wire (fsspec's or obstore's)
 
 Owns the wire's life: it is connected at the first verb, replaced by `refresh`, and closed by its last user. Knows
 keys and bytes. Keeps FORMAT 14 and 16. Any thread may enter, and so may a forked child: it gets a wire of its own.
@@ -10,26 +10,35 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NoReturn, TypeVar
 
-from cloudckpt.errors import OptionsError, StorageError
+from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import Listing, ObjectInfo, check_delimiter
 from cloudckpt.store.buffers import check_destination, flat
-from cloudckpt.store.classify import ask, deletion_error
-from cloudckpt.store.location import parse_location
+from cloudckpt.store.classify import CredentialKind, ask, deletion_error
+from cloudckpt.store.credentials import check_texts
+from cloudckpt.store.facts import before_sending
+from cloudckpt.store.limit import Errand, is_limited, limited
+from cloudckpt.store.location import named_endpoint, parse_location
 from cloudckpt.store.redact import hide_in_logs, remember_secrets
-from cloudckpt.store.wire import Page, Wire
+from cloudckpt.store.terms import PutTerms
+from cloudckpt.store.wire import Wire
 
 __all__ = ["WiredStore"]
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+# Where the options travel in headers and URLs; those of other filesystems may hold keys of several lines.
+_SENT_IN_HEADERS = frozenset({"s3", "gs"})
 
 # A forked child must not close, not even by collecting garbage, what its parent still uses.
 _inherited: list[object] = []
@@ -61,27 +70,34 @@ class WiredStore(ABC):
         *,
         storage_options: Mapping[str, object] | None = None,
         retry: RetryPolicy | None = None,
-        signed_payload: bool = False,
+        terms: PutTerms | None = None,
     ) -> None:
         """Check the options, which are fsspec's; nothing is connected before the first verb.
 
-        Everything after the scheme of `url` is taken literally. `retry` gives the time limits of a request; repeating
-        one is not done here.
+        Everything after the scheme of `url` is taken literally. `retry` gives the time limits of a connection, and of a
+        request to which no retry layer gives one; repeating one is not done here.
         """
         self._location = parse_location(url)
         self._options = dict(storage_options or {})
         self._retry = retry or RetryPolicy()
-        self._signed_payload = signed_payload
+        self._terms = terms or PutTerms()
         self._lock = threading.Lock()
+        self._connecting: Errand[Wire] = Errand()
         self._lease: _Lease | None = None
         self._is_closed = False
         self._pid = os.getpid()
         remember_secrets(self._options)
+        if self._location.scheme in _SENT_IN_HEADERS:
+            check_texts(self._options)
         self._check_options()
 
     @property
     def url(self) -> str:
         return self._location.url
+
+    @property
+    def endpoint(self) -> str:
+        return named_endpoint(self._location.scheme, self._options)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.url!r})"
@@ -91,7 +107,9 @@ class WiredStore(ABC):
 
     def put(self, key: str, buffers: Sequence[memoryview]) -> None:
         name, full = self._location.path(key), flat(buffers)
-        self._ask("put", key, lambda wire: wire.put(name, full))
+        # Told to create only, a put may be refused as creates are.
+        op = "create" if self._terms.create_only else "put"
+        self._ask(op, key, lambda wire: wire.put(name, full))
 
     def create(self, key: str, data: bytes) -> None:
         name = self._location.path(key)
@@ -112,20 +130,11 @@ class WiredStore(ABC):
         found = self._ask("head", key, lambda wire: wire.head(name))
         return ObjectInfo(key=key, size_bytes=found.size_bytes, modified_s=found.modified_s)
 
-    def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
+    def list(self, prefix: str = "", *, delimiter: str = "", mark: str = "") -> Listing:
         check_delimiter(delimiter)
-        pages = [self._page(prefix, delimiter, "")]
-        while mark := pages[-1].mark:
-            pages.append(self._page(prefix, delimiter, mark))
-            if pages[-1].mark == mark:
-                raise StorageError(f"listing {prefix!r} in {self.url} goes round in circles", op="list", key=prefix)
-        return self._location.listing(
-            [info for page in pages for info in page.objects], [name for page in pages for name in page.prefixes]
-        )
-
-    def _page(self, prefix: str, delimiter: str, mark: str) -> Page:
         start = self._location.path_prefix(prefix)
-        return self._ask("list", prefix, lambda wire: wire.page(start, delimiter, mark))
+        page = self._ask("list", prefix, lambda wire: wire.page(start, delimiter, mark))
+        return replace(self._location.listing(page.objects, page.prefixes), mark=page.mark)
 
     def delete(self, keys: Sequence[str]) -> None:
         names = {self._location.path(key): key for key in keys}
@@ -134,7 +143,10 @@ class WiredStore(ABC):
         failed = self._ask("delete", keys[0], lambda wire: wire.delete(list(names)))
         if failed:
             raise deletion_error(
-                {names.get(name, name): cause for name, cause in failed.items()}, asked=len(names), url=self.url
+                {names.get(name, name): cause for name, cause in failed.items()},
+                asked=len(names),
+                url=self.url,
+                outer=sys.exception(),
             )
 
     def refresh(self) -> None:
@@ -158,7 +170,14 @@ class WiredStore(ABC):
             with self._leased() as wire:
                 return call(wire)
 
-        return ask(once, op=op, key=key, url=self.url)
+        if is_limited():
+            return ask(once, op=op, key=key, url=self.url, credentials=self._credential_kind)
+        with limited(still_s=self._retry.request_timeout_s, total_s=self._retry.deadline_s):
+            return ask(once, op=op, key=key, url=self.url, credentials=self._credential_kind)
+
+    def _credential_kind(self) -> CredentialKind:
+        with self._lock:
+            return "temporary" if self._lease is None else self._lease.wire.credential_kind
 
     @contextmanager
     def _leased(self) -> Iterator[Wire]:
@@ -177,9 +196,16 @@ class WiredStore(ABC):
             raise OptionsError(f"the store of {self.url} is closed; open another")
         self._notice_fork()
         with self._lock:
+            if self._lease is not None:
+                self._lease.users += 1
+                return self._lease
+        # Not under the lock: some libraries ask for credentials now, and others wait for theirs to end a request.
+        with before_sending():
+            wire = self._connecting.run(self._connect)
+        hide_in_logs()
+        with self._lock:
             if self._lease is None:
-                self._lease = _Lease(self._connect())
-                hide_in_logs()
+                self._lease = _Lease(wire)
             self._lease.users += 1
             return self._lease
 
@@ -188,6 +214,7 @@ class WiredStore(ABC):
         if self._pid != os.getpid():
             _inherited.append(self._lease)
             self._lease, self._lock, self._pid = None, threading.Lock(), os.getpid()
+            self._connecting = Errand()
 
     @abstractmethod
     def _connect(self) -> Wire:

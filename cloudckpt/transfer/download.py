@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from cloudckpt.errors import ChecksumError, MissingShardError, ObjectNotFoundError, StorageError
+from cloudckpt.errors import BucketNotFoundError, ChecksumError, MissingShardError, ObjectNotFoundError, StorageError
 from cloudckpt.format import Span, verify_blocks
-from cloudckpt.store import Store
+from cloudckpt.store import Store, one_deadline
 from cloudckpt.transfer.pool import Budget, Watch, Work, run_all
 
 __all__ = ["Fetch", "ShardSource", "download"]
@@ -99,7 +99,9 @@ def download(
 
     def fetch(job: Fetch) -> None:
         try:
-            job.consume(_verified(store, job, buffer))
+            with one_deadline():
+                data = _verified(store, job, buffer)
+            job.consume(data)
         finally:
             budget.free(job.cost_bytes)
 
@@ -136,6 +138,8 @@ def _get(store: Store, shard: ShardSource, span: Span, buffer: _ReadBuffer) -> m
     try:
         into = buffer.take(span.stop - span.start)
         data = store.get(shard.key, start=span.start, stop=span.stop, into=into)
+    except BucketNotFoundError:
+        raise  # no older step is there, either
     except ObjectNotFoundError as exc:
         raise MissingShardError(
             f"shard {shard.key}, which the index names, is not on the store; restore an older step", key=shard.key

@@ -122,9 +122,13 @@ class Slabs:
 
     First touches of fresh pages cost ten times the copy into them (0.2 to 0.5 GB/s on a virtual machine), so memory
     is kept from save to save and can be touched ahead of time.
+
+    Attributes:
+        is_short: whether whoever stages has told that a state does not fit at once; not read here.
     """
 
     def __init__(self) -> None:
+        self.is_short = False
         self._idle: list[Slab] = []
         self._held_bytes = 0
         self._lock = threading.Lock()

@@ -117,7 +117,8 @@ def run_all(work: Sequence[Work[_Result]], *, concurrency: int, budget: Budget, 
     """Call everything in `work`, each once its cost was admitted; return the results in order.
 
     On the first fault, or an interrupt of the calling thread, nothing more begins; what is under way is waited for,
-    and the fault is raised. What takes longer than `watch.deadline_s` is left to itself: `StalledError` names it.
+    and the fault is raised. What takes longer than `watch.deadline_s` is left to itself: `StalledError` names it,
+    unless something else has failed before.
     """
     if watch.gauge is not None:
         watch.gauge.begin(sum(item.size_bytes for item in work))
@@ -224,7 +225,12 @@ class _Pool:
             threads = self._stop_threads()
             for thread in threads:
                 while thread.is_alive():
-                    self.look()
+                    try:
+                        self.look()
+                    except StalledError:
+                        if not self.faults:
+                            raise
+                        return  # what failed first may well be why this one stands still, and says more
                     thread.join(timeout=_LOOK_S)
 
     def _stop_threads(self) -> list[threading.Thread]:

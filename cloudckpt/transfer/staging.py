@@ -40,8 +40,19 @@ class StageClosedError(CloudCkptError):
 class Stage:
     """The copies of one save's shards: made in order by one thread, put and given back by others."""
 
-    def __init__(self, slabs: Slabs, sizes_bytes: Sequence[int], *, limit_bytes: int, is_pinned: bool = False) -> None:
-        """Stage shards of these sizes; at most `limit_bytes` at once, or one shard, if that is more."""
+    def __init__(
+        self,
+        slabs: Slabs,
+        sizes_bytes: Sequence[int],
+        *,
+        limit_bytes: int,
+        is_pinned: bool = False,
+        is_kept: bool = False,
+    ) -> None:
+        """Stage shards of these sizes; at most `limit_bytes` at once, or one shard, if that is more.
+
+        With `is_kept` a shard that was released stays, if all have room at once, so that it can be opened once more.
+        """
         slabs.stop_touching()
         self._slabs = slabs
         self._sizes_bytes = list(sizes_bytes)
@@ -49,6 +60,8 @@ class Stage:
         self._is_pinned = is_pinned
         # What is left when all shards lie side by side; negative if they cannot.
         self._spare_bytes = limit_bytes - sum(sizes_bytes)
+        self._is_kept = is_kept and self._spare_bytes >= 0
+        self._is_whole = True
         self._lent: dict[int, Slab] = {}
         self._charged: dict[int, int] = {}
         self._staged: set[int] = set()
@@ -161,18 +174,28 @@ class Stage:
             self._changed.wait_for(lambda: number in self._staged or self._error is not None)
             if number not in self._staged:
                 raise CloudCkptError(f"the state could not be staged: {self._error!r}") from self._error
-            self._staged.remove(number)
+            if not self._is_kept:
+                self._staged.remove(number)
             self._opened.add(number)
             return self._memory(number)
 
     def release(self, number: int) -> None:
-        """Give the memory of a shard back, which was put or never will be."""
+        """Give the memory of a shard back, which was put or never will be; one that is kept goes with `close`."""
         with self._changed:
+            if self._is_kept and not self._is_closed and number in self._opened:
+                self._opened.remove(number)
+                return
+            self._is_whole = False
             slab = self._lent.pop(number, None)
             if slab is not None:
                 self._used_bytes -= self._charged.pop(number)
                 self._slabs.give(slab)
             self._changed.notify_all()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every shard is staged or will be: none was given back."""
+        return self._is_whole
 
     def close(self) -> None:
         """End staging, if it goes on, and give back what nobody has opened. A shard that is being put stays lent."""
@@ -182,7 +205,7 @@ class Stage:
             if self._error is None:
                 self._error = StageClosedError("the upload has ended")
             self._changed.notify_all()
-            unopened, self._staged = self._staged, set()
+            unopened, self._staged = self._staged - self._opened, set()
         for number in unopened:
             self.release(number)
 

@@ -104,6 +104,7 @@ def test_a_checkpoint_with_one_wrong_value_is_no_number(part: str, monkeypatch: 
         measured_here(monkeypatch, _Forgetful, part)
 
 
+@pytest.mark.slow
 def test_the_dcp_peer_writes_to_the_sink_and_its_saves_are_counted(sink: SinkClient) -> None:
     options = {"key": "any", "secret": "any", "endpoint_url": sink.endpoint_url}
     options |= {"client_kwargs": {"region_name": "us-east-1"}}

@@ -321,6 +321,7 @@ def counted(results: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[int, i
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_quick_benchmark_measures_each_chosen_peer_once(tmp_path: Path) -> None:
     found = run_benchmark(tmp_path, "--targets", "s3sink", "--peers", "cloudckpt-obstore")

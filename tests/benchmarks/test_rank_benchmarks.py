@@ -72,6 +72,7 @@ def test_one_flipped_bit_and_a_blank_tensor_are_differences() -> None:
     assert _differences(state, shapes, "ddp") == ["wte.weight", "ln_f.bias"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_ranks_leave_the_whole_state_in_the_sink_once_and_load_it_back(sink: SinkClient) -> None:
     url, options, shapes = "s3://bench/place", options_of(sink), shapes_of(SIZE)

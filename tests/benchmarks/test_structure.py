@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from benchmarks import structure
-from benchmarks.one_process.structures import SHAPES, Found, exponent, measure_structure, ratio
+from benchmarks.one_process.structures import (
+    SHAPES,
+    Found,
+    _contents,
+    _objects,
+    exponent,
+    measure_structure,
+    ratio,
+)
 
 
 def _parameters(state: dict[str, Any]) -> set[int]:
@@ -36,6 +44,15 @@ def test_each_optimizer_and_each_group_of_its_shape_has_one_parameter() -> None:
     assert all(
         sorted(optimizer.state_dict()["state"][0]) == ["exp_avg", "exp_avg_sq", "step"] for optimizer in optimizers
     )
+
+
+def test_the_flat_dict_has_all_tensors_and_the_values_of_each_object_as_one() -> None:
+    state = SHAPES["an optimizer per parameter"](2)
+    found = dict(_contents([each.state_dict() for each in _objects(state)]))
+    tensors = [name for name, leaf in found.items() if isinstance(leaf, torch.Tensor)]
+    assert len(tensors) == 2 + 2 * 3
+    assert [name for name in found if name not in tensors] == ["/1/param_groups", "/2/param_groups"]
+    assert found["/1/param_groups"] == state["optimizers"][0].state_dict()["param_groups"]
 
 
 def _found(save_s: float) -> Found:

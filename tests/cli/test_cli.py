@@ -240,3 +240,21 @@ def test_without_a_command_the_help_is_shown() -> None:
     result = run()
     assert "ls" in result.output
     assert "show" in result.output
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["ls", "--json"], ["show"], ["show", "--json"]], ids=" ".join)
+def test_an_answer_that_nobody_can_take_ends_with_one_line(root: Path, arguments: list[str]) -> None:
+    command = [sys.executable, "-c", "from cloudckpt.cli import app; app()", arguments[0], str(root), *arguments[1:]]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "cloudckpt: the answer could not be written: No space left on device\n"
+
+
+def test_storage_options_of_the_environment_are_those_of_the_library(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLOUDCKPT_STORAGE_OPTIONS", '{"key": "k"}')
+    assert run("ls", root).exit_code == 0, "a disk has none"
+    monkeypatch.setenv("CLOUDCKPT_STORAGE_OPTIONS", "canary")
+    check_fails(run("ls", "s3://bucket/x"), 1, "CLOUDCKPT_STORAGE_OPTIONS in the environment is no JSON object")

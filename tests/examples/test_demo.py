@@ -14,8 +14,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
+import demo
+import fsdp_demo
 import pytest
 import runs
 import torch
@@ -508,6 +511,19 @@ def test_batches_go_on_from_the_state_of_their_sampler(used: int) -> None:
 def test_a_line_that_is_no_event_is_refused() -> None:
     with pytest.raises(ValueError, match="event"):
         read_event(b'{"event": "boom"}')
+
+
+@pytest.mark.parametrize("demo", [demo, fsdp_demo], ids=["demo", "fsdp_demo"])
+def test_ctrl_c_ends_a_demo_with_a_line_and_no_traceback(
+    demo: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "show", interrupted)
+
+    assert demo.main(["--url", str(tmp_path), "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "The demo was interrupted.\n"
 
 
 @pytest.mark.slow

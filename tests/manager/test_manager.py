@@ -143,7 +143,7 @@ def test_shards_of_a_pruned_checkpoint_stay_until_the_grace_time_has_passed(tmp_
         assert "step-0000000001-e0001/manifest.json" not in objects_at(tmp_path)
         now_s[0] = 61.0
         save_steps(manager, 3)
-        manager._saves._pruner.settle()
+        manager._saves.homes[0].pruner.settle()
         assert not any(name.startswith("step-0000000001-e0001/") for name in objects_at(tmp_path))
 
 
@@ -280,7 +280,7 @@ def test_a_step_without_a_key_is_refused(tmp_path: Path, step: int) -> None:
 
 def test_should_save_asks_at_every_interval_and_never_without_one(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path, save_every_steps=5) as manager:
-        assert [step for step in range(20) if manager.should_save(step)] == [4, 9, 14, 19]
+        assert [step for step in range(20) if manager.should_save(step)] == [5, 10, 15]
     with CheckpointManager(tmp_path) as manager:
         assert not any(manager.should_save(step) for step in range(20))
 
@@ -360,7 +360,7 @@ def test_sweep_removes_what_a_killed_job_left_and_nothing_else(tmp_path: Path) -
 def test_a_zombie_cannot_commit_what_a_sweep_has_voided(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as manager:
         save_steps(manager, 1)
-        catalog = manager._catalog
+        catalog = manager._saves.roots.catalogs[0]
         manifest = catalog.all()[0].manifest
         assert catalog.void("step-0000000009-e0001/")
         late = msgspec.structs.replace(manifest, step=9)
@@ -433,7 +433,7 @@ def test_a_step_may_be_saved_again_after_going_back_before_it(tmp_path: Path) ->
 @pytest.mark.parametrize("step", [np.int64(7), torch.tensor(7), np.uint8(7)], ids=["numpy", "torch", "numpy small"])
 @pytest.mark.parametrize("how", ["save", "async_save"])
 def test_a_whole_number_of_numpy_or_torch_is_a_step(tmp_path: Path, how: str, step: int) -> None:
-    with CheckpointManager(tmp_path, save_every_steps=8) as manager:
+    with CheckpointManager(tmp_path, save_every_steps=7) as manager:
         assert manager.should_save(step)
         getattr(manager, how)(step, state_of(7))
         manager.wait()
@@ -495,3 +495,51 @@ def test_one_damaged_answer_is_no_reason_to_go_back_to_an_older_step(tmp_path: P
         restored = other.restore({"w": torch.zeros(100), "config": {}})
     assert restored is not None
     assert (restored.step, len(damaged)) == (2, 1)
+
+
+class Deaf(logging.Handler):
+    """A handler of the log that raises."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise RuntimeError("no room for logs")
+
+
+class Gone:
+    """A stream that nobody reads."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+    def isatty(self) -> bool:
+        raise OSError
+
+
+@pytest.mark.parametrize("how", ["save", "async_save"])
+def test_nothing_makes_a_save_raise_once_it_is_committed_and_the_report_says_what_went_wrong(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> object:
+        raise KeyError("loss")
+
+    log, deaf = logging.getLogger("cloudckpt.report"), Deaf()
+    level = log.level
+    log.addHandler(deaf)
+    log.setLevel(logging.DEBUG)
+    monkeypatch.setattr("sys.stderr", Gone())
+    try:
+        with CheckpointManager(tmp_path, retention=broken, progress="bar") as manager:
+            for step in (1, 2):
+                made = getattr(manager, how)(step, state_of(step))
+                manager.wait()
+                found = made if how == "save" else made.result()
+                assert found == manager.latest()
+            report = manager.report()
+    finally:
+        log.removeHandler(deaf)
+        log.setLevel(level)
+    assert "step 2 is saved, but pruning failed and is left to the next save: KeyError('loss')" in report.troubles
+    assert any("step 2 is saved, but that could not be told" in trouble for trouble in report.troubles)
+    assert "trouble   step 2 is saved, but pruning failed" in str(report)

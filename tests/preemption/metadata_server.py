@@ -1,14 +1,16 @@
-"""The metadata servers of EC2 and GCE on loopback, as strict as the real ones, and as broken as a test wants them.
+"""The metadata servers of EC2, GCE and Azure on loopback, as strict as the real ones, and as broken as tests want.
 
     with metadata_server() as server:
         server.answers["/latest/meta-data/spot/instance-action"] = notice(...)
 
-EC2's paths ask for a token that was fetched by PUT and has not expired; GCE's for the header `Metadata-Flavor`. A path
-without a scripted answer says what an instance says of which nobody wants anything.
+EC2's paths ask for a token that was fetched by PUT and has not expired; GCE's for the header `Metadata-Flavor`, and
+hold a question back that waits for a change; Azure's for the header `Metadata` and a version. A path without a scripted
+answer says what an instance says of which nobody wants anything.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
 import threading
@@ -17,13 +19,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qsl, urlsplit
 
 TOKEN = "/latest/api/token"
 ACTION = "/latest/meta-data/spot/instance-action"
 REBALANCE = "/latest/meta-data/events/recommendations/rebalance"
+LIFECYCLE = "/latest/meta-data/autoscaling/target-lifecycle-state"
 PREEMPTED = "/computeMetadata/v1/instance/preempted"
 MAINTENANCE = "/computeMetadata/v1/instance/maintenance-event"
+EVENTS = "/metadata/scheduledevents"
+MACHINE = "/metadata/instance/compute/name"
+VERSIONS = {EVENTS: "2020-07-01", MACHINE: "2021-02-01"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,9 @@ class Answer:
 QUIET = {
     ACTION: Answer(b"not found", 404),
     REBALANCE: Answer(b"not found", 404),
+    LIFECYCLE: Answer(b"not found", 404),
+    EVENTS: Answer(b'{"DocumentIncarnation": 1, "Events": []}'),
+    MACHINE: Answer(b"trainer_7"),
     PREEMPTED: Answer(b"FALSE"),
     MAINTENANCE: Answer(b"NONE"),
 }
@@ -51,12 +62,35 @@ def utc(unix_s: float) -> str:
     return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+def etag_of(answer: Answer) -> str:
+    return hashlib.md5(answer.body, usedforsecurity=False).hexdigest()[:16]
+
+
+def event(kind: str, left_s: float | None, *, resources: tuple[str, ...] = ("trainer_7",)) -> Answer:
+    """Azure's answer with one event, `left_s` seconds ahead; None for one that has started."""
+    not_before = (
+        "" if left_s is None else format_datetime(datetime.fromtimestamp(time.time() + left_s, UTC), usegmt=True)
+    )
+    said = {
+        "EventId": "602d9444-d2cd-49c7-8624-8643e7171297",
+        "EventType": kind,
+        "ResourceType": "VirtualMachine",
+        "Resources": list(resources),
+        "EventStatus": "Started" if left_s is None else "Scheduled",
+        "NotBefore": not_before,
+    }
+    return Answer(json.dumps({"DocumentIncarnation": 2, "Events": [said]}).encode())
+
+
 def action(what: str = "terminate", *, left_s: float = 120.0) -> Answer:
     return Answer(json.dumps({"action": what, "time": utc(time.time() + left_s)}).encode())
 
 
 class MetadataServer(ThreadingHTTPServer):
-    """A metadata server; `answers` are what is scripted, `requests` what was asked."""
+    """A metadata server; `answers` are what is scripted, `requests` what was asked.
+
+    `is_holding` says whether questions are held back until there is news, `held` how many are at the moment.
+    """
 
     daemon_threads = True
     block_on_close = False
@@ -67,6 +101,8 @@ class MetadataServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.tokens: dict[str, float] = {}
         self.ttls: list[int] = []
+        self.is_holding = True
+        self.held = 0
         self.closing = threading.Event()
 
     @property
@@ -105,15 +141,39 @@ class _Handler(BaseHTTPRequestHandler):
         refusal = self._refusal()
         if refusal is not None:
             self._say(refusal)
-        else:
-            self._say(self.server.answers.get(self.path) or QUIET.get(self.path) or Answer(status=404))
+            return
+        if "wait_for_change" in self._query() and self.server.is_holding:
+            self._hold()
+        self._say(self._answer())
+
+    def _path(self) -> str:
+        return urlsplit(self.path).path
+
+    def _query(self) -> dict[str, str]:
+        return dict(parse_qsl(urlsplit(self.path).query))
+
+    def _answer(self) -> Answer:
+        return self.server.answers.get(self._path()) or QUIET.get(self._path()) or Answer(status=404)
+
+    def _hold(self) -> None:
+        """Wait until the answer is another one than the asker knows, or for as long as it wants to wait."""
+        stop_s = time.monotonic() + int(self._query().get("timeout_sec", "3600"))
+        self.server.held += 1
+        while etag_of(self._answer()) == self._query().get("last_etag") and time.monotonic() < stop_s:
+            if self.server.closing.wait(0.005):
+                break
+        self.server.held -= 1
 
     def _note(self) -> None:
-        self.server.requests.append((self.command, self.path))
+        self.server.requests.append((self.command, self._path()))
 
     def _refusal(self) -> Answer | None:
         if self.path.startswith("/computeMetadata/"):
             return None if self.headers.get("Metadata-Flavor") == "Google" else Answer(status=403)
+        if self.path.startswith("/metadata/"):
+            is_asked_for = self.headers.get("Metadata") == "true"
+            is_version = self._query().get("api-version") == VERSIONS.get(self._path())
+            return None if is_asked_for and is_version else Answer(status=400)
         until_s = self.server.tokens.get(self.headers.get("X-aws-ec2-metadata-token", ""), 0.0)
         return None if time.monotonic() < until_s else Answer(status=401)
 
@@ -128,6 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         if self.path.startswith("/computeMetadata/") and answer.is_google:
             self.send_header("Metadata-Flavor", "Google")
+            self.send_header("ETag", etag_of(answer))
         self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
         if not answer.byte_wait_s:

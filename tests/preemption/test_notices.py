@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import signal
 import socket
 import stat
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.preemption.clouds import Ec2Source, GceSource, is_ec2, is_gce
+from cloudckpt.preemption.clouds import AzureSource, Ec2Source, GceSource, is_azure, is_ec2, is_gce
 from cloudckpt.preemption.notices import CheckSource, Notice, NoticeSource, SourceError, Watcher
 from cloudckpt.preemption.slurm import SlurmSource
 from tests.preemption.metadata_server import (
     ACTION,
+    EVENTS,
+    LIFECYCLE,
+    MACHINE,
     MAINTENANCE,
     PREEMPTED,
     REBALANCE,
@@ -25,6 +33,7 @@ from tests.preemption.metadata_server import (
     Answer,
     MetadataServer,
     action,
+    event,
     metadata_server,
     utc,
 )
@@ -44,8 +53,19 @@ def ec2(server: MetadataServer, timeout_s: float = 2.0) -> Ec2Source:
     return Ec2Source(endpoint=server.url, timeout_s=timeout_s, clock=fixed_clock)
 
 
-def gce(server: MetadataServer, timeout_s: float = 2.0) -> GceSource:
-    return GceSource(endpoint=server.url, timeout_s=timeout_s, clock=fixed_clock)
+def gce(
+    server: MetadataServer,
+    key: Literal["preempted", "maintenance-event"] = "preempted",
+    *,
+    timeout_s: float = 2.0,
+    held_s: float = 20.0,
+    clock: Callable[[], float] = fixed_clock,
+) -> GceSource:
+    return GceSource(key, endpoint=server.url, timeout_s=timeout_s, held_s=held_s, clock=clock)
+
+
+def azure(server: MetadataServer) -> AzureSource:
+    return AzureSource(endpoint=server.url, clock=fixed_clock)
 
 
 # -- EC2 ---------------------------------------------------------------------------------------------------
@@ -53,7 +73,7 @@ def gce(server: MetadataServer, timeout_s: float = 2.0) -> GceSource:
 
 def test_an_ec2_instance_that_nobody_wants_gives_no_notice(server: MetadataServer) -> None:
     assert list(ec2(server).poll()) == []
-    assert server.requests == [("PUT", TOKEN), ("GET", ACTION), ("GET", REBALANCE)]
+    assert server.requests == [("PUT", TOKEN), ("GET", ACTION), ("GET", LIFECYCLE), ("GET", REBALANCE)]
 
 
 def test_a_token_is_fetched_for_six_hours_and_used_again(server: MetadataServer) -> None:
@@ -105,6 +125,31 @@ def test_a_rebalance_recommendation_is_advice_without_a_deadline(server: Metadat
 
     assert (notice.source, notice.kind, notice.deadline_s) == ("ec2 rebalance recommendation", "advice", None)
     assert "2020-10-27T08:22:00Z" in notice.reason
+
+
+@pytest.mark.parametrize("state", ["Terminated", "Warmed:Terminated", "Warmed:Stopped", "Warmed:Hibernated"])
+def test_an_instance_that_its_group_ends_gets_notice_without_a_time(server: MetadataServer, state: str) -> None:
+    server.answers[LIFECYCLE] = Answer(state.encode())
+
+    (notice,) = ec2(server).poll()
+
+    assert (notice.source, notice.kind, notice.deadline_s) == ("ec2 auto scaling", "order", None)
+    assert f"on its way to {state}" in notice.reason
+
+
+@pytest.mark.parametrize("state", ["InService", "Standby", "Detached", "Warmed:Running"])
+def test_an_instance_that_its_group_lets_live_gets_no_notice(server: MetadataServer, state: str) -> None:
+    server.answers[LIFECYCLE] = Answer(state.encode())
+
+    assert list(ec2(server).poll()) == []
+
+
+@pytest.mark.parametrize("lie", ["html", "empty", "not utf-8", "huge", "a redirect", "an error", "no http", "cut off"])
+def test_a_state_that_is_none_is_no_notice_of_a_group(server: MetadataServer, lie: str) -> None:
+    server.answers[LIFECYCLE] = LIES[lie]
+
+    with pytest.raises(SourceError):
+        list(ec2(server).poll())
 
 
 def test_an_interruption_is_heard_though_the_recommendation_is_broken(server: MetadataServer) -> None:
@@ -205,6 +250,7 @@ def test_an_endpoint_that_is_no_plain_http_host_is_refused(url: str) -> None:
 
 def test_a_compute_engine_machine_that_nobody_wants_gives_no_notice(server: MetadataServer) -> None:
     assert list(gce(server).poll()) == []
+    assert list(gce(server, "maintenance-event").poll()) == []
     assert server.requests == [("GET", PREEMPTED), ("GET", MAINTENANCE)]
 
 
@@ -217,11 +263,12 @@ def test_a_preempted_machine_has_thirty_seconds(server: MetadataServer) -> None:
 
 
 def test_a_live_migration_is_no_notice_and_a_termination_is(server: MetadataServer) -> None:
+    source = gce(server, "maintenance-event")
     server.answers[MAINTENANCE] = Answer(b"MIGRATE_ON_HOST_MAINTENANCE")
-    assert list(gce(server).poll()) == []
+    assert list(source.poll()) == []
 
     server.answers[MAINTENANCE] = Answer(b"TERMINATE_ON_HOST_MAINTENANCE\n")
-    (notice,) = gce(server).poll()
+    (notice,) = source.poll()
     assert (notice.source, notice.deadline_s) == ("gce maintenance-event", None)
 
 
@@ -241,6 +288,134 @@ def test_an_answer_unlike_the_documented_one_is_no_notice_of_gce(server: Metadat
     assert ("GET", "/elsewhere") not in server.requests
 
 
+class Turned:
+    """A clock that a test turns."""
+
+    now_s = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_question_is_held_back_until_there_is_news_and_the_time_counts_from_then(server: MetadataServer) -> None:
+    clock, heard = Turned(), list[Notice]()
+    source = gce(server, clock=clock)
+    assert list(source.poll()) == []
+    assert source.waits
+    asking = threading.Thread(target=lambda: heard.extend(source.poll()))
+    asking.start()
+    while not server.held:
+        time.sleep(0.001)
+    clock.now_s = 1_017.0
+    server.answers[PREEMPTED] = Answer(b"TRUE")
+    asking.join()
+
+    assert [(one.received_s, one.deadline_s) for one in heard] == [(1_017.0, 1_047.0)]
+    assert source.waits
+
+
+def test_news_between_two_questions_counts_from_the_one_before(server: MetadataServer) -> None:
+    clock = Turned()
+    source = gce(server, clock=clock)
+    list(source.poll())
+    clock.now_s = 1_008.0
+    server.answers[PREEMPTED] = Answer(b"TRUE")
+
+    assert [(one.received_s, one.deadline_s) for one in source.poll()] == [(1_008.0, 1_030.0)]
+
+
+def test_a_server_that_holds_nothing_back_is_not_asked_again_at_once(server: MetadataServer) -> None:
+    server.is_holding = False
+    source = gce(server)
+    list(source.poll())
+
+    assert list(source.poll()) == []
+    assert not source.waits
+
+
+def test_a_held_back_question_without_a_proper_answer_is_asked_plainly(server: MetadataServer) -> None:
+    source = gce(server, held_s=0.2, timeout_s=0.2)
+    list(source.poll())
+    server.answers[PREEMPTED] = Answer(b"TRUE", first_wait_s=0.5)
+    asked = len(server.requests)
+    with pytest.raises(SourceError, match="TimeoutError"):
+        list(source.poll())
+    assert len(server.requests) == asked + 2
+    server.answers[PREEMPTED] = Answer(b"TRUE")
+
+    assert [one.source for one in source.poll()] == ["gce preempted"]
+
+
+def test_a_held_back_question_ends_when_nobody_wants_the_answer_any_more(
+    server: MetadataServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    watcher = Watcher(gce(server, held_s=3_000.0), print, poll_s=0.01)
+    watcher.start()
+    while not server.held:
+        time.sleep(0.001)
+    watcher.stop()
+
+    assert watcher.join(30.0)
+    assert caplog.messages == []
+
+
+# -- Azure -------------------------------------------------------------------------------------------------
+
+
+def test_an_azure_machine_that_nobody_wants_gives_no_notice(server: MetadataServer) -> None:
+    source = azure(server)
+
+    assert [list(source.poll()), list(source.poll())] == [[], []]
+    assert server.requests == [("GET", MACHINE), ("GET", EVENTS), ("GET", EVENTS)]
+
+
+@pytest.mark.parametrize("kind", ["Preempt", "Terminate", "Reboot", "Redeploy"])
+def test_an_event_that_ends_this_machine_has_its_own_deadline(server: MetadataServer, kind: str) -> None:
+    server.answers[EVENTS] = event(kind, 30.0)
+
+    (notice,) = azure(server).poll()
+
+    assert (notice.source, notice.kind, notice.received_s) == (f"azure {kind}", "order", 1_000.0)
+    assert notice.deadline_s == pytest.approx(1_030.0, abs=2.0)
+    assert "602d9444" in notice.reason
+
+
+def test_an_event_that_has_started_leaves_no_time(server: MetadataServer) -> None:
+    server.answers[EVENTS] = event("Preempt", None)
+
+    assert [notice.deadline_s for notice in azure(server).poll()] == [pytest.approx(1_000.0, abs=2.0)]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [event("Freeze", 30.0), event("Preempt", 30.0, resources=("trainer_8",)), event("Redeploy", 86_400.0)],
+    ids=["is outlived", "another's", "far ahead"],
+)
+def test_an_event_that_does_not_end_this_machine_soon_is_no_notice(server: MetadataServer, said: Answer) -> None:
+    server.answers[EVENTS] = said
+
+    assert list(azure(server).poll()) == []
+
+
+EVENT_LIES = {
+    **{name: LIES[name] for name in ("html", "empty", "not an object", "not utf-8", "deep", "huge", "a redirect")},
+    **{name: LIES[name] for name in ("an error", "a refusal", "no http", "cut off", "closed")},
+    "events that are none": Answer(b'{"Events": ["Preempt"]}'),
+    "a time that is none": Answer(
+        b'{"Events": [{"EventType": "Preempt", "Resources": ["trainer_7"], "NotBefore": "soon"}]}'
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", EVENT_LIES)
+def test_an_answer_unlike_the_documented_one_is_no_notice_of_azure(server: MetadataServer, lie: str) -> None:
+    server.answers[EVENTS] = EVENT_LIES[lie]
+
+    with pytest.raises(SourceError):
+        list(azure(server).poll())
+    assert ("GET", "/elsewhere") not in server.requests
+
+
 # -- where we are ------------------------------------------------------------------------------------------
 
 
@@ -253,19 +428,24 @@ def dmi(directory: Path, **names: str) -> Path:
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        ({"sys_vendor": "Amazon EC2"}, (True, False)),
-        ({"sys_vendor": "Xen", "bios_version": "4.2.amazon"}, (True, False)),
-        ({"sys_vendor": "Google", "product_name": "Google Compute Engine"}, (False, True)),
-        ({"sys_vendor": "QEMU", "product_name": "Standard PC"}, (False, False)),
-        ({}, (False, False)),
+        ({"sys_vendor": "Amazon EC2"}, (True, False, False)),
+        ({"sys_vendor": "Xen", "bios_version": "4.2.amazon"}, (True, False, False)),
+        ({"sys_vendor": "Google", "product_name": "Google Compute Engine"}, (False, True, False)),
+        (
+            {"sys_vendor": "Microsoft Corporation", "chassis_asset_tag": "7783-7084-3265-9085-8269-3286-77"},
+            (False, False, True),
+        ),
+        ({"sys_vendor": "Microsoft Corporation", "product_name": "Virtual Machine"}, (False, False, False)),
+        ({"sys_vendor": "QEMU", "product_name": "Standard PC"}, (False, False, False)),
+        ({}, (False, False, False)),
     ],
 )
 def test_the_machine_is_known_by_its_dmi_tables(
-    tmp_path: Path, names: dict[str, str], expected: tuple[bool, bool]
+    tmp_path: Path, names: dict[str, str], expected: tuple[bool, bool, bool]
 ) -> None:
     dmi(tmp_path, **names)
 
-    assert (is_ec2(tmp_path, {}), is_gce(tmp_path)) == expected
+    assert (is_ec2(tmp_path, {}), is_gce(tmp_path), is_azure(tmp_path)) == expected
 
 
 def test_ec2_is_not_asked_where_its_metadata_are_disabled(tmp_path: Path) -> None:
@@ -392,6 +572,44 @@ def test_a_controller_that_gives_no_end_is_not_asked_more_often(
     assert len(calls(tmp_path)) == 1
 
 
+def test_a_worker_that_is_forked_while_scontrol_starts_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers: list[int] = []
+
+    def forking_before(start: Callable[..., int]) -> Callable[..., int]:
+        def start_beside_a_worker(*args: Any, **kwargs: Any) -> int:
+            workers.append(os.fork())
+            if workers[-1] == 0:
+                signal.pause()
+                os._exit(0)
+            return start(*args, **kwargs)
+
+        return start_beside_a_worker
+
+    # However a process may be started, a worker of a DataLoader is forked at that moment.
+    monkeypatch.setattr(os, "posix_spawnp", forking_before(os.posix_spawnp))
+    monkeypatch.setattr(subprocess, "_fork_exec", forking_before(subprocess._fork_exec))  # type: ignore[attr-defined]
+    times, heard = Times(), list[Notice]()
+    source = slurm(times, program(tmp_path, f'echo "JobId=42 EndTime={local(NOW_S + 60)}"'))
+    asking = threading.Thread(target=lambda: heard.extend(source.poll()), daemon=True)
+    asking.start()
+    asking.join(20.0)
+    try:
+        assert not asking.is_alive()
+        assert [one.source for one in heard] == ["slurm time limit"]
+        assert len(workers) == 1
+    finally:
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+            os.waitpid(worker, 0)
+
+
+def test_a_command_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"job 42: .*No such file"):
+        list(slurm(Times(), tmp_path / "absent").poll())
+
+
 @pytest.mark.parametrize("end", ["", "0", "soon", "-5", "1e9", "²"])
 def test_an_end_that_is_no_number_is_asked_for(tmp_path: Path, end: str) -> None:
     times = Times()
@@ -466,6 +684,45 @@ def test_a_failing_source_is_asked_less_and_less_often_up_to_a_bound() -> None:
         waits_s.append(watcher.wait_s)
 
     assert waits_s == [8.0, 16.0, 20.0, 20.0, 20.0, 20.0, 4.0]
+
+
+def said(deadline_s: float | None, reason: str = "r") -> list[Notice]:
+    return [Notice(source="scripted", reason=reason, deadline_s=deadline_s, received_s=0.0)]
+
+
+def test_what_a_source_goes_on_saying_is_one_notice_until_it_has_once_not_said_it() -> None:
+    answers = [said(90.0), said(95.0), said(89.5), said(60.0), failing, said(70.0), [], said(200.0), said(None)]
+    steps = [answer if callable(answer) else lambda answer=answer: answer for answer in answers]
+    heard: list[Notice] = []
+    watcher = Watcher(Scripted(*steps), heard.append, poll_s=5.0)
+
+    for _ in answers:
+        watcher.ask()
+
+    assert [one.deadline_s for one in heard] == [90.0, 60.0, 200.0]
+
+
+def test_a_source_that_hangs_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    clock, release, is_asked = Turned(), threading.Event(), threading.Event()
+
+    def hang() -> list[Notice]:
+        is_asked.set()
+        release.wait()
+        return []
+
+    watcher = Watcher(Scripted(hang), print, poll_s=5.0, clock=clock)
+    asking = threading.Thread(target=watcher.ask)
+    asking.start()
+    is_asked.wait()
+    for clock.now_s in (1_060.0, 1_061.0, 1_100.0):
+        watcher.look()
+    release.set()
+    asking.join()
+    watcher.look()
+
+    assert caplog.messages == [
+        "scripted has not answered for 61 s, so a notice of its is not heard; it must return in bounded time"
+    ]
 
 
 def test_a_source_that_hangs_delays_no_other(server: MetadataServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -15,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from cloudckpt import CheckpointManager, CloudCkptError, KeepLast, Options, OptionsError
-from cloudckpt.errors import StorageError
+from cloudckpt import AccumulationWindow, CheckpointManager, CloudCkptError, KeepLast, Options, OptionsError
+from cloudckpt.errors import SaveFailedError, StorageError
 from cloudckpt.preemption.notices import Notice
 from cloudckpt.preemption.schedule import Schedule
 from cloudckpt.preemption.watch import Preemption
@@ -56,8 +57,10 @@ def save_and_wait(manager: CheckpointManager, how: str) -> None:
 # -- intervals ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("every_steps", "expected"), [(1, [0, 1, 2, 3]), (2, [1, 3]), (3, [2]), (None, [])])
-def test_steps_are_counted_from_one(every_steps: int | None, expected: list[int]) -> None:
+@pytest.mark.parametrize(("every_steps", "expected"), [(1, [1, 2, 3]), (2, [2]), (3, [3]), (None, [])])
+def test_a_step_above_zero_that_is_a_multiple_of_the_interval_is_saved(
+    every_steps: int | None, expected: list[int]
+) -> None:
     schedule = Schedule(every_steps=every_steps)
     assert [step for step in range(4) if schedule.ask(step, ALONE)] == expected
 
@@ -114,30 +117,171 @@ STORIES: dict[str, tuple[list[tuple[float, str, int]], bool]] = {
     "this very step failed": ([(97.0, "begun", 5), (98.0, "failed", 5)], True),
     "one before the newest failed": ([(97.0, "begun", 4), (98.0, "failed", 3)], False),
     "the newest is old": ([(94.0, "begun", 4)], True),
-    "a new one could not end in time": ([(50.0, "begun", 4), (81.0, "committed", 4)], False),
+    "a new one will hardly end in time, and costs nothing": ([(50.0, "begun", 4), (81.0, "committed", 4)], True),
     "a new one can end in time": ([(50.0, "begun", 4), (79.0, "committed", 4)], True),
     "one under way leaves no time for another": (
         [(50.0, "begun", 3), (75.0, "committed", 3), (90.0, "begun", 4)],
         False,
     ),
+    "one under way leaves time for another": ([(50.0, "begun", 3), (60.0, "committed", 3), (91.0, "begun", 4)], True),
 }
 
 
+def tell(schedule: Schedule, event: str, step: int, now_s: float) -> None:
+    if event == "begun":
+        schedule.begun(step, now_s)
+    else:
+        getattr(schedule, event)(step)
+
+
 @pytest.mark.parametrize("name", STORIES)
-def test_a_notice_asks_for_a_save_once_unless_the_newest_one_will_do(name: str) -> None:
+def test_a_notice_asks_for_a_save_unless_one_is_under_way_that_will_do(name: str) -> None:
     story, expected = STORIES[name]
     now_s = 0.0
     schedule = Schedule(preemption=noticed(30.0, 100.0), clock=lambda: now_s)
     for now_s, event, step in story:
-        if event == "begun":
-            schedule.begun(step, now_s)
-        else:
-            getattr(schedule, event)(step)
+        tell(schedule, event, step, now_s)
     now_s = 100.0
     assert schedule.ask(5, ALONE) == expected
+    if expected:
+        schedule.begun(5, now_s)
     assert [schedule.ask(step, ALONE) for step in range(6, 9)] == [False] * 3
     assert schedule.deadline is not None
-    assert schedule.deadline.stop_s == 130.0
+    assert (schedule.deadline.stop_s, schedule.deadline.reason) == (130.0, "preemption (test)")
+
+
+class Job:
+    """A schedule on a clock that a test turns, and a preemption that is told what the test says."""
+
+    def __init__(self, **options: Any) -> None:
+        self.now_s = 100.0
+        self.preemption = quiet(clock=lambda: self.now_s)
+        self.schedule = Schedule(preemption=self.preemption, clock=lambda: self.now_s, **options)
+
+    def notice(self, left_s: float | None, reason: str = "r") -> None:
+        deadline_s = None if left_s is None else self.now_s + left_s
+        self.preemption._take(Notice(source="test", reason=reason, deadline_s=deadline_s, received_s=self.now_s))
+
+    def ask(self, step: int) -> bool:
+        return self.schedule.ask(step, ALONE)
+
+    def save(self, step: int, outcome: str = "committed") -> None:
+        self.schedule.begun(step, self.now_s)
+        getattr(self.schedule, outcome)(step)
+
+
+def test_until_something_newer_is_committed_a_notice_asks_again_and_again() -> None:
+    job = Job()
+    job.notice(30.0)
+    assert job.ask(5)
+    job.save(5, "failed")
+    assert [job.ask(6), job.ask(7)] == [True, True], "a state that refuses begins no save"
+    job.save(7)
+    assert not job.ask(8)
+
+
+def test_what_is_older_than_the_notice_is_waited_for_and_not_taken_for_what_it_asks() -> None:
+    job = Job()
+    job.schedule.begun(4, 98.0)
+    job.notice(30.0)
+    assert not job.ask(5)
+    job.schedule.committed(4)
+    assert job.ask(6)
+    job.save(6)
+    assert not job.ask(7)
+
+
+def test_a_deadline_that_has_passed_is_over_and_all_is_as_before(caplog: pytest.LogCaptureFixture) -> None:
+    job = Job(every_s=50.0)
+    job.notice(30.0)
+    assert job.ask(5)
+    job.save(5)
+    assert (job.schedule.is_preempted, job.schedule.is_end_near) == (True, True)
+    job.now_s = 130.0
+    assert not job.ask(6)
+    assert (job.schedule.is_preempted, job.schedule.is_end_near) == (False, False)
+    assert job.preemption.notice is None
+    assert caplog.messages[-1].startswith("the end announced by test did not come, and this job is still there")
+    job.now_s = 150.0
+    assert job.ask(7), "the interval is over"
+
+
+def test_nothing_is_asked_for_any_more_when_the_deadline_has_passed_in_vain() -> None:
+    job = Job()
+    job.notice(30.0)
+    assert job.ask(5)
+    job.save(5, "failed")
+    job.now_s = 131.0
+    assert not job.ask(6)
+
+
+def test_a_notice_after_one_that_is_over_counts_anew() -> None:
+    job = Job()
+    for step in (5, 7):
+        job.notice(30.0)
+        assert job.ask(step)
+        job.save(step)
+        assert not job.ask(step + 1)
+        job.now_s += 40.0
+        assert not job.ask(step + 1)
+        assert not job.schedule.is_preempted
+
+
+def test_a_notice_that_is_heard_when_its_time_is_over_asks_for_a_save_all_the_same() -> None:
+    job = Job()
+    job.notice(30.0)
+    job.now_s = 140.0
+    assert [job.ask(5), job.ask(6)] == [True, True]
+    assert (job.schedule.is_preempted, job.schedule.seconds_for_a_save()) == (True, None)
+    job.save(6)
+    assert (job.ask(7), job.schedule.is_preempted) == (False, False)
+
+
+def test_a_notice_without_a_time_is_over_when_its_source_takes_it_back_and_its_save_is_safe() -> None:
+    job = Job()
+    for step in (5, 15):
+        job.notice(None)
+        assert job.ask(step)
+        job.preemption._withdraw(job.preemption.seen[-1])
+        assert (job.ask(step + 1), job.schedule.is_preempted) == (True, True)
+        job.save(step + 1)
+        assert (job.ask(step + 2), job.schedule.is_preempted) == (False, False)
+
+
+def test_a_notice_without_a_time_stays_while_its_source_says_it() -> None:
+    job = Job()
+    job.notice(None)
+    job.preemption._withdraw(job.preemption.seen[-1])
+    job.notice(None)
+    assert job.ask(5)
+    job.save(5)
+    assert [job.ask(6), job.schedule.is_preempted, job.schedule.is_end_near] == [False, True, False]
+
+
+def test_an_end_that_comes_much_nearer_asks_for_a_save_of_its_own_and_one_beside_it_does_not() -> None:
+    job = Job()
+    job.notice(120.0)
+    assert job.ask(5)
+    job.save(5)
+    job.now_s += 10.0
+    job.notice(109.0, "much the same")
+    assert not job.ask(6)
+    job.notice(30.0, "sooner")
+    assert job.ask(7)
+    job.save(7)
+    assert not job.ask(8)
+    job.now_s += 31.0
+    assert job.ask(9), "the other end still lies ahead"
+
+
+def test_who_asks_for_nothing_but_preempted_is_no_longer_when_the_deadline_has_passed() -> None:
+    job = Job()
+    job.notice(30.0)
+    told = []
+    for job.now_s in (100.0, 129.0, 131.0):
+        job.schedule.hear()
+        told.append(job.schedule.is_preempted)
+    assert told == [True, True, False]
 
 
 def test_a_save_gets_the_seconds_before_the_end_and_all_its_time_when_the_end_has_passed() -> None:
@@ -150,7 +294,6 @@ def test_a_save_gets_the_seconds_before_the_end_and_all_its_time_when_the_end_ha
     assert schedule.seconds_for_a_save() == 1.0
     now_s = 130.1
     assert schedule.seconds_for_a_save() is None
-    assert schedule.is_preempted
 
 
 def test_a_notice_without_a_time_asks_for_a_save_too() -> None:
@@ -162,7 +305,7 @@ def test_a_notice_without_a_time_asks_for_a_save_too() -> None:
 
 def ask_with_a_notice_on_rank_1(url: str) -> tuple[list[bool], list[bool], bool, float]:
     rank = int(os.environ["RANK"])
-    with quiet(grace_s=40.0) as preemption, CheckpointManager(url, preemption=preemption) as manager:
+    with quiet(grace_s={signal.SIGUSR1: 40.0}) as preemption, CheckpointManager(url, preemption=preemption) as manager:
         answers, known = [], []
         for step in range(6):
             if rank == 1 and step == 3:
@@ -173,7 +316,7 @@ def ask_with_a_notice_on_rank_1(url: str) -> tuple[list[bool], list[bool], bool,
                 manager.save(step, state_of(step))
         deadline = manager._saves._schedule.deadline
         assert deadline is not None
-        return answers, known, deadline.source == "SIGUSR1", deadline.left_s(time.monotonic())
+        return answers, known, deadline.reason == "preemption (SIGUSR1)", deadline.left_s(time.monotonic())
 
 
 def test_a_notice_on_any_rank_asks_all_of_them_for_the_same_step_once(tmp_path: Path) -> None:
@@ -184,6 +327,28 @@ def test_a_notice_on_any_rank_asks_all_of_them_for_the_same_step_once(tmp_path: 
         assert is_own == (rank == 1)
         assert 0 < left_s <= 40.0
     assert [checkpoint.step for checkpoint in CheckpointManager(tmp_path).checkpoints()] == [3]
+
+
+def fail_on_rank_1(url: str) -> list[bool]:
+    rank = int(os.environ["RANK"])
+    with quiet(grace_s=600.0) as preemption, CheckpointManager(url, preemption=preemption) as manager:
+        schedule, answers = manager._saves._schedule, []
+        for step in range(4):
+            if rank == 0 and step == 0:
+                send()
+            answers.append(manager.should_save(step))
+            if answers[-1]:
+                schedule.begun(step, time.monotonic())
+                # The others hear of it later, by the answer to the next question.
+                if step > 0:
+                    schedule.committed(step)
+                elif rank == 1:
+                    schedule.failed(step)
+        return answers
+
+
+def test_a_failure_that_one_rank_knows_of_asks_all_of_them_again(tmp_path: Path) -> None:
+    assert run(2, fail_on_rank_1, str(tmp_path)) == [[True, True, False, False]] * 2
 
 
 def ask_about_different_steps(url: str) -> str:
@@ -244,7 +409,6 @@ def test_a_store_that_hangs_fails_the_last_save_before_the_end(tmp_path: Path, h
         CheckpointManager(tmp_path, preemption=preemption, options=options) as manager,
     ):
         manager.save(0, state_of(0))
-        manager._saves._schedule._newest = None
         with Gate(manager, when=anything):
             send()
             assert manager.should_save(1)
@@ -258,7 +422,8 @@ def test_a_store_that_hangs_fails_the_last_save_before_the_end(tmp_path: Path, h
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_in_the_middle_of_a_save_and_a_restore_disturb_neither(tmp_path: Path, number: signal.Signals) -> None:
-    with quiet() as preemption, CheckpointManager(tmp_path, preemption=preemption) as manager:
+    options = {"signals": [number]}
+    with quiet(**options) as preemption, CheckpointManager(tmp_path, preemption=preemption) as manager:
         before(manager, lambda key: [signal.pthread_kill(threading.main_thread().ident or 0, number)], when=anything)
         before(manager, lambda key: send(number), verb="get", when=anything)
         checkpoint = manager.save(1, state_of(1))
@@ -270,3 +435,113 @@ def test_signals_in_the_middle_of_a_save_and_a_restore_disturb_neither(tmp_path:
         assert first is not None
         assert (first.source, preemption.notice) == (number.name, first)
         assert manager.preempted
+
+
+class Clock:
+    """A clock that a test turns."""
+
+    now_s = 1_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_after_a_false_notice_pruning_goes_on_and_a_signal_gives_notice_anew(tmp_path: Path) -> None:
+    clock = Clock()
+    with (
+        quiet(clock=clock) as preemption,
+        CheckpointManager(
+            tmp_path, preemption=preemption, retention=[KeepLast(1)], prune_grace_s=0, clock=clock
+        ) as manager,
+    ):
+        for step in (1, 4):
+            send()
+            assert manager.should_save(step)
+            manager.save(step, state_of(step))
+            assert manager.preempted
+            clock.now_s += 31.0
+            assert (manager.should_save(step + 1), manager.preempted) == (False, False)
+            manager.save(step + 2, state_of(step + 2))
+            assert [checkpoint.step for checkpoint in manager.checkpoints()] == [step + 2]
+
+
+def test_pruning_under_way_stops_when_notice_is_given(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, prune_grace_s=0)
+    for step in range(4):
+        manager.save(step, state_of(step))
+    manager.close()
+    with (
+        quiet() as preemption,
+        CheckpointManager(tmp_path, preemption=preemption, retention=[KeepLast(1)], prune_grace_s=0) as manager,
+    ):
+        with Gate(manager, verb="delete", when=anything) as gate:
+            manager.async_save(4, state_of(4)).result()
+            gate.await_request()
+            send()
+            assert manager.should_save(5)
+            assert manager.save(5, state_of(5)).step == 5, "it waits for no delete"
+            gate.open()
+            manager.close()
+        left = [checkpoint.step for checkpoint in CheckpointManager(tmp_path).checkpoints()]
+        assert left[-4:] == [2, 3, 4, 5]
+        assert len(left) <= 5
+
+
+def test_a_failure_before_the_notice_forbids_no_save_after_it_and_leaves_the_exit_code_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with quiet() as preemption, CheckpointManager(tmp_path, preemption=preemption) as manager:
+        failure = Failure(manager, StorageError("the disk is full", op="put", key="k"))
+        handle = manager.async_save(1, state_of(1))
+        manager._saves.background.wait()
+        failure.is_on = False
+        send()
+        assert manager.should_save(2)
+        assert manager.async_save(2, state_of(2)).result() == manager.latest()
+        assert handle.done()
+    assert "step 1 was not saved: the disk is full; step 2 is saved instead" in caplog.messages
+
+
+def test_a_state_that_refuses_in_the_middle_of_a_window_is_asked_for_again_at_its_end(tmp_path: Path) -> None:
+    window = AccumulationWindow([torch.nn.Parameter(torch.ones(3))], steps=3)
+    with quiet() as preemption, CheckpointManager(tmp_path, preemption=preemption) as manager:
+        send()
+        saved = []
+        for step in range(5):
+            window.advance()
+            if manager.should_save(step):
+                with contextlib.suppress(OptionsError):
+                    saved.append(manager.save(step, {"window": window}).step)
+    assert saved == [2]
+
+
+def test_a_save_before_the_end_waits_for_the_one_under_way_no_longer_than_there_is_time(tmp_path: Path) -> None:
+    with quiet(grace_s=1.5) as preemption, CheckpointManager(tmp_path, preemption=preemption) as manager:
+        with Gate(manager) as gate:
+            handle = manager.async_save(1, state_of(1))
+            gate.await_request()
+            send()
+            manager.should_save(2)
+            with pytest.raises(SaveFailedError, match="step 2 was not saved: the save before it"):
+                manager.save(2, state_of(2))
+            gate.open()
+        assert handle.result() == manager.latest()
+
+
+def test_what_a_save_costs_is_counted_from_the_begin_of_its_own_work(tmp_path: Path) -> None:
+    clock = Clock()
+    with CheckpointManager(tmp_path, clock=clock) as manager:
+
+        def open_late() -> None:
+            clock.now_s += 50.0
+            gate.open()
+
+        with Gate(manager) as gate:
+            manager.async_save(1, state_of(1))
+            gate.await_request()
+            threading.Timer(0.2, open_late).start()
+            manager.async_save(2, state_of(2)).result()
+        schedule = manager._saves._schedule
+        assert schedule._took_s == 0.0
+        assert manager._journal.meter._commit_s == [50.0, 0.0]
+        assert manager._journal.meter._blocked_s == [0.0, 50.0]

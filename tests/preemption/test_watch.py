@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -19,11 +20,12 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
+from cloudckpt import CheckpointManager
 from cloudckpt.errors import OptionsError
-from cloudckpt.preemption.clouds import Ec2Source, GceSource
+from cloudckpt.preemption.clouds import AzureSource, Ec2Source, GceSource
 from cloudckpt.preemption.notices import Notice
 from cloudckpt.preemption.slurm import SlurmSource
-from cloudckpt.preemption.watch import EXIT_PREEMPTED, Preemption, auto_sources
+from cloudckpt.preemption.watch import EXIT_PREEMPTED, Preemption, auto_sources, default_grace_s
 from tests.preemption.metadata_server import ACTION, REBALANCE, Answer, action, metadata_server
 from tests.ranks.processes import fork
 
@@ -41,7 +43,8 @@ def handlers() -> Iterator[dict[int, Any]]:
 
 def quiet(**options: Any) -> Preemption:
     """A preemption that asks nobody, whatever machine this is."""
-    return Preemption(**{"sources": (), **options})
+    signals = () if isinstance(options.get("grace_s"), Mapping) else WATCHED
+    return Preemption(**{"sources": (), **({"signals": signals} if signals else {}), **options})
 
 
 def send(number: signal.Signals) -> None:
@@ -99,9 +102,10 @@ def test_each_signal_can_leave_a_time_of_its_own() -> None:
 
 
 def test_a_signal_sent_twice_is_one_notice_with_the_first_deadline() -> None:
-    now_s = iter([100.0, 110.0, 110.0, 110.0])
-    with quiet(clock=lambda: next(now_s)) as preemption:
+    now_s = [100.0]
+    with quiet(clock=lambda: now_s[0]) as preemption:
         send(signal.SIGTERM)
+        now_s[0] = 110.0
         send(signal.SIGTERM)
 
         assert [one.deadline_s for one in preemption.seen] == [130.0]
@@ -413,9 +417,19 @@ def test_a_machine_and_job_have_only_the_sources_that_their_signs_show(tmp_path:
         kinds[name] = [type(source) for source in auto_sources(dmi=tmp_path, environ={})]
     (tmp_path / "sys_vendor").write_text("Google")
     (tmp_path / "product_name").write_text("Google Compute Engine\n")
-    kinds["gce"] = [type(source) for source in auto_sources(dmi=tmp_path, environ={"SLURM_JOB_ID": "7"})]
+    sources = auto_sources(dmi=tmp_path, environ={"SLURM_JOB_ID": "7"})
+    kinds["gce"] = [type(source) for source in sources]
+    (tmp_path / "product_name").unlink()
+    (tmp_path / "chassis_asset_tag").write_text("7783-7084-3265-9085-8269-3286-77\n")
+    kinds["azure"] = [type(source) for source in auto_sources(dmi=tmp_path, environ={})]
 
-    assert kinds == {"none": [], "ec2": [Ec2Source], "gce": [GceSource, SlurmSource]}
+    assert kinds == {
+        "none": [],
+        "ec2": [Ec2Source],
+        "gce": [GceSource, GceSource, SlurmSource],
+        "azure": [AzureSource],
+    }
+    assert [source.name for source in sources] == ["gce preempted", "gce maintenance-event", "slurm"]
 
 
 def test_by_default_the_sources_of_this_machine_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,8 +457,12 @@ def test_by_default_the_sources_of_this_machine_are_asked(monkeypatch: pytest.Mo
         ({"signals": signal.SIGTERM}, r"^signals is"),
         ({"grace_s": 0.0}, r"^grace_s is 0\.0"),
         ({"grace_s": "30"}, r"^grace_s is '30'"),
-        ({"grace_s": {signal.SIGTERM: 30.0}}, r"^grace_s is .* each of the signals: SIGTERM, SIGUSR1$"),
+        (
+            {"signals": WATCHED, "grace_s": {signal.SIGTERM: 30.0}},
+            r"^grace_s is .* each of the signals: SIGTERM, SIGUSR1$",
+        ),
         ({"grace_s": {signal.SIGTERM: 30.0, signal.SIGUSR1: -1.0}}, r"^grace_s is -1\.0"),
+        ({"signals": "term"}, r"^signals is 'term'"),
         ({"sources": "ec2"}, r"^sources is 'ec2'"),
         ({"sources": [3]}, r"^sources is \[3\]"),
         ({"check": 3}, r"^check is 3"),
@@ -459,6 +477,156 @@ def test_by_default_the_sources_of_this_machine_are_asked(monkeypatch: pytest.Mo
 def test_a_wrong_option_is_refused_by_name(options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionsError, match=message):
         Preemption(**options)
+
+
+def signals_of(preemption: Preemption) -> tuple[int, ...]:
+    return preemption._signals
+
+
+def test_sigusr1_gives_notice_by_default_under_slurm_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert signals_of(Preemption()) == (signal.SIGTERM,)
+    assert signals_of(Preemption(grace_s={signal.SIGUSR1: 120.0})) == (signal.SIGUSR1,)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert signals_of(Preemption()) == (signal.SIGTERM, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected_s"),
+    [
+        ({}, 30.0),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, 15.0),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "CLOUDCKPT_GRACE_S": "120"}, 120.0),
+        ({"CLOUDCKPT_GRACE_S": "12.5"}, 12.5),
+    ],
+)
+def test_the_time_that_a_signal_leaves_is_the_environments(environ: dict[str, str], expected_s: float) -> None:
+    assert default_grace_s(environ) == expected_s
+
+
+@pytest.mark.parametrize("said", ["", "soon", "-1", "0", "inf", "nan"])
+def test_an_environment_that_names_no_seconds_is_refused(said: str) -> None:
+    with pytest.raises(OptionsError, match=f"^CLOUDCKPT_GRACE_S is '{said}'; give a number of seconds above 0"):
+        default_grace_s({"CLOUDCKPT_GRACE_S": said})
+
+
+# -- what is over, forgotten, or asked by nobody ---------------------------------------------------------------
+
+
+def test_a_notice_that_was_dismissed_is_none_any_more_and_the_signal_gives_another() -> None:
+    now_s = [0.0]
+    with quiet(clock=lambda: now_s[0]) as preemption:
+        send(signal.SIGTERM)
+        first = preemption.notice
+        assert first is not None
+        now_s[0] = 100.0
+        preemption.dismiss(first)
+        assert preemption.notice is None
+        send(signal.SIGTERM)
+
+        assert preemption.notice is not None
+        assert preemption.notice.deadline_s == 130.0
+        assert len(preemption.seen) == 2
+
+
+def test_a_source_that_repeats_what_is_over_does_not_revive_it() -> None:
+    now_s = [0.0]
+    source = Scripted(notice(deadline_s=30.0))
+    with quiet(sources=[source], poll_s=0.001, clock=lambda: now_s[0]) as preemption:
+        wait_for(lambda: preemption.notice)
+        first = preemption.notice
+        assert first is not None
+        now_s[0] = 31.0
+        preemption.dismiss(first)
+        for notices in (
+            [notice(deadline_s=61.0)],
+            [],
+            [Notice(source="scripted", reason="r", deadline_s=31.0, received_s=31.0)],
+        ):
+            source.notices, polls = notices, source.polls
+            wait_for(lambda polls=polls: source.polls >= polls + 2)
+        assert preemption.notice is None
+        source.notices = []
+        wait_for(lambda polls=source.polls: source.polls >= polls + 2)
+        source.notices = [notice(deadline_s=90.0)]
+        wait_for(lambda: preemption.notice)
+        assert preemption.seen[-1].deadline_s == 90.0
+
+
+def test_what_a_source_stops_saying_is_withdrawn_until_it_says_it_again() -> None:
+    source = Scripted(notice())
+    with quiet(sources=[source], poll_s=0.001) as preemption:
+        wait_for(lambda: preemption.notice)
+        found = preemption.seen[0]
+        assert not preemption.is_withdrawn(found)
+        source.notices = []
+        wait_for(lambda: preemption.is_withdrawn(found))
+        assert preemption.notice is found
+        source.notices = [notice()]
+        wait_for(lambda: not preemption.is_withdrawn(found))
+
+    assert preemption.seen == (found,)
+
+
+def test_a_notice_that_nobody_asks_for_is_told_of_in_the_log_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloudckpt.preemption.watch._LOOK_S", 0.001)
+    now_s = [0.0]
+    with quiet(clock=lambda: now_s[0]):
+        send(signal.SIGTERM)
+        now_s[0] = 11.0
+        wait_for(lambda: len(caplog.messages) >= 2)
+        time.sleep(0.05)
+
+    assert [message.split(":")[0] for message in caplog.messages] == [
+        "preemption in 19 s",
+        "SIGTERM gave notice 11 s ago and nobody has asked since, so nothing is saved",
+    ]
+    assert "should_save or preempted" in caplog.messages[1]
+
+
+def test_a_notice_that_somebody_has_asked_for_is_not_complained_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cloudckpt.preemption.watch._LOOK_S", 0.001)
+    now_s = [0.0]
+    with quiet(clock=lambda: now_s[0]) as preemption:
+        send(signal.SIGTERM)
+        assert preemption.notice is not None
+        now_s[0] = 1_000.0
+        time.sleep(0.05)
+
+    assert len(caplog.messages) == 1
+
+
+def test_a_forgotten_one_gives_the_signals_back_and_its_threads_end(handlers: Mapping[int, Any]) -> None:
+    before = set(threading.enumerate())
+    preemption = quiet(sources=[Scripted()], check=lambda: None, poll_s=0.01).start()
+    threads = set(threading.enumerate()) - before
+    assert len(threads) == 3
+
+    del preemption
+    gc.collect()
+    for thread in threads:
+        thread.join(30.0)
+
+    assert not any(thread.is_alive() for thread in threads)
+    assert [signal.getsignal(number) for number in WATCHED] == [handlers[number] for number in WATCHED]
+
+
+def test_a_forgotten_manager_leaves_no_thread_that_watches(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    manager = CheckpointManager(tmp_path, preemption=True)
+    threads = set(threading.enumerate()) - before
+    assert threads
+
+    del manager
+    gc.collect()
+    for thread in threads:
+        thread.join(30.0)
+
+    assert not any(thread.is_alive() for thread in threads)
 
 
 # -- processes of their own --------------------------------------------------------------------------------
@@ -493,7 +661,7 @@ def test_a_second_signal_ends_no_save_and_the_exit_code_says_preempted() -> None
 
 def _outstays_its_time(pipe: Connection) -> None:
     now_s = [0.0]
-    quiet(clock=lambda: now_s[0]).start()
+    preemption = quiet(clock=lambda: now_s[0]).start()
     send(signal.SIGTERM)
     now_s[0] = 30.0
     send(signal.SIGTERM)
@@ -501,6 +669,7 @@ def _outstays_its_time(pipe: Connection) -> None:
     now_s[0] = 30.1
     send(signal.SIGTERM)
     pipe.send("alive after it")
+    preemption.stop()
 
 
 def test_a_signal_after_the_time_that_the_first_one_left_ends_the_process() -> None:
@@ -508,8 +677,8 @@ def test_a_signal_after_the_time_that_the_first_one_left_ends_the_process() -> N
 
 
 def _outstays_its_time_twice_watched(pipe: Connection) -> None:
-    quiet().start()
-    _outstays_its_time(pipe)
+    with quiet():
+        _outstays_its_time(pipe)
 
 
 def _stopped_in_another_thread(pipe: Connection) -> None:

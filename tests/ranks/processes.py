@@ -90,7 +90,15 @@ def free_port() -> int:
             return port
 
 
-def _main(pipe: Connection, rank: int, size: int, port: int, path: list[str], call: tuple[Any, ...]) -> None:
+def _main(
+    pipe: Connection,
+    rank: int,
+    size: int,
+    port: int,
+    listener: socket.socket | None,
+    path: list[str],
+    call: tuple[Any, ...],
+) -> None:
     sys.path[:] = path
     import torch.distributed as dist
 
@@ -98,7 +106,16 @@ def _main(pipe: Connection, rank: int, size: int, port: int, path: list[str], ca
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     outcome = Outcome(rank, has_ended=True)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=120))
+        timeout = timedelta(seconds=120)
+        store = dist.TCPStore(
+            "127.0.0.1",
+            port,
+            size,
+            is_master=listener is not None,
+            timeout=timeout,
+            master_listen_fd=None if listener is None else listener.detach(),
+        )
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
         function, *args = call
         outcome.value = function(*args)
     except BaseException as exc:  # noqa: BLE001 (it is the outcome)
@@ -124,13 +141,16 @@ class World:
     """Ranks that are running."""
 
     def __init__(self, size: int, function: Callable[..., Any], *args: Any) -> None:
-        port = free_port()
         self._pipes: list[Connection] = []
         self.processes: list[BaseProcess] = []
-        for rank in range(size):
-            process, pipe = fork(_main, rank, size, port, sys.path, (function, *args))
-            self._pipes.append(pipe)
-            self.processes.append(process)
+        # Listens from here on, so that no other process is given the port before rank 0 has started.
+        with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+            port = listener.getsockname()[1]
+            for rank in range(size):
+                theirs = None if rank else listener
+                process, pipe = fork(_main, rank, size, port, theirs, sys.path, (function, *args))
+                self._pipes.append(pipe)
+                self.processes.append(process)
 
     def send(self, rank: int, number: signal.Signals) -> None:
         pid = self.processes[rank].pid

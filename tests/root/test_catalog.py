@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.format import FORMAT_VERSION, IndexRef, Manifest, checkpoint_prefix, metrics_to_json, new_attempt
+from cloudckpt.format import FORMAT_VERSION, IndexRef, Manifest, checkpoint_prefix, new_attempt
+from cloudckpt.format.manifest import metrics_to_json
 from cloudckpt.root import Catalog
 from cloudckpt.store import open_store
 
@@ -76,3 +77,10 @@ def test_nothing_is_best_where_no_checkpoint_has_the_metric(catalog: Catalog) ->
 def test_a_metric_without_a_name_and_an_unknown_mode_are_refused(catalog: Catalog, metric: str, mode: str) -> None:
     with pytest.raises(OptionsError):
         best_step(catalog, metric, mode)
+
+
+def test_the_url_of_a_checkpoint_below_the_root_of_a_disk_has_three_slashes() -> None:
+    with open_store("/") as store:
+        catalog = Catalog(store)
+        assert "at file:///step-1;" in str(catalog.exists_error("step-1/"))
+        assert "at file:///;" in str(catalog.exists_error(""))

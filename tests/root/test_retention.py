@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -14,8 +15,19 @@ from hypothesis import strategies as st
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import FORMAT_VERSION, Manifest
+from cloudckpt.preemption.schedule import Schedule
+from cloudckpt.ranks.vote import Vote
 from cloudckpt.root.checkpoint import Checkpoint, best_first
-from cloudckpt.root.retention import KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule, checked_rules, removable
+from cloudckpt.root.retention import (
+    KeepBest,
+    KeepEvery,
+    KeepFor,
+    KeepLast,
+    RetentionRule,
+    checked_rules,
+    removable,
+    watched_rules,
+)
 
 Order = tuple[int, int]
 
@@ -208,8 +220,8 @@ def test_a_rule_of_ones_own_takes_part() -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [lambda all_: {one.step for one in all_}, list, lambda all_: {(one.epoch,) for one in all_}],
-    ids=["steps", "checkpoints", "epochs"],
+    [lambda all_: {one.step for one in all_}, lambda all_: {(one.epoch,) for one in all_}],
+    ids=["steps", "epochs"],
 )
 def test_a_rule_that_says_what_it_keeps_in_other_words_removes_nothing(words: Callable[[Any], Any]) -> None:
     class InOtherWords:
@@ -220,10 +232,73 @@ def test_a_rule_that_says_what_it_keeps_in_other_words_removes_nothing(words: Ca
         removed(saved(1.0, 2.0, 3.0), [InOtherWords()])
 
 
-@pytest.mark.parametrize("rules", [KeepLast(3), [3], [KeepLast], None, "rules"])
-def test_what_is_no_list_of_rules_is_refused(rules: object) -> None:
-    with pytest.raises(OptionsError, match="retention "):
+@pytest.mark.parametrize("rules", [[3], [KeepLast], KeepLast, None, "rules", {3}, True, 2.0], ids=repr)
+def test_what_says_nothing_of_what_stays_is_refused(rules: object) -> None:
+    with pytest.raises(OptionsError, match=r"retention holds .*, which is no rule; give KeepLast\(3\)"):
         checked_rules(rules)
+
+
+def test_no_checkpoint_at_all_is_no_number_to_keep() -> None:
+    with pytest.raises(OptionsError, match="whole number from 1"):
+        checked_rules(0)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        2,
+        KeepLast(2),
+        [KeepLast(2)],
+        lambda all_: all_[-2:],
+        lambda all_: {one.order for one in all_[-2:]},
+        [lambda all_: all_[-2:]],
+    ],
+    ids=["number", "rule", "rules", "function", "function of orders", "functions"],
+)
+def test_what_stays_may_be_said_as_a_number_a_rule_rules_or_a_function(said: object) -> None:
+    assert removed(saved(1.0, 2.0, 3.0), list(checked_rules(said))) == [(1, 1)]
+
+
+@pytest.mark.parametrize("every", [1, 4, 5])
+def test_keep_every_counts_the_steps_at_which_the_schedule_saves(every: int) -> None:
+    schedule = Schedule(every_steps=every)
+    history = [one(step) for step in range(101) if schedule.ask(step, Vote(rank=0, size=1, timeout_s=1))]
+
+    assert KeepEvery(steps=20).keep(history) == {(1, 20), (1, 40), (1, 60), (1, 80), (1, 100)}
+
+
+# -- rules that never match ----------------------------------------------------------------------------------
+
+
+def told(rule: RetentionRule, histories: Sequence[Sequence[Checkpoint]], caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Return what the log says while checkpoints are pruned time after time."""
+    (watched,) = watched_rules([rule])
+    with caplog.at_level(logging.WARNING):
+        for history in histories:
+            removable(history, [watched], protected=())
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_metric_that_no_save_reports_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    found = told(KeepBest("loss"), [[one(step, metrics={"acc": 1.0})] for step in range(20)], caplog)
+
+    assert len(found) == 1
+    assert "has kept nothing so far: no checkpoint has a number for the metric 'loss'" in found[0]
+    assert "the newest one's metrics: 'acc'" in found[0]
+
+
+def test_steps_that_are_never_a_multiple_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    found = told(KeepEvery(steps=100), [[one(step)] for step in range(9, 1000, 10)], caplog)
+
+    assert len(found) == 1
+    assert "none of them is a multiple of 100" in found[0]
+
+
+def test_a_rule_whose_turn_has_not_come_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    assert told(KeepEvery(steps=1000), [[one(step)] for step in range(10, 1000, 10)], caplog) == []
+    assert told(KeepEvery(steps=100), [[one(step)] for step in range(10, 3000, 10)], caplog) == []
+    reports = [[one(step, metrics={"loss": 1.0} if step % 5 == 0 else {})] for step in range(50)]
+    assert told(KeepBest("loss"), reports, caplog) == []
 
 
 @pytest.mark.parametrize(

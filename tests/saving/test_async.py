@@ -21,8 +21,9 @@ from cloudckpt import (
     OptionsError,
     SaveFailedError,
 )
-from cloudckpt.errors import StorageError
+from cloudckpt.errors import EarlierSaveFailedError, StorageError
 from cloudckpt.options import KIB
+from cloudckpt.saving import SaveHandle
 from tests.store.gates import Failure, Gate, anything, is_shard, slow, wait_for
 
 SMALL = Options(shard_bytes=16 * KIB, block_bytes=4 * KIB, span_bytes=16 * KIB)
@@ -191,35 +192,77 @@ def test_a_save_in_the_middle_of_a_save_is_refused(tmp_path: Path, outer: str, i
 # -- failures ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ask", ["save", "async_save", "wait", "close"])
-def test_a_failure_that_nobody_waited_for_is_raised_by_the_next_call_once(
+def failed_in_the_background(manager: CheckpointManager) -> None:
+    """Have the save of step 1 fail while nobody waits for it; the store is well again then."""
+    failure = Failure(manager, refused())
+    wait_for(manager.async_save(1, {"w": torch.ones(3)}).done)
+    failure.is_on = False
+    assert manager._saves.background.is_untold
+
+
+@pytest.mark.parametrize("ask", ["wait", "close"])
+def test_a_failure_that_nobody_waited_for_is_logged_at_once_and_raised_once(
     tmp_path: Path, ask: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     manager = CheckpointManager(tmp_path)
-    failure = Failure(manager, refused())
-    handle = manager.async_save(1, {"w": torch.ones(3)})
-    wait_for(handle.done)
-    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert [record.getMessage() for record in errors] == [
-        "the save of step 1 failed in the background: the disk is full"
-    ]
-    assert manager._saves.background.is_untold
-    failure.is_on = False
-    acts = {
-        "save": lambda: manager.save(2, state_of(2)),
-        "async_save": lambda: manager.async_save(2, state_of(2)),
-        "wait": manager.wait,
-        "close": manager.close,
-    }
+    failed_in_the_background(manager)
+    errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert errors == ["the save of step 1 failed in the background: the disk is full"]
     with pytest.raises(StorageError, match="the disk is full"):
-        acts[ask]()
-    assert not manager._saves.background.is_untold
-    if ask != "close":
-        assert manager.checkpoints() == [], "the call that told of it has begun nothing"
-        manager.wait()
-        assert manager.async_save(2, state_of(2)).result() == manager.latest()
+        getattr(manager, ask)()
+    manager.wait()
     manager.close()
-    assert steps_of(CheckpointManager(tmp_path)) == ([] if ask == "close" else [2])
+
+
+def test_a_failure_in_the_background_keeps_no_async_save_from_being_made_which_then_tells_of_it_once(
+    tmp_path: Path,
+) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        failed_in_the_background(manager)
+        with pytest.raises(EarlierSaveFailedError, match=r"step 1 failed .*the disk is full; that of step 2") as caught:
+            manager.async_save(2, state_of(2))
+        handle = caught.value.handle
+        assert isinstance(handle, SaveHandle)
+        assert handle.result() == manager.latest()
+        assert (caught.value.step, type(caught.value.__cause__)) == (1, StorageError)
+        assert manager.async_save(3, state_of(3)).result() == manager.latest()
+        assert steps_of(manager) == [2, 3]
+
+
+def test_a_failure_in_the_background_makes_no_later_save_raise_that_is_committed(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path)
+    failed_in_the_background(manager)
+    assert manager.save(2, state_of(2)) == manager.latest()
+    with pytest.raises(StorageError, match="the disk is full"):
+        manager.close()
+
+
+def test_of_two_failures_in_the_background_each_is_told(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        failed_in_the_background(manager)
+        failure = Failure(manager, StorageError("the disk is gone", op="put", key="k"))
+        with pytest.raises(EarlierSaveFailedError, match="the disk is full"):
+            manager.async_save(2, state_of(2))
+        with pytest.raises(StorageError, match="the disk is gone"):
+            manager.wait()
+        failure.is_on = False
+        manager.wait()
+
+
+# -- what follows a save -----------------------------------------------------------------------------------
+
+
+def test_a_save_does_not_wait_for_what_is_pruned_after_the_one_before(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, retention=[KeepLast(1)], prune_grace_s=0) as manager:
+        manager.save(1, state_of(1))
+        with Gate(manager, verb="delete", when=anything) as gate:
+            handle = manager.async_save(2, state_of(2))
+            gate.await_request()
+            assert handle.result(0) is not None, "it is done though its pruning is not"
+            assert manager.async_save(3, state_of(3)).result() is not None
+            gate.open()
+            manager.wait()
+        assert steps_of(manager) == [3]
 
 
 def test_a_failure_that_result_told_is_not_raised_again(tmp_path: Path) -> None:

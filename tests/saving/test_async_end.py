@@ -218,7 +218,7 @@ def measured(url: Path, *, count: int, saves: int, budget_bytes: int | None) -> 
     return peak_bytes, seen
 
 
-@pytest.mark.parametrize("budget_mib", [None, 64])
+@pytest.mark.parametrize("budget_mib", [pytest.param(None, marks=pytest.mark.slow), 64])
 def test_an_async_save_takes_the_copy_or_its_budget_and_hardly_more(tmp_path: Path, budget_mib: int | None) -> None:
     budget_bytes = None if budget_mib is None else budget_mib * MIB
     peak_bytes, _ = measured(tmp_path, count=8, saves=2, budget_bytes=budget_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ import pytest
 import torch
 
 import cloudckpt
-from cloudckpt import CheckpointManager
+from cloudckpt import CheckpointManager, Options
+from cloudckpt.options import MIB
 from cloudckpt.saving.snapshot import Staged, take_snapshot
 
 
@@ -101,6 +103,29 @@ def check(root: Path, state: dict[str, torch.Tensor]) -> None:
 
 def test_a_snapshot_of_host_tensors_has_their_signs(tmp_path: Path) -> None:
     check(tmp_path, views_of("cpu"))
+
+
+@pytest.mark.parametrize(("budget_bytes", "advice"), [(8 * MIB, "raise memory_budget_bytes"), (None, "3 ranks")])
+def test_a_state_that_goes_in_waves_is_told_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    budget_bytes: int | None,
+    advice: str,
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr("cloudckpt.saving.snapshot.free_bytes", lambda: 0)
+    monkeypatch.setattr("cloudckpt.options._TRANSFER_BYTES", 8 * MIB)
+    options = Options(shard_bytes=4 * MIB, block_bytes=MIB, span_bytes=MIB, memory_budget_bytes=budget_bytes)
+    small, large = {"w": torch.zeros(MIB)}, {"w": torch.zeros(5 * MIB)}
+    with CheckpointManager(tmp_path, options=options) as manager, caplog.at_level(logging.WARNING, "cloudckpt"):
+        manager.async_save(1, small)
+        assert caplog.messages == []
+        for step in (2, 3):
+            manager.async_save(step, large)
+    (told,) = caplog.messages
+    assert told.startswith("rank 0: 20 MiB are to be saved and there is room for copies of 8 MiB")
+    assert advice in told
 
 
 @pytest.mark.gpu

@@ -6,11 +6,14 @@ import logging
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import cloudckpt
 from cloudckpt import CheckpointManager
 from cloudckpt.errors import ManifestError
 from cloudckpt.format import codec
@@ -135,3 +138,34 @@ def test_all_generators_go_on_through_a_checkpoint(tmp_path: Path) -> None:
         seed(12)
         manager.restore({"step": 0})
     assert [draw() for _ in range(2)] == expected
+
+
+def test_a_rank_beyond_those_that_saved_is_told_what_is_true(caplog: pytest.LogCaptureFixture) -> None:
+    saved = SimpleNamespace(tensors={f"cloudckpt.rng.r{rank:05d}": object() for rank in range(4)})
+    generators = Generators(5)
+    assert generators.targets(saved) == {}  # type: ignore[arg-type]
+    generators.apply({})
+    assert "rank 5: the checkpoint holds random number generators of 4 ranks and none of this one" in caplog.text
+
+
+def test_a_checkpoint_without_generators_is_said_to_have_none(caplog: pytest.LogCaptureFixture) -> None:
+    generators = Generators(0)
+    assert generators.targets(SimpleNamespace(tensors={})) == {}  # type: ignore[arg-type]
+    generators.apply({})
+    assert "the checkpoint holds no random number generator state" in caplog.text
+
+
+def test_a_generator_of_the_state_that_has_spawned_draws_on_and_spawns_on_where_it_is_held(tmp_path: Path) -> None:
+    saved = np.random.default_rng(1)
+    saved.spawn(2)
+    saved.random(3)
+    legacy = np.random.RandomState(np.random.PCG64(1))
+    legacy.standard_normal(3)
+    cloudckpt.save({"g": [saved, legacy]}, tmp_path / "c", progress="off")
+    held: list[Any] = [np.random.Generator(np.random.Philox(2)), np.random.RandomState(2)]
+    state: dict[str, Any] = {"g": list(held)}
+    cloudckpt.load(state, tmp_path / "c", progress="off")
+    assert [live is there for live, there in zip(held, state["g"], strict=True)] == [True, True]
+    assert held[0].random() == saved.random()
+    assert held[0].spawn(1)[0].random() == saved.spawn(1)[0].random()
+    assert held[1].standard_normal() == legacy.standard_normal()

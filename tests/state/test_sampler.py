@@ -479,3 +479,47 @@ def _save_out_of_step(url: str) -> str:
 def test_ranks_that_are_not_in_step_are_refused(tmp_path: Path) -> None:
     for said in run(2, _save_out_of_step, str(tmp_path)):
         assert "'sampler' differs between rank 0 and rank 1" in said
+
+
+# -- loops that count nothing --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_plain_loop_that_counts_nothing_is_told_so_once(caplog: pytest.LogCaptureFixture, workers: int) -> None:
+    sampler = ResumableSampler(12, seed=1)
+    loader = DataLoader(list(range(12)), batch_size=4, sampler=sampler, num_workers=workers)
+    for _ in range(3):
+        for _ in loader:
+            pass
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "nothing was counted, and it began again where it stood before" in told
+    assert "loop over sampler.batches(loader), or call sampler.advance(samples) for each batch" in told
+
+
+def test_a_position_that_was_not_counted_is_told_when_it_is_saved(caplog: pytest.LogCaptureFixture) -> None:
+    sampler = ResumableSampler(12, seed=1)
+    for data_epoch in range(2):
+        sampler.set_epoch(data_epoch)
+        for _ in sampler:
+            pass
+    assert caplog.text == ""
+    sampler.state_dict()
+    assert "nothing was counted, and it is saved at the position where the loop began" in caplog.text
+
+
+def test_loops_that_count_are_told_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    sampler = ResumableSampler(12, seed=1)
+    loader = DataLoader(list(range(12)), batch_size=4, sampler=sampler)
+    sampler.state_dict()
+    for _ in range(2):
+        for _ in sampler.batches(loader):
+            sampler.state_dict()
+    for data_epoch in (2, 3):
+        for batch in loader:
+            sampler.advance(len(batch))
+            sampler.state_dict()
+        sampler.set_data_epoch(data_epoch + 1)
+    for _ in sampler.batches(loader):
+        break
+    sampler.state_dict()
+    assert caplog.text == ""

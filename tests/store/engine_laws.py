@@ -28,8 +28,11 @@ from cloudckpt.errors import (
     TransientError,
 )
 from cloudckpt.options import MIB, RetryPolicy
-from cloudckpt.store.base import ObjectInfo, Store
+from cloudckpt.store.base import Listing, ObjectInfo, Store
+from cloudckpt.store.facts import AbsentError, HttpStatusError
+from cloudckpt.store.retrying import RetryingStore
 from tests.store.engines import CANARY, VERBS, Engine
+from tests.store.handling import while_handling
 from tests.store.http_dialects import Request
 from tests.store.http_object_server import Fault, FaultKind, ObjectServer
 
@@ -39,6 +42,21 @@ _CUTS = [
     *((verb, kind) for verb in ("get", "read", "list") for kind in (FaultKind.RESET_IN_REPLY, FaultKind.SHORT_HONEST)),
     *((verb, FaultKind.SHORT_MATCHING) for verb in ("get", "list")),
 ]
+# What stands at an address where an object store was expected, or between it and us.
+PAGES = {
+    "empty": b"",
+    "html": b"<!DOCTYPE html><html><body>Please log in</body></html>",
+    "xhtml": b"<?xml version='1.0'?><!DOCTYPE html><html xmlns='http://www.w3.org/1999/xhtml'><head/><body/></html>",
+    "xml": b"<?xml version='1.0'?><!-- down --><maintenance><IsTruncated>false</IsTruncated></maintenance>",
+    "buckets": b"<ListAllMyBucketsResult><Buckets/><IsTruncated>false</IsTruncated></ListAllMyBucketsResult>",
+    "json": b'{"kind": "status", "ok": true}',
+    "list": b"[]",
+}
+WEB_HEADERS = {
+    "Content-Type": "text/html; charset=utf-8",
+    "ETag": '"65a1f3c2-5f3c"',
+    "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT",
+}
 _IMPATIENT = RetryPolicy(request_timeout_s=1.0, connect_timeout_s=1.0)
 
 
@@ -51,6 +69,14 @@ def _refusal(store: Store, verb: str) -> CloudCkptError:
     with pytest.raises(CloudCkptError) as caught:
         VERBS[verb](store)
     return caught.value
+
+
+def _listing(store: Store, prefix: str = "", *, delimiter: str = "") -> Listing:
+    """List all pages, one request each."""
+    pages = [store.list(prefix, delimiter=delimiter)]
+    while mark := pages[-1].mark:
+        pages.append(store.list(prefix, delimiter=delimiter, mark=mark))
+    return Listing.of_pages(pages)
 
 
 def _warm(store: Store) -> Iterator[Store]:
@@ -176,7 +202,7 @@ class EngineLaws:
             store.put(name, _views(name.encode()))
         assert server.keys() == sorted([f"root/{name}" for name in names] + ["root/there"])
         assert [store.read(name, limit_bytes=900) for name in names] == [name.encode() for name in names]
-        assert [info.key for info in store.list().objects] == sorted([*names, "there"])
+        assert [info.key for info in _listing(store).objects] == sorted([*names, "there"])
 
     # ---- create
 
@@ -391,68 +417,124 @@ class EngineLaws:
                 store.put(key, _views(b"x"))
         assert server.count() == 0
 
+    @pytest.mark.parametrize("verb", ["put", "create", "get", "read", "head", "list"])
+    def test_a_404_that_is_no_stores_says_nothing_of_the_object(
+        self, server: ObjectServer, store: Store, verb: str
+    ) -> None:
+        page = Fault(status=404, body=b"<html>Not Found</html>", headers={"Content-Type": "text/html"})
+        server.inject(page, times=-1)
+        error = _refusal(store, verb)
+        assert not isinstance(error, ObjectNotFoundError | TransientError)
+        assert "endpoint_url" in str(error)
+
+    @pytest.mark.parametrize("verb", VERBS)
+    @pytest.mark.parametrize("theirs", [HttpStatusError(404, "NoSuchKey"), FileExistsError("x"), AbsentError("x")])
+    def test_what_the_caller_was_handling_is_no_answer_of_the_store(
+        self, server: ObjectServer, store: Store, verb: str, theirs: Exception
+    ) -> None:
+        server.inject(Fault(kind=FaultKind.RESET_BEFORE_REPLY), times=-1)
+        assert isinstance(while_handling(theirs, lambda: _refusal(store, verb)), TransientError)
+
     # ---- list and delete
 
     def test_a_listing_has_all_pages_sizes_and_times(self, server: ObjectServer, store: Store) -> None:
         before_s = time.time()
         for number in range(23):
             server.put_object(f"root/many/{number:02}", bytes(number))
-        found = store.list("many/").objects
+        found = _listing(store, "many/").objects
         assert [(info.key, info.size_bytes) for info in found] == [(f"many/{n:02}", n) for n in range(23)]
         assert all(before_s - 2 <= info.modified_s <= time.time() + 2 for info in found)
         assert server.count() == 5
 
+    def test_a_page_is_one_request_and_its_mark_leads_to_the_next(self, server: ObjectServer, store: Store) -> None:
+        for number in range(8):
+            server.put_object(f"root/many/{number}", b"")
+        first = store.list("many/")
+        second = store.list("many/", mark=first.mark)
+        assert [info.key for info in (*first.objects, *second.objects)] == [f"many/{n}" for n in range(8)]
+        assert (bool(first.mark), second.mark, server.count()) == (True, "", 2)
+
     def test_a_listing_is_never_remembered(self, server: ObjectServer, store: Store) -> None:
         store.list()
         server.put_object("root/late", b"x")
-        assert [info.key for info in store.list().objects] == ["late", "there"]
+        assert [info.key for info in _listing(store).objects] == ["late", "there"]
 
     def test_a_prefix_may_end_inside_a_name(self, server: ObjectServer, store: Store) -> None:
         for name in ("step-1/a", "step-12/b", "step-2/c", "stepped"):
             server.put_object(f"root/{name}", b"x")
-        assert [info.key for info in store.list("step-1").objects] == ["step-1/a", "step-12/b"]
-        assert store.list("step-1", delimiter="/").prefixes == ("step-1/", "step-12/")
+        assert [info.key for info in _listing(store, "step-1").objects] == ["step-1/a", "step-12/b"]
+        assert _listing(store, "step-1", delimiter="/").prefixes == ("step-1/", "step-12/")
 
     def test_a_delimiter_splits_into_objects_and_prefixes(self, server: ObjectServer, store: Store) -> None:
         for number in range(12):
             server.put_object(f"root/d{number:02}/x/y", b"x")
-        listing = store.list(delimiter="/")
+        listing = _listing(store, delimiter="/")
         assert [info.key for info in listing.objects] == ["there"]
         assert listing.prefixes == tuple(f"d{number:02}/" for number in range(12))
 
     def test_a_neighbour_of_the_root_is_not_in_it(self, server: ObjectServer, store: Store) -> None:
         server.put_object("root2/x", b"x")
         server.put_object("rootless", b"x")
-        assert [info.key for info in store.list().objects] == ["there"]
+        assert [info.key for info in _listing(store).objects] == ["there"]
 
     def test_foreign_names_and_markers_of_directories_are_kept_out(self, server: ObjectServer, store: Store) -> None:
         for name in ("root/", "root/dir/", "root//odd", "root/a//b", "root/dir/real"):
             server.put_object(name, b"")
-        assert [info.key for info in store.list().objects] == ["dir/real", "there"]
-        assert store.list(delimiter="/").prefixes == ("a/", "dir/")
+        assert [info.key for info in _listing(store).objects] == ["dir/real", "there"]
+        assert _listing(store, delimiter="/").prefixes == ("a/", "dir/")
 
     def test_an_empty_listing_is_empty_and_a_failed_one_raises(self, server: ObjectServer, store: Store) -> None:
-        assert store.list("nothing/").objects == ()
+        assert _listing(store, "nothing/").objects == ()
         for number in range(9):
             server.put_object(f"root/{number}", b"x")
         server.inject(
             Fault(status=500), when=lambda request: bool(request.query.keys() & {"continuation-token", "pageToken"})
         )
-        assert isinstance(_refusal(store, "list"), TransientError)
+        with pytest.raises(TransientError):
+            _listing(store)
 
-    @pytest.mark.parametrize(
-        "body", [b"", b"<html>Please log in</html>", b"<?xml version='1.0'?><maintenance/>", b"{}"]
-    )
-    def test_a_reply_that_is_no_listing_is_no_empty_one(self, server: ObjectServer, store: Store, body: bytes) -> None:
-        server.inject(Fault(status=200, body=body))
-        assert isinstance(_refusal(store, "list"), StorageError)
+    # ---- whatever says 200
 
-    @pytest.mark.parametrize("verb", ["put", "create"])
-    def test_a_reply_that_does_not_say_what_was_stored_is_no_success(
-        self, server: ObjectServer, store: Store, verb: str
+    @pytest.mark.parametrize("verb", VERBS)
+    @pytest.mark.parametrize("headers", [{}, WEB_HEADERS], ids=["bare", "web"])
+    @pytest.mark.parametrize("page", PAGES)
+    def test_what_no_object_store_answered_is_never_believed(
+        self, server: ObjectServer, store: Store, verb: str, headers: dict[str, str], page: str
     ) -> None:
-        server.inject(Fault(status=200, body=b""))
-        assert isinstance(_refusal(store, verb), StorageError)
+        server.inject(Fault(status=200, body=PAGES[page], headers=headers), times=-1)
+        error = _refusal(store, verb)
+        assert isinstance(error, TransientError)
+
+    def test_the_error_says_that_no_object_store_answered(self, server: ObjectServer, store: Store) -> None:
+        server.inject(Fault(status=200, body=PAGES["html"], headers=WEB_HEADERS), times=-1)
+        assert {verb for verb in VERBS if "no object store answered" not in str(_refusal(store, verb))} <= {"get"}
+
+    @pytest.mark.parametrize("verb", VERBS)
+    @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+    def test_no_redirect_to_another_host_is_followed(
+        self, server: ObjectServer, store: Store, elsewhere: ObjectServer, verb: str, status: int
+    ) -> None:
+        # Another name is another host, though it leads to this machine, too.
+        target = f"http://localhost:{elsewhere.port}/login"
+        server.inject(Fault(status=status, code="", body=b"", headers={"Location": target}), times=-1)
+        error = _refusal(store, verb)
+        assert isinstance(error, StorageError)
+        assert elsewhere.requests == []
+        assert server.count() == 1
+        assert "no object store answered" in str(error)
+
+    @pytest.fixture
+    def elsewhere(self) -> Iterator[ObjectServer]:
+        with ObjectServer() as server:
+            yield server
+
+    def test_a_create_that_a_page_answered_is_unknown_and_then_looked_at(
+        self, server: ObjectServer, store: Store
+    ) -> None:
+        retrying = RetryingStore(store, RetryPolicy(), sleep=lambda _: None)
+        server.inject(Fault(status=200, body=PAGES["html"], headers=WEB_HEADERS), times=1)
+        retrying.create("fresh", b"abc")
+        assert server.data("root/fresh") == b"abc"
 
     def test_a_delete_takes_many_keys_and_absent_ones(self, server: ObjectServer, store: Store) -> None:
         names = [f"n{number}" for number in range(1500)]

@@ -11,6 +11,7 @@ from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import Store
 from cloudckpt.store.fsspec import FsspecStore
 from cloudckpt.store.obstore import ObstoreStore
+from cloudckpt.store.terms import PutTerms
 from tests.store.http_object_server import ObjectServer
 
 __all__ = ["CANARY", "GCSFS", "OBSTORE_GCS", "OBSTORE_S3", "S3FS", "VERBS", "Engine"]
@@ -42,11 +43,11 @@ class Engine:
         *,
         root: str = "bucket/root",
         retry: RetryPolicy = _PATIENCE,
-        signed_payload: bool = False,
+        terms: PutTerms | None = None,
         **more: object,
     ) -> FsspecStore | ObstoreStore:
         options = {**self.options(server), **more}
-        return self.kind(f"{self.scheme}://{root}", storage_options=options, retry=retry, signed_payload=signed_payload)
+        return self.kind(f"{self.scheme}://{root}", storage_options=options, retry=retry, terms=terms)
 
 
 S3FS = Engine(scheme="s3", kind=FsspecStore)

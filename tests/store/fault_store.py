@@ -195,8 +195,10 @@ class FaultStore:
         bucket: Bucket | None = None,
         *,
         url: str = "memory://bucket/root",
+        endpoint: str = "",
         is_create_atomic: bool = True,
         hook: Callable[[Op], None] | None = None,
+        page_size: int = 1000,
     ) -> None:
         self.bucket = bucket or Bucket()
         self.faults: list[Fault] = []
@@ -205,7 +207,9 @@ class FaultStore:
         self.refresh_count = 0
         self.is_closed = False
         self._url = url
+        self.endpoint = endpoint
         self._is_create_atomic = is_create_atomic
+        self._page_size = page_size
         self._is_dead = False
 
     @property
@@ -261,8 +265,8 @@ class FaultStore:
     def head(self, key: str) -> ObjectInfo:
         return self._request("head", (check_key(key),), lambda: self._describe(key))
 
-    def list(self, prefix: str = "", *, delimiter: str = "") -> Listing:
-        return self._request("list", (prefix,), lambda: self._list(prefix, delimiter))
+    def list(self, prefix: str = "", *, delimiter: str = "", mark: str = "") -> Listing:
+        return self._request("list", (prefix,), lambda: self._page(self._list(prefix, delimiter), mark))
 
     def delete(self, keys: Sequence[str]) -> None:
         names = tuple(check_key(key) for key in keys)
@@ -305,6 +309,17 @@ class FaultStore:
             else:
                 objects.append(self._describe(key))
         return Listing(objects=tuple(objects), prefixes=tuple(sorted(prefixes)))
+
+    def _page(self, whole: Listing, mark: str) -> Listing:
+        """Cut one page out of a listing; a mark is the last name of the page before it."""
+        names = sorted([*(info.key for info in whole.objects), *whole.prefixes])
+        rest = [name for name in names if name > mark]
+        shown = set(rest[: self._page_size])
+        return Listing(
+            objects=tuple(info for info in whole.objects if info.key in shown),
+            prefixes=tuple(prefix for prefix in whole.prefixes if prefix in shown),
+            mark=max(shown) if len(rest) > self._page_size else "",
+        )
 
     def _delete(self, keys: Sequence[str]) -> None:
         for key in keys:

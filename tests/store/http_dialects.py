@@ -17,7 +17,7 @@ from email.utils import formatdate
 from urllib.parse import quote, unquote
 from xml.sax.saxutils import escape
 
-__all__ = ["ObjectSpace", "Reply", "Request", "StoredObject", "error_reply"]
+__all__ = ["ObjectSpace", "Reply", "Request", "StoredObject", "error_reply", "md5_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,11 @@ class ObjectSpace:
         buckets: the buckets that exist.
         page_size: entries per listing page.
         honours_preconditions: whether create-only writes are enforced.
+        has_preconditions: whether it knows them at all, or answers 501.
         fail_delete_of: key → error code, told inside a 200 reply to a bulk delete.
+        demands_checksum: whether a put without one is refused, as where objects are locked by default.
+        demands_condition: whether a put without one is denied, as a bucket's policy may.
+        etag_of: what names an object's content; as in S3, the MD5 of its bytes.
     """
 
     def __init__(self, *, buckets: tuple[str, ...] = ("bucket",), page_size: int = 1000) -> None:
@@ -65,7 +69,11 @@ class ObjectSpace:
         self.buckets = set(buckets)
         self.page_size = page_size
         self.honours_preconditions = True
+        self.has_preconditions = True
+        self.demands_checksum = False
+        self.demands_condition = False
         self.fail_delete_of: dict[str, str] = {}
+        self.etag_of: Callable[[StoredObject], str] = md5_of
         self._generation = 0
         self._objects_lock = threading.Lock()
 
@@ -138,19 +146,32 @@ class ObjectSpace:
             or request.headers.get("x-goog-if-generation-match") == "0"
             or request.query.get("ifGenerationMatch") == "0"
         )
+        if refusal := self._refusal(request, only_create):
+            return error_reply(request, *refusal)
+        if only_create and not self.has_preconditions:
+            return error_reply(request, 501, "NotImplemented")
         with self._objects_lock:
             if only_create and self.honours_preconditions and (bucket, key) in self.objects:
                 return error_reply(request, 412, "PreconditionFailed")
             stored = self._store(bucket, key, request.body)
         if request.path.startswith("/upload/"):
             return _json_reply(_resource(bucket, key, stored))
-        return Reply(headers=_object_headers(stored))
+        return Reply(headers=self._object_headers(stored))
+
+    def _refusal(self, request: Request, only_create: bool) -> tuple[int, str] | None:
+        """Say why a put is refused, whatever its key, if it is."""
+        checksums = _checksums(request)
+        if (self.demands_checksum and not checksums) or len(checksums) > 1:
+            return 400, "InvalidRequest"
+        if any(text != _checksum_of(kind, bytes(request.body)) for kind, text in checksums.items()):
+            return 400, "BadDigest"
+        return (403, "AccessDenied") if self.demands_condition and not only_create else None
 
     def _get(self, bucket: str, key: str, request: Request) -> Reply:
         stored = self.objects.get((bucket, key))
         if stored is None:
             return error_reply(request, 404, "NoSuchKey")
-        headers = _object_headers(stored)
+        headers = self._object_headers(stored)
         wanted = request.headers.get("range")
         if request.method == "HEAD" or wanted is None:
             return Reply(body=memoryview(stored.data), headers=headers)
@@ -161,6 +182,13 @@ class ObjectSpace:
             return error_reply(request, 416, "InvalidRange")
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
         return Reply(status=206, body=memoryview(stored.data)[start:stop], headers=headers)
+
+    def _object_headers(self, stored: StoredObject) -> dict[str, str]:
+        return {
+            "ETag": f'"{self.etag_of(stored)}"',
+            "Last-Modified": formatdate(stored.modified_s, usegmt=True),
+            "x-goog-generation": str(stored.generation),
+        }
 
     def _page(self, bucket: str, prefix: str, delimiter: str, after: str, limit: int) -> tuple[list[str], str]:
         """The next names and common prefixes after `after`, and the mark to go on from, or ""."""
@@ -192,7 +220,7 @@ class ObjectSpace:
                 continue
             parts.append(
                 f"<Contents><Key>{encode(name)}</Key><LastModified>{_iso(stored.modified_s)}</LastModified>"
-                f"<ETag>&quot;{stored.generation}&quot;</ETag><Size>{len(stored.data)}</Size></Contents>"
+                f"<ETag>&quot;{self.etag_of(stored)}&quot;</ETag><Size>{len(stored.data)}</Size></Contents>"
             )
         return Reply(body=_xml("ListBucketResult", "".join(parts)), headers={"Content-Type": "application/xml"})
 
@@ -248,8 +276,33 @@ def _uploaded(request: Request) -> tuple[str, Request]:
         return request.query["name"], request
     boundary = request.headers["content-type"].split("boundary=", 1)[1].strip('"').encode()
     _, resource, media, _ = bytes(request.body).split(b"--" + boundary)
-    name = json.loads(resource.partition(b"\r\n\r\n")[2])["name"]
-    return str(name), replace(request, body=media.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n"))
+    described = json.loads(resource.partition(b"\r\n\r\n")[2])
+    headers = {f"x-amz-checksum-{kind}": text for kind, text in described.items() if kind != "name"}
+    body = media.partition(b"\r\n\r\n")[2].removesuffix(b"\r\n")
+    return str(described["name"]), replace(request, body=body, headers={**request.headers, **headers})
+
+
+def _checksums(request: Request) -> dict[str, str]:
+    mark = "x-amz-checksum-"
+    return {name.removeprefix(mark): text for name, text in request.headers.items() if name.startswith(mark)}
+
+
+# Reflected polynomials.
+_CRCS = {"crc32": (0xEDB88320, 4), "crc32c": (0x82F63B78, 4), "crc64nvme": (0x9A6C9329AC4BC9B5, 8)}
+
+
+def _checksum_of(kind: str, data: bytes) -> str:
+    """Compute a checksum bit by bit, as nobody else here does."""
+    if kind == "sha256":
+        return base64.b64encode(hashlib.sha256(data).digest()).decode()
+    polynomial, size_bytes = _CRCS[kind]
+    ones = (1 << 8 * size_bytes) - 1
+    value = ones
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (polynomial if value & 1 else 0)
+    return base64.b64encode((value ^ ones).to_bytes(size_bytes, "big")).decode()
 
 
 def _json_reply(value: object) -> Reply:
@@ -264,12 +317,9 @@ def _iso(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
 
 
-def _object_headers(stored: StoredObject) -> dict[str, str]:
-    return {
-        "ETag": f'"{stored.generation}"',
-        "Last-Modified": formatdate(stored.modified_s, usegmt=True),
-        "x-goog-generation": str(stored.generation),
-    }
+def md5_of(stored: StoredObject) -> str:
+    """Return what names an object's content: the MD5 of its bytes, as in S3."""
+    return hashlib.md5(stored.data).hexdigest()
 
 
 def _resource(bucket: str, key: str, stored: StoredObject) -> dict[str, str]:

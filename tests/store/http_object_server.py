@@ -21,7 +21,7 @@ from enum import StrEnum, auto
 from typing import Self
 from urllib.parse import parse_qsl, urlsplit
 
-from tests.store.http_dialects import ObjectSpace, Reply, Request, error_reply
+from tests.store.http_dialects import ObjectSpace, Reply, Request, error_reply, md5_of
 
 __all__ = ["Fault", "FaultKind", "ObjectServer"]
 
@@ -45,6 +45,7 @@ class FaultKind(StrEnum):
     FLIPPED_BYTE = auto()  # the first byte is inverted
 
 
+_SLOW_PIECE_BYTES = 16 * 1024
 _BEFORE_BODY = frozenset({FaultKind.EARLY_STATUS, FaultKind.STALL_IN_REQUEST, FaultKind.RESET_IN_REQUEST})
 
 
@@ -72,10 +73,16 @@ class ObjectServer(ObjectSpace):
 
     Attributes:
         requests: every request, in order of arrival.
+        link_bytes_per_s: how fast the bodies of all requests together are read; None is as fast as can be.
     """
 
-    def __init__(self, *, buckets: tuple[str, ...] = ("bucket",), page_size: int = 1000) -> None:
+    def __init__(
+        self, *, buckets: tuple[str, ...] = ("bucket",), page_size: int = 1000, link_bytes_per_s: float | None = None
+    ) -> None:
         super().__init__(buckets=buckets, page_size=page_size)
+        self.link_bytes_per_s = link_bytes_per_s
+        self._link_lock = threading.Lock()
+        self._link_free_s = 0.0
         self.requests: list[Request] = []
         self._injections: list[_Injection] = []
         self._lock = threading.Lock()
@@ -83,6 +90,9 @@ class ObjectServer(ObjectSpace):
         self._connections: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        if link_bytes_per_s is not None:
+            # Else the kernel takes megabytes that nobody has read yet, and no slow link does.
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SLOW_PIECE_BYTES)
         self.port: int = self._listener.getsockname()[1]
 
     @property
@@ -128,6 +138,9 @@ class ObjectServer(ObjectSpace):
         self.objects.clear()
         self.buckets = {"bucket"}
         self.fail_delete_of.clear()
+        self.etag_of = md5_of
+        self.has_preconditions = True
+        self.demands_checksum = self.demands_condition = False
         self.requests.clear()
 
     def count(self, method: str | None = None) -> int:
@@ -176,7 +189,7 @@ class ObjectServer(ObjectSpace):
             return self._leave_unread(connection, request, fault)
         if request.headers.get("expect", "").lower() == "100-continue":
             connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = _read_body(connection, early, length_bytes)
+        body = _read_body(connection, early, length_bytes, None if self.link_bytes_per_s is None else self._pass_link)
         if body is None:
             return False
         request = replace(request, body=body)
@@ -184,6 +197,14 @@ class ObjectServer(ObjectSpace):
         if fault is None:
             return _send(connection, request, self.handle(request))
         return self._misbehave(connection, request, fault)
+
+    def _pass_link(self, size_bytes: int) -> None:
+        """Wait as long as so many bytes take on a link that all connections share, in turn."""
+        assert self.link_bytes_per_s is not None
+        with self._link_lock:
+            self._link_free_s = max(self._link_free_s, time.monotonic()) + size_bytes / self.link_bytes_per_s
+            stop_s = self._link_free_s
+        self._closing.wait(timeout=stop_s - time.monotonic())
 
     def _leave_unread(self, connection: socket.socket, request: Request, fault: Fault) -> bool:
         """Fail without reading the body; closing then resets the connection under whoever still sends."""
@@ -258,14 +279,20 @@ def _read_head(connection: socket.socket) -> tuple[Request, bytes] | None:
     return Request(method=method, path=url.path, query=query, headers=headers), early
 
 
-def _read_body(connection: socket.socket, early: bytes, length_bytes: int) -> bytearray | None:
+def _read_body(
+    connection: socket.socket, early: bytes, length_bytes: int, pace: Callable[[int], None] | None
+) -> bytearray | None:
     body = bytearray(length_bytes)
     body[: len(early)] = early
     view, filled = memoryview(body), len(early)
     while filled < length_bytes:
-        count = connection.recv_into(view[filled:])
+        count = connection.recv_into(
+            view[filled:], 0 if pace is None else min(length_bytes - filled, _SLOW_PIECE_BYTES)
+        )
         if not count:
             return None
+        if pace is not None:
+            pace(count)
         filled += count
     return body
 

@@ -115,13 +115,13 @@ class JournalDisk(Disk):
         self.nodes[fd] = self.journal.node_at(path)
         return fd
 
-    def open_directory(self, name: str, *, at: int) -> int:
-        fd = super().open_directory(name, at=at)
+    def open_directory(self, name: str, *, at: int, follow: bool = False) -> int:
+        fd = super().open_directory(name, at=at, follow=follow)
         self.nodes[fd] = self.journal.tree[self.nodes[at]][name]
         return fd
 
-    def open_to_read(self, name: str, *, at: int) -> int:
-        fd = super().open_to_read(name, at=at)
+    def open_to_read(self, name: str, *, at: int, follow: bool = False) -> int:
+        fd = super().open_to_read(name, at=at, follow=follow)
         self.nodes[fd] = self.journal.tree[self.nodes[at]][name]
         return fd
 

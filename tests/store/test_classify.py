@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import socket
 import ssl
 import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 
 import aiohttp
@@ -26,11 +28,20 @@ from cloudckpt.errors import (
     ObjectNotFoundError,
     OptionsError,
     StorageError,
+    ThrottledError,
     TransientError,
     is_transient,
 )
-from cloudckpt.store.classify import ask, classify, deletion_error, is_absence
-from cloudckpt.store.facts import BodyLengthError, HttpStatusError, ObjectSizeError
+from cloudckpt.store.classify import CredentialKind, ask, classify, deletion_error, is_absence
+from cloudckpt.store.facts import (
+    AbsentError,
+    BodyLengthError,
+    ForbiddenError,
+    HttpStatusError,
+    ObjectSizeError,
+    before_sending,
+)
+from tests.store.handling import while_handling
 
 URL = "s3://bucket/root"
 
@@ -47,14 +58,14 @@ def _class_of(exc: BaseException, op: str = "put") -> type[CloudCkptError]:
 @pytest.mark.parametrize(
     ("status", "code", "expected"),
     [
-        (503, "SlowDown", TransientError),
+        (503, "SlowDown", ThrottledError),
         (400, "RequestTimeout", TransientError),
         (400, "BadDigest", TransientError),
         (400, "IncompleteBody", TransientError),
         (400, "XAmzContentSHA256Mismatch", TransientError),
-        (400, "ThrottlingException", TransientError),
-        (400, "KMS.ThrottlingException", TransientError),
-        (403, "rateLimitExceeded", TransientError),
+        (400, "ThrottlingException", ThrottledError),
+        (400, "KMS.ThrottlingException", ThrottledError),
+        (403, "rateLimitExceeded", ThrottledError),
         (409, "ConditionalRequestConflict", TransientError),
         (409, "OperationAborted", TransientError),
         (400, "ExpiredToken", CredentialsExpiredError),
@@ -73,6 +84,10 @@ def _class_of(exc: BaseException, op: str = "put") -> type[CloudCkptError]:
         (400, "EntityTooLarge", StorageError),
         (501, "NotImplemented", StorageError),
         (507, "InsufficientStorage", StorageError),
+        (409, "ExistingObjectIsDirectory", StorageError),
+        (409, "XMinioParentIsObject", StorageError),
+        (400, "KeyTooLongError", StorageError),
+        (405, "MethodNotAllowed", StorageError),
         (400, "SomethingNew", StorageError),
         (418, "", StorageError),
         (599, "", TransientError),
@@ -133,11 +148,12 @@ _TO = {"endpoint_url": "http://127.0.0.1:1"}
         (google.auth.exceptions.RefreshError("x"), CredentialsExpiredError),
         (google.auth.exceptions.DefaultCredentialsError("x"), AccessDeniedError),
         (HttpError({"code": 401, "message": "Invalid Credentials"}), CredentialsExpiredError),
-        (HttpError({"code": "503", "message": "x"}), TransientError),
+        (HttpError({"code": "503", "message": "x"}), ThrottledError),
         (BodyLengthError(1, 2), TransientError),
         (ObjectSizeError("x"), StorageError),
-        (FileNotFoundError("x"), ObjectNotFoundError),
-        (PermissionError("x"), AccessDeniedError),
+        (ForbiddenError("x"), AccessDeniedError),
+        (FileNotFoundError("x"), OptionsError),
+        (PermissionError("x"), OptionsError),
         (FileExistsError("x"), StorageError),
         (OSError(5, "x"), StorageError),
         (ValueError("SlowDown 503 timeout, try again"), StorageError),
@@ -229,9 +245,9 @@ _SPLIT_BODY = (
 @pytest.mark.parametrize(
     ("text", "op", "expected"),
     [
-        (_obstore_reply(503, _SLOW), "put", TransientError),
-        (_obstore_reply(503, ""), "put", TransientError),
-        (_obstore_reply(503, _SLOW, listing=True), "list", TransientError),
+        (_obstore_reply(503, _SLOW), "put", ThrottledError),
+        (_obstore_reply(503, ""), "put", ThrottledError),
+        (_obstore_reply(503, _SLOW, listing=True), "list", ThrottledError),
         (_obstore_reply(400, "<Error><Code>ExpiredToken</Code></Error>"), "put", CredentialsExpiredError),
         (_obstore_reply(400, "<Error><Code>InvalidRequest</Code></Error>"), "put", StorageError),
         (_obstore_reply(403, "<Error><Code>AccessDenied</Code></Error>", listing=True), "list", AccessDeniedError),
@@ -276,6 +292,211 @@ def test_the_cause_keeps_code_and_message_but_no_query_and_no_body() -> None:
     assert "CANARY" not in shown
 
 
+@pytest.mark.parametrize("op", ["get", "read", "head", "delete"])
+def test_a_filesystem_may_say_that_an_object_is_absent(op: str) -> None:
+    assert _class_of(AbsentError("x"), op) is ObjectNotFoundError
+
+
+@pytest.mark.parametrize("op", ["put", "create", "list"])
+def test_what_a_write_to_a_filesystem_misses_is_the_place(op: str) -> None:
+    assert _class_of(AbsentError("x"), op) is BucketNotFoundError
+
+
+_NOT_FOUND_BY_THE_CALLER = [
+    _client_error(404, "NoSuchKey"),
+    HttpStatusError(404, "notFound"),
+    AbsentError("x"),
+    ObjectNotFoundError("x"),
+]
+
+
+def _fail() -> None:
+    raise RuntimeError("of our own call")
+
+
+def _fail_twice(*, is_explicit: bool) -> None:
+    try:
+        _fail()
+    except RuntimeError as exc:
+        raise OSError(5, "once more") from (exc if is_explicit else None)
+
+
+def _asked(call: Callable[[], None]) -> CloudCkptError:
+    with pytest.raises(CloudCkptError) as caught:
+        ask(call, op="get", key="k", url=URL)
+    return caught.value
+
+
+@pytest.mark.parametrize("theirs", _NOT_FOUND_BY_THE_CALLER, ids=lambda exc: type(exc).__name__)
+@pytest.mark.parametrize("is_explicit", [False, True])
+def test_what_the_caller_was_handling_takes_no_part(theirs: Exception, is_explicit: bool) -> None:
+    error = while_handling(theirs, lambda: _asked(lambda: _fail_twice(is_explicit=is_explicit)))
+    assert type(error) is StorageError
+
+
+def test_what_a_generator_was_handling_takes_no_part() -> None:
+    def asking() -> Iterator[CloudCkptError | None]:
+        try:
+            raise HttpStatusError(404, "NoSuchKey")  # noqa: TRY301 - a function that handled it could not yield
+        except HttpStatusError:
+            yield None
+            yield _asked(_fail)
+
+    answers = asking()
+    next(answers)
+    assert type(while_handling(AbsentError(), lambda: next(answers))) is StorageError
+
+
+def test_what_the_caller_of_a_generator_was_handling_takes_no_part() -> None:
+    def asking() -> Iterator[CloudCkptError]:
+        yield _asked(_fail)
+
+    answers = asking()
+    assert type(while_handling(HttpStatusError(404, "NoSuchKey"), lambda: next(answers))) is StorageError
+
+
+def test_a_failed_delete_is_not_explained_by_what_the_caller_was_handling() -> None:
+    theirs, cause = HttpStatusError(503, "SlowDown"), ValueError("of our own call")
+    cause.__context__ = theirs
+    assert type(deletion_error({"a": cause}, asked=1, url=URL, outer=theirs)) is StorageError
+
+
+@pytest.mark.parametrize(
+    ("exc", "expected"),
+    [
+        (_client_error(403, "AccessDenied"), False),
+        (_client_error(405, "MethodNotAllowed"), False),
+        (_client_error(409, "ConditionalRequestConflict"), False),
+        (_client_error(429, "TooManyRequests"), False),
+        (_client_error(400, "KeyTooLongError"), False),
+        (_client_error(301, "PermanentRedirect"), False),
+        (_client_error(501, "NotImplemented"), False),
+        (_client_error(408, "RequestTimeout"), True),
+        (_client_error(500, "InternalError"), True),
+        (_client_error(503, "SlowDown"), True),
+        (botocore.exceptions.ReadTimeoutError(**_TO), True),
+        (botocore.exceptions.ConnectionClosedError(**_TO), True),
+        (botocore.exceptions.ConnectTimeoutError(**_TO), False),
+        (ConnectionRefusedError(), False),
+        (ConnectionResetError(), True),
+        (socket.gaierror(), False),
+        (google.auth.exceptions.TransportError("x"), False),
+        (TimeoutError(), True),
+        (ValueError("x"), True),
+    ],
+    ids=repr,
+)
+def test_a_write_may_have_landed_unless_it_was_refused_or_never_sent(exc: Exception, expected: bool) -> None:
+    error = classify(exc, op="create", key="k", url=URL)
+    assert isinstance(error, StorageError)
+    assert error.may_have_landed is expected
+
+
+def test_what_fails_before_anything_is_sent_is_an_error_of_the_options() -> None:
+    def connect() -> None:
+        with before_sending():
+            raise ValueError("Invalid endpoint: htp:/x")
+
+    with pytest.raises(OptionsError, match=r"\(ValueError\)") as caught:
+        ask(connect, op="create", key="k", url=URL)
+    assert "Invalid endpoint" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize(
+    ("exc", "kind"),
+    [
+        (botocore.exceptions.EndpointConnectionError(**_TO), TransientError),
+        (botocore.exceptions.NoCredentialsError(), AccessDeniedError),
+    ],
+)
+def test_what_fails_before_anything_is_sent_is_judged_by_its_class(exc: Exception, kind: type[CloudCkptError]) -> None:
+    def connect() -> None:
+        with before_sending():
+            raise exc
+
+    with pytest.raises(kind) as caught:
+        ask(connect, op="create", key="k", url=URL)
+    assert isinstance(caught.value, StorageError)
+    assert not caught.value.may_have_landed
+
+
+@pytest.mark.parametrize("beneath", [FileNotFoundError(2, "No such file"), PermissionError(13, "Permission denied")])
+def test_a_file_that_a_library_missed_on_the_way_is_told_as_one_of_the_options(beneath: OSError) -> None:
+    outer = botocore.exceptions.HTTPClientError(error=beneath)
+    outer.__cause__ = beneath
+    assert _class_of(outer) is OptionsError
+
+
+def test_a_file_that_is_missed_is_named() -> None:
+    error = classify(FileNotFoundError(2, "No such file", "/etc/token"), op="get", key="k", url=URL)
+    assert "'/etc/token'" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("credentials", "kind", "words"),
+    [
+        ("none", AccessDeniedError, "anonymous"),
+        ("lasting", AccessDeniedError, "does not accept"),
+        ("temporary", CredentialsExpiredError, "expired"),
+    ],
+)
+def test_only_what_can_expire_is_said_to_have_expired(
+    credentials: CredentialKind, kind: type[CloudCkptError], words: str
+) -> None:
+    error = classify(HttpStatusError(401), op="get", key="k", url=URL, credentials=credentials)
+    assert type(error) is kind
+    assert words in str(error)
+
+
+@pytest.mark.parametrize("credentials", ["none", "lasting"])
+def test_a_bare_400_of_a_head_is_no_expiry_of_what_cannot_expire(credentials: CredentialKind) -> None:
+    error = classify(HttpStatusError(400), op="head", key="k", url=URL, credentials=credentials)
+    assert type(error) is StorageError
+    assert "region" in str(error)
+
+
+def test_a_bucket_of_another_region_is_told_with_the_region() -> None:
+    error = classify(HttpStatusError(400, region="eu-west-3"), op="head", key="k", url=URL)
+    assert "'region_name': 'eu-west-3'" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("op", "right"),
+    [("list", "s3:ListBucket"), ("put", "s3:PutObject"), ("delete", "s3:DeleteObject"), ("head", "s3:ListBucket")],
+)
+def test_a_denial_names_the_right_that_is_missing(op: str, right: str) -> None:
+    assert right in str(classify(_client_error(403, "AccessDenied"), op=op, key="k", url=URL))
+
+
+def test_a_denial_of_an_anonymous_request_says_that_it_was_one() -> None:
+    error = classify(_client_error(403, "AccessDenied"), op="get", key="k", url=URL, credentials="none")
+    assert "anonymous" in str(error)
+
+
+class PanicException(BaseException):
+    """As the bindings of Rust name theirs."""
+
+
+PanicException.__module__ = "pyo3_runtime"
+
+
+def test_a_panic_of_an_engine_becomes_an_error() -> None:
+    def panic() -> None:
+        raise PanicException("called `Result::unwrap()` on an `Err` value")
+
+    with pytest.raises(StorageError, match="storage_options"):
+        ask(panic, op="put", key="k", url=URL)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_what_ends_the_program_is_no_error_of_a_store(kind: type[BaseException]) -> None:
+    def end() -> None:
+        raise kind
+
+    with pytest.raises(kind):
+        ask(end, op="put", key="k", url=URL)
+
+
 def test_what_is_raised_drags_no_original_along() -> None:
     def fail() -> None:
         raise _client_error(403, "AccessDenied")
@@ -317,6 +538,8 @@ def test_a_failed_delete_that_may_pass_is_transient() -> None:
 
 def test_absence_is_told_from_every_other_failure() -> None:
     assert is_absence(HttpStatusError(404))
-    assert is_absence(FileNotFoundError())
+    assert is_absence(AbsentError())
+    assert not is_absence(FileNotFoundError())
+    assert not is_absence(HttpStatusError(404, is_foreign=True))
     assert not is_absence(HttpStatusError(403))
     assert not is_absence(TimeoutError())

@@ -232,7 +232,7 @@ def test_obstores_own_configuration_holds_no_credential(server: ObjectServer) ->
     store = OBSTORE_S3.open(server)
     store.put("k", [memoryview(b"x")])
     with store._leased() as wire:
-        native = wire._client.store  # type: ignore[attr-defined]
+        native = wire._direct._client.store  # type: ignore[attr-defined]
         assert "CANARY" not in f"{native!r} {native.config} {native.client_options} {native.credential_provider}"
     store.close()
 

@@ -32,9 +32,11 @@ from cloudckpt.errors import (
     StorageError,
     TransientError,
 )
-from cloudckpt.options import MIB
+from cloudckpt.options import MIB, RetryPolicy
+from cloudckpt.store.disk import NOT_OFFERED, Disk
 from cloudckpt.store.local import LocalStore
 from cloudckpt.store.location import local_path
+from cloudckpt.store.retrying import RetryingStore
 from tests.store.fault_disk import FaultDisk
 
 TEMP_NAME = ".cloudckpt-tmp-" + "0" * 32
@@ -79,6 +81,20 @@ def fork(action: Callable[[], None]) -> int:
         traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def fail_fsync(monkeypatch: pytest.MonkeyPatch, code: int, is_hit: Callable[[bool, int], bool]) -> list[bool]:
+    """Let fsync fail where `is_hit` says so of (is it a directory, number of the call); return what was asked for."""
+    real, asked = os.fsync, list[bool]()
+
+    def fsync(fd: int) -> None:
+        asked.append(stat.S_ISDIR(os.fstat(fd).st_mode))
+        if is_hit(asked[-1], len(asked) - 1):
+            raise OSError(code, os.strerror(code))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return asked
 
 
 class TestNames:
@@ -148,11 +164,37 @@ class TestNames:
 
 
 class TestWriting:
-    def test_objects_and_directories_belong_to_their_owner_alone(self, store: LocalStore, root: Path) -> None:
-        store.put("a/b", views(b"x"))
-        store.create("a/c", b"y")
+    @pytest.mark.parametrize("umask", [0o077, 0o022, 0o002])
+    def test_modes_are_those_that_the_umask_leaves_also_of_temp_names(
+        self, store: LocalStore, disk: FaultDisk, root: Path, umask: int
+    ) -> None:
+        temp_modes: list[int] = []
+
+        def look(name: str) -> None:
+            if name == "write":
+                temp_modes.extend(stat.S_IMODE(path.stat().st_mode) for path in root.rglob(".cloudckpt-tmp-*"))
+
+        disk.before = look
+        before = os.umask(umask)
+        try:
+            store.put("a/b", views(b"x"))
+            store.create("a/c", b"y")
+        finally:
+            os.umask(before)
         modes = [stat.S_IMODE((root / name).stat().st_mode) for name in ("", "a", "a/b", "a/c")]
-        assert modes == [0o700, 0o700, 0o600, 0o600]
+        assert modes == [0o777 & ~umask, 0o777 & ~umask, 0o666 & ~umask, 0o666 & ~umask]
+        assert temp_modes == [0o666 & ~umask] * 2
+
+    def test_directories_below_one_of_a_group_are_the_groups(self, store: LocalStore, root: Path) -> None:
+        root.mkdir()
+        root.chmod(0o2775)
+        before = os.umask(0o002)
+        try:
+            store.put("a/b/c", views(b"x"))
+        finally:
+            os.umask(before)
+        modes = [stat.S_IMODE((root / name).stat().st_mode) for name in ("a", "a/b", "a/b/c")]
+        assert modes == [0o2775, 0o2775, 0o664]
 
     def test_nothing_but_the_objects_is_left(self, store: LocalStore, root: Path) -> None:
         store.put("a/b", views(b"x"))
@@ -243,6 +285,13 @@ class TestFailedWrites:
         (errno.EBUSY, TransientError, "busy"),
         (errno.ETIMEDOUT, TransientError, "did not answer"),
         (errno.ESTALE, TransientError, "handle"),
+        (errno.ETXTBSY, TransientError, "holds the file"),
+        (errno.EINTR, TransientError, "busy"),
+        (errno.ENOTCONN, TransientError, "mount it again"),
+        (errno.ENODEV, StorageError, "mount it again"),
+        (errno.ENXIO, StorageError, "mount it again"),
+        (errno.EUCLEAN, StorageError, "fsck"),
+        (errno.EBADMSG, StorageError, "fsck"),
         (errno.EXDEV, StorageError, "manual"),
     )
 
@@ -272,11 +321,12 @@ class TestFailedWrites:
         assert (root / "a/b").read_bytes() == (bytes(9 * MIB) if new else b"old")
 
     @pytest.mark.parametrize("call", ["make_directory", "open_new", "write", "sync", "link"])
-    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EDQUOT])
     def test_a_failed_create_leaves_nothing(
         self, store: LocalStore, disk: FaultDisk, root: Path, call: str, code: int
     ) -> None:
         disk.fail(call, code)
+        disk.fail("rename_new", code)  # a device that fails a link fails a rename, too
         with pytest.raises(StorageError):
             store.create("a/b", b"x")
         assert not root.exists() or files(root) == []
@@ -300,19 +350,43 @@ class TestFailedWrites:
             store.create("a/second", b"y")
         assert (root / "a/second").read_bytes() == b"y"
 
+    @pytest.mark.parametrize("code", sorted({*NOT_OFFERED["sync_directory"], errno.EIO}), ids=errno.errorcode.get)
     def test_a_file_system_without_fsync_of_directories_is_no_failure(
-        self, root: Path, monkeypatch: pytest.MonkeyPatch
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, code: int
     ) -> None:
-        real = os.fsync
-
-        def fsync(fd: int) -> None:
-            if stat.S_ISDIR(os.fstat(fd).st_mode):
-                raise OSError(errno.EINVAL, "Invalid argument")
-            real(fd)
-
-        monkeypatch.setattr(os, "fsync", fsync)
+        fail_fsync(monkeypatch, code, lambda is_directory, number: is_directory)
         LocalStore(str(root)).create("a/b", b"x")
         assert files(root) == ["a/b"]
+
+    def test_a_directory_that_could_be_synced_before_or_after_has_failed(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = LocalStore(str(root))
+        store.put("a/first", views(b"x"))
+        asked = fail_fsync(monkeypatch, errno.EIO, lambda is_directory, number: is_directory and number == 1)
+        with pytest.raises(CommitUnknownError, match="EIO"):
+            store.create("a/b", b"x")
+        assert asked == [False, True, False, True]
+        assert files(root) == ["a/b", "a/first"]
+
+    def test_a_device_that_makes_no_new_file_durable_has_failed(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = LocalStore(str(root))
+        store.put("a/first", views(b"x"))
+        fail_fsync(monkeypatch, errno.EIO, lambda is_directory, number: number >= 1)
+        with pytest.raises(CommitUnknownError, match="EIO"):
+            store.create("a/b", b"x")
+        assert files(root) == ["a/b", "a/first"]
+
+    @pytest.mark.parametrize("code", sorted({*NOT_OFFERED["sync_directory"], errno.EIO}), ids=errno.errorcode.get)
+    def test_an_object_that_is_not_durable_is_a_failure_whatever_the_disk_calls_it(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, code: int
+    ) -> None:
+        fail_fsync(monkeypatch, code, lambda is_directory, number: not is_directory)
+        with pytest.raises(StorageError, match=errno.errorcode[code]):
+            LocalStore(str(root)).put("a/b", views(b"x"))
+        assert files(root) == []
 
     def test_an_interrupt_leaves_no_temp_name(self, store: LocalStore, disk: FaultDisk, root: Path) -> None:
         def interrupt(name: str) -> None:
@@ -336,10 +410,11 @@ class TestFailedWrites:
 
 
 class TestCreate:
+    @pytest.mark.parametrize("code", sorted(NOT_OFFERED["link"]), ids=errno.errorcode.get)
     def test_without_hard_links_an_exclusive_rename_is_used(
-        self, store: LocalStore, disk: FaultDisk, root: Path
+        self, store: LocalStore, disk: FaultDisk, root: Path, code: int
     ) -> None:
-        disk.fail("link", errno.EPERM, times=2)
+        disk.fail("link", code, times=2)
         store.create("a", b"first")
         with pytest.raises(ObjectExistsError):
             store.create("a", b"second")
@@ -347,15 +422,33 @@ class TestCreate:
         assert files(root) == ["a"]
         assert disk.calls.count("rename_new") == 2
 
-    @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+    @pytest.mark.parametrize("code", sorted(NOT_OFFERED["rename_new"]), ids=errno.errorcode.get)
+    @pytest.mark.parametrize("no_link", [errno.EOPNOTSUPP, errno.EIO])
     def test_a_file_system_that_cannot_create_exclusively_is_refused(
+        self, store: LocalStore, disk: FaultDisk, root: Path, code: int, no_link: int
+    ) -> None:
+        disk.fail("link", no_link)
+        disk.fail("rename_new", code)
+        with pytest.raises(CreateNotEnforcedError, match="root on another one") as caught:
+            store.create("a", b"x")
+        assert errno.errorcode[no_link] in str(caught.value)
+        assert files(root) == []
+
+    def test_a_system_without_the_exclusive_rename_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("ctypes.CDLL", lambda *args, **kwargs: object())
+        with pytest.raises(OSError, match="not implemented") as caught:
+            Disk().rename_new("a", "b", at=0)
+        assert caught.value.errno in NOT_OFFERED["rename_new"]
+
+    @pytest.mark.parametrize("code", [errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN])
+    def test_a_link_that_fails_for_once_is_worth_another_try(
         self, store: LocalStore, disk: FaultDisk, root: Path, code: int
     ) -> None:
-        disk.fail("link", errno.EOPNOTSUPP)
-        disk.fail("rename_new", code)
-        with pytest.raises(CreateNotEnforcedError, match="another file system"):
+        disk.fail("link", code)
+        with pytest.raises(TransientError):
             store.create("a", b"x")
-        assert files(root) == []
+        store.create("a", b"x")
+        assert files(root) == ["a"]
 
     def test_of_several_processes_exactly_one_wins_each_key(self, root: Path, tmp_path: Path) -> None:
         def race(name: str) -> None:
@@ -389,29 +482,66 @@ class TestLinks:
         (outside / "secret").write_bytes(b"secret")
         return outside
 
-    def test_a_linked_directory_below_the_root_is_never_entered(
+    def test_what_was_moved_and_linked_is_read_where_it_is(self, store: LocalStore, root: Path, outside: Path) -> None:
+        (outside / "deep").mkdir()
+        (outside / "deep/object").write_bytes(b"deep")
+        store.put("kept/object", views(b"x"))
+        (root / "link").symlink_to(outside)
+        (root / "object").symlink_to(outside / "secret")
+        assert store.read("link/secret", limit_bytes=99) == b"secret"
+        assert store.get("link/deep/object", start=1, stop=3) == b"ee"
+        assert store.read("object", limit_bytes=99) == b"secret"
+        assert store.head("object").size_bytes == 6
+        keys = ["kept/object", "link/deep/object", "link/secret", "object"]
+        assert [(info.key, info.size_bytes) for info in store.list().objects] == list(
+            zip(keys, [1, 4, 6, 6], strict=True)
+        )
+        assert [info.key for info in store.list("link/").objects] == keys[1:3]
+        assert store.list(delimiter="/").prefixes == ("kept/", "link/")
+        assert [info.key for info in store.list(delimiter="/").objects] == ["object"]
+
+    def test_nothing_is_written_or_deleted_through_a_linked_directory(
         self, store: LocalStore, root: Path, outside: Path
     ) -> None:
+        (outside / "deep").mkdir()
+        (outside / "deep/object").write_bytes(b"deep")
         root.mkdir()
         (root / "link").symlink_to(outside)
         for verb in (
-            lambda: store.read("link/secret", limit_bytes=99),
-            lambda: store.get("link/secret", start=0, stop=1),
-            lambda: store.head("link/secret"),
             lambda: store.put("link/new", views(b"x")),
+            lambda: store.put("link/deep/new", views(b"x")),
             lambda: store.create("link/new", b"x"),
             lambda: store.delete(["link/secret"]),
-            lambda: store.list("link/"),
+            lambda: store.delete(["link/deep/object"]),
         ):
-            with pytest.raises(StorageError, match="symbolic link"):
+            with pytest.raises(StorageError, match=r"'link/.*through a symbolic link"):
                 verb()
-        assert files(outside) == ["secret"]
+        assert files(outside) == ["deep/object", "secret"]
+        assert (root / "link").is_symlink()
 
-    def test_a_linked_object_is_not_read(self, store: LocalStore, root: Path, outside: Path) -> None:
-        root.mkdir()
-        (root / "a").symlink_to(outside / "secret")
-        with pytest.raises(StorageError, match="symbolic link"):
-            store.read("a", limit_bytes=99)
+    @pytest.mark.parametrize("target", ["unmounted", "step"])
+    def test_what_a_link_that_leads_nowhere_stood_for_is_away_and_not_absent(
+        self, store: LocalStore, root: Path, target: str
+    ) -> None:
+        store.put("other/object", views(b"x"))
+        (root / "step").symlink_to(root / target)
+        assert store.list(delimiter="/").prefixes == ("other/", "step/")
+        for verb in (
+            lambda: store.read("step/manifest", limit_bytes=99),
+            lambda: store.get("step/manifest", start=0, stop=1),
+            lambda: store.head("step/manifest"),
+            lambda: store.read("step", limit_bytes=99),
+            lambda: store.list("step/"),
+        ):
+            with pytest.raises(StorageError, match=r"'step.*symbolic link") as caught:
+                verb()
+            assert not isinstance(caught.value, ObjectNotFoundError)
+
+    def test_a_link_that_leads_back_is_entered_once(self, store: LocalStore, root: Path) -> None:
+        store.put("a/b/object", views(b"x"))
+        (root / "a/b/up").symlink_to(root / "a")
+        (root / "a/b/here").symlink_to(".")
+        assert [info.key for info in store.list().objects] == ["a/b/object"]
 
     def test_a_put_replaces_a_link_and_not_what_it_points_to(
         self, store: LocalStore, root: Path, outside: Path
@@ -438,11 +568,11 @@ class TestLinks:
         assert files(outside) == ["secret"]
         assert files(root) == []
 
-    def test_a_listing_skips_links_and_says_so_once(
-        self, store: LocalStore, root: Path, outside: Path, caplog: pytest.LogCaptureFixture
+    def test_a_listing_skips_what_is_nothing_to_read_and_says_so_once(
+        self, store: LocalStore, root: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         store.put("a/b", views(b"x"))
-        (root / "a/link").symlink_to(outside)
+        (root / "a/link").symlink_to(root / "nothing")
         with caplog.at_level(logging.WARNING, "cloudckpt"):
             for _ in range(3):
                 assert [info.key for info in store.list().objects] == ["a/b"]
@@ -758,3 +888,20 @@ def _no_thread_is_left() -> Iterator[None]:
     before = threading.active_count()
     yield
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("trouble", ["file", "long", "object-above"])
+def test_a_create_that_a_disk_refuses_for_good_is_no_unknown_commit(tmp_path: Path, trouble: str) -> None:
+    root, key = tmp_path / "root", "a/k"
+    if trouble == "file":
+        root.write_bytes(b"no directory")
+    elif trouble == "long":
+        root = tmp_path / ("x" * 300)
+    else:
+        root.mkdir()
+        (root / "a").write_bytes(b"an object")
+    store = RetryingStore(LocalStore(root), RetryPolicy(backoff_base_s=0.001))
+    with pytest.raises(StorageError) as caught:
+        store.create(key, b"x")
+    assert type(caught.value) is StorageError
+    assert caught.value.attempts <= 3

@@ -60,7 +60,7 @@ def test_the_url_of_a_store_opens_the_same_store_again(tmp_path: Path) -> None:
 def test_the_policy_of_the_options_is_kept(tmp_path: Path) -> None:
     policy = RetryPolicy(max_attempts=3)
     with open_store(tmp_path, options=Options(retry=policy)) as store:
-        assert store._means.policy is policy
+        assert store._policy is policy
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,12 @@ def test_a_url_with_a_credential_is_refused_and_not_repeated(url: str, message: 
         ("simplecache::s3://bucket/run", "chained"),
         ("s3://", "bucket's name"),
         ("s3:///run", "bucket's name"),
+        ("s3:bucket/run", "write s3://"),
+        ("S3A:bucket", "write s3a://"),
+        ("gs:bucket/run", "write gs://"),
+        ("file:run", "write file://"),
+        ("memory:run", "write memory://"),
+        ("s3//bucket/run", "write s3://"),
         ("gs://", "bucket's name"),
         ("s3://bucket/a//b", "segment"),
         ("s3://bucket/../other", "segment"),
@@ -133,6 +139,25 @@ def test_a_url_with_a_credential_is_refused_and_not_repeated(url: str, message: 
 def test_what_names_no_root_is_refused(url: str | os.PathLike[str], message: str) -> None:
     with pytest.raises(OptionsError, match=message):
         open_store(url)
+
+
+@pytest.mark.parametrize("name", ["run:1", "s3", "s3x:y", "./s3:run", "files/2026:12"])
+def test_a_colon_may_stand_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with open_store(name) as store:
+        store.put("a", [memoryview(b"x")])
+    assert (tmp_path / name / "a").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("url", ["/", "//", "file:///", "file:////"])
+def test_the_root_of_the_disk_has_a_url_that_opens_it_again(url: str) -> None:
+    with open_store(url) as store, open_store(store.url) as again:
+        assert (store.url, again.url) == ("file:///", "file:///")
+
+
+def test_two_slashes_at_the_start_of_a_path_are_one() -> None:
+    with open_store("file:////tmp/run") as store, open_store("//tmp/run") as same:
+        assert (store.url, same.url) == ("file:///tmp/run", "file:///tmp/run")
 
 
 def test_an_access_point_is_a_bucket() -> None:

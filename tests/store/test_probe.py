@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import logging
 import random
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cloudckpt.errors import AccessDeniedError, CreateNotEnforcedError, RetryExhaustedError, StorageError
+from cloudckpt.errors import (
+    AccessDeniedError,
+    CreateNotEnforcedError,
+    ObjectExistsError,
+    RetryExhaustedError,
+    StorageError,
+    TransientError,
+)
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import Store
 from cloudckpt.store.local import LocalStore
+from cloudckpt.store.location import named_endpoint
 from cloudckpt.store.probe import _proven, probe_create
 from cloudckpt.store.retrying import RetryingStore
-from tests.store.fault_store import Bucket, FaultKind, FaultStore, denied
+from tests.store.fault_store import Bucket, FaultKind, FaultStore, Op, denied
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +102,88 @@ def test_a_bucket_is_asked_once_whatever_the_root() -> None:
         assert bool(inner.op_count) == (root == "a")
 
 
+def test_another_endpoint_is_asked_for_itself() -> None:
+    for endpoint in ("", "http://one:9000", "http://two:9000"):
+        inner = FaultStore(url="s3://bucket/a", endpoint=endpoint)
+        probe_create(inner)
+        assert inner.op_count > 0
+    again = FaultStore(url="s3://bucket/b", endpoint="http://one:9000")
+    probe_create(over(again, "retrying"))
+    assert again.op_count == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "endpoint"),
+    [
+        ({}, {}, ""),
+        ({"endpoint_url": "http://one:9000/"}, {"AWS_ENDPOINT_URL": "http://two"}, "http://one:9000"),
+        ({"client_kwargs": {"endpoint_url": "https://one"}}, {}, "https://one"),
+        ({"endpoint_url": "http://user:secret@one:9000"}, {}, "http://one:9000"),
+        ({}, {"AWS_ENDPOINT_URL": "http://two"}, "http://two"),
+        ({}, {"AWS_ENDPOINT_URL_S3": "http://three", "AWS_ENDPOINT_URL": "http://two"}, "http://three"),
+        ({"profile": "minio"}, {}, "profile minio"),
+    ],
+)
+def test_the_endpoint_is_what_options_and_environment_name_without_credentials(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object], environment: dict[str, str], endpoint: str
+) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert named_endpoint("s3", options) == endpoint
+
+
+class Racy(FaultStore):
+    """Looks whether the key is free, and writes a little later."""
+
+    def create(self, key: str, data: bytes) -> None:
+        if key in self.bucket.objects:
+            raise ObjectExistsError(f"{key!r} is taken")
+        time.sleep(0.02)
+        self.bucket.raw_put(key, data)
+
+
+class Swapping(FaultStore):
+    """Tells one writer that it won, and keeps what the last one sent."""
+
+    def create(self, key: str, data: bytes) -> None:
+        with self.bucket.lock:
+            is_taken = key in self.bucket.objects
+            self.bucket.raw_put(key, data)
+        if is_taken:
+            raise ObjectExistsError(f"{key!r} is taken")
+
+
+def test_a_store_that_refuses_in_turn_but_not_in_a_race_is_refused(layer: str) -> None:
+    inner = Racy()
+    inner.create("k", b"one")
+    with pytest.raises(ObjectExistsError):
+        inner.create("k", b"two")
+    with pytest.raises(CreateNotEnforcedError, match=r"of 8 writers created the same object"):
+        probe_create(over(Racy(), layer))
+
+
+def test_a_store_that_keeps_a_losers_bytes_is_refused() -> None:
+    with pytest.raises(CreateNotEnforcedError):
+        probe_create(Swapping())
+
+
+def test_a_store_that_takes_one_write_a_second_of_a_key_passes() -> None:
+    class Slow(FaultStore):
+        def create(self, key: str, data: bytes) -> None:
+            with self.bucket.lock:
+                written_s = self.bucket.objects[key].modified_s if key in self.bucket.objects else 0.0
+                writes = sum(op.verb == "create" and op.key == key for op in self.trace)
+                # Half of those who come too early hear that, and half that the key is taken.
+                if self.bucket.now_s - written_s < 1.0 and writes % 2:
+                    self.trace.append(Op(number=0, verb="create", key=key))
+                    raise TransientError("429: one write a second of a key")
+            super().create(key, data)
+
+    probe_create(over(Slow(), "retrying"))
+
+
 @pytest.mark.parametrize("url", ["s3://other/a", "gs://bucket/a", "file:///bucket", "memory://bucket/b"])
 def test_another_bucket_is_asked_for_itself(url: str) -> None:
     for known in ("s3://bucket/a", "file:///bucket/a", "memory://bucket/a"):
@@ -126,14 +217,38 @@ def test_an_unreachable_store_is_an_error() -> None:
     assert not isinstance(caught.value, CreateNotEnforcedError | RetryExhaustedError)
 
 
+def test_who_may_write_and_not_read_passes() -> None:
+    inner = FaultStore()
+    inner.inject(verbs=["read", "head"], error=denied, times=None)
+    probe_create(over(inner, "retrying"))
+    assert inner.bucket.raw_list() == []
+
+
+@pytest.mark.parametrize("skip", [0, 1])
+@pytest.mark.parametrize("may_delete", [True, False])
+def test_a_probe_that_may_have_landed_is_a_plain_error_and_removed_or_named(
+    skip: int, may_delete: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = FaultStore(Bucket(enforces_create=False))
+    inner.inject(kind=FaultKind.LOST_ACK, verbs=["create"], skip=skip, times=None)
+    inner.inject(verbs=["read", "head"], error=denied, times=None)
+    inner.inject(verbs=["delete"], error=denied, times=0 if may_delete else None)
+    with pytest.raises(StorageError) as caught:
+        probe_create(over(inner, "retrying"))
+    assert type(caught.value) is StorageError
+    left = inner.bucket.raw_list()
+    assert bool(left) is not may_delete
+    assert all(name in caplog.text for name in left)
+
+
 def test_a_job_without_the_right_to_delete_passes_and_is_told(layer: str, caplog: pytest.LogCaptureFixture) -> None:
     inner = FaultStore()
     inner.inject(verbs=["delete"], error=denied, times=None)
     with caplog.at_level(logging.WARNING, "cloudckpt.store.probe"):
         probe_create(over(inner, layer))
-    (left,) = inner.bucket.raw_list()
-    assert left.startswith("probe-")
-    assert left in caplog.records[-1].getMessage()
+    left = inner.bucket.raw_list()
+    assert {key.partition("-")[0] for key in left} == {"probe"}
+    assert [key for key in left if key not in caplog.records[-1].getMessage()] == []
 
 
 def test_a_disk_passes(tmp_path: Path) -> None:

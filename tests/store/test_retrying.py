@@ -21,6 +21,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cloudckpt.deadline import Deadline
 from cloudckpt.errors import (
     AccessDeniedError,
     BucketNotFoundError,
@@ -31,10 +32,13 @@ from cloudckpt.errors import (
     OptionsError,
     RetryExhaustedError,
     StorageError,
+    ThrottledError,
     TransientError,
 )
 from cloudckpt.options import RetryPolicy
-from cloudckpt.store.base import Store
+from cloudckpt.store.base import Listing, Store
+from cloudckpt.store.gate import Gate
+from cloudckpt.store.limit import limit_now, one_deadline
 from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.store.stats import OpStats, StoreStats
 from tests.store.fault_store import Bucket, Crash, Fault, FaultKind, FaultStore, Op, denied, expired, refused
@@ -48,6 +52,7 @@ class Time:
 
     now_s: float = 1000.0
     sleeps_s: list[float] = field(default_factory=list)
+    limits_s: list[float] = field(default_factory=list)
     request_s: float = 0.0
 
     def sleep(self, seconds: float) -> None:
@@ -55,7 +60,20 @@ class Time:
         self.now_s += seconds
 
     def request(self, op: Op) -> None:
-        self.now_s += self.request_s
+        """Take the time of a request, which fails at its limit."""
+        limit = limit_now()
+        assert limit is not None
+        self.limits_s.append(limit.still_s)
+        self.now_s += min(self.request_s, limit.still_s)
+        if self.request_s > limit.still_s:
+            raise TransientError("it took too long", op=op.verb)
+
+
+def throttled(op: Op, retry_after_s: float = 0.0) -> ThrottledError:
+    """The store asks for fewer requests."""
+    error = ThrottledError(f"injected into {op.verb} of {op.key!r}", op=op.verb, key=op.key)
+    error.retry_after_s = retry_after_s
+    return error
 
 
 @pytest.fixture
@@ -196,22 +214,26 @@ class TestExhaustion:
             seen = seen.__cause__
         assert chain == [RetryExhaustedError, TransientError]
 
-    def test_no_request_starts_that_could_outlast_the_deadline(self, inner: FaultStore, time: Time) -> None:
-        policy = RetryPolicy(max_attempts=99, deadline_s=30.0, request_timeout_s=10.0, backoff_base_s=0.001)
-        starts_s: list[float] = []
-        inner.hook = lambda op: (starts_s.append(time.now_s - 1000.0), time.sleep(6.0))  # type: ignore[assignment, func-returns-value]
+    def test_no_request_may_outlast_the_deadline_and_another_one_fits_behind_it(
+        self, inner: FaultStore, time: Time
+    ) -> None:
+        policy = RetryPolicy(max_attempts=99, deadline_s=30.0, request_timeout_s=20.0, backoff_base_s=0.001)
+        time.request_s = 6.0
         inner.inject(times=None)
-        with pytest.raises(RetryExhaustedError):
+        with pytest.raises(RetryExhaustedError, match=r"the end by RetryPolicy\.deadline_s"):
             retrying(inner, time, policy).head("there")
-        assert len(starts_s) == 4
-        assert max(starts_s) <= 20.0
+        assert time.limits_s[:4] == pytest.approx([15.0, 12.0, 9.0, 6.0], abs=0.01)
+        assert inner.op_count > 5
+        assert time.now_s - 1000.0 <= 30.0
 
-    def test_a_policy_without_room_for_a_second_request_makes_one(self, inner: FaultStore, time: Time) -> None:
-        policy = RetryPolicy(max_attempts=9, deadline_s=10.0, request_timeout_s=10.0)
-        inner.inject(times=None)
-        with pytest.raises(RetryExhaustedError):
-            retrying(inner, time, policy).head("there")
-        assert inner.op_count == 1
+    @pytest.mark.parametrize("deadline_s", [60.0, 30.0, 1.0])
+    def test_a_deadline_as_short_as_one_request_still_gives_a_second_one(
+        self, inner: FaultStore, time: Time, deadline_s: float
+    ) -> None:
+        inner.inject(times=1)
+        inner.bucket.raw_put("there", b"12345")
+        assert retrying(inner, time, RetryPolicy(deadline_s=deadline_s)).head("there").size_bytes == 5
+        assert time.limits_s[0] == pytest.approx(deadline_s / 2)
 
     def test_waits_are_random_below_a_bound_that_doubles_up_to_its_cap(self, inner: FaultStore) -> None:
         bounds_s = [1.0, 2.0, 4.0, 8.0, 8.0]
@@ -233,6 +255,199 @@ class TestExhaustion:
         with pytest.raises(RetryExhaustedError):
             retrying(inner, time, policy).head("there")
         assert inner.op_count == 3000
+
+
+class TestThrottling:
+    """What the store answers with "slower" costs time, and no attempt."""
+
+    def test_throttled_requests_go_on_until_the_deadline_and_not_until_the_cap(
+        self, inner: FaultStore, time: Time
+    ) -> None:
+        inner.inject(times=None, error=throttled)
+        with pytest.raises(RetryExhaustedError, match=r"the end by RetryPolicy\.deadline_s"):
+            retrying(inner, time).head("there")
+        assert inner.op_count > POLICY.max_attempts
+        assert 0.9 * POLICY.deadline_s <= time.now_s - 1000.0 <= POLICY.deadline_s
+
+    def test_a_throttled_create_may_go_on_beyond_the_cap_too(self, store: RetryingStore, inner: FaultStore) -> None:
+        inner.inject(verbs=["create"], times=2 * POLICY.max_attempts, error=throttled)
+        store.create("manifest", b"ours")
+        assert inner.bucket.raw_get("manifest") == b"ours"
+
+    def test_other_faults_between_them_count(self, store: RetryingStore, inner: FaultStore) -> None:
+        inner.inject(times=5, error=throttled)
+        inner.inject(times=None)
+        with pytest.raises(RetryExhaustedError, match="max_attempts"):
+            store.head("there")
+        assert inner.op_count == 5 + POLICY.max_attempts
+
+    def test_the_pause_that_the_store_asks_for_is_heeded(
+        self, store: RetryingStore, inner: FaultStore, time: Time
+    ) -> None:
+        inner.inject(error=lambda op: throttled(op, retry_after_s=7.0))
+        store.head("there")
+        assert 7.0 <= time.sleeps_s[0] <= 8.0
+
+    def test_a_pause_that_leaves_no_time_is_shortened(
+        self, store: RetryingStore, inner: FaultStore, time: Time
+    ) -> None:
+        inner.inject(error=lambda op: throttled(op, retry_after_s=3600.0))
+        store.head("there")
+        assert time.sleeps_s[0] <= POLICY.deadline_s / 2
+
+    def test_a_request_that_had_too_little_time_gets_more(self, inner: FaultStore, time: Time) -> None:
+        time.request_s = 35.0
+        policy = RetryPolicy(deadline_s=300.0, request_timeout_s=10.0, backoff_base_s=0.001)
+        retrying(inner, time, policy).list()
+        assert time.limits_s == [10.0, 20.0, 40.0]
+
+    def test_fewer_are_in_flight_after_a_refusal_and_more_again_after_successes(self) -> None:
+        gate = Gate()
+        tickets = [gate.enter(is_forced=False) for _ in range(8)]
+        for ticket in tickets:
+            assert ticket is not None
+            gate.leave(ticket, is_slower=True, is_success=False)
+        assert _width(gate) == 4
+        for _ in range(3):
+            ticket = gate.enter(is_forced=False)
+            assert ticket is not None
+            gate.leave(ticket, is_slower=False, is_success=True)
+        assert _width(gate) == 7
+
+    def test_who_has_no_time_to_wait_passes_a_closed_gate(self, inner: FaultStore, time: Time) -> None:
+        store = retrying(inner, time)
+        held = [store._means.gate.enter(is_forced=False) for _ in range(2)]
+        store._means.gate.leave(held[0] or 0, is_slower=True, is_success=False)
+        store.list()
+        assert POLICY.deadline_s / 2 <= time.now_s - 1000.0 <= POLICY.deadline_s / 2 + 1
+
+
+def _width(gate: Gate) -> int:
+    """Tell how many may be in flight."""
+    tickets = list(
+        itertools.takewhile(lambda ticket: ticket is not None, (gate.enter(is_forced=False) for _ in "x" * 99))
+    )
+    for ticket in tickets:
+        gate.leave(ticket or 0, is_slower=False, is_success=False)
+    return len(tickets)
+
+
+class TestDeadline:
+    """One value goes down to each request, page, batch and read-back."""
+
+    @pytest.fixture
+    def paged(self, time: Time) -> FaultStore:
+        inner = FaultStore(hook=time.request, page_size=2)
+        for number in range(9):
+            inner.bucket.raw_put(f"many/{number}", b"x")
+        return inner
+
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_every_verb_ends_by_a_deadline_from_above(self, inner: FaultStore, time: Time, verb: str) -> None:
+        time.request_s = 1e9
+        inner.inject(times=None)
+        deadline = Deadline.after(20.0, "preemption (SIGTERM)", now_s=time.now_s)
+        with pytest.raises(StorageError, match=r"preemption \(SIGTERM\)"):
+            VERBS[verb](retrying(inner, time).within(deadline))
+        assert time.limits_s[0] == 10.0
+        assert inner.op_count >= 3
+        assert time.now_s - 1000.0 <= 20.0
+
+    def test_a_503_with_20_s_left_is_tried_again(self, inner: FaultStore, time: Time) -> None:
+        inner.inject()
+        store = retrying(inner, time, RetryPolicy()).within(Deadline.after(20.0, "the end", now_s=time.now_s))
+        store.put("shard", [memoryview(b"x")])
+        assert inner.bucket.raw_get("shard") == b"x"
+
+    def test_a_create_whose_reply_was_lost_with_20_s_left_is_read_back(self, inner: FaultStore, time: Time) -> None:
+        def lose(op: Op) -> StorageError:
+            time.sleep(10.0)  # all that it has
+            return TransientError("no reply", op=op.verb)
+
+        inner.inject(kind=FaultKind.LOST_ACK, verbs=["create"], error=lose)
+        retrying(inner, time, RetryPolicy()).within(Deadline.after(20.0, "the end", now_s=time.now_s)).create("m", b"x")
+        assert time.now_s - 1000.0 == 10.0
+        assert [op.verb for op in inner.trace] == ["create", "read"]
+
+    def test_credentials_that_expired_with_20_s_left_are_refreshed(self, inner: FaultStore, time: Time) -> None:
+        inner.inject(error=expired, times=None, until_refresh=True)
+        retrying(inner, time, RetryPolicy()).within(Deadline.after(20.0, "the end", now_s=time.now_s)).list()
+        assert inner.refresh_count == 1
+
+    def test_the_earlier_of_two_deadlines_counts(self, store: RetryingStore, time: Time) -> None:
+        near = Deadline.after(5.0, "near", now_s=time.now_s)
+        far = Deadline.after(50.0, "far", now_s=time.now_s)
+        assert store.within(near).within(far).deadline is near
+
+    def test_what_comes_after_the_deadline_is_not_sent(self, inner: FaultStore, time: Time) -> None:
+        late = retrying(inner, time).within(Deadline.after(-0.1, "preemption", now_s=time.now_s))
+        with pytest.raises(RetryExhaustedError, match="was not tried: the time of preemption was over"):
+            late.create("m", b"x")
+        assert inner.op_count == 0
+
+    def test_a_listing_goes_on_at_the_page_that_failed(self, paged: FaultStore, time: Time) -> None:
+        paged.inject(skip=3, times=2)
+        found = retrying(paged, time).list("many/").objects
+        assert [info.key for info in found] == [f"many/{number}" for number in range(9)]
+        assert paged.op_count == 5 + 2
+
+    def test_all_pages_of_a_listing_end_by_one_deadline(self, paged: FaultStore, time: Time) -> None:
+        time.request_s = 3.0
+        with pytest.raises(RetryExhaustedError, match=r"RetryPolicy\.deadline_s"):
+            retrying(paged, time, RetryPolicy(max_attempts=99, deadline_s=10.0)).list("many/")
+        assert time.now_s - 1000.0 <= 10.0
+
+    def test_a_listing_that_leads_back_to_the_same_page_is_an_error(self, inner: FaultStore, time: Time) -> None:
+        inner.list = lambda *_, **__: Listing(mark="same")  # type: ignore[method-assign, assignment, return-value]
+        with pytest.raises(StorageError, match="circles"):
+            retrying(inner, time).list()
+
+    def test_a_store_that_knows_no_pages_is_asked_once(self, inner: FaultStore, time: Time) -> None:
+        inner.list = lambda prefix="", *, delimiter="": Listing()  # type: ignore[method-assign, assignment, misc]
+        assert retrying(inner, time).list() == Listing()
+
+    def test_a_delete_of_many_goes_in_batches_and_asks_again_for_what_is_left(
+        self, inner: FaultStore, time: Time
+    ) -> None:
+        def some_left(op: Op) -> StorageError:
+            error = TransientError("busy", op=op.verb)
+            error.left_keys = op.keys[-3:]
+            return error
+
+        keys = [f"k{number:04}" for number in range(2500)]
+        inner.inject(skip=1, error=some_left)
+        retrying(inner, time).delete(keys)
+        assert [len(op.keys) for op in inner.trace] == [1000, 1000, 3, 500]
+
+    def test_all_batches_of_a_delete_end_by_one_deadline(self, inner: FaultStore, time: Time) -> None:
+        time.request_s = 3.0
+        with pytest.raises(RetryExhaustedError):
+            retrying(inner, time, RetryPolicy(deadline_s=10.0)).delete([f"k{number}" for number in range(9000)])
+        assert time.now_s - 1000.0 <= 10.0
+
+    def test_what_a_store_refuses_to_delete_keeps_no_other(self, inner: FaultStore, time: Time) -> None:
+        def locked(op: Op) -> StorageError:
+            error = StorageError("locked", op=op.verb)
+            error.left_keys = op.keys[:1]
+            return error
+
+        inner.inject(error=locked)
+        with pytest.raises(StorageError, match="locked"):
+            retrying(inner, time).delete([f"k{number}" for number in range(1500)])
+        assert [len(op.keys) for op in inner.trace] == [1000, 500]
+
+    def test_a_second_question_shares_the_deadline_of_the_first(self, inner: FaultStore, time: Time) -> None:
+        time.request_s = 1e9
+        inner.inject(times=None)
+        store = retrying(inner, time)
+        with one_deadline():
+            for _ in range(2):
+                with pytest.raises(RetryExhaustedError):
+                    store.head("there")
+        assert time.now_s - 1000.0 <= POLICY.deadline_s
+        with pytest.raises(RetryExhaustedError):
+            store.head("there")
+        assert time.now_s - 1000.0 > 1.5 * POLICY.deadline_s
 
 
 class TestRefresh:
@@ -349,6 +564,49 @@ class TestCreate:
         inner.inject(verbs=["read"], error=refused, times=None)
         with pytest.raises(CommitUnknownError):
             self.create(store)
+
+    @pytest.mark.parametrize("kind", [TransientError, StorageError])
+    def test_what_was_refused_or_never_sent_is_not_unknown_though_nothing_can_be_read(
+        self, store: RetryingStore, inner: FaultStore, kind: type[StorageError]
+    ) -> None:
+        def unsent(op: Op) -> StorageError:
+            error = kind("no route to the host", op=op.verb)
+            error.may_have_landed = False
+            return error
+
+        inner.inject(verbs=["create", "read", "head"], error=unsent, times=None)
+        with pytest.raises(RetryExhaustedError if kind is TransientError else StorageError) as caught:
+            self.create(store)
+        assert not isinstance(caught.value, CommitUnknownError)
+
+    @pytest.mark.parametrize("kind", [FaultKind.BEFORE, FaultKind.LOST_ACK])
+    def test_who_may_not_see_that_a_key_is_free_finds_out_by_another_create(
+        self, store: RetryingStore, inner: FaultStore, kind: FaultKind
+    ) -> None:
+        inner.inject(kind=kind, verbs=["create"])
+        inner.inject(verbs=["read"], error=denied)
+        self.create(store)
+        assert self.verbs(inner)[:3] == ["create", "read", "create"]
+        assert inner.bucket.raw_get("manifest") == b"ours"
+
+    def test_options_that_go_wrong_after_a_doubtful_create_leave_it_unknown(
+        self, store: RetryingStore, inner: FaultStore
+    ) -> None:
+        inner.inject(kind=FaultKind.LOST_ACK, verbs=["create"])
+        inner.inject(verbs=["read"], error=lambda _: OptionsError("the token file is away"))  # type: ignore[arg-type, return-value]
+        with pytest.raises(CommitUnknownError, match="token file"):
+            self.create(store)
+
+    def test_an_unknown_commit_tells_whether_the_store_called_the_key_taken(
+        self, store: RetryingStore, inner: FaultStore
+    ) -> None:
+        inner.inject(verbs=["read"], error=denied, times=None)
+        with pytest.raises(CommitUnknownError) as taken:
+            store.create("there", b"ours")
+        inner.inject(kind=FaultKind.LOST_ACK, verbs=["create"])
+        with pytest.raises(CommitUnknownError) as lost:
+            self.create(store)
+        assert (taken.value.is_taken, lost.value.is_taken) == (True, False)
 
     def test_each_create_is_looked_after_anew(self, store: RetryingStore, inner: FaultStore) -> None:
         inner.inject(verbs=["create"])
@@ -552,8 +810,8 @@ class TestLog:
             store.head("there")
         first, second = (record.getMessage() for record in caplog.records)
         assert {record.levelno for record in caplog.records} == {logging.WARNING}
-        assert first.startswith("head of 'there': request 1 of at most 6 failed; the next in ")
-        assert second.startswith("head of 'there': request 2 of at most 6 failed; the next in ")
+        assert first.startswith("head of 'there': request 1 failed, 1 of at most 6 that count; the next in ")
+        assert second.startswith("head of 'there': request 2 failed, 2 of at most 6 that count; the next in ")
         assert first.endswith("(TransientError: injected into head of 'there')")
 
     def test_success_and_a_taken_key_warn_of_nothing(

@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 import cloudckpt
 from cloudckpt import (
+    AccessDeniedError,
     CheckpointNotFoundError,
     ChecksumError,
     MissingShardError,
     Options,
+    RetryExhaustedError,
     RetryPolicy,
     StorageError,
 )
@@ -325,6 +327,42 @@ def test_a_store_that_cannot_be_read_is_that_error(error: Callable[[Op], Storage
     with pytest.raises(type(error(Op(number=1, verb="get", key="shard")))):
         shelf.get_all(store)
     assert shelf.brought == {}
+
+
+def test_a_fault_is_raised_also_where_another_transfer_stands_still_after_it() -> None:
+    release = threading.Event()
+
+    def request(op: Op) -> None:
+        if op.key == "shard-1":
+            release.wait(PATIENCE_S)
+
+    store = FaultStore(hook=request)
+    store.inject(key="shard-0", error=denied)
+    watch = Watch(deadline_s=0.3)
+    try:
+        with pytest.raises(AccessDeniedError):
+            upload(store, [job(0), job(1)], block_bytes=BLOCK_BYTES, concurrency=2, budget=Budget(1000), watch=watch)
+    finally:
+        release.set()
+
+
+@pytest.mark.parametrize("kind", [FaultKind.BEFORE, FaultKind.FLIP])
+def test_all_that_is_asked_for_one_span_ends_by_one_deadline(kind: FaultKind) -> None:
+    """A look at the size after a failed read, and reading once more after wrong bytes, do not begin anew."""
+    now_s = [0.0]
+
+    def request(op: Op) -> None:
+        now_s[0] += 9.0
+
+    shelf = Shelf(size_bytes=BLOCK_BYTES)
+    store = FaultStore(shelf.bucket, hook=request)
+    store.inject(kind=FaultKind.FLIP, verbs=["get"], times=1 if kind is FaultKind.FLIP else 0)
+    store.inject(times=None)
+    policy = RetryPolicy(max_attempts=100, deadline_s=50.0)
+    patient = RetryingStore(store, policy, sleep=lambda _: None, clock=lambda: now_s[0])
+    with pytest.raises(RetryExhaustedError, match="get of 'shard'"):
+        shelf.get_all(patient, concurrency=1)
+    assert now_s[0] <= 60.0
 
 
 @pytest.mark.parametrize("limit_bytes", [20, 10_000], ids=["tight", "loose"])

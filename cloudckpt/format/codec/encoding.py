@@ -28,8 +28,10 @@ from cloudckpt.format.codec.parts import Parts
 from cloudckpt.format.codec.registry import KEPT, Registered, registered
 from cloudckpt.format.codec.standard import Kind, standard_kinds
 from cloudckpt.format.codec.walk import (
+    MAX_DEPTH,
     MAX_INLINE_BYTES,
     MAX_INT_DIGITS,
+    MAX_NODES,
     MAX_PLAIN_INT,
     PLAIN_BITS,
     SPILL_BYTES,
@@ -81,6 +83,13 @@ class Encoder(Walk):
         if (known := registered(kind)) is not None:
             return self.container(value, partial(_encode_registered, known=known))
         raise self.refusal(value, _advice(value))
+
+    def child(self, value: object, segment: object) -> Any:  # noqa: ANN401  see `value`
+        # Most of what stands in containers is itself in JSON, too.
+        if _is_itself(value) and self.node_count < MAX_NODES and len(self.way) < MAX_DEPTH:
+            self.node_count += 1
+            return value
+        return super().child(value, segment)
 
     def container(self, value: object, encoder: Callable[[Encoder, Any], JsonValue]) -> JsonValue:
         if id(value) in self.open_ids:
@@ -141,6 +150,17 @@ class Encoder(Walk):
                 f"it has {size_bytes} bytes, and in metadata, keys and sets there may be {MAX_INLINE_BYTES}; put it "
                 "into the state, as a value or a tensor",
             )
+
+
+def _is_itself(value: object) -> bool:
+    kind = type(value)
+    if kind is float:
+        return -math.inf < value < math.inf  # type: ignore[operator]  # (not of a NaN)
+    if kind is int:
+        return -MAX_PLAIN_INT <= value <= MAX_PLAIN_INT  # type: ignore[operator]
+    if kind is str:
+        return len(value) <= _LONG_TEXT and value.isascii()  # type: ignore[arg-type, attr-defined]
+    return kind is bool or value is None
 
 
 def _encode_kind(walk: Encoder, value: object, kind: Kind) -> JsonValue:

@@ -1,0 +1,78 @@
+"""Tell a store's own answer from whatever else says 200: a login page, a proxy, a server on another port.
+
+An answer is believed for what only a store puts into it: the root of a document, an object's ETag or generation. Where
+that is not enough, the object itself is looked at. Knows no engine; any thread may enter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from typing import TypeVar
+
+from cloudckpt.store.facts import GarbledReplyError
+
+__all__ = ["check_created", "check_generation", "check_object", "check_root", "check_stored", "is_document"]
+
+T = TypeVar("T")
+
+# S3's own and nearly every look-alike's; web servers make theirs of times and sizes, or mark them as weak.
+_ETAG = re.compile(r'\A"?([0-9a-fA-F]{32})(-\d+)?"?\Z')
+_ROOT = re.compile(
+    rb"\A(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*\?>\s*)?(?:<!--.*?-->\s*)*<(?:[\w.-]+:)?([\w.-]+)[\s/>]", re.DOTALL
+)
+_PAGES = frozenset({"text/html", "application/xhtml+xml"})
+
+
+def is_document(body: bytes, name: str) -> bool:
+    """Tell whether `body` is XML whose root is `name`, in whatever namespace."""
+    root = _ROOT.match(body)
+    return root is not None and root[1] == name.encode()
+
+
+def check_root(body: bytes, name: str) -> None:
+    """Refuse a document that is not `name`: what a parser makes of another one is an answer without content."""
+    if not is_document(body, name):
+        raise GarbledReplyError(f"the reply is no {name}")
+
+
+def check_object(proof: str | None, content_type: str | None) -> None:
+    """Refuse a reply that is no object's: `proof` is its ETag, or its generation on GCS, and none of ours is a page."""
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    if not proof or kind in _PAGES:
+        raise GarbledReplyError("the reply is a page of the web" if kind in _PAGES else "the reply is no object")
+
+
+def check_generation(generation: object) -> None:
+    """Refuse a reply without the number that GCS gives to each object that it stores."""
+    if not str(generation).isdecimal():
+        raise GarbledReplyError("the reply does not say what was stored")
+
+
+def check_stored(etag: str | None, size_bytes: int, look: Callable[[], tuple[str | None, int]]) -> None:
+    """Refuse a reply to a put that does not say what was stored.
+
+    An ETag that is unlike S3's counts if the object that stands there, whose ETag and size `look` returns, has it.
+    """
+    is_proven = bool(etag) and (_ETAG.match(str(etag)) is not None or _attempted(look) == (etag, size_bytes))
+    if not is_proven:
+        raise GarbledReplyError("the reply does not say what was stored")
+
+
+def check_created(etag: str | None, data: bytes, look: Callable[[], bytes]) -> None:
+    """Refuse a reply to a create that does not prove that `data` was stored; `look` returns what stands there."""
+    found = _ETAG.match(etag or "")
+    digest = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    # Another one is no lie yet: that of an object that the store encrypts is no digest of our bytes.
+    is_proven = found is not None and found[1].lower() == digest and found[2] is None
+    if not is_proven and (not etag or _attempted(look) != data):
+        raise GarbledReplyError("the reply does not say what was stored")
+
+
+def _attempted(look: Callable[[], T]) -> T | None:
+    # What went wrong with a second look is no answer to the first request, and must not be its cause.
+    try:
+        return look()
+    except Exception:  # noqa: BLE001 - nothing is proven, and that is raised
+        return None

@@ -1,0 +1,184 @@
+"""An answer with status 200 is believed only if it is a store's, and nobody starts anew because of one that is not."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import cloudckpt
+from cloudckpt.errors import CloudCkptError
+from cloudckpt.options import Options, RetryPolicy
+from cloudckpt.store.facts import GarbledReplyError
+from cloudckpt.store.proof import check_created, check_generation, check_object, check_stored, is_document
+from tests.store.engine_laws import PAGES, WEB_HEADERS
+from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, Engine
+from tests.store.http_dialects import Request
+from tests.store.http_object_server import Fault, ObjectServer
+
+ENGINES = [
+    *(pytest.param(S3FS, id="s3fs"), pytest.param(OBSTORE_S3, id="obstore-s3")),
+    *(pytest.param(GCSFS, id="gcsfs"), pytest.param(OBSTORE_GCS, id="obstore-gcs")),
+]
+MD5 = hashlib.md5(b"abc").hexdigest()
+ODD_ETAGS = ["0x8D1CA1", "65a1f3c2-5f3c", "d41d8cd98f00b204", "CJ2pqL_6q5ADEAE="]
+
+
+@pytest.fixture
+def server() -> Iterator[ObjectServer]:
+    with ObjectServer() as server:
+        yield server
+
+
+def unasked() -> tuple[str | None, int]:
+    raise AssertionError("nothing was to be asked")
+
+
+def raises(error: type[Exception]) -> Callable[[], bytes]:
+    def look() -> bytes:
+        raise error
+
+    return look
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<ListBucketResult/>",
+        b'<?xml version="1.0" encoding="UTF-8"?>\n<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">',
+        b"\xef\xbb\xbf<?xml version='1.0'?>\r\n<!-- a > b --><s3:ListBucketResult\n a='b'>",
+    ],
+)
+def test_a_document_is_known_by_its_root(body: bytes) -> None:
+    assert is_document(body, "ListBucketResult")
+
+
+@pytest.mark.parametrize("body", [*PAGES.values(), b"<ListBucketResults/>", b"<a><ListBucketResult/></a>", b"<Error/>"])
+def test_another_document_is_none(body: bytes) -> None:
+    assert not is_document(body, "ListBucketResult")
+
+
+@pytest.mark.parametrize("etag", [f'"{MD5}"', MD5, f'"{MD5.upper()}"', f'"{MD5}-12"'])
+def test_an_etag_like_those_of_s3_proves_a_put(etag: str) -> None:
+    check_stored(etag, 3, unasked)
+
+
+@pytest.mark.parametrize("etag", ODD_ETAGS)
+def test_another_etag_proves_a_put_if_the_object_has_it_too(etag: str) -> None:
+    check_stored(etag, 3, lambda: (etag, 3))
+    for found in ((etag, 4), (None, 3), ("other", 3)):
+        with pytest.raises(GarbledReplyError):
+            check_stored(etag, 3, lambda found=found: found)  # type: ignore[misc]
+    with pytest.raises(GarbledReplyError) as caught:
+        check_stored(etag, 3, raises(FileNotFoundError))  # type: ignore[arg-type]
+    # The second look's own failure must not be taken for the answer to the first request.
+    assert caught.value.__cause__ is caught.value.__context__ is None
+
+
+def test_the_digest_of_the_bytes_proves_a_create() -> None:
+    check_created(f'"{MD5}"', b"abc", unasked)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("etag", [*ODD_ETAGS, "0" * 32, f"{MD5}-1"])
+def test_any_other_etag_proves_a_create_if_the_bytes_are_there(etag: str) -> None:
+    check_created(etag, b"abc", lambda: b"abc")
+    for look in (lambda: b"abd", raises(FileNotFoundError), raises(PermissionError)):
+        with pytest.raises(GarbledReplyError):
+            check_created(etag, b"abc", look)
+
+
+@pytest.mark.parametrize("etag", [None, ""])
+def test_no_etag_proves_nothing(etag: str | None) -> None:
+    with pytest.raises(GarbledReplyError):
+        check_stored(etag, 3, lambda: (etag, 3))
+    with pytest.raises(GarbledReplyError):
+        check_created(etag, b"abc", lambda: b"abc")
+
+
+def test_an_object_has_an_etag_and_is_no_page() -> None:
+    check_object("e", None)
+    check_object("e", "application/json")
+    for etag, kind in (("e", "text/html"), ("e", "Text/HTML; charset=utf-8"), (None, "binary/octet-stream"), ("", "")):
+        with pytest.raises(GarbledReplyError):
+            check_object(etag, kind)
+
+
+def test_a_generation_is_a_number() -> None:
+    check_generation("1721")
+    for generation in (None, "", "latest", "-1"):
+        with pytest.raises(GarbledReplyError):
+            check_generation(generation)
+
+
+@pytest.mark.parametrize("engine", ENGINES[:2])
+@pytest.mark.parametrize("etag", [*ODD_ETAGS, "0" * 32])
+def test_a_store_with_etags_of_its_own_is_believed_after_a_second_look(
+    server: ObjectServer, engine: Engine, etag: str
+) -> None:
+    server.etag_of = lambda stored: f"{etag[:-1]}{stored.generation}"
+    store = engine.open(server)
+    store.put("put", [memoryview(b"abc")])
+    store.create("created", b"abc")
+    assert server.keys() == ["root/created", "root/put"]
+    assert store.read("created", limit_bytes=3) == b"abc"
+    store.close()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("page", PAGES)
+def test_a_restore_from_what_is_no_store_raises_and_is_no_fresh_start(
+    server: ObjectServer, engine: Engine, page: str
+) -> None:
+    server.inject(Fault(status=200, body=PAGES[page], headers={"ETag": WEB_HEADERS["ETag"]}), times=-1)
+    options = Options(retry=RetryPolicy(max_attempts=2, backoff_base_s=0.01))
+    with (
+        cloudckpt.CheckpointManager(
+            f"{engine.scheme}://bucket/root",
+            storage_options=engine.options(server),
+            engine=engine.kind.engine,
+            options=options,
+        ) as manager,
+        pytest.raises(CloudCkptError, match="no object store answered"),
+    ):
+        manager.restore({"t": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_save_that_a_page_answered_raises_and_one_in_between_is_made_good(
+    server: ObjectServer, engine: Engine, tmp_path: Path
+) -> None:
+    options = Options(retry=RetryPolicy(max_attempts=3, backoff_base_s=0.01))
+    page = Fault(status=200, body=PAGES["html"], headers=WEB_HEADERS)
+
+    def save(name: str) -> None:
+        cloudckpt.save(
+            {"t": torch.ones(100)},
+            f"{engine.scheme}://bucket/{name}",
+            storage_options=engine.options(server),
+            engine=engine.kind.engine,
+            options=options,
+        )
+
+    save("probed")
+    server.inject(page, times=-1, when=lambda request: request.method in ("PUT", "POST"))
+    with pytest.raises(CloudCkptError, match="no object store answered"):
+        save("failed")
+    server.reset()
+    seen: set[str] = set()
+
+    def is_first_write(request: Request) -> bool:
+        name = request.query.get("name", request.path)
+        is_first = request.method in ("PUT", "POST") and name not in seen
+        seen.add(name)
+        return is_first
+
+    server.inject(page, times=-1, when=is_first_write)
+    save("made")
+    assert len(seen) >= 3
+    loaded = cloudckpt.read(
+        f"{engine.scheme}://bucket/made", storage_options=engine.options(server), engine=engine.kind.engine
+    )
+    assert torch.equal(loaded["t"], torch.ones(100))
