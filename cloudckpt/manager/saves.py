@@ -118,6 +118,8 @@ class Saves:
         self._is_beginning = False
         # The newest commit after which nothing was pruned yet.
         self._to_prune: deque[Checkpoint] = deque(maxlen=1)
+        # Removes what the newest save left on a root that was down.
+        self._to_take_back: deque[Callable[[], None]] = deque(maxlen=1)
 
     def are_due(self, step: int) -> bool:
         """Tell whether to save after `step`, as the schedule and all ranks have it; asked at every step."""
@@ -174,10 +176,10 @@ class Saves:
             with entry.bar(f"saving step {step}") as bar:
                 checkpoint = pending.finish(bar)
         except BaseException as exc:
-            self._ended(step, entry, exc)
+            self._ended(step, entry, pending.take_back, exc)
             raise
         entry.unblocked(step)
-        self._ended(step, entry, checkpoint)
+        self._ended(step, entry, pending.take_back, checkpoint)
         if self._schedule.is_preempted:
             self.background.log_earlier(step)
         self._wait_tidy()
@@ -204,7 +206,7 @@ class Saves:
             return SaveHandle(step)
         try:
             entry, pending = self._begin(step, state, metrics, metadata, slabs=self._slabs)
-            handle = self.background.begin(step, pending, partial(self._ended, step, entry))
+            handle = self.background.begin(step, pending, partial(self._ended, step, entry, pending.take_back))
         except CloudCkptError as exc:
             if not self._tolerance.forgives(step, exc):
                 self.background.note_earlier(exc)
@@ -358,8 +360,16 @@ class Saves:
     def _home_of(self, checkpoint: Checkpoint) -> Home:
         return next((home for home in self.homes if home.catalog.holds(checkpoint)), self.homes[0])
 
-    def _ended(self, step: int, entry: Entry, outcome: Checkpoint | BaseException) -> bool:
+    def _ended(
+        self, step: int, entry: Entry, take_back: Callable[[], None], outcome: Checkpoint | BaseException
+    ) -> bool:
         """Note what became of a save; perhaps in a background save's thread.
+
+        Args:
+            step: the training step.
+            entry: the journal's.
+            take_back: removes what it left on the first root, if it went to the second one.
+            outcome: what is committed, or what it failed with.
 
         Returns:
             Whether nobody need be told that it has failed.
@@ -379,6 +389,8 @@ class Saves:
         entry.committed(outcome, left_s=self._schedule.seconds_left() if is_preempted else None)
         if entry.rank == 0:
             self._to_prune.append(outcome)
+            if home is not first:
+                self._to_take_back.append(take_back)
         return False
 
     def _prune(self) -> None:
@@ -389,9 +401,13 @@ class Saves:
                 f"step {newest.step} is saved, but pruning failed and is left to the next save"
             ):
                 home = self._home_of(newest)
-                home.pruner.prune_after(newest, home.epoch.line, go_on=self._may_prune)
-            for one in self.homes:
-                one.pruner.clean()
+                try:
+                    home.pruner.prune_after(newest, home.epoch.line, go_on=self._may_prune)
+                finally:
+                    for one in self.homes:
+                        one.pruner.clean()
+        while self._may_prune() and self._to_take_back:
+            self._to_take_back.pop()()
 
     def _may_prune(self) -> bool:
         return not self._schedule.is_end_near

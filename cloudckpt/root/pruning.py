@@ -276,7 +276,7 @@ class Cleaner:
                 is_gone = True
             if is_gone:
                 with self._lock:
-                    del self._uncommitted_s[prefix, attempt]
+                    self._uncommitted_s.pop((prefix, attempt), None)
 
     def _sweep(self) -> None:
         """Remove what other jobs left, and note when to look again: never, if all of it is gone."""

@@ -126,9 +126,10 @@ class Coordinator:
     fallback: Destination | None = None
     _target: Target | None = None
     _left: Target | None = None
+    _attempt: str = ""
 
     def divert(self, *, is_known: bool) -> None:
-        """Go to the fallback from now on; on every rank. Not committed where it was is what `is_known` says."""
+        """Go to the fallback from now on; on every rank. It is known, or not, that nothing was committed so far."""
         if self.fallback is not None:
             self._left = self._target if is_known else None
             self.destination, self.fallback, self._target = self.fallback, None, None
@@ -141,9 +142,10 @@ class Coordinator:
         is_planned = len(plans) == 1 and bool(plans.pop())
         # With a fallback nothing is asked of the store before the part of the save that can be done twice.
         is_placed = self.destination.is_claimed or not (self.claims_later or self.fallback is not None)
+        self._attempt = new_attempt()
         return Order(
             prefix=self.place() if is_placed else None,
-            attempt=new_attempt(),
+            attempt=self._attempt,
             is_planned=is_planned,
             turn=self.memory.turn + 1,
             doubtful=doubtful_sets([opening.replicas for opening in openings]) if is_planned else frozenset(),
@@ -154,14 +156,17 @@ class Coordinator:
         self._target = self.destination.take()
         return self._target.prefix
 
-    def discard(self, attempt: str, *, has_failed: bool) -> None:
-        """Remove what all ranks have written where it was not committed: before it was diverted, or if it has failed.
+    def discard(self) -> None:
+        """Remove what all ranks have written in an attempt that failed, if it had a place."""
+        self._discard(self._target)
 
-        Call only once the save has ended.
-        """
-        for target in (self._left, self._target if has_failed else None):
-            if target is not None:
-                discard(target, {attempt}, self.options)
+    def take_back(self) -> None:
+        """Remove what they had written before the save was diverted."""
+        self._discard(self._left)
+
+    def _discard(self, target: Target | None) -> None:
+        if target is not None:
+            discard(target, {self._attempt}, self.options)
 
     def share_out(self, messages: Sequence[bytes]) -> list[PlanPart]:
         decoded = [msgspec.msgpack.decode(message, type=tuple[bytes, bytes, list[str]]) for message in messages]

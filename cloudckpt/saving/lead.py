@@ -198,18 +198,20 @@ class PendingSave:
             CloudCkptError: what the one process, or rank 0 for all, was refused with; nothing was committed.
         """
         try:
-            checkpoint = self._finish(gauge)
-        except Exception as exc:
-            self._discard(has_failed=not isinstance(exc, CommitUnknownError))
+            return self._finish(gauge)
+        except CommitUnknownError:
             raise
-        self._discard(has_failed=False)
-        return checkpoint
+        except Exception:
+            # The session has ended by now, and with it what the ranks were at. A process that ends has no time for it.
+            if not self._abandoned:
+                self.take_back()
+                self._lead.coordinator.discard()
+            raise
 
-    def _discard(self, *, has_failed: bool) -> None:
-        """Remove what is not committed; the session has ended, and with it what the ranks were at."""
-        # A process that ends has no time for it.
-        if not self._abandoned:
-            self._lead.coordinator.discard(self._lead.order.attempt, has_failed=has_failed)
+    @property
+    def take_back(self) -> Callable[[], None]:
+        """What removes, on rank 0 after the end, what it left on a root that was down. Holds no tensor."""
+        return self._lead.coordinator.take_back
 
     def _finish(self, gauge: Gauge | None) -> Checkpoint:
         lead = self._lead

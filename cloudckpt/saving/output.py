@@ -14,10 +14,11 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from cloudckpt.deadline import Deadline
-from cloudckpt.errors import CloudCkptError, ObjectNotFoundError, SaveFailedError
+from cloudckpt.errors import ObjectNotFoundError, SaveFailedError
 from cloudckpt.format import (
     FORMAT_VERSION,
     Index,
@@ -159,8 +160,9 @@ def discard(target: Target, attempts: Collection[str], options: Options) -> None
         catalog = catalog.with_store(catalog.store.within(deadline))
     try:
         catalog.discard(attempts, prefix=target.prefix)
-    except CloudCkptError as exc:
-        logger.warning("what the failed save has written below %s stays for a sweep: %s", catalog.store.url, exc)
+    except Exception as exc:  # noqa: BLE001 (how the save ended is decided, and is what the caller hears)
+        with suppress(Exception):  # a program's own handler of the log
+            logger.warning("what the failed save has written below %s stays for a sweep: %s", catalog.store.url, exc)
 
 
 def _refuse_shards_elsewhere(target: Target, index: Index, world_size: int) -> None:

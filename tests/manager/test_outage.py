@@ -227,6 +227,121 @@ def test_each_root_keeps_what_the_rules_keep(tmp_path: Path) -> None:
     assert steps_at(tmp_path / "nvme") == [7, 8]
 
 
+def test_a_line_through_both_roots_is_pruned_in_both(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for job in range(3):
+        with manager_of(tmp_path, retention=2, prune_grace_s=0) as manager:
+            manager.restore(state_of(0))
+            outage = Outage(manager)
+            for step in range(10 * job, 10 * job + 8):
+                outage.is_on = (step - 10 * job >= 4) == (job != 1)  # the last of a job is now here, now there
+                manager.save(step, state_of(step))
+            outage.is_on = False
+    assert (steps_at(tmp_path / "bucket"), steps_at(tmp_path / "nvme")) == ([22, 23], [26, 27])
+    assert "retention leaves them alone" not in caplog.text
+
+
+def test_a_line_is_known_also_where_the_other_root_has_the_claims(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        for step in (1, 2, 3):
+            manager.save(step, state_of(step))
+    with manager_of(tmp_path) as manager:
+        manager.restore(state_of(0))
+        with Outage(manager):
+            manager.save(4, state_of(4))
+    with manager_of(tmp_path, retention=1, prune_grace_s=0) as manager:
+        manager.restore(state_of(0))
+        manager.save(5, state_of(5))
+        assert manager.all_steps() == [4, 5], "of the first root all that led there went"
+
+
+def test_a_job_that_forgot_to_restore_removes_nothing_in_either_root(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        outage = Outage(manager)
+        for step in (101, 102, 103, 104):
+            outage.is_on = step > 102
+            manager.save(step, state_of(step))
+        outage.is_on = False
+    with manager_of(tmp_path, retention=1, prune_grace_s=0) as manager:
+        outage = Outage(manager)
+        for step in (1, 2, 3, 4):
+            outage.is_on = step > 2
+            manager.save(step, state_of(step))
+        outage.is_on = False
+        assert manager.all_steps() == [2, 4, 101, 102, 103, 104]
+
+
+def test_a_job_that_goes_back_to_what_only_the_fallback_has_begins_anew_on_both(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        outage = Outage(manager)
+        manager.save(1, state_of(1))
+        manager._saves.homes[1].catalog.claims.claim(above=5)
+        with outage:
+            manager.save(2, state_of(2))
+            manager.save(3, state_of(3))
+        newest = manager.latest()
+        assert newest is not None
+        assert newest.epoch == 7
+        manager.restore(state_of(0), 2)
+        manager.save(3, state_of(30))
+        latest = manager.latest()
+        assert latest is not None
+        assert latest.epoch > newest.epoch
+        assert latest.url.startswith(f"file://{tmp_path / 'bucket'}")
+
+
+def refuse(key: str) -> None:
+    raise TransientError(f"503 SlowDown for {key}")
+
+
+@HOWS
+def test_what_a_save_left_where_the_store_was_down_is_taken_back(tmp_path: Path, how: str) -> None:
+    with manager_of(tmp_path) as manager:
+        manager.save(1, state_of(1))
+        before(manager, refuse, verb="put", when=lambda key: "step-0000000002" in key and key.endswith("index.bin"))
+        save_and_wait(manager, how, 2)
+        assert sorted(path.name for path in (tmp_path / "bucket").glob("step-*")) == ["step-0000000001-e0001"]
+    assert_restores(tmp_path, 2)
+
+
+def test_what_may_be_committed_where_the_store_was_down_is_not_taken_back(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        manager.save(1, state_of(1))
+        inner: Any = manager._store.inner
+        create = inner.create
+
+        def lose(key: str, data: bytes) -> None:
+            create(key, data)
+            if key.endswith("manifest.json"):
+                outage.is_on = True
+                raise TransientError("the answer was lost")
+
+        inner.create = lose
+        outage = Outage(manager, when=lambda key: "step-0000000002" in key)
+        manager.save(2, state_of(2))
+        outage.is_on = False
+    for root in ("bucket", "nvme"):
+        with CheckpointManager(tmp_path / root) as manager:
+            state = state_of(0)
+            manager.restore(state, 2)
+            assert state["config"] == {"step": 2}
+
+
+def test_what_cannot_be_read_is_listed_of_both_roots_and_hides_nothing(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        outage = Outage(manager)
+        for step in (1, 2, 3):
+            outage.is_on = step > 1
+            manager.save(step, state_of(step))
+        outage.is_on = False
+        for root, step in (("bucket", 1), ("nvme", 2)):
+            manifest = next((tmp_path / root).glob(f"step-{step:010d}-*/manifest.json"))
+            manifest.chmod(0o600)
+            manifest.write_bytes(b"garbage")
+    with manager_of(tmp_path) as manager:
+        assert [one.step for one in manager.unreadable()] == [1, 2]
+        assert manager.all_steps() == [3]
+
+
 def test_a_corrupt_checkpoint_in_one_root_leads_to_the_next_older_one_wherever_that_is(tmp_path: Path) -> None:
     with manager_of(tmp_path) as manager:
         outage = Outage(manager)

@@ -395,6 +395,32 @@ def test_a_sweep_grants_what_was_pruned_its_grace_time(bucket: Bucket, job: Open
         assert len(below(bucket, 3, 2)) == 2, "pruned a second ago"
 
 
+def test_a_step_that_is_saved_again_keeps_its_shards_when_those_of_the_deleted_one_go(
+    bucket: Bucket, job: Open
+) -> None:
+    now_s = [0.0]
+    client = FaultStore(bucket)
+    with job(client, prune_grace_s=60, clock=lambda: now_s[0]) as manager:
+        save_steps(manager, 1, 2)
+        deleted = below(bucket, 2, 1)
+        manager.delete(2)
+        now_s[0] = 61.0
+        pruner = manager._saves.homes[0].pruner
+
+        def clean(op: Op) -> None:
+            if op.verb == "put" and op.key.endswith("index.bin"):
+                pruner.clean()
+                pruner.settle()
+
+        client.hook = clean
+        save_steps(manager, 2)
+        client.hook = None
+        state = state_of(0)
+        assert manager.restore(state, 2) is not None
+        assert torch.equal(state["w"], torch.full((100,), 2.0))  # type: ignore[arg-type]
+    assert set(below(bucket, 2, 1)) & set(deleted) == {MANIFEST_NAME}
+
+
 def test_what_is_young_is_left_until_it_is_old_enough(bucket: Bucket, job: Open) -> None:
     leave(bucket, 1)
     now_s = [0.0]
