@@ -1,8 +1,9 @@
 """Break every single request of a job's life, in every way, and look at what the next job finds.
 
-A life: open, restore, save several steps under retention, close. It runs once to count its requests; then once per
-request and per way of breaking it. The next incarnation must find a whole checkpoint, no older than the newest that
-was acknowledged, whatever happened (FORMAT invariants 1, 2, 4, 5, 7 and 8).
+A life: open, restore, save several steps under retention, sweep what others left, close. It runs once to count its
+requests; then once per request and per way of breaking it. The next incarnation must find a whole checkpoint, no older
+than the newest that was acknowledged, and no fewer than retention keeps, whatever happened (FORMAT invariants 1, 2, 4,
+5 and 7 to 9).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from cloudckpt import (
 )
 from cloudckpt.format.keys import MANIFEST_NAME
 from cloudckpt.options import KIB
+from cloudckpt.root import Catalog
 from cloudckpt.store import RetryingStore
 from cloudckpt.store.probe import _proven
 from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, denied, refused, transient
@@ -30,6 +32,7 @@ from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, denied
 OPTIONS = Options(shard_bytes=4 * KIB, block_bytes=KIB, span_bytes=2 * KIB, concurrency=1, memory_budget_bytes=64 * KIB)
 PATIENCE = RetryPolicy(max_attempts=3, deadline_s=60, request_timeout_s=1)
 STEPS = 4
+LEFT = ("step-0000000098-e0001/", "step-0000000099-e0001/")
 CRASHES = [FaultKind.CRASH_BEFORE, FaultKind.CRASH_HALFWAY, FaultKind.CRASH_AFTER]
 # A refusal by the credentials has no effect, so it never is a lost acknowledgement.
 ERRORS = [
@@ -65,7 +68,12 @@ def manager_on(client: FaultStore, clients: list[FaultStore]) -> Iterator[Checkp
     clients.append(client)
     _proven.clear()
     with CheckpointManager(
-        "memory://bucket/root", options=OPTIONS, retention=[KeepLast(2)], prune_grace_s=0, save_rng=False
+        "memory://bucket/root",
+        options=OPTIONS,
+        retention=[KeepLast(2)],
+        prune_grace_s=0,
+        sweep_after_s=0,
+        save_rng=False,
     ) as manager:
         yield manager
 
@@ -83,6 +91,8 @@ def live(client: FaultStore, clients: list[FaultStore], acknowledged: list[int],
                 unknown.append(step)
                 raise
             acknowledged.append(step)
+            # So that a request has the same number in each life.
+            manager._saves.homes[0].pruner.settle()
 
 
 def check_next(bucket: Bucket, clients: list[FaultStore], acknowledged: list[int], possible: list[int]) -> None:
@@ -105,7 +115,8 @@ def check_next(bucket: Bucket, clients: list[FaultStore], acknowledged: list[int
             manager.restore(state, step=step)
             assert torch.equal(state["w"], tensor_of(step))  # type: ignore[arg-type]
             assert state["config"] == {"step": step}
-        assert len({key for key in bucket.raw_list() if key.endswith(MANIFEST_NAME)}) == len(listed)
+        manifests = {key for key in bucket.raw_list() if key.endswith(MANIFEST_NAME)}
+        assert len({key for key in manifests if not key.startswith(LEFT)}) == len(listed)
 
 
 def count_requests(clients: list[FaultStore], lives_before: int) -> int:
@@ -118,7 +129,18 @@ def bucket_after(clients: list[FaultStore], lives: int) -> Bucket:
     bucket = Bucket()
     for _ in range(lives):
         live(FaultStore(bucket), clients, [], [])
+    if lives:
+        # A void of long ago, and an attempt that was killed.
+        Catalog(FaultStore(bucket)).void(LEFT[0])
+        bucket.advance(8 * 86_400)
+        for name in ("r00000-0000.safetensors", "index.bin"):
+            bucket.raw_put(f"{LEFT[1]}0123456789abcdef/{name}", b"never committed")
     return bucket
+
+
+def kept_after(lives: int) -> list[int]:
+    """Return the steps that retention keeps after so many lives."""
+    return list(range(lives * STEPS))[-2:]
 
 
 @pytest.mark.parametrize("lives_before", [0, 1], ids=["first-job", "second-job"])
@@ -129,7 +151,7 @@ def test_a_crash_at_any_request_loses_nothing_that_was_acknowledged(
     fired = 0
     for number in range(1, count_requests(clients, lives_before) + 1):
         bucket = bucket_after(clients, lives_before)
-        acknowledged = [lives_before * STEPS - 1] if lives_before else []
+        acknowledged = kept_after(lives_before)
         client = FaultStore(bucket)
         fault = client.crash_at(number, kind)
         with suppress(Crash):
@@ -138,6 +160,12 @@ def test_a_crash_at_any_request_loses_nothing_that_was_acknowledged(
         # The manifest may have been created in the moment of the crash.
         check_next(bucket, clients, acknowledged, [max(acknowledged, default=-1) + 1])
     assert fired > 30
+
+
+def test_a_life_removes_what_others_left(clients: list[FaultStore]) -> None:
+    bucket = bucket_after(clients, 1)
+    live(FaultStore(bucket), clients, [], [])
+    assert [key for key in bucket.raw_list() if key.startswith(LEFT)] == [LEFT[1] + MANIFEST_NAME]
 
 
 @pytest.mark.parametrize("times", [1, None], ids=["once", "for-ever"])
@@ -186,6 +214,7 @@ def test_a_save_of_one_small_shard_costs_four_requests_and_its_restore_four(clie
     with manager_on(FaultStore(bucket), clients) as manager:
         state = {"w": torch.zeros(10)}
         manager.save(0, state)
+        manager._saves.homes[0].pruner.settle()
         client = clients[-1]
         before = client.op_count
         manager.save(1, state)

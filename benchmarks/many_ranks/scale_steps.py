@@ -235,7 +235,7 @@ def measure_stores(index_path: Path, ground: Ground) -> Found:
         catalog = Catalog(store)
         # A client's first request of each kind costs tenths of a second, and is paid once per process.
         store.create("warm-up", b"warm-up")
-        catalog.highest_epoch()
+        catalog.claims.highest()
         store.read("warm-up", limit_bytes=len(b"warm-up"))
         with watch.time("put_index"):
             store.put(key, [memoryview(data)])

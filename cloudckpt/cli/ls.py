@@ -8,27 +8,33 @@ import typer
 
 from cloudckpt.cli.asking import AsJson, Engine, StorageOptions, Url, nothing_at, opened, the_one_at
 from cloudckpt.cli.printing import in_utc, print_table, summary
-from cloudckpt.root import Checkpoint
+from cloudckpt.root import Checkpoint, Unreadable
 
 __all__ = ["ls"]
 
 
 def ls(url: Url, *, storage_options: StorageOptions = None, engine: Engine = "auto", as_json: AsJson = False) -> None:
-    """List the committed checkpoints below a root, oldest first, or the one at the URL.
+    """List the committed checkpoints below a root, oldest first, or the one at the URL; then those that are unreadable.
 
-    Ends with 1 if there is none. An empty directory counts as a missing one, because in a bucket they are the same.
+    Ends with 1 if there is none to be read. An empty directory counts as a missing one, because in a bucket they are
+    the same.
     """
     with opened(url, storage_options, engine) as catalog:
-        checkpoints = catalog.all() or [one for one in [the_one_at(catalog)] if one]
+        survey = catalog.survey()
+        checkpoints = catalog.readable(survey) or [one for one in [the_one_at(catalog)] if one]
         if not checkpoints:
             raise nothing_at(catalog)
         if as_json:
             for checkpoint in checkpoints:
                 typer.echo(json.dumps(summary(checkpoint)))
+            for other in survey.unreadable:
+                facts = {"step": other.step, "epoch": other.epoch, "url": other.url, "error": str(other.error)}
+                typer.echo(json.dumps(facts))
             return
         columns = ("step", "epoch", "created (UTC)", "bytes", "shards", "ranks", "metrics")
         numbers = ("step", "epoch", "bytes", "shards", "ranks")
-        print_table(catalog.store.url, columns, map(_row, checkpoints), numbers=numbers, folded="metrics")
+        rows = [*map(_row, checkpoints), *map(_unreadable_row, survey.unreadable)]
+        print_table(catalog.store.url, columns, rows, numbers=numbers, folded="metrics")
 
 
 def _row(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -40,4 +46,16 @@ def _row(checkpoint: Checkpoint) -> tuple[str, ...]:
         str(checkpoint.manifest.shard_count),
         str(checkpoint.world_size),
         "  ".join(f"{name} {value:.6g}" for name, value in checkpoint.metrics.items()),
+    )
+
+
+def _unreadable_row(other: Unreadable) -> tuple[str, ...]:
+    return (
+        str(other.step),
+        str(other.epoch),
+        "unreadable",
+        "-",
+        "-",
+        "-",
+        f"{type(other.error).__name__}: {other.error}",
     )

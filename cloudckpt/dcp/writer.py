@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from cloudckpt.dcp.address import Address
-from cloudckpt.errors import OptionsError
+from cloudckpt.errors import CommitUnknownError, OptionsError
 from cloudckpt.format import JsonValue, PathElement, codec, new_attempt, record_of_call
 from cloudckpt.options import Options
 from cloudckpt.ranks import refuse_lonely_rank
@@ -37,6 +37,7 @@ from cloudckpt.saving import (
     check_against_plan,
     chunk_of,
     commit_index,
+    discard,
     is_elsewhere,
     object_of,
     stats_of,
@@ -164,7 +165,11 @@ class CloudWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Upload this rank's chunks as shards, encode its values; return when all of it is durable."""
         with self._closing_after_a_fault():
-            results = self._write(plan, planner)
+            try:
+                results = self._write(plan, planner)
+            except Exception:
+                discard(self._target(), {self._attempt}, self._options)
+                raise
         if not self._is_coordinator:
             self._address.close()
         future: Future[list[WriteResult]] = Future()
@@ -207,8 +212,24 @@ class CloudWriter(StorageWriter):
             self._address.close()
 
     def _commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> Checkpoint:
-        messages = (result.storage_data for of_rank in results for result in of_rank)
-        written = (Written.decode(message) for message in messages if message is not None)
+        attempts = {self._attempt}
+
+        def written() -> Iterator[Written]:
+            for message in (result.storage_data for of_rank in results for result in of_rank):
+                if message is not None:
+                    one = Written.decode(message)
+                    attempts.add(one.attempt)
+                    yield one
+
+        try:
+            return self._commit_written(metadata, written(), len(results))
+        except CommitUnknownError:
+            raise
+        except Exception:
+            discard(self._target(), attempts, self._options)
+            raise
+
+    def _commit_written(self, metadata: Metadata, written: Iterator[Written], world_size: int) -> Checkpoint:
         paths = _paths_of(metadata)
         index = assemble(written, attempt=self._attempt, block_bytes=self._options.block_bytes, paths=paths)
         # What a reader would refuse (chunks of a planner's that overlap, say) must not be committed.
@@ -216,7 +237,7 @@ class CloudWriter(StorageWriter):
         record = Record(
             metrics=self._metrics,
             metadata=self._metadata,
-            world_size=len(results),
+            world_size=world_size,
             began_s=self._began_s,
             spent_before=self._stats_before,
         )

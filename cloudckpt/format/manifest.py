@@ -181,6 +181,8 @@ class EpochClaim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         host: name of the claiming machine, for people.
         pid: the claiming process, for people.
         resumed_from: (step, epoch) that the job restored before it claimed, or None.
+        line: (step, epoch) for each earlier epoch of the same line of history that has prefixes below the root: its
+            checkpoints up to that step belong to the line. Left out where there are none.
     """
 
     format_version: int
@@ -190,6 +192,7 @@ class EpochClaim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     host: str
     pid: int
     resumed_from: tuple[int, int] | None = None
+    line: list[tuple[int, int]] | msgspec.UnsetType = msgspec.UNSET
 
     def encode(self) -> bytes:
         """Return the object's bytes."""
@@ -199,7 +202,9 @@ class EpochClaim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 def decode_claim(data: bytes, *, key: str) -> EpochClaim:
     """Read a claim back, or raise `ManifestError`."""
     claim = decode_record(data, EpochClaim, key=key)
-    if any(not 0 <= count < NUMBER_LIMIT for count in (claim.epoch, claim.pid, *(claim.resumed_from or ()))):
+    links = [*([claim.resumed_from] if claim.resumed_from else []), *(claim.line or [])]
+    counts = (claim.epoch, claim.pid, *(count for link in links for count in link))
+    if any(not 0 <= count < NUMBER_LIMIT for count in counts):
         raise ManifestError(f"claim {key} is inconsistent: a count is negative or absurd", key=key)
     return claim
 

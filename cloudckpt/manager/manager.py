@@ -32,9 +32,12 @@ from cloudckpt.root import (
     Catalog,
     Checkpoint,
     Choice,
+    Cleaner,
     Orphan,
     Pruner,
     Retention,
+    RetentionScope,
+    Unreadable,
     Wanted,
     checked_rules,
     sweep,
@@ -98,6 +101,7 @@ class CheckpointManager:
         engine: str = "auto",
         options: Options | Mapping[str, object] | None = None,
         retention: Retention = (),
+        retention_scope: RetentionScope = "line",
         save_every_steps: int | None = None,
         save_every_seconds: float | None = None,
         preemption: bool | Literal["auto"] | Preemption | None = False,
@@ -107,6 +111,7 @@ class CheckpointManager:
         fallback_storage_options: Mapping[str, object] | None = None,
         save_rng: bool = True,
         prune_grace_s: float = 60.0,
+        sweep_after_s: float | None = 3600.0,
         progress: Show = "auto",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -120,6 +125,8 @@ class CheckpointManager:
             retention: what of the checkpoints stays: a rule such as `KeepLast(3)`, a list of rules of which each keeps
                 some, a function that is given all (oldest first) and returns those that stay, or a number: so many of
                 the newest. Without rules all are kept.
+            retention_scope: what the rules are about: `line`, what this job saves and what led to the checkpoint that
+                it went on from; or `root`, all below the root, also of jobs that this one knows nothing of.
             save_every_steps: the interval of `should_save`: each step above 0 that is a multiple of it.
             save_every_seconds: its interval in seconds since the newest save began; both may be given.
             preemption: heed notices that this machine goes: True or `auto` for SIGTERM and what the machine itself
@@ -137,6 +144,8 @@ class CheckpointManager:
             fallback_storage_options: fsspec's own options for it.
             save_rng: save and restore the random number generators of this process.
             prune_grace_s: seconds between the end of a pruned checkpoint and that of its shards, for readers of it.
+            sweep_after_s: seconds without a write after which what earlier jobs left (attempts that were never
+                committed, pruned shards) is removed in the background of saves; None leaves it to `sweep`.
             progress: what rank 0 shows on stderr: `auto` a bar on a terminal and a line for each save and restore that
                 is done, unless the log shows it; `bar` a bar in any case, `line` the line alone, `off` nothing.
             clock: monotonic seconds, for the grace time, intervals and notices; the same as that of a `Preemption`.
@@ -162,7 +171,15 @@ class CheckpointManager:
         self._journal = Journal(self._store, shown, clock=clock)
 
         def pruner(catalog: Catalog) -> Pruner:
-            return Pruner(catalog, watched_rules(self._retention), grace_s=prune_grace_s, clock=clock)
+            cleaner = Cleaner(
+                catalog,
+                grace_s=prune_grace_s,
+                sweep_after_s=sweep_after_s,
+                clock=clock,
+                is_held=lambda: schedule.is_preempted or schedule.is_end_near,
+                note=self._journal.note,
+            )
+            return Pruner(catalog, watched_rules(self._retention), cleaner, scope=retention_scope)
 
         self._saves = Saves(
             [Home.of(store, pruner, chosen) for store in stores],
@@ -426,6 +443,14 @@ class CheckpointManager:
         self._refuse_closed()
         self._saves.delete(step_number(step))
 
+    def unreadable(self) -> list[Unreadable]:
+        """Return what stands in either root and cannot be read, oldest first by (epoch, step), with its error.
+
+        No retention rule counts it, it is never the best, and nothing removes it.
+        """
+        self._refuse_closed()
+        return list(self._saves.roots.survey().unreadable)
+
     def sweep(self, *, dry_run: bool = True, older_than_s: float = 86_400.0) -> list[Orphan]:
         """Remove what killed jobs left behind: attempts of older epochs without a commit, and pruned leftovers.
 
@@ -440,7 +465,7 @@ class CheckpointManager:
     def close(self) -> None:
         """Wait for a save under way, remove what is due, and release the store and the memory. Idempotent.
 
-        Shards still in their grace time stay for a sweep.
+        Shards still in their grace time stay for the next job.
 
         Raises:
             SaveFailedError: a save failed in the background and nobody was told, or did not end within

@@ -141,8 +141,7 @@ class Saves:
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
         """Go on from a checkpoint, or from nothing."""
-        for home in self.homes:
-            home.epoch.resume(checkpoint)
+        self.homes[0].epoch.resume(checkpoint)
 
     def save(
         self,
@@ -260,7 +259,7 @@ class Saves:
             found = self.roots.find(step)
             home = self._home_of(found)
             if home.epoch.number:
-                home.catalog.fence(home.epoch.number)
+                home.catalog.claims.fence(home.epoch.number)
             home.pruner.uncommit(found)
             logger.info("deleted step %s of epoch %d", found.step, found.epoch)
         for home in self.homes:
@@ -275,6 +274,8 @@ class Saves:
                 for home in self.homes:
                     home.pruner.end()
         finally:
+            for home in self.homes:
+                home.pruner.stop()
             self._slabs.close()
 
     def settle(self, timeout: float | None) -> None:
@@ -397,7 +398,10 @@ class Saves:
             with self._journal.harmless(
                 f"step {newest.step} is saved, but pruning failed and is left to the next save"
             ):
-                self._home_of(newest).pruner.prune_after(newest, go_on=self._may_prune)
+                home = self._home_of(newest)
+                home.pruner.prune_after(newest, home.epoch.line, go_on=self._may_prune)
+            for one in self.homes:
+                one.pruner.clean()
 
     def _may_prune(self) -> bool:
         return not self._schedule.is_end_near

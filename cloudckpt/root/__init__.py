@@ -4,10 +4,10 @@ The catalog is the only room that creates or deletes a manifest.
 """
 
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.root.checkpoint import Checkpoint, Fit
+from cloudckpt.root.checkpoint import Checkpoint, Fit, Unreadable
 from cloudckpt.root.choice import Candidate, Choice, Wanted
 from cloudckpt.root.destination import Destination, Epoch, Target, own_url
-from cloudckpt.root.pruning import Pruner
+from cloudckpt.root.pruning import Cleaner, Pruner, RetentionScope
 from cloudckpt.root.replacing import Exists, check_exists, check_place
 from cloudckpt.root.retention import (
     KeepBest,
@@ -27,6 +27,7 @@ __all__ = [
     "Catalog",
     "Checkpoint",
     "Choice",
+    "Cleaner",
     "Destination",
     "Epoch",
     "Exists",
@@ -39,8 +40,10 @@ __all__ = [
     "Pruner",
     "Retention",
     "RetentionRule",
+    "RetentionScope",
     "Roots",
     "Target",
+    "Unreadable",
     "Wanted",
     "check_exists",
     "check_place",

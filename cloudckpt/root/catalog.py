@@ -1,25 +1,24 @@
-"""Decide which checkpoints exist: the only room that creates or deletes a manifest, and that claims epochs.
+"""Decide which checkpoints exist: the only room that creates or deletes a manifest.
 
     commit    manifest created, last        ──▶ the checkpoint exists
     uncommit  manifest deleted, first       ──▶ it does not; its shards go in a later pass
-    claim     epochs/NNN.json created       ──▶ older epochs are fenced
     void      `void` manifest created       ──▶ an orphan attempt can never commit; then `sweep` removes its objects
 
 Knows keys, manifests and one store; knows nothing of tensors. Keeps FORMAT invariants 2 and 5 to 10. A catalog
-may be used by several threads; it keeps no state but the manifests that it has read, which never change.
+may be used by several threads; it keeps no state but what it has read. Manifests never change, but they may go: what
+protects another checkpoint is looked for in the store.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import platform
-import secrets
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -27,52 +26,73 @@ from cloudckpt.errors import (
     BucketNotFoundError,
     CheckpointExistsError,
     CheckpointNotFoundError,
-    FencedError,
+    CredentialsExpiredError,
     FormatVersionError,
     ManifestError,
     ObjectExistsError,
     ObjectNotFoundError,
+    RetryExhaustedError,
     StorageError,
+    is_transient,
 )
 from cloudckpt.format import (
-    EPOCHS_PREFIX,
     FORMAT_VERSION,
     MANIFEST_LIMIT_BYTES,
     MANIFEST_NAME,
-    EpochClaim,
     Manifest,
-    decode_claim,
     digest_of,
-    epoch_key,
+    index_key,
     new_attempt,
     parse_checkpoint_prefix,
-    parse_epoch_key,
 )
 from cloudckpt.root.absence import what_is_there
-from cloudckpt.root.checkpoint import Checkpoint, best_first
+from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable, best_first
+from cloudckpt.root.claims import Claims
 from cloudckpt.store import Store, one_deadline
 
 __all__ = ["Catalog"]
 
 logger = logging.getLogger(__name__)
 
-_CLAIM_LIMIT_BYTES = 64 << 10
 _READERS = 16
+_NEAREST = 5
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+_Found = Checkpoint | Unreadable | None
+
+
+@dataclass(slots=True, eq=False)
+class _Memory:
+    """What the last look at each prefix found (None: nothing committed), and which unreadable ones the log has named.
+
+    Attributes:
+        voids: prefixes that are decided for ever.
+    """
+
+    found: dict[str, _Found] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
+    voids: set[str] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class Catalog:
-    """The checkpoints below one root, or the one checkpoint at a URL."""
+    """The checkpoints below one root, or the one checkpoint at a URL.
+
+    Attributes:
+        claims: the root's epochs.
+    """
 
     def __init__(self, store: Store) -> None:
         """Wrap `store`, which stays the caller's to close."""
         self.store = store
-        self._known: dict[str, Checkpoint] = {}
-        self._lock = threading.Lock()
+        self.claims = Claims(store)
+        self._memory = _Memory()
 
     def with_store(self, store: Store) -> Catalog:
         """Return this catalog over another way to the same objects; what either has read, both know."""
         other = Catalog(store)
-        other._known, other._lock = self._known, self._lock
+        other.claims, other._memory = self.claims.with_store(store), self._memory
         return other
 
     # -- reading -------------------------------------------------------------------------------------------
@@ -94,6 +114,8 @@ class Catalog:
             manifest, data = self._read_manifest(prefix)
         self._check_place(manifest, prefix)
         if manifest.state == "void":
+            with self._memory.lock:
+                self._memory.voids.add(prefix)
             raise CheckpointNotFoundError(f"the attempt at {self._url(prefix)} was swept before it committed")
         return self._remember(manifest, data, prefix)
 
@@ -106,6 +128,14 @@ class Catalog:
         except ObjectNotFoundError as exc:
             raise CheckpointNotFoundError(
                 f"no committed checkpoint at {self._url(prefix)}; {what_is_there(self.store, prefix)}"
+            ) from exc
+        except StorageError as exc:
+            # A size beyond the limit has no type of its own, and is no fault of the store.
+            if type(exc) is not StorageError or self.store.head(key).size_bytes <= MANIFEST_LIMIT_BYTES:
+                raise
+            raise ManifestError(
+                f"manifest {key} has more than {MANIFEST_LIMIT_BYTES} bytes, so it is none; restore an older step",
+                key=key,
             ) from exc
         return Manifest.decode(data, key=key), data
 
@@ -137,9 +167,12 @@ class Catalog:
             manifest=manifest,
             prefix=prefix,
         )
-        with self._lock:
-            self._known[prefix] = checkpoint
+        self._note(prefix, checkpoint)
         return checkpoint
+
+    def _note(self, prefix: str, found: _Found) -> None:
+        with self._memory.lock:
+            self._memory.found[prefix] = found
 
     def holds(self, checkpoint: Checkpoint) -> bool:
         """Tell whether a checkpoint is one of this root, by its URL. No request."""
@@ -162,13 +195,13 @@ class Catalog:
         go back in time.
         """
         for prefix in self.places():
-            found = self._look(prefix)
+            found = self._tried(prefix)
             if isinstance(found, FormatVersionError):
                 raise found
             if found is not None:
                 yield found
 
-    def _look(self, prefix: str) -> Checkpoint | ManifestError | None:
+    def _tried(self, prefix: str) -> Checkpoint | ManifestError | None:
         try:
             return self.open(prefix)
         except CheckpointNotFoundError:
@@ -189,31 +222,104 @@ class Catalog:
                 return found
             logger.warning("skipping a checkpoint whose manifest cannot be read: %s", found)
             failures.append(found)
-        self._refuse_unreadable(failures)
+        self._refuse(failures)
         return None
 
     def all(self) -> list[Checkpoint]:
-        """Return every readable checkpoint, oldest first by (epoch, step); manifests already read are not read again.
+        """Return every readable checkpoint, oldest first by (epoch, step).
 
-        Raises what `newest` raises.
+        Raises:
+            ManifestError, StorageError: checkpoints are there and none can be read.
+            StorageError: the store cannot be listed or reached; that is never "none".
         """
-        prefixes = self.places()
-        with self._lock:
-            known = {prefix: self._known[prefix] for prefix in prefixes if prefix in self._known}
-        unknown = [prefix for prefix in prefixes if prefix not in known]
-        failures = []
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="cloudckpt-catalog") as pool:
-            for found in pool.map(self._look, unknown):
-                if isinstance(found, Checkpoint):
-                    known[found.prefix] = found
-                elif found is not None:
-                    logger.warning("a checkpoint's manifest cannot be read: %s", found)
-                    failures.append(found)
-        if not known:
-            self._refuse_unreadable(failures)
-        return sorted(known.values(), key=lambda checkpoint: checkpoint.order)
+        return self.readable(self.survey())
 
-    def _refuse_unreadable(self, failures: Sequence[ManifestError]) -> None:
+    def readable(self, survey: Survey) -> list[Checkpoint]:
+        """Return the checkpoints that were found; raises as `all` does."""
+        if not survey.checkpoints:
+            self._refuse([one.error for one in reversed(survey.unreadable)])
+        return list(survey.checkpoints)
+
+    def survey(self) -> Survey:
+        """Look at all that stands below the root. One listing, and one request for each prefix.
+
+        A manifest that was read before is looked for, and not read again. One that cannot be read is told apart, and
+        named once in the log; a store that cannot be reached raises `StorageError`.
+        """
+        return self._survey(self.places(), self._see)
+
+    def recall(self, prefixes: Iterable[str]) -> Survey:
+        """Return what stands under these prefixes as far as it is remembered; only new ones are looked at.
+
+        What was committed may be gone, so ask `standing` of what is to protect others.
+        """
+        asked = list(prefixes)
+        with self._memory.lock:
+            found = {prefix: self._memory.found[prefix] for prefix in asked if prefix in self._memory.found}
+        new = self._survey([prefix for prefix in asked if prefix not in found], self._look)
+        return Survey.of([*found.values(), *new.checkpoints, *new.unreadable])
+
+    def standing(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+        """Return which of these are still there, manifest and objects, by a look at the store: one request each."""
+        there = self._each(checkpoints, self._stands)
+        for checkpoint, stands in zip(checkpoints, there, strict=True):
+            if not stands:
+                logger.warning("%s is gone, though nobody here has removed it", checkpoint.url)
+                self._note(checkpoint.prefix, None)
+        return [checkpoint for checkpoint, stands in zip(checkpoints, there, strict=True) if stands]
+
+    def _stands(self, checkpoint: Checkpoint) -> bool:
+        prefix = checkpoint.prefix
+        listing = self.store.list(prefix, delimiter="/")
+        is_committed = any(info.key == prefix + MANIFEST_NAME for info in listing.objects)
+        return is_committed and f"{prefix}{checkpoint.attempt}/" in listing.prefixes
+
+    def _survey(self, prefixes: Iterable[str], look: Callable[[str], _Found]) -> Survey:
+        return Survey.of(self._each(list(prefixes), look))
+
+    def _each(self, items: Sequence[_Item], look: Callable[[_Item], _Result]) -> list[_Result]:
+        if not items:
+            return []
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="cloudckpt-catalog") as pool:
+            return list(pool.map(look, items))
+
+    def _see(self, prefix: str) -> _Found:
+        """Return what stands under a prefix; a manifest that was read before never changes, but it may be gone."""
+        with self._memory.lock:
+            known = self._memory.found.get(prefix)
+        return known if isinstance(known, Checkpoint) and self.is_taken(prefix) else self._look(prefix)
+
+    def _look(self, prefix: str) -> _Found:
+        try:
+            tried = self._tried(prefix)
+            found = self._unreadable(prefix, tried) if isinstance(tried, ManifestError) else tried
+        except StorageError as exc:
+            # Of this object alone, such as an archived one; what the store meets everywhere is raised.
+            if isinstance(exc, RetryExhaustedError | CredentialsExpiredError | BucketNotFoundError) or is_transient(
+                exc
+            ):
+                raise
+            found = self._unreadable(prefix, exc)
+        self._note(prefix, found)
+        return found
+
+    def _unreadable(self, prefix: str, error: ManifestError | StorageError) -> Unreadable:
+        step, epoch = parse_checkpoint_prefix(prefix) or (-1, 0)
+        with self._memory.lock:
+            is_told = prefix in self._memory.told
+            self._memory.told.add(prefix)
+        if not is_told:
+            logger.warning(
+                "a checkpoint's manifest cannot be read: %s. No retention rule counts it, it never is the best, and "
+                "nothing removes it",
+                error,
+            )
+        return Unreadable(step=step, epoch=epoch, url=self._url(prefix), error=error)
+
+    def _refuse(self, failures: Sequence[ManifestError | StorageError]) -> None:
+        """Raise the first of these, if there is one: nothing can be read where something stands."""
+        if failures and isinstance(failures[0], StorageError):
+            raise failures[0]
         if failures:
             raise ManifestError(
                 f"{len(failures)} checkpoints are at {self.store.url} and none can be read; the newest: {failures[0]}",
@@ -237,67 +343,17 @@ class Catalog:
         Raises:
             CheckpointNotFoundError: no epoch committed that step; the message names the nearest ones.
         """
-        places = self.places()
-        for prefix, (_, found_step) in places.items():
-            found = self._look(prefix) if found_step == step else None
+        for prefix, (_, found_step) in self.places().items():
+            found = self._tried(prefix) if found_step == step else None
             if isinstance(found, ManifestError):
                 raise found
             if found is not None:
                 return found
-        steps = sorted({found_step for _, found_step in places.values()})
+        steps = sorted({one.step for one in self.survey().checkpoints}, key=lambda there: abs(there - step))
+        shown = ", ".join(map(str, sorted(steps[:_NEAREST]))) or "none"
         raise CheckpointNotFoundError(
-            f"no committed checkpoint of step {step} at {self.store.url}; steps there: {_few(steps)}"
+            f"no committed checkpoint of step {step} at {self.store.url}; the nearest of {len(steps)} there: {shown}"
         )
-
-    # -- epochs --------------------------------------------------------------------------------------------
-
-    def highest_epoch(self) -> int:
-        """Return the highest epoch that anybody claimed, 0 if nobody did. One listing."""
-        listing = self.store.list(EPOCHS_PREFIX)
-        return max((parse_epoch_key(info.key) or 0 for info in listing.objects), default=0)
-
-    def claim(self, *, resumed_from: Checkpoint | None, least: int = 1) -> int:
-        """Claim the next epoch, `least` or a higher one, so that every older writer is fenced, and return it.
-
-        Two jobs that claim at once get different epochs; the higher one wins.
-        """
-        epoch = max(self.highest_epoch() + 1, least)
-        while True:
-            claim = EpochClaim(
-                format_version=FORMAT_VERSION,
-                epoch=epoch,
-                nonce=secrets.token_hex(8),
-                created_at=_now(),
-                host=platform.node(),
-                pid=os.getpid(),
-                resumed_from=None if resumed_from is None else (resumed_from.step, resumed_from.epoch),
-            )
-            try:
-                self.store.create(epoch_key(epoch), claim.encode())
-            except ObjectExistsError:
-                epoch += 1
-                continue
-            logger.info("claimed epoch %d of %s", epoch, self.store.url)
-            return epoch
-
-    @one_deadline()
-    def fence(self, epoch: int) -> None:
-        """Raise `FencedError` if a newer epoch than `epoch` was claimed. One listing."""
-        highest = self.highest_epoch()
-        if highest > epoch:
-            raise FencedError(
-                f"epoch {highest} has claimed {self.store.url}{self._claimed_by(highest)}, and this job writes as "
-                f"epoch {epoch}; stop this job, or start it again to take over"
-            )
-
-    def _claimed_by(self, epoch: int) -> str:
-        """Describe the claimer for people; a claim that cannot be read does not hide the fence."""
-        key = epoch_key(epoch)
-        try:
-            claim = decode_claim(self.store.read(key, limit_bytes=_CLAIM_LIMIT_BYTES), key=key)
-        except (StorageError, ManifestError):
-            return ""
-        return f" (host {claim.host!r}, process {claim.pid}, at {claim.created_at})"
 
     # -- deciding ------------------------------------------------------------------------------------------
 
@@ -313,7 +369,7 @@ class Catalog:
             CommitUnknownError: the manifest may exist; nothing was deleted.
         """
         if manifest.epoch:
-            self.fence(manifest.epoch)
+            self.claims.fence(manifest.epoch)
         manifest = msgspec.structs.replace(manifest, created_at=_now())
         data = manifest.encode()
         try:
@@ -339,14 +395,13 @@ class Catalog:
 
     def knows(self, prefix: str) -> bool:
         """Tell whether this catalog has read or made the commit under `prefix`. No request."""
-        with self._lock:
-            return prefix in self._known
+        with self._memory.lock:
+            return isinstance(self._memory.found.get(prefix), Checkpoint)
 
     def uncommit(self, checkpoint: Checkpoint) -> None:
         """Delete the manifest, so that the checkpoint no longer exists; its shards stay for `remove_objects`."""
         self.store.delete([checkpoint.prefix + MANIFEST_NAME])
-        with self._lock:
-            self._known.pop(checkpoint.prefix, None)
+        self._note(checkpoint.prefix, None)
 
     def recommit(self, checkpoint: Checkpoint) -> None:
         """Create the manifest of a checkpoint that `uncommit` took away again, byte for byte; raises as `commit`."""
@@ -354,16 +409,41 @@ class Catalog:
         self.store.create(checkpoint.prefix + MANIFEST_NAME, data)
         self.adopt(data, prefix=checkpoint.prefix)
 
-    def remove_objects(self, prefix: str) -> None:
-        """Delete what an uncommitted prefix still holds. Never removes a manifest.
+    @one_deadline()
+    def discard(self, attempts: Collection[str], *, prefix: str) -> None:
+        """Delete the objects of attempts at one save that failed, unless the manifest there is of one of them.
+
+        Call only when no commit of it can follow.
+        """
+        try:
+            data = self.store.read(prefix + MANIFEST_NAME, limit_bytes=MANIFEST_LIMIT_BYTES)
+        except ObjectNotFoundError:
+            pass
+        else:
+            if Manifest.decode(data, key=prefix + MANIFEST_NAME).attempt in attempts:
+                return
+        # An index also where none was put: a disk then lets go of a directory in which nothing came to stand.
+        keys = {prefix + index_key(attempt) for attempt in attempts}
+        for info in self.store.list(f"{prefix}{next(iter(attempts))}/" if len(attempts) == 1 else prefix).objects:
+            if info.key.removeprefix(prefix).partition("/")[0] in attempts:
+                keys.add(info.key)
+        self.store.delete(sorted(keys))
+
+    @one_deadline()
+    def leftovers(self, prefix: str, attempt: str) -> list[str]:
+        """Return the keys of what an attempt still holds that was uncommitted; not those of another one there.
 
         Raises:
-            CheckpointExistsError: the prefix is committed; nothing was deleted.
+            CheckpointExistsError: it is committed again.
+            ManifestError: a manifest stands there, and nobody can say whose.
         """
-        objects = self.store.list(prefix).objects
-        if any(info.key == prefix + MANIFEST_NAME for info in objects):
+        keys = [info.key for info in self.store.list(prefix).objects]
+        found = self._tried(prefix) if prefix + MANIFEST_NAME in keys else None
+        if isinstance(found, ManifestError):
+            raise found
+        if found is not None and found.attempt == attempt:
             raise self.exists_error(prefix)
-        self.store.delete([info.key for info in objects])
+        return [key for key in keys if key.startswith(f"{prefix}{attempt}/")]
 
     def void(self, prefix: str) -> bool:
         """Decide that no attempt under `prefix` ever commits: create its manifest as `void`. False if one committed."""
@@ -382,23 +462,28 @@ class Catalog:
             self.store.create(prefix + MANIFEST_NAME, manifest.encode())
         except ObjectExistsError:
             return self.is_void(prefix)
+        with self._memory.lock:
+            self._memory.voids.add(prefix)
         return True
 
     def is_void(self, prefix: str) -> bool:
-        """Tell whether a readable `void` manifest stands under `prefix`."""
-        key = prefix + MANIFEST_NAME
-        try:
-            return Manifest.decode(self.store.read(key, limit_bytes=MANIFEST_LIMIT_BYTES), key=key).state == "void"
-        except (ManifestError, ObjectNotFoundError):
-            return False
+        """Tell whether a readable `void` manifest stands under `prefix`, which never changes; read once."""
+        if prefix in self._memory.voids:
+            return True
+        with self._memory.lock:
+            if isinstance(self._memory.found.get(prefix), Checkpoint):
+                return False
+        with suppress(ManifestError, CheckpointNotFoundError):
+            self.open(prefix)
+        return prefix in self._memory.voids
+
+    def unvoid(self, prefix: str) -> None:
+        """Delete a void manifest, when nobody can be alive any more whom it keeps from committing there."""
+        if self.is_void(prefix):
+            self.store.delete([prefix + MANIFEST_NAME])
+            with self._memory.lock:
+                self._memory.voids.discard(prefix)
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _few(steps: Sequence[int]) -> str:
-    if not steps:
-        return "none"
-    shown = ", ".join(str(step) for step in steps[-5:])
-    return shown if len(steps) <= 5 else f"…, {shown}"

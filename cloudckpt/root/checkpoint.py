@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import Literal, Self
 
-from cloudckpt.errors import OptionsError
+from cloudckpt.errors import ManifestError, OptionsError, StorageError
 from cloudckpt.format import Manifest
 
-__all__ = ["Checkpoint", "Fit", "best_first", "check_metric"]
+__all__ = ["Checkpoint", "Fit", "Survey", "Unreadable", "best_first", "check_metric"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +71,45 @@ class Checkpoint:
     def order(self) -> tuple[int, int]:
         """(epoch, step): what makes one checkpoint newer than another (FORMAT invariant 10)."""
         return self.epoch, self.step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """A checkpoint of which nobody can say what it is: nothing counts it, and nothing removes it.
+
+    Attributes:
+        step: training step, by its prefix.
+        epoch: incarnation of the job that saved it, by its prefix.
+        url: its prefix.
+        error: why its manifest cannot be read: it is damaged, or the store refuses it (archived, no rights).
+    """
+
+    step: int
+    epoch: int
+    url: str
+    error: ManifestError | StorageError
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """(epoch, step)."""
+        return self.epoch, self.step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What stands below a root, each part oldest first by (epoch, step)."""
+
+    checkpoints: Sequence[Checkpoint]
+    unreadable: Sequence[Unreadable]
+
+    @classmethod
+    def of(cls, found: Iterable[Checkpoint | Unreadable | None]) -> Self:
+        """Put what was found in order; None is nothing."""
+        there = sorted((one for one in found if one is not None), key=lambda one: one.order)
+        return cls(
+            checkpoints=tuple(one for one in there if isinstance(one, Checkpoint)),
+            unreadable=tuple(one for one in there if isinstance(one, Unreadable)),
+        )
 
 
 def best_first(checkpoints: Sequence[Checkpoint], metric: str, mode: Literal["min", "max"]) -> list[Checkpoint]:

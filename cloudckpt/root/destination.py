@@ -15,6 +15,7 @@ from cloudckpt.errors import StorageError
 from cloudckpt.format import Manifest, checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.claims import Claims, Line, leading_to
 from cloudckpt.root.replacing import Exists, check_place, replace
 from cloudckpt.store import probe_create, probe_write
 
@@ -84,6 +85,7 @@ class Epoch:
         number: 0 until the first save has claimed it, or until another rank's has.
         resumed_from: the checkpoint that the job went on from.
         newest: the newest checkpoint of this line, on either root; it may have been deleted since.
+        line: what this job has committed, in this epoch and others, and what led to where it went on from; on both.
         beside: the epoch on the job's other root.
         is_doubted: whether a save has gone to the other root, because this one was down: it is asked before the next.
     """
@@ -104,6 +106,7 @@ class Epoch:
         self.number = 0
         self.resumed_from: Checkpoint | None = None
         self.newest: Checkpoint | None = None
+        self.line = Line()
         self.beside: Epoch | None = None
         self.is_doubted = False
         self._deleted: set[int] = set()
@@ -123,16 +126,28 @@ class Epoch:
         return self.number > 0 and (self.beside is None or self.number >= self.beside.number)
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Go on from a checkpoint; from one before this line's newest, in an epoch of its own: a new line is newer."""
-        self.resumed_from = checkpoint
-        if self.newest is not None and (checkpoint is None or checkpoint.order < self.newest.order):
-            self.number, self.newest = 0, None
+        """Go on from a checkpoint, on both roots; from any but the one that the next save follows, in a new epoch.
+
+        Not from one of a newer epoch: this job is fenced, and stays so.
+        """
+        base = self.newest or self.resumed_from
+        is_base = checkpoint is base or (checkpoint is not None and base is not None and checkpoint.order == base.order)
+        is_fenced = checkpoint is not None and checkpoint.epoch > max(epoch.number for epoch in self._both)
+        for epoch in self._both:
+            epoch.resumed_from = checkpoint
+            if not is_base and not is_fenced:
+                epoch.number, epoch.newest = 0, None
+
+    @property
+    def _both(self) -> tuple[Epoch, ...]:
+        return (self,) if self.beside is None else (self, self.beside)
 
     def note(self, checkpoint: Checkpoint) -> None:
         """Note a commit of this job, on this root or the other one; on every rank."""
         if self._catalog.holds(checkpoint):
             self.number = checkpoint.epoch
         self.newest = checkpoint
+        self.line = self.line.joined(Line({checkpoint.epoch: checkpoint.step}))
         self._deleted.discard(checkpoint.step)
 
     def forget(self, step: int) -> None:
@@ -151,21 +166,54 @@ class Epoch:
         if not self._is_high_enough:
             if self.number == 0:
                 probe_create(catalog.store, single_writer=self._is_single_writer)
-            self.number = catalog.claim(resumed_from=self.newest or self.resumed_from, least=self._least())
+            self._claim(catalog)
         prefix = checkpoint_prefix(step, self.number)
-        if self.newest is not None and catalog.knows(prefix):
+        if catalog.knows(prefix) and catalog.is_taken(prefix):
             raise catalog.exists_error(prefix)
         return Target(catalog=catalog, prefix=prefix, step=step, epoch=self.number)
 
-    def _least(self) -> int:
-        """Return the lowest epoch that is newer than all that the job knows of its other root."""
+    def _claim(self, catalog: Catalog) -> None:
+        """Claim an epoch that is newer than all that the job knows of both roots; then its line is known, too."""
+        base = self.newest or self.resumed_from
+        link = None if base is None else (base.step, base.epoch)
+        here = {epoch for epoch, _ in catalog.places().values()}
+        there = self._there()
+        epochs = None if there.epochs is None else here | there.epochs
+        line = self.line
+        if base is not None and link is not None and not line.holds(base.order):
+            claims = [catalog.claims, *there.claims]
+            line = line.joined(leading_to(link, claims, since=min(epochs or {0})))
+        above = max([there.least - 1, *here])
+        self.number = catalog.claims.claim(above=above, resumed_from=link, links=line.links(epochs))
+        for epoch in self._both:
+            epoch.line = line
+
+    def _there(self) -> _There:
+        """Look at the job's other root, unless it has claimed an epoch there: then the line is known, too."""
         if self.beside is None:
-            return 1
+            return _There(1, set())
         if self.beside.number:
-            return self.beside.number
-        known = 0 if self.resumed_from is None else self.resumed_from.epoch
+            return _There(self.beside.number, None)
+        known = max([*self.line.steps, 0 if self.resumed_from is None else self.resumed_from.epoch])
         try:
-            known = max(known, self.beside._hurried().highest_epoch())  # noqa: SLF001 (its own kind)
+            catalog = self.beside._hurried()  # noqa: SLF001 (its own kind)
+            epochs = {epoch for epoch, _ in catalog.places().values()}
+            return _There(max([known, catalog.claims.highest(), *epochs]) + 1, epochs, (catalog.claims,))
         except StorageError as exc:
             logger.warning("the epochs of the other root are not known, and taken to be %d: %s", known, exc)
-        return known + 1
+            return _There(known + 1, None)
+
+
+@dataclass(frozen=True, slots=True)
+class _There:
+    """What a job knows of its other root when it claims an epoch.
+
+    Attributes:
+        least: the lowest epoch that is not older than anything there.
+        epochs: of which something stands there; None if nobody has looked.
+        claims: those there, to be read.
+    """
+
+    least: int
+    epochs: set[int] | None
+    claims: tuple[Claims, ...] = ()

@@ -1,77 +1,302 @@
 """Remove the checkpoints of one root that no retention rule keeps: manifests first, shards a grace time later.
 
+    commit ──▶ what the rules let go, of this job's line ──what they keep is looked for──▶ uncommitted
+                 ╰─ `Cleaner`, in a thread of its own ──▶ their shards, once due; what other jobs left (`sweep`)
+
 Called by whichever thread has committed a checkpoint, and by the manager's; never by two at once. Keeps FORMAT
-invariants 7 and 8.
+invariants 7 to 9.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from typing import Literal, get_args
 
-from cloudckpt.errors import CheckpointExistsError, CloudCkptError
+from cloudckpt.errors import CheckpointExistsError, CloudCkptError, OptionsError
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.claims import Line
 from cloudckpt.root.retention import RetentionRule, removable
+from cloudckpt.root.sweep import delete_all, find_orphans, remove_orphan
 
-__all__ = ["Pruner"]
+__all__ = ["Cleaner", "Pruner", "RetentionScope"]
 
 logger = logging.getLogger(__name__)
+
+RetentionScope = Literal["line", "root"]
+"""Whose checkpoints retention removes: those of the job's own line of history, or all below the root."""
+
+# How long the end waits for a request of the cleaner's that is under way.
+_ENDING_S = 30.0
+# How often that wait looks whether it is held up.
+_LOOK_S = 0.1
+_AGAIN_S = 3_600.0
+_SHOWN = 5
 
 
 class Pruner:
     """The retention rules of a root, and what they have left to be removed."""
 
     def __init__(
-        self, catalog: Catalog, rules: Sequence[RetentionRule], *, grace_s: float, clock: Callable[[], float]
+        self, catalog: Catalog, rules: Sequence[RetentionRule], cleaner: Cleaner, *, scope: RetentionScope = "line"
     ) -> None:
-        """Prune by `rules`; without any, nothing is pruned."""
+        """Prune by `rules`; without any, nothing is pruned.
+
+        Raises:
+            OptionsError: an unknown scope.
+        """
+        if scope not in get_args(RetentionScope):
+            raise OptionsError(f"retention_scope is {scope!r}; give {' or '.join(map(repr, get_args(RetentionScope)))}")
         self._catalog = catalog
         self._rules = tuple(rules)
-        self._grace_s = grace_s
-        self._clock = clock
-        # Prefixes whose manifest is gone, and since when: their shards go once readers had time to notice.
-        self._uncommitted_s: dict[str, float] = {}
+        self._cleaner = cleaner
+        self._scope = scope
+        self._has_named = False
 
-    def prune_after(self, checkpoint: Checkpoint, *, go_on: Callable[[], bool] = lambda: True) -> None:
-        """Uncommit what no rule keeps, and remove what is due; never the checkpoint that was just committed.
+    def prune_after(self, checkpoint: Checkpoint, line: Line, *, go_on: Callable[[], bool] = lambda: True) -> None:
+        """Uncommit what no rule keeps; never the checkpoint that was just committed.
 
         It ends early, between two of them, when `go_on` says so; the rest is left to the next time. Whatever it raises,
         also what a rule of the caller's own does, is left to the next save: the checkpoint is safe.
+
+        Args:
+            checkpoint: the newest of this job.
+            line: of which only checkpoints are removed, unless the scope is the root.
+            go_on: whether there is time for the next one.
         """
-        if self._rules:
+        for old in self._going(checkpoint, line):
+            if not go_on():
+                return
+            self.uncommit(old)
+            logger.info("pruned step %s of epoch %d", old.step, old.epoch)
+
+    def _going(self, newest: Checkpoint, line: Line) -> list[Checkpoint]:
+        if not self._rules:
+            return []
+        places = self._catalog.places()
+        mine = [prefix for prefix, order in places.items() if self._scope == "root" or line.holds(order)]
+        self._name_others(places.keys() - set(mine))
+        going = self._removable(self._catalog.recall(mine).checkpoints, newest)
+        if going:
+            # A newer job may be restoring what we would remove.
+            self._catalog.claims.fence(newest.epoch)
+        return going
+
+    def _removable(self, checkpoints: Sequence[Checkpoint], newest: Checkpoint) -> list[Checkpoint]:
+        """Return what may go, once all that the rules keep instead was found to be there."""
+        seen: set[str] = set()
+        while True:
             # Our own newest is never in question, even when a newer epoch has checkpoints of its own by now.
-            removed = removable(self._catalog.all(), self._rules, protected={checkpoint.order})
-            if removed:
-                # A newer job may be restoring what we would remove.
-                self._catalog.fence(checkpoint.epoch)
-            for old in removed:
-                if not go_on():
-                    return
-                self.uncommit(old)
-                logger.info("pruned step %s of epoch %d", old.step, old.epoch)
-        self._remove_due(go_on)
+            removed = removable(checkpoints, self._rules, protected={newest.order})
+            going = {one.prefix for one in removed}
+            unseen = [one for one in checkpoints if one.prefix not in going | seen]
+            if not removed or not unseen:
+                return removed
+            there = {one.prefix for one in self._catalog.standing(unseen)}
+            seen |= there
+            checkpoints = [one for one in checkpoints if one.prefix in going | seen]
 
     def uncommit(self, checkpoint: Checkpoint) -> None:
         """Let a checkpoint exist no more; its shards go once readers had time to notice."""
-        self._catalog.uncommit(checkpoint)
-        self._uncommitted_s[checkpoint.prefix] = self._clock()
+        self._cleaner.uncommit(checkpoint)
+
+    def clean(self) -> None:
+        """Have removed what is due, without waiting for that."""
+        self._cleaner.wake()
+
+    def _name_others(self, prefixes: Collection[str]) -> None:
+        """Say, once, what retention leaves alone because it is of another line of history."""
+        if self._has_named:
+            return
+        others = self._catalog.recall(prefixes).checkpoints
+        self._has_named = True
+        if others:
+            shown = ", ".join(f"{one.step} of epoch {one.epoch}" for one in others[-_SHOWN:])
+            logger.warning(
+                "%d checkpoints at %s are not of the line of history that this job began or went on from (the newest: "
+                "step %s): retention leaves them alone. If the job was to go on from one, call restore() before the "
+                'first save; if they are to go by its rules, give retention_scope="root"',
+                *(len(others), self._catalog.store.url, shown),
+            )
+
+    def settle(self) -> None:
+        """Wait until what was due is removed."""
+        self._cleaner.settle()
 
     def end(self) -> None:
-        """Remove what is due; shards still in their grace time stay for a sweep, and so does what cannot be removed."""
-        try:
-            self._remove_due()
-        except CloudCkptError as exc:
-            logger.warning("pruned shards could not be removed and stay for a sweep: %s", exc)
+        """Remove what is due; shards still in their grace time stay for the next job."""
+        self._cleaner.end()
 
-    def _remove_due(self, go_on: Callable[[], bool] = lambda: True) -> None:
+    def stop(self) -> None:
+        """Remove nothing more."""
+        self._cleaner.stop()
+
+
+class Cleaner:
+    """Removes objects that belong to no checkpoint, in a thread of its own and with one request at a time.
+
+    What this job has pruned goes after its grace time. What other jobs left (attempts without a commit, pruned shards)
+    goes once nothing was written to it for a while; that is looked for at the first save after a grace time, and again
+    as long as some of it is too young. Nothing is removed while the job is preempted.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        *,
+        grace_s: float,
+        sweep_after_s: float | None,
+        clock: Callable[[], float],
+        is_held: Callable[[], bool] = lambda: False,
+        note: Callable[[str], None] = logger.warning,
+    ) -> None:
+        """Clean below the root of `catalog`.
+
+        Args:
+            catalog: the root's.
+            grace_s: seconds between the end of a checkpoint and that of its shards.
+            sweep_after_s: how old what other jobs left must be; None leaves it to `sweep`.
+            clock: monotonic seconds.
+            is_held: whether nothing is to be removed now; asked between requests, in the thread.
+            note: is told what could not be removed.
+
+        Raises:
+            OptionsError: a number of seconds that is none.
+        """
+        if sweep_after_s is not None and (type(sweep_after_s) not in (int, float) or not 0 <= sweep_after_s < math.inf):
+            raise OptionsError(f"sweep_after_s is {sweep_after_s!r}; give a number of seconds from 0, or None")
+        self._catalog = catalog
+        self._grace_s = grace_s
+        self._sweep_after_s = sweep_after_s
+        self._clock = clock
+        self._is_held = is_held
+        self._note = note
+        # What does not exist any more, by prefix and attempt, and since when: its shards go once readers had time to
+        # notice.
+        self._uncommitted_s: dict[tuple[str, str], float] = {}
+        # What a job before has pruned in its last moments has its grace time, too.
+        self._next_sweep_s = clock() + grace_s
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._is_woken = False
+        self._is_ending = False
+        self._is_stopped = False
+
+    def uncommit(self, checkpoint: Checkpoint) -> None:
+        """Uncommit a checkpoint, and remove its shards after the grace time."""
+        # Whoever holds the lock knows of all that this job has uncommitted.
+        with self._lock:
+            self._catalog.uncommit(checkpoint)
+            self._uncommitted_s[checkpoint.prefix, checkpoint.attempt] = self._clock()
+
+    def wake(self) -> None:
+        """Have removed what is due, without waiting for that."""
+        with self._lock:
+            self._is_woken = True
+            if self._thread is None and self._may_remove() and self._has_work():
+                self._thread = threading.Thread(target=self._run, name="cloudckpt-cleaner", daemon=True)
+                self._thread.start()
+
+    def settle(self) -> None:
+        """Wait until what was due is removed, and what others left."""
+        if (thread := self._thread) is not None:
+            thread.join()
+
+    def end(self) -> None:
+        """Stop looking for what others left, and remove what is due of this job's own, until that is held up."""
+        self._is_ending = True
+        thread, stop_s = self._thread, time.monotonic() + _ENDING_S
+        while thread is not None and thread.is_alive() and self._may_remove() and time.monotonic() < stop_s:
+            thread.join(_LOOK_S)
+        if thread is None or not thread.is_alive():
+            self._try(self._remove_due)
+        self.stop()
+
+    def stop(self) -> None:
+        """Make no further request."""
+        self._is_stopped = True
+
+    def _may_remove(self) -> bool:
+        return not (self._is_stopped or self._is_held())
+
+    def _may_sweep(self) -> bool:
+        return not self._is_ending and self._may_remove()
+
+    def _has_work(self) -> bool:
+        return bool(self._due()) or (self._is_sweep_due() and not self._is_ending)
+
+    def _is_sweep_due(self) -> bool:
+        return self._sweep_after_s is not None and self._clock() >= self._next_sweep_s
+
+    def _run(self) -> None:
+        try:
+            while not self._is_done():
+                self._try(self._remove_due)
+                self._try(self._sweep)
+        except BaseException:
+            # The end of a thread: nobody waits for it, and no checkpoint depends on it.
+            logger.exception("removing what no checkpoint needs any more failed")
+            self._thread = None
+
+    def _is_done(self) -> bool:
+        """Tell whether nothing was asked for since it was looked for; from then on there is no thread."""
+        with self._lock:
+            is_woken, self._is_woken = self._is_woken, False
+            if is_woken and self._may_remove() and self._has_work():
+                return False
+            self._thread = None
+            return True
+
+    def _try(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except CloudCkptError as exc:
+            self._note(f"what no checkpoint needs any more could not be removed, and stays for a later try: {exc}")
+
+    def _due(self) -> list[tuple[str, str]]:
+        now_s = self._clock()
+        return [place for place, at_s in self._uncommitted_s.items() if now_s - at_s >= self._grace_s]
+
+    def _remove_due(self) -> None:
         """Remove the shards of what was uncommitted a grace time ago."""
-        due = [prefix for prefix, at_s in self._uncommitted_s.items() if self._clock() - at_s >= self._grace_s]
-        for prefix in due:
-            if not go_on():
+        with self._lock:
+            due = self._due()
+        for prefix, attempt in due:
+            if not self._may_remove():
                 return
             try:
-                self._catalog.remove_objects(prefix)
+                keys = self._catalog.leftovers(prefix, attempt)
+                is_gone = delete_all(self._catalog.store, keys, go_on=self._may_remove)
             except CheckpointExistsError:
-                logger.warning("%s was committed again while it was pruned; it stays", prefix)
-            del self._uncommitted_s[prefix]
+                logger.warning("%s stands there again, which was pruned; it stays", prefix)
+                is_gone = True
+            if is_gone:
+                with self._lock:
+                    del self._uncommitted_s[prefix, attempt]
+
+    def _sweep(self) -> None:
+        """Remove what other jobs left, and note when to look again: never, if all of it is gone."""
+        if self._sweep_after_s is None or not self._is_sweep_due() or not self._may_sweep():
+            return
+        # Should it fail, or be held up, it is not tried at every save.
+        self._next_sweep_s = self._clock() + _AGAIN_S
+        found = find_orphans(self._catalog)
+        with self._lock:
+            own = {prefix for prefix, _ in self._uncommitted_s}
+        orphans = [orphan for orphan in found if orphan.prefix not in own]
+        removed_bytes = 0
+        for orphan in orphans:
+            if not self._may_sweep():
+                return
+            is_due = orphan.is_due(self._sweep_after_s)
+            if is_due and remove_orphan(self._catalog, orphan, go_on=self._may_sweep):
+                removed_bytes += orphan.total_bytes
+        young = [one for one in orphans if one.object_count and not one.is_due(self._sweep_after_s)]
+        left_s = max((self._sweep_after_s - one.age_s for one in young), default=math.inf)
+        self._next_sweep_s = self._clock() + left_s
+        if removed_bytes:
+            logger.info("removed %d bytes that earlier jobs left at %s", removed_bytes, self._catalog.store.url)

@@ -1,6 +1,6 @@
 """Let a finished save take the place of the checkpoint at its URL.
 
-    old manifest kept aside ──▶ uncommit old ──▶ commit new ──▶ old objects removed
+    old manifest kept aside ──▶ uncommit old ──▶ commit new ──▶ old objects removed; attempts that were cut off long ago
                                       ╰── from here to there nothing is committed ──╯
 
 A reader gets all of the old checkpoint, all of the new one, or hears that there is none; no object is ever written
@@ -23,14 +23,18 @@ from cloudckpt.errors import (
     OptionsError,
     StorageError,
 )
-from cloudckpt.format import MANIFEST_NAME, Index, Manifest, index_key
+from cloudckpt.format import MANIFEST_NAME, Index, Manifest, index_key, is_attempt
 from cloudckpt.root.absence import set_aside_key
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.store import ObjectInfo
 
 __all__ = ["Exists", "check_exists", "check_place", "replace"]
 
 logger = logging.getLogger(__name__)
+
+# Every put of a save is newer than this, so that an attempt without one is nobody's any more.
+_ABANDONED_S = 86_400.0
 
 Exists = Literal["raise", "replace"]
 """What a save does where a checkpoint is committed already."""
@@ -84,7 +88,9 @@ def replace(catalog: Catalog, manifest: Manifest) -> Checkpoint:
         CloudCkptError: it was not committed; the old one stands, or the log says how to have it back.
     """
     if not catalog.is_taken(""):
-        return catalog.commit(manifest, prefix="")
+        new = catalog.commit(manifest, prefix="")
+        _remove(catalog, new, frozenset())
+        return new
     old = catalog.open()
     attempts = _attempts_of(catalog, old)
     catalog.store.create(set_aside_key(old.attempt), old.manifest.encode())
@@ -97,7 +103,7 @@ def replace(catalog: Catalog, manifest: Manifest) -> Checkpoint:
         _put_back(catalog, old)
         raise
     logger.info("attempt %s has replaced attempt %s at %s", new.attempt, old.attempt, new.url)
-    _remove(catalog, attempts - {new.attempt})
+    _remove(catalog, new, attempts)
     return new
 
 
@@ -123,10 +129,24 @@ def _put_back(catalog: Catalog, old: Checkpoint) -> None:
         )
 
 
-def _remove(catalog: Catalog, attempts: frozenset[str]) -> None:
-    """Delete the objects of a checkpoint that is no more; what cannot be deleted is an orphan."""
+def _remove(catalog: Catalog, new: Checkpoint, replaced: frozenset[str]) -> None:
+    """Delete the objects of a checkpoint that is no more, and attempts that were cut off; what stays is an orphan.
+
+    No sweep comes to a URL without a root. What an attempt keeps to have an older checkpoint back is out of date now.
+    """
     try:
-        keys = [info.key for info in catalog.store.list("").objects if info.key.partition("/")[0] in attempts]
-        catalog.store.delete(keys)
+        below: dict[str, list[ObjectInfo]] = {}
+        for info in catalog.store.list("").objects:
+            below.setdefault(info.key.partition("/")[0], []).append(info)
+        # The newest thing there was written just now.
+        now_s = max((info.modified_s for found in below.values() for info in found), default=0.0)
+        old = {
+            attempt
+            for attempt, found in below.items()
+            if is_attempt(attempt) and now_s - max(info.modified_s for info in found) >= _ABANDONED_S
+        }
+        # Of several ranks through DCP each has an attempt of its own.
+        gone = (replaced | (old - _attempts_of(catalog, new) if old else old)) - {new.attempt}
+        catalog.store.delete([info.key for attempt in gone for info in below.get(attempt, ())])
     except StorageError as exc:
         logger.warning("objects of the replaced checkpoint stay at %s: %s", catalog.store.url, exc)

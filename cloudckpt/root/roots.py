@@ -14,7 +14,7 @@ from typing import Literal
 from cloudckpt.errors import CheckpointNotFoundError, ManifestError
 from cloudckpt.format import parse_checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.root.checkpoint import Checkpoint, best_first
+from cloudckpt.root.checkpoint import Checkpoint, Survey, best_first
 
 __all__ = ["Roots"]
 
@@ -59,11 +59,14 @@ class Roots:
 
     def all(self) -> list[Checkpoint]:
         """Return every readable checkpoint, oldest first by (epoch, step); raises as `Catalog.all` does."""
-        if len(self.catalogs) == 1:
-            return self.catalogs[0].all()
+        return self.catalogs[0].readable(self.survey())
+
+    def survey(self) -> Survey:
+        """Look at all that stands below all roots, as `Catalog.survey` does."""
+        surveys = [one.survey() for one in self.catalogs]
         # The first root's last, so that it stands for both.
-        found = {one.order: one for catalog in reversed(self.catalogs) for one in catalog.all()}
-        return [found[order] for order in sorted(found)]
+        found = {one.order: one for survey in reversed(surveys) for one in survey.checkpoints}
+        return Survey.of([*found.values(), *(one for survey in surveys for one in survey.unreadable)])
 
     def best(self, metric: str, mode: Literal["min", "max"]) -> Checkpoint | None:
         """Return the best by a metric, as `Catalog.best` does."""

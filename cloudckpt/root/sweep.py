@@ -1,23 +1,33 @@
 """Remove what killed jobs left behind: attempts of older epochs that never committed, and pruned leftovers.
 
+    one flat listing ──▶ Orphan, of a prefix without a commit ──old enough──▶ void ──▶ listed again ──▶ objects deleted
+                                                                               ╰── nobody can be alive ──▶ void deleted
+
 An orphan is voided before its objects go, so that a zombie's late commit loses to the sweep, or the sweep to it, and
-never both succeed (FORMAT invariant 9). The void manifest stays: it is what keeps the zombie from committing to
-nothing. Ages are told by the store's clock alone. Knows the catalog and its store; knows nothing of tensors.
+never both succeed (FORMAT invariant 9). The void manifest stays as long as a zombie could be alive: it is what keeps
+it from committing to nothing. Ages are told by the store's clock alone. Knows the catalog and its store; knows nothing
+of tensors.
 """
 
 from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cloudckpt.errors import StorageError
-from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME
+from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, parse_checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
+from cloudckpt.root.claims import highest_claim
 from cloudckpt.store import ObjectInfo, Store, one_deadline
 
-__all__ = ["Orphan", "sweep"]
+__all__ = ["Orphan", "delete_all", "find_orphans", "remove_orphan", "sweep"]
+
+# No process outlives the loss of its epoch by a week: long before, it has met the fence or its own deadlines.
+_VOID_S = 7 * 86_400.0
+# So many objects in one call, between which a sweep may be stopped; the largest bulk delete of any store.
+_BATCH = 1_000
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +38,7 @@ class Orphan:
 
     Attributes:
         prefix: below the root, with its slash.
-        object_count: objects, the void manifest of an earlier sweep not counted.
+        object_count: objects, the void manifest of an earlier sweep not counted; 0 where that is all.
         total_bytes: their size.
         age_s: seconds since the newest of them was written, by the store's clock.
     """
@@ -38,40 +48,53 @@ class Orphan:
     total_bytes: int
     age_s: float
 
+    def is_due(self, older_than_s: float) -> bool:
+        """Tell whether it is old enough to go; a void manifest alone only when no zombie can be alive."""
+        return self.age_s >= (older_than_s if self.object_count else max(older_than_s, _VOID_S))
+
 
 def sweep(catalog: Catalog, *, older_than_s: float, dry_run: bool) -> list[Orphan]:
     """Void and remove orphans; return what was removed, or would be in a dry run.
 
     Their epoch is not the highest that was claimed, and their newest object is older than `older_than_s`: no running
-    job can own them any more.
+    job can own them any more. One flat listing, and one more for each that goes.
     """
-    orphans = _orphans(catalog, older_than_s=older_than_s)
-    if dry_run:
-        return orphans
-    return [orphan for orphan in orphans if _remove(catalog, orphan)]
+    due = [orphan for orphan in find_orphans(catalog) if orphan.is_due(older_than_s)]
+    return due if dry_run else [orphan for orphan in due if remove_orphan(catalog, orphan)]
 
 
-def _orphans(catalog: Catalog, *, older_than_s: float) -> list[Orphan]:
-    highest = catalog.highest_epoch()
-    now_s: float | None = None
-    found = []
-    for prefix, (epoch, _) in catalog.places().items():
-        rest = () if epoch >= highest or catalog.knows(prefix) else _uncommitted(catalog, prefix)
-        if not rest:
-            continue
-        now_s = _now_s(catalog.store) if now_s is None else now_s
-        age_s = now_s - max(info.modified_s for info in rest)
-        if age_s >= older_than_s:
-            total_bytes = sum(info.size_bytes for info in rest)
-            found.append(Orphan(prefix=prefix, object_count=len(rest), total_bytes=total_bytes, age_s=age_s))
-    return found
+def find_orphans(catalog: Catalog) -> list[Orphan]:
+    """Return what no checkpoint owns, whatever its age; of the highest epoch nothing, because that may be at work."""
+    claims: list[str] = []
+    below: dict[str, list[ObjectInfo]] = {}
+    for info in catalog.store.list("").objects:
+        top = info.key.partition("/")[0] + "/"
+        if top == EPOCHS_PREFIX:
+            claims.append(info.key)
+        elif parse_checkpoint_prefix(top):
+            below.setdefault(top, []).append(info)
+    highest = highest_claim(claims)
+    left = {prefix: found for prefix, found in below.items() if _is_orphan(catalog, prefix, found, highest)}
+    now_s = _now_s(catalog.store) if left else 0.0
+    return [_orphan(prefix, found, now_s) for prefix, found in left.items()]
 
 
-def _uncommitted(catalog: Catalog, prefix: str) -> Sequence[ObjectInfo]:
-    """Return a prefix's objects if nothing is committed there; a manifest that cannot be read counts as a commit."""
-    objects = catalog.store.list(prefix).objects
-    rest = [info for info in objects if info.key != prefix + MANIFEST_NAME]
-    return rest if len(rest) == len(objects) or catalog.is_void(prefix) else ()
+def _is_orphan(catalog: Catalog, prefix: str, found: Sequence[ObjectInfo], highest: int) -> bool:
+    """Tell whether nothing is committed there; a manifest that cannot be read counts as a commit."""
+    place = parse_checkpoint_prefix(prefix)
+    if place is None or place[1] >= highest:
+        return False
+    return all(info.key != prefix + MANIFEST_NAME for info in found) or catalog.is_void(prefix)
+
+
+def _orphan(prefix: str, found: Sequence[ObjectInfo], now_s: float) -> Orphan:
+    rest = [info for info in found if info.key != prefix + MANIFEST_NAME]
+    return Orphan(
+        prefix=prefix,
+        object_count=len(rest),
+        total_bytes=sum(info.size_bytes for info in rest),
+        age_s=now_s - max(info.modified_s for info in rest or found),
+    )
 
 
 @one_deadline()
@@ -89,9 +112,23 @@ def _now_s(store: Store) -> float:
             logger.warning("the object %r stays on %s: %s", key, store.url, exc)
 
 
-def _remove(catalog: Catalog, orphan: Orphan) -> bool:
+def remove_orphan(catalog: Catalog, orphan: Orphan, *, go_on: Callable[[], bool] = lambda: True) -> bool:
+    """Void an orphan and delete its objects; of one that is a void manifest alone, that. False if one committed."""
     if not catalog.void(orphan.prefix):
         return False
     # Listed again: what a zombie has put since then goes, too.
-    catalog.store.delete([info.key for info in _uncommitted(catalog, orphan.prefix)])
+    keys = [info.key for info in catalog.store.list(orphan.prefix).objects]
+    rest = [key for key in keys if key != orphan.prefix + MANIFEST_NAME]
+    is_gone = delete_all(catalog.store, rest, go_on=go_on)
+    if not orphan.object_count and not rest:
+        catalog.unvoid(orphan.prefix)
+    return is_gone
+
+
+def delete_all(store: Store, keys: Sequence[str], *, go_on: Callable[[], bool]) -> bool:
+    """Delete objects, batch after batch, while it may go on; tell whether all are deleted."""
+    for start in range(0, len(keys), _BATCH):
+        if not go_on():
+            return False
+        store.delete(keys[start : start + _BATCH])
     return True

@@ -2,7 +2,7 @@
 
 from cloudckpt.saving.background import Background, SaveHandle
 from cloudckpt.saving.lead import PendingSave, PlanMemory, Session, begin_save
-from cloudckpt.saving.output import RankOutput, Record, commit_index, stats_of
+from cloudckpt.saving.output import RankOutput, Record, commit_index, discard, stats_of
 from cloudckpt.saving.snapshot import expected_shards
 from cloudckpt.saving.source import Source, chunk_of, is_elsewhere, object_of
 from cloudckpt.saving.tally import Written, assemble, check_against_plan
@@ -22,6 +22,7 @@ __all__ = [
     "check_against_plan",
     "chunk_of",
     "commit_index",
+    "discard",
     "expected_shards",
     "is_elsewhere",
     "object_of",

@@ -22,7 +22,7 @@ from cloudckpt.options import Options
 from cloudckpt.ranks import Group, named_ranks
 from cloudckpt.root import Destination, Target
 from cloudckpt.saving.dedup import Replicas, share_out
-from cloudckpt.saving.output import Record, commit_index
+from cloudckpt.saving.output import Record, commit_index, discard
 from cloudckpt.saving.replicas import doubtful_sets
 from cloudckpt.saving.tally import Written, assemble, check_against_names
 from cloudckpt.state import collector_at_rest
@@ -125,10 +125,12 @@ class Coordinator:
     claims_later: bool
     fallback: Destination | None = None
     _target: Target | None = None
+    _left: Target | None = None
 
-    def divert(self) -> None:
-        """Go to the fallback from now on; on every rank."""
+    def divert(self, *, is_known: bool) -> None:
+        """Go to the fallback from now on; on every rank. Not committed where it was is what `is_known` says."""
         if self.fallback is not None:
+            self._left = self._target if is_known else None
             self.destination, self.fallback, self._target = self.fallback, None, None
 
     def decide(self, openings: Sequence[Opening]) -> Order:
@@ -151,6 +153,15 @@ class Coordinator:
         """Ask the store where the save goes; it refuses if it may not go there."""
         self._target = self.destination.take()
         return self._target.prefix
+
+    def discard(self, attempt: str, *, has_failed: bool) -> None:
+        """Remove what all ranks have written where it was not committed: before it was diverted, or if it has failed.
+
+        Call only once the save has ended.
+        """
+        for target in (self._left, self._target if has_failed else None):
+            if target is not None:
+                discard(target, {attempt}, self.options)
 
     def share_out(self, messages: Sequence[bytes]) -> list[PlanPart]:
         decoded = [msgspec.msgpack.decode(message, type=tuple[bytes, bytes, list[str]]) for message in messages]

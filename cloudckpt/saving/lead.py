@@ -29,7 +29,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from cloudckpt.errors import SaveFailedError, is_outage
+from cloudckpt.errors import CommitUnknownError, SaveFailedError, is_outage
 from cloudckpt.format import BoxTable, Column, Flat, JsonValue, codec, record_of_call
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, RanksFailedError, plain_errors
@@ -197,6 +197,21 @@ class PendingSave:
             CommitUnknownError: the outcome is not known (rank 0 was lost at the end); nothing was deleted.
             CloudCkptError: what the one process, or rank 0 for all, was refused with; nothing was committed.
         """
+        try:
+            checkpoint = self._finish(gauge)
+        except Exception as exc:
+            self._discard(has_failed=not isinstance(exc, CommitUnknownError))
+            raise
+        self._discard(has_failed=False)
+        return checkpoint
+
+    def _discard(self, *, has_failed: bool) -> None:
+        """Remove what is not committed; the session has ended, and with it what the ranks were at."""
+        # A process that ends has no time for it.
+        if not self._abandoned:
+            self._lead.coordinator.discard(self._lead.order.attempt, has_failed=has_failed)
+
+    def _finish(self, gauge: Gauge | None) -> Checkpoint:
         lead = self._lead
         lead.group.take_over()
         with self._stack:
@@ -312,7 +327,7 @@ class _Lead:
             )
             return False
         logger.error("rank %d: %s to %s failed and goes to %s: %s", self.group.rank, self.what, url, other, causes[0])
-        self.coordinator.divert()
+        self.coordinator.divert(is_known=not any(isinstance(cause, CommitUnknownError) for cause in causes))
         return True
 
     def _finish(

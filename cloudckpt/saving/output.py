@@ -10,12 +10,14 @@ FORMAT invariants 2, 3 and 4.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from cloudckpt.errors import ObjectNotFoundError, SaveFailedError
+from cloudckpt.deadline import Deadline
+from cloudckpt.errors import CloudCkptError, ObjectNotFoundError, SaveFailedError
 from cloudckpt.format import (
     FORMAT_VERSION,
     Index,
@@ -37,8 +39,13 @@ from cloudckpt.saving.tally import Written
 from cloudckpt.store import RetryingStore, Store, StoreStats
 from cloudckpt.transfer import Budget, ShardJob, Watch, upload
 
-__all__ = ["RankOutput", "Record", "commit_index", "stats_of"]
+__all__ = ["RankOutput", "Record", "commit_index", "discard", "stats_of"]
 
+logger = logging.getLogger(__name__)
+
+# What a save that failed leaves behind must not keep it long from being told: of its patience, and at most.
+_DISCARD_SHARE = 0.1
+_DISCARD_S = 10.0
 _ONE_FOR_ALL = frozenset({"s3", "gs", "az", "abfs", "abfss"})
 
 
@@ -138,6 +145,22 @@ def commit_index(target: Target, index: Index, record: Record) -> Checkpoint:
     target.catalog.store.put(key, [memoryview(data)])
     seconds = {**record.seconds, "commit_s": time.monotonic() - began_s}
     return target.commit(_manifest(target, index, data, record, seconds))
+
+
+def discard(target: Target, attempts: Collection[str], options: Options) -> None:
+    """Remove what a save has written that failed and of which no commit can follow, soon or not at all.
+
+    What stays is an orphan; a disk that was full has its space back.
+    """
+    catalog = target.catalog
+    if isinstance(catalog.store, RetryingStore):
+        patience_s = min(_DISCARD_S, _DISCARD_SHARE * options.retry.deadline_s)
+        deadline = Deadline.after(patience_s, "the removal of what a failed save has written")
+        catalog = catalog.with_store(catalog.store.within(deadline))
+    try:
+        catalog.discard(attempts, prefix=target.prefix)
+    except CloudCkptError as exc:
+        logger.warning("what the failed save has written below %s stays for a sweep: %s", catalog.store.url, exc)
 
 
 def _refuse_shards_elsewhere(target: Target, index: Index, world_size: int) -> None:

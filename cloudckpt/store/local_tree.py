@@ -272,4 +272,5 @@ def segments_of(key: str) -> Sequence[str]:
 
 def describe(key: str, status: os.stat_result) -> ObjectInfo:
     """Say what the disk knows of an object."""
-    return ObjectInfo(key=key, size_bytes=status.st_size, modified_s=status.st_mtime)
+    # A copy may bring an old mtime along; its ctime is the disk's own.
+    return ObjectInfo(key=key, size_bytes=status.st_size, modified_s=max(status.st_mtime, status.st_ctime))

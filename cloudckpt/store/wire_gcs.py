@@ -8,6 +8,7 @@ bucket's kind by gRPC. See `wire` for threads and limits.
 from __future__ import annotations
 
 import asyncio
+import email
 import json
 import os
 import re
@@ -39,8 +40,12 @@ from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range
 
 __all__ = ["GcsWire", "gcs_filesystem"]
 
-# Deletes go one by one, since emulators and private endpoints have no batches; so many at a time.
+# Emulators and private endpoints have no batches: there deletes go one by one, so many at a time.
 _DELETES_AT_ONCE = 16
+# Google's limit of calls in one batch.
+_BATCH = 100
+_PART_STATUS = re.compile(rb"\AHTTP/[0-9.]+ ([0-9]{3})")
+_PART_ID = re.compile(r"\A<response-([0-9]+)>\Z")
 _REFUSED = ("asynchronous", "loop", "version_aware", "requests_timeout", "timeout")
 # Random, so that no object holds it by chance.
 _BOUNDARY = f"cloudckpt-{secrets.token_hex(16)}"
@@ -122,9 +127,11 @@ class GcsWire(OnLoop):
 
     def delete(self, names: Sequence[str]) -> dict[str, str | Exception]:
         failed: dict[str, str | Exception] = {}
-        for start in range(0, len(names), _DELETES_AT_ONCE):
-            batch, headers = names[start : start + _DELETES_AT_ONCE], self._headers()
-            raised = self.run(self._delete_each(batch, headers))
+        is_batched = len(names) > 1 and self._fs.on_google
+        size, send = (_BATCH, self._delete_batch) if is_batched else (_DELETES_AT_ONCE, self._delete_each)
+        for start in range(0, len(names), size):
+            batch, headers = names[start : start + size], self._headers()
+            raised = self.run(send(batch, headers))
             failed.update(
                 {
                     name: error if isinstance(error, Exception) else TimeoutError("cancelled")
@@ -181,6 +188,12 @@ class GcsWire(OnLoop):
         async with self._download(name, headers) as reply:
             return await take(reply.content.iter_any(), reply.content_length, limit_bytes)
 
+    async def _delete_batch(self, names: Sequence[str], headers: Mapping[str, str]) -> list[BaseException | None]:
+        url, content_type = self._url("batch/storage", "v1", {}), f'multipart/mixed; boundary="{_BOUNDARY}"'
+        calls = [self._object_url(name).raw_path_qs for name in names]
+        async with self._reply("POST", url, {**headers, "Content-Type": content_type}, _batch_of(calls)) as reply:
+            return _batch_answers(reply.headers.get("Content-Type", ""), await reply.read(), len(names))
+
     @asynccontextmanager
     async def _download(self, name: str, headers: Mapping[str, str]) -> AsyncIterator[ClientResponse]:
         url = self._object_url(name, "download/storage/v1", alt="media")
@@ -235,6 +248,26 @@ def _around(resource: Mapping[str, str]) -> tuple[bytes, bytes]:
     start = f"--{_BOUNDARY}\r\nContent-Type: application/json; charset=UTF-8\r\n\r\n{json.dumps(resource)}\r\n"
     middle = f"--{_BOUNDARY}\r\nContent-Type: application/octet-stream\r\n\r\n"
     return (start + middle).encode(), f"\r\n--{_BOUNDARY}--".encode()
+
+
+def _batch_of(calls: Sequence[str]) -> bytes:
+    """Return the body of a batch of deletes, each numbered from 0."""
+    head = f"--{_BOUNDARY}\r\nContent-Type: application/http\r\n"
+    parts = [f"{head}Content-ID: <{number}>\r\n\r\nDELETE {call} HTTP/1.1\r\n\r\n" for number, call in enumerate(calls)]
+    return "\r\n".join([*parts, f"--{_BOUNDARY}--\r\n"]).encode()
+
+
+def _batch_answers(content_type: str, body: bytes, count: int) -> list[BaseException | None]:
+    """Return of each call of a batch what its answer says, by its number; one without an answer has failed."""
+    answers: list[BaseException | None] = [GarbledReplyError("the batch has no answer for it") for _ in range(count)]
+    message = email.message_from_bytes(f"Content-Type: {content_type}\r\n\r\n".encode() + body)
+    for part in message.walk():
+        found, payload = _PART_ID.match(str(part.get("Content-ID", ""))), part.get_payload(decode=True)
+        status = _PART_STATUS.match(payload) if isinstance(payload, bytes) else None
+        if found and status and int(found[1]) < count:
+            code = int(status[1])
+            answers[int(found[1])] = None if code < HTTPStatus.MULTIPLE_CHOICES else HttpStatusError(code)
+    return answers
 
 
 def _parsed(body: bytes) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def test_an_error_of_several_lines_is_told_in_one(root: Path, monkeypatch: pytes
     def refuse(*_: object) -> None:
         raise cloudckpt.StorageError("the store said:\n  no\n")
 
-    monkeypatch.setattr(cloudckpt.root.Catalog, "all", refuse)
+    monkeypatch.setattr(cloudckpt.root.Catalog, "survey", refuse)
     check_fails(run("ls", root), 1, "the store said: no")
 
 
@@ -226,7 +226,11 @@ def test_a_warning_on_the_way_is_told_as_errors_are_and_the_rest_is_listed(root:
     (root / "step-0000000100-e0001" / "manifest.json").write_text("{}")
     command = str(Path(sys.executable).with_name("cloudckpt"))
     done = subprocess.run([command, "ls", str(root), "--json"], capture_output=True, text=True, check=False)
-    assert [json.loads(line)["step"] for line in done.stdout.splitlines()] == [9, 1000]
+    *readable, unreadable = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["step"] for one in readable] == [9, 1000]
+    assert (unreadable["step"], unreadable["epoch"]) == (100, 1)
+    assert "manifest.json was changed" in unreadable["error"]
+    assert "unreadable" in run("ls", root).stdout
     (line,) = done.stderr.splitlines()
     assert line.startswith("cloudckpt: a checkpoint's manifest cannot be read: ")
     assert done.returncode == 0

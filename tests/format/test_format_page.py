@@ -461,6 +461,12 @@ def test_a_root_is_read_by_the_page_too(tmp_path: Path) -> None:
     assert list(claim) == ["format_version", "epoch", "nonce", "created_at", "host", "pid", "resumed_from"]
     assert (claim["format_version"], claim["epoch"], claim["resumed_from"]) == (1, 1, None)
 
+    with CheckpointManager(tmp_path) as manager:
+        manager.restore({"w": torch.ones(3)})
+        manager.save(12_001, {"w": torch.ones(3)})
+    claim = parse((tmp_path / "epochs" / "0000000002.json").read_bytes())
+    assert (claim["resumed_from"], claim["line"]) == ([12_000, 1], [[12_000, 1]])
+
     found = Reader(tmp_path / "step-0000012000-e0001")
 
     assert (found.manifest["step"], found.manifest["epoch"]) == (12_000, 1)

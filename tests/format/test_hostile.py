@@ -362,6 +362,7 @@ TEXT_PLACES: dict[str, list[tuple[tuple[Any, ...], list[object]]]] = {
     ],
     "claim": [
         (("resumed_from",), ["1/2", [1], [1, 2, 3], [-1, 0], [0.5, 1], {}]),
+        (("line",), [None, "1/2", [1], [[1]], [[1, 2, 3]], [[-1, 0]], [[0.5, 1]], {}]),
         (("host",), [None, 5, ["node"]]),
         (("unknown",), [1]),
     ],

@@ -453,6 +453,12 @@ def test_a_claim_comes_back_as_it_was(resumed_from: tuple[int, int] | None) -> N
     assert decode_claim(claim.encode(), key="epochs/0000000003.json") == claim
 
 
+def test_a_claim_with_a_line_comes_back_as_it_was() -> None:
+    claim = msgspec.structs.replace(CLAIM, line=[(11_500, 2), (70, 1)])
+
+    assert decode_claim(claim.encode(), key="epochs/0000000003.json") == claim
+
+
 def test_a_newer_claim_says_to_upgrade() -> None:
     data = json.dumps({**json.loads(CLAIM.encode()), "format_version": FORMAT_VERSION + 1, "lease_s": 60}).encode()
 
@@ -473,6 +479,9 @@ def test_a_newer_claim_says_to_upgrade() -> None:
         {"resumed_from": [1, 2, 3]},
         {"resumed_from": [1, -2]},
         {"resumed_from": "1,2"},
+        {"line": None},
+        {"line": [[1]]},
+        {"line": [[1, -2]]},
         {"host": None},
         {"nonce": 5},
         {"format_version": 0},

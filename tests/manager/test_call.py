@@ -198,6 +198,7 @@ def test_a_deleted_step_is_gone_at_once_and_its_shards_after_the_grace_time(tmp_
             manager.delete(2)
         now_s[0] = 61.0
         manager.save(4, state_of(4))
+        manager._saves.homes[0].pruner.settle()
         assert not list(tmp_path.glob("step-0000000002-*/**/*.safetensors"))
         assert manager.all_steps() == [1, 3, 4]
 

@@ -143,6 +143,7 @@ def test_shards_of_a_pruned_checkpoint_stay_until_the_grace_time_has_passed(tmp_
         assert "step-0000000001-e0001/manifest.json" not in objects_at(tmp_path)
         now_s[0] = 61.0
         save_steps(manager, 3)
+        manager._saves.homes[0].pruner.settle()
         assert not any(name.startswith("step-0000000001-e0001/") for name in objects_at(tmp_path))
 
 

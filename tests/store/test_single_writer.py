@@ -157,8 +157,8 @@ def without_links() -> FaultDisk:
 
 def test_a_disk_without_links_serves_a_single_writer(tmp_path: Path) -> None:
     catalog = Catalog(alone(LocalStore(tmp_path, disk=without_links())))
-    assert catalog.claim(resumed_from=None) == 1
-    assert catalog.claim(resumed_from=None) == 2
+    assert catalog.claims.claim() == 1
+    assert catalog.claims.claim() == 2
     assert catalog.void("step-0000000001-e0001/")
     with pytest.raises(ObjectExistsError):
         catalog.store.create("step-0000000001-e0001/manifest.json", b"{}")

@@ -1,0 +1,487 @@
+"""The history of a root, whatever people and other jobs did to it: nothing that counts goes, and what is told is true.
+
+Roots are copied without their claims, manifests are removed by hand, jobs forget to restore, go back, and are killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from cloudckpt import (
+    CheckpointManager,
+    CheckpointNotFoundError,
+    FencedError,
+    KeepBest,
+    KeepEvery,
+    KeepLast,
+    OptionsError,
+    RetryPolicy,
+)
+from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_LIMIT_BYTES, MANIFEST_NAME, checkpoint_prefix, parse_epoch_key
+from cloudckpt.root import Catalog
+from cloudckpt.store import RetryingStore
+from cloudckpt.store.probe import _proven
+from tests.store.fault_store import Bucket, FaultStore, Op, denied
+
+URL = "memory://bucket/root"
+DAY_S = 86_400.0
+Open = Callable[..., CheckpointManager]
+
+
+def state_of(step: int) -> dict[str, object]:
+    return {"w": torch.full((100,), float(step))}
+
+
+def save_steps(manager: CheckpointManager, *steps: int) -> None:
+    for step in steps:
+        manager.save(step, state_of(step), metrics={"loss": float(step)})
+    manager._saves.homes[0].pruner.settle()
+
+
+def orders(manager: CheckpointManager) -> list[tuple[int, int]]:
+    return [one.order for one in manager.checkpoints()]
+
+
+def below(bucket: Bucket, step: int, epoch: int) -> list[str]:
+    prefix = checkpoint_prefix(step, epoch)
+    return [key.removeprefix(prefix) for key in bucket.raw_list() if key.startswith(prefix)]
+
+
+def remove(bucket: Bucket, start: str) -> None:
+    for key in bucket.raw_list():
+        if key.startswith(start):
+            del bucket.objects[key]
+
+
+@pytest.fixture
+def bucket() -> Bucket:
+    return Bucket()
+
+
+@pytest.fixture
+def job(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
+    """Open a manager with a client of its own, `client`, which is pushed before if it is to be a special one."""
+
+    @contextmanager
+    def opened(client: FaultStore | None = None, **arguments: object) -> Iterator[CheckpointManager]:
+        store = RetryingStore(client or FaultStore(bucket), RetryPolicy(max_attempts=3), sleep=lambda _: None)
+        monkeypatch.setattr("cloudckpt.manager.manager.open_store", lambda *_, **__: store)
+        arguments = {"prune_grace_s": 0, "save_rng": False, "progress": "off", **arguments}
+        with CheckpointManager(URL, **arguments) as manager:  # type: ignore[arg-type]
+            yield manager
+
+    _proven.clear()
+    yield opened  # type: ignore[misc]
+    _proven.clear()
+
+
+# -- claims --------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_is_above_every_prefix_also_where_the_claims_are_gone(bucket: Bucket, job: Open) -> None:
+    for _ in range(3):
+        with job() as manager:
+            manager.restore(state_of(0))
+            save_steps(manager, 5)
+    remove(bucket, EPOCHS_PREFIX)
+    with job(retention=[KeepLast(1)]) as manager:
+        manager.restore(state_of(0))
+        save_steps(manager, 6, 7)
+        latest = manager.latest()
+        assert latest is not None
+        assert latest.order == (4, 7)
+
+
+def test_a_job_whose_claim_is_gone_is_fenced_and_commits_nothing(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 1)
+        remove(bucket, EPOCHS_PREFIX)
+        with pytest.raises(FencedError, match=r"claim of this job, epochs/0000000001.json, is gone.*start this job"):
+            save_steps(manager, 2)
+        assert orders(manager) == [(1, 1)]
+
+
+def test_a_job_whose_epoch_another_one_claimed_anew_is_fenced(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        catalog = manager._saves.homes[0].catalog
+        save_steps(manager, 1)
+        remove(bucket, EPOCHS_PREFIX)
+        bucket.advance(60)
+        assert Catalog(catalog.store).claims.claim() == 1
+        with pytest.raises(FencedError, match="is another job's"):
+            save_steps(manager, 2)
+
+
+def test_a_claim_that_a_listing_does_not_show_yet_is_still_ours(bucket: Bucket, job: Open) -> None:
+    bucket.listing_lag_s = 1e6
+    with job() as manager:
+        save_steps(manager, 1, 2)
+        assert manager.restore(state_of(0), step=manager._saves.homes[0].epoch.newest) is not None
+
+
+# -- what is kept is there -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gone", [MANIFEST_NAME, ""], ids=["manifest", "all objects but the manifest"])
+def test_a_checkpoint_that_was_removed_by_hand_is_not_counted_as_kept(bucket: Bucket, job: Open, gone: str) -> None:
+    with job(retention=[KeepLast(2)]) as manager:
+        save_steps(manager, 1, 2)
+        for key in below(bucket, 2, 1):
+            if (key == MANIFEST_NAME) == bool(gone):
+                del bucket.objects[checkpoint_prefix(2, 1) + key]
+        bucket.raw_put(checkpoint_prefix(2, 1) + "left/alone", b"")
+        save_steps(manager, 3)
+        assert {(1, 1), (1, 3)} <= set(orders(manager)), "of two kept ones one is gone, so the one before it stays"
+        save_steps(manager, 4)
+        assert set(orders(manager)) - {(1, 2)} == {(1, 3), (1, 4)}
+
+
+def test_what_was_removed_by_hand_is_not_listed(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 1, 2, 3)
+        del bucket.objects[checkpoint_prefix(2, 1) + MANIFEST_NAME]
+        assert orders(manager) == [(1, 1), (1, 3)]
+        best = manager.best("loss", "max")
+        assert best is not None
+        assert best.step == 3
+
+
+def test_a_step_that_was_removed_by_hand_may_be_saved_again(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 1)
+        del bucket.objects[checkpoint_prefix(1, 1) + MANIFEST_NAME]
+        save_steps(manager, 1)
+        assert orders(manager) == [(1, 1)]
+
+
+def test_nothing_is_read_to_prune_but_what_is_new(bucket: Bucket, job: Open) -> None:
+    for step in range(20, 40):
+        bucket.raw_put(checkpoint_prefix(step, 1) + "0123456789abcdef/index.bin", b"never committed")
+    with job(retention=[KeepLast(2)]) as manager:
+        save_steps(manager, 1, 2, 3)
+        client = manager._store.inner  # type: ignore[attr-defined]
+        before = client.op_count
+        save_steps(manager, 4)
+    assert [op for op in client.trace[before:] if op.verb == "read"] == []
+
+
+# -- lines ---------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_forgot_to_restore_removes_nothing_of_the_run_before(
+    job: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    with job(retention=[KeepLast(3)]) as manager:
+        save_steps(manager, 90_002, 90_003, 90_004)
+    with job(retention=[KeepLast(3)]) as manager:
+        save_steps(manager, 0, 1, 2, 3, 4)
+        assert orders(manager) == [(1, 90_002), (1, 90_003), (1, 90_004), (2, 2), (2, 3), (2, 4)]
+    named = [one for one in caplog.messages if "retention leaves them alone" in one]
+    assert len(named) == 1
+    assert "3 checkpoints at" in named[0]
+    assert "90004 of epoch 1" in named[0]
+
+
+def test_the_scope_of_retention_may_be_the_whole_root(job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 7, 8)
+    with job(retention=[KeepLast(2)], retention_scope="root") as manager:
+        save_steps(manager, 0, 1)
+        assert orders(manager) == [(2, 0), (2, 1)]
+    with (
+        pytest.raises(OptionsError, match="retention_scope is 'all'; give 'line' or 'root'"),
+        job(retention_scope="all"),
+    ):
+        pass
+
+
+def test_a_job_prunes_the_whole_line_that_it_resumed(job: Open) -> None:
+    for epoch in range(1, 5):
+        with job(retention=[KeepLast(3)]) as manager:
+            manager.restore(state_of(0))
+            save_steps(manager, 2 * epoch, 2 * epoch + 1)
+            assert len(orders(manager)) == min(3, 2 * epoch)
+    with job() as manager:
+        assert orders(manager) == [(3, 7), (4, 8), (4, 9)]
+
+
+def test_the_line_leads_past_epochs_of_which_nothing_is_left(job: Open) -> None:
+    rules = [KeepLast(1), KeepEvery(steps=100)]
+    for epoch in range(1, 6):
+        with job(retention=rules) as manager:
+            manager.restore(state_of(0))
+            save_steps(manager, *([100] if epoch == 1 else []), 100 + epoch)
+    with job(retention=[KeepLast(1)]) as manager:
+        manager.restore(state_of(0))
+        save_steps(manager, 200)
+        assert orders(manager) == [(6, 200)], "step 100 of epoch 1 is of the line, though 2 to 4 have no prefix left"
+
+
+def test_a_claim_of_before_lines_leads_on_by_what_it_resumed_from(bucket: Bucket, job: Open) -> None:
+    for epoch in range(1, 4):
+        with job() as manager:
+            manager.restore(state_of(0))
+            save_steps(manager, epoch)
+    for key in bucket.raw_list():
+        if parse_epoch_key(key):
+            text = bucket.raw_get(key).decode()
+            bucket.raw_put(
+                key, (text.partition(',\n "line"')[0].rstrip().removesuffix("}").rstrip() + "\n}\n").encode()
+            )
+    with job(retention=[KeepLast(1)]) as manager:
+        manager.restore(state_of(0))
+        save_steps(manager, 4)
+        assert orders(manager) == [(4, 4)]
+
+
+def test_what_diverged_from_the_line_of_another_job_stays(job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 1, 2, 3)
+    with job(retention=[KeepLast(1)]) as manager:
+        manager.restore(state_of(0), step=1)
+        save_steps(manager, 2)
+        assert orders(manager) == [(1, 2), (1, 3), (2, 2)]
+
+
+def test_going_back_in_a_job_begins_a_newer_line_in_which_every_step_is_free(job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 4, 9)
+        manager.restore(state_of(0), step=4)
+        save_steps(manager, 9)
+        latest = manager.latest()
+        assert latest is not None
+        assert latest.order == (2, 9)
+
+
+def test_a_job_that_restores_after_its_first_save_failed_goes_on_from_what_it_restored(
+    bucket: Bucket, job: Open
+) -> None:
+    with job() as manager:
+        save_steps(manager, 1, 2)
+    client = FaultStore(bucket)
+    with job(client, retention=[KeepLast(1)]) as manager:
+        client.inject(verbs=["put"], key="step-", error=denied)
+        with pytest.raises(Exception, match="injected"):
+            save_steps(manager, 0)
+        manager.restore(state_of(0))
+        save_steps(manager, 3)
+        assert orders(manager) == [(3, 3)]
+
+
+def test_a_job_that_restores_the_newest_of_a_newer_job_stays_fenced(bucket: Bucket, job: Open) -> None:
+    with job() as old:
+        save_steps(old, 1)
+        with job() as new:
+            new.restore(state_of(0))
+            save_steps(new, 2)
+        restored = old.restore(state_of(0))
+        assert restored is not None
+        assert restored.order == (2, 2)
+        with pytest.raises(FencedError):
+            save_steps(old, 3)
+
+
+def test_an_unknown_step_is_answered_with_the_committed_ones_alone(bucket: Bucket, job: Open) -> None:
+    bucket.raw_put(checkpoint_prefix(6, 1) + "0123456789abcdef/index.bin", b"never committed")
+    with job() as manager:
+        save_steps(manager, *range(1, 5), *range(20, 24))
+        with pytest.raises(CheckpointNotFoundError, match=r"the nearest of 8 there: 1, 2, 3, 4, 20$"):
+            manager.restore(state_of(0), step=6)
+
+
+# -- what cannot be read -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def unreadable(bucket: Bucket, how: str, step: int = 1) -> Iterator[FaultStore]:
+    key = checkpoint_prefix(step, 1) + MANIFEST_NAME
+    client = FaultStore(bucket)
+    if how == "denied":
+        client.inject(verbs=["read"], key=key, error=denied, times=None)
+    else:
+        bucket.raw_put(key, {"garbage": b"<html>", "large": b" " * (MANIFEST_LIMIT_BYTES + 1)}[how])
+    yield client
+
+
+@pytest.mark.parametrize("how", ["garbage", "large", "denied"])
+def test_one_manifest_that_cannot_be_read_stays_is_told_apart_and_stops_nothing(
+    bucket: Bucket, job: Open, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    with job() as manager:
+        save_steps(manager, 1, 2)
+    with unreadable(bucket, how) as client, job(client, retention=[KeepLast(2), KeepBest("loss")]) as manager:
+        manager.restore(state_of(0))
+        save_steps(manager, 3, 4, 5)
+        assert orders(manager) == [(1, 2), (2, 4), (2, 5)]
+        (found,) = manager.unreadable()
+        assert found.order == (1, 1)
+        assert found.url == f"{URL}/{checkpoint_prefix(1, 1)}".rstrip("/")
+        best = manager.best("loss")
+        assert best is not None
+        assert best.step == 2
+        assert len(below(bucket, 1, 1)) == 3
+    assert len([one for one in caplog.messages if "manifest cannot be read" in one]) == 1
+
+
+@pytest.mark.parametrize("how", ["garbage", "large"])
+def test_a_newest_manifest_that_is_damaged_is_passed_over(bucket: Bucket, job: Open, how: str) -> None:
+    with job() as manager:
+        save_steps(manager, 1, 2)
+    with unreadable(bucket, how, step=2) as client, job(client) as manager:
+        restored = manager.restore(state_of(0))
+    assert restored is not None
+    assert restored.step == 1
+
+
+def test_a_newest_manifest_that_the_store_refuses_is_never_passed_over(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 1, 2)
+    with (
+        unreadable(bucket, "denied", step=2) as client,
+        job(client) as manager,
+        pytest.raises(Exception, match="injec"),
+    ):
+        manager.restore(state_of(0))
+
+
+# -- leftovers -----------------------------------------------------------------------------------------------
+
+
+def leave(bucket: Bucket, step: int, epoch: int = 1) -> None:
+    for name in ("r00000-0000.safetensors", "index.bin"):
+        bucket.raw_put(f"{checkpoint_prefix(step, epoch)}0123456789abcdef/{name}", b"half a job")
+
+
+def test_the_next_job_removes_what_the_one_before_left(bucket: Bucket, job: Open) -> None:
+    with job(retention=[KeepLast(1)], prune_grace_s=60) as manager:
+        save_steps(manager, *range(8))
+    leave(bucket, 9)
+    bucket.advance(2 * 3_600)
+    with job() as manager:
+        manager.restore(state_of(0))
+        save_steps(manager, 10)
+        left = {key.partition("/")[0] + "/" for key in bucket.raw_list() if not key.endswith(MANIFEST_NAME)}
+        assert left == {EPOCHS_PREFIX, checkpoint_prefix(7, 1), checkpoint_prefix(10, 2)} | {
+            key for key in left if key.startswith("probe")
+        }
+        assert orders(manager) == [(1, 7), (2, 10)]
+
+
+def test_a_sweep_grants_what_was_pruned_its_grace_time(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 1, 2)
+    bucket.advance(DAY_S)
+    now_s = [0.0]
+    with job(retention=[KeepLast(1)], prune_grace_s=60, clock=lambda: now_s[0]) as manager:
+        manager.restore(state_of(0))
+        leave(bucket, 9)
+        bucket.advance(DAY_S)
+        save_steps(manager, 3)
+        assert len(below(bucket, 9, 1)) == 2, "the job before may have pruned it a moment ago"
+        now_s[0] = 59.0
+        save_steps(manager, 4)
+        now_s[0] = 60.0
+        save_steps(manager, 5)
+        assert below(bucket, 1, 1) == below(bucket, 2, 1) == []
+        assert below(bucket, 9, 1) == [MANIFEST_NAME]
+        assert len(below(bucket, 3, 2)) == 2, "pruned a second ago"
+
+
+def test_what_is_young_is_left_until_it_is_old_enough(bucket: Bucket, job: Open) -> None:
+    leave(bucket, 1)
+    now_s = [0.0]
+    with job() as manager:
+        save_steps(manager, 2)
+    with job(clock=lambda: now_s[0]) as manager:
+        save_steps(manager, 3)
+        assert below(bucket, 1, 1)[0].startswith("0123")
+        bucket.advance(3_601)
+        save_steps(manager, 4)
+        assert below(bucket, 1, 1)[0].startswith("0123"), "it is not looked for at every save"
+        now_s[0] = 3_601
+        save_steps(manager, 5)
+        assert below(bucket, 1, 1) == [MANIFEST_NAME]
+
+
+def test_a_void_goes_when_no_zombie_can_be_alive(bucket: Bucket, job: Open) -> None:
+    leave(bucket, 1)
+    with job() as manager:
+        save_steps(manager, 2)
+    for day in range(3, 6):
+        bucket.advance(DAY_S)
+        with job() as manager:
+            save_steps(manager, day)
+        assert below(bucket, 1, 1) == [MANIFEST_NAME]
+    bucket.advance(7 * DAY_S)
+    with job() as manager:
+        save_steps(manager, 6)
+    assert below(bucket, 1, 1) == []
+
+
+def test_a_sweep_lists_the_root_once_and_only_what_goes_again(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, *range(20))
+    with job(sweep_after_s=None) as manager:
+        save_steps(manager, 20)
+        leave(bucket, 30)
+        client = manager._store.inner  # type: ignore[attr-defined]
+        before = client.op_count
+        assert [one.prefix for one in manager.sweep(older_than_s=0, dry_run=False)] == [checkpoint_prefix(30, 1)]
+        assert [op.key for op in client.trace[before:] if op.verb == "list"] == ["", checkpoint_prefix(30, 1)]
+        before = client.op_count
+        assert manager.sweep(older_than_s=0, dry_run=False) == []
+        assert [op.verb for op in client.trace[before:] if op.verb == "read"] == []
+
+
+def test_nothing_is_removed_while_the_job_is_preempted(bucket: Bucket, job: Open) -> None:
+    leave(bucket, 1)
+    with job() as manager:
+        save_steps(manager, 2)
+    bucket.advance(DAY_S)
+    client = FaultStore(bucket)
+    with job(client) as manager:
+        pruner = manager._saves.homes[0].pruner
+
+        def preempt(op: Op) -> None:
+            if op.verb == "list" and not op.key:
+                pruner._cleaner._is_held = lambda: True
+
+        client.hook = preempt
+        save_steps(manager, 3)
+    assert below(bucket, 1, 1)[0].startswith("0123")
+
+
+def test_a_copy_that_keeps_old_times_is_as_young_as_it_is(tmp_path: Path) -> None:
+    source, root = tmp_path / "source", tmp_path / "root"
+    with CheckpointManager(root, progress="off") as manager:
+        save_steps(manager, 1)
+    orphan = source / "step-0000000005-e0001" / "0123456789abcdef" / "index.bin"
+    orphan.parent.mkdir(parents=True)
+    orphan.write_bytes(b"the manifest comes last")
+    os.utime(orphan, (0, 0))
+    shutil.copytree(source, root, dirs_exist_ok=True)
+    with CheckpointManager(root, progress="off") as manager:
+        save_steps(manager, 2)
+    assert (root / orphan.relative_to(source)).exists()
+
+
+def test_a_sweep_that_fails_fails_no_save_and_is_told(
+    bucket: Bucket, job: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    leave(bucket, 1)
+    with job() as manager:
+        save_steps(manager, 2)
+    bucket.advance(DAY_S)
+    client = FaultStore(bucket)
+    client.inject(verbs=["delete"], key="step-", error=denied, times=None)
+    with caplog.at_level(logging.WARNING), job(client) as manager:
+        save_steps(manager, 3, 4)
+    assert len([one for one in caplog.messages if "could not be removed" in one]) == 1
