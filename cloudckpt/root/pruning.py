@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, get_args
 
-from cloudckpt.errors import CheckpointExistsError, CloudCkptError, OptionsError
+from cloudckpt.errors import CheckpointExistsError, CloudCkptError, OptionsError, RetryExhaustedError, StorageError
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.claims import Line
@@ -60,19 +60,29 @@ class Pruner:
     def prune_after(self, checkpoint: Checkpoint, line: Line, *, go_on: Callable[[], bool] = lambda: True) -> None:
         """Uncommit what no rule keeps; never the checkpoint that was just committed.
 
-        It ends early, between two of them, when `go_on` says so; the rest is left to the next time. Whatever it raises,
-        also what a rule of the caller's own does, is left to the next save: the checkpoint is safe.
+        It ends early, between two of them, when `go_on` says so; the rest is left to the next time. One that the store
+        refuses to delete keeps no other one from going. Whatever it raises, also what a rule of the caller's own does,
+        is left to the next save: the checkpoint is safe.
 
         Args:
             checkpoint: the newest of this job.
             line: of which only checkpoints are removed, unless the scope is the root.
             go_on: whether there is time for the next one.
         """
+        refused: StorageError | None = None
         for old in self._going(checkpoint, line):
             if not go_on():
                 return
-            self.uncommit(old)
+            try:
+                self.uncommit(old)
+            except RetryExhaustedError:
+                raise  # the store is away, for the next one, too
+            except StorageError as exc:
+                refused = refused or exc
+                continue
             logger.info("pruned step %s of epoch %d", old.step, old.epoch)
+        if refused is not None:
+            raise refused
 
     def _going(self, newest: Checkpoint, line: Line) -> list[Checkpoint]:
         if not self._rules:

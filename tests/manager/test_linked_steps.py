@@ -54,8 +54,9 @@ def test_pruning_deletes_nothing_through_a_link_and_names_it(
         caplog.at_level(logging.WARNING, "cloudckpt"),
     ):
         manager.restore({"w": torch.zeros(100)})
-        for step in (3, 4):
+        for step in (3, 4, 5):
             manager.save(step, {"w": torch.full((100,), float(step))})
+        assert [checkpoint.step for checkpoint in manager.checkpoints()] == [2, 5], "and it keeps no other from going"
     assert objects_below(outside) == before
     assert "step-0000000002-e0001/manifest.json' in" in caplog.text
     assert "through a symbolic link" in caplog.text
