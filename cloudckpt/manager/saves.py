@@ -319,12 +319,7 @@ class Saves:
         refuse_lonely_rank()  # the group of before may have been destroyed
         group = Group.of_world()
         entry = self._journal.begin(rank=group.rank)
-        left_s = self._schedule.seconds_for_a_save()
-        if not self.background.wait(left_s):
-            raise SaveFailedError(
-                f"step {step} was not saved: the save before it is still under way, and has taken all of the "
-                f"{left_s or 0.0:.1f} s that were left before the end"
-            )
+        self._wait_for_turn(step)
         entry.working()
         options, destinations = self._means(step)
         self._is_beginning = True
@@ -345,9 +340,24 @@ class Saves:
         self._schedule.begun(step, entry.work_began_s)
         return entry, pending
 
+    def _wait_for_turn(self, step: int) -> None:
+        """Wait for the save under way, as long as there is time; an end may be announced meanwhile."""
+        stop_s = math.inf
+        while True:
+            left_s = self._schedule.seconds_for_a_save()
+            if left_s is not None:
+                stop_s = min(stop_s, time.monotonic() + left_s)
+            if self.background.wait(max(0.0, min(_LOOK_S, stop_s - time.monotonic()))):
+                return
+            if time.monotonic() >= stop_s:
+                raise SaveFailedError(
+                    f"step {step} was not saved: the save before it is still under way, and has taken all of the time "
+                    "that was left before the end"
+                )
+
     def _means(self, step: int) -> tuple[Options, list[Destination]]:
         """Return what a save may use, and where it goes: after a preemption notice, in no more time than is left."""
-        left_s, end = self._schedule.seconds_for_a_save(), self._schedule.deadline
+        left_s, end = self._schedule.seconds_for_a_save(), self._schedule.end
         if left_s is None or end is None:
             return self.options, [home.destination(step, None) for home in self.homes]
         count = len(self.homes)

@@ -162,13 +162,29 @@ class Schedule:
         is_own = self._preemption is not None and self._preemption.is_end_near(now_s)
         return is_own or 0 < self.seconds_left() < math.inf
 
-    def seconds_for_a_save(self) -> float | None:
-        """Return how long a save may take before the end; None if no end is known.
+    @property
+    def end(self) -> Deadline | None:
+        """The earliest end ahead, of the one that the ranks agreed on and those that this rank heard of since.
 
-        A time that has passed was wrong: the machine is still there.
+        What time a rank gives its own requests needs no vote, and it may have waited long since it was last asked.
         """
-        left_s = self.seconds_left()
-        return None if not 0 < left_s < math.inf else max(_LEAST_S, left_s - _MARGIN_S)
+        now_s = self._clock()
+        ends = [self.deadline] if self.deadline is not None else []
+        if self._preemption is not None:
+            ends += [
+                Deadline(stop_s=notice.deadline_s, reason=f"preemption ({notice.source})")
+                for notice in self._preemption.pending
+                if notice.deadline_s is not None
+            ]
+        # One that has passed was wrong: the machine is still there.
+        return min((end for end in ends if end.left_s(now_s) > 0), key=lambda end: end.stop_s, default=None)
+
+    def seconds_for_a_save(self) -> float | None:
+        """Return how long a save may take before the end; None if no end is known."""
+        end = self.end
+        if end is None or math.isinf(end.stop_s):
+            return None
+        return max(_LEAST_S, end.left_s(self._clock()) - _MARGIN_S)
 
     def seconds_left(self) -> float:
         """Return the seconds until the end as far as it is known; inf if it is not."""

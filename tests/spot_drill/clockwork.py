@@ -237,8 +237,17 @@ def _replacements(clock: Clockwork) -> list[tuple[object, object]]:
     class Thread(_Thread):
         _clock = clock
 
+    class Barrier(_Barrier):
+        _clock = clock
+
     class Queue(_Queue):
         _clock = clock
+
+    class Result(_Future):
+        _clock = clock
+
+    class Pool(_Pool):
+        _clock, _thread, _future = clock, Thread, Result
 
     def wait(futures: Any, timeout: float | None = None, return_when: str = "ALL_COMPLETED") -> Any:
         return _wait(clock, list(futures), timeout, return_when)
@@ -250,6 +259,7 @@ def _replacements(clock: Clockwork) -> list[tuple[object, object]]:
         Condition=Condition,
         Event=Event,
         Semaphore=Semaphore,
+        Barrier=Barrier,
         Thread=Thread,
     )
     fake_time = _Module(
@@ -262,7 +272,7 @@ def _replacements(clock: Clockwork) -> list[tuple[object, object]]:
         (time.sleep, clock.sleep),
         (SimpleQueue, Queue),
         (concurrent.futures.wait, wait),
-        (concurrent.futures.ThreadPoolExecutor, _InPlace),
+        (concurrent.futures.ThreadPoolExecutor, Pool),
     ]
 
 
@@ -451,19 +461,62 @@ class _Queue(_Waiting):
         return self._items.popleft()
 
 
-class _InPlace(concurrent.futures.Executor):
-    """A pool of the one thread that asks: what takes no time is not worth another."""
+class _Barrier(_Waiting):
+    def __init__(self, parties: int, action: Callable[[], None] | None = None, timeout: float | None = None) -> None:
+        self._parties = parties
+        self._timeout = timeout
+        self._come = 0
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
+    def wait(self, timeout: float | None = None) -> int:
+        place, self._come = self._come, self._come + 1
+        goal = (place // self._parties + 1) * self._parties
+        if not self._clock.wait_until(lambda: self._come >= goal, self._timeout if timeout is None else timeout):
+            raise threading.BrokenBarrierError
+        return place % self._parties
+
+
+class _Pool(_Waiting, concurrent.futures.Executor):
+    _thread: type[_Thread]
+    _future: type[_Future]
+
+    def __init__(self, max_workers: int, thread_name_prefix: str = "", **_: Any) -> None:
+        self._size = max_workers
+        self._name = thread_name_prefix
+        self._calls: deque[Callable[[], None]] = deque()
+        self._workers: list[_Thread] = []
+        self._is_shut = False
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as exc:  # noqa: BLE001 (as a pool does)
-            future.set_exception(exc)
+        future = self._future()
+
+        def call() -> None:
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except Exception as exc:  # noqa: BLE001 (as a pool does)
+                future.set_exception(exc)
+
+        self._calls.append(call)
+        if len(self._workers) < self._size:
+            self._workers.append(self._thread(target=self._serve, name=f"{self._name}-{len(self._workers)}"))
+            self._workers[-1].start()
         return future
+
+    def _serve(self) -> None:
+        while self._clock.wait_until(lambda: bool(self._calls) or self._is_shut) and self._calls:
+            self._calls.popleft()()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._is_shut = True
+        if cancel_futures:
+            self._calls.clear()
+        for worker in self._workers:
+            worker.join()
+
+
+class _Future(_Waiting, Future):  # type: ignore[type-arg]
+    def result(self, timeout: float | None = None) -> Any:
+        self._clock.wait_until(self.done, timeout)
+        return super().result(0)
 
 
 def _wait(clock: Clockwork, futures: list[Future[Any]], timeout: float | None, return_when: str) -> Any:

@@ -338,14 +338,11 @@ def _judge(plan: Plan, life: Life) -> Iterator[str]:
     asked = [step for step, at_s in life.asked_s.items() if at_s <= end_s]
     if asked and _is_enough(plan, life, life.asked_s[max(asked)]) and newest != max(asked):
         yield f"step {max(asked)} was asked for at {life.asked_s[max(asked)]:.1f} s, and the newest is {newest}"
-    # From the first boundary after the notice on, there is somebody who asks.
-    heard_s = plan.end.at_s + _POLL_S + plan.window_steps * plan.step_s + 2 * plan.step_s
-    if (
-        life.left_s > plan.end.at_s
-        and _is_enough(plan, life, heard_s + plan.need_s)
-        and life.asked_s.get(newest, -1.0) < plan.end.at_s - _RECENT_S
-    ):
-        yield f"there was time from {heard_s:.1f} s on, and the newest is {newest}"
+    # From the first boundary on after the notice, and after what held the training up, there is somebody who asks.
+    asks_s = max(plan.end.at_s + _POLL_S, life.held_s) + (plan.window_steps + 2) * plan.step_s
+    is_old = life.asked_s.get(newest, -1.0) < plan.end.at_s - _RECENT_S
+    if life.left_s > plan.end.at_s and _is_enough(plan, life, asks_s + plan.need_s) and is_old:
+        yield f"there was time from {asks_s:.1f} s on, and the newest is {newest}"
 
 
 def _is_enough(plan: Plan, life: Life, from_s: float) -> bool:
