@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer, lr_scheduler
 
+from cloudckpt.state.plain import PlainOptimizers
 from cloudckpt.state.wrappers import clean_name
 
 __all__ = ["Beside", "named_parameters", "wrapped_in"]
@@ -85,12 +86,15 @@ class Beside:
         self._names: dict[int, list[str]] = {}
         self._keepers: dict[int, list[tuple[str, bool]]] = {}
         self._sources: dict[int, Sequence[int | None]] = {}
+        self.plain = PlainOptimizers()
         is_asked = any(isinstance(value, Optimizer) for value in objects.values())
         modules = {name: value for name, value in objects.items() if is_asked and isinstance(value, nn.Module)}
         for top, module in modules.items():
             for name, parameter in named_parameters(module):
                 self._names.setdefault(id(parameter), []).append(f"{top}.{name}")
         for top, value in objects.items() if is_asked else ():
+            if isinstance(value, Optimizer):
+                continue  # which is no container, and keeps its own groups
             for name, tensor in _tensors_in(value, top, seen={}):
                 self._names.setdefault(id(tensor), []).append(name)
             for optimizer, is_known in () if top in modules else _kept_by(value):
@@ -164,8 +168,6 @@ def _optimizer_of(keeper: object) -> Optimizer | None:
 
 def _kept_by(value: object) -> Iterator[tuple[Optimizer, bool]]:
     """Yield the optimizers for whose groups an object may keep something, and whether it is known what that is."""
-    if isinstance(value, Optimizer):
-        return
     if type(value).__module__.partition(".")[0] != "torch":
         yield from ((optimizer, False) for optimizer in _optimizers_in(value, _has_state))
         return

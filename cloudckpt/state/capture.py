@@ -153,6 +153,9 @@ def bind(state: MutableMapping[str, object]) -> list[Entry]:
     return [_entry(place, beside, shared, plain) for place in places]
 
 
+_OBJECTS = (nn.Module, Optimizer)
+
+
 def _places(place: Place) -> Iterator[Place]:
     """Yield the place of a value, or the places in it when it is a container of objects."""
     if not _is_object(place.value) and _holds_object(place.value, depth=0):
@@ -173,6 +176,11 @@ def _places(place: Place) -> Iterator[Place]:
 
 def _steps_into(place: Place) -> Iterator[Place]:
     container = place.value
+    if type(container) is list:
+        path, above = place.path, place.name
+        for number, child in enumerate(container):
+            yield Place([*path, number], f"{above}.{number}", child, container, number)
+        return
     keys = list(container) if isinstance(container, dict) else range(len(cast("Sequence[object]", container)))
     for key in keys:
         if isinstance(container, tuple):
@@ -189,7 +197,7 @@ def _is_object(value: object) -> bool:
     if type(value) in _VALUES:
         return False
     # The protocol last: it looks at every member of an instance.
-    return isinstance(value, nn.Module | Optimizer) or (isinstance(value, Stateful) and not isinstance(value, type))
+    return isinstance(value, _OBJECTS) or (isinstance(value, Stateful) and not isinstance(value, type))
 
 
 def _holds_object(value: object, depth: int) -> bool:
