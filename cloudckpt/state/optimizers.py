@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import cast
 
@@ -52,14 +53,21 @@ class NamedEntry(Entry):
         self._optimizer = optimizer
         self._beside = beside
         self._names = names
-        self._groups = [
-            [name for parameter in group["params"] for name in names[id(parameter)]] for group in groups_of(optimizer)
-        ]
-        self._own = dict.fromkeys(chain.from_iterable(self._groups))
         # Found out by `compare`.
         self._fit = GroupFit()
         self._missing: list[Name] = []
         self._changed: dict[int, torch.dtype] = {}
+
+    @cached_property
+    def _groups(self) -> list[list[Name]]:
+        return [
+            [name for parameter in group["params"] for name in self._names[id(parameter)]]
+            for group in groups_of(self._optimizer)
+        ]
+
+    @cached_property
+    def _own(self) -> dict[Name, None]:
+        return dict.fromkeys(chain.from_iterable(self._groups))
 
     def own_state_dict(self) -> object:
         """Return what the optimizer says of itself.

@@ -26,17 +26,18 @@ _METHODS = frozenset(
     (
         *("state_dict", "_save_to_state_dict", "get_extra_state"),
         *("load_state_dict", _LOADING, "set_extra_state"),
+        *("named_modules", "named_parameters", "_named_members"),
         *("__getattr__", "__getattribute__"),
     )
 )
 # What these add in loading is a count of batches, to a state that lacks one: no state that has all of their names.
 _USUAL_LOADING = (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict, _InstanceNorm._load_from_state_dict)  # noqa: SLF001 (where torch has them)
+_HIDDEN = "_non_persistent_buffers_set"
 _REGISTRIES = (
-    *("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"),
+    *("_parameters", "_buffers", "_modules", _HIDDEN),
     *("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
 )
 _DICTS = (dict, OrderedDict)
-_TENSORS = (nn.Parameter, torch.Tensor)
 
 _OPTIMIZER_METHODS = ("state_dict", "__getattribute__")
 _BEFORE, _AFTER = "_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks"
@@ -72,6 +73,13 @@ class PlainModules:
         except KeyError:  # it never was initialized, which PyTorch's code says
             return None
 
+    def parameters_of(self, module: nn.Module) -> list[tuple[str, nn.Parameter]] | None:
+        """Return every parameter of a plain module under every name that it has; None of any other module."""
+        found = self.tensors_of(module)
+        if found is None:
+            return None
+        return [(name, tensor) for name, tensor in found[0].items() if isinstance(tensor, nn.Parameter)]
+
     def _walk(
         self, module: nn.Module, prefix: str, tensors: dict[str, torch.Tensor], versions: dict[str, object]
     ) -> bool:
@@ -88,8 +96,8 @@ class PlainModules:
             not held.keys().isdisjoint(_METHODS)
             or _has_hooks(held)
             or type(parts) not in _DICTS
-            or not _take(parameters, (), prefix, tensors)
-            or not _take(buffers, held["_non_persistent_buffers_set"], prefix, tensors)
+            or not _take(parameters, nn.Parameter, (), prefix, tensors)
+            or not (_is_empty(buffers) or _take(buffers, torch.Tensor, held[_HIDDEN], prefix, tensors))
         ):
             return False
         if (version := module._version) != 1:  # noqa: SLF001 (where torch has it)
@@ -99,15 +107,23 @@ class PlainModules:
         )
 
 
+def _is_empty(held: object) -> bool:
+    return not held and type(held) in _DICTS
+
+
 def _take(
-    held: Mapping[str, torch.Tensor | None], hidden: Container[str], prefix: str, tensors: dict[str, torch.Tensor]
+    held: Mapping[str, torch.Tensor | None],
+    kind: type[torch.Tensor],
+    hidden: Container[str],
+    prefix: str,
+    tensors: dict[str, torch.Tensor],
 ) -> bool:
     """Note the tensors in a registry of a module's; tell whether all of them are plain."""
     if type(held) not in _DICTS:
         return False
     for name, tensor in held.items():
         if tensor is not None and name not in hidden:
-            if type(tensor) not in _TENSORS:
+            if type(tensor) is not kind:
                 return False
             tensors[prefix + name] = tensor
     return True

@@ -235,8 +235,8 @@ def _assert_same(one: Flat, other: Flat) -> None:
     for name, leaf in one.leaves.items():
         there = other.leaves[name]
         if isinstance(leaf, torch.Tensor) and isinstance(there, torch.Tensor):
-            assert (type(leaf), leaf.requires_grad) == (type(there), there.requires_grad)
-            assert leaf.is_set_to(there)
+            assert leaf.detach().is_set_to(there.detach())
+            assert (type(leaf.detach()), leaf.dtype) == (type(there.detach()), there.dtype)
         else:
             assert repr(leaf) == repr(there)
 
