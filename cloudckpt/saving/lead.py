@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Self, TypeVar
 
@@ -40,7 +40,7 @@ from cloudckpt.saving.replicas import Details, details_of, digests_of_sets, doub
 from cloudckpt.saving.snapshot import Staged, take_snapshot
 from cloudckpt.saving.source import Source, check_tensor, chunk_of, is_elsewhere, tensor_of
 from cloudckpt.saving.values import differences_of, digest_of_values, digests_of, refuse_values, wanted_values
-from cloudckpt.state import is_tensor
+from cloudckpt.state import collector_awake, is_tensor
 from cloudckpt.transfer import AbandonedError, Gauge, Slabs, Stage, StageClosedError
 
 __all__ = ["PendingSave", "PlanMemory", "Session", "begin_save"]
@@ -113,14 +113,17 @@ def begin_save(
     places = [one for one in (destination, fallback) if one is not None]
     opened = _tried(lambda: _open(_got(flat), group))
     record = _tried(lambda: _record(session, metrics, metadata, destination))
-    order = group.agree(f"{what}: opening", lambda: _opening(opened, record, memory, places), coordinator.decide)
+    with _waiting(group):
+        order = group.agree(f"{what}: opening", lambda: _opening(opened, record, memory, places), coordinator.decide)
     mine, record = _got(opened), _got(record)
-    if not order.is_alike:
-        _tell_values_apart(mine, group, what)
-    memory.turn = order.turn
-    doubtful = order.doubtful if order.is_planned else _plan(mine, memory, coordinator, group, what)
-    if doubtful:
-        group.agree(f"{what}: comparing replicas", lambda: mine.details(memory, doubtful, group.rank), refuse_replicas)
+    with _waiting(group):
+        if not order.is_alike:
+            _tell_values_apart(mine, group, what)
+        memory.turn = order.turn
+        doubtful = order.doubtful if order.is_planned else _plan(mine, memory, coordinator, group, what)
+        if doubtful:
+            phase = f"{what}: comparing replicas"
+            group.agree(phase, lambda: mine.details(memory, doubtful, group.rank), refuse_replicas)
     engines = [one.catalog.store.engine for one in places]
     # What this raises is raised by `finish`, which all ranks hear of.
     rank = group.rank
@@ -446,6 +449,11 @@ def _lay_out(
     if slabs is None:
         return _Laid(source, None)
     return _Laid(source, Staged.of(slabs, source, options, engines=engines, rank=rank))
+
+
+def _waiting(group: Group) -> AbstractContextManager[None]:
+    """Have garbage collected as ever while ranks may wait for each other, which may take minutes."""
+    return collector_awake() if group.size > 1 else nullcontext()
 
 
 def _tried(call: Callable[[], _T]) -> _T | Exception:

@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
 from cloudckpt.deadline import Deadline
@@ -37,6 +37,7 @@ from cloudckpt.saving.environment import environment
 from cloudckpt.saving.snapshot import Staged
 from cloudckpt.saving.source import Source, Staging
 from cloudckpt.saving.tally import Written
+from cloudckpt.state import collector_at_rest
 from cloudckpt.store import RetryingStore, Store, StoreStats
 from cloudckpt.transfer import Budget, ShardJob, Watch, upload
 
@@ -91,24 +92,28 @@ class RankOutput:
 
         The bytes are those of the tensors themselves, or what was copied from them into `staged`.
         """
-        digests = upload(
-            self.target.catalog.store,
-            [
+        with collector_at_rest():  # and not while bytes travel
+            jobs = [
                 self._job(shard, source) if staged is None else self._staged_job(shard, staged)
                 for shard in source.shards
-            ],
+            ]
+        digests = upload(
+            self.target.catalog.store,
+            jobs,
             block_bytes=self.options.block_bytes,
             concurrency=self.options.concurrency,
             budget=Budget(self.options.transfer_budget_bytes if staged is None else staged.transfer_bytes),
             watch=self.watch,
         )
-        return Written.of(source.chunks, source.shards, digests, values, rank=self.rank, attempt=self.attempt)
+        with collector_at_rest():
+            return Written.of(source.chunks, source.shards, digests, values, rank=self.rank, attempt=self.attempt)
 
     def _job(self, shard: ShardLayout, source: Source) -> ShardJob:
         def open_shard(staging: memoryview) -> list[memoryview]:
             began_s = time.monotonic()
             room = Staging(staging)
-            views = [source.view(piece, room) for piece in shard.pieces]
+            with nullcontext() if len(staging) else collector_at_rest():  # copies may take long
+                views = [source.view(piece, room) for piece in shard.pieces]
             with self._lock:
                 self.stage_s += time.monotonic() - began_s
             return [memoryview(shard.header), *(view for view in views if view.nbytes)]

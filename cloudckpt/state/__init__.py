@@ -7,7 +7,7 @@ rank.
 from cloudckpt.state.accumulation import AccumulationWindow
 from cloudckpt.state.attributes import with_attributes
 from cloudckpt.state.capture import bind, capture, captured
-from cloudckpt.state.collector import collector_at_rest
+from cloudckpt.state.collector import collector_at_rest, collector_awake
 from cloudckpt.state.entry import Entry, is_tensor
 from cloudckpt.state.matching import plan_restore
 from cloudckpt.state.per_rank import PerRank
@@ -30,6 +30,7 @@ __all__ = [
     "capture",
     "captured",
     "collector_at_rest",
+    "collector_awake",
     "is_tensor",
     "plan_restore",
     "with_attributes",

@@ -21,9 +21,8 @@ from cloudckpt.errors import OptionsError, StateMismatchError
 from cloudckpt.format import Flat, PathElement
 from cloudckpt.ranks import Group
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of, shape_of
-from cloudckpt.state.fsdp1 import is_fsdp1
 from cloudckpt.state.per_rank import RankName
-from cloudckpt.state.wrappers import clean_name
+from cloudckpt.state.wrappers import clean_name, is_fsdp1
 
 __all__ = ["AccumulationWindow", "WindowEntry"]
 

@@ -18,10 +18,10 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer, lr_scheduler
 
-from cloudckpt.state.wrappers import clean_name
+from cloudckpt.state.plain import PlainModules, PlainOptimizers
+from cloudckpt.state.wrappers import clean_name, is_fsdp1
 
 __all__ = ["Beside", "named_parameters", "wrapped_in"]
 
@@ -78,29 +78,29 @@ def _slots_of(kind: type) -> tuple[MemberDescriptorType, ...]:
 class Beside:
     """What stands beside an optimizer in the state."""
 
-    def __init__(self, objects: Mapping[str, object]) -> None:
+    def __init__(self, objects: Mapping[str, object], plain: PlainModules) -> None:
         """Look through `objects` of the state by full name: modules, tensors, containers of tensors, schedulers."""
         self._objects = objects  # ids of what is in them are theirs as long as they live
         self._ids = set(map(id, objects.values()))
         self._names: dict[int, list[str]] = {}
         self._keepers: dict[int, list[tuple[str, bool]]] = {}
         self._sources: dict[int, Sequence[int | None]] = {}
+        self.plain = PlainOptimizers()
         is_asked = any(isinstance(value, Optimizer) for value in objects.values())
         modules = {name: value for name, value in objects.items() if is_asked and isinstance(value, nn.Module)}
         for top, module in modules.items():
-            for name, parameter in named_parameters(module):
+            found = plain.parameters_of(module)
+            for name, parameter in named_parameters(module) if found is None else found:
                 self._names.setdefault(id(parameter), []).append(f"{top}.{name}")
         for top, value in objects.items() if is_asked else ():
+            if isinstance(value, Optimizer):
+                continue  # which is no container, and keeps its own groups
             for name, tensor in _tensors_in(value, top, seen={}):
                 self._names.setdefault(id(tensor), []).append(name)
             for optimizer, is_known in () if top in modules else _kept_by(value):
                 self._keepers.setdefault(id(optimizer), []).append((top, is_known))
         self._taken = set(chain.from_iterable(self._names.values()))
-        self.fsdp1 = {
-            name: module
-            for name, module in modules.items()
-            if any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
-        }
+        self.fsdp1 = {name: module for name, module in modules.items() if is_fsdp1(module)}
         """Modules with parts that FSDP1 has wrapped, by name."""
 
     def holds(self, value: object) -> bool:
@@ -164,8 +164,6 @@ def _optimizer_of(keeper: object) -> Optimizer | None:
 
 def _kept_by(value: object) -> Iterator[tuple[Optimizer, bool]]:
     """Yield the optimizers for whose groups an object may keep something, and whether it is known what that is."""
-    if isinstance(value, Optimizer):
-        return
     if type(value).__module__.partition(".")[0] != "torch":
         yield from ((optimizer, False) for optimizer in _optimizers_in(value, _has_state))
         return

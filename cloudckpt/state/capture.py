@@ -30,7 +30,7 @@ from cloudckpt.state.attributes import is_foreign
 from cloudckpt.state.backup import backup_of
 from cloudckpt.state.beside import Beside
 from cloudckpt.state.collector import collector_awake
-from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, in_common_order, is_tensor, mapping_of
+from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, in_common_order, is_tensor, mapping_of, named_twice
 from cloudckpt.state.fsdp1 import flat_optimizer_entry
 from cloudckpt.state.modules import ModuleEntry
 from cloudckpt.state.optimizers import OptimizerEntry
@@ -46,6 +46,10 @@ logger = logging.getLogger(__name__)
 _DEPTH_LIMIT = 64
 _VALUES = frozenset((dict, list, tuple, set, str, bytes, int, float, bool, type(None), torch.Tensor, nn.Parameter))
 """The usual types of what is no object with state."""
+
+
+_OBJECTS = (nn.Module, Optimizer)
+_CONTAINERS = (dict, list, tuple)
 
 
 class _StatefulEntry(Entry):
@@ -147,9 +151,10 @@ def bind(state: MutableMapping[str, object]) -> list[Entry]:
                 f"state key {name!r} is not a usable name; give a string that does not start with 'cloudckpt.'"
             )
     places = [place for name, value in state.items() for place in _places(Place([name], name, value, state, name))]
-    beside = Beside({place.name: place.value for place in places})
-    shared = _held_twice(place.value for place in places if not _is_object(place.value))
     plain = PlainModules()
+    beside = Beside({place.name: place.value for place in places}, plain)
+    values = [place.value for place in places if isinstance(place.value, _CONTAINERS)]
+    shared = _held_twice(value for value in values if not _is_object(value))
     return [_entry(place, beside, shared, plain) for place in places]
 
 
@@ -173,6 +178,11 @@ def _places(place: Place) -> Iterator[Place]:
 
 def _steps_into(place: Place) -> Iterator[Place]:
     container = place.value
+    if type(container) is list:
+        path, above = place.path, place.name
+        for number, child in enumerate(container):
+            yield Place([*path, number], f"{above}.{number}", child, container, number)
+        return
     keys = list(container) if isinstance(container, dict) else range(len(cast("Sequence[object]", container)))
     for key in keys:
         if isinstance(container, tuple):
@@ -189,7 +199,7 @@ def _is_object(value: object) -> bool:
     if type(value) in _VALUES:
         return False
     # The protocol last: it looks at every member of an instance.
-    return isinstance(value, nn.Module | Optimizer) or (isinstance(value, Stateful) and not isinstance(value, type))
+    return isinstance(value, _OBJECTS) or (isinstance(value, Stateful) and not isinstance(value, type))
 
 
 def _holds_object(value: object, depth: int) -> bool:
@@ -235,12 +245,13 @@ def _entry(place: Place, beside: Beside, shared: Collection[int], plain: PlainMo
 def capture(entries: Sequence[Entry]) -> Flat:
     """Return every tensor and value of the state by name; tensors are the live ones, not copies."""
     flat = Flat()
-    found = {id(entry): entry.flat(entry.current()) for entry in in_common_order(entries)}
+    talked = {id(entry): entry.flat(entry.current()) for entry in in_common_order(entries) if entry.talks}
     for entry in entries:
-        own = found[id(entry)]
+        if entry.put_into(flat):
+            continue
+        own = talked.get(id(entry)) or entry.flat(entry.current())
         if not flat.leaves.keys().isdisjoint(own.leaves):
-            twice = next(name for name in own.leaves if name in flat.leaves)
-            raise OptionsError(f"two entries of the state are both named {twice!r}; rename one of the keys")
+            raise named_twice(next(name for name in own.leaves if name in flat.leaves))
         if entry.is_asked:
             _refuse_subclasses(own)
         flat.leaves.update(own.leaves)

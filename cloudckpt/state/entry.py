@@ -32,6 +32,7 @@ __all__ = [
     "in_common_order",
     "is_tensor",
     "mapping_of",
+    "named_twice",
     "shape_of",
 ]
 
@@ -170,6 +171,10 @@ class Entry(ABC):
         flat.notes.update(notes_of(nested, self.name))
         return flat
 
+    def put_into(self, flat: Flat) -> bool:
+        """Add what `flat` says of `current`, if that can be done at once; return False, with nothing done, if not."""
+        return False
+
     def takes(self, name: str) -> bool:
         """Tell whether what is saved under a name is taken as it is, whatever the live state has there.
 
@@ -228,6 +233,11 @@ def in_common_order(entries: Sequence[Entry]) -> list[Entry]:
     """Return entries in an order that is the same on all ranks where ranks talk: those first, by name."""
     talking = sorted((entry for entry in entries if entry.talks), key=lambda entry: entry.name)
     return talking + [entry for entry in entries if not entry.talks]
+
+
+def named_twice(name: str) -> OptionsError:
+    """Return what is raised where two leaves have one name."""
+    return OptionsError(f"two entries of the state are both named {name!r}; rename one of the keys")
 
 
 def mapping_of(value: object, name: str) -> dict[str, object]:

@@ -34,14 +34,7 @@ from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of, shape_of
 from cloudckpt.state.groups import Name
 from cloudckpt.state.optimizers import NamedEntry, groups_of, parameter_of
 
-__all__ = ["flat_optimizer_entry", "is_fsdp1", "sharded"]
-
-
-def is_fsdp1(module: nn.Module) -> bool:
-    """Tell whether a module has parts that FSDP1 has wrapped."""
-    if not module._modules:  # noqa: SLF001 (a state may have many thousands of small modules)
-        return isinstance(module, FullyShardedDataParallel)
-    return any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
+__all__ = ["flat_optimizer_entry", "sharded"]
 
 
 def flat_optimizer_entry(place: Place, optimizer: Optimizer, beside: Beside) -> Entry | None:

@@ -26,11 +26,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from cloudckpt.format import Flat, JsonValue, codec, flatten
 from cloudckpt.state.attributes import metadata_of, names_above
 from cloudckpt.state.collector import collector_awake
-from cloudckpt.state.entry import Entry, Left, Misfit, Place, is_tensor, mapping_of
-from cloudckpt.state.fsdp1 import is_fsdp1, sharded
+from cloudckpt.state.entry import Entry, Left, Misfit, Place, is_tensor, mapping_of, named_twice
+from cloudckpt.state.fsdp1 import sharded
 from cloudckpt.state.plain import PlainModules
 from cloudckpt.state.replicas import buffers_of_others
-from cloudckpt.state.wrappers import clean_name, is_torchs_own, wrapped_name
+from cloudckpt.state.wrappers import clean_name, is_fsdp1, is_torchs_own, wrapped_name
 
 __all__ = ["ModuleEntry"]
 
@@ -60,12 +60,8 @@ class ModuleEntry(Entry):
         self._is_fsdp1 = self.talks = is_fsdp1(module)
 
     def current(self) -> object:
-        found = self._plain.tensors_of(self._module)
-        self.is_plain = found is not None
-        if found is not None:
-            tensors, versions = found
-            named = {path: {"version": version} for path, version in versions.items()}
-            self._raw_metadata = {"": _USUAL, **named} if named else _ALL_USUAL
+        tensors = self._tensors()
+        if tensors is not None:
             return {name: tensor.detach() for name, tensor in tensors.items()}
         with collector_awake(), self._context():
             raw = self._module.state_dict()
@@ -73,17 +69,52 @@ class ModuleEntry(Entry):
         self._raw_names = {clean_name(self._module, key): key for key in raw}
         return {clean: raw[key] for clean, key in self._raw_names.items()}
 
+    def _tensors(self) -> dict[str, torch.Tensor] | None:
+        """Return the tensors of a plain module, not detached, and note its versions; None for any other module."""
+        found = self._plain.tensors_of(self._module)
+        self.is_plain = found is not None
+        if found is None:
+            return None
+        tensors, versions = found
+        self._raw_metadata = _ALL_USUAL
+        if versions:
+            self._raw_metadata = {"": _USUAL} | {path: {"version": version} for path, version in versions.items()}
+        return tensors
+
+    def put_into(self, flat: Flat) -> bool:
+        tensors = self._tensors()
+        if not tensors or not all(map(str.isascii, tensors)):
+            return False
+        self._put(tensors, flat)  # not detached, which takes as long as all the rest: whoever reads the bytes does that
+        self._note_versions(flat)
+        return True
+
+    def _put(self, tensors: Mapping[str, torch.Tensor], flat: Flat) -> None:
+        leaves, paths, prefix, path = flat.leaves, flat.paths, f"{self.name}.", self.path
+        for name, tensor in tensors.items():
+            full = prefix + name
+            if full in leaves:
+                raise named_twice(full)
+            leaves[full] = tensor
+            paths[full] = [*path, name]
+
     def _context(self) -> AbstractContextManager[object]:
         return sharded(self._module) if self._is_fsdp1 else nullcontext()
 
     def flat(self, nested: object) -> Flat:
         # Key by key, so that a module without tensors has the same names as one with some.
         state = mapping_of(nested, self.name)
-        flat = self._plain_flat(state) if self.is_plain else None
-        if flat is None:
+        if self.is_plain and state and all(map(str.isascii, state)):
+            flat = Flat()
+            self._put(cast("Mapping[str, torch.Tensor]", state), flat)
+        else:
             flat = _below(self, flatten(state, is_tensor=is_tensor)) if state else super().flat(state)
         if not self.is_plain:
             flat.of_others.update(map(self._full, buffers_of_others(self._module)))
+        self._note_versions(flat)
+        return flat
+
+    def _note_versions(self, flat: Flat) -> None:
         for raw, metadata in self._raw_metadata.items():
             # That of the module itself also where it is usual: it tells that the others were, too.
             if metadata is _USUAL:
@@ -91,18 +122,6 @@ class ModuleEntry(Entry):
             elif metadata != _USUAL or not raw:
                 where = self._full(raw)
                 flat.notes[where] = {"metadata": codec.encode(metadata, key=f"_metadata of {where}")}
-        return flat
-
-    def _plain_flat(self, state: Mapping[str, object]) -> Flat | None:
-        """Return the names of a plain module's tensors; None if there are none, or they need a closer look."""
-        leaves, paths, prefix, path = {}, {}, f"{self.name}.", self.path
-        for name, tensor in state.items():
-            if not name.isascii():
-                return None
-            full = prefix + name
-            leaves[full] = tensor
-            paths[full] = [*path, name]
-        return Flat(leaves, paths) if leaves else None
 
     # -- what the module judges by itself --------------------------------------------------------------------------
 

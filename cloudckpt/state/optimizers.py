@@ -10,11 +10,13 @@ of those that wrap them only that they have groups, state_dict and load_state_di
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import chain
 from typing import cast
 
 import torch
+from torch import nn
 from torch.distributed import get_world_size, is_initialized
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_distributed
@@ -31,6 +33,9 @@ from cloudckpt.state.uncast import saved_types
 __all__ = ["NamedEntry", "OptimizerEntry", "groups_of", "parameter_of"]
 
 _OURS = ("state", "param_groups")
+_PLAIN = (nn.Parameter, torch.Tensor)
+_SCALARS = frozenset((type(None), bool, int, float, str))
+_STEPS_LIMIT = 32  # of a path that is surely not too deep
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -48,14 +53,21 @@ class NamedEntry(Entry):
         self._optimizer = optimizer
         self._beside = beside
         self._names = names
-        self._groups = [
-            [name for parameter in group["params"] for name in names[id(parameter)]] for group in groups_of(optimizer)
-        ]
-        self._own = dict.fromkeys(chain.from_iterable(self._groups))
         # Found out by `compare`.
         self._fit = GroupFit()
         self._missing: list[Name] = []
         self._changed: dict[int, torch.dtype] = {}
+
+    @cached_property
+    def _groups(self) -> list[list[Name]]:
+        return [
+            [name for parameter in group["params"] for name in self._names[id(parameter)]]
+            for group in groups_of(self._optimizer)
+        ]
+
+    @cached_property
+    def _own(self) -> dict[Name, None]:
+        return dict.fromkeys(chain.from_iterable(self._groups))
 
     def own_state_dict(self) -> object:
         """Return what the optimizer says of itself.
@@ -205,6 +217,7 @@ class OptimizerEntry(NamedEntry):
     """An optimizer each of whose parameters is a tensor of its own."""
 
     is_alike = True
+    _is_plain = False
 
     def __init__(self, place: Place, optimizer: Optimizer, beside: Beside) -> None:
         """Name the parameters by what stands `beside` the optimizer, else by themselves, else by place."""
@@ -212,18 +225,23 @@ class OptimizerEntry(NamedEntry):
         self._aliases: dict[Name, Name] = {}
         self._nameless: list[torch.Tensor] = []
         names: dict[int, Sequence[Name]] = {}
-        for parameter, own_name in _self_named(optimizer):
-            if id(parameter) in names:
-                continue
-            found = list(beside.names_of(parameter))
-            if not found and own_name is not None and not beside.has_name(own_name):
-                found = [own_name]
-            name: Name = found[0] if found else len(self._nameless)
-            if not found:
-                self._nameless.append(parameter)
-            names[id(parameter)] = [name]
-            self._parameters[name] = parameter
-            self._aliases.update(dict.fromkeys(found, name))
+        given: Mapping[int, str] | None = None
+        for group in groups_of(optimizer):
+            for parameter in group["params"]:
+                if id(parameter) in names:
+                    continue
+                found = beside.names_of(parameter)
+                if not found:
+                    given = _names_given(optimizer) if given is None else given
+                    own_name = given.get(id(parameter))
+                    found = [own_name] if own_name is not None and not beside.has_name(own_name) else ()
+                name: Name = found[0] if found else len(self._nameless)
+                if not found:
+                    self._nameless.append(parameter)
+                names[id(parameter)] = [name]
+                self._parameters[name] = parameter
+                for alias in found:
+                    self._aliases[alias] = name
         self._refused: list[str] = []
         super().__init__(place, optimizer, beside, names)
 
@@ -281,6 +299,31 @@ class OptimizerEntry(NamedEntry):
         return numbers
 
     def current(self) -> object:
+        plain = self._plain_state()
+        self._is_plain = plain is not None
+        return self._renamed() if plain is None else plain
+
+    def _plain_state(self) -> dict[str, object] | None:
+        """Return what `_renamed` does, of an optimizer of PyTorch's own whose parameters all have names that differ."""
+        optimizer, names = self._optimizer, self._names
+        if not self._beside.plain.holds(optimizer) or len(self._parameters) != len(names):
+            return None
+        state: dict[Name, object] = {}
+        for parameter, parts in optimizer.state.items():
+            if not isinstance(parameter, torch.Tensor) or id(parameter) not in names:
+                return None
+            state[names[id(parameter)][0]] = parts
+        groups = []
+        for group in optimizer.param_groups:
+            if type(group) is not dict:
+                return None
+            packed = group.copy()
+            packed["params"] = [names[id(parameter)][0] for parameter in packed.pop("params")]  # last, as torch does
+            groups.append(packed)
+        return {"state": state, "param_groups": groups}
+
+    def _renamed(self) -> object:
+        """Return what the optimizer says of itself, with the names of its parameters for their numbers."""
         state = self.own_state_dict()
         numbers = self._numbers(state)
         if numbers is None or not isinstance(state, dict):
@@ -299,20 +342,23 @@ class OptimizerEntry(NamedEntry):
     def fillable(self) -> object:
         nested = self.current()
         self.fills = _is_loaded_by_torch(self._optimizer)
-        if not isinstance(nested, dict) or self._numbers(nested) is None:
+        if not isinstance(nested, dict) or not (self._is_plain or self._numbers(nested) is not None):
             return nested
         # Not the options: groups may share one tensor, and the checkpoint has two.
         return {"state": nested["state"]} if nested.get("state") else {}
 
     def flat(self, nested: object) -> Flat:
         """Note also what the names cannot tell: of nameless parameters, of an order, of dtypes, and of placements."""
+        flat = self._plain_flat(nested) if self._is_plain else None
+        if flat is not None:
+            return flat
         flat = super().flat(nested)
         if self._nameless:
             shapes: list[JsonValue] = [
                 [_DTYPE_NAMES.get(parameter.dtype, ""), list(parameter.size())] for parameter in self._nameless
             ]
             flat.notes[self.name] = {"nameless": shapes}
-        if self._own and self._numbers(nested) is None:
+        if self._own and not self._is_plain and self._numbers(nested) is None:
             flat.notes[self.name] = {"order": list(self._own)}
         is_distributed = any(isinstance(parameter, DTensor) for parameter in self._parameters.values())
         for name, leaf in flat.leaves.items():
@@ -328,6 +374,34 @@ class OptimizerEntry(NamedEntry):
             if is_of_other_dtype and isinstance(owner, str) and parameter.dtype in _DTYPE_NAMES:
                 flat.notes[self._of(owner)] = {"parameter": _DTYPE_NAMES[parameter.dtype]}
         return flat
+
+    def _plain_flat(self, nested: object) -> Flat | None:
+        """Return what `flat` does, where all state is plain tensors of named parameters; None where it is not."""
+        flat, steps, groups = Flat(), self.path, cast("dict[str, object]", nested).get("param_groups")
+        state = cast("dict[str, dict[Name, object]]", nested).get("state")
+        if not state or self._nameless or len(steps) > _STEPS_LIMIT:
+            return None
+        leaves, paths, count = flat.leaves, flat.paths, 0
+        for owner, parts in state.items():
+            parameter = self._parameters[owner]
+            if type(parts) is not dict or not parts or type(parameter) not in _PLAIN or not str(owner).isascii():
+                return None
+            above, top = f"{self.name}.state.{owner}.", [*steps, "state", owner]
+            for key, part in parts.items():
+                if type(part) is not torch.Tensor or part.requires_grad or type(key) is not str or not key.isascii():
+                    return None
+                leaves[above + key] = part
+                paths[above + key] = [*top, key]
+                if part.dtype != parameter.dtype and _is_alike(part, parameter) and parameter.dtype in _DTYPE_NAMES:
+                    flat.notes[self._of(str(owner))] = {"parameter": _DTYPE_NAMES[parameter.dtype]}
+            count += len(parts)
+        if groups is not None:
+            if not _is_bare(groups):
+                return None
+            leaves[f"{self.name}.param_groups"] = groups
+            paths[f"{self.name}.param_groups"] = [*steps, "param_groups"]
+            count += 1
+        return flat if len(leaves) == count else None
 
     # -- restoring ---------------------------------------------------------------------------------------------
 
@@ -368,7 +442,7 @@ class OptimizerEntry(NamedEntry):
 
     def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
         """Compare also the dtypes and shapes of nameless parameters."""
-        if self._numbers(self._optimizer.state_dict()) is None:
+        if not self._is_plain and self._numbers(self._optimizer.state_dict()) is None:
             return self._compare_unread(mapping_of(restored, self.name))
         misfit = super().compare(restored, dtypes)
         for place, parameter in enumerate(self._nameless):
@@ -458,14 +532,27 @@ def groups_of(optimizer: Optimizer) -> list[dict[str, list[torch.Tensor]]]:
     return own
 
 
-def _self_named(optimizer: Optimizer) -> Iterator[tuple[torch.Tensor, str | None]]:
-    """Yield the parameters, and the names that the optimizer was given with them where these tell them apart."""
+def _names_given(optimizer: Optimizer) -> dict[int, str]:
+    """Return the names that an optimizer was given with its parameters, by their ids; none where they are ambiguous."""
     groups = groups_of(optimizer)
-    given = [name for group in groups for name in group.get("param_names", ())]
-    are_usable = len(set(map(str, given))) == sum(len(group["params"]) for group in groups) == len(given)
-    own = chain(map(str, given) if are_usable else ())
-    for parameter in chain.from_iterable(group["params"] for group in groups):
-        yield parameter, next(own, None)
+    given = [str(name) for group in groups for name in group.get("param_names", ())]
+    parameters = [id(parameter) for group in groups for parameter in group["params"]]
+    if not len(set(given)) == len(parameters) == len(given):
+        return {}
+    return dict(zip(reversed(parameters), reversed(given), strict=True))  # the first of one that stands twice
+
+
+def _is_bare(value: object, depth: int = 4) -> bool:
+    """Tell whether a value is made of scalars, in lists, tuples and dicts of a few levels, and of nothing else."""
+    kind = type(value)
+    if kind is dict:
+        value = cast("dict[object, object]", value).values()
+    elif kind is not list and kind is not tuple:
+        return kind in _SCALARS
+    for child in value:  # type: ignore[attr-defined]  # noqa: SIM110 (a generator takes twice as long)
+        if type(child) not in _SCALARS and not (depth and _is_bare(child, depth - 1)):
+            return False
+    return True
 
 
 def _may_hold_numbers(extra: object) -> bool:

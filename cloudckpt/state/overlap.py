@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
 @dataclass(frozen=True, slots=True)
 class _Range:
     """The bytes of memory that a tensor reaches, from its first to its last."""
@@ -74,7 +77,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 def _start(tensor: torch.Tensor) -> int:
     """Return where this rank's elements of a tensor begin, the first of its parts'; 0 if it has no memory."""
-    if type(tensor) is torch.Tensor and tensor.layout is torch.strided:
+    if type(tensor) in _PLAIN and tensor.layout is torch.strided:
         return tensor.data_ptr()
     parts = local_parts(tensor)
     return _address(parts[0]) if parts else 0

@@ -15,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["clean_name", "is_torchs_own", "is_wrapper", "wrapped_name"]
+__all__ = ["clean_name", "is_fsdp1", "is_torchs_own", "is_wrapper", "wrapped_name"]
 
 # What a wrapper calls the module inside of it, and whether its state_dict says so, too: others have hooks that do not.
 _INNER: tuple[tuple[type[nn.Module], str, bool], ...] = (
@@ -41,6 +41,22 @@ def _inner_of(kind: type) -> tuple[str, bool] | None:
 def is_wrapper(kind: type) -> bool:
     """Tell whether a type of modules puts something into the names of what is inside of it."""
     return _inner_of(kind) is not None
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Tell whether a module has parts that FSDP1 has wrapped."""
+    if not module._modules:  # noqa: SLF001 (a state may have many thousands of small modules)
+        return isinstance(module, FullyShardedDataParallel)
+    seen, pending = {id(module)}, [module]
+    while pending:
+        part = pending.pop()
+        if isinstance(part, FullyShardedDataParallel):
+            return True
+        for inner in part._modules.values():  # noqa: SLF001 (where torch has them; `modules` takes thrice as long)
+            if inner is not None and id(inner) not in seen:
+                seen.add(id(inner))
+                pending.append(inner)
+    return False
 
 
 def clean_name(module: nn.Module, path: str) -> str:

@@ -1,7 +1,8 @@
-"""What one save leaves for the next: the plan that is used again, and nothing of a save that failed."""
+"""What one save leaves for the next: a plan that is used again, and nothing of one that failed; and how it waits."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cloudckpt.root.destination import own_url
 from cloudckpt.saving.lead import PlanMemory, Session, begin_save
 from cloudckpt.state.capture import captured
 from cloudckpt.store import open_store
+from tests.ranks.processes import run
 
 
 class LosingGroup(Group):
@@ -60,3 +62,26 @@ def test_a_save_that_failed_leaves_no_plan_to_the_next(tmp_path: Path) -> None:
     _save({"a": torch.full((3,), 7.0)}, tmp_path / "3", Group(), memory)
 
     assert torch.equal(cloudckpt.read(tmp_path / "3")["a"], torch.full((3,), 7.0))  # type: ignore[arg-type]
+
+
+def _collecting_while_waiting(url: str) -> list[tuple[str, bool]]:
+    seen = []
+    own = Group.agree, Group.deal
+
+    def agree(group: Group, phase: str, *calls: Any) -> Any:
+        seen.append((phase, gc.isenabled()))
+        return own[0](group, phase, *calls)
+
+    def deal(group: Group, phase: str, *calls: Any) -> Any:
+        seen.append((phase, gc.isenabled()))
+        return own[1](group, phase, *calls)
+
+    Group.agree, Group.deal = agree, deal  # type: ignore[method-assign, assignment]
+    cloudckpt.save({"a": torch.ones(3)}, url)
+    return seen
+
+
+def test_garbage_is_collected_while_ranks_of_a_save_wait_for_each_other(tmp_path: Path) -> None:
+    for seen in run(2, _collecting_while_waiting, str(tmp_path / "c")):
+        assert {"save: opening", "save: plan"} <= {phase for phase, _ in seen}
+        assert [phase for phase, is_collected in seen if not is_collected] == []

@@ -21,6 +21,7 @@ from cloudckpt.state import bind
 from cloudckpt.state.beside import Beside
 from cloudckpt.state.groups import match_groups
 from cloudckpt.state.optimizers import NamedEntry
+from cloudckpt.state.plain import PlainModules
 from tests.state.nets import CUT, SCHEDULERS, Decay, Matrices, Net, State, bits, check_goes_on, state_of, train
 
 # -- optimizers --------------------------------------------------------------------------------------------------
@@ -1180,4 +1181,6 @@ def test_a_container_that_is_held_many_times_is_looked_at_once() -> None:
     held: object = [weight]
     for _ in range(60):
         held = [held, held]
-    assert Beside({"held": held, "o": torch.optim.SGD([weight], lr=0.1)}).names_of(weight) == ["held" + ".0" * 61]
+    assert Beside({"held": held, "o": torch.optim.SGD([weight], lr=0.1)}, PlainModules()).names_of(weight) == [
+        "held" + ".0" * 61
+    ]
