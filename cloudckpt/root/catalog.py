@@ -48,6 +48,7 @@ from cloudckpt.format import (
 from cloudckpt.root.absence import what_is_there
 from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable, best_first
 from cloudckpt.root.claims import Claims
+from cloudckpt.root.removal import delete_below
 from cloudckpt.store import Store, one_deadline
 
 __all__ = ["Catalog"]
@@ -424,10 +425,10 @@ class Catalog:
                 return
         # An index also where none was put: a disk then lets go of a directory in which nothing came to stand.
         keys = {prefix + index_key(attempt) for attempt in attempts}
-        for info in self.store.list(f"{prefix}{next(iter(attempts))}/" if len(attempts) == 1 else prefix).objects:
-            if info.key.removeprefix(prefix).partition("/")[0] in attempts:
-                keys.add(info.key)
-        self.store.delete(sorted(keys))
+        below = tuple(f"{prefix}{attempt}/" for attempt in attempts)
+        listing = self.store.list(below[0] if len(below) == 1 else prefix)
+        keys.update(info.key for info in listing.objects if info.key.startswith(below))
+        delete_below(self.store, sorted(keys), below=below)
 
     @one_deadline()
     def leftovers(self, prefix: str, attempt: str) -> list[str]:

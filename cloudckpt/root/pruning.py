@@ -20,8 +20,9 @@ from cloudckpt.errors import CheckpointExistsError, CloudCkptError, OptionsError
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.claims import Line
+from cloudckpt.root.removal import delete_below
 from cloudckpt.root.retention import RetentionRule, removable
-from cloudckpt.root.sweep import delete_all, find_orphans, remove_orphan
+from cloudckpt.root.sweep import find_orphans, remove_orphan
 
 __all__ = ["Cleaner", "Pruner", "RetentionScope"]
 
@@ -280,7 +281,7 @@ class Cleaner:
                 return
             try:
                 keys = self._catalog.leftovers(prefix, attempt)
-                is_gone = delete_all(self._catalog.store, keys, go_on=self._may_remove)
+                is_gone = delete_below(self._catalog.store, keys, below=[f"{prefix}{attempt}/"], go_on=self._may_remove)
             except CheckpointExistsError:
                 logger.warning("%s stands there again, which was pruned; it stays", prefix)
                 is_gone = True

@@ -27,6 +27,7 @@ from cloudckpt.format import MANIFEST_NAME, Index, Manifest, index_key, is_attem
 from cloudckpt.root.absence import set_aside_key
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.removal import delete_below
 from cloudckpt.store import ObjectInfo
 
 __all__ = ["Exists", "check_exists", "check_place", "replace"]
@@ -147,6 +148,7 @@ def _remove(catalog: Catalog, new: Checkpoint, replaced: frozenset[str]) -> None
         }
         # Of several ranks through DCP each has an attempt of its own.
         gone = (replaced | (old - _attempts_of(catalog, new) if old else old)) - {new.attempt}
-        catalog.store.delete([info.key for attempt in gone for info in below.get(attempt, ())])
+        keys = [info.key for attempt in gone for info in below.get(attempt, ())]
+        delete_below(catalog.store, keys, below=[f"{attempt}/" for attempt in gone])
     except StorageError as exc:
         logger.warning("objects of the replaced checkpoint stay at %s: %s", catalog.store.url, exc)

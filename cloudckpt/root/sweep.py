@@ -20,14 +20,13 @@ from cloudckpt.errors import StorageError
 from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, parse_checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.claims import highest_claim
+from cloudckpt.root.removal import delete_below
 from cloudckpt.store import ObjectInfo, Store, one_deadline
 
-__all__ = ["Orphan", "delete_all", "find_orphans", "remove_orphan", "sweep"]
+__all__ = ["Orphan", "find_orphans", "remove_orphan", "sweep"]
 
 # No process outlives the loss of its epoch by a week: long before, it has met the fence or its own deadlines.
 _VOID_S = 7 * 86_400.0
-# So many objects in one call, between which a sweep may be stopped; the largest bulk delete of any store.
-_BATCH = 1_000
 
 logger = logging.getLogger(__name__)
 
@@ -119,16 +118,7 @@ def remove_orphan(catalog: Catalog, orphan: Orphan, *, go_on: Callable[[], bool]
     # Listed again: what a zombie has put since then goes, too.
     keys = [info.key for info in catalog.store.list(orphan.prefix).objects]
     rest = [key for key in keys if key != orphan.prefix + MANIFEST_NAME]
-    is_gone = delete_all(catalog.store, rest, go_on=go_on)
+    is_gone = delete_below(catalog.store, rest, below=[orphan.prefix], go_on=go_on)
     if not orphan.object_count and not rest:
         catalog.unvoid(orphan.prefix)
     return is_gone
-
-
-def delete_all(store: Store, keys: Sequence[str], *, go_on: Callable[[], bool]) -> bool:
-    """Delete objects, batch after batch, while it may go on; tell whether all are deleted."""
-    for start in range(0, len(keys), _BATCH):
-        if not go_on():
-            return False
-        store.delete(keys[start : start + _BATCH])
-    return True

@@ -1,19 +1,28 @@
 """Tell a store's own answer from whatever else says 200: a login page, a proxy, a server on another port.
 
 An answer is believed for what only a store puts into it: the root of a document, an object's ETag or generation. Where
-that is not enough, the object itself is looked at. Knows no engine; any thread may enter.
+that is not enough, the object itself is looked at. A listing must be an answer to the question: a proxy may drop what
+the question was, or have kept the answer to another one. Knows no engine; any thread may enter.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from cloudckpt.store.facts import GarbledReplyError
 
-__all__ = ["check_created", "check_generation", "check_object", "check_root", "check_stored", "is_document"]
+__all__ = [
+    "check_created",
+    "check_generation",
+    "check_listed",
+    "check_object",
+    "check_root",
+    "check_stored",
+    "is_document",
+]
 
 T = TypeVar("T")
 
@@ -35,6 +44,24 @@ def check_root(body: bytes, name: str) -> None:
     """Refuse a document that is not `name`: what a parser makes of another one is an answer without content."""
     if not is_document(body, name):
         raise GarbledReplyError(f"the reply is no {name}")
+
+
+def check_listed(names: Iterable[str], prefixes: Iterable[str], *, prefix: str, delimiter: str) -> None:
+    """Refuse a page of a listing that holds anything that was not asked for: what is missing from it cannot be told.
+
+    Each name starts with `prefix`, and goes on beyond no `delimiter`; each of `prefixes` ends with the first one.
+    """
+    start = len(prefix)
+
+    def is_asked(name: str) -> bool:
+        # The last letter does not count: other tools mark a directory by an object of its name and the delimiter.
+        return name.startswith(prefix) and not (delimiter and delimiter in name[start:-1])
+
+    is_answer = all(map(is_asked, names)) and all(
+        delimiter and is_asked(name) and name.endswith(delimiter) and len(name) > start for name in prefixes
+    )
+    if not is_answer:
+        raise GarbledReplyError("the reply lists what was not asked for: a proxy or a cache has dropped the query")
 
 
 def check_object(proof: str | None, content_type: str | None) -> None:

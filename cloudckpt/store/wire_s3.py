@@ -18,6 +18,7 @@ from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import unquote_plus
 
 import s3fs
 from aiobotocore.httpsession import AIOHTTPSession  # type: ignore[import-untyped,unused-ignore]
@@ -31,7 +32,7 @@ from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.classify import CredentialKind, is_absence
 from cloudckpt.store.credentials import check_aws_keys
-from cloudckpt.store.facts import HttpStatusError, before_sending, facts_of
+from cloudckpt.store.facts import GarbledReplyError, HttpStatusError, before_sending, facts_of
 from cloudckpt.store.proof import check_created, check_object, check_root, check_stored, is_document
 from cloudckpt.store.proxies import is_in_direct_block
 from cloudckpt.store.s3_config import headers_for, s3_config
@@ -154,6 +155,7 @@ class S3Wire(OnLoop):
     def page(self, prefix: str, delimiter: str, mark: str) -> Page:
         asked = {"Prefix": prefix, "Delimiter": delimiter, "ContinuationToken": mark}
         reply = self.run(self._send("list_objects_v2", **{name: text for name, text in asked.items() if text}))
+        _check_echo(reply, asked)
         return Page(
             objects=[
                 ObjectInfo(key=item["Key"], size_bytes=item["Size"], modified_s=_seconds(item["LastModified"]))
@@ -323,6 +325,18 @@ def _seconds(moment: datetime) -> float:
 
 def _check_object(reply: Mapping[str, Any]) -> None:
     check_object(reply.get("ETag"), reply.get("ContentType"))
+
+
+def _check_echo(reply: Mapping[str, Any], asked: Mapping[str, str]) -> None:
+    """Refuse a listing that says of itself that it answers another question; not every store says."""
+    for name, text in asked.items():
+        # Some stores write a name in letters that botocore decodes once too often.
+        if reply.get(name, text) not in (text, unquote_plus(text)):
+            raise GarbledReplyError(
+                f"the reply is a listing of another {name}: a proxy or a cache has dropped the query"
+            )
+    if reply.get("EncodingType", "url") not in ("", "url"):
+        raise GarbledReplyError("the reply is a listing in an unknown encoding")
 
 
 def _check_document(name: str, response_dict: Mapping[str, Any], **_: object) -> None:

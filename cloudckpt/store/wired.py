@@ -27,9 +27,10 @@ from cloudckpt.store.credentials import check_texts
 from cloudckpt.store.facts import before_sending
 from cloudckpt.store.limit import Errand, is_limited, limited
 from cloudckpt.store.location import named_endpoint, parse_location
+from cloudckpt.store.proof import check_listed
 from cloudckpt.store.redact import hide_in_logs, remember_secrets
 from cloudckpt.store.terms import PutTerms
-from cloudckpt.store.wire import Wire
+from cloudckpt.store.wire import Page, Wire
 
 __all__ = ["WiredStore"]
 
@@ -133,7 +134,13 @@ class WiredStore(ABC):
     def list(self, prefix: str = "", *, delimiter: str = "", mark: str = "") -> Listing:
         check_delimiter(delimiter)
         start = self._location.path_prefix(prefix)
-        page = self._ask("list", prefix, lambda wire: wire.page(start, delimiter, mark))
+
+        def asked(wire: Wire) -> Page:
+            found = wire.page(start, delimiter, mark)
+            check_listed((info.key for info in found.objects), found.prefixes, prefix=start, delimiter=delimiter)
+            return found
+
+        page = self._ask("list", prefix, asked)
         return replace(self._location.listing(page.objects, page.prefixes), mark=page.mark)
 
     def delete(self, keys: Sequence[str]) -> None:

@@ -296,6 +296,36 @@ class EngineLaws:
         server.inject(Fault(kind=FaultKind.FLIPPED_BYTE))
         assert isinstance(_refusal(store, "list"), TransientError)
 
+    @pytest.mark.parametrize("lost", [("prefix",), ("delimiter",), ("prefix", "delimiter")], ids="-".join)
+    @pytest.mark.parametrize("echoes", [True, False], ids=["echoed", "not echoed"])
+    def test_a_listing_of_what_was_not_asked_for_is_transient_after_one_request(
+        self, server: ObjectServer, store: Store, lost: tuple[str, ...], echoes: bool
+    ) -> None:
+        for name in ("root/a/b", "root/a/c/d", "elsewhere/e", "f"):
+            server.put_object(name, b"")
+        server.unheard, server.echoes = frozenset(lost), echoes
+        with pytest.raises(TransientError, match="no object store answered"):
+            store.list("a/", delimiter="/")
+        assert server.count() == 1
+
+    @pytest.mark.parametrize("prefix", ["", "a/", "a", "a b+c%20/", "none/"])
+    @pytest.mark.parametrize("delimiter", ["", "/"])
+    @pytest.mark.parametrize("echoes", [True, False], ids=["echoed", "not echoed"])
+    def test_a_listing_of_what_was_asked_for_is_believed(
+        self, server: ObjectServer, store: Store, prefix: str, delimiter: str, echoes: bool
+    ) -> None:
+        names = ["a/b", "a/c/d", "a b+c%20/e", "ab", "f"]
+        for name in names:
+            server.put_object(f"root/{name}", b"")
+        server.put_object("root/a/", b"")  # as other tools mark a directory
+        server.put_object("root2/a/x", b"")
+        server.echoes = echoes
+        found = _listing(store, prefix, delimiter=delimiter)
+        below = [name for name in sorted([*names, "there"]) if name.startswith(prefix)]
+        ends = [name.find("/", len(prefix)) if delimiter else -1 for name in below]
+        assert [info.key for info in found.objects] == [name for name, end in zip(below, ends, strict=True) if end < 0]
+        assert set(found.prefixes) == {name[: end + 1] for name, end in zip(below, ends, strict=True) if end >= 0}
+
     @pytest.mark.parametrize("verb", VERBS)
     def test_silence_ends_at_the_time_limit(self, server: ObjectServer, impatient: Store, verb: str) -> None:
         server.inject(Fault(kind=FaultKind.STALL), times=-1)

@@ -62,6 +62,8 @@ class ObjectSpace:
         demands_checksum: whether a put without one is refused, as where objects are locked by default.
         demands_condition: whether a put without one is denied, as a bucket's policy may.
         etag_of: what names an object's content; as in S3, the MD5 of its bytes.
+        unheard: fields of a listing's query that never arrive, as where a proxy drops them.
+        echoes: whether a listing says which question it answers, as that of S3 does.
     """
 
     def __init__(self, *, buckets: tuple[str, ...] = ("bucket",), page_size: int = 1000) -> None:
@@ -74,6 +76,8 @@ class ObjectSpace:
         self.demands_condition = False
         self.fail_delete_of: dict[str, str] = {}
         self.etag_of: Callable[[StoredObject], str] = md5_of
+        self.unheard: frozenset[str] = frozenset()
+        self.echoes = True
         self._generation = 0
         self._objects_lock = threading.Lock()
 
@@ -203,14 +207,22 @@ class ObjectSpace:
             names.append(entry)
         return names, ""
 
+    def _heard(self, request: Request) -> dict[str, str]:
+        return {name: text for name, text in request.query.items() if name not in self.unheard}
+
     def _xml_list(self, bucket: str, request: Request) -> Reply:
-        query, delimiter = request.query, request.query.get("delimiter", "")
+        query = self._heard(request)
+        delimiter = query.get("delimiter", "")
         after = query.get("continuation-token", query.get("start-after", ""))
         limit = min(int(query.get("max-keys", 1000)), self.page_size)
         names, mark = self._page(bucket, query.get("prefix", ""), delimiter, after, limit)
         encode: Callable[[str], str] = quote if query.get("encoding-type") == "url" else escape
         parts = [f"<Name>{bucket}</Name><KeyCount>{len(names)}</KeyCount><MaxKeys>{limit}</MaxKeys>"]
         parts.append(f"<IsTruncated>{'true' if mark else 'false'}</IsTruncated>")
+        if self.echoes:
+            echo = {"Prefix": encode(query.get("prefix", "")), "Delimiter": encode(delimiter)}
+            echo["ContinuationToken"] = escape(query.get("continuation-token", ""))
+            parts.extend(f"<{name}>{text}</{name}>" for name, text in echo.items() if text or name == "Prefix")
         parts.extend(["<EncodingType>url</EncodingType>"] if query.get("encoding-type") == "url" else [])
         parts.extend([f"<NextContinuationToken>{escape(mark)}</NextContinuationToken>"] if mark else [])
         for name in names:
@@ -225,10 +237,12 @@ class ObjectSpace:
         return Reply(body=_xml("ListBucketResult", "".join(parts)), headers={"Content-Type": "application/xml"})
 
     def _json_list(self, bucket: str, request: Request) -> Reply:
-        query, delimiter = request.query, request.query.get("delimiter", "")
+        query = self._heard(request)
+        delimiter = query.get("delimiter", "")
         limit = min(int(query.get("maxResults", 1000)), self.page_size)
         names, mark = self._page(bucket, query.get("prefix", ""), delimiter, query.get("pageToken", ""), limit)
-        is_prefix = {name: bool(delimiter) and name.endswith(delimiter) for name in names}
+        asked = query.get("prefix", "")
+        is_prefix = {name: bool(delimiter) and name.endswith(delimiter) and name != asked for name in names}
         stored = {name: self.objects[bucket, name] for name in names if not is_prefix[name]}
         answer: dict[str, object] = {
             "kind": "storage#objects",

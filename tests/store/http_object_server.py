@@ -141,6 +141,7 @@ class ObjectServer(ObjectSpace):
         self.etag_of = md5_of
         self.has_preconditions = True
         self.demands_checksum = self.demands_condition = False
+        self.unheard, self.echoes = frozenset(), True
         self.requests.clear()
 
     def count(self, method: str | None = None) -> int:

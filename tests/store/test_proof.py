@@ -5,15 +5,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import cloudckpt
-from cloudckpt.errors import CloudCkptError
+from cloudckpt.errors import CloudCkptError, TransientError
 from cloudckpt.options import Options, RetryPolicy
 from cloudckpt.store.facts import GarbledReplyError
-from cloudckpt.store.proof import check_created, check_generation, check_object, check_stored, is_document
+from cloudckpt.store.proof import (
+    check_created,
+    check_generation,
+    check_listed,
+    check_object,
+    check_stored,
+    is_document,
+)
 from tests.store.engine_laws import PAGES, WEB_HEADERS
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, Engine
 from tests.store.http_dialects import Request
@@ -111,6 +119,81 @@ def test_a_generation_is_a_number() -> None:
     for generation in (None, "", "latest", "-1"):
         with pytest.raises(GarbledReplyError):
             check_generation(generation)
+
+
+@pytest.mark.parametrize(
+    ("names", "prefixes", "delimiter"),
+    [
+        (["run2/x"], [], ""),
+        (["run/x", "other"], [], ""),
+        (["run/x/y"], [], "/"),
+        (["run/x//"], [], "/"),
+        ([], ["run/x"], "/"),
+        ([], ["run/x/y/"], "/"),
+        ([], ["run/"], "/"),
+        ([], ["other/"], "/"),
+        ([], ["run/x/"], ""),
+    ],
+)
+def test_a_listing_of_anything_else_than_what_was_asked_for_is_none(
+    names: list[str], prefixes: list[str], delimiter: str
+) -> None:
+    with pytest.raises(GarbledReplyError):
+        check_listed(names, prefixes, prefix="run/", delimiter=delimiter)
+
+
+def test_a_listing_of_what_was_asked_for_is_one() -> None:
+    check_listed(["run/x/y", "run/"], [], prefix="run/", delimiter="")
+    check_listed(["run/x", "run/", "run/dir/"], ["run/x/", "run//"], prefix="run/", delimiter="/")
+
+
+@pytest.mark.parametrize("engine", ENGINES[:2])
+@pytest.mark.parametrize(
+    "echo",
+    [
+        *("<Prefix>root/epochs/</Prefix>", "<Prefix/>", "<Prefix>root/</Prefix><Delimiter>-</Delimiter>"),
+        *("<ContinuationToken>x</ContinuationToken>", "<EncodingType>base64</EncodingType>"),
+    ],
+)
+def test_an_empty_listing_that_answers_another_question_is_not_believed(
+    server: ObjectServer, engine: Engine, echo: str
+) -> None:
+    body = f"<ListBucketResult>{echo}<IsTruncated>false</IsTruncated></ListBucketResult>"
+    server.inject(Fault(status=200, body=body.encode()))
+    store = engine.open(server)
+    with pytest.raises(TransientError, match="no object store answered"):
+        store.list("", delimiter="/")
+    store.close()
+
+
+def opened(server: ObjectServer, engine: Engine, **more: Any) -> cloudckpt.CheckpointManager:
+    """Open a manager with little patience on a root of the server."""
+    return cloudckpt.CheckpointManager(
+        f"{engine.scheme}://bucket/root",
+        storage_options=engine.options(server),
+        engine=engine.kind.engine,
+        options=Options(retry=RetryPolicy(max_attempts=2, backoff_base_s=0.01)),
+        **more,
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_listings_without_their_query_are_no_fresh_start_and_remove_nothing(
+    server: ObjectServer, engine: Engine
+) -> None:
+    with opened(server, engine) as manager:
+        manager.save(5, {"t": torch.ones(1)})
+    server.put_object("root/step-0000000006-e0001/0123456789abcdef/r00000-0000.safetensors", b"a killed job's")
+    server.put_object("another/run", b"x")
+    with opened(server, engine, retention=1, prune_grace_s=0, sweep_after_s=0) as manager:
+        manager.save(7, {"t": torch.ones(1)})
+        before = set(server.keys())
+        server.unheard = frozenset({"prefix", "delimiter"})
+        with pytest.raises(CloudCkptError, match="no object store answered"):
+            manager.restore({"t": torch.zeros(1)})
+        with pytest.raises(CloudCkptError, match="no object store answered"):
+            manager.sweep(older_than_s=0, dry_run=False)
+    assert set(server.keys()) == before
 
 
 @pytest.mark.parametrize("engine", ENGINES[:2])
