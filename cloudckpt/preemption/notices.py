@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-__all__ = ["CheckSource", "Notice", "NoticeSource", "SourceError", "Watcher"]
+__all__ = ["CheckSource", "Notice", "NoticeSource", "PartError", "SourceError", "Watcher"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,10 @@ _SAME_S = 1.0
 
 class SourceError(Exception):
     """A source gave no answer, or none that can be believed. It ends in the source's watcher."""
+
+
+class PartError(SourceError):
+    """A part of what a source says could not be had or read; the rest of it was, and counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +92,11 @@ class NoticeSource(Protocol):
         """Ask once, in bounded time, and return or yield what holds now; nothing if all is well.
 
         The same notice may come again and again: it is one, until an answer without it. What was yielded before an
-        error counts.
+        error counts, and what was said before and is not now is withdrawn only by an answer without an error.
 
         Raises:
-            Exception: of any kind; no answer could be had.
+            PartError: a part of the answer could not be had; it is asked for again in the same time.
+            Exception: of any other kind; no answer could be had.
         """
 
 
@@ -145,6 +150,8 @@ class Watcher:
         self._asked_s: float | None = None
         self._complained_s: float | None = None
         self._failures = 0
+        # The kind of trouble that was told last.
+        self._trouble: type[SourceError] | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -204,9 +211,9 @@ class Watcher:
             if what not in said:
                 self._withdraw(notice)
         self._said = said
-        if self._failures:
+        if self._trouble is not None:
             logger.info("%s answers again; its notices are heard", self.name)
-        self._failures = 0
+        self._failures, self._trouble = 0, None
 
     def _newest(self, notice: Notice) -> Notice:
         """Hand a notice on if it is new, and return what is known of its kind from now on."""
@@ -230,9 +237,14 @@ class Watcher:
         )
 
     def _note_failure(self, exc: BaseException) -> None:
-        self._failures += 1
-        level = logging.WARNING if self._failures == 1 else logging.DEBUG
-        said = str(exc) if isinstance(exc, SourceError) else repr(exc)
-        logger.log(
-            level, "%s gives no answer, so a notice of its would not be heard; it is asked on: %s", self.name, said
+        is_part = isinstance(exc, PartError)
+        self._failures = 0 if is_part else self._failures + 1
+        kind = PartError if is_part else SourceError
+        level = logging.WARNING if self._trouble is not kind else logging.DEBUG
+        self._trouble = kind
+        text = (
+            "%s could be heard in part only; it is asked on: %s"
+            if is_part
+            else "%s gives no answer, so a notice of its would not be heard; it is asked on: %s"
         )
+        logger.log(level, text, self.name, str(exc) if isinstance(exc, SourceError) else repr(exc))
