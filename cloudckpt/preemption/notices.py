@@ -14,9 +14,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, SupportsFloat, SupportsIndex, cast
 
 __all__ = ["CheckSource", "Notice", "NoticeSource", "PartError", "SourceError", "Watcher"]
 
@@ -108,20 +108,46 @@ class CheckSource:
     def __init__(
         self, check: Callable[[], float | bool | None], *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Ask `check`, which returns something false (no notice), True (no time is known) or the seconds left."""
+        """Ask `check`, which returns something false (no notice), True (no time is known) or the seconds left.
+
+        Numbers and truths of numpy and torch mean the same. Anything else that is true is notice, too, without a time,
+        and is complained of: a false notice costs a save, one that is not heard the work since the last one.
+        """
         self._check = check
         self._clock = clock
 
-    def poll(self) -> Iterable[Notice]:
-        left_s = self._check()
-        if not left_s:
-            return ()
-        if not isinstance(left_s, (int, float)) or math.isnan(left_s):
-            raise SourceError(f"check returned {left_s!r}; it must return None, False, True or the seconds left")
+    def poll(self) -> Iterator[Notice]:
+        said = self._check()
+        complaint = f"check returned {said!r:.200}; it must return None, False, True or the seconds left"
+        try:
+            left_s, is_odd = _meaning(said)
+        except Exception as exc:
+            raise SourceError(complaint) from exc
+        if left_s is None:
+            return
+        if math.isnan(left_s) or left_s == -math.inf:
+            raise SourceError(complaint)
         now_s = self._clock()
-        is_known = left_s is not True and math.isfinite(left_s)
-        deadline_s = now_s + max(0.0, left_s) if is_known else None
-        return (Notice(source="callable", reason="the check says so", deadline_s=deadline_s, received_s=now_s),)
+        deadline_s = now_s + max(0.0, left_s) if math.isfinite(left_s) else None
+        yield Notice(source="callable", reason="the check says so", deadline_s=deadline_s, received_s=now_s)
+        if is_odd:
+            raise PartError(complaint)
+
+
+def _meaning(said: object) -> tuple[float | None, bool]:
+    """Return the seconds left (inf: not known; None: no notice), and whether it is an odd way to say so."""
+    item = getattr(said, "item", None)
+    plain = item() if callable(item) else said  # of numpy's and torch's scalars
+    if not plain:
+        return None, False
+    if plain is True:
+        return math.inf, False
+    if not isinstance(plain, SupportsFloat | SupportsIndex):
+        return math.inf, True
+    try:
+        return float(plain), False
+    except OverflowError:
+        return (math.inf if cast("float", plain) > 0 else -math.inf), False
 
 
 class Watcher:

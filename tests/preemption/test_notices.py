@@ -13,10 +13,15 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
+import torch
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.preemption.clouds import AzureSource, Ec2Source, GceSource, is_azure, is_ec2, is_gce
@@ -743,13 +748,48 @@ def test_a_check_gives_notice_with_the_seconds_that_it_knows(said: float, deadli
     assert (notice.source, notice.deadline_s) == ("callable", deadline_s)
 
 
-@pytest.mark.parametrize("said", [None, False, 0.0])
-def test_a_check_that_says_nothing_gives_no_notice(said: float | None) -> None:
+PLAIN = [
+    (np.True_, None),
+    (np.int64(30), 1_030.0),
+    (np.float32(30), 1_030.0),
+    (np.array(30), 1_030.0),
+    (np.array([True]), None),
+    (torch.tensor(True), None),
+    (torch.tensor(30), 1_030.0),
+    (torch.tensor(30.0, dtype=torch.bfloat16), 1_030.0),
+    (Fraction(61, 2), 1_030.5),
+    (Decimal(30), 1_030.0),
+    (10**400, None),
+]
+
+
+@pytest.mark.parametrize(("said", "deadline_s"), PLAIN, ids=[repr(said)[:20] for said, _ in PLAIN])
+def test_a_check_is_taken_by_its_meaning(said: Any, deadline_s: float | None) -> None:
+    assert [one.deadline_s for one in CheckSource(lambda: said, clock=fixed_clock).poll()] == [deadline_s]
+
+
+@pytest.mark.parametrize("said", [None, False, 0.0, np.False_, np.int64(0), np.float32(0), torch.tensor(False), [], ""])
+def test_a_check_that_says_nothing_gives_no_notice(said: Any) -> None:
     assert list(CheckSource(lambda: said).poll()) == []
 
 
-@pytest.mark.parametrize("said", ["yes", math.nan, [1]])
-def test_a_check_that_says_nonsense_gives_no_notice(said: float) -> None:
+@pytest.mark.parametrize("said", ["yes", [1], object(), timedelta(seconds=30)])
+def test_a_check_that_says_something_odd_gives_notice_without_a_time_and_is_complained_of_once(
+    caplog: pytest.LogCaptureFixture, said: Any
+) -> None:
+    heard: list[Notice] = []
+    watcher = Watcher(CheckSource(lambda: said), heard.append, poll_s=5.0)
+
+    for _ in range(3):
+        watcher.ask()
+
+    assert [one.deadline_s for one in heard] == [None]
+    assert len(caplog.messages) == 1
+    assert f"check returned {said!r}; it must return None, False, True or the seconds left" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("said", [math.nan, -math.inf, np.float32("nan"), -(10**400), torch.ones(2), np.ones(2)])
+def test_a_check_that_says_nonsense_gives_no_notice(said: Any) -> None:
     with pytest.raises(SourceError, match="check returned"):
         list(CheckSource(lambda: said).poll())
 
