@@ -3,8 +3,9 @@
     endpoint ──HTTP, one bounded request──▶ Reply ──what the provider documents──▶ notices
 
 Link-local HTTP, so never by way of a proxy, never after a redirect, with few bytes and a deadline over the whole
-exchange. What differs in anything from the documented form is no answer. Which machine this is is read from the DMI
-tables that the kernel shows: on any other, nothing is asked.
+exchange. What differs in anything from the documented form is no answer, and keeps nothing else from being asked or
+read: an error of one question, or of one event, is raised when all others were heard. Which machine this is is read
+from the DMI tables that the kernel shows: on any other, nothing is asked.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ import json
 import math
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 from urllib.parse import quote, urlsplit
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.preemption.notices import Notice, SourceError
+from cloudckpt.preemption.notices import Notice, PartError, SourceError
 
 __all__ = ["DMI", "AzureSource", "Ec2Source", "GceSource", "is_azure", "is_ec2", "is_gce"]
 
@@ -109,10 +110,11 @@ class _Endpoint:
             sock.deadline_s = deadline_s
             connection.sock = sock
             connection.request(method, path, headers=dict(headers))
-            response = connection.getresponse()
-            body = response.read(_MOST_BODY_BYTES + 1)
-            named = {name.lower(): value for name, value in response.getheaders()}
-            status = response.status
+            # Closed also where it cannot be read: it holds the socket open.
+            with connection.getresponse() as response:
+                body = response.read(_MOST_BODY_BYTES + 1)
+                named = {name.lower(): value for name, value in response.getheaders()}
+                status = response.status
         except (OSError, ValueError, http.client.HTTPException) as exc:
             raise SourceError(f"no answer from {self.url}{path}: {type(exc).__name__}: {exc}") from exc
         finally:
@@ -170,9 +172,24 @@ class Ec2Source:
         self._clock = clock
         self._wall_clock = wall_clock
         self._token = ""
+        self._is_token_new = False
 
     def poll(self) -> Iterator[Notice]:
-        yield from filter(None, (ask() for ask in (self._action, self._lifecycle, self._recommendation)))
+        self._is_token_new = False
+        self._need_token()
+        failures: list[SourceError] = []
+        questions = (self._action, self._lifecycle, self._recommendation)
+        for ask in questions:
+            try:
+                notice = ask()
+            except SourceError as exc:
+                failures.append(exc)
+                continue
+            if notice is not None:
+                yield notice
+        if failures:
+            self._token = ""  # it may be why
+            _raise_all(failures, is_part=len(failures) < len(questions))
 
     def hang_up(self) -> None:
         self._endpoint.hang_up()
@@ -233,22 +250,23 @@ class Ec2Source:
 
     def _get(self, path: str) -> _Reply | None:
         """Return an answer, None for a 404: there is no such notice."""
-        is_new = not self._token
         reply = self._get_once(path)
-        if reply.status == 401 and not is_new:
+        if reply.status == 401 and not self._is_token_new:
             self._token = ""
             reply = self._get_once(path)
         if reply.status == 404:
             return None
         if reply.status != 200:
-            self._token = ""
             raise self._endpoint.misfit(path, reply)
         return reply
 
     def _get_once(self, path: str) -> _Reply:
-        if not self._token:
-            self._token = self._new_token()
+        self._need_token()
         return self._endpoint.ask(path, {"X-aws-ec2-metadata-token": self._token})
+
+    def _need_token(self) -> None:
+        if not self._token:
+            self._token, self._is_token_new = self._new_token(), True
 
     def _new_token(self) -> str:
         path, ttl = "/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": str(_TOKEN_TTL_S)}
@@ -270,11 +288,11 @@ class GceSource:
     (`instance/maintenance-event`: NONE, MIGRATE_ON_HOST_MAINTENANCE, which a process outlives, or
     TERMINATE_ON_HOST_MAINTENANCE, an hour ahead on machines with GPUs and 60 s on others), and "View and query VM
     metadata" (`wait_for_change=true`, `last_etag`, `timeout_sec`: the answer is held back until there is news). What
-    lacks the header `Metadata-Flavor: Google` was not said by the metadata server. Where a held-back question gets no
-    proper answer, or none is held back, it is asked plainly, now and then.
+    lacks the header `Metadata-Flavor: Google` was not said by the metadata server. Where a question that is to be held
+    back gets no proper answer, or one at once, as from an emulator or a proxy, the next one is asked now and then only.
 
     Attributes:
-        waits: whether the last question was held back, so that the next one may follow at once.
+        waits: whether the last question was held back, or none was yet, so that the next one may follow at once.
     """
 
     def __init__(
@@ -294,6 +312,7 @@ class GceSource:
         self._held_s = held_s
         self._clock = clock
         self._etag = ""
+        self._can_hold = True
         self._quiet_s: float | None = None
 
     def poll(self) -> Iterator[Notice]:
@@ -314,20 +333,22 @@ class GceSource:
     def _value(self) -> tuple[str, bool]:
         """Return the value, and whether the question was held back until now; at once if it cannot be."""
         self.waits = False
-        if last_etag := self._etag:
-            query = f"?wait_for_change=true&timeout_sec={math.ceil(self._held_s)}&last_etag={quote(last_etag)}"
-            began_s = self._clock()
-            try:
-                value = self._asked(query, more_s=self._held_s)
-            except SourceError:
-                self._etag = ""
-            else:
-                was_held = self._clock() - began_s > _AT_ONCE_S
-                self.waits = bool(self._etag) and (was_held or self._etag != last_etag)
-                return value, was_held
-        value = self._asked("")
-        self.waits = bool(self._etag)
-        return value, False
+        if not self._etag:
+            value = self._asked("")
+            # From the second such question on, one that was to be held back has failed.
+            self.waits, self._can_hold = bool(self._etag) and self._can_hold, False
+            return value, False
+        query = f"?wait_for_change=true&timeout_sec={math.ceil(self._held_s)}&last_etag={quote(self._etag)}"
+        began_s = self._clock()
+        try:
+            value = self._asked(query, more_s=self._held_s)
+        except SourceError:
+            self._etag = ""
+            return self._asked(""), False
+        # Whatever its ETag is: one that changes with each answer is no news.
+        was_held = self._clock() - began_s > _AT_ONCE_S
+        self.waits = self._can_hold = bool(self._etag) and was_held
+        return value, was_held
 
     def _asked(self, query: str, *, more_s: float = 0.0) -> str:
         path = f"/computeMetadata/v1/instance/{self._key}"
@@ -391,33 +412,48 @@ class AzureSource:
         first_s, self._first_s = self._first_s, 0.0
         reply = self._asked(path, more_s=first_s)
         events = _json_object(reply).get("Events")
-        if not isinstance(events, list) or not all(isinstance(event, dict) for event in events):
+        if not isinstance(events, list):
             raise self._endpoint.misfit(path, reply)
+        failures: list[SourceError] = []
         for event in events:
-            if event.get("EventType") in ("Preempt", "Terminate", "Reboot", "Redeploy") and self._is_meant(event):
-                yield from self._notices(path, reply, event)
+            try:
+                notice = self._notice(reply, event)
+            except SourceError as exc:
+                failures.append(exc)
+                continue
+            if notice is not None:
+                yield notice
+                if notice.deadline_s is None:
+                    failures.append(_odd_event(event))
+        if failures:
+            _raise_all(failures, is_part=True)
 
     def hang_up(self) -> None:
         self._endpoint.hang_up()
 
-    def _is_meant(self, event: Mapping[str, object]) -> bool:
-        resources = event.get("Resources")
-        return isinstance(resources, list) and self._machine in resources
+    def _notice(self, reply: _Reply, event: object) -> Notice | None:
+        """Return the notice that an event is, None if it does not end this machine soon; raises if it cannot be read.
 
-    def _notices(self, path: str, reply: _Reply, event: Mapping[str, object]) -> Iterator[Notice]:
+        One without a time that can be read is none of those: it ends this machine, nobody knows when.
+        """
+        if not isinstance(event, dict) or not isinstance(event.get("Resources"), list):
+            raise _odd_event(event)
+        kind = event.get("EventType")
+        if self._machine not in event["Resources"] or kind == "Freeze":
+            return None
+        if kind not in ("Preempt", "Terminate", "Reboot", "Redeploy"):
+            raise _odd_event(event)
         wall_s = _date_s(reply) or self._wall_clock()
         not_before = event.get("NotBefore") or ""
-        at_s = _rfc_s(not_before) if not_before else wall_s
-        if at_s is None:
-            raise self._endpoint.misfit(path, reply)
-        if at_s - wall_s > self._lead_s:
-            return
+        at_s = (_rfc_s(not_before) or _utc_s(not_before)) if not_before else wall_s
+        if at_s is not None and at_s - wall_s > self._lead_s:
+            return None
         now_s = self._clock()
         when = f"not before {not_before}" if not_before else "now"
-        yield Notice(
-            source=f"azure {event['EventType']}",
-            reason=f"Azure announces {event['EventType']} of this machine, {when} (event {event.get('EventId')})",
-            deadline_s=now_s + max(0.0, at_s - wall_s),
+        return Notice(
+            source=f"azure {kind}",
+            reason=f"Azure announces {kind} of this machine, {when} (event {event.get('EventId')})",
+            deadline_s=None if at_s is None else now_s + max(0.0, at_s - wall_s),
             received_s=now_s,
         )
 
@@ -455,6 +491,16 @@ def _dmi(directory: Path, name: str) -> str:
         return (directory / name).read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return ""
+
+
+def _raise_all(failures: Sequence[SourceError], *, is_part: bool) -> NoReturn:
+    """Raise one error for all questions that got no answer; of a part, if others got one."""
+    kind = PartError if is_part else SourceError
+    raise kind("; ".join(map(str, failures))) from failures[0]
+
+
+def _odd_event(event: object) -> SourceError:
+    return SourceError(f"Azure's event cannot be read: {event!r:.300}")
 
 
 def _json_object(reply: _Reply) -> Mapping[str, object]:

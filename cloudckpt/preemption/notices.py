@@ -14,11 +14,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, SupportsFloat, SupportsIndex, cast
 
-__all__ = ["CheckSource", "Notice", "NoticeSource", "SourceError", "Watcher"]
+__all__ = ["CheckSource", "Notice", "NoticeSource", "PartError", "SourceError", "Watcher"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,10 @@ _SAME_S = 1.0
 
 class SourceError(Exception):
     """A source gave no answer, or none that can be believed. It ends in the source's watcher."""
+
+
+class PartError(SourceError):
+    """A part of what a source says could not be had or read; the rest of it was, and counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +92,11 @@ class NoticeSource(Protocol):
         """Ask once, in bounded time, and return or yield what holds now; nothing if all is well.
 
         The same notice may come again and again: it is one, until an answer without it. What was yielded before an
-        error counts.
+        error counts, and what was said before and is not now is withdrawn only by an answer without an error.
 
         Raises:
-            Exception: of any kind; no answer could be had.
+            PartError: a part of the answer could not be had; it is asked for again in the same time.
+            Exception: of any other kind; no answer could be had.
         """
 
 
@@ -103,20 +108,46 @@ class CheckSource:
     def __init__(
         self, check: Callable[[], float | bool | None], *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Ask `check`, which returns something false (no notice), True (no time is known) or the seconds left."""
+        """Ask `check`, which returns something false (no notice), True (no time is known) or the seconds left.
+
+        Numbers and truths of numpy and torch mean the same. Anything else that is true is notice, too, without a time,
+        and is complained of: a false notice costs a save, one that is not heard the work since the last one.
+        """
         self._check = check
         self._clock = clock
 
-    def poll(self) -> Iterable[Notice]:
-        left_s = self._check()
-        if not left_s:
-            return ()
-        if not isinstance(left_s, (int, float)) or math.isnan(left_s):
-            raise SourceError(f"check returned {left_s!r}; it must return None, False, True or the seconds left")
+    def poll(self) -> Iterator[Notice]:
+        said = self._check()
+        complaint = f"check returned {said!r:.200}; it must return None, False, True or the seconds left"
+        try:
+            left_s, is_odd = _meaning(said)
+        except Exception as exc:
+            raise SourceError(complaint) from exc
+        if left_s is None:
+            return
+        if math.isnan(left_s) or left_s == -math.inf:
+            raise SourceError(complaint)
         now_s = self._clock()
-        is_known = left_s is not True and math.isfinite(left_s)
-        deadline_s = now_s + max(0.0, left_s) if is_known else None
-        return (Notice(source="callable", reason="the check says so", deadline_s=deadline_s, received_s=now_s),)
+        deadline_s = now_s + max(0.0, left_s) if math.isfinite(left_s) else None
+        yield Notice(source="callable", reason="the check says so", deadline_s=deadline_s, received_s=now_s)
+        if is_odd:
+            raise PartError(complaint)
+
+
+def _meaning(said: object) -> tuple[float | None, bool]:
+    """Return the seconds left (inf: not known; None: no notice), and whether it is an odd way to say so."""
+    item = getattr(said, "item", None)
+    plain = item() if callable(item) else said  # of numpy's and torch's scalars
+    if not plain:
+        return None, False
+    if plain is True:
+        return math.inf, False
+    if not isinstance(plain, SupportsFloat | SupportsIndex):
+        return math.inf, True
+    try:
+        return float(plain), False
+    except OverflowError:
+        return (math.inf if cast("float", plain) > 0 else -math.inf), False
 
 
 class Watcher:
@@ -145,6 +176,8 @@ class Watcher:
         self._asked_s: float | None = None
         self._complained_s: float | None = None
         self._failures = 0
+        # The kind of trouble that was told last.
+        self._trouble: type[SourceError] | None = None
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -204,9 +237,9 @@ class Watcher:
             if what not in said:
                 self._withdraw(notice)
         self._said = said
-        if self._failures:
+        if self._trouble is not None:
             logger.info("%s answers again; its notices are heard", self.name)
-        self._failures = 0
+        self._failures, self._trouble = 0, None
 
     def _newest(self, notice: Notice) -> Notice:
         """Hand a notice on if it is new, and return what is known of its kind from now on."""
@@ -230,9 +263,14 @@ class Watcher:
         )
 
     def _note_failure(self, exc: BaseException) -> None:
-        self._failures += 1
-        level = logging.WARNING if self._failures == 1 else logging.DEBUG
-        said = str(exc) if isinstance(exc, SourceError) else repr(exc)
-        logger.log(
-            level, "%s gives no answer, so a notice of its would not be heard; it is asked on: %s", self.name, said
+        is_part = isinstance(exc, PartError)
+        self._failures = 0 if is_part else self._failures + 1
+        kind = PartError if is_part else SourceError
+        level = logging.WARNING if self._trouble is not kind else logging.DEBUG
+        self._trouble = kind
+        text = (
+            "%s could be heard in part only; it is asked on: %s"
+            if is_part
+            else "%s gives no answer, so a notice of its would not be heard; it is asked on: %s"
         )
+        logger.log(level, text, self.name, str(exc) if isinstance(exc, SourceError) else repr(exc))

@@ -11,6 +11,7 @@ and nobody exits. No thread keeps a `Preemption` alive that everybody has forgot
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -138,7 +139,8 @@ class Preemption:
                 its own, such as `{SIGTERM: 30, SIGUSR1: 120}` with `--signal=USR1@120`.
             sources: whom else to ask; `auto` for those that this machine has (EC2, GCE, Azure, Slurm).
             check: a function of yours, called in a thread of its own: false for no notice, True for one without a
-                time, or the seconds left. What it says no longer is over once its save is committed.
+                time, or the seconds left; also as numpy or torch say these. Anything else that is true is a notice
+                without a time. What it says no longer is over once its save is committed.
             poll_s: seconds between two questions to a source.
             slurm_lead_s: seconds before the end of a Slurm job at which `auto` gives notice.
             act_on_rebalance: take EC2's rebalance recommendation, which is no certainty, for a notice, too. Otherwise
@@ -160,8 +162,9 @@ class Preemption:
         self._sources = _checked_sources(sources)
         if not (self._signals or sources or check):
             raise OptionsError("signals, sources and check are all empty; give at least one of them")
-        if check is not None and not callable(check):
-            raise OptionsError(f"check is {check!r}; give a function")
+        if check is not None and (not callable(check) or inspect.iscoroutinefunction(check)):
+            # The answer of a coroutine function would always be true.
+            raise OptionsError(f"check is {check!r}; give a plain function, which has a thread of its own")
         self._check = check
         self._poll_s = poll_s
         self._slurm_lead_s = slurm_lead_s

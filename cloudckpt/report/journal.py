@@ -102,15 +102,13 @@ class Entry:
                 )
 
     def committed(self, checkpoint: Checkpoint, *, left_s: float | None = None) -> None:
-        """Note a commit; with the seconds before the end, if the job is about to be preempted."""
+        """Note a commit; with the seconds before the end (below 0: after it), if the job is about to be preempted."""
         elapsed_s = self._elapsed_s()
         self._journal.meter.note_commit(elapsed_s)
         with self._journal.harmless(f"step {checkpoint.step} is saved, but that could not be told"):
             self._say("saved", checkpoint, elapsed_s, phases=_phases(checkpoint))
             if left_s is not None:
-                is_known = not math.isinf(left_s)
-                when = f"{left_s:.1f} s before the end" if is_known else "before an end whose time is not known"
-                logger.warning("rank %d: step %s is safe, %s", self.rank, checkpoint.step, when)
+                logger.warning("rank %d: step %s is safe, %s", self.rank, checkpoint.step, _beside_the_end(left_s))
 
     def restored(self, checkpoint: Checkpoint | None) -> None:
         """Note a restore, or that there was nothing to restore."""
@@ -148,6 +146,13 @@ class Entry:
             f"({as_bytes(checkpoint.total_bytes / max(elapsed_s, 1e-9))}/s){retries}",
             rank=self.rank,
         )
+
+
+def _beside_the_end(left_s: float) -> str:
+    """Say how long before the end it is, or after it."""
+    if math.isinf(left_s):
+        return "before an end whose time is not known"
+    return f"{abs(left_s):.1f} s {'before' if left_s >= 0 else 'after'} the end"
 
 
 def _phases(checkpoint: Checkpoint) -> str:

@@ -57,21 +57,24 @@ class Pruner:
         self._cleaner = cleaner
         self._scope = scope
         self._has_named = False
+        # What the store refuses to delete, and that was raised.
+        self._told: set[str] = set()
 
     def prune_after(self, checkpoint: Checkpoint, line: Line, *, go_on: Callable[[], bool] = lambda: True) -> None:
         """Uncommit what no rule keeps; never the checkpoint that was just committed.
 
         It ends early, between two of them, when `go_on` says so; the rest is left to the next time. One that the store
-        refuses to delete keeps no other one from going. Whatever it raises, also what a rule of the caller's own does,
-        is left to the next save: the checkpoint is safe.
+        refuses to delete keeps no other one from going; it is tried again each time, and raised once. Whatever it
+        raises, also what a rule of the caller's own does, is left to the next save: the checkpoint is safe.
 
         Args:
             checkpoint: the newest of this job.
             line: of which only checkpoints are removed, unless the scope is the root.
             go_on: whether there is time for the next one.
         """
-        refused: StorageError | None = None
-        for old in self._going(checkpoint, line):
+        going = self._going(checkpoint, line)
+        refused: dict[str, StorageError] = {}
+        for old in going:
             if not go_on():
                 return
             try:
@@ -79,11 +82,15 @@ class Pruner:
             except RetryExhaustedError:
                 raise  # the store is away, for the next one, too
             except StorageError as exc:
-                refused = refused or exc
+                refused[old.prefix] = exc
                 continue
             logger.info("pruned step %s of epoch %d", old.step, old.epoch)
-        if refused is not None:
-            raise refused
+        self._told &= refused.keys()
+        news = refused.keys() - self._told
+        # Where nothing goes at all, each save has one more that does not: that is told already.
+        if news and (not self._told or len(refused) < len(going)):
+            self._told |= news
+            raise next(refused[prefix] for prefix in refused if prefix in news)
 
     def _going(self, newest: Checkpoint, line: Line) -> list[Checkpoint]:
         if not self._rules:

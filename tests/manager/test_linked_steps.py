@@ -57,6 +57,22 @@ def test_pruning_deletes_nothing_through_a_link_and_names_it(
         for step in (3, 4, 5):
             manager.save(step, {"w": torch.full((100,), float(step))})
         assert [checkpoint.step for checkpoint in manager.checkpoints()] == [2, 5], "and it keeps no other from going"
+        (trouble,) = manager.report().troubles
     assert objects_below(outside) == before
-    assert "step-0000000002-e0001/manifest.json' in" in caplog.text
-    assert "through a symbolic link" in caplog.text
+    assert caplog.text.count("through a symbolic link") == 1, "once, not at each save"
+    assert "step-0000000002-e0001/manifest.json' in" in trouble
+
+
+def test_another_step_that_cannot_be_deleted_is_named_too(tmp_path: Path, outside: Path) -> None:
+    with CheckpointManager(tmp_path / "root", retention=[KeepLast(1)], prune_grace_s=0) as manager:
+        manager.restore({"w": torch.zeros(100)})
+        for step in (3, 4):
+            manager.save(step, {"w": torch.full((100,), float(step))})
+        moved = (tmp_path / "root/step-0000000004-e0002").rename(tmp_path / "moved too")
+        (tmp_path / "root/step-0000000004-e0002").symlink_to(moved)
+        for step in (5, 6, 7):
+            manager.save(step, {"w": torch.full((100,), float(step))})
+        assert [checkpoint.step for checkpoint in manager.checkpoints()] == [2, 4, 7]
+        first, second = manager.report().troubles
+    assert "step-0000000002-e0001/manifest.json' in" in first
+    assert "step-0000000004-e0002/manifest.json' in" in second

@@ -89,7 +89,8 @@ def action(what: str = "terminate", *, left_s: float = 120.0) -> Answer:
 class MetadataServer(ThreadingHTTPServer):
     """A metadata server; `answers` are what is scripted, `requests` what was asked.
 
-    `is_holding` says whether questions are held back until there is news, `held` how many are at the moment.
+    `is_holding` says whether questions are held back until there is news, `refuses_to_hold` whether asking for that is
+    an error, `held` how many are at the moment.
     """
 
     daemon_threads = True
@@ -102,6 +103,7 @@ class MetadataServer(ThreadingHTTPServer):
         self.tokens: dict[str, float] = {}
         self.ttls: list[int] = []
         self.is_holding = True
+        self.refuses_to_hold = False
         self.held = 0
         self.closing = threading.Event()
 
@@ -139,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._note()
         refusal = self._refusal()
+        if self.server.refuses_to_hold and "wait_for_change" in self._query():
+            refusal = Answer(status=400)
         if refusal is not None:
             self._say(refusal)
             return

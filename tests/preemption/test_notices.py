@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -12,10 +13,15 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
+import torch
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.preemption.clouds import AzureSource, Ec2Source, GceSource, is_azure, is_ec2, is_gce
@@ -162,6 +168,39 @@ def test_an_interruption_is_heard_though_the_recommendation_is_broken(server: Me
     assert [notice.source for notice in heard] == ["ec2 spot instance-action"]
 
 
+@pytest.mark.parametrize("broken", [(ACTION,), (REBALANCE,), (ACTION, REBALANCE)])
+@pytest.mark.parametrize("lie", ["an error", "a refusal", "html", "cut off", "no http"])
+def test_a_question_without_an_answer_keeps_no_other_from_being_asked(
+    server: MetadataServer, broken: tuple[str, ...], lie: str
+) -> None:
+    server.answers |= dict.fromkeys(broken, LIES[lie])
+    server.answers[LIFECYCLE] = Answer(b"Terminated")
+    heard: list[Notice] = []
+
+    Watcher(ec2(server), heard.append, poll_s=5.0).ask()
+
+    assert [notice.source for notice in heard] == ["ec2 auto scaling"]
+
+
+def test_what_is_heard_in_part_is_told_once_and_asked_on_in_the_same_time(
+    server: MetadataServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.answers[ACTION] = Answer(b"oops", 500)
+    watcher = Watcher(ec2(server), print, poll_s=5.0)
+
+    with caplog.at_level(logging.INFO, "cloudckpt.preemption.notices"):
+        waits_s = []
+        for _ in range(3):
+            watcher.ask()
+            waits_s.append(watcher.wait_s)
+        del server.answers[ACTION]
+        watcher.ask()
+
+    assert waits_s == [5.0, 5.0, 5.0]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+    assert f"in part only; it is asked on: {server.url}{ACTION} answered with status 500" in caplog.messages[0]
+
+
 LIES = {
     "html": Answer(b"<html><body>login</body></html>"),
     "empty": Answer(b""),
@@ -209,7 +248,7 @@ def test_a_token_that_is_never_accepted_is_fetched_once_per_poll(server: Metadat
 
     with pytest.raises(SourceError, match="status 401"):
         list(ec2(server).poll())
-    assert [verb for verb, _ in server.requests] == ["PUT", "GET"]
+    assert [verb for verb, _ in server.requests] == ["PUT", "GET", "GET", "GET"]
 
 
 def test_an_endpoint_that_is_not_there_names_the_hop_limit() -> None:
@@ -333,6 +372,27 @@ def test_a_server_that_holds_nothing_back_is_not_asked_again_at_once(server: Met
     assert not source.waits
 
 
+def test_an_etag_that_changes_with_each_answer_is_no_news_and_no_reason_to_ask_at_once(server: MetadataServer) -> None:
+    server.is_holding = False
+    source, waits = gce(server), []
+    for number in range(4):
+        server.answers[PREEMPTED] = Answer(b"FALSE" + b" " * number)  # an ETag of its own
+        list(source.poll())
+        waits.append(source.waits)
+
+    assert waits == [True, False, False, False]
+
+
+def test_a_server_that_refuses_to_hold_questions_back_is_not_asked_again_at_once(server: MetadataServer) -> None:
+    server.refuses_to_hold = True
+    source, waits = gce(server), []
+    for _ in range(4):
+        list(source.poll())
+        waits.append(source.waits)
+
+    assert waits == [True, False, False, False]
+
+
 def test_a_held_back_question_without_a_proper_answer_is_asked_plainly(server: MetadataServer) -> None:
     source = gce(server, held_s=0.2, timeout_s=0.2)
     list(source.poll())
@@ -397,13 +457,64 @@ def test_an_event_that_does_not_end_this_machine_soon_is_no_notice(server: Metad
     assert list(azure(server).poll()) == []
 
 
+def events(*said: object) -> Answer:
+    return Answer(json.dumps({"DocumentIncarnation": 3, "Events": said}).encode())
+
+
+def named(kind: str, not_before: object, **more: object) -> dict[str, object]:
+    return {"EventId": "A", "EventType": kind, "Resources": ["trainer_7"], "NotBefore": not_before, **more}
+
+
+ODD_EVENTS = {
+    "no object": "Preempt",
+    "nothing in it": {},
+    "resources that are none": named("Preempt", "", Resources="trainer_7"),
+    "a kind that nobody knows": named("Vanish", ""),
+    "a time that is none": named("Reboot", "soon"),
+    "a time that is no text": named("Reboot", {"at": 3}),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_EVENTS)
+def test_an_event_that_cannot_be_read_silences_no_other(server: MetadataServer, odd: str) -> None:
+    (preempt,) = json.loads(event("Preempt", 30.0).body)["Events"]
+    server.answers[EVENTS] = events(ODD_EVENTS[odd], preempt)
+    heard: list[Notice] = []
+
+    Watcher(azure(server), heard.append, poll_s=5.0).ask()
+
+    assert [one.source for one in heard if one.deadline_s is not None] == ["azure Preempt"]
+
+
+@pytest.mark.parametrize("not_before", ["soon", 3, {"at": 3}, "2026-13-40T99:99:99Z"])
+def test_an_event_that_ends_this_machine_at_a_time_that_cannot_be_read_is_notice_without_one(
+    server: MetadataServer, caplog: pytest.LogCaptureFixture, not_before: object
+) -> None:
+    server.answers[EVENTS] = events(named("Reboot", not_before))
+    heard: list[Notice] = []
+    watcher = Watcher(azure(server), heard.append, poll_s=5.0)
+
+    for _ in range(3):
+        watcher.ask()
+
+    assert [(one.source, one.deadline_s) for one in heard] == [("azure Reboot", None)]
+    assert len(caplog.messages) == 1
+    assert "Azure's event cannot be read: {'EventId': 'A'" in caplog.messages[0]
+
+
+@pytest.mark.parametrize(("left_s", "deadline_s"), [(30.0, 1_030.0), (86_400.0, None)])
+def test_a_time_in_the_form_of_iso_is_read(server: MetadataServer, left_s: float, deadline_s: float | None) -> None:
+    server.answers[EVENTS] = events(named("Reboot", utc(time.time() + left_s)))
+
+    found = [one.deadline_s for one in azure(server).poll()]
+
+    assert found == ([] if deadline_s is None else [pytest.approx(deadline_s, abs=2.0)])
+
+
 EVENT_LIES = {
     **{name: LIES[name] for name in ("html", "empty", "not an object", "not utf-8", "deep", "huge", "a redirect")},
     **{name: LIES[name] for name in ("an error", "a refusal", "no http", "cut off", "closed")},
     "events that are none": Answer(b'{"Events": ["Preempt"]}'),
-    "a time that is none": Answer(
-        b'{"Events": [{"EventType": "Preempt", "Resources": ["trainer_7"], "NotBefore": "soon"}]}'
-    ),
 }
 
 
@@ -637,13 +748,48 @@ def test_a_check_gives_notice_with_the_seconds_that_it_knows(said: float, deadli
     assert (notice.source, notice.deadline_s) == ("callable", deadline_s)
 
 
-@pytest.mark.parametrize("said", [None, False, 0.0])
-def test_a_check_that_says_nothing_gives_no_notice(said: float | None) -> None:
+PLAIN = [
+    (np.True_, None),
+    (np.int64(30), 1_030.0),
+    (np.float32(30), 1_030.0),
+    (np.array(30), 1_030.0),
+    (np.array([True]), None),
+    (torch.tensor(True), None),
+    (torch.tensor(30), 1_030.0),
+    (torch.tensor(30.0, dtype=torch.bfloat16), 1_030.0),
+    (Fraction(61, 2), 1_030.5),
+    (Decimal(30), 1_030.0),
+    (10**400, None),
+]
+
+
+@pytest.mark.parametrize(("said", "deadline_s"), PLAIN, ids=[repr(said)[:20] for said, _ in PLAIN])
+def test_a_check_is_taken_by_its_meaning(said: Any, deadline_s: float | None) -> None:
+    assert [one.deadline_s for one in CheckSource(lambda: said, clock=fixed_clock).poll()] == [deadline_s]
+
+
+@pytest.mark.parametrize("said", [None, False, 0.0, np.False_, np.int64(0), np.float32(0), torch.tensor(False), [], ""])
+def test_a_check_that_says_nothing_gives_no_notice(said: Any) -> None:
     assert list(CheckSource(lambda: said).poll()) == []
 
 
-@pytest.mark.parametrize("said", ["yes", math.nan, [1]])
-def test_a_check_that_says_nonsense_gives_no_notice(said: float) -> None:
+@pytest.mark.parametrize("said", ["yes", [1], object(), timedelta(seconds=30)])
+def test_a_check_that_says_something_odd_gives_notice_without_a_time_and_is_complained_of_once(
+    caplog: pytest.LogCaptureFixture, said: Any
+) -> None:
+    heard: list[Notice] = []
+    watcher = Watcher(CheckSource(lambda: said), heard.append, poll_s=5.0)
+
+    for _ in range(3):
+        watcher.ask()
+
+    assert [one.deadline_s for one in heard] == [None]
+    assert len(caplog.messages) == 1
+    assert f"check returned {said!r}; it must return None, False, True or the seconds left" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("said", [math.nan, -math.inf, np.float32("nan"), -(10**400), torch.ones(2), np.ones(2)])
+def test_a_check_that_says_nonsense_gives_no_notice(said: Any) -> None:
     with pytest.raises(SourceError, match="check returned"):
         list(CheckSource(lambda: said).poll())
 

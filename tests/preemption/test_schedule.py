@@ -390,6 +390,18 @@ def test_a_preempted_manager_saves_at_the_next_step_and_keeps_everything(
     assert " s before the end" in caplog.text
 
 
+@pytest.mark.parametrize(("left_s", "words"), [(30.0, "30.0 s before the end"), (-10.125, "10.1 s after the end")])
+def test_the_log_says_on_which_side_of_the_end_a_step_became_safe(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, left_s: float, words: str
+) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        checkpoint = manager.save(1, state_of(1))
+        assert checkpoint is not None
+        with caplog.at_level(logging.WARNING):
+            manager._journal.begin(rank=0).committed(checkpoint, left_s=left_s)
+    assert caplog.messages == [f"rank 0: step 1 is safe, {words}"]
+
+
 @pytest.mark.parametrize("how", ["save", "async_save"])
 def test_a_save_that_failed_is_no_reason_not_to_save_before_the_end(tmp_path: Path, how: str) -> None:
     with quiet() as preemption, CheckpointManager(tmp_path, preemption=preemption) as manager:

@@ -448,6 +448,10 @@ def test_by_default_the_sources_of_this_machine_are_asked(monkeypatch: pytest.Mo
 # -- options -----------------------------------------------------------------------------------------------
 
 
+async def a_coroutine() -> bool:
+    return False
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -466,6 +470,7 @@ def test_by_default_the_sources_of_this_machine_are_asked(monkeypatch: pytest.Mo
         ({"sources": "ec2"}, r"^sources is 'ec2'"),
         ({"sources": [3]}, r"^sources is \[3\]"),
         ({"check": 3}, r"^check is 3"),
+        ({"check": a_coroutine}, r"^check is <function a_coroutine.*; give a plain function"),
         ({"poll_s": 0}, r"^poll_s is 0"),
         ({"poll_s": float("nan")}, r"^poll_s is nan"),
         ({"slurm_lead_s": -1.0}, r"^slurm_lead_s is -1\.0"),

@@ -352,6 +352,16 @@ def test_a_newest_manifest_that_the_store_refuses_is_never_passed_over(bucket: B
         manager.restore(state_of(0))
 
 
+def test_where_a_store_lets_nothing_be_deleted_that_is_told_once(bucket: Bucket, job: Open) -> None:
+    client = FaultStore(bucket)
+    client.inject(verbs=["delete"], error=denied, times=None)
+    with job(client, retention=[KeepLast(1)]) as manager:
+        save_steps(manager, *range(6))
+        assert [step for _, step in orders(manager)] == [*range(6)]
+        (trouble,) = manager.report().troubles
+    assert "step 1 is saved, but pruning failed and is left to the next save: injected into delete" in trouble
+
+
 # -- leftovers -----------------------------------------------------------------------------------------------
 
 
