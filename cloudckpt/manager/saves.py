@@ -356,7 +356,10 @@ class Saves:
             return self.options, [home.destination(step, None) for home in self.homes]
         count = len(self.homes)
         # Each root has its share of the time, or the first one, if it is down, would take all of it.
-        deadlines = [Deadline.after(left_s * (place + 1) / count, end.reason) for place in range(count)]
+        # Only where no other root comes after it is it tried until the end.
+        deadlines = [
+            Deadline.after(left_s * place / count, end.reason, is_last=place == count) for place in range(1, count + 1)
+        ]
         return self.options.within(left_s), [
             home.destination(step, deadline) for home, deadline in zip(self.homes, deadlines, strict=True)
         ]

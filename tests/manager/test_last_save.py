@@ -103,3 +103,20 @@ def test_a_look_at_a_root_that_is_down_has_a_part_of_the_time_that_the_save_has(
         stores["memory://first"].hook = None
     assert left_s
     assert max(left_s) <= 1.0, "half of a quarter of what the save has, so that another request fits"
+
+
+@pytest.mark.parametrize("how", ["save", "async_save"])
+def test_the_last_save_is_tried_again_until_the_end_however_often_it_fails(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    stores = two_roots(monkeypatch)
+    options = Options(retry=RetryPolicy(max_attempts=2, backoff_base_s=0.001, backoff_max_s=0.01))
+    with (
+        preempted_in(20.0) as preemption,
+        CheckpointManager("memory://first", options=options, preemption=preemption, progress="off") as manager,
+    ):
+        assert manager.should_save(1)
+        stores["memory://first"].inject(times=40, verbs=["put"])
+        getattr(manager, how)(1, {"w": torch.zeros(3)})
+        manager.wait()
+        assert manager.latest_step() == 1
