@@ -19,15 +19,17 @@ class Deadline:
     Attributes:
         stop_s: when, in monotonic seconds; inf if never, or if nobody knows.
         reason: whose word or which limit it is, for errors and logs: `preemption (SIGTERM)`, `RetryPolicy.deadline_s`.
+        is_last: whether nobody will be there to try again afterwards, so that no number of attempts ends it before.
     """
 
     stop_s: float
     reason: str
+    is_last: bool = False
 
     @classmethod
-    def after(cls, seconds: float, reason: str, *, now_s: float | None = None) -> Deadline:
+    def after(cls, seconds: float, reason: str, *, now_s: float | None = None, is_last: bool = False) -> Deadline:
         """Return the one that is `seconds` after `now_s`, or after now by `time.monotonic`."""
-        return cls(stop_s=(time.monotonic() if now_s is None else now_s) + seconds, reason=reason)
+        return cls(stop_s=(time.monotonic() if now_s is None else now_s) + seconds, reason=reason, is_last=is_last)
 
     def left_s(self, now_s: float) -> float:
         """Return the seconds that are left at `now_s`; below 0 once it has passed."""

@@ -65,7 +65,8 @@ class RetryPolicy:
     """How patient one operation on the store is.
 
     Attributes:
-        max_attempts: requests per operation, at most; those that the store answers with "slower" do not count.
+        max_attempts: requests per operation, at most; those that the store answers with "slower" do not count. While
+            the end of a preemption rules, none does: what it is tried for cannot be done later.
         deadline_s: seconds per operation, waits included. A request gets at most half of what is left, so that
             another one fits behind it.
         request_timeout_s: seconds that one request may stand still, none of its bytes moving. obstore does not show

@@ -41,8 +41,6 @@ logger = logging.getLogger(__name__)
 
 # How often a wait for what is pruned looks whether an end is near.
 _LOOK_S = 0.1
-# How long a root that was down is asked whether it is there again, and the other one which epochs it has.
-_ASK_S = 10.0
 
 Exists = Literal["raise", "skip"]
 """What a save does where this job has committed that step already."""
@@ -68,11 +66,7 @@ class Home:
     def of(cls, store: RetryingStore, pruner: Callable[[Catalog], Pruner], options: Options) -> Home:
         """Put together what a root needs; nothing is asked of it."""
         catalog = Catalog(store)
-
-        def hurried() -> Catalog:
-            return catalog.with_store(store.within(Deadline.after(_ASK_S, "a look at a root that was down")))
-
-        epoch = Epoch(catalog, is_single_writer=options.single_writer, hurried=hurried)
+        epoch = Epoch(catalog, is_single_writer=options.single_writer)
         return cls(store=store, catalog=catalog, pruner=pruner(catalog), epoch=epoch)
 
     def destination(self, step: int, deadline: Deadline | None) -> Destination:
@@ -362,7 +356,10 @@ class Saves:
             return self.options, [home.destination(step, None) for home in self.homes]
         count = len(self.homes)
         # Each root has its share of the time, or the first one, if it is down, would take all of it.
-        deadlines = [Deadline.after(left_s * (place + 1) / count, end.reason) for place in range(count)]
+        # Only where no other root comes after it is it tried until the end.
+        deadlines = [
+            Deadline.after(left_s * place / count, end.reason, is_last=place == count) for place in range(1, count + 1)
+        ]
         return self.options.within(left_s), [
             home.destination(step, deadline) for home, deadline in zip(self.homes, deadlines, strict=True)
         ]

@@ -172,7 +172,7 @@ class Schedule:
         ends = [self.deadline] if self.deadline is not None else []
         if self._preemption is not None:
             ends += [
-                Deadline(stop_s=notice.deadline_s, reason=f"preemption ({notice.source})")
+                Deadline(stop_s=notice.deadline_s, reason=f"preemption ({notice.source})", is_last=True)
                 for notice in self._preemption.pending
                 if notice.deadline_s is not None
             ]
@@ -293,7 +293,7 @@ class Schedule:
         if known is None or stop_s < known.stop_s or known.stop_s <= now_s:
             notice = self._preemption.notice if self._preemption is not None and own_ms <= left_ms else None
             self._source = notice.source if notice is not None else "another rank"
-            self.deadline = Deadline(stop_s=stop_s, reason=f"preemption ({self._source})")
+            self.deadline = Deadline(stop_s=stop_s, reason=f"preemption ({self._source})", is_last=True)
 
     def _answer(self, step: int, facts: _Facts) -> bool:
         """Save anew, unless a save is under way that will do, or after which there is no time for another one.

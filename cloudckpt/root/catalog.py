@@ -169,6 +169,8 @@ class Catalog:
             prefix=prefix,
         )
         self._note(prefix, checkpoint)
+        if prefix:
+            self.claims.note([manifest.epoch])
         return checkpoint
 
     def _note(self, prefix: str, found: _Found) -> None:
@@ -186,6 +188,7 @@ class Catalog:
         """Return (epoch, step) of all attempts below the root, committed or not, by their prefix; newest first."""
         prefixes = self.store.list("", delimiter="/").prefixes
         found = {prefix: place[::-1] for prefix in prefixes if (place := parse_checkpoint_prefix(prefix))}
+        self.claims.note([epoch for epoch, _ in found.values()], are_all=True)
         return dict(sorted(found.items(), key=lambda item: item[1], reverse=True))
 
     def newest_first(self) -> Iterable[Checkpoint | ManifestError]:

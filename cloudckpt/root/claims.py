@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Self
@@ -72,19 +72,49 @@ class _Own:
     seen_s: float | None = None
 
 
+@dataclass(slots=True)
+class _Known:
+    """What a job knows of the epochs of one root.
+
+    Attributes:
+        own: the claims of its own.
+        seen: the highest epoch that it has seen there, claimed or in a prefix, and whether it has looked for all.
+    """
+
+    own: dict[int, _Own] = field(default_factory=dict)
+    seen: tuple[int, bool] = (0, False)
+
+
 class Claims:
     """The epochs of one root."""
 
     def __init__(self, store: Store) -> None:
         """Wrap `store`, which stays the caller's to close."""
         self._store = store
-        self._own: dict[int, _Own] = {}
+        self._known = _Known()
 
     def with_store(self, store: Store) -> Claims:
-        """Return these over another way to the same objects; what is claimed by one, both know."""
+        """Return these over another way to the same objects; what is claimed or seen by one, both know."""
         other = Claims(store)
-        other._own = self._own
+        other._known = self._known
         return other
+
+    @property
+    def seen(self) -> int:
+        """The highest epoch that was ever seen here, also if it is gone since; 0 if none was. No request.
+
+        A root may be out of reach when a new epoch has to be above all of its own.
+        """
+        return self._known.seen[0]
+
+    @property
+    def has_looked(self) -> bool:
+        """Whether all epochs were looked for, at some time."""
+        return self._known.seen[1]
+
+    def note(self, epochs: Iterable[int], *, are_all: bool = False) -> None:
+        """Note of which epochs something stands here; all of which anything does, if that is so."""
+        self._known.seen = max([self.seen, *epochs]), self.has_looked or are_all
 
     def highest(self) -> int:
         """Return the highest epoch that anybody claimed, 0 if nobody did. One listing."""
@@ -120,7 +150,8 @@ class Claims:
             except ObjectExistsError:
                 epoch += 1
                 continue
-            self._own[epoch] = _Own(data)
+            self._known.own[epoch] = _Own(data)
+            self.note([epoch])
             logger.info("claimed epoch %d of %s", epoch, self._store.url)
             return epoch
 
@@ -137,7 +168,7 @@ class Claims:
                 f"epoch {highest} has claimed {self._store.url}{self._claimed_by(highest)}, and this job writes as "
                 f"epoch {epoch}; stop this job, or start it again to take over"
             )
-        own = self._own.get(epoch)
+        own = self._known.own.get(epoch)
         if own is not None:
             self._check_own(epoch, own, found.get(epoch_key(epoch)))
 
@@ -162,7 +193,9 @@ class Claims:
             own.seen_s = info.modified_s
 
     def _listed(self) -> Mapping[str, ObjectInfo]:
-        return {info.key: info for info in self._store.list(EPOCHS_PREFIX).objects}
+        found = {info.key: info for info in self._store.list(EPOCHS_PREFIX).objects}
+        self.note([highest_claim(found)], are_all=True)
+        return found
 
     def _claimed_by(self, epoch: int) -> str:
         """Describe the claimer for people; a claim that cannot be read does not hide the fence."""

@@ -7,21 +7,28 @@ Epoch      of one job on one root: claimed with its first save; then every step 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from cloudckpt.deadline import Deadline
 from cloudckpt.errors import StorageError
 from cloudckpt.format import Manifest, checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.claims import Claims, Line, leading_to
 from cloudckpt.root.replacing import Exists, check_place, replace
-from cloudckpt.store import probe_create, probe_write
+from cloudckpt.store import RetryingStore, probe_create, probe_write
 
 __all__ = ["Destination", "Epoch", "Target", "own_url"]
 
 logger = logging.getLogger(__name__)
+
+# How long a root that may be down is asked whether it is there again, and which epochs it has; of the time that is left
+# to a save, no more than that share, so that the save itself fits behind it, or behind that in the other root.
+_LOOK_S = 10.0
+_LOOK_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +84,8 @@ class Epoch:
 
     A job may have a second root, which takes saves when the first is down, and an epoch there. A save never goes to a
     root in a lower epoch than the job has on the other one: there the next one is claimed first, at least as high. So
-    (epoch, step) tells over both roots which checkpoint is newer.
+    (epoch, step) tells over both roots which checkpoint is newer. A new line is above all that the job has ever seen of
+    either root, whether that can be asked now or not.
 
     The thread of a background save may note a commit while the training's thread asks.
 
@@ -90,19 +98,15 @@ class Epoch:
         is_doubted: whether a save has gone to the other root, because this one was down: it is asked before the next.
     """
 
-    def __init__(
-        self, catalog: Catalog, *, is_single_writer: bool, hurried: Callable[[], Catalog] | None = None
-    ) -> None:
+    def __init__(self, catalog: Catalog, *, is_single_writer: bool) -> None:
         """Nothing is written before the first `take` of a step.
 
         Args:
             catalog: the root's.
             is_single_writer: whether the caller promises that nobody else writes there.
-            hurried: returns the same catalog with little patience, to ask whether the root is there.
         """
         self._catalog = catalog
         self._is_single_writer = is_single_writer
-        self._hurried = hurried or (lambda: catalog)
         self.number = 0
         self.resumed_from: Checkpoint | None = None
         self.newest: Checkpoint | None = None
@@ -161,7 +165,7 @@ class Epoch:
 
     def _take(self, step: int, catalog: Catalog) -> Target:
         if self.is_doubted:
-            probe_write(self._hurried().store)
+            probe_write(self._hurried(catalog).store)
             self.is_doubted = False
         if not self._is_high_enough:
             if self.number == 0:
@@ -177,31 +181,51 @@ class Epoch:
         base = self.newest or self.resumed_from
         link = None if base is None else (base.step, base.epoch)
         here = {epoch for epoch, _ in catalog.places().values()}
-        there = self._there()
+        there = self._there(catalog)
         epochs = None if there.epochs is None else here | there.epochs
         line = self.line
         if base is not None and link is not None and not line.holds(base.order):
             claims = [catalog.claims, *there.claims]
             line = line.joined(leading_to(link, claims, since=min(epochs or {0})))
-        above = max([there.least - 1, *here])
+        above = max([there.above, *here, self._catalog.claims.seen])
         self.number = catalog.claims.claim(above=above, resumed_from=link, links=line.links(epochs))
         for epoch in self._both:
             epoch.line = line
 
-    def _there(self) -> _There:
-        """Look at the job's other root, unless it has claimed an epoch there: then the line is known, too."""
+    def _there(self, by: Catalog) -> _There:
+        """Look at the job's other root, unless it has claimed an epoch there: then the line is known, too.
+
+        A root that cannot be asked still has what was seen of it.
+        """
         if self.beside is None:
-            return _There(1, set())
+            return _There(0, set())
         if self.beside.number:
-            return _There(self.beside.number, None)
-        known = max([*self.line.steps, 0 if self.resumed_from is None else self.resumed_from.epoch])
+            return _There(self.beside.number - 1, None)
+        known = self.beside._catalog.claims  # noqa: SLF001 (its own kind)
         try:
-            catalog = self.beside._hurried()  # noqa: SLF001 (its own kind)
+            catalog = self.beside._hurried(by)  # noqa: SLF001
             epochs = {epoch for epoch, _ in catalog.places().values()}
-            return _There(max([known, catalog.claims.highest(), *epochs]) + 1, epochs, (catalog.claims,))
+            catalog.claims.highest()
+            return _There(known.seen, epochs, (catalog.claims,))
         except StorageError as exc:
-            logger.warning("the epochs of the other root are not known, and taken to be %d: %s", known, exc)
-            return _There(known + 1, None)
+            least = max([*self.line.steps, 0 if self.resumed_from is None else self.resumed_from.epoch])
+            if not known.has_looked:
+                logger.warning(
+                    "nobody knows which epochs the other root of this job has, because it cannot be asked; what stands "
+                    "there of an epoch above %d will be taken for newer than this save: %s",
+                    max(least, self._catalog.claims.seen) + 1,
+                    exc,
+                )
+            return _There(max(least, known.seen), None)
+
+    def _hurried(self, by: Catalog) -> Catalog:
+        """Return this root's catalog with little patience, and no more than a save has whose catalog is `by`."""
+        store, other = self._catalog.store, by.store
+        if not isinstance(store, RetryingStore) or not isinstance(other, RetryingStore):
+            return self._catalog
+        left_s = other.deadline.left_s(time.monotonic())
+        look = Deadline.after(min(_LOOK_S, _LOOK_SHARE * left_s), "a look at a root that was down")
+        return self._catalog.with_store(store.within(look))
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,11 +233,11 @@ class _There:
     """What a job knows of its other root when it claims an epoch.
 
     Attributes:
-        least: the lowest epoch that is not older than anything there.
+        above: the highest epoch that a new one has to be above.
         epochs: of which something stands there; None if nobody has looked.
         claims: those there, to be read.
     """
 
-    least: int
+    above: int
     epochs: set[int] | None
     claims: tuple[Claims, ...] = ()

@@ -92,7 +92,8 @@ class _Means:
 class RetryingStore:
     """A store whose verbs try again: each ends by `policy.deadline_s` and by the deadline that the store was given.
 
-    Of the requests of one operation that fail otherwise than by throttling there are at most `policy.max_attempts`.
+    Of the requests of one operation that fail otherwise than by throttling there are at most `policy.max_attempts`,
+    unless the deadline that rules is the last one that there will ever be: then it is tried until its time is up.
 
     Attributes:
         inner: the store below, whose verbs make one request each.
@@ -411,7 +412,7 @@ class _Call(Generic[T]):
 
     def is_over(self, state: RetryCallState) -> bool:
         """Tell whether the attempts are used up, or the time."""
-        return self._counted >= self._policy.max_attempts or self._is_late
+        return self._is_late or (self._counted >= self._policy.max_attempts and not self._deadline.is_last)
 
     def note_retry(self, state: RetryCallState) -> None:
         """Count a retry, and say why it is needed."""
@@ -421,12 +422,12 @@ class _Call(Generic[T]):
         self._means.recorder.add(self._op, OpStats(retries=int(is_fault)))
         logger.log(
             logging.WARNING if is_fault else logging.DEBUG,
-            "%s of %r: request %d failed, %d of at most %d that count; the next in %.2f s, %.1f s are left (%s: %s)",
+            "%s of %r: request %d failed, %d of at most %s that count; the next in %.2f s, %.1f s are left (%s: %s)",
             self._op,
             self._key,
             self._requests,
             self._counted,
-            self._policy.max_attempts,
+            "any number" if self._deadline.is_last else self._policy.max_attempts,
             self._pause_s,
             self._left_s,
             type(cause).__name__,

@@ -289,6 +289,45 @@ def test_a_job_that_goes_back_to_what_only_the_fallback_has_begins_anew_on_both(
         assert latest.url.startswith(f"file://{tmp_path / 'bucket'}")
 
 
+def test_a_new_line_is_above_all_that_was_seen_of_a_root_that_is_down(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3):
+        with manager_of(tmp_path) as manager:
+            manager.restore(state_of(0))
+            manager.save(step, state_of(step))
+    with manager_of(tmp_path) as manager:
+        manager.restore(state_of(0), 1)
+        with Outage(manager):
+            manager.save(2, state_of(20))
+    with manager_of(tmp_path) as manager:
+        state = state_of(0)
+        manager.restore(state)
+    assert state["config"] == {"step": 20}
+    assert "nobody knows which epochs" not in caplog.text
+
+
+def test_a_new_line_is_above_an_epoch_that_the_job_has_owned_itself(tmp_path: Path) -> None:
+    with manager_of(tmp_path) as manager:
+        manager.save(50, state_of(50))
+        manager.save(100, state_of(100))
+        manager.restore(state_of(0), 50)
+        manager.save(60, state_of(60))
+        manager.restore(state_of(0), 50)
+        with Outage(manager):
+            manager.save(55, state_of(55))
+        assert manager.latest_step() == 55
+    assert_restores(tmp_path, 55)
+
+
+def test_that_nothing_was_ever_seen_of_a_root_that_is_down_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with manager_of(tmp_path) as manager, Outage(manager):
+        manager.save(1, state_of(1))
+    assert "nobody knows which epochs the other root of this job has" in caplog.text
+
+
 def refuse(key: str) -> None:
     raise TransientError(f"503 SlowDown for {key}")
 

@@ -136,6 +136,22 @@ class TestEveryVerb:
         assert caught.value.attempts == POLICY.max_attempts
         assert caught.value.op == verb
 
+    def test_no_number_of_attempts_ends_it_before_a_deadline_that_is_the_last(
+        self, store: RetryingStore, inner: FaultStore, time: Time, verb: str
+    ) -> None:
+        last = store.within(Deadline(stop_s=time.now_s + 90.0, reason="preemption", is_last=True))
+        inner.inject(times=2 * POLICY.max_attempts)
+        assert VERBS[verb](last) == RESULTS[verb]
+
+    def test_attempts_count_where_another_deadline_comes_before_the_last_one(
+        self, store: RetryingStore, inner: FaultStore, time: Time, verb: str
+    ) -> None:
+        last = store.within(Deadline(stop_s=time.now_s + 90.0, reason="preemption", is_last=True))
+        inner.inject(times=None)
+        with pytest.raises(StorageError) as caught:
+            VERBS[verb](last.within(Deadline(stop_s=time.now_s + 80.0, reason="a look")))
+        assert caught.value.attempts == POLICY.max_attempts
+
     def test_a_fault_for_ever_ends_by_the_deadline(
         self, inner: FaultStore, time: Time, store: RetryingStore, verb: str
     ) -> None:
