@@ -200,11 +200,13 @@ class RetryingStore:
     def list(self, prefix: str = "", *, delimiter: str = "", mark: str = "") -> Listing:
         """List all pages from `mark` on; each is tried again by itself, and all end by one deadline."""
         pages: _Pages = []
+        seen: set[str] = set()
         with one_deadline():
             while not pages or mark:
-                pages.append(self._run("list", prefix, partial(self._page, prefix, delimiter, mark)))
-                if pages[-1].mark and pages[-1].mark == mark:
+                if mark in seen:
                     raise StorageError(f"listing {prefix!r} in {self.url} goes round in circles", op="list", key=prefix)
+                seen.add(mark)
+                pages.append(self._run("list", prefix, partial(self._page, prefix, delimiter, mark)))
                 mark = pages[-1].mark
         return Listing.of_pages(pages)
 
