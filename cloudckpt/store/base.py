@@ -72,7 +72,7 @@ class Store(Protocol):
 
     @property
     def endpoint(self) -> str:
-        """The server that the options name (scheme, host and port), or "" for the scheme's own; no credentials."""
+        """The server that the options name (scheme, host, port, path), or "" for the scheme's own; no credentials."""
 
     @property
     def is_create_atomic(self) -> bool:

@@ -132,14 +132,18 @@ def parse_location(url: str) -> Location:
 
 
 def named_endpoint(scheme: str, options: Mapping[str, object]) -> str:
-    """Return the server that fsspec's options or the environment name for `scheme`, without credentials; or ""."""
+    """Return the server that fsspec's options or the environment name for `scheme`, without credentials; or "".
+
+    With its path: one host may have several gateways.
+    """
     inner = options.get("client_kwargs")
     given = [options.get("endpoint_url"), inner.get("endpoint_url") if isinstance(inner, Mapping) else None]
     named = next((str(url) for url in (*given, *map(os.environ.get, _ENDPOINT_VARIABLES.get(scheme, ()))) if url), "")
     parts = urlsplit(named)
     # A profile may name another one, in a file.
     profile = options.get("profile") or os.environ.get("AWS_PROFILE") if scheme == "s3" and not named else ""
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}" if named else f"profile {profile}" if profile else ""
+    server = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+    return server if named else f"profile {profile}" if profile else ""
 
 
 def local_path(url: str | os.PathLike[str]) -> str:

@@ -3,7 +3,8 @@
     eight writers ──▶ one barrier ──▶ one key, eight contents ──▶ exactly one wins, and it is the winner's that stands
 
 One after the other is no proof: some stores look first and write later, and let whoever is between them win, too.
-What has been shown once holds for the process. Any thread may enter.
+A race that faults spoilt is run again, under the same key and with the same bytes: some gateways lose the first answer
+to each request, and pass the next. What has been shown once holds for the process. Any thread may enter.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from cloudckpt.errors import (
 from cloudckpt.options import KIB
 from cloudckpt.store.base import Store
 from cloudckpt.store.limit import one_deadline
+from cloudckpt.store.retrying import RetryingStore
 
 __all__ = ["probe_create", "probe_write"]
 
@@ -38,7 +40,8 @@ _WRITERS = 8
 # A second race is cheap where the first one was; where writers wait for a lock (SeaweedFS: for seconds), one tells.
 _RACES = 3
 _RACING_S = 0.25
-# Where faults spoil some, no more are run than these; where nobody gets an answer, no other.
+# Where faults spoil them, they go on as long as the store's patience; without a retry layer, there are so many. Where
+# nobody gets an answer, there is no other: each writer has used up its patience.
 _RACES_AT_MOST = 5
 # Longer than any thread takes to come; all come, or none is waited for.
 _BARRIER_S = 60.0
@@ -52,8 +55,8 @@ def probe_create(store: Store, *, single_writer: bool = False) -> None:
     """Make sure that of writers who create one object at the same time exactly one wins.
 
     Costs up to three races, each of eight creates and the reads after them, and a delete, once per process, engine,
-    endpoint and bucket. With `single_writer` it costs nothing and proves nothing: the caller promises that nobody else
-    writes there.
+    endpoint and bucket; where faults spoil them, more, until the store's deadline. With `single_writer` it costs
+    nothing and proves nothing: the caller promises that nobody else writes there.
 
     Raises:
         CreateNotEnforcedError: several won, or the store's engine cannot refuse.
@@ -94,19 +97,40 @@ def probe_write(store: Store) -> None:
 
 @one_deadline()
 def _ask(store: Store) -> None:
-    keys: list[str] = []
-    answers, began_s = 0, time.monotonic()
+    keys = [_new_key()]
+    answers, spoilt, began_s = 0, 0, time.monotonic()
     try:
         with ThreadPoolExecutor(_WRITERS, thread_name_prefix="cloudckpt-probe") as pool:
             while not answers or (answers < _RACES and time.monotonic() - began_s < _RACING_S):
-                keys.append(f"probe-{secrets.token_hex(16)}")
                 ends = _race(store, keys[-1], pool)
-                answers += _is_answered(store, keys[-1], ends)
+                if _is_answered(store, keys[-1], ends):
+                    answers += 1
+                    keys.append(_new_key())
+                    continue
+                spoilt += 1
                 is_mute = not any(end.error is None or end.is_refused for end in ends)
-                if not answers and (is_mute or len(keys) == _RACES_AT_MOST):
-                    raise _undecided(store, keys[-1], ends)
+                if not answers and (is_mute or not _may_go_on(store, spoilt)):
+                    raise _undecided(store, keys[-1], ends, spoilt=spoilt, elapsed_s=time.monotonic() - began_s)
+                _free(store, keys)
     finally:
         _remove(store, keys)
+
+
+def _new_key() -> str:
+    return f"probe-{secrets.token_hex(16)}"
+
+
+def _may_go_on(store: Store, spoilt: int) -> bool:
+    """Wait before another race, and tell whether there is time for one."""
+    return store.pause(spoilt) if isinstance(store, RetryingStore) else spoilt < _RACES_AT_MOST
+
+
+def _free(store: Store, keys: list[str]) -> None:
+    """Let the next race have the last key again; another one, where it cannot be deleted."""
+    try:
+        store.delete(keys[-1:])
+    except StorageError:
+        keys.append(_new_key())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +147,13 @@ class _End:
         if isinstance(self.error, CommitUnknownError):
             return self.error.is_taken  # who may write and not read cannot see whose object it is
         return isinstance(self.error, ObjectExistsError) and not isinstance(self.error.__cause__, TransientError)
+
+    @property
+    def fault(self) -> BaseException | None:
+        """What kept the store's own answer away from a writer that has none."""
+        if self.error is None or self.is_refused:
+            return None
+        return self.error if isinstance(self.error, _FAULTS) else self.error.__cause__
 
 
 def _race(store: Store, key: str, pool: ThreadPoolExecutor) -> list[_End]:
@@ -159,11 +190,14 @@ def _is_answered(store: Store, key: str, ends: Sequence[_End]) -> bool:
     return True
 
 
-def _undecided(store: Store, key: str, ends: Sequence[_End]) -> StorageError:
-    fault = next((end.error for end in ends if isinstance(end.error, _FAULTS)), None)
+def _undecided(store: Store, key: str, ends: Sequence[_End], *, spoilt: int, elapsed_s: float) -> StorageError:
+    fault = next((end.fault for end in ends if end.fault is not None), None)
+    won, refused = sum(end.error is None for end in ends), sum(end.is_refused for end in ends)
     error = StorageError(
-        f"creates of {key!r} on {store.url} met faults each time, so nobody knows whether the store refuses to "
-        f"overwrite; try again when it is well ({fault or 'every one was refused'})",
+        f"nobody knows whether {store.url} refuses to overwrite, so nothing was saved: {spoilt} times in "
+        f"{elapsed_s:.1f} s {len(ends)} writers raced to create {key!r}, and faults spoilt it. The last time {won} "
+        f"found their own bytes there, the store itself refused {refused}, and {len(ends) - won - refused} had no "
+        f"answer to their create{'' if fault is None else f' ({fault})'}; try again when it is well",
         op="create",
         key=key,
     )

@@ -62,6 +62,8 @@ _DELETE_LIMIT = 1000
 _SHARE = 0.5
 # Less is no request: a connection alone takes about as long.
 _LEAST_S = 0.1
+# A row of several operations.
+_LEAST_ROW_S = 1.0
 # A request took its whole limit, or so nearly that no other fault can be meant.
 _NEARLY = 0.9
 # How long to stay away from a closed gate: a request takes about as long, and no two threads come together.
@@ -201,11 +203,13 @@ class RetryingStore:
     def list(self, prefix: str = "", *, delimiter: str = "", mark: str = "") -> Listing:
         """List all pages from `mark` on; each is tried again by itself, and all end by one deadline."""
         pages: _Pages = []
+        seen: set[str] = set()
         with one_deadline():
             while not pages or mark:
-                pages.append(self._run("list", prefix, partial(self._page, prefix, delimiter, mark)))
-                if pages[-1].mark and pages[-1].mark == mark:
+                if mark in seen:
                     raise StorageError(f"listing {prefix!r} in {self.url} goes round in circles", op="list", key=prefix)
+                seen.add(mark)
+                pages.append(self._run("list", prefix, partial(self._page, prefix, delimiter, mark)))
                 mark = pages[-1].mark
         return Listing.of_pages(pages)
 
@@ -233,6 +237,19 @@ class RetryingStore:
         if refused is not None:
             raise refused
 
+    def pause(self, number: int) -> bool:
+        """Wait before a row of operations begins again for the `number`th time; False, at once, if its time is over.
+
+        As between requests: random below a bound that doubles, and no longer than leaves time for another operation.
+        """
+        policy, means = self._policy, self._means
+        left_s = self._end().left_s(means.clock())
+        bound_s = min(policy.backoff_max_s, policy.backoff_base_s * 2.0 ** min(number, 64), _SHARE * left_s)
+        if left_s < _LEAST_ROW_S:
+            return False
+        means.sleep(means.rng.uniform(0.0, bound_s))
+        return True
+
     def refresh(self) -> None:
         self.inner.refresh()
 
@@ -246,9 +263,7 @@ class RetryingStore:
         return self._means.recorder.snapshot()
 
     def _run(self, op: str, key: str, request: Callable[[], T], size_of: Callable[[T], int] = lambda _: 0) -> T:
-        limit = Deadline.after(self._policy.deadline_s, "RetryPolicy.deadline_s", now_s=self._means.clock())
-        deadline = earliest(self.deadline.earlier(limit))
-        call = _Call(self._means, self._policy, deadline, op, key, request, size_of)
+        call = _Call(self._means, self._policy, self._end(), op, key, request, size_of)
         retrying = Retrying(
             retry=retry_if_exception_type(_AgainError),
             stop=call.is_over,
@@ -265,6 +280,11 @@ class RetryingStore:
             raise
         finally:
             call.release()
+
+    def _end(self) -> Deadline:
+        """Return the deadline of an operation that begins now."""
+        limit = Deadline.after(self._policy.deadline_s, "RetryPolicy.deadline_s", now_s=self._means.clock())
+        return earliest(self.deadline.earlier(limit))
 
 
 # The store has a verb `list`, so that its methods cannot name the type.

@@ -162,7 +162,7 @@ class S3Wire(OnLoop):
                 for item in reply.get("Contents", ())
             ],
             prefixes=[item["Prefix"] for item in reply.get("CommonPrefixes", ())],
-            mark=reply["NextContinuationToken"] if reply.get("IsTruncated") else "",
+            mark=_mark_of(reply),
         )
 
     def delete(self, names: Sequence[str]) -> dict[str, str | Exception]:
@@ -337,6 +337,14 @@ def _check_echo(reply: Mapping[str, Any], asked: Mapping[str, str]) -> None:
             )
     if reply.get("EncodingType", "url") not in ("", "url"):
         raise GarbledReplyError("the reply is a listing in an unknown encoding")
+
+
+def _mark_of(reply: Mapping[str, Any]) -> str:
+    """Return where the next page begins, or "" after the last one; a page that says neither is none."""
+    mark = str(reply.get("NextContinuationToken") or "")
+    if reply.get("IsTruncated") and not mark:
+        raise GarbledReplyError("the reply says that there is more, and not where")
+    return mark if reply.get("IsTruncated", bool(mark)) else ""
 
 
 def _check_document(name: str, response_dict: Mapping[str, Any], **_: object) -> None:

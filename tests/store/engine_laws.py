@@ -308,6 +308,15 @@ class EngineLaws:
             store.list("a/", delimiter="/")
         assert server.count() == 1
 
+    def test_a_page_that_says_that_there_is_more_leads_on(self, server: ObjectServer, store: Store) -> None:
+        for number in range(12):
+            server.put_object(f"root/k{number:02d}", b"")
+        server.unheard = frozenset({"continuation-token", "pageToken"})
+        first = store.list("k")
+        assert (len(first.objects), first.mark != "") == (5, True)
+        with suppress(TransientError):  # a store that echoes the mark is found out at once
+            assert store.list("k", mark=first.mark).mark == first.mark  # the others by their marks
+
     @pytest.mark.parametrize("prefix", ["", "a/", "a", "a b+c%20/", "none/"])
     @pytest.mark.parametrize("delimiter", ["", "/"])
     @pytest.mark.parametrize("echoes", [True, False], ids=["echoed", "not echoed"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,7 +44,21 @@ def layer(request: pytest.FixtureRequest) -> str:
 def over(inner: FaultStore, layer: str) -> Store:
     if layer == "raw":
         return inner
-    return RetryingStore(inner, RetryPolicy(), sleep=lambda _: None, rng=random.Random(0))
+    time = Time()
+    return RetryingStore(inner, RetryPolicy(), sleep=time.sleep, clock=time.clock, rng=random.Random(0))
+
+
+class Time:
+    """A clock that moves only by sleeping."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
 
 
 def test_a_store_that_refuses_to_overwrite_passes_and_keeps_nothing(layer: str) -> None:
@@ -95,6 +111,49 @@ def test_a_store_that_never_answers_the_question_is_not_passed(enforces_create: 
         probe_create(over(inner, "retrying"))
 
 
+class Losing(FaultStore):
+    """A gateway that loses the answer to the first create of each object by each writer, `times` times."""
+
+    def __init__(self, bucket: Bucket, times: int) -> None:
+        super().__init__(bucket)
+        self.seen: Counter[tuple[str, bytes]] = Counter()
+        self.times = times
+
+    def create(self, key: str, data: bytes) -> None:
+        with self.bucket.lock:
+            self.seen[key, data] += 1
+            is_lost = self.seen[key, data] <= self.times
+        with suppress(ObjectExistsError):
+            super().create(key, data)
+            if not is_lost:
+                return
+        if is_lost:
+            raise TransientError("502", op="create", key=key)
+        raise ObjectExistsError(f"{key!r} is taken", op="create", key=key)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_gateway_that_loses_first_answers_passes_in_a_later_race(times: int) -> None:
+    inner = Losing(Bucket(), times)
+    probe_create(over(inner, "retrying"))
+    assert inner.bucket.raw_list() == []
+
+
+def test_a_store_that_overwrites_behind_such_a_gateway_is_refused() -> None:
+    with pytest.raises(CreateNotEnforcedError):
+        probe_create(over(Losing(Bucket(enforces_create=False), 1), "retrying"))
+
+
+def test_races_that_stay_undecided_go_on_until_the_deadline_and_are_told_as_they_were() -> None:
+    time = Time()
+    store = RetryingStore(
+        Losing(Bucket(), 10**6), RetryPolicy(deadline_s=60.0), sleep=time.sleep, clock=time.clock, rng=random.Random(0)
+    )
+    with pytest.raises(StorageError, match=r"1 found their own bytes there, the store itself refused 0, and 7 .*502"):
+        probe_create(store)
+    assert 1040.0 < time.now_s <= 1060.0
+
+
 def test_a_bucket_is_asked_once_whatever_the_root() -> None:
     for root in ("a", "b", "a/b"):
         inner = FaultStore(url=f"s3://bucket/{root}")
@@ -103,7 +162,7 @@ def test_a_bucket_is_asked_once_whatever_the_root() -> None:
 
 
 def test_another_endpoint_is_asked_for_itself() -> None:
-    for endpoint in ("", "http://one:9000", "http://two:9000"):
+    for endpoint in ("", "http://one:9000", "http://two:9000", "http://one:9000/other"):
         inner = FaultStore(url="s3://bucket/a", endpoint=endpoint)
         probe_create(inner)
         assert inner.op_count > 0
@@ -119,6 +178,8 @@ def test_another_endpoint_is_asked_for_itself() -> None:
         ({"endpoint_url": "http://one:9000/"}, {"AWS_ENDPOINT_URL": "http://two"}, "http://one:9000"),
         ({"client_kwargs": {"endpoint_url": "https://one"}}, {}, "https://one"),
         ({"endpoint_url": "http://user:secret@one:9000"}, {}, "http://one:9000"),
+        ({"endpoint_url": "http://user:secret@one:9000/good/"}, {}, "http://one:9000/good"),
+        ({}, {"AWS_ENDPOINT_URL": "http://two/a/b"}, "http://two/a/b"),
         ({}, {"AWS_ENDPOINT_URL": "http://two"}, "http://two"),
         ({}, {"AWS_ENDPOINT_URL_S3": "http://three", "AWS_ENDPOINT_URL": "http://two"}, "http://three"),
         ({"profile": "minio"}, {}, "profile minio"),

@@ -166,6 +166,17 @@ def test_an_empty_listing_that_answers_another_question_is_not_believed(
     store.close()
 
 
+@pytest.mark.parametrize("engine", ENGINES[:2])
+@pytest.mark.parametrize("token", ["", "<NextContinuationToken/>"], ids=["none", "empty"])
+def test_a_page_before_another_says_where_that_begins(server: ObjectServer, engine: Engine, token: str) -> None:
+    body = f"<ListBucketResult><IsTruncated>true</IsTruncated>{token}</ListBucketResult>"
+    server.inject(Fault(status=200, body=body.encode()))
+    store = engine.open(server)
+    with pytest.raises(TransientError, match="and not where"):
+        store.list()
+    store.close()
+
+
 def opened(server: ObjectServer, engine: Engine, **more: Any) -> cloudckpt.CheckpointManager:
     """Open a manager with little patience on a root of the server."""
     return cloudckpt.CheckpointManager(

@@ -413,8 +413,12 @@ class TestDeadline:
             retrying(paged, time, RetryPolicy(max_attempts=99, deadline_s=10.0)).list("many/")
         assert time.now_s - 1000.0 <= 10.0
 
-    def test_a_listing_that_leads_back_to_the_same_page_is_an_error(self, inner: FaultStore, time: Time) -> None:
-        inner.list = lambda *_, **__: Listing(mark="same")  # type: ignore[method-assign, assignment, return-value]
+    @pytest.mark.parametrize("circle", ["A", "AB", "ABC"])
+    def test_a_listing_that_leads_back_to_a_page_before_is_an_error(
+        self, inner: FaultStore, time: Time, circle: str
+    ) -> None:
+        marks = itertools.cycle(circle)
+        inner.list = lambda *_, **__: Listing(mark=next(marks))  # type: ignore[method-assign, assignment, return-value]
         with pytest.raises(StorageError, match="circles"):
             retrying(inner, time).list()
 
