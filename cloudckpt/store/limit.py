@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from contextvars import ContextVar, copy_context
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from cloudckpt.deadline import NEVER, Deadline
+from cloudckpt.store.aside import begun
 
 __all__ = ["Errand", "Limit", "earliest", "is_limited", "limit_now", "limited", "one_deadline"]
 
@@ -91,24 +92,13 @@ class Errand(Generic[T]):
         with self._lock:
             future = self._under_way
             if future is None or future.done():
-                self._under_way = future = Future()
-                arguments = (_settle, future, call)
-                threading.Thread(
-                    target=copy_context().run, args=arguments, name="cloudckpt-errand", daemon=True
-                ).start()
+                self._under_way = future = begun(call, name="errand")
         try:
             return future.result(timeout=_ERRAND_SHARE * limit_now().left_s())
         finally:
             with self._lock:
                 if future.done() and self._under_way is future:
                     self._under_way = None  # what it brought is the caller's alone
-
-
-def _settle(future: Future[T], call: Callable[[], T]) -> None:
-    try:
-        future.set_result(call())
-    except BaseException as exc:  # noqa: BLE001 - the end of a thread's work: raised by each who waits
-        future.set_exception(exc)
 
 
 @dataclass(slots=True, eq=False)

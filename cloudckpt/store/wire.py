@@ -27,6 +27,7 @@ import fsspec.asyn
 from aiohttp import payload
 
 from cloudckpt.errors import OptionsError
+from cloudckpt.store.aside import pinned
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, pieces, place
 from cloudckpt.store.classify import CredentialKind
@@ -167,6 +168,9 @@ async def _bounded(request: Coroutine[object, object, T], limit: Limit) -> T:
             await asyncio.wait({task}, timeout=_GRACE_S)
             if task.done() and not task.cancelled():
                 task.exception()  # what it says of its cancellation; asyncio would complain that nobody heard it
+    if not task.cancelled() and (error := task.exception()) is not None:
+        pinned(error)  # the caller's thread raises it once more
+        del error
     return task.result()
 
 

@@ -549,6 +549,15 @@ class EngineLaws:
         assert {verb for verb in VERBS if "no object store answered" not in str(_refusal(store, verb))} <= {"get"}
 
     @pytest.mark.parametrize("verb", VERBS)
+    def test_what_the_caller_was_handling_does_not_hide_the_cause(
+        self, server: ObjectServer, store: Store, verb: str
+    ) -> None:
+        target = f"http://localhost:{server.port}/login"
+        server.inject(Fault(status=302, code="", body=b"", headers={"Location": target}), times=-1)
+        error = while_handling(ValueError("the loss is nan"), lambda: _refusal(store, verb))
+        assert "no object store answered" in str(error)
+
+    @pytest.mark.parametrize("verb", VERBS)
     @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
     def test_no_redirect_to_another_host_is_followed(
         self, server: ObjectServer, store: Store, elsewhere: ObjectServer, verb: str, status: int

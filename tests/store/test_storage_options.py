@@ -7,6 +7,7 @@ import hashlib
 import ssl
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from cloudckpt.store.obstore import ObstoreStore
 from cloudckpt.store.obstore_s3 import S3Options, _where
 from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.store.terms import PutTerms
-from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, Engine
+from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, VERBS, Engine
+from tests.store.handling import while_handling
 from tests.store.http_object_server import ObjectServer
 
 ON_S3 = [pytest.param(S3FS, id="s3fs"), pytest.param(OBSTORE_S3, id="obstore")]
@@ -396,12 +398,18 @@ def test_a_certificate_is_trusted_where_the_options_say_so(
         store.close()
 
 
+@pytest.mark.parametrize("verb", ["create", "list"])
+@pytest.mark.parametrize("is_handling", [False, True])
 @pytest.mark.parametrize("engine", ON_S3)
-def test_a_certificate_that_nobody_vouches_for_is_refused_for_good(engine: Engine, certificate: Path) -> None:
+def test_a_certificate_that_nobody_vouches_for_is_refused_for_good(
+    engine: Engine, certificate: Path, verb: str, is_handling: bool
+) -> None:
     with _TlsServer(certificate) as server:
         store = engine.open(server)
+        ask = partial(VERBS[verb], store)
+        call = partial(while_handling, ValueError("the loss is nan"), ask) if is_handling else ask
         with pytest.raises(StorageError, match="certificate") as caught:
-            store.create("k", b"x")
+            call()
         store.close()
     assert not isinstance(caught.value, TransientError)
     assert not caught.value.may_have_landed
