@@ -161,7 +161,7 @@ class _Search:
         """Tell a checkpoint that was removed while it was read from one that lost a shard."""
         if checkpoint is None or not isinstance(error, MissingShardError):
             return error
-        if self._roots.catalog_of(checkpoint).is_taken(checkpoint.prefix):
+        if self._roots.stands(checkpoint):
             return error
         return MissingShardError(f"{checkpoint.url} was pruned while it was read; restore a newer one", key=error.key)
 

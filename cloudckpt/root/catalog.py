@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -48,6 +48,7 @@ from cloudckpt.format import (
 from cloudckpt.root.absence import what_is_there
 from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable, best_first
 from cloudckpt.root.claims import Claims
+from cloudckpt.root.looking import Walk
 from cloudckpt.root.removal import delete_below
 from cloudckpt.store import Store, one_deadline
 
@@ -191,19 +192,35 @@ class Catalog:
         self.claims.note([epoch for epoch, _ in found.values()], are_all=True)
         return dict(sorted(found.items(), key=lambda item: item[1], reverse=True))
 
-    def newest_first(self) -> Iterable[Checkpoint | ManifestError]:
+    def newest_first(self) -> Iterator[Checkpoint | ManifestError]:
         """Yield committed checkpoints from the newest down, reading each manifest only when it is asked for.
 
-        One that cannot be read is yielded as its error, so that the caller decides; a store that cannot be
-        reached raises. A manifest of a newer format raises `FormatVersionError`: going past it would silently
-        go back in time.
+        One that has gone when the next one is asked for is followed by what is newer by now. One that cannot be read is
+        yielded as its error, so that the caller decides; a store that cannot be reached raises. A manifest of a newer
+        format raises `FormatVersionError`: going past it would silently go back in time.
         """
-        for prefix in self.places():
-            found = self._tried(prefix)
+        walk: Walk[Checkpoint | ManifestError] = self._walk(self._tried)
+        for found in walk.newest_first(self._again):
             if isinstance(found, FormatVersionError):
                 raise found
-            if found is not None:
-                yield found
+            yield found
+
+    def _walk(self, look: Callable[[str], _Result | None]) -> Walk[_Result]:
+        return Walk(self.store.url, self.places, look, self._is_decided)
+
+    def _is_decided(self, prefix: str) -> bool:
+        with self._memory.lock:
+            return prefix in self._memory.voids
+
+    def _again(self, prefix: str, found: Checkpoint | ManifestError) -> Checkpoint | ManifestError | None:
+        if isinstance(found, ManifestError):
+            return found
+        now = self._tried(prefix)
+        return found if isinstance(now, Checkpoint) and now.digest == found.digest else now
+
+    def is_still(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether a checkpoint is what is committed at its place, by another look. One request."""
+        return self._again(checkpoint.prefix, checkpoint) is checkpoint
 
     def _tried(self, prefix: str) -> Checkpoint | ManifestError | None:
         try:
@@ -247,10 +264,12 @@ class Catalog:
     def survey(self) -> Survey:
         """Look at all that stands below the root. One listing, and one request for each prefix.
 
-        A manifest that was read before is looked for, and not read again. One that cannot be read is told apart, and
+        Where the newest are not committed, they are looked at again, and the root is listed again. A manifest that was
+        read before is looked for, and not read again. One that cannot be read is told apart, and
         named once in the log; a store that cannot be reached raises `StorageError`.
         """
-        return self._survey(self.places(), self._see)
+        walk: Walk[Checkpoint | Unreadable] = self._walk(self._see)
+        return Survey.of(walk.all(lambda prefixes: self._each(prefixes, self._see)))
 
     def recall(self, prefixes: Iterable[str]) -> Survey:
         """Return what stands under these prefixes as far as it is remembered; only new ones are looked at.

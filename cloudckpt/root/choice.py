@@ -11,7 +11,8 @@ from typing import Literal
 
 from cloudckpt.errors import IntegrityError, OptionsError
 from cloudckpt.format import step_number
-from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.checkpoint import Checkpoint, best_first
+from cloudckpt.root.looking import LISTINGS
 from cloudckpt.root.retention import KeepBest, RetentionRule
 from cloudckpt.root.roots import Roots
 
@@ -54,12 +55,14 @@ class Choice:
             for candidate in self.roots.newest_first():
                 is_empty = False
                 yield candidate
-            if is_empty and self.roots.catalogs[0].is_taken(""):
-                raise OptionsError(
-                    f"{self.roots.url} is one checkpoint, not a root of checkpoints; load it with "
-                    "cloudckpt.load, or give the URL of the root"
-                )
+            if is_empty:
+                self._check_fresh()
         elif isinstance(self.wanted, Checkpoint):
+            if not any(one.holds(self.wanted) for one in self.roots.catalogs):
+                raise OptionsError(
+                    f"{self.wanted.url} is no checkpoint of {self.roots.url}; load it with "
+                    "cloudckpt.load(state, checkpoint.url), or restore it with a manager of its own root"
+                )
             yield self.wanted
         elif isinstance(self.wanted, str):
             yield from self._best()
@@ -73,6 +76,35 @@ class Choice:
                 f"step {self.wanted!r} says nothing here; give 'latest', a step, manager.best('name'), or 'best' with "
                 "a KeepBest rule in retention"
             )
-        best = self.roots.best(rule.metric, rule.mode)
-        if best is not None:
+        for _ in range(LISTINGS):
+            found = self.roots.all()
+            if not found:
+                self._check_fresh()
+                return
+            best = next(iter(best_first(found, rule.metric, rule.mode)), None)
+            if best is None:
+                raise OptionsError(_no_best(found, rule.metric))
             yield best
+            if self.roots.stands(best):
+                return
+
+    def _check_fresh(self) -> None:
+        """Refuse to call it a fresh start where no checkpoint is found, and one was, or where is no root."""
+        if self.roots.catalogs[0].is_taken(""):
+            raise OptionsError(
+                f"{self.roots.url} is one checkpoint, not a root of checkpoints; load it with "
+                "cloudckpt.load, or give the URL of the root"
+            )
+
+
+def _no_best(found: Sequence[Checkpoint], metric: str) -> str:
+    """Say why none of these is the best."""
+    there = sorted({name for one in found for name in one.metrics})
+    if metric in there:
+        why = f"{metric!r} is nan wherever a checkpoint has it"
+    else:
+        why = f"no checkpoint has {metric!r}; they have {', '.join(map(repr, there)) or 'no metrics'}"
+    return (
+        f"none of the {len(found)} checkpoints is the best: {why}. Restore 'latest' or a step, or give the KeepBest "
+        "rule a metric that `save` gets"
+    )

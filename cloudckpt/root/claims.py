@@ -166,7 +166,8 @@ class Claims:
         if highest > epoch:
             raise FencedError(
                 f"epoch {highest} has claimed {self._store.url}{self._claimed_by(highest)}, and this job writes as "
-                f"epoch {epoch}; stop this job, or start it again to take over"
+                f"epoch {epoch}; stop this job, or start it again to take over: a new manager does, a restore with "
+                "this one does not"
             )
         own = self._known.own.get(epoch)
         if own is not None:

@@ -113,6 +113,8 @@ class Epoch:
         self.line = Line()
         self.beside: Epoch | None = None
         self.is_doubted = False
+        # What this job has claimed here last, also when it goes on in a newer epoch.
+        self._claimed = 0
         self._deleted: set[int] = set()
 
     def step(self, step: int, catalog: Catalog) -> Destination:
@@ -132,14 +134,13 @@ class Epoch:
     def resume(self, checkpoint: Checkpoint | None) -> None:
         """Go on from a checkpoint, on both roots; from any but the one that the next save follows, in a new epoch.
 
-        Not from one of a newer epoch: this job is fenced, and stays so.
+        The new one is above that of the checkpoint, whoever put it there; but a job that is fenced claims none.
         """
         base = self.newest or self.resumed_from
         is_base = checkpoint is base or (checkpoint is not None and base is not None and checkpoint.order == base.order)
-        is_fenced = checkpoint is not None and checkpoint.epoch > max(epoch.number for epoch in self._both)
         for epoch in self._both:
             epoch.resumed_from = checkpoint
-            if not is_base and not is_fenced:
+            if not is_base:
                 epoch.number, epoch.newest = 0, None
 
     @property
@@ -177,7 +178,12 @@ class Epoch:
         return Target(catalog=catalog, prefix=prefix, step=step, epoch=self.number)
 
     def _claim(self, catalog: Catalog) -> None:
-        """Claim an epoch that is newer than all that the job knows of both roots; then its line is known, too."""
+        """Claim an epoch that is newer than all that the job knows of both roots; then its line is known, too.
+
+        A job that has lost a root to a newer one does not take it back.
+        """
+        if self._claimed:
+            catalog.claims.fence(self._claimed)
         base = self.newest or self.resumed_from
         link = None if base is None else (base.step, base.epoch)
         here = {epoch for epoch, _ in catalog.places().values()}
@@ -187,8 +193,9 @@ class Epoch:
         if base is not None and link is not None and not line.holds(base.order):
             claims = [catalog.claims, *there.claims]
             line = line.joined(leading_to(link, claims, since=min(epochs or {0})))
-        above = max([there.above, *here, self._catalog.claims.seen])
+        above = max([there.above, 0 if base is None else base.epoch, *here, self._catalog.claims.seen])
         self.number = catalog.claims.claim(above=above, resumed_from=link, links=line.links(epochs))
+        self._claimed = self.number
         for epoch in self._both:
             epoch.line = line
 

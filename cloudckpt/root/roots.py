@@ -39,6 +39,10 @@ class Roots:
         """Return the catalog of the root that holds a checkpoint; the first, if none does."""
         return next((one for one in self.catalogs if one.holds(checkpoint)), self.catalogs[0])
 
+    def stands(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether a checkpoint is still the one that is committed there; it may have been pruned meanwhile."""
+        return self.catalog_of(checkpoint).is_still(checkpoint)
+
     def newest_first(self) -> Iterator[Checkpoint | ManifestError]:
         """Yield what all roots hold from the newest down, as `Catalog.newest_first` does."""
         ways = [one.newest_first() for one in self.catalogs]

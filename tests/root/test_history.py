@@ -127,6 +127,36 @@ def test_a_claim_that_a_listing_does_not_show_yet_is_still_ours(bucket: Bucket, 
         assert manager.restore(state_of(0), step=manager._saves.homes[0].epoch.newest) is not None
 
 
+def test_what_was_copied_here_without_a_claim_fences_nobody_and_is_followed_by_a_newer_epoch(
+    bucket: Bucket, job: Open
+) -> None:
+    with job() as manager:
+        save_steps(manager, 1)
+        source = Bucket()
+        with job(FaultStore(source)) as other:
+            save_steps(other, 1)
+        with job(FaultStore(source)) as other:
+            other.restore(state_of(0))
+            save_steps(other, 30)
+        bucket.objects.update({key: one for key, one in source.objects.items() if key.startswith("step-0000000030")})
+        manager.restore(state_of(0))
+        save_steps(manager, 31, 32)
+        assert orders(manager) == [(1, 1), (2, 30), (3, 31), (3, 32)]
+
+
+def test_a_fenced_job_does_not_take_the_root_back_by_a_restore(job: Open) -> None:
+    with job() as old:
+        save_steps(old, 10, 20)
+        with job() as new:
+            new.restore(state_of(0))
+            save_steps(new, 30)
+            old.restore(state_of(0), 10)
+            with pytest.raises(FencedError, match="a new manager does, a restore with this one does not"):
+                save_steps(old, 11)
+            save_steps(new, 40)
+            assert orders(new) == [(1, 10), (1, 20), (2, 30), (2, 40)]
+
+
 # -- what is kept is there -----------------------------------------------------------------------------------
 
 
