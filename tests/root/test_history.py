@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cloudckpt import (
+    CheckpointExistsError,
     CheckpointManager,
     CheckpointNotFoundError,
     FencedError,
@@ -287,6 +288,39 @@ def test_a_job_that_restores_the_newest_of_a_newer_job_stays_fenced(bucket: Buck
         assert restored.order == (2, 2)
         with pytest.raises(FencedError):
             save_steps(old, 3)
+
+
+def test_a_save_below_the_newest_step_is_the_newest_and_stays(job: Open, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), job(retention=2) as manager:
+        save_steps(manager, 100, 200, 300)
+        for step in (10, 20, 5):
+            save_steps(manager, step)
+            assert manager.latest_step() == step
+        assert orders(manager) == [(2, 20), (3, 5)]
+    assert len([one for one in caplog.messages if "step 10 is below step 300, which epoch 1 has saved" in one]) == 1
+    assert len([one for one in caplog.messages if "a new epoch begins with it" in one]) == 1
+    with job() as manager:
+        state = state_of(0)
+        assert manager.restore(state) is not None
+        assert torch.equal(state["w"], torch.full((100,), 5.0))  # type: ignore[arg-type]
+
+
+def test_a_step_that_this_epoch_has_saved_is_refused_also_below_its_newest(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 1, 2)
+        with pytest.raises(CheckpointExistsError, match="already committed"):
+            save_steps(manager, 1)
+        save_steps(manager, 3)
+        assert orders(manager) == [(1, 1), (1, 2), (1, 3)]
+
+
+def test_a_fenced_job_takes_no_root_back_by_a_lower_step(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 10, 20)
+        Catalog(FaultStore(bucket)).claims.claim()
+        with pytest.raises(FencedError, match="epoch 2 has claimed"):
+            save_steps(manager, 5)
+        assert orders(manager) == [(1, 10), (1, 20)]
 
 
 def test_an_unknown_step_is_answered_with_the_committed_ones_alone(bucket: Bucket, job: Open) -> None:
