@@ -69,6 +69,7 @@ class _Own:
     """A claim of ours: its bytes, and when the store wrote it, by its listings; None before one was compared."""
 
     data: bytes
+    nonce: str
     seen_s: float | None = None
 
 
@@ -79,11 +80,12 @@ class Claims:
         """Wrap `store`, which stays the caller's to close."""
         self._store = store
         self._own: dict[int, _Own] = {}
+        self._nonces: dict[int, str] = {}
 
     def with_store(self, store: Store) -> Claims:
         """Return these over another way to the same objects; what is claimed by one, both know."""
         other = Claims(store)
-        other._own = self._own
+        other._own, other._nonces = self._own, self._nonces
         return other
 
     def highest(self) -> int:
@@ -120,7 +122,7 @@ class Claims:
             except ObjectExistsError:
                 epoch += 1
                 continue
-            self._own[epoch] = _Own(data)
+            self._own[epoch] = _Own(data, claim.nonce)
             logger.info("claimed epoch %d of %s", epoch, self._store.url)
             return epoch
 
@@ -168,6 +170,21 @@ class Claims:
         """Describe the claimer for people; a claim that cannot be read does not hide the fence."""
         claim = self.read(epoch)
         return "" if claim is None else f" (host {claim.host!r}, process {claim.pid}, at {claim.created_at})"
+
+    def own_nonce(self, epoch: int) -> str:
+        """Return the nonce of our own claim of an epoch; "" if it is not ours. No request."""
+        own = self._own.get(epoch)
+        return "" if own is None else own.nonce
+
+    def nonce_of(self, epoch: int) -> str:
+        """Return the nonce of an epoch's claim, "" if none can be read. One request for each that is not ours, once.
+
+        It tells what was saved below this root in that epoch from what was copied there.
+        """
+        if epoch not in self._nonces:
+            claim = None if self.own_nonce(epoch) else self.read(epoch)
+            self._nonces[epoch] = self.own_nonce(epoch) if claim is None else claim.nonce
+        return self._nonces[epoch]
 
     def read(self, epoch: int) -> EpochClaim | None:
         """Return the claim of an epoch; None if there is none, or none that can be read."""

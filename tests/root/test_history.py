@@ -252,6 +252,45 @@ def test_what_diverged_from_the_line_of_another_job_stays(job: Open) -> None:
         assert orders(manager) == [(1, 2), (1, 3), (2, 2)]
 
 
+def copied_from_another_root(bucket: Bucket, job: Open, step: int) -> str:
+    """Save a step below another root, and copy it to `bucket`; return its prefix."""
+    with job(FaultStore(other := Bucket())) as manager:
+        save_steps(manager, step)
+    prefix = checkpoint_prefix(step, 1)
+    bucket.objects |= {key: found for key, found in other.objects.items() if key.startswith(prefix)}
+    return prefix
+
+
+def test_what_was_copied_from_another_root_under_an_epoch_of_the_line_stays(
+    bucket: Bucket, job: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    with job(retention=1) as manager:
+        save_steps(manager, 10)
+        own = copied_from_another_root(bucket, job, 5)
+        save_steps(manager, 20, 30)
+        assert orders(manager) == [(1, 5), (1, 30)]
+    with caplog.at_level(logging.WARNING), job(retention=1) as manager:
+        manager.restore(state_of(0))
+        earlier = copied_from_another_root(bucket, job, 6)
+        save_steps(manager, 40, 50)
+        assert orders(manager) == [(1, 5), (1, 6), (2, 50)]
+    assert {own, earlier} <= {key.partition("/")[0] + "/" for key in bucket.raw_list()}
+    assert any("2 checkpoints at" in one and "are not of the line of history" in one for one in caplog.messages)
+
+
+def test_what_no_claim_proves_to_be_of_the_line_stays(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 10)
+    with job() as manager:
+        manager.restore(state_of(0))
+        save_steps(manager, 20)
+    del bucket.objects[f"{EPOCHS_PREFIX}{1:010d}.json"]
+    with job(retention=1) as manager:
+        manager.restore(state_of(0))
+        save_steps(manager, 30, 40)
+        assert orders(manager) == [(1, 10), (3, 40)]
+
+
 def test_going_back_in_a_job_begins_a_newer_line_in_which_every_step_is_free(job: Open) -> None:
     with job() as manager:
         save_steps(manager, 4, 9)
