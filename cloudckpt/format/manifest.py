@@ -74,6 +74,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         step: training step, or None for a checkpoint outside a root.
         epoch: incarnation of the saving job, 0 outside a root.
         attempt: which attempt's objects make up the checkpoint.
+        claim: the nonce of the claim by which its epoch was written; "" outside a root.
         created_at: RFC 3339 in UTC, by the coordinator's clock; for people, never for decisions between jobs.
         world_size: ranks that saved.
         total_bytes: bytes of all shards.
@@ -92,6 +93,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     step: int | None
     epoch: int
     attempt: str
+    claim: str = ""
     created_at: str
     world_size: int = 1
     total_bytes: int = 0

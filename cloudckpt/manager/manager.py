@@ -258,7 +258,8 @@ class CheckpointManager:
         `metadata` are kept.
 
         Args:
-            step: the training step, not yet committed by this job.
+            step: the training step, not yet committed by this job. One below the newest begins a new line of history,
+                as after a restore of an older checkpoint, so that it is what the next restore finds.
             state: name → nn.Module, Optimizer, object with state_dict/load_state_dict, tensor, container, value.
             metrics: numbers to choose the best by, non-finite ones allowed.
             metadata: values to be kept with the checkpoint.

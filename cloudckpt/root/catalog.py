@@ -291,6 +291,12 @@ class Catalog:
                 self._note(checkpoint.prefix, None)
         return [checkpoint for checkpoint, stands in zip(checkpoints, there, strict=True) if stands]
 
+    def native(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+        """Return which of these were saved below this root, by the claims of their epochs: one request each, once."""
+        epochs = sorted({checkpoint.epoch for checkpoint in checkpoints})
+        nonces = dict(zip(epochs, self._each(epochs, self.claims.nonce_of), strict=True))
+        return [one for one in checkpoints if one.manifest.claim and one.manifest.claim == nonces[one.epoch]]
+
     def _stands(self, checkpoint: Checkpoint) -> bool:
         prefix = checkpoint.prefix
         listing = self.store.list(prefix, delimiter="/")
@@ -393,7 +399,8 @@ class Catalog:
         """
         if manifest.epoch:
             self.claims.fence(manifest.epoch)
-        manifest = msgspec.structs.replace(manifest, created_at=_now())
+        claim = self.claims.own_nonce(manifest.epoch)
+        manifest = msgspec.structs.replace(manifest, created_at=_now(), claim=claim)
         data = manifest.encode()
         try:
             self.store.create(prefix + MANIFEST_NAME, data)

@@ -69,6 +69,7 @@ class _Own:
     """A claim of ours: its bytes, and when the store wrote it, by its listings; None before one was compared."""
 
     data: bytes
+    nonce: str
     seen_s: float | None = None
 
 
@@ -78,10 +79,12 @@ class _Known:
 
     Attributes:
         own: the claims of its own.
+        nonces: of claims that were looked for.
         seen: the highest epoch that it has seen there, claimed or in a prefix, and whether it has looked for all.
     """
 
     own: dict[int, _Own] = field(default_factory=dict)
+    nonces: dict[int, str] = field(default_factory=dict)
     seen: tuple[int, bool] = (0, False)
 
 
@@ -150,7 +153,7 @@ class Claims:
             except ObjectExistsError:
                 epoch += 1
                 continue
-            self._known.own[epoch] = _Own(data)
+            self._known.own[epoch] = _Own(data, claim.nonce)
             self.note([epoch])
             logger.info("claimed epoch %d of %s", epoch, self._store.url)
             return epoch
@@ -202,6 +205,21 @@ class Claims:
         """Describe the claimer for people; a claim that cannot be read does not hide the fence."""
         claim = self.read(epoch)
         return "" if claim is None else f" (host {claim.host!r}, process {claim.pid}, at {claim.created_at})"
+
+    def own_nonce(self, epoch: int) -> str:
+        """Return the nonce of our own claim of an epoch; "" if it is not ours. No request."""
+        own = self._known.own.get(epoch)
+        return "" if own is None else own.nonce
+
+    def nonce_of(self, epoch: int) -> str:
+        """Return the nonce of an epoch's claim, "" if none can be read. One request for each that is not ours, once.
+
+        It tells what was saved below this root in that epoch from what was copied there.
+        """
+        if epoch not in self._known.nonces:
+            claim = None if self.own_nonce(epoch) else self.read(epoch)
+            self._known.nonces[epoch] = self.own_nonce(epoch) if claim is None else claim.nonce
+        return self._known.nonces[epoch]
 
     def read(self, epoch: int) -> EpochClaim | None:
         """Return the claim of an epoch; None if there is none, or none that can be read."""

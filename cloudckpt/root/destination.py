@@ -116,6 +116,7 @@ class Epoch:
         # What this job has claimed here last, also when it goes on in a newer epoch.
         self._claimed = 0
         self._deleted: set[int] = set()
+        self._has_gone_back = False
 
     def step(self, step: int, catalog: Catalog) -> Destination:
         """Return where a step goes, by a catalog over the store with the patience that this save has. No request.
@@ -124,12 +125,16 @@ class Epoch:
             OptionsError: a step that is negative, or larger than keys hold.
         """
         checkpoint_prefix(step, self.number or 1)
-        is_claimed = self._is_high_enough and not self.is_doubted
+        is_claimed = self._is_high_enough and not self._goes_back(step) and not self.is_doubted
         return Destination(catalog, partial(self._take, step, catalog), is_claimed=is_claimed)
 
     @property
     def _is_high_enough(self) -> bool:
         return self.number > 0 and (self.beside is None or self.number >= self.beside.number)
+
+    def _goes_back(self, step: int) -> bool:
+        """Tell whether a step is below the newest one of its epoch: in that nobody would find it."""
+        return self.newest is not None and step < self.newest.step and self.newest.epoch >= self.number
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
         """Go on from a checkpoint, on both roots; from any but the one that the next save follows, in a new epoch.
@@ -168,14 +173,30 @@ class Epoch:
         if self.is_doubted:
             probe_write(self._hurried(catalog).store)
             self.is_doubted = False
-        if not self._is_high_enough:
+        self._refuse_taken(step, catalog)
+        if self._goes_back(step):
+            self._tell_back(step)
+            self._claim(catalog)
+        elif not self._is_high_enough:
             if self.number == 0:
                 probe_create(catalog.store, single_writer=self._is_single_writer)
             self._claim(catalog)
+        return Target(catalog=catalog, prefix=checkpoint_prefix(step, self.number), step=step, epoch=self.number)
+
+    def _refuse_taken(self, step: int, catalog: Catalog) -> None:
+        """Refuse a step that this job has committed in its epoch."""
         prefix = checkpoint_prefix(step, self.number)
         if catalog.knows(prefix) and catalog.is_taken(prefix):
             raise catalog.exists_error(prefix)
-        return Target(catalog=catalog, prefix=prefix, step=step, epoch=self.number)
+
+    def _tell_back(self, step: int) -> None:
+        if self.newest is not None and not self._has_gone_back:
+            self._has_gone_back = True
+            logger.warning(
+                "step %d is below step %d, which epoch %d has saved: a new epoch begins with it, as after a restore of "
+                "an older checkpoint, so that it is the newest",
+                *(step, self.newest.step, self.newest.epoch),
+            )
 
     def _claim(self, catalog: Catalog) -> None:
         """Claim an epoch that is newer than all that the job knows of both roots; then its line is known, too.

@@ -96,9 +96,13 @@ class Pruner:
         if not self._rules:
             return []
         places = self._catalog.places()
-        mine = [prefix for prefix, order in places.items() if self._scope == "root" or line.holds(order)]
-        self._name_others(places.keys() - set(mine))
-        going = self._removable(self._catalog.recall(mine).checkpoints, newest)
+        is_all = self._scope == "root"
+        held = [prefix for prefix, order in places.items() if is_all or line.holds(order)]
+        found = self._catalog.recall(held).checkpoints
+        # Another root's checkpoint may have been copied here under an epoch's number of this line.
+        mine = found if is_all else self._catalog.native(found)
+        self._name_others(places.keys() - {one.prefix for one in mine})
+        going = self._removable(mine, newest)
         if going:
             # A newer job may be restoring what we would remove.
             self._catalog.claims.fence(newest.epoch)

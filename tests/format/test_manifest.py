@@ -136,6 +136,7 @@ def test_encoding_is_canonical(manifest: Manifest) -> None:
         "step",
         "epoch",
         "attempt",
+        "claim",
         "created_at",
         "world_size",
         "total_bytes",

@@ -193,6 +193,18 @@ def test_a_line_that_went_back_is_newer_than_what_the_fallback_has(tmp_path: Pat
     assert_restores(tmp_path, 4)
 
 
+@pytest.mark.parametrize("down", [{300}, {10}, {300, 10}, {200, 20}], ids=str)
+def test_a_lower_step_is_the_newest_of_both_roots(tmp_path: Path, down: set[int]) -> None:
+    with manager_of(tmp_path) as manager:
+        outage = Outage(manager)
+        for step in (100, 200, 300, 10, 20):
+            outage.is_on = step in down
+            manager.save(step, state_of(step))
+            outage.is_on = False
+            assert manager.latest_step() == step
+    assert_restores(tmp_path, 20)
+
+
 def test_a_job_that_begins_in_an_outage_is_newer_than_the_one_before(tmp_path: Path) -> None:
     for job in range(1, 5):
         with manager_of(tmp_path) as manager:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cloudckpt import (
+    CheckpointExistsError,
     CheckpointManager,
     CheckpointNotFoundError,
     FencedError,
@@ -281,6 +282,45 @@ def test_what_diverged_from_the_line_of_another_job_stays(job: Open) -> None:
         assert orders(manager) == [(1, 2), (1, 3), (2, 2)]
 
 
+def copied_from_another_root(bucket: Bucket, job: Open, step: int) -> str:
+    """Save a step below another root, and copy it to `bucket`; return its prefix."""
+    with job(FaultStore(other := Bucket())) as manager:
+        save_steps(manager, step)
+    prefix = checkpoint_prefix(step, 1)
+    bucket.objects |= {key: found for key, found in other.objects.items() if key.startswith(prefix)}
+    return prefix
+
+
+def test_what_was_copied_from_another_root_under_an_epoch_of_the_line_stays(
+    bucket: Bucket, job: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    with job(retention=1) as manager:
+        save_steps(manager, 10)
+        own = copied_from_another_root(bucket, job, 5)
+        save_steps(manager, 20, 30)
+        assert orders(manager) == [(1, 5), (1, 30)]
+    with caplog.at_level(logging.WARNING), job(retention=1) as manager:
+        manager.restore(state_of(0))
+        earlier = copied_from_another_root(bucket, job, 6)
+        save_steps(manager, 40, 50)
+        assert orders(manager) == [(1, 5), (1, 6), (2, 50)]
+    assert {own, earlier} <= {key.partition("/")[0] + "/" for key in bucket.raw_list()}
+    assert any("2 checkpoints at" in one and "are not of the line of history" in one for one in caplog.messages)
+
+
+def test_what_no_claim_proves_to_be_of_the_line_stays(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 10)
+    with job() as manager:
+        manager.restore(state_of(0))
+        save_steps(manager, 20)
+    del bucket.objects[f"{EPOCHS_PREFIX}{1:010d}.json"]
+    with job(retention=1) as manager:
+        manager.restore(state_of(0))
+        save_steps(manager, 30, 40)
+        assert orders(manager) == [(1, 10), (3, 40)]
+
+
 def test_going_back_in_a_job_begins_a_newer_line_in_which_every_step_is_free(job: Open) -> None:
     with job() as manager:
         save_steps(manager, 4, 9)
@@ -317,6 +357,39 @@ def test_a_job_that_restores_the_newest_of_a_newer_job_stays_fenced(bucket: Buck
         assert restored.order == (2, 2)
         with pytest.raises(FencedError):
             save_steps(old, 3)
+
+
+def test_a_save_below_the_newest_step_is_the_newest_and_stays(job: Open, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), job(retention=2) as manager:
+        save_steps(manager, 100, 200, 300)
+        for step in (10, 20, 5):
+            save_steps(manager, step)
+            assert manager.latest_step() == step
+        assert orders(manager) == [(2, 20), (3, 5)]
+    assert len([one for one in caplog.messages if "step 10 is below step 300, which epoch 1 has saved" in one]) == 1
+    assert len([one for one in caplog.messages if "a new epoch begins with it" in one]) == 1
+    with job() as manager:
+        state = state_of(0)
+        assert manager.restore(state) is not None
+        assert torch.equal(state["w"], torch.full((100,), 5.0))  # type: ignore[arg-type]
+
+
+def test_a_step_that_this_epoch_has_saved_is_refused_also_below_its_newest(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 1, 2)
+        with pytest.raises(CheckpointExistsError, match="already committed"):
+            save_steps(manager, 1)
+        save_steps(manager, 3)
+        assert orders(manager) == [(1, 1), (1, 2), (1, 3)]
+
+
+def test_a_fenced_job_takes_no_root_back_by_a_lower_step(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 10, 20)
+        Catalog(FaultStore(bucket)).claims.claim()
+        with pytest.raises(FencedError, match="epoch 2 has claimed"):
+            save_steps(manager, 5)
+        assert orders(manager) == [(1, 10), (1, 20)]
 
 
 def test_an_unknown_step_is_answered_with_the_committed_ones_alone(bucket: Bucket, job: Open) -> None:
