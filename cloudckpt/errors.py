@@ -133,9 +133,12 @@ class StorageError(CloudCkptError):
         left_keys: of a `delete`, the keys that are still there; none if that is not known.
         may_have_landed: of a write, whether it may have taken effect although it failed: false if it was never sent,
             or was refused.
+        is_other_object: whether what was read has not the size of the object that was meant: so damaged is the object,
+            or the answer.
     """
 
     may_have_landed: bool = True
+    is_other_object: bool = False
 
     def __init__(self, message: str, *, op: str = "", key: str = "", attempts: int = 1, elapsed_s: float = 0.0) -> None:
         super().__init__(message)

@@ -112,11 +112,10 @@ def _committed_bytes(catalog: Catalog, key: str, committed: IndexRef) -> bytes:
             f"index {key}, which the manifest commits, is not on the store; restore an older step", key=key
         ) from exc
     except StorageError as exc:
-        size_bytes = _size_of(catalog, key)
-        if size_bytes <= committed.size_bytes:
+        if not exc.is_other_object and _size_of(catalog, key) <= committed.size_bytes:
             raise
         raise ChecksumError(
-            f"index {key} has {size_bytes} bytes, and {committed.size_bytes} were committed; restore an older step",
+            f"index {key} has not the {committed.size_bytes} bytes that were committed; restore an older step ({exc})",
             key=key,
         ) from exc
     if len(data) != committed.size_bytes or digest_of(data) != committed.sha256:

@@ -114,7 +114,6 @@ class Catalog:
         except ManifestError:
             # Only a second look tells a damaged object from a damaged answer; a step must not be passed over for that.
             manifest, data = self._read_manifest(prefix)
-        self._check_place(manifest, prefix)
         if manifest.state == "void":
             with self._memory.lock:
                 self._memory.voids.add(prefix)
@@ -133,13 +132,18 @@ class Catalog:
             ) from exc
         except StorageError as exc:
             # A size beyond the limit has no type of its own, and is no fault of the store.
-            if type(exc) is not StorageError or self.store.head(key).size_bytes <= MANIFEST_LIMIT_BYTES:
+            is_large = exc.is_other_object or (
+                type(exc) is StorageError and self.store.head(key).size_bytes > MANIFEST_LIMIT_BYTES
+            )
+            if not is_large:
                 raise
             raise ManifestError(
                 f"manifest {key} has more than {MANIFEST_LIMIT_BYTES} bytes, so it is none; restore an older step",
                 key=key,
             ) from exc
-        return Manifest.decode(data, key=key), data
+        manifest = Manifest.decode(data, key=key)
+        self._check_place(manifest, prefix)
+        return manifest, data
 
     def adopt(self, data: bytes, *, prefix: str) -> Checkpoint:
         """Return the checkpoint whose manifest has these bytes, which rank 0 has read or created. No request."""

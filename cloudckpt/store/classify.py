@@ -310,6 +310,7 @@ def classify(
     else:
         error = verdict.error(message, op=op, key=key)
         error.may_have_landed = _may_have_landed(facts)
+        error.is_other_object = verdict is _OTHER_OBJECT
     if isinstance(error, ThrottledError):
         error.retry_after_s = facts.retry_after_s
     error.__cause__ = EngineError(_shorn(exc, facts))

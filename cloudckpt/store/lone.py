@@ -5,7 +5,17 @@ Keeps FORMAT invariant 6 as far as nobody else writes there. Knows keys and byte
 
 from __future__ import annotations
 
-from cloudckpt.errors import ObjectExistsError, ObjectNotFoundError, StorageError, TransientError, is_transient
+import logging
+import secrets
+
+from cloudckpt.errors import (
+    AccessDeniedError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StorageError,
+    TransientError,
+    is_transient,
+)
 from cloudckpt.options import KIB
 from cloudckpt.store.base import Store
 
@@ -13,6 +23,8 @@ __all__ = ["LoneCreation"]
 
 # Another's object of about our size is told from ours by one read; only a much larger one needs a second look.
 _EXCESS_BYTES = 64 * KIB
+
+logger = logging.getLogger(__name__)
 
 
 class LoneCreation:
@@ -35,7 +47,7 @@ class LoneCreation:
 
     def step(self) -> None:
         """Make one attempt; return once the object is known to be ours."""
-        is_ours = self._is_ours()
+        is_ours = self._look_before()
         if is_ours is None:
             self._put()
             is_ours = self._is_ours()
@@ -47,6 +59,31 @@ class LoneCreation:
                 op="create",
                 key=self._key,
             )
+
+    def _look_before(self) -> bool | None:
+        try:
+            return self._is_ours()
+        except AccessDeniedError as exc:
+            # Without the right to list, S3 denies an absent object, too; without that to read, one that stands there.
+            if type(exc) is not AccessDeniedError or not self._may_read():
+                raise
+            return None
+
+    def _may_read(self) -> bool:
+        """Tell whether what stands beside the key can be read, by an object that is put there and deleted again."""
+        above, slash, _ = self._key.rpartition("/")
+        beside = f"{above}{slash}probe-{secrets.token_hex(16)}"
+        content = b"cloudckpt asks whether it may read what it writes"
+        self._store.put(beside, [memoryview(content)])
+        try:
+            return self._store.read(beside, limit_bytes=KIB) == content
+        except AccessDeniedError:
+            return False
+        finally:
+            try:
+                self._store.delete([beside])
+            except StorageError as exc:
+                logger.warning("the probe object %r stays on %s: %s", beside, self._store.url, exc)
 
     def _put(self) -> None:
         was_unknown, self.is_unknown = self.is_unknown, True

@@ -4,6 +4,7 @@
                          │ throttled        ──▶ longer wait, fewer at once ──▶ gate …    until the deadline
                          │ transient        ──▶ wait (full jitter)         ──▶ gate …    … or the attempt cap
                          │ expired          ──▶ refresh, once              ──▶ gate …
+                         │ another size     ──▶ wait, until one comes twice ──▶ gate …
                          ╰ definite         ──▶ raised as it is
     create ──▶ request ──▶ done
                ╰ any failure      ──▶ read back ──▶ ours: done │ other: exists │ absent: again │ else: unknown
@@ -329,6 +330,7 @@ class _Call(Generic[T]):
         self._pause_s = 0.0
         self._stale_since: int | None = None
         self._has_refreshed = False
+        self._other_object = ""
         self._state: RetryCallState | None = None
 
     @property
@@ -362,6 +364,12 @@ class _Call(Generic[T]):
             is_success = True
         except TransientError as exc:
             cause = exc
+            raise _AgainError(exc) from exc
+        except StorageError as exc:
+            if not exc.is_other_object or str(exc) == self._other_object:
+                raise
+            # Only a second look tells a damaged object from a damaged answer.
+            cause, self._other_object = exc, str(exc)
             raise _AgainError(exc) from exc
         except _AgainError as exc:
             cause = exc.cause

@@ -152,6 +152,12 @@ def _get(store: Store, shard: ShardSource, span: Span, buffer: _ReadBuffer) -> m
 
 def _explain(store: Store, shard: ShardSource, error: StorageError) -> Exception:
     """Tell a shard of the wrong size from a store that cannot be read."""
+    if error.is_other_object:
+        return ChecksumError(
+            f"shard {shard.key} has not the {shard.size_bytes} bytes that were committed; restore an older step "
+            f"({error})",
+            key=shard.key,
+        )
     try:
         size_bytes = store.head(shard.key).size_bytes
     except StorageError:

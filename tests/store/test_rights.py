@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from urllib.parse import unquote
 
 import pytest
@@ -70,6 +71,16 @@ def test_a_save_needs_no_right_to_list_or_to_delete(server: ObjectServer, engine
     cloudckpt.save(_state(), "s3://bucket/run", **_about(server, engine))  # type: ignore[arg-type]
     state = {"w": torch.zeros(8)}
     cloudckpt.load(state, "s3://bucket/run", **_about(server, engine))  # type: ignore[arg-type]
+    assert torch.equal(state["w"], torch.arange(8.0))
+
+
+@pytest.mark.parametrize("engine", ON_S3)
+def test_a_single_writer_needs_no_right_to_list(server: ObjectServer, engine: Engine) -> None:
+    _deny_listing(server)
+    about = {**_about(server, engine), "options": replace(HASTY, single_writer=True)}
+    cloudckpt.save(_state(), "s3://bucket/run", **about)  # type: ignore[arg-type]
+    state = {"w": torch.zeros(8)}
+    cloudckpt.load(state, "s3://bucket/run", **about)  # type: ignore[arg-type]
     assert torch.equal(state["w"], torch.arange(8.0))
 
 

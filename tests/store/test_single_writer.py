@@ -26,7 +26,7 @@ from cloudckpt.store import RetryingStore
 from cloudckpt.store.local import LocalStore
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, Engine
 from tests.store.fault_disk import FaultDisk
-from tests.store.fault_store import FaultKind, FaultStore, denied
+from tests.store.fault_store import FaultKind, FaultStore, Op, denied
 from tests.store.http_object_server import ObjectServer
 
 ENGINES = [
@@ -93,6 +93,44 @@ def test_a_store_that_cannot_be_looked_at_was_not_written_to() -> None:
     with pytest.raises(RetryExhaustedError):
         alone(inner).create("k", b"ours")
     assert inner.bucket.raw_list() == []
+
+
+def denying_absent(inner: FaultStore) -> FaultStore:
+    """Deny what S3 denies without s3:ListBucket."""
+
+    def deny(op: Op) -> None:
+        if op.verb in ("read", "head") and op.key not in inner.bucket.objects:
+            raise denied(op)
+
+    inner.hook = deny
+    return inner
+
+
+def test_who_may_not_list_is_denied_what_is_absent_and_creates_it() -> None:
+    inner = denying_absent(FaultStore())
+    alone(inner).create("a/k", b"ours")
+    assert inner.bucket.raw_list() == ["a/k"]
+    with pytest.raises(ObjectExistsError):
+        alone(inner).create("a/k", b"theirs")
+    assert inner.bucket.raw_get("a/k") == b"ours"
+
+
+def test_who_may_not_list_creates_also_where_a_reply_is_lost() -> None:
+    inner = denying_absent(FaultStore())
+    inner.inject(kind=FaultKind.LOST_ACK, verbs=["put"], key="k", times=1)
+    inner.inject(kind=FaultKind.BEFORE, verbs=["read"], key="a/k", times=1)
+    alone(inner).create("a/k", b"ours")
+    assert inner.bucket.raw_list() == ["a/k"]
+
+
+def test_who_may_not_read_overwrites_nothing() -> None:
+    inner = FaultStore()
+    inner.bucket.raw_put("k", b"a checkpoint's")
+    inner.inject(verbs=["read", "head"], error=denied, times=None)
+    with pytest.raises(AccessDeniedError):
+        alone(inner).create("k", b"ours")
+    assert inner.bucket.raw_get("k") == b"a checkpoint's"
+    assert inner.bucket.raw_list() == ["k"]
 
 
 def test_a_put_that_came_to_nothing_is_tried_again() -> None:
