@@ -65,14 +65,20 @@ class Home:
     epoch: Epoch
 
     @classmethod
-    def of(cls, store: RetryingStore, pruner: Callable[[Catalog], Pruner], options: Options) -> Home:
+    def of(
+        cls,
+        store: RetryingStore,
+        pruner: Callable[[Catalog], Pruner],
+        options: Options,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Home:
         """Put together what a root needs; nothing is asked of it."""
         catalog = Catalog(store)
 
         def hurried() -> Catalog:
             return catalog.with_store(store.within(Deadline.after(_ASK_S, "a look at a root that was down")))
 
-        epoch = Epoch(catalog, is_single_writer=options.single_writer, hurried=hurried)
+        epoch = Epoch(catalog, is_single_writer=options.single_writer, hurried=hurried, clock=clock)
         return cls(store=store, catalog=catalog, pruner=pruner(catalog), epoch=epoch)
 
     def destination(self, step: int, deadline: Deadline | None) -> Destination:

@@ -7,14 +7,17 @@ Epoch      of one job on one root: claimed with its first save; then every step 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from msgspec import structs
+
 from cloudckpt.errors import StorageError
 from cloudckpt.format import Manifest, checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.checkpoint import WORKED, Checkpoint
 from cloudckpt.root.claims import Claims, Line, leading_to
 from cloudckpt.root.replacing import Exists, check_place, replace
 from cloudckpt.store import probe_create, probe_write
@@ -30,6 +33,7 @@ class Target:
 
     Attributes:
         exists: what becomes of a checkpoint at the URL itself.
+        worked_s: returns how long the line of history has been at work; None outside a root.
     """
 
     catalog: Catalog
@@ -37,11 +41,14 @@ class Target:
     step: int | None = None
     epoch: int = 0
     exists: Exists = "raise"
+    worked_s: Callable[[], float] | None = None
 
     def commit(self, manifest: Manifest) -> Checkpoint:
         """Make a finished attempt the checkpoint there; raises what `Catalog.commit` or `replace` raises."""
         if self.exists == "replace":
             return replace(self.catalog, manifest)
+        if self.worked_s is not None:
+            manifest = structs.replace(manifest, summary={**manifest.summary, WORKED: round(self.worked_s(), 3)})
         return self.catalog.commit(manifest, prefix=self.prefix)
 
 
@@ -91,7 +98,12 @@ class Epoch:
     """
 
     def __init__(
-        self, catalog: Catalog, *, is_single_writer: bool, hurried: Callable[[], Catalog] | None = None
+        self,
+        catalog: Catalog,
+        *,
+        is_single_writer: bool,
+        hurried: Callable[[], Catalog] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Nothing is written before the first `take` of a step.
 
@@ -99,10 +111,13 @@ class Epoch:
             catalog: the root's.
             is_single_writer: whether the caller promises that nobody else writes there.
             hurried: returns the same catalog with little patience, to ask whether the root is there.
+            clock: monotonic seconds, of how long the line has been at work.
         """
         self._catalog = catalog
         self._is_single_writer = is_single_writer
         self._hurried = hurried or (lambda: catalog)
+        self._clock = clock
+        self._resumed_at_s, self._worked_before_s = clock(), 0.0
         self.number = 0
         self.resumed_from: Checkpoint | None = None
         self.newest: Checkpoint | None = None
@@ -140,8 +155,17 @@ class Epoch:
         is_fenced = checkpoint is not None and checkpoint.epoch > max(epoch.number for epoch in self._both)
         for epoch in self._both:
             epoch.resumed_from = checkpoint
+            epoch._work_from(checkpoint)  # noqa: SLF001 (its own kind)
             if not is_base and not is_fenced:
                 epoch.number, epoch.newest = 0, None
+
+    def _work_from(self, checkpoint: Checkpoint | None) -> None:
+        self._resumed_at_s = self._clock()
+        self._worked_before_s = 0.0 if checkpoint is None else checkpoint.worked_s or 0.0
+
+    def _worked_s(self) -> float:
+        """Return how long the line of history has been at work: up to where it was resumed, and since then."""
+        return self._worked_before_s + self._clock() - self._resumed_at_s
 
     @property
     def _both(self) -> tuple[Epoch, ...]:
@@ -178,7 +202,8 @@ class Epoch:
             if self.number == 0:
                 probe_create(catalog.store, single_writer=self._is_single_writer)
             self._claim(catalog)
-        return Target(catalog=catalog, prefix=checkpoint_prefix(step, self.number), step=step, epoch=self.number)
+        prefix = checkpoint_prefix(step, self.number)
+        return Target(catalog=catalog, prefix=prefix, step=step, epoch=self.number, worked_s=self._worked_s)
 
     def _refuse_taken(self, step: int, catalog: Catalog) -> None:
         """Refuse a step that this job has committed in its epoch."""
