@@ -5,13 +5,16 @@ Pure values, validated when they are made; no I/O. Every default that was tuned 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from typing import Literal, TypeVar, get_args
 
 from cloudckpt.errors import OptionsError
 
-__all__ = ["KIB", "MAX_BLOCK_BYTES", "MIB", "Checksum", "Options", "RetryPolicy"]
+__all__ = ["KIB", "MAX_BLOCK_BYTES", "MIB", "Checksum", "Options", "RetryPolicy", "as_count", "as_flag", "as_seconds"]
 
 Checksum = Literal["crc64nvme", "sha256", "crc32c", "crc32"]
 """What a store can compare the bytes of a put with, before it takes them."""
@@ -30,22 +33,77 @@ _OWN_SHARE = 0.8
 _GRACE_S = 4.0
 
 
-# Annotation → what a value may be, and what to say of one that is not.
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "a whole number"),
-    "int | None": ((int, type(None)), "a whole number or None"),
-    "float": ((int, float), "a number"),
-    "bool": ((bool,), "True or False"),
+def as_count(name: str, value: object, *, least: int = 0) -> int:
+    """Return a whole number as an `int`; numpy's and torch's are ones, True and 1.0 are none.
+
+    Args:
+        name: of what it counts, for the error.
+        value: as the caller gave it.
+        least: the smallest that may be given.
+
+    Raises:
+        OptionsError: it is no whole number, or smaller.
+    """
+    number = _whole(value)
+    if number is None or number < least:
+        raise OptionsError(f"{name} is {value!r}; give a whole number from {least}")
+    return number
+
+
+def _whole(value: object) -> int | None:
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError):
+        return None
+
+
+def as_seconds(name: str, value: object, *, is_zero_allowed: bool = True) -> float:
+    """Return a finite number of seconds as a `float`; numpy's are some, True and text are none.
+
+    Raises:
+        OptionsError: it is none, or negative, or 0 where that makes no sense.
+    """
+    number = _real(value)
+    if number is None or not math.isfinite(number) or number < 0 or not (number or is_zero_allowed):
+        raise OptionsError(f"{name} is {value!r}; give a number of seconds {'from' if is_zero_allowed else 'above'} 0")
+    return number
+
+
+def _real(value: object) -> float | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, Real):
+        return float(value)
+    number = _whole(value)
+    return None if number is None else float(number)
+
+
+def as_flag(name: str, value: object) -> bool:
+    """Return True or False; what merely counts as one of them is refused, with `OptionsError`."""
+    if not isinstance(value, bool):
+        raise OptionsError(f"{name} is {value!r}; give True or False")
+    return value
+
+
+# Annotation → what makes a value one of that kind, or None of one that is none, and what to say then.
+_KINDS: dict[str, tuple[Callable[[object], object], str]] = {
+    "int": (_whole, "a whole number"),
+    "float": (lambda value: value if type(value) in (int, float) else _real(value), "a number"),
+    "bool": (lambda value: value if isinstance(value, bool) else None, "True or False"),
 }
 
 
 def _check_types(options: RetryPolicy | Options) -> None:
-    """Refuse a value of another type when it is written down, not in the middle of a save."""
+    """Refuse a value of another type when it is written down, not in the middle of a save; numpy's become Python's."""
     for one in fields(options):
-        types, words = _KINDS.get(str(one.type), ((), ""))
+        kind, *optional = str(one.type).split(" | ")
         value = getattr(options, one.name)
-        if types and type(value) not in types:
-            raise OptionsError(f"{one.name} is {value!r}; give {words}")
+        if kind not in _KINDS or (optional and value is None):
+            continue
+        take, words = _KINDS[kind]
+        if (taken := take(value)) is None:
+            raise OptionsError(f"{one.name} is {value!r}; give {' or '.join([words, *optional])}")
+        object.__setattr__(options, one.name, taken)
 
 
 _Chosen = TypeVar("_Chosen", "RetryPolicy", "Options")

@@ -84,7 +84,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         metrics: what the caller measured; non-finite ones as text.
         metadata: the caller's own, in the codec's JSON.
         environment: versions, platform, device and data path of the job that saved.
-        summary: what the save did: seconds, requests, retries.
+        summary: what the save did: seconds, requests, retries; and how long its line of history has been at work.
         sha256: of this manifest with the field itself empty; always the last field.
     """
 

@@ -182,7 +182,7 @@ class CheckpointManager:
             return Pruner(catalog, watched_rules(self._retention), cleaner, scope=retention_scope)
 
         self._saves = Saves(
-            [Home.of(store, pruner, chosen) for store in stores],
+            [Home.of(store, pruner, chosen, clock) for store in stores],
             options=chosen,
             schedule=schedule,
             journal=self._journal,

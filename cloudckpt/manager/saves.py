@@ -63,10 +63,16 @@ class Home:
     epoch: Epoch
 
     @classmethod
-    def of(cls, store: RetryingStore, pruner: Callable[[Catalog], Pruner], options: Options) -> Home:
+    def of(
+        cls,
+        store: RetryingStore,
+        pruner: Callable[[Catalog], Pruner],
+        options: Options,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Home:
         """Put together what a root needs; nothing is asked of it."""
         catalog = Catalog(store)
-        epoch = Epoch(catalog, is_single_writer=options.single_writer)
+        epoch = Epoch(catalog, is_single_writer=options.single_writer, clock=clock)
         return cls(store=store, catalog=catalog, pruner=pruner(catalog), epoch=epoch)
 
     def destination(self, step: int, deadline: Deadline | None) -> Destination:

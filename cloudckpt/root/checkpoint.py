@@ -11,7 +11,11 @@ from typing import Literal, Self
 from cloudckpt.errors import ManifestError, OptionsError, StorageError
 from cloudckpt.format import Manifest
 
-__all__ = ["Checkpoint", "Fit", "Survey", "Unreadable", "best_first", "check_metric"]
+__all__ = ["WORKED", "Checkpoint", "Fit", "Survey", "Unreadable", "best_first", "check_metric"]
+
+
+WORKED = "worked_s"
+"""Under which a manifest's summary says how long the line of history has been at work."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,11 @@ class Checkpoint:
     def __hash__(self) -> int:
         """Hash by what tells one from another: metrics and metadata are dicts, and have none."""
         return hash((self.url, self.digest))
+
+    @property
+    def worked_s(self) -> float | None:
+        """Seconds that the jobs of its line of history had been at work when it was committed; None if not known."""
+        return self.manifest.summary.get(WORKED)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -127,7 +136,7 @@ def best_first(checkpoints: Sequence[Checkpoint], metric: str, mode: Literal["mi
 
 def check_metric(metric: str, mode: str) -> None:
     """Raise `OptionsError` for a metric without a name, or a mode that is none."""
-    if not metric:
+    if not isinstance(metric, str) or not metric:
         raise OptionsError(f"the metric is {metric!r}; give the name under which `save` gets it")
     if mode not in ("min", "max"):
         raise OptionsError(f"mode is {mode!r}; 'min' keeps the smallest {metric}, 'max' the largest")

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from msgspec import structs
+
 from cloudckpt.deadline import Deadline
 from cloudckpt.errors import StorageError
 from cloudckpt.format import Manifest, checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.checkpoint import WORKED, Checkpoint
 from cloudckpt.root.claims import Claims, Line, leading_to
 from cloudckpt.root.replacing import Exists, check_place, replace
 from cloudckpt.store import RetryingStore, probe_create, probe_write
@@ -37,6 +39,7 @@ class Target:
 
     Attributes:
         exists: what becomes of a checkpoint at the URL itself.
+        worked_s: returns how long the line of history has been at work; None outside a root.
     """
 
     catalog: Catalog
@@ -44,11 +47,14 @@ class Target:
     step: int | None = None
     epoch: int = 0
     exists: Exists = "raise"
+    worked_s: Callable[[], float] | None = None
 
     def commit(self, manifest: Manifest) -> Checkpoint:
         """Make a finished attempt the checkpoint there; raises what `Catalog.commit` or `replace` raises."""
         if self.exists == "replace":
             return replace(self.catalog, manifest)
+        if self.worked_s is not None:
+            manifest = structs.replace(manifest, summary={**manifest.summary, WORKED: round(self.worked_s(), 3)})
         return self.catalog.commit(manifest, prefix=self.prefix)
 
 
@@ -98,15 +104,20 @@ class Epoch:
         is_doubted: whether a save has gone to the other root, because this one was down: it is asked before the next.
     """
 
-    def __init__(self, catalog: Catalog, *, is_single_writer: bool) -> None:
+    def __init__(
+        self, catalog: Catalog, *, is_single_writer: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         """Nothing is written before the first `take` of a step.
 
         Args:
             catalog: the root's.
             is_single_writer: whether the caller promises that nobody else writes there.
+            clock: monotonic seconds, of how long the line has been at work.
         """
         self._catalog = catalog
         self._is_single_writer = is_single_writer
+        self._clock = clock
+        self._resumed_at_s, self._worked_before_s = clock(), 0.0
         self.number = 0
         self.resumed_from: Checkpoint | None = None
         self.newest: Checkpoint | None = None
@@ -145,8 +156,17 @@ class Epoch:
         is_base = checkpoint is base or (checkpoint is not None and base is not None and checkpoint.order == base.order)
         for epoch in self._both:
             epoch.resumed_from = checkpoint
+            epoch._work_from(checkpoint)  # noqa: SLF001 (its own kind)
             if not is_base:
                 epoch.number, epoch.newest = 0, None
+
+    def _work_from(self, checkpoint: Checkpoint | None) -> None:
+        self._resumed_at_s = self._clock()
+        self._worked_before_s = 0.0 if checkpoint is None else checkpoint.worked_s or 0.0
+
+    def _worked_s(self) -> float:
+        """Return how long the line of history has been at work: up to where it was resumed, and since then."""
+        return self._worked_before_s + self._clock() - self._resumed_at_s
 
     @property
     def _both(self) -> tuple[Epoch, ...]:
@@ -181,7 +201,8 @@ class Epoch:
             if self.number == 0:
                 probe_create(catalog.store, single_writer=self._is_single_writer)
             self._claim(catalog)
-        return Target(catalog=catalog, prefix=checkpoint_prefix(step, self.number), step=step, epoch=self.number)
+        prefix = checkpoint_prefix(step, self.number)
+        return Target(catalog=catalog, prefix=prefix, step=step, epoch=self.number, worked_s=self._worked_s)
 
     def _refuse_taken(self, step: int, catalog: Catalog) -> None:
         """Refuse a step that this job has committed in its epoch."""

@@ -2,7 +2,8 @@
 
 Rules only ever keep: what any rule keeps stays, and so do the newest checkpoint and the protected ones. Only
 committed checkpoints count, so failed saves never push a good one out. Removing is done elsewhere; here is no I/O and
-no clock: age is measured against the newest checkpoint, so a long pause or a wrong local clock removes nothing more.
+no clock: age is measured in the time that the line of history was at work, so that neither a long pause nor a wrong
+clock removes anything more.
 Keeps the parts of FORMAT invariants 8 and 10 that are decisions.
 """
 
@@ -10,11 +11,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast, runtime_checkable
 
 from cloudckpt.errors import OptionsError
+from cloudckpt.options import as_count, as_seconds
 from cloudckpt.root.checkpoint import Checkpoint, best_first, check_metric
 
 __all__ = [
@@ -40,7 +42,11 @@ class RetentionRule(Protocol):
     """A reason to keep checkpoints; one of your own is any object with this method."""
 
     def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
-        """Return which of `checkpoints` (committed, not empty, oldest first) must stay, by their (epoch, step)."""
+        """Return which of `checkpoints` must stay, by their (epoch, step).
+
+        Args:
+            checkpoints: all that are committed, oldest first; not empty. A list of the rule's own, which it may sort.
+        """
 
 
 Retention = int | RetentionRule | Callable[[Sequence[Checkpoint]], object] | Sequence[RetentionRule]
@@ -54,7 +60,7 @@ class KeepLast:
     n: int
 
     def __post_init__(self) -> None:
-        _check_count("KeepLast", "n", self.n)
+        object.__setattr__(self, "n", as_count("n of KeepLast", self.n, least=1))
 
     def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
         return {checkpoint.order for checkpoint in checkpoints[-self.n :]}
@@ -73,7 +79,7 @@ class KeepBest:
 
     def __post_init__(self) -> None:
         check_metric(self.metric, self.mode)
-        _check_count("KeepBest", "n", self.n)
+        object.__setattr__(self, "n", as_count("n of KeepBest", self.n, least=1))
 
     def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
         return {checkpoint.order for checkpoint in best_first(checkpoints, self.metric, self.mode)[: self.n]}
@@ -91,7 +97,7 @@ class KeepEvery:
     steps: int
 
     def __post_init__(self) -> None:
-        _check_count("KeepEvery", "steps", self.steps)
+        object.__setattr__(self, "steps", as_count("steps of KeepEvery", self.steps, least=1))
 
     def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
         return {one.order for one in checkpoints if one.step % self.steps == 0}
@@ -108,12 +114,22 @@ class KeepEvery:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeepFor:
-    """Keep what is at most `hours` and `seconds` together older than the newest checkpoint."""
+    """Keep what is at most `hours` and `seconds` together of work older than the newest checkpoint.
+
+    What counts is the time that jobs of the line of history were at work between the two: each from its restore (or
+    from when its manager was opened) to its save, by a clock that nobody sets. Pauses between jobs do not count, nor
+    does what the wall clock says. So nothing goes that was committed within that much work before the newest.
+
+    Of a checkpoint of another line (`retention_scope="root"`) its own line's work is compared. Those that do not tell
+    it, of a version before, count as if they were committed before all that do, and among each other by `created_at`.
+    """
 
     hours: float = 0.0
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("hours", "seconds"):
+            object.__setattr__(self, name, as_seconds(f"{name} of KeepFor", getattr(self, name)))
         if not 0 < self.age_s < math.inf:
             raise OptionsError(f"KeepFor covers {self.age_s} seconds; give hours or seconds above 0")
 
@@ -123,8 +139,16 @@ class KeepFor:
         return self.hours * 3600 + self.seconds
 
     def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
-        newest = checkpoints[-1].created_at
-        return {one.order for one in checkpoints if (newest - one.created_at).total_seconds() <= self.age_s}
+        worked_s = checkpoints[-1].worked_s or 0.0
+        # The newest that does not tell how long its line has worked; what came after it has worked since then.
+        untold = next((one.created_at for one in reversed(checkpoints) if one.worked_s is None), None)
+
+        def age_s(one: Checkpoint) -> float:
+            if one.worked_s is not None:
+                return worked_s - one.worked_s
+            return worked_s + (0.0 if untold is None else max(0.0, (untold - one.created_at).total_seconds()))
+
+        return {one.order for one in checkpoints if age_s(one) <= self.age_s}
 
 
 def removable(
@@ -150,7 +174,8 @@ def checked_rules(retention: object) -> tuple[RetentionRule, ...]:
     """
     if isinstance(retention, Sequence) and not isinstance(retention, str | bytes):
         return tuple(map(_rule, retention))
-    return (KeepLast(retention) if type(retention) is int else _rule(retention),)
+    is_count = not isinstance(retention, bool) and hasattr(retention, "__index__")
+    return (KeepLast(as_count("retention", retention, least=1)) if is_count else _rule(retention),)
 
 
 def _rule(given: object) -> RetentionRule:
@@ -186,7 +211,7 @@ class _Watched:
         return repr(self._rule)
 
     def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
-        kept = self._rule.keep(checkpoints)
+        kept = self._rule.keep(list(checkpoints))
         if isinstance(self._rule, KeepBest | KeepEvery) and not self._is_told:
             self._watch(self._rule, checkpoints, is_idle=not kept)
         return kept
@@ -201,17 +226,30 @@ class _Watched:
 
 
 def _kept(rule: RetentionRule, oldest_first: Sequence[Checkpoint]) -> Iterable[tuple[int, int]]:
-    """Return what a rule keeps; one of the user's own that says it in other words must not let everything go."""
-    kept = [one.order if isinstance(one, Checkpoint) else one for one in rule.keep(oldest_first)]
-    for order in kept:
-        if not (isinstance(order, tuple) and [type(part) for part in order] == [int, int]):
-            raise OptionsError(
-                f"retention rule {rule!r} keeps {order!r}, which is no (epoch, step); return the `order` of each "
-                "checkpoint that is to stay"
-            )
-    return kept
+    """Return what a rule keeps; one of the user's own that says it in other words must not let anything go.
+
+    Raises:
+        OptionsError: it is none of the checkpoints that the rule was given, nor the `order` of one.
+    """
+    given: dict[object, tuple[int, int]] = {one.order: one.order for one in oldest_first}
+    given |= {one: one.order for one in oldest_first}
+    # A list of the rule's own: what it sorts or takes out is there for the others.
+    said = rule.keep(list(oldest_first))
+    if not isinstance(said, Iterable):
+        raise OptionsError(f"retention rule {rule!r} returns {said!r}; return the checkpoints that are to stay")
+    return [_order(rule, one, given) for one in said]
 
 
-def _check_count(rule: str, name: str, count: int) -> None:
-    if type(count) is not int or count < 1:
-        raise OptionsError(f"{rule} has {name}={count!r}; give a whole number from 1")
+def _order(rule: RetentionRule, said: object, given: Mapping[object, tuple[int, int]]) -> tuple[int, int]:
+    """Return the (epoch, step) of a checkpoint that a rule keeps."""
+    try:
+        found, is_swapped = given.get(said), isinstance(said, tuple) and said[::-1] in given
+    except TypeError:  # a list has no hash
+        found, is_swapped = None, False
+    if found is not None:
+        return found
+    why = "the (step, epoch)" if is_swapped else "neither a checkpoint nor the (epoch, step)"
+    raise OptionsError(
+        f"retention rule {rule!r} keeps {said!r}, which is {why} of one that it was given; return the `order` of each "
+        "checkpoint that is to stay"
+    )

@@ -22,6 +22,7 @@ from cloudckpt import (
     FencedError,
     KeepBest,
     KeepEvery,
+    KeepFor,
     KeepLast,
     OptionsError,
     RetryPolicy,
@@ -463,6 +464,26 @@ def test_where_a_store_lets_nothing_be_deleted_that_is_told_once(bucket: Bucket,
         assert [step for _, step in orders(manager)] == [*range(6)]
         (trouble,) = manager.report().troubles
     assert "step 1 is saved, but pruning failed and is left to the next save: injected into delete" in trouble
+
+
+def test_a_pause_and_a_wrong_clock_remove_nothing_by_age(job: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [0.0]
+
+    def worked(hours: float, wall: str, manager: CheckpointManager, step: int) -> None:
+        now_s[0] += 3600 * hours
+        monkeypatch.setattr("cloudckpt.root.catalog._now", lambda: wall)
+        save_steps(manager, step)
+
+    with job(retention=KeepFor(hours=3), clock=lambda: now_s[0]) as manager:
+        for step in range(1, 4):
+            worked(1, f"2026-01-01T0{step}:00:00.000+00:00", manager, step)
+    now_s[0] += 1e6
+    with job(retention=KeepFor(hours=3), clock=lambda: now_s[0]) as manager:
+        manager.restore(state_of(0))
+        worked(1, "2031-01-01T00:00:00.000+00:00", manager, 4)
+        assert [step for _, step in orders(manager)] == [1, 2, 3, 4]
+        worked(1, "2026-01-09T00:00:00.000+00:00", manager, 5)
+        assert [step for _, step in orders(manager)] == [2, 3, 4, 5]
 
 
 # -- leftovers -----------------------------------------------------------------------------------------------

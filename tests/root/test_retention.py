@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from random import Random
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import FORMAT_VERSION, Manifest
@@ -204,6 +206,36 @@ def test_keep_for_measures_age_against_the_newest_checkpoint() -> None:
     assert KeepFor(hours=1, seconds=3600).keep(history) == {(1, 2), (1, 3), (1, 4)}
 
 
+def worked(step: int, worked_s: float | None, epoch: int = 1, created_at_s: float = 0.0) -> Checkpoint:
+    """A checkpoint that was committed when its line had been at work for so long."""
+    plain = one(step, epoch, created_at_s=created_at_s)
+    summary = {} if worked_s is None else {"worked_s": worked_s}
+    return replace(plain, manifest=structs.replace(plain.manifest, summary=summary))
+
+
+@pytest.mark.parametrize("clock", [0.0, 3 * 86_400.0, -3 * 86_400.0], ids=["right", "fast", "slow"])
+def test_keep_for_counts_work_whatever_the_clock_says(clock: float) -> None:
+    history = [worked(step, 3600.0 * step, created_at_s=1e6 + clock * (step == 5)) for step in range(1, 6)]
+
+    assert KeepFor(hours=2).keep(history) == {(1, 3), (1, 4), (1, 5)}
+
+
+def test_keep_for_counts_no_pause_between_jobs() -> None:
+    history = [worked(step, 60.0 * step, created_at_s=60.0 * step) for step in range(1, 6)]
+    history.append(worked(6, 400.0, epoch=2, created_at_s=9 * 86_400.0))
+
+    assert removed(history, [KeepFor(hours=1)]) == []
+    assert removed(history, [KeepFor(seconds=100)]) == [(1, 1), (1, 2), (1, 3), (1, 4)]
+
+
+def test_keep_for_counts_what_does_not_tell_its_work_as_older_than_what_does() -> None:
+    history = [worked(1, None, created_at_s=0.0), worked(2, None, created_at_s=100.0), worked(3, 50.0), worked(4, 60.0)]
+
+    assert removed(history, [KeepFor(seconds=60)]) == [(1, 1)]
+    assert removed(history, [KeepFor(seconds=59)]) == [(1, 1), (1, 2)]
+    assert removed(history[:2], [KeepFor(seconds=99)]) == [(1, 1)]
+
+
 def test_keep_for_keeps_what_claims_to_be_newer_than_the_newest() -> None:
     history = [one(1, created_at_s=9e9), one(2, created_at_s=0.0)]
 
@@ -213,23 +245,55 @@ def test_keep_for_keeps_what_claims_to_be_newer_than_the_newest() -> None:
 def test_a_rule_of_ones_own_takes_part() -> None:
     class KeepFirst:
         def keep(self, checkpoints: Sequence[Checkpoint]) -> set[Order]:
-            return {checkpoints[0].order, (99, 99)}
+            return {checkpoints[0].order}
 
     assert removed(saved(1.0, 2.0, 3.0), [KeepFirst()]) == [(1, 2)]
 
 
 @pytest.mark.parametrize(
     "words",
-    [lambda all_: {one.step for one in all_}, lambda all_: {(one.epoch,) for one in all_}],
-    ids=["steps", "epochs"],
+    [
+        lambda all_: {one.step for one in all_},
+        lambda all_: {(one.epoch,) for one in all_},
+        lambda all_: [[one.epoch, one.step] for one in all_],
+        lambda all_: {(99, 99)},
+        lambda all_: [one(9)],
+        lambda all_: [True] * len(all_),
+        lambda all_: "none",
+    ],
+    ids=["steps", "epochs", "lists", "foreign orders", "foreign checkpoints", "a mask", "text"],
 )
 def test_a_rule_that_says_what_it_keeps_in_other_words_removes_nothing(words: Callable[[Any], Any]) -> None:
     class InOtherWords:
         def keep(self, checkpoints: Sequence[Checkpoint]) -> set[Order]:
             return words(checkpoints)  # type: ignore[no-any-return]
 
-    with pytest.raises(OptionsError, match=r"keeps .*, which is no \(epoch, step\); return the `order` of each"):
+    with pytest.raises(
+        OptionsError, match=r"neither a checkpoint nor the \(epoch, step\) of one .* return the `order` of each"
+    ):
         removed(saved(1.0, 2.0, 3.0), [InOtherWords()])
+
+
+@pytest.mark.parametrize("said", [None, 3, removed], ids=["None", "a number", "a function"])
+def test_a_rule_that_returns_nothing_to_keep_by_removes_nothing(said: object) -> None:
+    with pytest.raises(OptionsError, match="return the checkpoints that are to stay"):
+        removed(saved(1.0, 2.0, 3.0), checked_rules(lambda _: said))
+
+
+def test_a_rule_that_swaps_step_and_epoch_is_told_so() -> None:
+    with pytest.raises(OptionsError, match=r"keeps \(5, 1\), which is the \(step, epoch\) of one"):
+        removed([one(5), one(6)], checked_rules(lambda all_: [(one.step, one.epoch) for one in all_]))
+
+
+def test_what_a_rule_does_to_its_list_changes_nothing_for_the_others() -> None:
+    def best(all_: list[Checkpoint]) -> list[Checkpoint]:
+        all_.sort(key=lambda one: one.metrics["loss"])
+        kept = [all_.pop(0)]
+        all_.clear()
+        return kept
+
+    assert removed(saved(5.0, 4.0, 3.0, 1.0, 2.0), checked_rules([best, KeepLast(2)])) == [(1, 1), (1, 2), (1, 3)]
+    assert removed(saved(1.0, 2.0, 3.0, 4.0, 5.0), checked_rules([best, KeepLast(2)])) == [(1, 2), (1, 3)]
 
 
 @pytest.mark.parametrize("rules", [[3], [KeepLast], KeepLast, None, "rules", {3}, True, 2.0], ids=repr)
