@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -107,3 +109,30 @@ def test_a_manager_without_threads_does_it_or_says_why(tmp_path: Path, allow: An
                 calls[how]()
         allow(100)
         manager.save(5, state)
+
+
+AT_EXIT = """
+import atexit, sys, torch
+from cloudckpt import CheckpointManager, CloudCkptError
+manager = CheckpointManager(sys.argv[1], progress="off")
+def end():
+    state = {"w": torch.ones(3)}
+    for call in (
+        lambda: manager.save(2, state), lambda: manager.async_save(3, state).result(30), manager.checkpoints,
+        lambda: manager.restore(state), manager.close,
+    ):
+        try:
+            call()
+        except CloudCkptError as exc:
+            assert "save before it does, not in atexit" in str(exc), exc
+    print("all is ours")
+atexit.register(end)
+"""
+
+
+def test_what_is_asked_in_atexit_is_done_or_says_why(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", AT_EXIT, str(tmp_path / "r")], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert "all is ours" in ended.stdout, ended.stderr
+    assert "Traceback" not in ended.stderr, ended.stderr

@@ -13,12 +13,14 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 
 from cloudckpt.errors import (
     AccessDeniedError,
+    CloudCkptError,
     CommitUnknownError,
     CreateNotEnforcedError,
     ObjectExistsError,
@@ -29,6 +31,7 @@ from cloudckpt.errors import (
 from cloudckpt.options import KIB
 from cloudckpt.store.base import Store
 from cloudckpt.store.limit import one_deadline
+from cloudckpt.threads import started
 
 __all__ = ["probe_create", "probe_write"]
 
@@ -97,16 +100,18 @@ def _ask(store: Store) -> None:
     keys: list[str] = []
     answers, began_s = 0, time.monotonic()
     try:
-        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="cloudckpt-probe") as pool:
-            while not answers or (answers < _RACES and time.monotonic() - began_s < _RACING_S):
-                keys.append(f"probe-{secrets.token_hex(16)}")
-                ends = _race(store, keys[-1], pool)
-                answers += _is_answered(store, keys[-1], ends)
-                is_mute = not any(end.error is None or end.is_refused for end in ends)
-                if not answers and (is_mute or len(keys) == _RACES_AT_MOST):
-                    raise _undecided(store, keys[-1], ends)
+        while not answers or (answers < _RACES and time.monotonic() - began_s < _RACING_S):
+            key = f"probe-{secrets.token_hex(16)}"
+            writers = _writers(store, key)
+            keys.append(key)  # from here on something may stand there
+            ends = [writer.result() for writer in writers]
+            answers += _is_answered(store, key, ends)
+            is_mute = not any(end.error is None or end.is_refused for end in ends)
+            if not answers and (is_mute or len(keys) == _RACES_AT_MOST):
+                raise _undecided(store, key, ends)
     finally:
-        _remove(store, keys)
+        if keys:
+            _remove(store, keys)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +130,8 @@ class _End:
         return isinstance(self.error, ObjectExistsError) and not isinstance(self.error.__cause__, TransientError)
 
 
-def _race(store: Store, key: str, pool: ThreadPoolExecutor) -> list[_End]:
+def _writers(store: Store, key: str) -> list[Future[_End]]:
+    """Let all writers loose on one key; raises, and nothing is written, if there are not as many threads."""
     start = threading.Barrier(_WRITERS, timeout=_BARRIER_S)
 
     def write(number: int) -> _End:
@@ -138,9 +144,26 @@ def _race(store: Store, key: str, pool: ThreadPoolExecutor) -> list[_End]:
             return _End(content=content, error=exc)
         return _End(content=content, error=None)
 
-    # Each in a copy of this context, which says by when all of it must have ended.
-    contexts = [copy_context() for _ in range(_WRITERS)]
-    return list(pool.map(lambda number: contexts[number].run(write, number), range(_WRITERS)))
+    def settle(end: Future[_End], number: int) -> None:
+        try:
+            end.set_result(write(number))
+        except BaseException as exc:  # noqa: BLE001 (the end of a thread's work: raised by the one that waits)
+            end.set_exception(exc)
+
+    ends: list[Future[_End]] = [Future() for _ in range(_WRITERS)]
+    try:
+        for number, end in enumerate(ends):
+            # Each in a copy of this context, which says by when all of it must have ended.
+            started(partial(copy_context().run, settle, end, number), name="cloudckpt-probe")
+    except CloudCkptError as exc:
+        start.abort()  # those that have come would wait for those that never do
+        raise StorageError(
+            f"{store.url} could not be asked whether it refuses to overwrite, which takes {_WRITERS} threads; nothing "
+            f"was saved. {exc}",
+            op="create",
+            key=key,
+        ) from exc
+    return ends
 
 
 def _is_answered(store: Store, key: str, ends: Sequence[_End]) -> bool:
