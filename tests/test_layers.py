@@ -25,6 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"errors"},
             {"options", "deadline"},
             {"format"},
+            {"threads"},
             {"store"},
             {"transfer"},
             {"ranks", "root"},

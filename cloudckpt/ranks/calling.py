@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import atexit
 import queue
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar, cast
 
-from cloudckpt.errors import CloudCkptError
+from cloudckpt.threads import started
 
 __all__ = ["Caller", "begun"]
 
@@ -31,11 +30,7 @@ class Caller:
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[object], Callable[[], object]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
-        try:
-            self._thread.start()
-        except RuntimeError as exc:
-            raise CloudCkptError(f"a thread could not be started: {exc}; look at the limits of the machine") from exc
+        self._thread = started(self._serve, name=name)
         _CALLERS.add(self)
 
     def submit(self, call: Callable[[], _Result]) -> Future[_Result]:

@@ -23,6 +23,7 @@ import msgspec
 from cloudckpt.errors import RankLostError
 from cloudckpt.ranks.outcome import rank_lost
 from cloudckpt.ranks.world import KeyValueStore
+from cloudckpt.threads import started
 
 __all__ = ["Pulse", "make_room"]
 
@@ -116,18 +117,19 @@ class Pulse:
         self._wake = threading.Event()
         self._wake.set()
         self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="cloudckpt-pulse", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def begin(self) -> Pulse:
         """Begin to speak and to listen."""
-        self._thread.start()
+        self._thread = started(self._run, name="cloudckpt-pulse")
         return self
 
     def end(self) -> None:
         """Say the last, and fall silent. A thread that hangs in a request to the store is left to itself."""
         self._ending.set()
         self._wake.set()
-        self._thread.join(timeout=2 * self.period_s)
+        if self._thread is not None:
+            self._thread.join(timeout=2 * self.period_s)
 
     def next(self, phase: str, *, deadline_s: float) -> Pulse:
         """Begin the next session in the same room."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -51,6 +50,7 @@ from cloudckpt.root.claims import Claims
 from cloudckpt.root.looking import Walk
 from cloudckpt.root.removal import delete_below
 from cloudckpt.store import Store, one_deadline
+from cloudckpt.threads import each
 
 __all__ = ["Catalog"]
 
@@ -311,10 +311,7 @@ class Catalog:
         return Survey.of(self._each(list(prefixes), look))
 
     def _each(self, items: Sequence[_Item], look: Callable[[_Item], _Result]) -> list[_Result]:
-        if not items:
-            return []
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="cloudckpt-catalog") as pool:
-            return list(pool.map(look, items))
+        return each(items, look, threads=_READERS, name="cloudckpt-catalog")
 
     def _see(self, prefix: str) -> _Found:
         """Return what stands under a prefix; a manifest that was read before never changes, but it may be gone."""

@@ -23,6 +23,7 @@ from cloudckpt.root.claims import Line
 from cloudckpt.root.removal import delete_below
 from cloudckpt.root.retention import RetentionRule, removable
 from cloudckpt.root.sweep import find_orphans, remove_orphan
+from cloudckpt.threads import started
 
 __all__ = ["Cleaner", "Pruner", "RetentionScope"]
 
@@ -220,8 +221,10 @@ class Cleaner:
         with self._lock:
             self._is_woken = True
             if self._thread is None and self._may_remove() and self._has_work():
-                self._thread = threading.Thread(target=self._run, name="cloudckpt-cleaner", daemon=True)
-                self._thread.start()
+                self._try(self._start)
+
+    def _start(self) -> None:
+        self._thread = started(self._run, name="cloudckpt-cleaner")
 
     def settle(self) -> None:
         """Wait until what was due is removed, and what others left."""

@@ -22,6 +22,7 @@ from functools import partial
 from cloudckpt.errors import CloudCkptError, CommitUnknownError, EarlierSaveFailedError, SaveFailedError
 from cloudckpt.root import Checkpoint
 from cloudckpt.saving.lead import PendingSave
+from cloudckpt.threads import Worker
 from cloudckpt.transfer import StageClosedError
 
 __all__ = ["Background", "SaveHandle"]
@@ -222,7 +223,7 @@ class Background:
         handle = SaveHandle(step, pending, ended_with, self._patience_s)
         before = self._thread
         work = partial(self._run, handle, before)
-        thread = threading.Thread(target=work, name="cloudckpt-save", daemon=True)
+        thread = Worker(work, name="cloudckpt-save")
         # An interrupt may come anywhere below.
         try:
             self._earlier, self._handle, self._thread = self._untold(), handle, thread
@@ -237,11 +238,11 @@ class Background:
             if thread.ident is None:
                 self._thread = before
                 # The ranks' session has to end, and the other ranks to hear why.
-                pending.abandon(f"its thread could not be started: {exc}")
+                pending.abandon(str(exc) or "it was interrupted before it began")
                 handle._run()
             else:
                 handle._abandon("its state could not be staged")
-            if isinstance(exc, RuntimeError) and isinstance(handle._error, CloudCkptError):
+            if isinstance(exc, CloudCkptError) and isinstance(handle._error, CloudCkptError):
                 raise handle._error from exc
             raise
         return handle

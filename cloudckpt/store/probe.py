@@ -14,12 +14,14 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 
 from cloudckpt.errors import (
     AccessDeniedError,
+    CloudCkptError,
     CommitUnknownError,
     CreateNotEnforcedError,
     ObjectExistsError,
@@ -31,6 +33,7 @@ from cloudckpt.options import KIB
 from cloudckpt.store.base import Store
 from cloudckpt.store.limit import one_deadline
 from cloudckpt.store.retrying import RetryingStore
+from cloudckpt.threads import started
 
 __all__ = ["probe_create", "probe_write"]
 
@@ -98,22 +101,24 @@ def probe_write(store: Store) -> None:
 @one_deadline()
 def _ask(store: Store) -> None:
     keys = [_new_key()]
-    answers, spoilt, began_s = 0, 0, time.monotonic()
+    answers, spoilt, began_s, has_written = 0, 0, time.monotonic(), False
     try:
-        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="cloudckpt-probe") as pool:
-            while not answers or (answers < _RACES and time.monotonic() - began_s < _RACING_S):
-                ends = _race(store, keys[-1], pool)
-                if _is_answered(store, keys[-1], ends):
-                    answers += 1
-                    keys.append(_new_key())
-                    continue
-                spoilt += 1
-                is_mute = not any(end.error is None or end.is_refused for end in ends)
-                if not answers and (is_mute or not _may_go_on(store, spoilt)):
-                    raise _undecided(store, keys[-1], ends, spoilt=spoilt, elapsed_s=time.monotonic() - began_s)
-                _free(store, keys)
+        while not answers or (answers < _RACES and time.monotonic() - began_s < _RACING_S):
+            writers = _writers(store, keys[-1])
+            has_written = True  # from here on something may stand there
+            ends = [writer.result() for writer in writers]
+            if _is_answered(store, keys[-1], ends):
+                answers += 1
+                keys.append(_new_key())
+                continue
+            spoilt += 1
+            is_mute = not any(end.error is None or end.is_refused for end in ends)
+            if not answers and (is_mute or not _may_go_on(store, spoilt)):
+                raise _undecided(store, keys[-1], ends, spoilt=spoilt, elapsed_s=time.monotonic() - began_s)
+            _free(store, keys)
     finally:
-        _remove(store, keys)
+        if has_written:
+            _remove(store, keys)
 
 
 def _new_key() -> str:
@@ -156,7 +161,8 @@ class _End:
         return self.error if isinstance(self.error, _FAULTS) else self.error.__cause__
 
 
-def _race(store: Store, key: str, pool: ThreadPoolExecutor) -> list[_End]:
+def _writers(store: Store, key: str) -> list[Future[_End]]:
+    """Let all writers loose on one key; raises, and nothing is written, if there are not as many threads."""
     start = threading.Barrier(_WRITERS, timeout=_BARRIER_S)
 
     def write(number: int) -> _End:
@@ -169,9 +175,26 @@ def _race(store: Store, key: str, pool: ThreadPoolExecutor) -> list[_End]:
             return _End(content=content, error=exc)
         return _End(content=content, error=None)
 
-    # Each in a copy of this context, which says by when all of it must have ended.
-    contexts = [copy_context() for _ in range(_WRITERS)]
-    return list(pool.map(lambda number: contexts[number].run(write, number), range(_WRITERS)))
+    def settle(end: Future[_End], number: int) -> None:
+        try:
+            end.set_result(write(number))
+        except BaseException as exc:  # noqa: BLE001 (the end of a thread's work: raised by the one that waits)
+            end.set_exception(exc)
+
+    ends: list[Future[_End]] = [Future() for _ in range(_WRITERS)]
+    try:
+        for number, end in enumerate(ends):
+            # Each in a copy of this context, which says by when all of it must have ended.
+            started(partial(copy_context().run, settle, end, number), name="cloudckpt-probe")
+    except CloudCkptError as exc:
+        start.abort()  # those that have come would wait for those that never do
+        raise StorageError(
+            f"{store.url} could not be asked whether it refuses to overwrite, which takes {_WRITERS} threads; nothing "
+            f"was saved. {exc}",
+            op="create",
+            key=key,
+        ) from exc
+    return ends
 
 
 def _is_answered(store: Store, key: str, ends: Sequence[_End]) -> bool:

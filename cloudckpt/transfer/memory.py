@@ -24,6 +24,9 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from cloudckpt.errors import CloudCkptError
+from cloudckpt.threads import started
+
 __all__ = ["Scratch", "Slab", "Slabs", "address_of", "bytes_of"]
 
 _HUGE_BYTES = 2 << 20
@@ -184,10 +187,8 @@ class Slabs:
         missing = self._missing(sizes_bytes, is_pinned=is_pinned)
         if not missing:
             return
-        self._toucher = threading.Thread(
-            target=partial(self._touch, missing, is_pinned=is_pinned), name="cloudckpt-touch", daemon=True
-        )
-        self._toucher.start()
+        with suppress(CloudCkptError):  # then the copy itself is what touches them
+            self._toucher = started(partial(self._touch, missing, is_pinned=is_pinned), name="cloudckpt-touch")
 
     def _missing(self, sizes_bytes: Sequence[int], *, is_pinned: bool) -> list[int]:
         """Return the sizes for which there is no idle slab."""

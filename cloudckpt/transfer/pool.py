@@ -8,6 +8,7 @@ returns may hold neither the save nor the end of the process (FORMAT invariants 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +18,11 @@ from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 from cloudckpt.errors import CloudCkptError, RankLostError, StalledError
+from cloudckpt.threads import started
 
 __all__ = ["AbandonedError", "Budget", "Gauge", "Watch", "Work", "run_all"]
+
+logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -163,11 +167,19 @@ class _Pool:
             self._idle.release()
 
     def _hire(self) -> None:
-        """Start a thread if none is idle: each one that works keeps read buffers and an arena of the allocator."""
-        if not self._idle.acquire(blocking=False) and len(self._threads) < self._size:
-            name = f"cloudckpt-transfer-{len(self._threads)}"
-            self._threads.append(threading.Thread(target=self._serve, name=name, daemon=True))
-            self._threads[-1].start()
+        """Start a thread if none is idle: each one that works keeps read buffers and an arena of the allocator.
+
+        Where the machine has no more, those that are there do all.
+        """
+        if self._idle.acquire(blocking=False) or len(self._threads) >= self._size:
+            return
+        try:
+            self._threads.append(started(self._serve, name=f"cloudckpt-transfer-{len(self._threads)}"))
+        except CloudCkptError as exc:
+            if not self._threads:
+                raise
+            self._size = len(self._threads)
+            logger.warning("%d transfers at once, and no more: %s", self._size, exc)
 
     def submit(self, item: Work[_Result]) -> Future[_Result]:
         """Have a thread call an item; after a fault it is dropped."""

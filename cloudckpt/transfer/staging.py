@@ -12,9 +12,11 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from cloudckpt.errors import CloudCkptError
+from cloudckpt.threads import started
 from cloudckpt.transfer.memory import Slab, Slabs, address_of
 
 __all__ = ["Copy", "Stage", "StageClosedError", "copy_all"]
@@ -233,10 +235,10 @@ def copy_all(copies: Sequence[Copy], *, threads: int) -> None:
             ctypes.memmove(*segment)
 
     others = min(threads, size_bytes // segment_bytes) - 1
-    helpers = [threading.Thread(target=work, name="cloudckpt-stage", daemon=True) for _ in range(others)]
-    for helper in helpers:
-        helper.start()
+    helpers: list[threading.Thread] = []
     try:
+        with suppress(CloudCkptError):  # those that are there copy what is left
+            helpers.extend(started(work, name="cloudckpt-stage") for _ in range(others))
         work()
     finally:
         for helper in helpers:

@@ -372,7 +372,7 @@ def test_a_save_whose_thread_cannot_start_fails_at_the_call_and_the_next_one_wor
     with CheckpointManager(tmp_path) as manager:
         with monkeypatch.context() as patched:
             patched.setattr(threading.Thread, "start", refuse)
-            with pytest.raises(CloudCkptError, match="its thread could not be started: can't start new thread"):
+            with pytest.raises(CloudCkptError, match="a thread could not be started: can't start new thread"):
                 manager.async_save(1, state_of(1))
         manager.async_save(2, state_of(2)).result()
         assert steps_of(manager) == [2]

@@ -1,0 +1,143 @@
+"""Begin threads on a machine that may have none left, and never wait for one that does not come.
+
+    Worker, started    ──▶ a thread at work, or our error
+    each(items, call)  ──▶ results in order: this thread calls, and as many others help as there are
+
+A limit of memory or processes ends a training no sooner than it has to: who can work with fewer threads, does. Any
+thread may enter.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
+from typing import Generic, TypeVar
+
+from cloudckpt.errors import CloudCkptError
+
+__all__ = ["Worker", "each", "started"]
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+# Longer than a thread takes to come on a machine that is busy.
+_COMING_S = 5.0
+
+
+class _Coming(threading.Event):
+    """What `Thread.start` waits for: a thread that runs out of memory before it can say that it is there never does."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return super().wait(_COMING_S if timeout is None else timeout)
+
+
+class Worker(threading.Thread):
+    """A daemon, so that nothing that hangs in it keeps the process from its end."""
+
+    def __init__(self, work: Callable[[], object], *, name: str) -> None:
+        """Have `start` call `work`."""
+        super().__init__(target=work, name=name, daemon=True)
+        # The only way to bound the wait for it.
+        self._started = _Coming()
+        self._lock = threading.Lock()
+        self._is_awaited = True
+
+    def start(self) -> None:
+        """Begin; `ident` is None as long as it has not.
+
+        Raises:
+            CloudCkptError: it could not be started, and never works.
+        """
+        try:
+            super().start()
+        except (RuntimeError, MemoryError) as exc:
+            raise _no_thread(str(exc) or type(exc).__name__) from exc
+        with self._lock:
+            self._is_awaited = self._started.is_set()
+        if not self._is_awaited:
+            raise _no_thread("it did not begin")
+
+    def run(self) -> None:
+        """Work, unless it comes when nobody expects it any more."""
+        with self._lock:
+            if not self._is_awaited:
+                return
+        super().run()
+
+
+def started(work: Callable[[], object], *, name: str) -> Worker:
+    """Return a thread that works; raises what `Worker.start` does."""
+    thread = Worker(work, name=name)
+    thread.start()
+    return thread
+
+
+def _no_thread(why: str) -> CloudCkptError:
+    if not threading.main_thread().is_alive():
+        return CloudCkptError(
+            "the interpreter is shutting down, and starts no thread any more; save before it does, not in atexit"
+        )
+    return CloudCkptError(
+        f"a thread could not be started: {why}; let this process have more memory or threads (ulimit -v, ulimit -u, "
+        "the limits of its container)"
+    )
+
+
+def each(items: Sequence[_Item], call: Callable[[_Item], _Result], *, threads: int, name: str) -> list[_Result]:
+    """Call something for each item, this thread and helpers together, in its context; return the results in order.
+
+    Raises the first fault by order once nothing is under way any more; what had not begun by then is left out.
+    """
+    crew = _Crew(items, call)
+    with suppress(CloudCkptError):  # those that are there do the work of those that are not
+        for _ in range(min(threads, len(items)) - 1):
+            started(partial(copy_context().run, crew.work), name=name)
+    crew.work()
+    return crew.results()
+
+
+class _Crew(Generic[_Item, _Result]):
+    """The items that are left, and what became of the others."""
+
+    def __init__(self, items: Sequence[_Item], call: Callable[[_Item], _Result]) -> None:
+        self._items = items
+        self._call = call
+        self._next = 0
+        self._done: dict[int, _Result] = {}
+        self._faults: dict[int, BaseException] = {}
+        self._changed = threading.Condition()
+
+    def work(self) -> None:
+        """Take one item after the other, until there is none or a call has failed."""
+        while (number := self._take()) is not None:
+            self._do(number)
+
+    def _take(self) -> int | None:
+        with self._changed:
+            if self._faults or self._next == len(self._items):
+                return None
+            self._next += 1
+            return self._next - 1
+
+    def _do(self, number: int) -> None:
+        try:
+            result = self._call(self._items[number])
+        except BaseException as exc:  # noqa: BLE001 (raised by the thread that waits)
+            with self._changed:
+                self._faults[number] = exc
+                self._changed.notify_all()
+        else:
+            with self._changed:
+                self._done[number] = result
+                self._changed.notify_all()
+
+    def results(self) -> list[_Result]:
+        """Wait for what helpers are at; return all, or raise the first fault."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._done) + len(self._faults) == self._next)
+        if self._faults:
+            raise self._faults[min(self._faults)]
+        return [self._done[number] for number in range(len(self._items))]
