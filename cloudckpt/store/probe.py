@@ -13,20 +13,23 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
+from concurrent.futures import wait
 from dataclasses import dataclass
+from functools import partial
 
 from cloudckpt.errors import (
     AccessDeniedError,
+    CloudCkptError,
     CommitUnknownError,
     CreateNotEnforcedError,
     ObjectExistsError,
+    OptionsError,
     RetryExhaustedError,
     StorageError,
     TransientError,
 )
 from cloudckpt.options import KIB
+from cloudckpt.store.aside import begun
 from cloudckpt.store.base import Store
 from cloudckpt.store.limit import one_deadline
 
@@ -95,18 +98,26 @@ def probe_write(store: Store) -> None:
 @one_deadline()
 def _ask(store: Store) -> None:
     keys: list[str] = []
-    answers, began_s = 0, time.monotonic()
     try:
-        with ThreadPoolExecutor(_WRITERS, thread_name_prefix="cloudckpt-probe") as pool:
-            while not answers or (answers < _RACES and time.monotonic() - began_s < _RACING_S):
-                keys.append(f"probe-{secrets.token_hex(16)}")
-                ends = _race(store, keys[-1], pool)
-                answers += _is_answered(store, keys[-1], ends)
-                is_mute = not any(end.error is None or end.is_refused for end in ends)
-                if not answers and (is_mute or len(keys) == _RACES_AT_MOST):
-                    raise _undecided(store, keys[-1], ends)
-    finally:
+        _race_until_told(store, keys)
+    except OptionsError:
+        raise  # the store cannot be reached so, and nothing is there to be removed
+    except Exception:  # an interrupt does not wait for it
         _remove(store, keys)
+        raise
+    _remove(store, keys)
+
+
+def _race_until_told(store: Store, keys: list[str]) -> None:
+    """Hold races, each under a key that is added to `keys`, until they have told."""
+    answers, began_s = 0, time.monotonic()
+    while not answers or (answers < _RACES and time.monotonic() - began_s < _RACING_S):
+        keys.append(f"probe-{secrets.token_hex(16)}")
+        ends = _race(store, keys[-1])
+        answers += _is_answered(store, keys[-1], ends)
+        is_mute = not any(end.error is None or end.is_refused for end in ends)
+        if not answers and (is_mute or len(keys) == _RACES_AT_MOST):
+            raise _undecided(store, keys[-1], ends)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +136,7 @@ class _End:
         return isinstance(self.error, ObjectExistsError) and not isinstance(self.error.__cause__, TransientError)
 
 
-def _race(store: Store, key: str, pool: ThreadPoolExecutor) -> list[_End]:
+def _race(store: Store, key: str) -> list[_End]:
     start = threading.Barrier(_WRITERS, timeout=_BARRIER_S)
 
     def write(number: int) -> _End:
@@ -138,9 +149,9 @@ def _race(store: Store, key: str, pool: ThreadPoolExecutor) -> list[_End]:
             return _End(content=content, error=exc)
         return _End(content=content, error=None)
 
-    # Each in a copy of this context, which says by when all of it must have ended.
-    contexts = [copy_context() for _ in range(_WRITERS)]
-    return list(pool.map(lambda number: contexts[number].run(write, number), range(_WRITERS)))
+    writing = [begun(partial(write, number), name="probe") for number in range(_WRITERS)]
+    wait(writing)
+    return [future.result() for future in writing]
 
 
 def _is_answered(store: Store, key: str, ends: Sequence[_End]) -> bool:
@@ -174,7 +185,7 @@ def _undecided(store: Store, key: str, ends: Sequence[_End]) -> StorageError:
 def _remove(store: Store, keys: Sequence[str]) -> None:
     try:
         store.delete(keys)
-    except StorageError as exc:
+    except CloudCkptError as exc:
         # A training job may well have no right to delete; a few bytes are left, and no reader looks at them.
         logger.warning("the probe objects %s stay on %s: %s", ", ".join(keys), store.url, exc)
 

@@ -7,7 +7,8 @@ its refusal means; obstore's listings fail as a whole on one foreign name with a
 (`a//b`), cannot tell a marker of a directory from an empty object, and match whole segments only; its bulk delete
 names one of the objects that it left. So does a request that has less time than usual, or that took too long before:
 a client of obstore's has one time limit for all requests, their bodies included, and does not show how far they are,
-so that a put which moves slowly cannot be told from one that stands still. One request per call. Any thread may enter.
+so that a put which moves slowly cannot be told from one that stands still. One request per call. Any thread may enter;
+the main one, which would hear no signal in Rust, has its requests made on another.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import obstore
 from obstore.exceptions import BaseError
 
 from cloudckpt.options import MIB
+from cloudckpt.store.aside import heedful
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, joined, place
 from cloudckpt.store.classify import CredentialKind
@@ -37,6 +39,8 @@ __all__ = ["ObstoreWire", "is_lost_to_a_fork"]
 
 T = TypeVar("T")
 
+# How much longer than a request the main thread waits for obstore, which ends it itself.
+_GRACE_S = 5.0
 # A request that begins a moment after its operation has a little less than the usual time.
 _NEARLY = 0.9
 # How long a link is taken to be slow that has shown it.
@@ -189,7 +193,7 @@ class ObstoreWire:
         is_usual = not limit.timeouts and limit.still_s >= _NEARLY * self._limit_s
         if is_usual and began_s >= self._slow_until_s:
             with self._told_region():
-                return call(self._direct)
+                return heedful(lambda: call(self._direct), timeout_s=limit.stop_s - began_s + _GRACE_S)
         result = call(self._keeper())
         if time.monotonic() - began_s > self._limit_s:
             # It went well, and obstore would have ended it: so would it the next ones on such a link.
