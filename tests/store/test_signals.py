@@ -73,3 +73,23 @@ def test_an_interrupt_ends_a_probe_whose_creates_stand_still() -> None:
         probe_create(store)
     assert ended == []
     release.set()
+
+
+@pytest.mark.parametrize("kind", ["obstore.ObstoreStore", "fsspec.FsspecStore"])
+def test_a_resolver_that_hangs_does_not_keep_the_process_from_ending(kind: str) -> None:
+    module, name = kind.split(".")
+    program = f"""
+import socket, time
+from cloudckpt.options import RetryPolicy
+from cloudckpt.store.{module} import {name}
+from cloudckpt.errors import StorageError
+socket.getaddrinfo = lambda *a, **k: time.sleep(600)
+options = {{"key": "k", "secret": "s", "endpoint_url": "http://slow.test:9"}}
+store = {name}("s3://bucket/root", storage_options=options, retry=RetryPolicy(request_timeout_s=0.5))
+try:
+    store.head("k")
+except StorageError:
+    print("ended")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout == "ended\n"
