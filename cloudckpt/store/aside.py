@@ -1,20 +1,23 @@
 """Call on threads of their own what may not come back: neither a signal nor the end of the process waits for it.
 
-    errand ──▶ begun() ──▶ a daemon thread ──▶ a future
+    errand, probe, the main thread's request ──▶ begun() ──▶ a daemon thread ──▶ a future
+    resolver of fsspec's loop                ──▶ Aside.submit() ──╯
 
-What a call raises keeps its causes, wherever it is raised again. Knows nothing of stores. Any thread may enter.
+Python runs signal handlers in its main thread alone, and there only between two steps of Python's own: who waits for a
+future hears them, and who is in a library's machine code does not. What a call raises keeps its causes, wherever it is
+raised again. Knows nothing of stores. Any thread may enter.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
-__all__ = ["begun", "pinned"]
+__all__ = ["Aside", "begun", "heedful", "pinned", "waitable_s"]
 
 T = TypeVar("T")
 
@@ -45,3 +48,27 @@ def pinned(exc: BaseException) -> BaseException:
     if exc.__cause__ is None:
         exc.__cause__ = exc.__context__
     return exc
+
+
+def heedful(call: Callable[[], T], *, timeout_s: float) -> T:
+    """Return what `call` returns; in the main thread, which is to hear signals, it is made on another one.
+
+    Raises:
+        TimeoutError: in the main thread, it has not ended in time; it goes on.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    return begun(call, name="request").result(timeout=waitable_s(timeout_s))
+
+
+def waitable_s(seconds: float) -> float:
+    """Return a time that a lock can wait for: no more than it can count."""
+    return min(seconds, threading.TIMEOUT_MAX)
+
+
+class Aside(ThreadPoolExecutor):
+    """An executor for event loops whose threads nobody joins: `asyncio` asks for one of this class."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:  # noqa: ANN401 - the base's own
+        """Begin a call on a thread of its own."""
+        return begun(partial(fn, *args, **kwargs), name="loop")

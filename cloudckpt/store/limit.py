@@ -22,7 +22,7 @@ from typing import Generic, TypeVar
 
 from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import RetryExhaustedError
-from cloudckpt.store.aside import begun
+from cloudckpt.store.aside import begun, heedful
 
 __all__ = [
     "Errand",
@@ -43,6 +43,8 @@ T = TypeVar("T")
 _DEFAULT_S = 60.0
 # Of a request's time, what may go to an errand before it.
 _ERRAND_SHARE = 0.5
+# How much longer than its limit one that ends by itself is waited for.
+_GRACE_S = 5.0
 # How often who waits looks whether the limit has come nearer.
 _LOOK_S = 0.1
 
@@ -156,8 +158,9 @@ def led(call: Callable[[], T]) -> T:
     Raises:
         LeftBehindError: it has no more time; it goes on, and nobody hears what becomes of it.
     """
-    if not limit_now().may_change:
-        return call()
+    limit = limit_now()
+    if not limit.may_change:
+        return heedful(call, timeout_s=limit.stop_s - time.monotonic() + _GRACE_S)
     try:
         future = begun(call, name="request")
     except RuntimeError:  # there is room for no thread more

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from cloudckpt.errors import (
     CommitUnknownError,
     CreateNotEnforcedError,
     ObjectExistsError,
+    OptionsError,
     RetryExhaustedError,
     StorageError,
     TransientError,
@@ -100,25 +101,35 @@ def probe_write(store: Store) -> None:
 
 @one_deadline()
 def _ask(store: Store) -> None:
-    keys = [_new_key()]
-    answers, spoilt, began_s, has_written = 0, 0, time.monotonic(), False
+    written: list[str] = []
     try:
-        while not answers or (answers < _RACES and time.monotonic() - began_s < _RACING_S):
-            writers = _writers(store, keys[-1])
-            has_written = True  # from here on something may stand there
-            ends = [writer.result() for writer in writers]
-            if _is_answered(store, keys[-1], ends):
-                answers += 1
-                keys.append(_new_key())
-                continue
-            spoilt += 1
-            is_mute = not any(end.error is None or end.is_refused for end in ends)
-            if not answers and (is_mute or not _may_go_on(store, spoilt)):
-                raise _undecided(store, keys[-1], ends, spoilt=spoilt, elapsed_s=time.monotonic() - began_s)
-            _free(store, keys)
-    finally:
-        if has_written:
-            _remove(store, keys)
+        _race_until_told(store, written)
+    except OptionsError:
+        raise  # the store cannot be reached so, and nothing is there to be removed
+    except Exception:  # an interrupt does not wait for it
+        if written:
+            _remove(store, written)
+        raise
+    _remove(store, written)
+
+
+def _race_until_told(store: Store, written: list[str]) -> None:
+    """Hold races, each under a key that is added to `written`, until they have told."""
+    key, answers, spoilt, began_s = _new_key(), 0, 0, time.monotonic()
+    while not answers or (answers < _RACES and time.monotonic() - began_s < _RACING_S):
+        writers = _writers(store, key)
+        if key not in written:
+            written.append(key)
+        wait(writers)
+        ends = [writer.result() for writer in writers]
+        if _is_answered(store, key, ends):
+            answers, key = answers + 1, _new_key()
+            continue
+        spoilt += 1
+        is_mute = not any(end.error is None or end.is_refused for end in ends)
+        if not answers and (is_mute or not _may_go_on(store, spoilt)):
+            raise _undecided(store, key, ends, spoilt=spoilt, elapsed_s=time.monotonic() - began_s)
+        key = _freed(store, key)
 
 
 def _new_key() -> str:
@@ -130,12 +141,13 @@ def _may_go_on(store: Store, spoilt: int) -> bool:
     return store.pause(spoilt) if isinstance(store, RetryingStore) else spoilt < _RACES_AT_MOST
 
 
-def _free(store: Store, keys: list[str]) -> None:
-    """Let the next race have the last key again; another one, where it cannot be deleted."""
+def _freed(store: Store, key: str) -> str:
+    """Let the next race have the key again; another one, where it cannot be deleted."""
     try:
-        store.delete(keys[-1:])
+        store.delete([key])
     except StorageError:
-        keys.append(_new_key())
+        return _new_key()
+    return key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,7 +243,7 @@ def _undecided(store: Store, key: str, ends: Sequence[_End], *, spoilt: int, ela
 def _remove(store: Store, keys: Sequence[str]) -> None:
     try:
         store.delete(keys)
-    except StorageError as exc:
+    except CloudCkptError as exc:
         # A training job may well have no right to delete; a few bytes are left, and no reader looks at them.
         logger.warning("the probe objects %s stay on %s: %s", ", ".join(keys), store.url, exc)
 

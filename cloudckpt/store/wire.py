@@ -27,7 +27,7 @@ import fsspec.asyn
 from aiohttp import payload
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.store.aside import pinned
+from cloudckpt.store.aside import Aside, pinned, waitable_s
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, pieces, place
 from cloudckpt.store.classify import CredentialKind
@@ -182,6 +182,9 @@ class OnLoop:
 
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop = fsspec.asyn.get_loop()
+        if getattr(self.loop, "_default_executor", None) is None:
+            # It looks names up, and a resolver that hangs would keep the process from ending.
+            self.loop.set_default_executor(Aside())
 
     def run(self, request: Coroutine[object, object, T]) -> T:
         """Return the request's result; cancel it, and raise, when it is late or the caller is interrupted."""
@@ -203,7 +206,7 @@ class OnLoop:
             raise RuntimeError("called on fsspec's own event loop, where it would wait for itself")
         future = asyncio.run_coroutine_threadsafe(_bounded(request, now), self.loop)
         try:
-            return future.result(now().stop_s - time.monotonic() + _GRACE_S)
+            return future.result(waitable_s(now().stop_s - time.monotonic() + _GRACE_S))
         finally:
             future.cancel()  # does nothing to a request that has ended
 

@@ -8,7 +8,8 @@ marker of a directory from an empty object, and match whole segments only; its b
 it left. So does a request that has less time than usual, or that took too long before: a client of obstore's has one
 time limit for all requests, their bodies included, and does not show how far they are, so that a put which moves slowly
 cannot be told from one that stands still. Nor can one be ended that is on its way: when an end is announced meanwhile,
-it is left behind. One request per call. Any thread may enter.
+it is left behind. One request per call. Any thread may enter; the main one, which would hear no signal in Rust, has its
+requests made on another.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from functools import partial
 from cloudckpt.errors import BucketNotFoundError, ChecksumError, MissingShardError, ObjectNotFoundError, StorageError
 from cloudckpt.format import Span, verify_blocks
 from cloudckpt.store import Store, one_deadline
-from cloudckpt.transfer.pool import Budget, Watch, Work, run_all
+from cloudckpt.transfer.pool import AbandonedError, Budget, Watch, Work, run_all
 
 __all__ = ["Fetch", "ShardSource", "download"]
 
@@ -95,12 +95,14 @@ def download(
         StalledError: a read stood still; it was left to itself.
         In each case no byte of the span at fault was handed on; other spans may have been.
     """
-    buffer = _ReadBuffer()
+    buffer, is_left = _ReadBuffer(), threading.Event()
 
     def fetch(job: Fetch) -> None:
         try:
             with one_deadline():
                 data = _verified(store, job, buffer)
+            if is_left.is_set():
+                raise AbandonedError(f"nobody waits for {job.shard.key} any more, and its memory may be used otherwise")
             job.consume(data)
         finally:
             budget.free(job.cost_bytes)
@@ -114,7 +116,10 @@ def download(
         )
         for job in fetches
     ]
-    run_all(work, concurrency=concurrency, budget=budget, watch=watch or Watch())
+    try:
+        run_all(work, concurrency=concurrency, budget=budget, watch=watch or Watch())
+    finally:
+        is_left.set()
 
 
 def _verified(store: Store, job: Fetch, buffer: _ReadBuffer) -> memoryview:

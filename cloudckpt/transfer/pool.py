@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
-from cloudckpt.errors import CloudCkptError, RankLostError, StalledError
+from cloudckpt.errors import CloudCkptError, StalledError
 from cloudckpt.threads import started
 
 __all__ = ["AbandonedError", "Budget", "Gauge", "Watch", "Work", "run_all"]
@@ -120,9 +120,9 @@ class Watch:
 def run_all(work: Sequence[Work[_Result]], *, concurrency: int, budget: Budget, watch: Watch) -> list[_Result]:
     """Call everything in `work`, each once its cost was admitted; return the results in order.
 
-    On the first fault, or an interrupt of the calling thread, nothing more begins; what is under way is waited for,
-    and the fault is raised. What takes longer than `watch.deadline_s` is left to itself: `StalledError` names it,
-    unless something else has failed before.
+    On the first fault nothing more begins; what is under way is waited for, and the fault is raised. What takes longer
+    than `watch.deadline_s` is left to itself: `StalledError` names it, unless something else has failed before. So is
+    all that is under way when the calling thread is interrupted.
     """
     if watch.gauge is not None:
         watch.gauge.begin(sum(item.size_bytes for item in work))
@@ -137,7 +137,7 @@ def run_all(work: Sequence[Work[_Result]], *, concurrency: int, budget: Budget, 
             futures.append(pool.submit(item))
         while wait(futures, timeout=_LOOK_S, return_when=FIRST_EXCEPTION).not_done and not pool.is_stopping:
             pool.look()
-    except (StalledError, RankLostError, AbandonedError):
+    except BaseException:  # it stands still, nobody wants it, or a signal's handler has raised
         pool.abandon()
         raise
     finally:

@@ -197,6 +197,44 @@ def test_an_interrupt_stops_the_upload_without_a_hang() -> None:
     assert store.op_count < 500
 
 
+class StandStill:
+    """Interrupts the main thread at the first request, and lets none end before it is released."""
+
+    def __init__(self) -> None:
+        self.ended: list[int] = []
+        self.release = threading.Event()
+        self._first = threading.Lock()
+
+    def __call__(self, _: object) -> None:
+        if self._first.acquire(blocking=False):
+            interrupt()
+        self.release.wait(PATIENCE_S)
+        self.ended.append(1)
+
+
+PATIENCE_S = 20.0
+
+
+def test_an_interrupted_upload_waits_for_no_put_that_stands_still() -> None:
+    hook = StandStill()
+    with pytest.raises(KeyboardInterrupt):
+        put_all(FaultStore(hook=hook), [job(number) for number in range(4)], concurrency=2, limit_bytes=200)
+    assert hook.ended == []
+    hook.release.set()
+
+
+def test_an_interrupted_download_waits_for_no_read_and_hands_nothing_on_afterwards() -> None:
+    shelf, hook = Shelf(), StandStill()
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        shelf.get_all(FaultStore(shelf.bucket, hook=hook), concurrency=2, limit_bytes=80)
+    assert hook.ended == []
+    hook.release.set()
+    while threading.active_count() > before:
+        threading.Event().wait(0.01)
+    assert shelf.brought == {}
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_an_interrupted_save_surfaces_as_that_and_commits_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,95 @@
+"""The main thread hears signals while its request is under way, and the process ends whatever else is under way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from cloudckpt.options import RetryPolicy
+from cloudckpt.store.probe import probe_create
+from cloudckpt.store.retrying import RetryingStore
+from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, VERBS
+from tests.store.fault_store import FaultStore
+from tests.store.http_dialects import Reply, Request
+from tests.store.http_object_server import ObjectServer
+
+ENGINES = {"s3fs": S3FS, "gcsfs": GCSFS, "obstore-s3": OBSTORE_S3, "obstore-gcs": OBSTORE_GCS}
+# Only a main thread that is deaf waits so long.
+DEAF_S = 10.0
+
+
+class SignallingServer(ObjectServer):
+    """Sends this process a signal in the middle of its first request, and waits with the answer until it was heard."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard = threading.Event()
+        self.was_heard_meanwhile: list[bool] = []
+
+    def handle(self, request: Request) -> Reply:
+        if not self.was_heard_meanwhile:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            self.was_heard_meanwhile.append(self.heard.wait(DEAF_S))
+        return super().handle(request)
+
+
+@pytest.fixture
+def server() -> Iterator[SignallingServer]:
+    with SignallingServer() as server:
+        server.put_object("root/there", bytes(100))
+        before = signal.signal(signal.SIGUSR1, lambda *_: server.heard.set())
+        yield server
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_signal_is_heard_while_a_request_of_the_main_thread_is_under_way(
+    server: SignallingServer, engine: str, verb: str
+) -> None:
+    policy = RetryPolicy(request_timeout_s=4 * DEAF_S)
+    with RetryingStore(ENGINES[engine].open(server, retry=policy), policy) as store:
+        VERBS[verb](store)
+    assert server.was_heard_meanwhile == [True]
+
+
+def test_an_interrupt_ends_a_probe_whose_creates_stand_still() -> None:
+    release, ended, interrupting = threading.Event(), [], threading.Lock()
+
+    def stand_still(_: object) -> None:
+        if interrupting.acquire(blocking=False):
+            os.kill(os.getpid(), signal.SIGINT)
+        release.wait(DEAF_S)
+        ended.append(1)
+
+    store = FaultStore(hook=stand_still)
+    with pytest.raises(KeyboardInterrupt):
+        probe_create(store)
+    assert ended == []
+    release.set()
+
+
+@pytest.mark.parametrize("kind", ["obstore.ObstoreStore", "fsspec.FsspecStore"])
+def test_a_resolver_that_hangs_does_not_keep_the_process_from_ending(kind: str) -> None:
+    module, name = kind.split(".")
+    program = f"""
+import socket, time
+from cloudckpt.options import RetryPolicy
+from cloudckpt.store.{module} import {name}
+from cloudckpt.errors import StorageError
+socket.getaddrinfo = lambda *a, **k: time.sleep(600)
+options = {{"key": "k", "secret": "s", "endpoint_url": "http://slow.test:9"}}
+store = {name}("s3://bucket/root", storage_options=options, retry=RetryPolicy(request_timeout_s=0.5))
+try:
+    store.head("k")
+except StorageError:
+    print("ended")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert run.stdout == "ended\n"
