@@ -455,8 +455,10 @@ class CheckpointManager:
     def sweep(self, *, dry_run: bool = True, older_than_s: float = 86_400.0) -> list[Orphan]:
         """Remove what killed jobs left behind: attempts of older epochs without a commit, and pruned leftovers.
 
+        On a disk what killed writers did not finish goes as well; that is not in the list.
+
         Args:
-            dry_run: only return what would be removed.
+            dry_run: only return what would be removed. That writes nothing, so that ages are by the local clock.
             older_than_s: spare attempts whose newest object is younger than this, by the store's clock.
         """
         self._refuse_closed()
@@ -466,7 +468,8 @@ class CheckpointManager:
     def close(self) -> None:
         """Wait for a save under way, remove what is due, and release the store and the memory. Idempotent.
 
-        Shards still in their grace time stay for the next job.
+        Shards still in their grace time stay for the next job. Where earlier jobs left a lot, its removal goes on for a
+        few seconds, and the rest stays, too.
 
         Raises:
             SaveFailedError: a save failed in the background and nobody was told, or did not end within
