@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import cloudckpt
 from cloudckpt import (
     CheckpointExistsError,
     CheckpointManager,
     CheckpointNotFoundError,
+    CloudCkptError,
     FencedError,
     KeepBest,
     KeepEvery,
@@ -29,6 +31,7 @@ from cloudckpt import (
     RetryPolicy,
 )
 from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_LIMIT_BYTES, MANIFEST_NAME, checkpoint_prefix, parse_epoch_key
+from cloudckpt.format.codec import registry
 from cloudckpt.root import Catalog
 from cloudckpt.store import RetryingStore
 from cloudckpt.store.probe import _proven
@@ -445,6 +448,31 @@ def test_a_pause_and_a_wrong_clock_remove_nothing_by_age(job: Open, monkeypatch:
         assert [step for _, step in orders(manager)] == [1, 2, 3, 4]
         worked(1, "2026-01-09T00:00:00.000+00:00", manager, 5)
         assert [step for _, step in orders(manager)] == [2, 3, 4, 5]
+
+
+def test_metadata_of_a_type_that_is_not_known_here_hides_nothing_else(
+    job: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Config:
+        pass
+
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "_BY_KIND", dict(registry._BY_KIND))
+        patched.setattr(registry, "_BY_NAME", dict(registry._BY_NAME))
+        cloudckpt.register(Config, name="config", encode=lambda _: 1, decode=lambda _: Config())
+        with job() as manager:
+            save_steps(manager, 1)
+            manager.save(2, state_of(2), metadata={"run": 7, "config": Config()})
+    with job(retention=[KeepLast(2)]) as manager:
+        restored = manager.restore(state_of(0))
+        assert restored is not None
+        assert restored.step == 2
+        assert manager.unreadable() == []
+        assert "step=2" in repr(restored)
+        with pytest.raises(CloudCkptError, match=r"metadata\.config"):
+            _ = restored.metadata
+        save_steps(manager, 3, 4)
+        assert manager.all_steps() == [3, 4]
 
 
 # -- leftovers -----------------------------------------------------------------------------------------------
