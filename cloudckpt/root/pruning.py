@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Literal, get_args
 
 from cloudckpt.errors import CheckpointExistsError, CloudCkptError, OptionsError, RetryExhaustedError, StorageError
+from cloudckpt.options import as_seconds
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.claims import Line
@@ -182,10 +183,10 @@ class Cleaner:
         Raises:
             OptionsError: a number of seconds that is none.
         """
-        if sweep_after_s is not None and (type(sweep_after_s) not in (int, float) or not 0 <= sweep_after_s < math.inf):
-            raise OptionsError(f"sweep_after_s is {sweep_after_s!r}; give a number of seconds from 0, or None")
+        if sweep_after_s is not None:
+            sweep_after_s = as_seconds("sweep_after_s", sweep_after_s)
         self._catalog = catalog
-        self._grace_s = grace_s
+        self._grace_s = as_seconds("prune_grace_s", grace_s)
         self._sweep_after_s = sweep_after_s
         self._clock = clock
         self._is_held = is_held
