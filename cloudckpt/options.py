@@ -33,20 +33,20 @@ _OWN_SHARE = 0.8
 _GRACE_S = 4.0
 
 
-def as_count(name: str, value: object, *, least: int = 0) -> int:
+def as_count(name: str, value: object, *, least: int | None = 0) -> int:
     """Return a whole number as an `int`; numpy's and torch's are ones, True and 1.0 are none.
 
     Args:
         name: of what it counts, for the error.
         value: as the caller gave it.
-        least: the smallest that may be given.
+        least: the smallest that may be given; None if any may.
 
     Raises:
         OptionsError: it is no whole number, or smaller.
     """
     number = _whole(value)
-    if number is None or number < least:
-        raise OptionsError(f"{name} is {value!r}; give a whole number from {least}")
+    if number is None or (least is not None and number < least):
+        raise OptionsError(f"{name} is {value!r}; give a whole number{'' if least is None else f' from {least}'}")
     return number
 
 

@@ -9,7 +9,6 @@ the same thread: two would call in another order on another rank.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -24,7 +23,7 @@ from cloudckpt.format import step_number
 from cloudckpt.loading import load_state
 from cloudckpt.manager.saves import Exists, Home, Saves
 from cloudckpt.manager.tolerance import OnError, Tolerance
-from cloudckpt.options import Options
+from cloudckpt.options import Options, as_flag, as_seconds
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
 from cloudckpt.ranks import refuse_lonely_rank
 from cloudckpt.report import Advice, Journal, Progress, Show, advise
@@ -153,8 +152,11 @@ class CheckpointManager:
         Raises:
             OptionsError: a wrong URL, engine, rule, interval or choice.
         """
-        if type(prune_grace_s) not in (int, float) or not 0 <= prune_grace_s < math.inf:
-            raise OptionsError(f"prune_grace_s is {prune_grace_s!r}; give 0 or more seconds")
+        if not callable(clock):
+            raise OptionsError(f"clock is {clock!r}; give a function that returns seconds, such as time.monotonic")
+        if fallback is None and fallback_storage_options is not None:
+            raise OptionsError("fallback_storage_options are given without a fallback; give both, or none of them")
+        as_seconds("prune_grace_s", prune_grace_s)
         refuse_lonely_rank()
         shown, self._retention = Progress(progress), checked_rules(retention)
         self._owns_preemption = preemption is True or preemption == "auto"
@@ -187,7 +189,7 @@ class CheckpointManager:
             schedule=schedule,
             journal=self._journal,
             tolerance=Tolerance(self._journal, on_error, max_failures),
-            save_rng=save_rng,
+            save_rng=as_flag("save_rng", save_rng),
         )
         self._is_closed = False
         if self._preemption is not None:
@@ -275,6 +277,8 @@ class CheckpointManager:
             UnsupportedValueError: a value that the format cannot hold; nothing was written.
             SaveFailedError: ranks failed, were lost, or hold different states (`.failures`); nothing was committed.
             StorageError: nothing was committed (after `CommitUnknownError`: perhaps).
+            KeyboardInterrupt, SystemExit: as they come; one that comes after the commit, also from a retention rule,
+                has a note that the step is saved.
         """
         self._refuse_closed()
         return self._saves.save(_step_before(step, state), state, metrics, metadata, exists=exists)
@@ -330,10 +334,11 @@ class CheckpointManager:
             timeout: seconds to wait; None waits as long as the save's own deadlines let it live.
 
         Raises:
+            OptionsError: `timeout` is no number of seconds.
             TimeoutError: the save goes on.
             SaveFailedError: it failed; also one that failed before and nobody was told.
         """
-        self._saves.settle(timeout)
+        self._saves.settle(None if timeout is None else as_seconds("timeout", timeout))
 
     def _refuse_closed(self) -> None:
         if self._is_closed:
@@ -455,18 +460,25 @@ class CheckpointManager:
     def sweep(self, *, dry_run: bool = True, older_than_s: float = 86_400.0) -> list[Orphan]:
         """Remove what killed jobs left behind: attempts of older epochs without a commit, and pruned leftovers.
 
+        On a disk what killed writers did not finish goes as well; that is not in the list.
+
         Args:
-            dry_run: only return what would be removed.
+            dry_run: only return what would be removed. That writes nothing, so that ages are by the local clock.
             older_than_s: spare attempts whose newest object is younger than this, by the store's clock.
+
+        Raises:
+            OptionsError: an argument of another kind; nothing was removed.
         """
         self._refuse_closed()
+        dry_run, older_than_s = as_flag("dry_run", dry_run), as_seconds("older_than_s", older_than_s)
         catalogs = self._saves.roots.catalogs
         return [one for catalog in catalogs for one in sweep(catalog, older_than_s=older_than_s, dry_run=dry_run)]
 
     def close(self) -> None:
         """Wait for a save under way, remove what is due, and release the store and the memory. Idempotent.
 
-        Shards still in their grace time stay for the next job.
+        Shards still in their grace time stay for the next job. Where earlier jobs left a lot, its removal goes on for a
+        few seconds, and the rest stays, too.
 
         Raises:
             SaveFailedError: a save failed in the background and nobody was told, or did not end within

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from cloudckpt.errors import OptionsError, is_outage
+from cloudckpt.options import as_count
 from cloudckpt.report import Journal
 
 __all__ = ["OnError", "Tolerance"]
@@ -29,8 +30,7 @@ class Tolerance:
         """
         if on_error not in get_args(OnError):
             raise OptionsError(f"on_error is {on_error!r}; give {' or '.join(map(repr, get_args(OnError)))}")
-        if type(max_failures) is not int or max_failures < 1:
-            raise OptionsError(f"max_failures is {max_failures!r}; give a whole number from 1")
+        max_failures = as_count("max_failures", max_failures, least=1)
         self._journal = journal
         self._limit = max_failures if on_error == "warn" else 1
         self._count = 0

@@ -24,6 +24,7 @@ from typing import Literal
 
 from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import OptionsError
+from cloudckpt.options import as_count, as_seconds
 from cloudckpt.preemption.notices import Notice
 from cloudckpt.preemption.watch import Preemption
 from cloudckpt.ranks import Vote
@@ -102,12 +103,8 @@ class Schedule:
         Raises:
             OptionsError: an interval that is none.
         """
-        if every_steps is not None and (type(every_steps) is not int or every_steps < 1):
-            raise OptionsError(f"save_every_steps is {every_steps!r}; give a whole number from 1, or None")
-        if every_s is not None and (type(every_s) not in (int, float) or not 0 < every_s < math.inf):
-            raise OptionsError(f"save_every_seconds is {every_s!r}; give a number of seconds above 0, or None")
-        self._every_steps = every_steps
-        self._every_s = every_s
+        self._every_steps = None if every_steps is None else as_count("save_every_steps", every_steps, least=1)
+        self._every_s = None if every_s is None else as_seconds("save_every_seconds", every_s, is_zero_allowed=False)
         self._preemption = preemption
         self._clock = clock
         self._began_s = clock()

@@ -58,6 +58,11 @@ class Journal:
             yield
         except Exception as exc:  # noqa: BLE001 (rules, handlers and streams are anybody's code)
             self.note(f"{what}: {exc if isinstance(exc, CloudCkptError) else repr(exc)}")
+        except BaseException as exc:
+            # Who ends the program, by an interrupt or an exit, is not kept from it, and hears what is safe.
+            exc.add_note(f"{what}: {exc!r}")
+            self.note(f"{what}: {exc!r}")
+            raise
 
     def begin(self, *, rank: int) -> Entry:
         """Begin the entry of a save or restore, at this moment."""

@@ -165,7 +165,6 @@ class Catalog:
             attempt=manifest.attempt,
             url=self._url(prefix),
             metrics=manifest.metric_values(),
-            metadata=manifest.metadata_values(),
             created_at=manifest.created(),
             total_bytes=manifest.total_bytes,
             world_size=manifest.world_size,

@@ -43,7 +43,6 @@ class Checkpoint:
         attempt: which attempt's objects make it up.
         url: its prefix; `cloudckpt.load(state, url)` reads it.
         metrics: what the caller measured at the save.
-        metadata: the caller's own.
         created_at: when, by the saving coordinator's clock.
         total_bytes: bytes of all its shards.
         world_size: ranks that saved it.
@@ -58,7 +57,6 @@ class Checkpoint:
     attempt: str
     url: str
     metrics: Mapping[str, float]
-    metadata: Mapping[str, object]
     created_at: datetime
     total_bytes: int
     world_size: int
@@ -70,6 +68,16 @@ class Checkpoint:
     def __hash__(self) -> int:
         """Hash by what tells one from another: metrics and metadata are dicts, and have none."""
         return hash((self.url, self.digest))
+
+    @property
+    def metadata(self) -> Mapping[str, object]:
+        """The caller's own, decoded when it is asked for: a type that this program lacks keeps nothing else away.
+
+        Raises:
+            UnsupportedValueError: it holds a type that is not registered here.
+            ManifestError: it holds what nobody can decode.
+        """
+        return self.manifest.metadata_values()
 
     @property
     def worked_s(self) -> float | None:

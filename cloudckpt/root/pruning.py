@@ -17,12 +17,13 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Literal, get_args
 
 from cloudckpt.errors import CheckpointExistsError, CloudCkptError, OptionsError, RetryExhaustedError, StorageError
+from cloudckpt.options import as_seconds
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.claims import Line
 from cloudckpt.root.removal import delete_below
 from cloudckpt.root.retention import RetentionRule, removable
-from cloudckpt.root.sweep import find_orphans, remove_orphan
+from cloudckpt.root.sweep import find_orphans, remove_orphan, remove_unfinished
 from cloudckpt.threads import started
 
 __all__ = ["Cleaner", "Pruner", "RetentionScope"]
@@ -32,7 +33,8 @@ logger = logging.getLogger(__name__)
 RetentionScope = Literal["line", "root"]
 """Whose checkpoints retention removes: those of the job's own line of history, or all below the root."""
 
-# How long the end waits for a request of the cleaner's that is under way.
+# How long the end lets a sweep go on, and waits for a request of the cleaner's that is under way.
+_SWEEPING_S = 5.0
 _ENDING_S = 30.0
 # How often that wait looks whether it is held up.
 _LOOK_S = 0.1
@@ -163,8 +165,8 @@ class Cleaner:
     """Removes objects that belong to no checkpoint, in a thread of its own and with one request at a time.
 
     What this job has pruned goes after its grace time. What other jobs left (attempts without a commit, pruned shards)
-    goes once nothing was written to it for a while; that is looked for at the first save after a grace time, and again
-    as long as some of it is too young. Nothing is removed while the job is preempted.
+    goes once nothing was written to it for a while; that is looked for at the job's first save, however short the job
+    is, and again as long as some of it is too young. Nothing is removed while the job is preempted.
     """
 
     def __init__(
@@ -190,10 +192,10 @@ class Cleaner:
         Raises:
             OptionsError: a number of seconds that is none.
         """
-        if sweep_after_s is not None and (type(sweep_after_s) not in (int, float) or not 0 <= sweep_after_s < math.inf):
-            raise OptionsError(f"sweep_after_s is {sweep_after_s!r}; give a number of seconds from 0, or None")
+        if sweep_after_s is not None:
+            sweep_after_s = as_seconds("sweep_after_s", sweep_after_s)
         self._catalog = catalog
-        self._grace_s = grace_s
+        self._grace_s = as_seconds("prune_grace_s", grace_s)
         self._sweep_after_s = sweep_after_s
         self._clock = clock
         self._is_held = is_held
@@ -201,13 +203,13 @@ class Cleaner:
         # What does not exist any more, by prefix and attempt, and since when: its shards go once readers had time to
         # notice.
         self._uncommitted_s: dict[tuple[str, str], float] = {}
-        # What a job before has pruned in its last moments has its grace time, too.
-        self._next_sweep_s = clock() + grace_s
+        self._next_sweep_s = clock()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._is_woken = False
         self._is_ending = False
         self._is_stopped = False
+        self._stop_s = math.inf
 
     def uncommit(self, checkpoint: Checkpoint) -> None:
         """Uncommit a checkpoint, and remove its shards after the grace time."""
@@ -232,21 +234,27 @@ class Cleaner:
             thread.join()
 
     def end(self) -> None:
-        """Stop looking for what others left, and remove what is due of this job's own, until that is held up."""
+        """Remove what is due, for a moment also of what others left, until that is held up."""
+        self._wait(_SWEEPING_S)
         self._is_ending = True
-        thread, stop_s = self._thread, time.monotonic() + _ENDING_S
-        while thread is not None and thread.is_alive() and self._may_remove() and time.monotonic() < stop_s:
-            thread.join(_LOOK_S)
-        if thread is None or not thread.is_alive():
+        self._stop_s = time.monotonic() + _ENDING_S
+        if self._wait(_ENDING_S):
             self._try(self._remove_due)
         self.stop()
+
+    def _wait(self, timeout_s: float) -> bool:
+        """Wait until nothing is removed any more; tell whether that is so."""
+        thread, stop_s = self._thread, time.monotonic() + timeout_s
+        while thread is not None and thread.is_alive() and self._may_remove() and time.monotonic() < stop_s:
+            thread.join(_LOOK_S)
+        return thread is None or not thread.is_alive()
 
     def stop(self) -> None:
         """Make no further request."""
         self._is_stopped = True
 
     def _may_remove(self) -> bool:
-        return not (self._is_stopped or self._is_held())
+        return not (self._is_stopped or self._is_held() or time.monotonic() >= self._stop_s)
 
     def _may_sweep(self) -> bool:
         return not self._is_ending and self._may_remove()
@@ -309,7 +317,7 @@ class Cleaner:
             return
         # Should it fail, or be held up, it is not tried at every save.
         self._next_sweep_s = self._clock() + _AGAIN_S
-        found = find_orphans(self._catalog)
+        found = find_orphans(self._catalog, older_than_s=self._sweep_after_s)
         with self._lock:
             own = {prefix for prefix, _ in self._uncommitted_s}
         orphans = [orphan for orphan in found if orphan.prefix not in own]
@@ -322,6 +330,9 @@ class Cleaner:
                 removed_bytes += orphan.total_bytes
         young = [one for one in orphans if one.object_count and not one.is_due(self._sweep_after_s)]
         left_s = max((self._sweep_after_s - one.age_s for one in young), default=math.inf)
+        if not self._may_sweep():
+            return
+        left_s = min(left_s, remove_unfinished(self._catalog.store, older_than_s=self._sweep_after_s))
         self._next_sweep_s = self._clock() + left_s
         if removed_bytes:
             logger.info("removed %d bytes that earlier jobs left at %s", removed_bytes, self._catalog.store.url)

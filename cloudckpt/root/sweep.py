@@ -5,14 +5,17 @@
 
 An orphan is voided before its objects go, so that a zombie's late commit loses to the sweep, or the sweep to it, and
 never both succeed (FORMAT invariant 9). The void manifest stays as long as a zombie could be alive: it is what keeps
-it from committing to nothing. Ages are told by the store's clock alone. Knows the catalog and its store; knows nothing
-of tensors.
+it from committing to nothing. Ages are told by the store's clock alone; only a dry run, which writes nothing, takes the
+local one for it. On a disk, what killed writers did not finish goes, too. Knows the catalog and its store; knows
+nothing of tensors.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -21,12 +24,13 @@ from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, parse_checkpoint_pref
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.claims import highest_claim
 from cloudckpt.root.removal import delete_below
-from cloudckpt.store import ObjectInfo, Store, one_deadline
+from cloudckpt.store import ObjectInfo, Store, one_deadline, scrub
 
-__all__ = ["Orphan", "find_orphans", "remove_orphan", "sweep"]
+__all__ = ["Orphan", "find_orphans", "remove_orphan", "remove_unfinished", "sweep"]
 
 # No process outlives the loss of its epoch by a week: long before, it has met the fence or its own deadlines.
 _VOID_S = 7 * 86_400.0
+_CLOCK = re.compile(rf"\A{EPOCHS_PREFIX}clock-[0-9a-f]{{16}}\Z")
 
 logger = logging.getLogger(__name__)
 
@@ -52,29 +56,58 @@ class Orphan:
         return self.age_s >= (older_than_s if self.object_count else max(older_than_s, _VOID_S))
 
 
-def sweep(catalog: Catalog, *, older_than_s: float, dry_run: bool) -> list[Orphan]:
-    """Void and remove orphans; return what was removed, or would be in a dry run.
+def sweep(
+    catalog: Catalog, *, older_than_s: float, dry_run: bool, clock: Callable[[], float] = time.time
+) -> list[Orphan]:
+    """Void and remove orphans; return what was removed, or would be in a dry run, which writes nothing.
 
     Their epoch is not the highest that was claimed, and their newest object is older than `older_than_s`: no running
-    job can own them any more. One flat listing, and one more for each that goes.
+    job can own them any more. One flat listing, and one more for each that goes. On a disk, unfinished objects of
+    killed writers go as well, untold.
+
+    Args:
+        catalog: the root's.
+        older_than_s: by the store's clock; in a dry run by `clock`.
+        dry_run: remove nothing.
+        clock: seconds since 1970, taken for the store's.
     """
-    due = [orphan for orphan in find_orphans(catalog) if orphan.is_due(older_than_s)]
-    return due if dry_run else [orphan for orphan in due if remove_orphan(catalog, orphan)]
+    found = find_orphans(catalog, older_than_s=older_than_s, clock=clock if dry_run else None)
+    due = [orphan for orphan in found if orphan.is_due(older_than_s)]
+    if dry_run:
+        return due
+    removed = [orphan for orphan in due if remove_orphan(catalog, orphan)]
+    remove_unfinished(catalog.store, older_than_s=older_than_s)
+    return removed
 
 
-def find_orphans(catalog: Catalog) -> list[Orphan]:
-    """Return what no checkpoint owns, whatever its age; of the highest epoch nothing, because that may be at work."""
+def find_orphans(catalog: Catalog, *, older_than_s: float, clock: Callable[[], float] | None = None) -> list[Orphan]:
+    """Return what no checkpoint owns, whatever its age; of the highest epoch nothing, because that may be at work.
+
+    Args:
+        catalog: the root's.
+        older_than_s: how old an object must be by which somebody read the store's clock, and was killed, to be removed.
+        clock: is believed, so that nothing is written to the store to read its own.
+    """
     claims: list[str] = []
+    clocks: list[ObjectInfo] = []
     below: dict[str, list[ObjectInfo]] = {}
     for info in catalog.store.list("").objects:
         top = info.key.partition("/")[0] + "/"
-        if top == EPOCHS_PREFIX:
+        if _CLOCK.match(info.key):
+            clocks.append(info)
+        elif top == EPOCHS_PREFIX:
             claims.append(info.key)
         elif parse_checkpoint_prefix(top):
             below.setdefault(top, []).append(info)
     highest = highest_claim(claims)
     left = {prefix: found for prefix, found in below.items() if _is_orphan(catalog, prefix, found, highest)}
-    now_s = _now_s(catalog.store) if left else 0.0
+    if not (left or clocks):
+        return []
+    if clock is None:
+        now_s = _now_s(catalog.store, clocks, older_than_s)
+    else:
+        # Whatever the local clock says, nothing was written in the future.
+        now_s = max(clock(), *(info.modified_s for found in left.values() for info in found), 0.0)
     return [_orphan(prefix, found, now_s) for prefix, found in left.items()]
 
 
@@ -97,15 +130,18 @@ def _orphan(prefix: str, found: Sequence[ObjectInfo], now_s: float) -> Orphan:
 
 
 @one_deadline()
-def _now_s(store: Store) -> float:
-    """Return the store's clock: the time that it gives to an object written just now."""
+def _now_s(store: Store, left: Sequence[ObjectInfo], older_than_s: float) -> float:
+    """Return the store's clock: the time that it gives to an object written just now; old such objects go with it."""
     key = f"{EPOCHS_PREFIX}clock-{secrets.token_hex(8)}"
     store.put(key, [memoryview(b"now")])
+    old = [key]
     try:
-        return store.head(key).modified_s
+        now_s = store.head(key).modified_s
+        old += [info.key for info in left if now_s - info.modified_s >= older_than_s]
+        return now_s
     finally:
         try:
-            store.delete([key])
+            store.delete(old)
         except StorageError as exc:
             # What kept the clock from being read, if anything did, is what is raised.
             logger.warning("the object %r stays on %s: %s", key, store.url, exc)
@@ -122,3 +158,12 @@ def remove_orphan(catalog: Catalog, orphan: Orphan, *, go_on: Callable[[], bool]
     if not orphan.object_count and not rest:
         catalog.unvoid(orphan.prefix)
     return is_gone
+
+
+def remove_unfinished(store: Store, *, older_than_s: float) -> float:
+    """Remove what killed writers did not finish, on a disk; return in how many seconds more of it is old enough."""
+    return scrub(store, older_than_s=older_than_s, is_ours=_is_ours)
+
+
+def _is_ours(directory: str) -> bool:
+    return f"{directory}/" == EPOCHS_PREFIX or parse_checkpoint_prefix(f"{directory}/") is not None

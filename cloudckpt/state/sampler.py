@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from cloudckpt.errors import OptionsError, StateMismatchError
+from cloudckpt.options import as_count
 from cloudckpt.ranks import Group
 from cloudckpt.state.order import Order, mixed
 
@@ -83,7 +84,8 @@ class ResumableSampler(Sampler[int]):
         Raises:
             OptionsError: no such rank or tail, or an empty data set.
         """
-        length = data_source if isinstance(data_source, int) else len(data_source)
+        length = as_count("the length of the data set", _length_of(data_source))
+        seed = as_count("seed", seed, least=None)
         self._rank, self._size = _place(rank, num_replicas)
         if length < 1 or tail not in ("even", "drop", "pad", "uneven"):
             raise OptionsError(
@@ -134,10 +136,9 @@ class ResumableSampler(Sampler[int]):
         """Go to the start of a data epoch; stay where it is, if that data epoch is under way.
 
         Raises:
-            OptionsError: a negative number.
+            OptionsError: it is no whole number, or negative.
         """
-        if data_epoch < 0:
-            raise OptionsError(f"the data epoch is {data_epoch}; give 0 or more")
+        data_epoch = as_count("the data epoch", data_epoch)
         if data_epoch != self._data_epoch:
             self._jump(data_epoch, 0)
 
@@ -222,7 +223,7 @@ class ResumableSampler(Sampler[int]):
         if isinstance(of_batches, _Batches):
             return of_batches.batch_size, of_batches.drop_last, of_batches.may_merge
         if type(of_batches) is BatchSampler:
-            return of_batches.batch_size, of_batches.drop_last, False
+            return as_count("batch_size", of_batches.batch_size, least=1), of_batches.drop_last, False
         raise OptionsError(
             f"a {type(of_batches).__name__} makes batches of sizes that are not known here; iterate the loader itself, "
             "and call advance(samples) for each batch"
@@ -272,6 +273,7 @@ class ResumableSampler(Sampler[int]):
 
         That is as many as every rank has, unless the tail is `uneven`.
         """
+        batch_size = as_count("batch_size", batch_size, least=1)
         shares = [self._share_of(rank) for rank in (self._rank, self._size - 1)]
         own, fewest = (share // batch_size if drop_last else -(-share // batch_size) for share in shares)
         return fewest if self._tail == "even" else own
@@ -291,11 +293,12 @@ class ResumableSampler(Sampler[int]):
             samples: how many samples each rank had, the same number on every rank.
 
         Raises:
-            OptionsError: a negative number, more than are left, or inside of `batches`, which counts by itself.
+            OptionsError: no whole number, a negative one, more than are left, or inside of `batches`, which counts by
+                itself.
         """
         if self._is_handing_out:
             raise OptionsError("batches counts by itself; call advance only in loops without it")
-        most = self._share_of(0)
+        samples, most = as_count("samples", samples), self._share_of(0)
         if not 0 <= samples <= most:
             raise OptionsError(f"{samples} samples are counted where {most} are left for each rank")
         self._move(samples)
@@ -359,10 +362,8 @@ class _Batches(Sampler[list[int]]):
     """Batches of a sampler's samples, of which the last one may have one sample more."""
 
     def __init__(self, sampler: ResumableSampler, batch_size: int, *, drop_last: bool, may_merge: bool) -> None:
-        if batch_size < 1:
-            raise OptionsError(f"batch_size is {batch_size}; give 1 or more")
         self.sampler = sampler
-        self.batch_size = batch_size
+        self.batch_size = as_count("batch_size", batch_size, least=1)
         self.drop_last = drop_last
         self.may_merge = may_merge
 
@@ -374,6 +375,14 @@ class _Batches(Sampler[list[int]]):
         numbers = iter(self.sampler)
         for step in range(steps):
             yield list(islice(numbers, self.batch_size + (self.may_merge and step + 1 == steps)))
+
+
+def _length_of(data_source: object) -> object:
+    """Return the length of a data set, or what was given in its place; a tensor without dimensions has none."""
+    try:
+        return len(data_source)  # type: ignore[arg-type]
+    except TypeError:
+        return data_source
 
 
 def _place(rank: int | None, num_replicas: int | None) -> tuple[int, int]:
@@ -389,6 +398,7 @@ def _place(rank: int | None, num_replicas: int | None) -> tuple[int, int]:
                 "first, or give rank and num_replicas"
             )
         return group.rank, group.size
+    rank, num_replicas = as_count("rank", rank), as_count("num_replicas", num_replicas)
     if not 0 <= rank < num_replicas:
         raise OptionsError(f"rank {rank} of {num_replicas}; ranks count from 0")
     return rank, num_replicas

@@ -6,6 +6,7 @@ errors; the one layer around it is the only place that tries again. No cloud lib
 
 from cloudckpt.store.base import Listing, ObjectInfo, Store
 from cloudckpt.store.limit import one_deadline
+from cloudckpt.store.local import scrub
 from cloudckpt.store.opening import open_store
 from cloudckpt.store.probe import probe_create, probe_write
 from cloudckpt.store.retrying import RetryingStore
@@ -21,4 +22,5 @@ __all__ = [
     "open_store",
     "probe_create",
     "probe_write",
+    "scrub",
 ]

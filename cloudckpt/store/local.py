@@ -11,6 +11,7 @@ temp names are `local_tree`'s. Keeps FORMAT invariants 2 and 7 where they speak 
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -33,7 +34,7 @@ from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
 from cloudckpt.store.local_tree import ABSENT, LocalTree, describe, segments_of, try_lock
 from cloudckpt.store.location import local_path
 
-__all__ = ["LocalStore"]
+__all__ = ["LocalStore", "scrub"]
 
 # After each so many bytes the device is told to start, so that the fsync at the end waits only for the last of them.
 _BATCH_BYTES = 8 * MIB
@@ -153,6 +154,19 @@ class LocalStore:
             key, cause = next(iter(kept.items()))
             also = f"; {len(kept)} of {len(keys)} objects may still be there"
             raise self._explained(cause, "delete", key, also=also) from cause
+
+    def scrub(self, *, older_than_s: float, is_ours: Callable[[str], bool]) -> float:
+        """Remove what writers that were killed did not finish, and directories in which nothing came to stand.
+
+        Args:
+            older_than_s: seconds since it was last written to, by the disk's clock.
+            is_ours: whether a directory of that name directly below the root may be looked into.
+
+        Returns:
+            Seconds until more of it is old enough; infinite if nothing is left.
+        """
+        with self._our_errors("scrub", ""):
+            return self._tree.scrub(older_than_s, is_ours)
 
     def refresh(self) -> None:
         """Do nothing: a disk knows no credentials."""
@@ -295,6 +309,14 @@ class LocalStore:
         error = kind(message, op=op, key=key)
         error.may_have_landed = cause.errno in _UNHEARD
         return error
+
+
+def scrub(store: object, *, older_than_s: float, is_ours: Callable[[str], bool]) -> float:
+    """Do as `LocalStore.scrub` if that is what moves a store's bytes; no other leaves unfinished objects."""
+    below = store
+    while below is not None and not isinstance(below, LocalStore):
+        below = getattr(below, "inner", None)
+    return math.inf if below is None else below.scrub(older_than_s=older_than_s, is_ours=is_ours)
 
 
 def _batches(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:

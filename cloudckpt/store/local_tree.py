@@ -17,17 +17,19 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import math
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 
 from cloudckpt.errors import OptionsError, StorageError
 from cloudckpt.store.base import Listing, ObjectInfo, check_key, is_key
-from cloudckpt.store.disk import TEMP_PREFIX, Disk, is_link
+from cloudckpt.store.disk import TEMP_PREFIX, Disk, is_link, temp_name
 
 __all__ = ["ABSENT", "LocalTree", "describe", "segments_of", "try_lock"]
 
@@ -192,6 +194,50 @@ class LocalTree:
                         with suppress(OSError):  # an empty directory may be the user's own
                             self._remove_leftover(fd, entry, even_empty=False)
 
+    def scrub(self, older_than_s: float, is_ours: Callable[[str], bool]) -> float:
+        """Remove dead writers' temp names, and empty directories below those that are ours, if they are so old.
+
+        Return in how many seconds the next one is; infinite if none is left.
+        """
+        with suppress(*ABSENT), self.directory(()) as fd:
+            # Nothing is written where nothing is found.
+            return self._scrub(fd, cache(lambda: self._now_s(fd) - older_than_s), is_ours)
+        return math.inf
+
+    def _now_s(self, fd: int) -> float:
+        """Return the disk's clock: the time that it gives to a file made just now."""
+        temp = temp_name()
+        with _closing(self._disk.open_new(temp, at=fd)) as file:
+            self._disk.unlink(temp, at=fd)
+            return os.fstat(file).st_mtime
+
+    def _scrub(self, fd: int, before_s: Callable[[], float], is_ours: Callable[[str], bool] = lambda _: True) -> float:
+        """Clean an open directory of what was last written to before a time; return how much later the next was."""
+        left_s = [math.inf]
+        for entry in self._disk.entries(fd):
+            with suppress(OSError):  # it is gone, or not ours to remove
+                if entry.is_dir(follow_symlinks=False):
+                    if is_ours(entry.name):
+                        left_s.append(self._scrub_directory(fd, entry.name, before_s))
+                elif _TEMP.match(entry.name):
+                    later_s = _written_s(entry.stat(follow_symlinks=False)) - before_s()
+                    if later_s > 0:
+                        left_s.append(later_s)
+                    else:
+                        self._remove_if_dead(fd, entry.name)
+        return min(left_s)
+
+    def _scrub_directory(self, fd: int, name: str, before_s: Callable[[], float]) -> float:
+        with _closing(self._disk.open_directory(name, at=fd)) as child:
+            written_s = _written_s(os.fstat(child))
+            left_s = self._scrub(child, before_s)
+            if any(True for _ in self._disk.entries(child)):
+                return left_s
+        if (later_s := written_s - before_s()) > 0:
+            return later_s
+        self._disk.remove_directory(name, at=fd)
+        return math.inf
+
     def _remove_leftover(self, fd: int, entry: os.DirEntry[str], *, even_empty: bool) -> bool:
         if entry.is_dir(follow_symlinks=False):
             return self._remove_hollow(fd, entry.name, even_empty=even_empty)
@@ -272,5 +318,9 @@ def segments_of(key: str) -> Sequence[str]:
 
 def describe(key: str, status: os.stat_result) -> ObjectInfo:
     """Say what the disk knows of an object."""
+    return ObjectInfo(key=key, size_bytes=status.st_size, modified_s=_written_s(status))
+
+
+def _written_s(status: os.stat_result) -> float:
     # A copy may bring an old mtime along; its ctime is the disk's own.
-    return ObjectInfo(key=key, size_bytes=status.st_size, modified_s=max(status.st_mtime, status.st_ctime))
+    return max(status.st_mtime, status.st_ctime)

@@ -5,6 +5,7 @@ Roots are copied without their claims, manifests are removed by hand, jobs forge
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
@@ -15,10 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import cloudckpt
 from cloudckpt import (
     CheckpointExistsError,
     CheckpointManager,
     CheckpointNotFoundError,
+    CloudCkptError,
     FencedError,
     KeepBest,
     KeepEvery,
@@ -28,6 +31,7 @@ from cloudckpt import (
     RetryPolicy,
 )
 from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_LIMIT_BYTES, MANIFEST_NAME, checkpoint_prefix, parse_epoch_key
+from cloudckpt.format.codec import registry
 from cloudckpt.root import Catalog
 from cloudckpt.store import RetryingStore
 from cloudckpt.store.probe import _proven
@@ -486,6 +490,31 @@ def test_a_pause_and_a_wrong_clock_remove_nothing_by_age(job: Open, monkeypatch:
         assert [step for _, step in orders(manager)] == [2, 3, 4, 5]
 
 
+def test_metadata_of_a_type_that_is_not_known_here_hides_nothing_else(
+    job: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Config:
+        pass
+
+    with monkeypatch.context() as patched:
+        patched.setattr(registry, "_BY_KIND", dict(registry._BY_KIND))
+        patched.setattr(registry, "_BY_NAME", dict(registry._BY_NAME))
+        cloudckpt.register(Config, name="config", encode=lambda _: 1, decode=lambda _: Config())
+        with job() as manager:
+            save_steps(manager, 1)
+            manager.save(2, state_of(2), metadata={"run": 7, "config": Config()})
+    with job(retention=[KeepLast(2)]) as manager:
+        restored = manager.restore(state_of(0))
+        assert restored is not None
+        assert restored.step == 2
+        assert manager.unreadable() == []
+        assert "step=2" in repr(restored)
+        with pytest.raises(CloudCkptError, match=r"metadata\.config"):
+            _ = restored.metadata
+        save_steps(manager, 3, 4)
+        assert manager.all_steps() == [3, 4]
+
+
 # -- leftovers -----------------------------------------------------------------------------------------------
 
 
@@ -519,13 +548,13 @@ def test_a_sweep_grants_what_was_pruned_its_grace_time(bucket: Bucket, job: Open
         leave(bucket, 9)
         bucket.advance(DAY_S)
         save_steps(manager, 3)
-        assert len(below(bucket, 9, 1)) == 2, "the job before may have pruned it a moment ago"
+        assert below(bucket, 9, 1) == [MANIFEST_NAME], "nobody has written there for a day"
         now_s[0] = 59.0
         save_steps(manager, 4)
+        assert len(below(bucket, 1, 1)) == len(below(bucket, 2, 1)) == 2, "pruned by this job a moment ago"
         now_s[0] = 60.0
         save_steps(manager, 5)
         assert below(bucket, 1, 1) == below(bucket, 2, 1) == []
-        assert below(bucket, 9, 1) == [MANIFEST_NAME]
         assert len(below(bucket, 3, 2)) == 2, "pruned a second ago"
 
 
@@ -617,6 +646,92 @@ def test_nothing_is_removed_while_the_job_is_preempted(bucket: Bucket, job: Open
         client.hook = preempt
         save_steps(manager, 3)
     assert below(bucket, 1, 1)[0].startswith("0123")
+
+
+@pytest.mark.parametrize("saves", [1, 2])
+def test_jobs_of_few_saves_leave_no_more_than_the_last_of_them(bucket: Bucket, job: Open, saves: int) -> None:
+    counts = []
+    for number in range(8):
+        bucket.advance(2 * 3_600)
+        with job(retention=1, prune_grace_s=60) as manager:
+            manager.restore(state_of(0))
+            for step in range(saves):
+                manager.save(10 * number + step, state_of(step))
+        counts.append(len([key for key in bucket.raw_list() if key.endswith(".safetensors")]))
+    assert max(counts[2:]) <= 2 * saves + 1, counts
+
+
+def test_a_manager_that_only_reads_removes_nothing(bucket: Bucket, job: Open) -> None:
+    leave(bucket, 1)
+    with job() as manager:
+        save_steps(manager, 2)
+    leave(bucket, 3)
+    bucket.advance(DAY_S)
+    before = bucket.raw_list()
+    with job() as manager:
+        manager.restore(state_of(0))
+    assert bucket.raw_list() == before
+
+
+def test_a_dry_run_writes_nothing_and_finds_what_is_old(bucket: Bucket, job: Open) -> None:
+    leave(bucket, 1)
+    for step in (2, 3):
+        with job(sweep_after_s=None) as manager:
+            manager.restore(state_of(0))
+            save_steps(manager, step)
+    client = FaultStore(bucket)
+    with job(client) as manager:
+        assert [one.prefix for one in manager.sweep(older_than_s=0)] == [checkpoint_prefix(1, 1)]
+        assert {op.verb for op in client.trace} <= {"list", "read", "head"}
+
+
+def test_objects_by_which_the_clock_was_read_go_with_the_next_sweep(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 1)
+        bucket.raw_put(old := f"{EPOCHS_PREFIX}clock-{'0' * 16}", b"now")
+        bucket.advance(DAY_S)
+        bucket.raw_put(young := f"{EPOCHS_PREFIX}clock-{'1' * 16}", b"now")
+        manager.sweep()
+        assert old in bucket.raw_list()
+        manager.sweep(dry_run=False, older_than_s=3_600)
+        assert [key for key in bucket.raw_list() if "clock" in key] == [young]
+
+
+def test_what_a_killed_writer_left_on_a_disk_goes_with_a_sweep_and_a_living_ones_stays(tmp_path: Path) -> None:
+    temps = [
+        tmp_path / name / f".cloudckpt-tmp-{number:032x}"
+        for number, name in enumerate(
+            ["step-0000000005-e0001/0123456789abcdef", "step-0000000002-e0001", "epochs", ".", "step-0000000006-e0001"]
+        )
+    ]
+    (tmp_path / "step-0000000007-e0001" / "0123456789abcdef").mkdir(parents=True)
+    (tmp_path / "of-the-user").mkdir()
+    with CheckpointManager(tmp_path, progress="off", sweep_after_s=None) as manager:
+        save_steps(manager, 2)
+        for temp in temps:
+            temp.parent.mkdir(parents=True, exist_ok=True)
+            temp.write_bytes(b"half a shard")
+        with temps[-1].open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            manager.sweep(dry_run=False, older_than_s=3_600)
+            assert all(temp.exists() for temp in temps), "too young"
+            manager.sweep(older_than_s=0)
+            assert all(temp.exists() for temp in temps), "a dry run"
+            manager.sweep(dry_run=False, older_than_s=0)
+            assert [temp for temp in temps if temp.exists()] == temps[-1:]
+        assert orders(manager) == [(1, 2)]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("step-0000000002-e0001", "step-0000000006-e0001", "epochs", "of-the-user")
+    }
+
+
+def test_the_next_job_removes_what_a_killed_writer_left_on_a_disk(tmp_path: Path) -> None:
+    temp = tmp_path / "step-0000000005-e0001" / "0123456789abcdef" / f".cloudckpt-tmp-{0:032x}"
+    temp.parent.mkdir(parents=True)
+    temp.write_bytes(b"half a shard")
+    with CheckpointManager(tmp_path, progress="off", sweep_after_s=0) as manager:
+        manager.save(9, state_of(9))
+    assert not temp.parent.parent.exists()
 
 
 def test_a_copy_that_keeps_old_times_is_as_young_as_it_is(tmp_path: Path) -> None:

@@ -41,7 +41,6 @@ def one(step: int, epoch: int = 1, metrics: Mapping[str, float] | None = None, c
         attempt="0" * 16,
         url="",
         metrics=metrics or {},
-        metadata={},
         created_at=datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=created_at_s),
         total_bytes=0,
         world_size=1,

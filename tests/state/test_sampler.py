@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import multiprocessing
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -523,3 +524,41 @@ def test_loops_that_count_are_told_nothing(caplog: pytest.LogCaptureFixture) -> 
         break
     sampler.state_dict()
     assert caplog.text == ""
+
+
+# -- numbers -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", [np.int64, torch.tensor], ids=["numpy", "torch"])
+def test_a_position_is_in_whole_numbers_of_python_whosever_were_given(of: Callable[[int], Any]) -> None:
+    sampler = ResumableSampler(of(20), seed=of(7), rank=of(0), num_replicas=of(1))
+    sampler.set_epoch(of(1))
+    sampler.advance(of(4))
+    loader = DataLoader(range(20), batch_sampler=sampler.in_batches(of(4)))
+    next(iter(sampler.batches(loader)))
+    state = sampler.state_dict()
+    assert {type(value) for value in state.values()} <= {int, bool, str}
+    assert (state["data_epoch"], state["consumed"]) == (1, 8)
+    ResumableSampler(20, seed=7).load_state_dict(state)
+
+
+@pytest.mark.parametrize("bad", [1.5, True, "1", None, torch.tensor([1, 2])], ids=str)
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("the data epoch", lambda bad: ResumableSampler(20).set_data_epoch(bad)),
+        ("samples", lambda bad: ResumableSampler(20).advance(bad)),
+        ("batch_size", lambda bad: ResumableSampler(20).in_batches(bad)),
+        ("batch_size", lambda bad: ResumableSampler(20).steps_left(bad)),
+        ("seed", lambda bad: ResumableSampler(20, seed=bad)),
+    ],
+)
+def test_what_is_no_whole_number_is_refused_by_name(name: str, call: Callable[[Any], object], bad: object) -> None:
+    with pytest.raises(OptionsError, match=f"^{name} is .*; give a whole number"):
+        call(bad)
+
+
+@pytest.mark.parametrize("bad", [1.5, True, None])
+def test_a_data_set_without_a_length_is_refused(bad: Any) -> None:
+    with pytest.raises(OptionsError, match=r"^the length of the data set is"):
+        ResumableSampler(bad)
