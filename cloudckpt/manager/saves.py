@@ -22,12 +22,14 @@ from functools import partial
 from itertools import permutations
 from typing import Literal, get_args
 
+import xxhash
+
 from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError, SaveFailedError
 from cloudckpt.manager.tolerance import Tolerance
 from cloudckpt.options import Options
 from cloudckpt.preemption import Schedule
-from cloudckpt.ranks import Group, Vote, refuse_lonely_rank
+from cloudckpt.ranks import Accord, Group, Vote, refuse_lonely_rank
 from cloudckpt.report import Entry, Journal
 from cloudckpt.root import Catalog, Checkpoint, Destination, Epoch, Pruner, Roots
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
@@ -132,6 +134,12 @@ class Saves:
         self._plan = PlanMemory()
         self._slabs = Slabs()
         self._vote: Vote | None = None
+        self._accord: Accord | None = None
+        self._accord_of: Group | None = None
+        # What was compared by the accord, and under which names.
+        self._compared: set[str] = set()
+        self._call_count = 0
+        self._call = ""
         self._to_prepare: MutableMapping[str, object] | None = None
         self._is_beginning = False
         # The newest commit after which nothing was pruned yet.
@@ -146,6 +154,7 @@ class Saves:
             # By now the optimizers have their state.
             state, self._to_prepare = self._to_prepare, None
             self._touch_ahead(state)
+        self._compare("should_save", self._schedule.terms())
         return self._schedule.ask(step, self._votes())
 
     @property
@@ -156,8 +165,46 @@ class Saves:
     def _votes(self) -> Vote:
         group = Group.of_world()
         if self._vote is None or self._vote.size != group.size:
-            self._vote = Vote(rank=group.rank, size=group.size, timeout_s=self.options.progress_timeout_s)
+            timeout_s = self.options.progress_timeout_s
+            self._vote = Vote(rank=group.rank, size=group.size, timeout_s=timeout_s, check=self._check)
         return self._vote
+
+    def _compare(self, name: str, mine: Mapping[str, str | int | None]) -> None:
+        """Compare, once, what this job's ranks are asked for; raises OptionsError, on every rank, if they differ."""
+        group = Group.of_world()
+        if group.size == 1:
+            return
+        if self._accord is None or self._accord_of is not group:
+            place = xxhash.xxh3_64_hexdigest(self.homes[0].store.url.encode())
+            self._accord, self._accord_of = group.accord(place), group
+            self._compared.clear()
+        if name not in self._compared:
+            self._accord.compare(name, mine)
+            self._compared.add(name)
+
+    def _compare_call(self, step: int, exists: Exists, on_busy: str) -> None:
+        """Compare what the ranks give to a save: some of it decides whether a rank comes to meet the others."""
+        group = Group.of_world()
+        if group.size == 1:
+            return
+        self._compare("save", self._tolerance.terms)
+        if group.rank == 0 or self.homes[0].pruner.has_rules:
+            # Only rank 0 prunes.
+            self._compare("retention", {"retention": "given" if self.homes[0].pruner.has_rules else "not given"})
+        mine: dict[str, str | int | None] = {} if self._schedule.is_preempted else {"on_busy": on_busy}
+        if self.background.step == step or self.homes[0].epoch.newest_of(step) is not None:
+            mine["exists"] = exists
+        before, self._call_count = self._call, self._call_count + 1
+        self._call = f"save {self._call_count} of step {step}"
+        self._compare(self._call, mine)
+        self._compared.discard(before)
+        if group.rank == 0 and before and self._accord is not None:
+            self._accord.forget(before)
+
+    @property
+    def _check(self) -> Callable[[], None] | None:
+        """What raises if other ranks were asked for something else, and will not come."""
+        return None if self._accord is None else self._accord.check
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
         """Go on from a checkpoint, or from nothing."""
@@ -173,7 +220,7 @@ class Saves:
         exists: Exists,
     ) -> Checkpoint | None:
         """Save, and return once it is committed; raises as `CheckpointManager.save` does."""
-        if (found := self._already(step, exists)) is not None:
+        if (found := self._already(step, exists, "wait")) is not None:
             return found
         try:
             return self._save(step, state, metrics, metadata)
@@ -217,7 +264,7 @@ class Saves:
         """Copy, and return while the copy is saved; raises as `CheckpointManager.async_save` does."""
         if on_busy not in ("wait", "skip"):
             raise OptionsError(f"on_busy is {on_busy!r}; give 'wait' or 'skip'")
-        if (found := self._already(step, exists)) is not None:
+        if (found := self._already(step, exists, on_busy)) is not None:
             return SaveHandle.ended(step, found)
         if on_busy == "skip" and not self.is_preempted and self._is_busy(step):
             logger.info("rank %d: step %d is skipped: another save is under way", Group.of_world().rank, step)
@@ -237,10 +284,11 @@ class Saves:
         self.background.tell_earlier(handle)
         return handle
 
-    def _already(self, step: int, exists: Exists) -> Checkpoint | None:
+    def _already(self, step: int, exists: Exists, on_busy: str) -> Checkpoint | None:
         """Return what this job has saved of a step already, if that is to do; the same on every rank."""
         if exists not in get_args(Exists):
             raise OptionsError(f"exists is {exists!r}; give {' or '.join(map(repr, get_args(Exists)))}")
+        self._compare_call(step, exists, on_busy)
         if exists == "raise":
             return None
         if self.background.step == step:
@@ -342,7 +390,10 @@ class Saves:
         options, destinations = self._means(step)
         self._is_beginning = True
         try:
-            with Session.of(group, f"save of step {step}", options) as session, collector_at_rest():
+            with (
+                Session.of(group, f"save of step {step}", options, check=self._check) as session,
+                collector_at_rest(),
+            ):
                 pending = begin_save(
                     session,
                     captured(state, self.generators),

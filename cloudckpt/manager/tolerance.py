@@ -20,7 +20,11 @@ OnError = Literal["raise", "warn"]
 
 
 class Tolerance:
-    """How many saves in a row a store may fail."""
+    """How many saves in a row a store may fail.
+
+    Attributes:
+        terms: what must be the same on every rank, by the names of the manager's options.
+    """
 
     def __init__(self, journal: Journal, on_error: str, max_failures: int) -> None:
         """Forgive by choice, and note what was forgiven.
@@ -33,6 +37,7 @@ class Tolerance:
         max_failures = as_count("max_failures", max_failures, least=1)
         self._journal = journal
         self._limit = max_failures if on_error == "warn" else 1
+        self.terms: dict[str, str | int | None] = {"on_error": on_error, "max_failures": max_failures}
         self._count = 0
         self._judged: tuple[BaseException | None, bool] = None, False
 

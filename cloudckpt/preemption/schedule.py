@@ -120,6 +120,17 @@ class Schedule:
         self._told: tuple[bool, int] | None = None
         self._is_asked = False
 
+    def terms(self) -> dict[str, str | int | None]:
+        """Return what must be the same on every rank that asks, by the names of the manager's options.
+
+        One that does not vote would be waited for by those that do; of these, each may have reasons of its own.
+        """
+        votes = self._every_s is not None or self._preemption is not None
+        return {
+            "save_every_steps": self._every_steps,
+            "save_every_seconds or preemption": "given" if votes else "not given",
+        }
+
     # -- what became of saves ------------------------------------------------------------------------------
 
     def begun(self, step: int, began_s: float) -> None:

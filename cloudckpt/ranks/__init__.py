@@ -3,6 +3,7 @@
 Over a gloo group of our own. Here is the only pickle of the package: between processes of one job, never to a store.
 """
 
+from cloudckpt.ranks.accord import Accord
 from cloudckpt.ranks.group import Group
 from cloudckpt.ranks.outcome import RanksFailedError, named_ranks, own_failures, plain_errors
 from cloudckpt.ranks.packet import Countdown, Packet
@@ -10,6 +11,7 @@ from cloudckpt.ranks.vote import Vote
 from cloudckpt.ranks.world import refuse_lonely_rank
 
 __all__ = [
+    "Accord",
     "Countdown",
     "Group",
     "Packet",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -26,6 +27,7 @@ from typing import TypeVar, cast
 import torch.distributed as dist
 
 from cloudckpt.errors import OptionsError, RankLostError
+from cloudckpt.ranks.accord import Accord
 from cloudckpt.ranks.calling import Caller
 from cloudckpt.ranks.link import Link
 from cloudckpt.ranks.meeting import Meeting
@@ -66,6 +68,8 @@ class Group:
         self._turn = threading.Lock()
         self._holder: int | None = None
         self._settled: BaseException | None = None
+        self._accords: Counter[str] = Counter()
+        self._check: Callable[[], None] | None = None
 
     @classmethod
     def of_world(cls) -> Group:
@@ -88,11 +92,18 @@ class Group:
         if link is not None:
             link.close()
 
+    def accord(self, name: str) -> Accord:
+        """Return a new comparison of what the ranks are asked for, with those that others have made by that name."""
+        self._accords[name] += 1
+        return Accord(f"{name}/{self._accords[name]}", rank=self.rank)
+
     # -- sessions ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def session(self, what: str, *, deadline_s: float) -> Iterator[None]:
+    def session(self, what: str, *, deadline_s: float, check: Callable[[], None] | None = None) -> Iterator[None]:
         """Hold the ranks together for one save or restore; every rank must come. Waits for a session under way.
+
+        `check` is called now and then until the first exchange, and may raise why others will not come.
 
         Raises:
             OptionsError: this thread is in the middle of a session.
@@ -107,7 +118,7 @@ class Group:
         # One that another thread leads is waited for: every rank began it first, so every rank waits.
         self._turn.acquire()
         self._holder = threading.get_ident()
-        self._is_open, self._settled = True, None
+        self._is_open, self._settled, self._check = True, None, check
         try:
             link = self._begin(what, deadline_s)
             try:
@@ -118,7 +129,7 @@ class Group:
             finally:
                 link.pulse.end()
         finally:
-            self._is_open, self._holder = False, None
+            self._is_open, self._holder, self._check = False, None, None
             self._turn.release()
 
     def hand_over(self) -> None:
@@ -157,9 +168,9 @@ class Group:
         meeting = Meeting(name, rank=self.rank, size=self.size, after=self._generation, deadline_s=deadline_s)
         caller = Caller("cloudckpt-ranks")
         try:
-            pulse = _outlast(meeting, caller.submit(meeting.meet))
+            pulse = _outlast(meeting, caller.submit(meeting.meet), self._check)
             self._generation = meeting.number
-            gloo = _wait(pulse, name, caller.submit(new_gloo_group))
+            gloo = _wait(pulse, name, caller.submit(new_gloo_group), self._check)
             pulse.enter(what, is_waiting=False)
         except BaseException as exc:
             caller.stop()
@@ -265,6 +276,7 @@ class Group:
             answer = self._lead(phase, sent, decide, is_same=is_same, is_final=is_final)
         else:
             answer = self._follow(phase, sent, is_same=is_same)
+        self._check = None
         if answer.error is not None:
             self._settled = answer.error
             raise answer.error
@@ -280,7 +292,7 @@ class Group:
         is_final: bool,
     ) -> Sent:
         link = self._open_link()
-        parts = _wait(link.pulse, phase, link.submit(partial(link.gather, self.size)))
+        parts = _wait(link.pulse, phase, link.submit(partial(link.gather, self.size)), self._check)
         if is_final and (fault := link.pulse.decide()) is not None:
             raise fault
         told = answers([sent, *map(unpickled, parts)], decide)
@@ -315,7 +327,8 @@ class Group:
         # A rank that was stopped knows that it was given up before it hands its part over, not afterwards.
         if (fault := link.pulse.catch_up()) is not None:
             raise fault
-        return unpickled(_wait(link.pulse, phase, link.submit(partial(link.ask, pickled(sent), is_same=is_same))))
+        asking = link.submit(partial(link.ask, pickled(sent), is_same=is_same))
+        return unpickled(_wait(link.pulse, phase, asking, self._check))
 
     def _open_link(self) -> Link:
         if self._link is None or not self._is_open:
@@ -335,21 +348,23 @@ def _forget() -> None:
     _OF_WORLD.clear()
 
 
-def _wait(pulse: Pulse, phase: str, future: Future[_Result]) -> _Result:
+def _wait(pulse: Pulse, phase: str, future: Future[_Result], check: Callable[[], None] | None = None) -> _Result:
     """Wait for the link's thread, but for no rank that is late."""
     pulse.enter(phase, is_waiting=True)
     try:
-        found = _outlast(pulse, future)
+        found = _outlast(pulse, future, check)
     except BrokenError as exc:
         raise pulse.blame(exc.rank) from exc
     pulse.enter(phase, is_waiting=False)
     return found
 
 
-def _outlast(watch: Meeting | Pulse, future: Future[_Result]) -> _Result:
+def _outlast(watch: Meeting | Pulse, future: Future[_Result], check: Callable[[], None] | None = None) -> _Result:
     while True:
         try:
             return future.result(timeout=watch.period_s)
         except FutureTimeoutError:
             if (fault := watch.fault()) is not None:
                 raise fault from None
+            if check is not None:
+                check()

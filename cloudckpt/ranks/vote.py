@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
@@ -48,8 +48,12 @@ def _yield_core() -> None:
 class Vote:
     """The votes of this process with the other ranks of the default process group. One thread."""
 
-    def __init__(self, *, rank: int, size: int, timeout_s: float) -> None:
-        """Wait `timeout_s` for a rank; the group is made at the first vote, together with all other ranks."""
+    def __init__(self, *, rank: int, size: int, timeout_s: float, check: Callable[[], None] | None = None) -> None:
+        """Wait `timeout_s` for a rank; the group is made at the first vote, together with all other ranks.
+
+        `check` is called now and then while others are waited for, and may raise why they will not come.
+        """
+        self._check = check if check is not None else lambda: None
         self._rank = rank
         self.size = size
         self._timeout_s = timeout_s
@@ -63,6 +67,7 @@ class Vote:
 
         Raises:
             RankLostError: a rank did not come within the timeout, or died. The job has to be started again.
+            Exception: what `check` raised. The job has to be started again.
         """
         if self.size == 1:
             return list(values)
@@ -83,10 +88,14 @@ class Vote:
             return
         # In a thread: it asks rank 0's store, which may not answer, and Python runs handlers meanwhile.
         opening = begun(lambda: (new_gloo_group(timeout=timedelta(seconds=self._timeout_s)), store_of_our_own()))
-        try:
-            self._gloo, self._store = opening.result(timeout=self._timeout_s)
-        except FutureTimeoutError:
-            raise self._lost(what) from None
+        stop_s = time.monotonic() + self._timeout_s
+        while self._gloo is None:
+            try:
+                self._gloo, self._store = opening.result(timeout=min(_ALARM_PERIOD_S, self._timeout_s))
+            except FutureTimeoutError:
+                self._check()
+                if time.monotonic() >= stop_s:
+                    raise self._lost(what) from None
 
     def _wait(self, work: dist.Work | None, what: str) -> None:
         if work is None:
@@ -103,6 +112,7 @@ class Vote:
                 continue
             if now_s - looked_s > _ALARM_PERIOD_S:
                 looked_s = now_s
+                self._check()
             time.sleep(pause_s)
             pause_s = min(_LONGEST_PAUSE_S, 1.5 * pause_s)
         work.wait()  # raises what went wrong

@@ -63,6 +63,11 @@ class Pruner:
         # What the store refuses to delete, and that was raised.
         self._told: set[str] = set()
 
+    @property
+    def has_rules(self) -> bool:
+        """Whether anything is ever pruned."""
+        return bool(self._rules)
+
     def prune_after(self, checkpoint: Checkpoint, line: Line, *, go_on: Callable[[], bool] = lambda: True) -> None:
         """Uncommit what no rule keeps; never the checkpoint that was just committed.
 

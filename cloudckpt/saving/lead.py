@@ -64,12 +64,17 @@ class Session:
 
     @classmethod
     @contextmanager
-    def of(cls, group: Group, what: str, options: Options) -> Iterator[Self]:
-        """Bring the ranks of `group` together; those that do another thing than `what` are told so."""
+    def of(
+        cls, group: Group, what: str, options: Options, *, check: Callable[[], None] | None = None
+    ) -> Iterator[Self]:
+        """Bring the ranks of `group` together; those that do another thing than `what` are told so.
+
+        `check` is called while they come, and may raise why some will not.
+        """
         began_s = time.monotonic()
         with ExitStack() as stack:
             stack.enter_context(plain_errors(group.size, _failed))
-            stack.enter_context(group.session(what, deadline_s=options.progress_timeout_s))
+            stack.enter_context(group.session(what, deadline_s=options.progress_timeout_s, check=check))
             yield cls(group=group, what=what, options=options, began_s=began_s, _stack=stack)
 
     def hand_over(self) -> ExitStack:
