@@ -149,9 +149,16 @@ def _race(store: Store, key: str) -> list[_End]:
             return _End(content=content, error=exc)
         return _End(content=content, error=None)
 
-    writing = [begun(partial(write, number), name="probe") for number in range(_WRITERS)]
+    try:
+        writing = [begun(partial(write, number), name="probe") for number in range(_WRITERS)]
+    except RuntimeError as exc:
+        start.abort()  # those that have come would wait for those that never do
+        raise _not_asked(store, exc) from exc
     wait(writing)
-    return [future.result() for future in writing]
+    try:
+        return [future.result() for future in writing]
+    except threading.BrokenBarrierError as exc:
+        raise _not_asked(store, exc) from exc
 
 
 def _is_answered(store: Store, key: str, ends: Sequence[_End]) -> bool:
@@ -168,6 +175,15 @@ def _is_answered(store: Store, key: str, ends: Sequence[_End]) -> bool:
     if not is_winners:
         raise _not_enforced(store, "one writer created an object, and another one's bytes stand there")
     return True
+
+
+def _not_asked(store: Store, cause: RuntimeError) -> StorageError:
+    return StorageError(
+        f"{store.url} could not be asked whether it refuses to overwrite, because {_WRITERS} threads could not be "
+        f"started ({str(cause) or type(cause).__name__}); nothing was saved. Let this process have more "
+        "threads, or pass single_writer=True if no other job ever writes to this root",
+        op="create",
+    )
 
 
 def _undecided(store: Store, key: str, ends: Sequence[_End]) -> StorageError:
