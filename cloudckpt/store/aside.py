@@ -17,7 +17,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeVar
 
-__all__ = ["Aside", "begun", "heedful", "pinned", "waitable_s"]
+__all__ = ["Aside", "begun", "in_main", "pinned", "waitable_s"]
 
 T = TypeVar("T")
 
@@ -50,15 +50,9 @@ def pinned(exc: BaseException) -> BaseException:
     return exc
 
 
-def heedful(call: Callable[[], T], *, timeout_s: float) -> T:
-    """Return what `call` returns; in the main thread, which is to hear signals, it is made on another one.
-
-    Raises:
-        TimeoutError: in the main thread, it has not ended in time; it goes on.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return call()
-    return begun(call, name="request").result(timeout=waitable_s(timeout_s))
+def in_main() -> bool:
+    """Tell whether this is the main thread, which alone runs signal handlers."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def waitable_s(seconds: float) -> float:

@@ -22,7 +22,7 @@ from typing import Generic, TypeVar
 
 from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import RetryExhaustedError
-from cloudckpt.store.aside import begun, heedful
+from cloudckpt.store.aside import begun, in_main
 
 __all__ = [
     "Errand",
@@ -43,8 +43,6 @@ T = TypeVar("T")
 _DEFAULT_S = 60.0
 # Of a request's time, what may go to an errand before it.
 _ERRAND_SHARE = 0.5
-# How much longer than its limit one that ends by itself is waited for.
-_GRACE_S = 5.0
 # How often who waits looks whether the limit has come nearer.
 _LOOK_S = 0.1
 
@@ -152,15 +150,15 @@ class LeftBehindError(RetryExhaustedError):
 def led(call: Callable[[], T]) -> T:
     """Return what a request returns that nothing can end before its own time limit, which it was given when it began.
 
-    Where an end may be announced meanwhile, it runs on a thread of its own. Its memory must be left to it as it is, or
-    whatever it writes be of no use: it may read what stands there later.
+    It runs on a thread of its own where an end may be announced meanwhile, and where it would keep the main thread from
+    hearing a signal. Its memory must be left to it as it is, or whatever it writes be of no use: it may read what
+    stands there later.
 
     Raises:
         LeftBehindError: it has no more time; it goes on, and nobody hears what becomes of it.
     """
-    limit = limit_now()
-    if not limit.may_change:
-        return heedful(call, timeout_s=limit.stop_s - time.monotonic() + _GRACE_S)
+    if not (limit_now().may_change or in_main()):
+        return call()
     try:
         future = begun(call, name="request")
     except RuntimeError:  # there is room for no thread more
