@@ -9,8 +9,10 @@ from cloudckpt.format.builder import IndexBuilder
 from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, JsonValue, register
 from cloudckpt.format.index import BoxPlace, Index, ShardEntry
 from cloudckpt.format.keys import (
+    EPOCH_LIMIT,
     EPOCHS_PREFIX,
     MANIFEST_NAME,
+    SHARD_SUFFIX,
     checkpoint_prefix,
     epoch_key,
     index_key,
@@ -42,10 +44,12 @@ __all__ = [
     "DTYPES",
     "DTYPE_NAMES",
     "EPOCHS_PREFIX",
+    "EPOCH_LIMIT",
     "FORMAT_VERSION",
     "MANIFEST_LIMIT_BYTES",
     "MANIFEST_NAME",
     "NOTES",
+    "SHARD_SUFFIX",
     "Box",
     "BoxPlace",
     "BoxTable",

@@ -15,7 +15,9 @@ from cloudckpt.format.record import shown
 
 __all__ = [
     "EPOCHS_PREFIX",
+    "EPOCH_LIMIT",
     "MANIFEST_NAME",
+    "SHARD_SUFFIX",
     "checkpoint_prefix",
     "epoch_key",
     "index_key",
@@ -29,10 +31,11 @@ __all__ = [
 
 EPOCHS_PREFIX = "epochs/"
 MANIFEST_NAME = "manifest.json"
+SHARD_SUFFIX = ".safetensors"
 
 # Ten digits keep keys in step order for every listing; more steps than that would break the order silently.
 _STEP_LIMIT = 10**10
-_EPOCH_LIMIT = 10**10
+EPOCH_LIMIT = 10**10
 _CHECKPOINT = re.compile(r"\Astep-([0-9]{10})-e([0-9]{4,10})/\Z")
 _EPOCH = re.compile(r"\Aepochs/([0-9]{10})\.json\Z")
 _ATTEMPT = re.compile(r"\A[0-9a-f]{16}\Z")
@@ -56,8 +59,8 @@ def checkpoint_prefix(step: int, epoch: int) -> str:
     """Return the prefix (with its slash) of the checkpoint that `epoch` saves at `step`."""
     if not 0 <= step < _STEP_LIMIT:
         raise OptionsError(f"step {step} is not between 0 and {_STEP_LIMIT - 1}; give the training step")
-    if not 0 <= epoch < _EPOCH_LIMIT:
-        raise OptionsError(f"epoch {epoch} is not between 0 and {_EPOCH_LIMIT - 1}")
+    if not 0 <= epoch < EPOCH_LIMIT:
+        raise OptionsError(f"epoch {epoch} is not between 0 and {EPOCH_LIMIT - 1}")
     return f"step-{step:010d}-e{epoch:04d}/"
 
 
@@ -72,8 +75,8 @@ def parse_checkpoint_prefix(prefix: str) -> tuple[int, int] | None:
 
 def epoch_key(epoch: int) -> str:
     """Return the key of an epoch's claim."""
-    if not 0 < epoch < _EPOCH_LIMIT:
-        raise OptionsError(f"epoch {epoch} is not between 1 and {_EPOCH_LIMIT - 1}")
+    if not 0 < epoch < EPOCH_LIMIT:
+        raise OptionsError(f"epoch {epoch} is not between 1 and {EPOCH_LIMIT - 1}")
     return f"{EPOCHS_PREFIX}{epoch:010d}.json"
 
 
@@ -102,4 +105,4 @@ def shard_key(attempt: str, rank: int, number: int) -> str:
     """Return a shard's key, relative to its checkpoint."""
     if rank < 0 or number < 0:
         raise OptionsError(f"shard {number} of rank {rank} has no key; both count from 0")
-    return f"{attempt}/r{rank:05d}-{number:04d}.safetensors"
+    return f"{attempt}/r{rank:05d}-{number:04d}{SHARD_SUFFIX}"

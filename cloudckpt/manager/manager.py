@@ -265,8 +265,8 @@ class CheckpointManager:
             state: name → nn.Module, Optimizer, object with state_dict/load_state_dict, tensor, container, value.
             metrics: numbers to choose the best by, non-finite ones allowed.
             metadata: values to be kept with the checkpoint.
-            exists: where the newest that this job has saved is that step: `raise`, or `skip` this one and return that
-                (for a last save after the loop, whose step an interval may have saved).
+            exists: where the newest that this job has saved is that step: `raise`, or `skip` this one and return that,
+                if it is still there (for a last save after the loop, whose step an interval may have saved).
 
         Returns:
             The checkpoint; None only with `on_error="warn"`, if it was not saved.
@@ -368,13 +368,16 @@ class CheckpointManager:
             resize: as for `load`.
 
         Returns:
-            The checkpoint, or None if nothing was ever committed (only for `latest` and `best`): a fresh start.
+            The checkpoint, or None if nothing was ever committed (only for `latest` and `best`): a fresh start. Where a
+            job at work prunes what is being read, it is the newest of now.
 
         Raises:
             CheckpointNotFoundError: no commit of that step.
             StateMismatchError: names, shapes or dtypes differ, or an object refuses its state; nothing was changed.
             RestoreFailedError: an object did not take its state after others had; says what was changed.
-            IntegrityError: the checkpoint (for `latest`: every checkpoint) is corrupt. Tensors may hold a mixture.
+            IntegrityError: the checkpoint (for `latest`: every checkpoint) is corrupt, or all manifests of the root
+                have been removed. Tensors may hold a mixture.
+            OptionsError: no checkpoint is the best, because none has that metric; or one is of another root.
             RankLostError: another rank died, hangs or never came. Tensors may hold a mixture.
             StorageError: the store could not be read; that is never taken for "nothing there".
         """
@@ -438,12 +441,14 @@ class CheckpointManager:
     def delete(self, step: int) -> None:
         """Delete the checkpoint that `restore(state, step)` would take: at once nobody finds it any more.
 
+        In a root and its fallback, if it stands in both. One that cannot be read goes, too, with all that stands there.
         Its shards go `prune_grace_s` later, as those of a pruned one do: with the next save, with `close`, or by a
         sweep. A save under way is waited for. With several ranks every rank calls it, and rank 0 deletes.
 
         Raises:
             CheckpointNotFoundError: no commit of that step.
             FencedError: a newer job has claimed the root; nothing was deleted.
+            FormatVersionError: a newer release has saved it; nothing was deleted.
             StorageError: the store could not be asked; the checkpoint is whole or not there.
         """
         self._refuse_closed()
@@ -452,7 +457,7 @@ class CheckpointManager:
     def unreadable(self) -> list[Unreadable]:
         """Return what stands in either root and cannot be read, oldest first by (epoch, step), with its error.
 
-        No retention rule counts it, it is never the best, and nothing removes it.
+        No retention rule counts it, it is never the best, and nothing but `delete` removes it.
         """
         self._refuse_closed()
         return list(self._saves.roots.survey().unreadable)

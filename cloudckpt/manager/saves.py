@@ -25,7 +25,13 @@ from typing import Literal, get_args
 import xxhash
 
 from cloudckpt.deadline import NEVER, Deadline
-from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError, SaveFailedError
+from cloudckpt.errors import (
+    CloudCkptError,
+    FormatVersionError,
+    OptionsError,
+    RankLostError,
+    SaveFailedError,
+)
 from cloudckpt.manager.tolerance import Tolerance
 from cloudckpt.options import Options
 from cloudckpt.preemption import Schedule
@@ -293,8 +299,14 @@ class Saves:
             return None
         if self.background.step == step:
             self.background.wait()
-        if (found := self.homes[0].epoch.newest_of(step)) is not None:
-            logger.info("rank %d: step %d is saved already", Group.of_world().rank, step)
+        if (found := self.homes[0].epoch.newest_of(step)) is None:
+            return None
+        rank = Group.of_world().rank
+        is_gone = rank == 0 and not self._home_of(found).epoch.is_there(found)
+        if self._votes().largest([int(is_gone)], what=f"save of step {step}, if it is gone")[0]:
+            logger.warning("rank %d: step %d was saved already, and is gone: it is saved again", rank, step)
+            return None
+        logger.info("rank %d: step %d is saved already", rank, step)
         return found
 
     @property
@@ -324,14 +336,26 @@ class Saves:
         """Delete the checkpoint of a step, on rank 0; raises as `CheckpointManager.delete` does."""
         self.background.wait()  # it may be pruning
         if Group.of_world().rank == 0:
-            found = self.roots.find(step)
-            home = self._home_of(found)
-            if home.epoch.number:
-                home.catalog.claims.fence(home.epoch.number)
-            home.pruner.uncommit(found)
-            logger.info("deleted step %s of epoch %d", found.step, found.epoch)
+            self._delete(step)
         for home in self.homes:
             home.epoch.forget(step)
+
+    def _delete(self, step: int) -> None:
+        """Delete it wherever it stands; also what nobody can read, because it was asked for by name."""
+        holders = self.roots.holders(step)
+        homes = [next(home for home in self.homes if home.catalog is catalog) for catalog, _ in holders]
+        for home, (_, found) in zip(homes, holders, strict=True):
+            if isinstance(found, FormatVersionError):
+                raise found
+            if home.epoch.number:
+                home.catalog.claims.fence(home.epoch.number)
+        for home, (catalog, found) in zip(homes, holders, strict=True):
+            if isinstance(found, Checkpoint):
+                home.pruner.uncommit(found)
+            else:
+                logger.warning("deleting what cannot be read: %s", found)
+                catalog.remove_unreadable(f"{found.key.partition('/')[0]}/")
+            logger.info("deleted step %d at %s", step, catalog.store.url)
 
     def end(self) -> None:
         """Wait for the save under way, or abandon it; then release the memory. What it raises is `Background.end`'s."""

@@ -5,13 +5,21 @@ Asked only after a manifest was not found. Keeps FORMAT invariant 7: what a cut-
 
 from __future__ import annotations
 
-from cloudckpt.errors import BucketNotFoundError, StorageError
+import logging
+from collections.abc import Sequence
+
+from cloudckpt.errors import BucketNotFoundError, ManifestError, StorageError
 from cloudckpt.format import MANIFEST_NAME, is_attempt, parse_checkpoint_prefix
+from cloudckpt.root.claims import Claims
 from cloudckpt.store import Listing, Store
 
-__all__ = ["set_aside_key", "what_is_there"]
+__all__ = ["refuse_lost", "set_aside_key", "what_is_there"]
+
+logger = logging.getLogger(__name__)
 
 _NOTHING = "list what is there with `cloudckpt ls`"
+# One claim tells of all before it; those that a job left which has not restored tell nothing.
+_CLAIMS = 16
 
 
 def set_aside_key(attempt: str) -> str:
@@ -35,6 +43,31 @@ def what_is_there(store: Store, prefix: str) -> str:
     except StorageError:
         # A listing may be refused where reading is not; what is raised is that nothing is committed.
         return _NOTHING
+
+
+def refuse_lost(url: str, attempts: Sequence[str], claims: Claims) -> None:
+    """Warn of attempts, newest first, where nothing is committed.
+
+    Raises:
+        ManifestError: something was: a claim says that its job went on from a checkpoint.
+    """
+    for epoch in claims.epochs()[:_CLAIMS]:
+        claim = claims.read(epoch)
+        links = [] if claim is None else [link for link in (claim.resumed_from, *(claim.line or ())) if link]
+        if not links:
+            continue
+        went_on = f"the job of epoch {epoch} went on from step {links[0][0]}"
+        raise ManifestError(
+            f"nothing is committed at {url}, though {went_on}, and {len(attempts)} attempts stand there without a "
+            "manifest: the manifests were removed, by hand or by a lifecycle rule. Have them back from a backup, such "
+            f"as {attempts[0]}{MANIFEST_NAME}; to start afresh, save without a restore, or to another root",
+            key=attempts[0] + MANIFEST_NAME,
+        )
+    logger.warning(
+        "nothing is committed at %s, but %d attempts stand there without a manifest (the newest: %s): jobs were "
+        "stopped in their first save, or manifests were removed",
+        *(url, len(attempts), attempts[0]),
+    )
 
 
 def _mistaken(store: Store, top: Listing) -> str:

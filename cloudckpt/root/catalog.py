@@ -38,13 +38,15 @@ from cloudckpt.format import (
     FORMAT_VERSION,
     MANIFEST_LIMIT_BYTES,
     MANIFEST_NAME,
+    SHARD_SUFFIX,
     Manifest,
     digest_of,
     index_key,
+    is_attempt,
     new_attempt,
     parse_checkpoint_prefix,
 )
-from cloudckpt.root.absence import what_is_there
+from cloudckpt.root.absence import refuse_lost, what_is_there
 from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable, best_first
 from cloudckpt.root.claims import Claims
 from cloudckpt.root.looking import Walk
@@ -62,6 +64,11 @@ _NEAREST = 5
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 _Found = Checkpoint | Unreadable | None
+_Stamp = tuple[str, float, int]
+
+
+class _CopiedError(ManifestError):
+    """The manifest of another step or epoch: what stands there is no checkpoint of that place."""
 
 
 @dataclass(slots=True, eq=False)
@@ -69,11 +76,13 @@ class _Memory:
     """What the last look at each prefix found (None: nothing committed), and which unreadable ones the log has named.
 
     Attributes:
+        stamps: under which digest, time and size the manifest of a prefix was read, or seen to be that one.
         voids: prefixes that are decided for ever.
     """
 
     found: dict[str, _Found] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
+    stamps: dict[str, _Stamp] = field(default_factory=dict)
     voids: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -152,7 +161,7 @@ class Catalog:
     def _check_place(self, manifest: Manifest, prefix: str) -> None:
         place = parse_checkpoint_prefix(prefix)
         if place is not None and place != (manifest.step, manifest.epoch):
-            raise ManifestError(
+            raise _CopiedError(
                 f"the manifest at {prefix} is of step {manifest.step}, epoch {manifest.epoch}: it was copied there; "
                 "restore an older step",
                 key=prefix + MANIFEST_NAME,
@@ -249,6 +258,12 @@ class Catalog:
         self._refuse(failures)
         return None
 
+    def check_fresh(self) -> None:
+        """Raise `ManifestError` if nothing is committed here, and something was: that is no fresh start."""
+        attempts = [prefix for prefix in self.places() if not self._is_decided(prefix)]
+        if attempts:
+            refuse_lost(self.store.url, attempts, self.claims)
+
     def all(self) -> list[Checkpoint]:
         """Return every readable checkpoint, oldest first by (epoch, step).
 
@@ -286,13 +301,12 @@ class Catalog:
         return Survey.of([*found.values(), *new.checkpoints, *new.unreadable])
 
     def standing(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-        """Return which of these are still there, manifest and objects, by a look at the store: one request each."""
-        there = self._each(checkpoints, self._stands)
-        for checkpoint, stands in zip(checkpoints, there, strict=True):
-            if not stands:
-                logger.warning("%s is gone, though nobody here has removed it", checkpoint.url)
-                self._note(checkpoint.prefix, None)
-        return [checkpoint for checkpoint, stands in zip(checkpoints, there, strict=True) if stands]
+        """Return which of these are still there, manifest and objects, as far as a listing of each tells."""
+        lacks = self._each(checkpoints, self._lack)
+        for checkpoint, lack in zip(checkpoints, lacks, strict=True):
+            if lack:
+                self._tell_broken(checkpoint, lack)
+        return [checkpoint for checkpoint, lack in zip(checkpoints, lacks, strict=True) if not lack]
 
     def native(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         """Return which of these were saved below this root, by the claims of their epochs: one request each, once."""
@@ -300,11 +314,37 @@ class Catalog:
         nonces = dict(zip(epochs, self._each(epochs, self.claims.nonce_of), strict=True))
         return [one for one in checkpoints if one.manifest.claim and one.manifest.claim == nonces[one.epoch]]
 
-    def _stands(self, checkpoint: Checkpoint) -> bool:
-        prefix = checkpoint.prefix
-        listing = self.store.list(prefix, delimiter="/")
-        is_committed = any(info.key == prefix + MANIFEST_NAME for info in listing.objects)
-        return is_committed and f"{prefix}{checkpoint.attempt}/" in listing.prefixes
+    def _lack(self, checkpoint: Checkpoint) -> str:
+        """Say what of a checkpoint is not there, "" if nothing is missing. A request for each 1,000 objects."""
+        below = {
+            info.key.removeprefix(checkpoint.prefix): info.size_bytes
+            for info in self.store.list(checkpoint.prefix).objects
+        }
+        manifest, key = checkpoint.manifest, index_key(checkpoint.attempt)
+        if MANIFEST_NAME not in below:
+            return "its manifest"
+        if manifest.index is not None and below.get(key) != manifest.index.size_bytes:
+            return f"its index {key}"
+        shards = {name: size for name, size in below.items() if name.endswith(SHARD_SUFFIX)}
+        own = [size for name, size in shards.items() if name.startswith(f"{checkpoint.attempt}/")]
+        if (len(own), sum(own)) == (manifest.shard_count, manifest.total_bytes):
+            return ""
+        # Of several ranks through DCP each has an attempt of its own; which of them, only the index says.
+        is_maybe_whole = len(own) < len(shards) >= manifest.shard_count and sum(shards.values()) >= manifest.total_bytes
+        return (
+            "" if is_maybe_whole else f"{len(own)} of its {manifest.shard_count} shards are there, or of another size"
+        )
+
+    def _tell_broken(self, checkpoint: Checkpoint, lack: str) -> None:
+        with self._memory.lock:
+            is_told = checkpoint.digest in self._memory.told
+            self._memory.told.add(checkpoint.digest)
+        if not is_told:
+            logger.warning(
+                "%s is not whole, though nobody here has removed anything of it: %s. No retention rule counts it, and "
+                "only delete(%d) removes it",
+                *(checkpoint.url, lack, checkpoint.step),
+            )
 
     def _survey(self, prefixes: Iterable[str], look: Callable[[str], _Found]) -> Survey:
         return Survey.of(self._each(list(prefixes), look))
@@ -313,10 +353,27 @@ class Catalog:
         return each(items, look, threads=_READERS, name="cloudckpt-catalog")
 
     def _see(self, prefix: str) -> _Found:
-        """Return what stands under a prefix; a manifest that was read before never changes, but it may be gone."""
+        """Return what stands under a prefix; what was read before is read again only if it is another one by now."""
         with self._memory.lock:
-            known = self._memory.found.get(prefix)
-        return known if isinstance(known, Checkpoint) and self.is_taken(prefix) else self._look(prefix)
+            known, stamp = self._memory.found.get(prefix), self._memory.stamps.get(prefix)
+        if not isinstance(known, Checkpoint):
+            return self._look(prefix)
+        listing = self.store.list(prefix, delimiter="/")
+        info = next((info for info in listing.objects if info.key == prefix + MANIFEST_NAME), None)
+        if info is None:
+            self._note(prefix, None)
+            return None
+        attempts = [name for name in listing.prefixes if is_attempt(name.removeprefix(prefix).rstrip("/"))]
+        now = (known.digest, info.modified_s, info.size_bytes)
+        # Of the time nothing is known of one that this catalog has made; but nobody else has its attempt.
+        if stamp != now and (stamp is not None or attempts != [f"{prefix}{known.attempt}/"]):
+            found = self._look(prefix)
+            if not isinstance(found, Checkpoint):
+                return found
+            known, now = found, (found.digest, info.modified_s, info.size_bytes)
+        with self._memory.lock:
+            self._memory.stamps[prefix] = now
+        return known
 
     def _look(self, prefix: str) -> _Found:
         try:
@@ -340,7 +397,7 @@ class Catalog:
         if not is_told:
             logger.warning(
                 "a checkpoint's manifest cannot be read: %s. No retention rule counts it, it never is the best, and "
-                "nothing removes it",
+                "only delete() of its step removes it",
                 error,
             )
         return Unreadable(step=step, epoch=epoch, url=self._url(prefix), error=error)
@@ -372,12 +429,29 @@ class Catalog:
         Raises:
             CheckpointNotFoundError: no epoch committed that step; the message names the nearest ones.
         """
+        found = self.what_is(step)
+        if isinstance(found, ManifestError):
+            raise found
+        return found
+
+    def what_is(self, step: int) -> Checkpoint | ManifestError:
+        """Return the checkpoint of `step`, of the newest epoch that committed it, or why that cannot be read.
+
+        What was copied there from another place is passed over, if there is another one.
+
+        Raises:
+            CheckpointNotFoundError: as `find` does.
+        """
+        copied: list[ManifestError] = []
         for prefix, (_, found_step) in self.places().items():
             found = self._tried(prefix) if found_step == step else None
-            if isinstance(found, ManifestError):
-                raise found
-            if found is not None:
+            if isinstance(found, _CopiedError):
+                logger.warning("passing over what is no checkpoint of its place: %s", found)
+                copied.append(found)
+            elif found is not None:
                 return found
+        if copied:
+            return copied[0]
         steps = sorted({one.step for one in self.survey().checkpoints}, key=lambda there: abs(there - step))
         shown = ", ".join(map(str, sorted(steps[:_NEAREST]))) or "none"
         raise CheckpointNotFoundError(
@@ -432,6 +506,12 @@ class Catalog:
         """Delete the manifest, so that the checkpoint no longer exists; its shards stay for `remove_objects`."""
         self.store.delete([checkpoint.prefix + MANIFEST_NAME])
         self._note(checkpoint.prefix, None)
+
+    def remove_unreadable(self, prefix: str) -> None:
+        """Delete what stands under a prefix whose manifest cannot be read: that first, then all else there."""
+        self.store.delete([prefix + MANIFEST_NAME])
+        self._note(prefix, None)
+        self.store.delete([info.key for info in self.store.list(prefix).objects])
 
     def recommit(self, checkpoint: Checkpoint) -> None:
         """Create the manifest of a checkpoint that `uncommit` took away again, byte for byte; raises as `commit`."""

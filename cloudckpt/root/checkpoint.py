@@ -92,7 +92,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unreadable:
-    """A checkpoint of which nobody can say what it is: nothing counts it, and nothing removes it.
+    """A checkpoint of which nobody can say what it is: nothing counts it, and only `delete` removes it.
 
     Attributes:
         step: training step, by its prefix.

@@ -47,6 +47,7 @@ class Choice:
 
         Raises:
             CheckpointNotFoundError: no commit of that step.
+            ManifestError: nothing is committed, but something was.
             OptionsError: what is asked for says nothing here.
             StorageError: the store cannot be read.
         """
@@ -95,6 +96,8 @@ class Choice:
                 f"{self.roots.url} is one checkpoint, not a root of checkpoints; load it with "
                 "cloudckpt.load, or give the URL of the root"
             )
+        for catalog in self.roots.catalogs:
+            catalog.check_fresh()
 
 
 def _no_best(found: Sequence[Checkpoint], metric: str) -> str:

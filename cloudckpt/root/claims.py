@@ -20,8 +20,23 @@ from typing import Self
 
 import msgspec
 
-from cloudckpt.errors import FencedError, ManifestError, ObjectExistsError, ObjectNotFoundError, StorageError
-from cloudckpt.format import EPOCHS_PREFIX, FORMAT_VERSION, EpochClaim, decode_claim, epoch_key, parse_epoch_key
+from cloudckpt.errors import (
+    FencedError,
+    ManifestError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    OptionsError,
+    StorageError,
+)
+from cloudckpt.format import (
+    EPOCH_LIMIT,
+    EPOCHS_PREFIX,
+    FORMAT_VERSION,
+    EpochClaim,
+    decode_claim,
+    epoch_key,
+    parse_epoch_key,
+)
 from cloudckpt.store import ObjectInfo, Store, one_deadline
 
 __all__ = ["Claims", "Line", "highest_claim", "leading_to"]
@@ -123,6 +138,10 @@ class Claims:
         """Return the highest epoch that anybody claimed, 0 if nobody did. One listing."""
         return highest_claim(self._listed())
 
+    def epochs(self) -> list[int]:
+        """Return all epochs that are claimed, the newest first. One listing."""
+        return sorted(filter(None, map(parse_epoch_key, self._listed())), reverse=True)
+
     def claim(
         self, *, above: int = 0, resumed_from: tuple[int, int] | None = None, links: Sequence[tuple[int, int]] = ()
     ) -> int:
@@ -134,9 +153,19 @@ class Claims:
             above: what is taken though nobody claimed it here, and all below.
             resumed_from: (step, epoch) of the checkpoint that the job went on from.
             links: its line of history.
+
+        Raises:
+            OptionsError: the highest epoch that keys can hold is taken.
         """
-        epoch = max(self.highest(), above) + 1
+        highest = self.highest()
+        epoch = max(highest, above) + 1
         while True:
+            if epoch >= EPOCH_LIMIT:
+                what = epoch_key(highest) if highest >= above else f"step-…-e{above}/"
+                raise OptionsError(
+                    f"no epoch is left for this job: {what} stands at {self._store.url}, which no job has claimed; see "
+                    "what it is and remove it, or choose another root"
+                )
             claim = EpochClaim(
                 format_version=FORMAT_VERSION,
                 epoch=epoch,

@@ -189,6 +189,14 @@ class Epoch:
         is_there = self.newest is not None and self.newest.step == step and step not in self._deleted
         return self.newest if is_there else None
 
+    def is_there(self, checkpoint: Checkpoint) -> bool:
+        """Ask this root whether a checkpoint of this job still stands there; if it does not answer, it is believed."""
+        try:
+            return self._hurried(self._catalog).is_taken(checkpoint.prefix)
+        except StorageError as exc:
+            logger.warning("whether %s is still there is not known: %s", checkpoint.url, exc)
+            return True
+
     def _take(self, step: int, catalog: Catalog) -> Target:
         if self.is_doubted:
             probe_write(self._hurried(catalog).store)

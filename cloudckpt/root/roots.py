@@ -81,16 +81,26 @@ class Roots:
 
         Raises:
             CheckpointNotFoundError: no epoch committed that step, in any root.
+            ManifestError: it cannot be read, in any root that holds it.
         """
+        found = self.holders(step)[0][1]
+        if isinstance(found, ManifestError):
+            raise found
+        return found
+
+    def holders(self, step: int) -> list[tuple[Catalog, Checkpoint | ManifestError]]:
+        """Return the catalogs that hold that checkpoint, what can be read first; raises as `find` does."""
         found, missing = [], []
         for catalog in self.catalogs:
             try:
-                found.append(catalog.find(step))
+                found.append((catalog, catalog.what_is(step)))
             except CheckpointNotFoundError as exc:
                 missing.append(exc)
         if not found:
             raise CheckpointNotFoundError("; ".join(map(str, missing))) from missing[0]
-        return max(found, key=lambda one: one.order)
+        newest = max(_order_of(one) for _, one in found)
+        same = [one for one in found if _order_of(one[1]) == newest]
+        return sorted(same, key=lambda one: isinstance(one[1], ManifestError))
 
 
 def _order_of(found: Checkpoint | ManifestError) -> tuple[int, int]:

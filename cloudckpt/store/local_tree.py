@@ -104,12 +104,20 @@ class LocalTree:
             # Not ABSENT: "cannot be listed" must never read as "holds nothing".
             raise StorageError(f"{self.root} is not a directory; choose another root") from exc
         except FileNotFoundError:
-            if Path(self.root).is_symlink():
-                raise _link_to_nothing(self.root) from None
+            self._refuse_lost()
             raise
+
+    def _refuse_lost(self) -> None:
+        """Refuse a root at or below a link that leads nowhere: a disk is away, and nothing is made in its place."""
+        with suppress(PermissionError):  # whoever may not look there is told by what follows
+            for path in (Path(self.root), *Path(self.root).parents):
+                if path.is_symlink() and not path.exists():
+                    raise _link_to_nothing(str(path))
 
     def _make_root(self) -> None:
         root = Path(self.root)
+        if not root.is_dir():
+            self._refuse_lost()
         missing = list(takewhile(lambda path: not path.is_dir(), (root, *root.parents)))
         for path in reversed(missing):
             with suppress(FileExistsError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -280,6 +281,16 @@ def test_a_job_that_forgot_to_restore_removes_nothing_in_either_root(tmp_path: P
             manager.save(step, state_of(step))
         outage.is_on = False
         assert manager.all_steps() == [2, 4, 101, 102, 103, 104]
+
+
+def test_a_step_that_stands_in_both_roots_is_deleted_in_both(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    with CheckpointManager(first, fallback=second) as manager:
+        for step in (1, 2):
+            manager.save(step, {"w": torch.zeros(4)})
+        shutil.copytree(first / "step-0000000002-e0001", second / "step-0000000002-e0001")
+        manager.delete(2)
+        assert manager.all_steps() == [1]
 
 
 def test_a_job_that_goes_back_to_what_only_the_fallback_has_begins_anew_on_both(tmp_path: Path) -> None:

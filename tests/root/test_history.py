@@ -18,6 +18,7 @@ import torch
 
 import cloudckpt
 from cloudckpt import (
+    AccessDeniedError,
     CheckpointExistsError,
     CheckpointManager,
     CheckpointNotFoundError,
@@ -27,6 +28,7 @@ from cloudckpt import (
     KeepEvery,
     KeepFor,
     KeepLast,
+    ManifestError,
     OptionsError,
     RetryPolicy,
 )
@@ -207,6 +209,128 @@ def test_nothing_is_read_to_prune_but_what_is_new(bucket: Bucket, job: Open) -> 
         before = client.op_count
         save_steps(manager, 4)
     assert [op for op in client.trace[before:] if op.verb == "read"] == []
+
+
+def test_a_step_that_was_saved_again_by_others_is_read_again_and_what_has_not_changed_is_not(
+    bucket: Bucket, job: Open
+) -> None:
+    with job() as writer:
+        save_steps(writer, 10, 20)
+        client = FaultStore(bucket)
+        with job(client) as reader:
+            assert [one.metrics for one in reader.checkpoints()] == [{"loss": 10.0}, {"loss": 20.0}]
+            writer.delete(10)
+            writer.save(10, state_of(10), metrics={"loss": 99.0})
+            assert [one.metrics for one in reader.checkpoints()] == [{"loss": 99.0}, {"loss": 20.0}]
+            before = client.op_count
+            assert [one.metrics for one in reader.checkpoints()] == [{"loss": 99.0}, {"loss": 20.0}]
+            assert [op.verb for op in client.trace[before:]] == ["list"] * 3
+
+
+@pytest.mark.parametrize("is_left", [True, False], ids=["shards of the deleted one are left", "they are gone"])
+def test_a_manifest_is_read_again_where_its_time_or_its_attempt_is_another_one(
+    bucket: Bucket, job: Open, is_left: bool
+) -> None:
+    with job(prune_grace_s=60 if is_left else 0) as writer:
+        save_steps(writer, 10)
+        with job() as reader:
+            reader.checkpoints()
+            for loss in (5.0, 6.0, 7.0):
+                writer.delete(10)
+                writer._saves.homes[0].pruner.clean()
+                writer._saves.homes[0].pruner.settle()
+                writer.save(10, state_of(10), metrics={"loss": loss})
+                assert [one.metrics for one in reader.checkpoints()] == [{"loss": loss}]
+
+
+@pytest.mark.parametrize("how", ["gone", "cut"])
+@pytest.mark.parametrize("name", ["index.bin", "r00000-0000.safetensors"])
+def test_what_a_rule_keeps_is_whole_as_far_as_a_listing_tells(
+    bucket: Bucket, job: Open, caplog: pytest.LogCaptureFixture, name: str, how: str
+) -> None:
+    client = FaultStore(bucket)
+    with job(client, retention=[KeepBest("loss")]) as manager:
+        save_steps(manager, 3)
+        manager.save(1, state_of(1), metrics={"loss": 1.0})
+        manager.delete(3)
+        manager.save(4, state_of(4), metrics={"loss": 4.0})
+        (key,) = [key for key in bucket.raw_list() if key.startswith(checkpoint_prefix(1, 1)) and key.endswith(name)]
+        data = bucket.objects.pop(key).data
+        if how == "cut":
+            bucket.raw_put(key, data[:-1])
+        before = client.op_count
+        save_steps(manager, 5, 6)
+        assert orders(manager) == [(1, 1), (1, 4), (1, 6)], "4 is the best of those that can be loaded"
+        assert [op for op in client.trace[before:] if op.verb in ("read", "get")] == [], "no bytes are read for that"
+    assert len([one for one in caplog.messages if "is not whole" in one]) == 1
+
+
+@pytest.mark.parametrize("how", ["save", "async_save"])
+def test_a_save_that_would_be_skipped_is_made_if_what_was_saved_is_gone(job: Open, how: str) -> None:
+    with job() as manager:
+        save_steps(manager, 10)
+        with job() as other:
+            other.delete(10)
+        saved = getattr(manager, how)(10, state_of(10), exists="skip")
+        assert saved if how == "save" else saved.result()
+        assert orders(manager) == [(1, 10)]
+
+
+def test_a_save_is_skipped_by_one_look_and_also_where_the_store_does_not_answer(bucket: Bucket, job: Open) -> None:
+    client = FaultStore(bucket)
+    with job(client) as manager:
+        save_steps(manager, 10)
+        before = client.op_count
+        manager.save(10, state_of(10), exists="skip")
+        assert [op.verb for op in client.trace[before:]] == ["head"]
+        client.inject(verbs=["head"], times=None)
+        skipped = manager.save(10, state_of(10), exists="skip")
+        assert skipped is not None
+        assert skipped.order == (1, 10)
+
+
+# -- nothing is there ----------------------------------------------------------------------------------------
+
+
+def take_manifests(bucket: Bucket) -> None:
+    for key in bucket.raw_list():
+        if key.startswith("step-") and key.endswith(MANIFEST_NAME):
+            del bucket.objects[key]
+
+
+def test_a_root_whose_manifests_were_removed_is_no_fresh_start(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 10, 30)
+    with job() as manager:
+        manager.restore(state_of(0))
+        save_steps(manager, 40)
+    take_manifests(bucket)
+    with job(retention=[KeepBest("loss")]) as manager:
+        for wanted in ("latest", "best"):
+            with pytest.raises(ManifestError, match=r"epoch 2 went on from step 30, and 3 attempts .*to start afresh,"):
+                manager.restore(state_of(0), wanted)
+        save_steps(manager, 1)
+        assert orders(manager) == [(3, 1)]
+
+
+def test_attempts_of_a_first_job_that_never_committed_are_a_fresh_start_that_is_told(
+    bucket: Bucket, job: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    with job() as manager:
+        assert manager.restore(state_of(0)) is None
+        save_steps(manager, 10)
+    assert "without a manifest" not in caplog.text
+    take_manifests(bucket)
+    with job() as manager:
+        assert manager.restore(state_of(0)) is None
+    assert "but 1 attempts stand there without a manifest (the newest: step-0000000010-e0001/)" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["step-0000000001-e9999999999/0123456789abcdef/index.bin", "epochs/9999999999.json"])
+def test_a_stray_epoch_above_which_there_is_none_is_named(bucket: Bucket, job: Open, key: str) -> None:
+    bucket.raw_put(key, b"{}")
+    with job() as manager, pytest.raises(OptionsError, match=r"no epoch is left.*(-e|epochs/)9999999999.*stands at"):
+        save_steps(manager, 1)
 
 
 # -- lines ---------------------------------------------------------------------------------------------------
@@ -513,6 +637,49 @@ def test_metadata_of_a_type_that_is_not_known_here_hides_nothing_else(
             _ = restored.metadata
         save_steps(manager, 3, 4)
         assert manager.all_steps() == [3, 4]
+
+
+def test_a_step_that_was_copied_into_another_epoch_hides_none_that_is_whole(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 10, 20)
+    for name in below(bucket, 10, 1):
+        bucket.raw_put(checkpoint_prefix(10, 2) + name, bucket.raw_get(checkpoint_prefix(10, 1) + name))
+    with job() as manager:
+        restored = manager.restore(state_of(0), 10)
+        assert restored is not None
+        assert restored.order == (1, 10)
+        manager.delete(10)
+        with pytest.raises(ManifestError, match="it was copied there"):
+            manager.restore(state_of(0), 10)
+        manager.delete(10)
+        assert below(bucket, 10, 2) == []
+        with pytest.raises(CheckpointNotFoundError):
+            manager.restore(state_of(0), 10)
+
+
+@pytest.mark.parametrize("how", ["garbage", "large"])
+def test_a_step_that_cannot_be_read_goes_when_it_is_asked_for_by_name_and_may_be_saved_again(
+    bucket: Bucket, job: Open, how: str
+) -> None:
+    with job() as manager:
+        save_steps(manager, 1, 2)
+        with unreadable(bucket, how):
+            with pytest.raises(CheckpointExistsError, match="delete it first"):
+                save_steps(manager, 1)
+            manager.delete(1)
+        assert below(bucket, 1, 1) == []
+        save_steps(manager, 1)
+        assert orders(manager) == [(1, 1), (1, 2)]
+        assert manager.unreadable() == []
+
+
+def test_what_the_store_refuses_to_read_is_not_deleted(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 1)
+    with unreadable(bucket, "denied") as client, job(client) as manager:
+        with pytest.raises(AccessDeniedError):
+            manager.delete(1)
+        assert len(below(bucket, 1, 1)) == 3
 
 
 # -- leftovers -----------------------------------------------------------------------------------------------

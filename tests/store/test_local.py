@@ -537,6 +537,15 @@ class TestLinks:
                 verb()
             assert not isinstance(caught.value, ObjectNotFoundError)
 
+    def test_a_root_below_a_link_that_leads_nowhere_is_away_and_not_empty(self, tmp_path: Path) -> None:
+        (tmp_path / "mnt").symlink_to(tmp_path / "disk")
+        store = LocalStore(tmp_path / "mnt" / "runs" / "7")
+        for verb in (store.list, lambda: store.put("object", views(b"x"))):
+            with pytest.raises(StorageError, match=r"mnt is a symbolic link to nothing") as caught:
+                verb()
+            assert not isinstance(caught.value, ObjectNotFoundError)
+        assert not (tmp_path / "disk").exists()
+
     def test_a_link_that_leads_back_is_entered_once(self, store: LocalStore, root: Path) -> None:
         store.put("a/b/object", views(b"x"))
         (root / "a/b/up").symlink_to(root / "a")
