@@ -292,13 +292,11 @@ class LocalStore:
             exc.may_have_landed = isinstance(exc, CommitUnknownError)
             raise
         except (BodyLengthError, ObjectSizeError) as exc:
-            error = StorageError(
+            raise StorageError(
                 f"{op} of {key!r} in {self._root}: {exc}; it was cut short, or is not the object that was meant",
                 op=op,
                 key=key,
-            )
-            error.is_other_object = True
-            raise error from exc
+            ) from exc
         except OSError as exc:
             raise self._explained(exc, op, key) from exc
 

@@ -6,6 +6,8 @@ decides nothing. Keeps FORMAT 16. Any thread may enter, also right after a fork.
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -32,7 +34,9 @@ _SHAPES = (
         r"(?i)(\\?[\"'](?:Token|AccessKeyId|SecretAccessKey|SessionToken|SSECustomerKey|access_token|refresh_token"
         r"|id_token|client_secret|private_key)\\?[\"']\s*:\s*b?\\?[\"'])[^\"'\\]*"
     ),
-    re.compile(r"(?i)(\b(?:Credential|Signature)=)[^,&\s'\"]+"),
+    re.compile(
+        r"(?i)(\b(?:Credential|Signature|access_token|refresh_token|id_token|client_secret|password)=)[^,&\s'\"]+"
+    ),
     # a URL's user and password, and its query: presigned URLs carry their signature there
     re.compile(r"(://)[^/@\s'\"]+@"),
     re.compile(r"(https?://[^\s?'\"<>]*\?)[^\s'\"<>)]+"),
@@ -42,12 +46,37 @@ _LOGGERS = ("botocore", "aiobotocore", "s3fs", "gcsfs", "google", "urllib3", "re
 _TALKATIVE = ("auth", "endpoint", "httpsession", "parsers", "utils", "credentials", "client", "hooks", "tokens")
 
 # A dictionary for its atomic update and copy: a lock might be held at the moment of a fork.
-_secrets: dict[str, None] = {}
+_secrets: dict[str, re.Pattern[str]] = {}
 
 
 def remember_secrets(options: Mapping[str, object]) -> None:
     """Hide, from now on, every credential among fsspec storage options wherever it turns up."""
-    _secrets.update(dict.fromkeys(_secret_texts(options)))
+    _secrets.update({text: _shape_of(text) for text in _secret_texts(options) if text not in _secrets})
+
+
+def _shape_of(secret: str) -> re.Pattern[str]:
+    """Return what a secret looks like, as it is and encoded: for a URL or a form, in JSON or a `repr`, in base64."""
+    forms = ["".join(map(_letter, secret)), *map(re.escape, _in_base64(secret.encode("utf-8", "surrogatepass")))]
+    return re.compile("|".join(forms))
+
+
+def _letter(letter: str) -> str:
+    """Return the pattern of one letter: libraries differ in which of them they encode."""
+    if letter.isascii() and letter.isalnum():
+        return letter
+    percent = "".join(f"(?i:%{byte:02x})" for byte in letter.encode("utf-8", "surrogatepass"))
+    # The escape may be escaped once more, as in a `repr` of JSON.
+    quoted = re.escape(json.dumps(letter)[1:-1].lstrip("\\"))
+    forms = [re.escape(letter), percent, rf"\\+(?i:{quoted})", *([r"\+"] if letter == " " else [])]
+    return f"(?:{'|'.join(forms)})"
+
+
+def _in_base64(secret: bytes) -> Iterator[str]:
+    """Yield the letters that a secret alone decides, wherever it stands in what was encoded (behind a user's name)."""
+    for before in range(3):
+        text = base64.b64encode(bytes(before) + secret).decode()
+        known = text[-(-before * 8 // 6) : (before + len(secret)) * 8 // 6]
+        yield from {known, known.replace("+", "-").replace("/", "_")}
 
 
 def _secret_texts(options: Mapping[str, object], *, is_secret: bool = False) -> Iterator[str]:
@@ -63,7 +92,7 @@ def _secret_texts(options: Mapping[str, object], *, is_secret: bool = False) -> 
 def hide(text: str) -> str:
     """Return `text` with everything that is, or looks like, a credential blotted out."""
     for secret in sorted(_secrets, key=len, reverse=True):
-        text = text.replace(secret, _HIDDEN)
+        text = _secrets[secret].sub(_HIDDEN, text)
     for shape in _SHAPES:
         text = shape.sub(rf"\g<1>{_HIDDEN}", text)
     return text

@@ -232,14 +232,16 @@ class StoreContract:
             assert store.read(name, limit_bytes=100_000) == data
 
     @pytest.mark.parametrize("size_bytes", [11, 3 * MIB])
-    def test_a_read_above_its_limit_is_an_error_at_once(
+    def test_a_read_above_its_limit_is_an_error_after_a_second_look_at_most(
         self, store: RetryingStore, backend: Backend, size_bytes: int
     ) -> None:
         backend.raw_put("a", noise(size_bytes))
         before = store.stats()
         with pytest.raises(StorageError):
             store.read("a", limit_bytes=10)
-        assert (store.stats() - before)["read"].requests == 1
+        # By a network the answer alone may be damaged; a disk is asked once.
+        looks = 1 if store.engine in ("local", "memory") else 2
+        assert (store.stats() - before)["read"].requests == looks
 
     def test_a_head_tells_the_size_and_the_time(self, store: RetryingStore, backend: Backend) -> None:
         backend.raw_put("a/b", noise(12_345))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
+import re
+from urllib.parse import quote, quote_plus
 
 import pytest
 
@@ -41,6 +45,47 @@ def test_what_is_no_credential_stays() -> None:
 def test_given_secrets_are_hidden_wherever_they_turn_up() -> None:
     remember_secrets({"client_kwargs": {"aws_secret_access_key": "nested-secret-1"}, "password": "flat-secret-2"})
     assert hide("said nested-secret-1 and flat-secret-2") == "said *** and ***"
+
+
+ODD = "/tmp/a key+é ü\"'%=?&~.json\\"
+ENCODINGS = {
+    "as it is": str,
+    "quote": quote,
+    "quote all": lambda text: quote(text, safe=""),
+    "quote in lower case": lambda text: re.sub("%..", lambda found: found[0].lower(), quote(text, safe="")),
+    "form": quote_plus,
+    "json": lambda text: json.dumps(text)[1:-1],
+    "json as text": lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    "json with slashes": lambda text: json.dumps(text)[1:-1].replace("/", "\\/"),
+    "json of json": lambda text: json.dumps(json.dumps(text))[3:-3],
+    "repr": lambda text: repr(text)[1:-1],
+    "base64": lambda text: base64.b64encode(text.encode()).decode(),
+    "base64 for URLs": lambda text: base64.urlsafe_b64encode(text.encode()).decode(),
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("secret", [ODD, "plain-secret-3", "a" * 2000 + "/+="])
+def test_given_secrets_are_hidden_in_whatever_form_they_turn_up(encoding: str, secret: str) -> None:
+    remember_secrets({"token": secret})
+    encoded = ENCODINGS[encoding](secret)
+    hidden = hide(f"GET /x failed: token {encoded} is none")
+    assert hidden.startswith("GET /x failed: token ***")
+    assert hidden.endswith(" is none")
+    assert len(hidden) <= len("GET /x failed: token *** is none") + len("====")
+
+
+@pytest.mark.parametrize("user", ["u", "us", "use", "user"])
+def test_a_given_secret_behind_a_name_is_hidden_in_base64(user: str) -> None:
+    remember_secrets({"password": "a-pass-word-4"})
+    encoded = base64.b64encode(f"{user}:a-pass-word-4".encode()).decode()
+    hidden = hide(f"said {encoded}")
+    assert "***" in hidden
+    assert b"pass-word" not in base64.b64decode(hidden.removeprefix("said ").partition("***")[0] + "==")
+
+
+def test_a_token_in_a_query_is_hidden_whatever_it_is() -> None:
+    assert hide("tokeninfo?access_token=%2Ftmp%2Fx.json: 400") == "tokeninfo?access_token=*** 400"
 
 
 def test_short_values_and_names_of_accounts_are_no_secrets() -> None:
