@@ -22,14 +22,14 @@ from functools import partial
 from itertools import permutations
 from typing import Literal, get_args
 
-from cloudckpt.deadline import Deadline
+from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError, SaveFailedError
 from cloudckpt.manager.tolerance import Tolerance
 from cloudckpt.options import Options
 from cloudckpt.preemption import Schedule
 from cloudckpt.ranks import Group, Vote, refuse_lonely_rank
 from cloudckpt.report import Entry, Journal
-from cloudckpt.root import Catalog, Checkpoint, Destination, Epoch, Pruner, Roots
+from cloudckpt.root import Catalog, Checkpoint, Epoch, Pruner, Roots
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
 from cloudckpt.state import Generators, bind, capture, captured, collector_at_rest
 from cloudckpt.store import RetryingStore
@@ -68,11 +68,6 @@ class Home:
         catalog = Catalog(store)
         epoch = Epoch(catalog, is_single_writer=options.single_writer)
         return cls(store=store, catalog=catalog, pruner=pruner(catalog), epoch=epoch)
-
-    def destination(self, step: int, deadline: Deadline | None) -> Destination:
-        """Return where a step goes, by a deadline, or with all the patience there is."""
-        catalog = self.catalog if deadline is None else self.catalog.with_store(self.store.within(deadline))
-        return self.epoch.step(step, catalog)
 
 
 class Saves:
@@ -315,7 +310,9 @@ class Saves:
         entry = self._journal.begin(rank=group.rank)
         self._wait_for_turn(step)
         entry.working()
-        options, destinations = self._means(step)
+        left_s = self._schedule.seconds_for_a_save()
+        options = self.options if left_s is None else self.options.within(left_s)
+        destinations = [home.epoch.step(step) for home in self.homes]
         self._is_beginning = True
         try:
             with Session.of(group, f"save of step {step}", options) as session, collector_at_rest():
@@ -324,6 +321,7 @@ class Saves:
                     captured(state, self.generators),
                     destinations[0],
                     fallback=destinations[1] if len(destinations) > 1 else None,
+                    end=self._end,
                     memory=self._plan,
                     metrics=metrics,
                     metadata=metadata,
@@ -349,20 +347,10 @@ class Saves:
                     "that was left before the end"
                 )
 
-    def _means(self, step: int) -> tuple[Options, list[Destination]]:
-        """Return what a save may use, and where it goes: after a preemption notice, in no more time than is left."""
+    def _end(self) -> Deadline:
+        """Return by when a save must be done, as far as is known now; in any thread."""
         left_s, end = self._schedule.seconds_for_a_save(), self._schedule.end
-        if left_s is None or end is None:
-            return self.options, [home.destination(step, None) for home in self.homes]
-        count = len(self.homes)
-        # Each root has its share of the time, or the first one, if it is down, would take all of it.
-        # Only where no other root comes after it is it tried until the end.
-        deadlines = [
-            Deadline.after(left_s * place / count, end.reason, is_last=place == count) for place in range(1, count + 1)
-        ]
-        return self.options.within(left_s), [
-            home.destination(step, deadline) for home, deadline in zip(self.homes, deadlines, strict=True)
-        ]
+        return NEVER if left_s is None or end is None else Deadline.after(left_s, end.reason)
 
     def _home_of(self, checkpoint: Checkpoint) -> Home:
         return next((home for home in self.homes if home.catalog.holds(checkpoint)), self.homes[0])

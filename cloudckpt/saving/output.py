@@ -38,7 +38,7 @@ from cloudckpt.saving.snapshot import Staged
 from cloudckpt.saving.source import Source, Staging
 from cloudckpt.saving.tally import Written
 from cloudckpt.store import RetryingStore, Store, StoreStats
-from cloudckpt.transfer import Budget, ShardJob, Watch, upload
+from cloudckpt.transfer import Budget, Puts, ShardJob, Watch, upload
 
 __all__ = ["RankOutput", "Record", "commit_index", "discard", "stats_of"]
 
@@ -83,6 +83,7 @@ class RankOutput:
     rank: int
     options: Options
     watch: Watch | None = None
+    puts: Puts | None = None
     stage_s: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -101,6 +102,7 @@ class RankOutput:
             concurrency=self.options.concurrency,
             budget=Budget(self.options.transfer_budget_bytes if staged is None else staged.transfer_bytes),
             watch=self.watch,
+            puts=self.puts,
         )
         return Written.of(source.chunks, source.shards, digests, values, rank=self.rank, attempt=self.attempt)
 
