@@ -22,7 +22,7 @@ from functools import partial
 from itertools import permutations
 from typing import Literal, get_args
 
-from cloudckpt.deadline import Deadline
+from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError, SaveFailedError
 from cloudckpt.manager.tolerance import Tolerance
 from cloudckpt.options import Options
@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 # How often a wait for what is pruned looks whether an end is near.
 _LOOK_S = 0.1
+# How much two ends may differ and be one: the clock moves while they are computed.
+_NOISE_S = 0.05
 # How long a root that was down is asked whether it is there again, and the other one which epochs it has.
 _ASK_S = 10.0
 
@@ -75,10 +77,26 @@ class Home:
         epoch = Epoch(catalog, is_single_writer=options.single_writer, hurried=hurried)
         return cls(store=store, catalog=catalog, pruner=pruner(catalog), epoch=epoch)
 
-    def destination(self, step: int, deadline: Deadline | None) -> Destination:
-        """Return where a step goes, by a deadline, or with all the patience there is."""
-        catalog = self.catalog if deadline is None else self.catalog.with_store(self.store.within(deadline))
+    def destination(self, step: int, store: RetryingStore) -> Destination:
+        """Return where a step goes, over the store with the patience that this save has."""
+        catalog = self.catalog if store is self.store else self.catalog.with_store(store)
         return self.epoch.step(step, catalog)
+
+
+class _Part:
+    """A part of the time until an end, counted from when that was first heard of."""
+
+    def __init__(self, end: Callable[[], Deadline], share: float) -> None:
+        self._end = end
+        self._share = share
+        self._of = self._own = NEVER
+
+    def __call__(self) -> Deadline:
+        end, now_s = self._end(), time.monotonic()
+        if abs(end.stop_s - self._of.stop_s) > _NOISE_S or math.isinf(end.stop_s) != math.isinf(self._of.stop_s):
+            left_s = self._share * end.left_s(now_s)
+            self._of, self._own = end, Deadline.after(left_s, end.reason, now_s=now_s)
+        return self._own
 
 
 class Saves:
@@ -344,9 +362,7 @@ class Saves:
         """Wait for the save under way, as long as there is time; an end may be announced meanwhile."""
         stop_s = math.inf
         while True:
-            left_s = self._schedule.seconds_for_a_save()
-            if left_s is not None:
-                stop_s = min(stop_s, time.monotonic() + left_s)
+            stop_s = min(stop_s, self._schedule.end_of_saves().stop_s)
             if self.background.wait(max(0.0, min(_LOOK_S, stop_s - time.monotonic()))):
                 return
             if time.monotonic() >= stop_s:
@@ -356,16 +372,22 @@ class Saves:
                 )
 
     def _means(self, step: int) -> tuple[Options, list[Destination]]:
-        """Return what a save may use, and where it goes: after a preemption notice, in no more time than is left."""
-        left_s, end = self._schedule.seconds_for_a_save(), self._schedule.end
-        if left_s is None or end is None:
-            return self.options, [home.destination(step, None) for home in self.homes]
-        count = len(self.homes)
-        # Each root has its share of the time, or the first one, if it is down, would take all of it.
-        deadlines = [Deadline.after(left_s * (place + 1) / count, end.reason) for place in range(count)]
-        return self.options.within(left_s), [
-            home.destination(step, deadline) for home, deadline in zip(self.homes, deadlines, strict=True)
-        ]
+        """Return what a save may use, and where it goes: after a preemption notice, in no more time than is left.
+
+        A notice that comes only when the save is under way counts at once for each of its requests.
+        """
+        options, stores = self.options, [home.store for home in self.homes]
+        if self._schedule.may_end:
+            # Each root has its share of the time, or the first one, if it is down, would take all of it.
+            *others, last = stores
+            shares = [_Part(self._schedule.end_of_saves, (place + 1) / len(stores)) for place in range(len(others))]
+            stores = [store.within(share) for store, share in zip(others, shares, strict=True)]
+            stores.append(last.hurried_by(self._schedule.end_of_saves))
+        end = self._schedule.end_of_saves()
+        if end is not NEVER:
+            options = options.within(end.left_s(time.monotonic()))
+            stores = [store.within(end) for store in stores]
+        return options, [home.destination(step, store) for home, store in zip(self.homes, stores, strict=True)]
 
     def _home_of(self, checkpoint: Checkpoint) -> Home:
         return next((home for home in self.homes if home.catalog.holds(checkpoint)), self.homes[0])
