@@ -79,7 +79,7 @@ class RetryPolicy:
 
     max_attempts: int = 8
     deadline_s: float = 300.0
-    request_timeout_s: float = 60.0
+    request_timeout_s: float = 15.0
     connect_timeout_s: float = 5.0
     backoff_base_s: float = 0.2
     backoff_max_s: float = 15.0

@@ -6,11 +6,14 @@ To look at one: `live(draw(seed)).story`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.spot_drill import sleepers
 from tests.spot_drill.clockwork import Clockwork, Killed
-from tests.spot_drill.drill import draw, live
+from tests.spot_drill.drill import Word, draw, live
+from tests.spot_drill.weather import Outage, Skies
 
 _SEEDS = [pytest.param(seed, marks=() if seed < 20 else pytest.mark.slow) for seed in range(200)]
 
@@ -20,6 +23,30 @@ def test_the_newest_step_is_safe_when_the_machine_goes_and_nobody_waits_longer(s
     plan = draw(seed)
     life = live(plan)
     assert life.broken == [], "\n".join([f"seed {seed}: {plan}", *life.story])
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
+@pytest.mark.parametrize(("is_silent", "is_blocking"), [(True, False), (False, False), (False, True)])
+def test_a_save_under_way_has_its_patience_back_when_the_end_has_passed_and_was_false(
+    is_silent: bool, is_blocking: bool, is_async: bool
+) -> None:
+    outage = Outage(start_s=5.0, stop_s=40.0, is_silent=is_silent)
+    plan = replace(
+        draw(0),
+        step_s=1.0,
+        every_steps=5,
+        window_steps=1,
+        is_async=is_async,
+        leaves=False,
+        skies=Skies(latency_s=0.05, shard_s=0.05, outages=[outage], clear_s=outage.stop_s),
+        rumours=(Word(at_s=10.0, stop_s=20.0),),
+        end=Word(at_s=200.0, stop_s=230.0),
+        is_blocking=is_blocking,
+    )
+    life = live(plan)
+    story = "\n".join(life.story)
+    assert life.broken == [], story
+    assert life.committed_s.get(5, 0.0) > 40.0, story
 
 
 def test_a_life_is_the_same_each_time() -> None:

@@ -18,19 +18,13 @@ import pytest
 import torch
 
 import cloudckpt
-from cloudckpt import CheckpointManager, CloudCkptError, Options, Preemption, RetryPolicy
+from cloudckpt import CheckpointManager, CloudCkptError, Options, Preemption
 from cloudckpt.options import KIB
 from raw_access import FreshPrefix
 from tests.ranks.processes import fork
 from tests.spot_drill.proxy import Faults, FaultyProxy
 
-OPTIONS = Options(
-    shard_bytes=64 * KIB,
-    block_bytes=16 * KIB,
-    span_bytes=64 * KIB,
-    # What was under way when the notice came may hold up the last save for so long.
-    retry=RetryPolicy(request_timeout_s=2.0, backoff_max_s=1.0),
-)
+OPTIONS = Options(shard_bytes=64 * KIB, block_bytes=16 * KIB, span_bytes=64 * KIB)
 SEEDS = [pytest.param(seed, marks=() if seed < 1 else pytest.mark.slow) for seed in range(20)]
 
 

@@ -22,7 +22,7 @@ from functools import partial
 from itertools import permutations
 from typing import Literal, get_args
 
-from cloudckpt.deadline import NEVER, Deadline
+from cloudckpt.deadline import NEVER
 from cloudckpt.errors import CloudCkptError, OptionsError, RankLostError, SaveFailedError
 from cloudckpt.manager.tolerance import Tolerance
 from cloudckpt.options import Options
@@ -310,8 +310,8 @@ class Saves:
         entry = self._journal.begin(rank=group.rank)
         self._wait_for_turn(step)
         entry.working()
-        left_s = self._schedule.seconds_for_a_save()
-        options = self.options if left_s is None else self.options.within(left_s)
+        end = self._schedule.end_of_saves()
+        options = self.options if end is NEVER else self.options.within(end.left_s(time.monotonic()))
         destinations = [home.epoch.step(step) for home in self.homes]
         self._is_beginning = True
         try:
@@ -321,7 +321,7 @@ class Saves:
                     captured(state, self.generators),
                     destinations[0],
                     fallback=destinations[1] if len(destinations) > 1 else None,
-                    end=self._end,
+                    end=self._schedule.end_of_saves if self._schedule.may_end else None,
                     memory=self._plan,
                     metrics=metrics,
                     metadata=metadata,
@@ -336,9 +336,7 @@ class Saves:
         """Wait for the save under way, as long as there is time; an end may be announced meanwhile."""
         stop_s = math.inf
         while True:
-            left_s = self._schedule.seconds_for_a_save()
-            if left_s is not None:
-                stop_s = min(stop_s, time.monotonic() + left_s)
+            stop_s = min(stop_s, self._schedule.end_of_saves().stop_s)
             if self.background.wait(max(0.0, min(_LOOK_S, stop_s - time.monotonic()))):
                 return
             if time.monotonic() >= stop_s:
@@ -346,11 +344,6 @@ class Saves:
                     f"step {step} was not saved: the save before it is still under way, and has taken all of the time "
                     "that was left before the end"
                 )
-
-    def _end(self) -> Deadline:
-        """Return by when a save must be done, as far as is known now; in any thread."""
-        left_s, end = self._schedule.seconds_for_a_save(), self._schedule.end
-        return NEVER if left_s is None or end is None else Deadline.after(left_s, end.reason)
 
     def _home_of(self, checkpoint: Checkpoint) -> Home:
         return next((home for home in self.homes if home.catalog.holds(checkpoint)), self.homes[0])

@@ -4,8 +4,8 @@
 
 A source that is absent, slow, hangs or lies costs a log line and nothing else: its error ends in its watcher, which
 asks less and less often. A thread per source, so that one that hangs keeps no other from being heard. What a source
-goes on saying is one notice, until it has once not said it. Knows nothing of signals, checkpoints or ranks; the sources
-themselves are in `clouds` and `slurm`.
+goes on saying is one notice, until it has once not said it, or its end has passed and it names a later one. Knows
+nothing of signals, checkpoints or ranks; the sources themselves are in `clouds` and `slurm`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from cloudckpt.threads import started
 
 __all__ = ["CheckSource", "Notice", "NoticeSource", "SourceError", "Watcher"]
 
@@ -158,8 +160,7 @@ class Watcher:
 
     def start(self) -> None:
         """Begin to ask, at once."""
-        self._thread = threading.Thread(target=self._run, name=f"cloudckpt-{self.name}", daemon=True)
-        self._thread.start()
+        self._thread = started(self._run, name=f"cloudckpt-{self.name}")
 
     def stop(self) -> None:
         """Ask no more. Returns at once; `join` waits."""
@@ -211,11 +212,17 @@ class Watcher:
     def _newest(self, notice: Notice) -> Notice:
         """Hand a notice on if it is new, and return what is known of its kind from now on."""
         known = self._said.get(notice.what)
-        if known is not None and known.covers(notice):
+        if known is not None and known.covers(notice) and not self._is_postponed(known, notice):
             return known
         self._said[notice.what] = notice
         self._take(notice)
         return notice
+
+    def _is_postponed(self, known: Notice, notice: Notice) -> bool:
+        """Tell whether the end that is known has passed, and a later one is announced in its place."""
+        if known.deadline_s is None or notice.deadline_s is None or notice.deadline_s <= known.deadline_s + _SAME_S:
+            return False
+        return known.deadline_s <= self._clock() < notice.deadline_s
 
     def look(self) -> None:
         """Say it once, in whichever thread, if a question of this one's is not answered."""

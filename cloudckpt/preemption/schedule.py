@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cloudckpt.deadline import Deadline
+from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import OptionsError
 from cloudckpt.preemption.notices import Notice
 from cloudckpt.preemption.watch import Preemption
@@ -158,9 +158,8 @@ class Schedule:
     @property
     def is_end_near(self) -> bool:
         """Whether an end whose time is known lies ahead, so that nothing should be done but to save; in any thread."""
-        now_s = self._clock()
-        is_own = self._preemption is not None and self._preemption.is_end_near(now_s)
-        return is_own or 0 < self.seconds_left() < math.inf
+        end = self.end
+        return end is not None and end.stop_s < math.inf
 
     @property
     def end(self) -> Deadline | None:
@@ -169,22 +168,25 @@ class Schedule:
         What time a rank gives its own requests needs no vote, and it may have waited long since it was last asked.
         """
         now_s = self._clock()
-        ends = [self.deadline] if self.deadline is not None else []
-        if self._preemption is not None:
-            ends += [
-                Deadline(stop_s=notice.deadline_s, reason=f"preemption ({notice.source})", is_last=True)
-                for notice in self._preemption.pending
-                if notice.deadline_s is not None
-            ]
+        own = None if self._preemption is None else self._preemption.next_end(now_s)
         # One that has passed was wrong: the machine is still there.
-        return min((end for end in ends if end.left_s(now_s) > 0), key=lambda end: end.stop_s, default=None)
+        ends = (end for end in (self.deadline, own) if end is not None and end.left_s(now_s) > 0)
+        return min(ends, key=lambda end: end.stop_s, default=None)
 
-    def seconds_for_a_save(self) -> float | None:
-        """Return how long a save may take before the end; None if no end is known."""
+    @property
+    def may_end(self) -> bool:
+        """Whether an end may be announced at all."""
+        return self._preemption is not None
+
+    def end_of_saves(self) -> Deadline:
+        """Return by when a save has to be done as far as is known now, or `NEVER`; in seconds of `time.monotonic`.
+
+        For any thread, and to be asked again and again by what is under way.
+        """
         end = self.end
         if end is None or math.isinf(end.stop_s):
-            return None
-        return max(_LEAST_S, end.left_s(self._clock()) - _MARGIN_S)
+            return NEVER
+        return Deadline.after(max(_LEAST_S, end.left_s(self._clock()) - _MARGIN_S), end.reason)
 
     def seconds_left(self) -> float:
         """Return the seconds until the end as far as it is known; inf if it is not."""
@@ -293,7 +295,7 @@ class Schedule:
         if known is None or stop_s < known.stop_s or known.stop_s <= now_s:
             notice = self._preemption.notice if self._preemption is not None and own_ms <= left_ms else None
             self._source = notice.source if notice is not None else "another rank"
-            self.deadline = Deadline(stop_s=stop_s, reason=f"preemption ({self._source})", is_last=True)
+            self.deadline = Deadline(stop_s=stop_s, reason=f"preemption ({self._source})")
 
     def _answer(self, step: int, facts: _Facts) -> bool:
         """Save anew, unless a save is under way that will do, or after which there is no time for another one.

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
+from cloudckpt.deadline import Deadline
 from cloudckpt.errors import OptionsError
 from cloudckpt.preemption.clouds import DMI, AzureSource, Ec2Source, GceSource, is_azure, is_ec2, is_gce
 from cloudckpt.preemption.notices import CheckSource, Notice, NoticeSource, Watcher
@@ -217,9 +218,12 @@ class Preemption:
         if self._signal_watch is not None:
             self._signal_watch.forget(notice)
 
-    def is_end_near(self, now_s: float) -> bool:
-        """Tell whether a notice has a deadline that lies ahead of `now_s`; this is no asking for notices."""
-        return any(one.deadline_s is not None and one.deadline_s > now_s for one in self._pending())
+    def next_end(self, now_s: float) -> Deadline | None:
+        """Return the earliest end that lies ahead of `now_s` and has a time; this is no asking for notices."""
+        for one in self._pending():
+            if one.deadline_s is not None and one.deadline_s > now_s:
+                return Deadline(stop_s=one.deadline_s, reason=f"preemption ({one.source})")
+        return None
 
     @property
     def seen(self) -> tuple[Notice, ...]:

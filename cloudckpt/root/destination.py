@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -77,12 +76,12 @@ class Destination:
         """
         return self.take_by(self.catalog)
 
-    def within(self, deadline: Deadline) -> Destination:
-        """Return the same place, with no more time than until a deadline."""
+    def by(self, patience: Callable[[RetryingStore], RetryingStore]) -> Destination:
+        """Return the same place, over its store with another patience."""
         store = self.catalog.store
-        if math.isinf(deadline.stop_s) or not isinstance(store, RetryingStore):
+        if not isinstance(store, RetryingStore) or (other := patience(store)) is store:
             return self
-        return dataclasses.replace(self, catalog=self.catalog.with_store(store.within(deadline)))
+        return dataclasses.replace(self, catalog=self.catalog.with_store(other))
 
 
 def own_url(catalog: Catalog, *, is_single_writer: bool, exists: Exists = "raise") -> Destination:

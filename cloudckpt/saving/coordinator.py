@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import msgspec
 import numpy as np
 
-from cloudckpt.deadline import NEVER, Deadline
+from cloudckpt.deadline import Deadline
 from cloudckpt.errors import OptionsError, SaveFailedError
 from cloudckpt.format import BoxTable, Column, JsonValue, PathElement, new_attempt
 from cloudckpt.options import Options
@@ -119,7 +119,7 @@ class Coordinator:
     Attributes:
         destination: where it goes, on every rank.
         fallback: where it goes instead if that is down.
-        end: tells by when the save must be done, as far as is known.
+        end: tells by when the save must be done, as far as is known; None if none will ever be known.
         turn: of the destination.
     """
 
@@ -128,7 +128,7 @@ class Coordinator:
     options: Options
     claims_later: bool
     fallback: Destination | None = None
-    end: Callable[[], Deadline] = lambda: NEVER
+    end: Callable[[], Deadline] | None = None
     turn: Turn = field(init=False)
     _target: Target | None = None
     _left: Target | None = None
@@ -168,7 +168,7 @@ class Coordinator:
 
     def place(self) -> str:
         """Ask the store where the save goes; it refuses if it may not go there."""
-        self._target = self.destination.within(self.turn.part()).take()
+        self._target = self.destination.by(self.turn.for_commits).take()
         return self._target.prefix
 
     def discard(self) -> None:

@@ -30,7 +30,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from cloudckpt.deadline import NEVER, Deadline
+from cloudckpt.deadline import Deadline
 from cloudckpt.errors import (
     CommitUnknownError,
     RetryExhaustedError,
@@ -50,6 +50,7 @@ from cloudckpt.saving.snapshot import Staged, take_snapshot
 from cloudckpt.saving.source import Source, check_tensor, chunk_of, is_elsewhere, tensor_of
 from cloudckpt.saving.values import differences_of, digest_of_values, digests_of, refuse_values, wanted_values
 from cloudckpt.state import is_tensor
+from cloudckpt.store import LeftBehindError
 from cloudckpt.transfer import AbandonedError, Gauge, Puts, Slabs, Stage, StageClosedError
 
 __all__ = ["PendingSave", "PlanMemory", "Session", "begin_save"]
@@ -95,7 +96,7 @@ def begin_save(  # noqa: PLR0913 (keyword-only options, each of its own kind)
     destination: Destination,
     *,
     fallback: Destination | None = None,
-    end: Callable[[], Deadline] = lambda: NEVER,
+    end: Callable[[], Deadline] | None = None,
     memory: PlanMemory | None = None,
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, object] | None = None,
@@ -110,7 +111,8 @@ def begin_save(  # noqa: PLR0913 (keyword-only options, each of its own kind)
             a save from a copy, because that takes requests.
         fallback: where it goes instead, at once and with the same bytes, if the store there is down; each of the two
             is tried again while there is time until an end.
-        end: tells by when the save must be done, as far as is known; also one that is announced when it is under way.
+        end: tells by when the save must be done, as far as is known; also one that is announced when it is under
+            way. None: none will ever be known.
         memory: the plan of an earlier save, which is used again while nothing changed.
         metrics: numbers to be kept with the checkpoint.
         metadata: values to be kept with the checkpoint.
@@ -258,7 +260,7 @@ class PendingSave:
             turn.check()
 
         watch = replace(lead.group.watch(lead.options.transfer_timeout_s), check=check, gauge=gauge)
-        target = Target(catalog=lead.coordinator.destination.within(turn.whole()).catalog, prefix=prefix)
+        target = Target(catalog=lead.coordinator.destination.by(turn.for_uploads).catalog, prefix=prefix)
         output = RankOutput(
             target=target,
             attempt=lead.order.attempt,
@@ -375,7 +377,7 @@ class _Lead:
 
     @property
     def _is_ending(self) -> bool:
-        return math.isfinite(self.coordinator.end().stop_s)
+        return math.isfinite(self.coordinator.turn.whole().stop_s)
 
     def _finish(
         self, upload: Callable[[str], RankPart], check: Callable[[], None], prefix: str | None, record: Record
@@ -401,8 +403,13 @@ def _all_and_any(parts: list[tuple[bool, bool]]) -> tuple[bool, bool]:
 
 
 def _may_pass(error: BaseException | None) -> bool:
-    """Tell whether a store that failed so may do better in a while: it has refused nothing for good."""
+    """Tell whether a store that failed so may do better in a while: it has refused nothing for good.
+
+    Nor was a request left behind, which may land when it should not any more.
+    """
     while error is not None:
+        if isinstance(error, LeftBehindError):
+            return False
         if isinstance(error, RetryExhaustedError | StalledError):
             return True
         error = error.__cause__

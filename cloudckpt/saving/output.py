@@ -157,7 +157,8 @@ def discard(target: Target, attempts: Collection[str], options: Options) -> None
     """
     catalog = target.catalog
     if isinstance(catalog.store, RetryingStore):
-        patience_s = min(_DISCARD_S, _DISCARD_SHARE * options.retry.deadline_s)
+        left_s = min(options.retry.deadline_s, catalog.store.deadline.left_s(time.monotonic()))
+        patience_s = min(_DISCARD_S, _DISCARD_SHARE * left_s)
         deadline = Deadline.after(patience_s, "the removal of what a failed save has written")
         catalog = catalog.with_store(catalog.store.within(deadline))
     try:

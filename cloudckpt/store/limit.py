@@ -1,25 +1,42 @@
 """Say how long the request that is being made may take, and by when a row of operations must have ended.
 
     retrying ──limited()──▶ a verb, on the same thread ──▶ limit_now() ◀── wires, errands
+                                             a call that blocks ──led()──▶ a thread that can be left behind
 
 So a verb keeps its signature, and no engine keeps a limit from its construction. The limits are context variables: each
-thread has its own, and a coroutine that a thread sends to an event loop takes them along.
+thread has its own, and a coroutine that a thread sends to an event loop takes them along. A limit may come nearer while
+the request runs, so whoever can end one asks `limit_now` again and again.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from cloudckpt.deadline import NEVER, Deadline
+from cloudckpt.errors import CloudCkptError, RetryExhaustedError
+from cloudckpt.threads import started
 
-__all__ = ["Errand", "Limit", "earliest", "is_limited", "limit_now", "limited", "one_deadline"]
+__all__ = [
+    "Errand",
+    "LeftBehindError",
+    "Limit",
+    "LimitNow",
+    "earliest",
+    "is_limited",
+    "led",
+    "limit_now",
+    "limited",
+    "one_deadline",
+]
 
 T = TypeVar("T")
 
@@ -27,6 +44,8 @@ T = TypeVar("T")
 _DEFAULT_S = 60.0
 # Of a request's time, what may go to an errand before it.
 _ERRAND_SHARE = 0.5
+# How often who waits looks whether the limit has come nearer.
+_LOOK_S = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,24 +56,36 @@ class Limit:
         still_s: seconds that it may stand still, none of its bytes moving; that it may take, where nobody sees them.
         stop_s: when it must have ended whatever moves, in seconds of `time.monotonic`.
         timeouts: how many requests of the same operation had stood still too long before.
+        may_change: whether an end may be announced while it runs, so that `limit_now` says less then.
+        cut_s: when it has had its share of the time until an end that was announced while it ran, in the same seconds.
     """
 
     still_s: float
     stop_s: float
     timeouts: int = 0
+    may_change: bool = False
+    cut_s: float = math.inf
 
     def left_s(self) -> float:
         """Return the seconds that it may still take, standing still from now on; 0 once its time is up."""
         return max(0.0, min(self.still_s, self.stop_s - time.monotonic()))
 
 
-_limit: ContextVar[Limit | None] = ContextVar("cloudckpt_limit", default=None)
+LimitNow = Callable[[], Limit]
+
+_limit: ContextVar[LimitNow | None] = ContextVar("cloudckpt_limit", default=None)
 
 
 @contextmanager
-def limited(*, still_s: float, total_s: float, timeouts: int = 0) -> Iterator[None]:
-    """Give every request in the block `still_s` seconds without progress, and the block `total_s` in all."""
-    token = _limit.set(Limit(still_s=still_s, stop_s=time.monotonic() + total_s, timeouts=timeouts))
+def limited(
+    *, still_s: float = _DEFAULT_S, total_s: float = _DEFAULT_S, timeouts: int = 0, now: LimitNow | None = None
+) -> Iterator[None]:
+    """Give every request in the block `still_s` seconds without progress, and the block `total_s` in all; or as `now`.
+
+    What `now` returns may change while the block runs.
+    """
+    limit = Limit(still_s=still_s, stop_s=time.monotonic() + total_s, timeouts=timeouts)
+    token = _limit.set(now or (lambda: limit))
     try:
         yield
     finally:
@@ -62,8 +93,9 @@ def limited(*, still_s: float, total_s: float, timeouts: int = 0) -> Iterator[No
 
 
 def limit_now() -> Limit:
-    """Return the limit of the request that this thread or coroutine is making."""
-    return _limit.get() or Limit(still_s=_DEFAULT_S, stop_s=time.monotonic() + _DEFAULT_S)
+    """Return the limit of the request that this thread or coroutine is making, as it is now."""
+    now = _limit.get()
+    return now() if now is not None else Limit(still_s=_DEFAULT_S, stop_s=time.monotonic() + _DEFAULT_S)
 
 
 def is_limited() -> bool:
@@ -87,21 +119,32 @@ class Errand(Generic[T]):
 
         Raises:
             TimeoutError: it has not ended in time; it goes on.
+            CloudCkptError: there is no thread for it.
         """
         with self._lock:
             future = self._under_way
             if future is None or future.done():
-                self._under_way = future = Future()
-                arguments = (_settle, future, call)
-                threading.Thread(
-                    target=copy_context().run, args=arguments, name="cloudckpt-errand", daemon=True
-                ).start()
+                future = Future()
+                started(partial(copy_context().run, _settle, future, call), name="cloudckpt-errand")
+                self._under_way = future
         try:
-            return future.result(timeout=_ERRAND_SHARE * limit_now().left_s())
+            return _in_time(future)
         finally:
             with self._lock:
                 if future.done() and self._under_way is future:
                     self._under_way = None  # what it brought is the caller's alone
+
+
+def _in_time(future: Future[T]) -> T:
+    """Wait for an errand, for its share of the request that it is for."""
+    began_s = time.monotonic()
+    while True:
+        limit = limit_now()
+        waited_s = time.monotonic() - began_s
+        left_s = _ERRAND_SHARE * max(0.0, min(limit.still_s, limit.stop_s - began_s)) - waited_s
+        if future.done() or left_s <= 0:
+            return future.result(timeout=0)
+        wait((future,), timeout=min(left_s, _LOOK_S) if limit.may_change else left_s)
 
 
 def _settle(future: Future[T], call: Callable[[], T]) -> None:
@@ -109,6 +152,32 @@ def _settle(future: Future[T], call: Callable[[], T]) -> None:
         future.set_result(call())
     except BaseException as exc:  # noqa: BLE001 - the end of a thread's work: raised by each who waits
         future.set_exception(exc)
+
+
+class LeftBehindError(RetryExhaustedError):
+    """A request blocks that has no more time; what becomes of it is not known, and it may go on."""
+
+
+def led(call: Callable[[], T]) -> T:
+    """Return what a request returns that nothing can end before its own time limit, which it was given when it began.
+
+    Where an end may be announced meanwhile, it runs on a thread of its own. Its memory must be left to it as it is, or
+    whatever it writes be of no use: it may read what stands there later.
+
+    Raises:
+        LeftBehindError: it has no more time; it goes on, and nobody hears what becomes of it.
+    """
+    if not limit_now().may_change:
+        return call()
+    future: Future[T] = Future()
+    try:
+        started(partial(copy_context().run, _settle, future, call), name="cloudckpt-request")
+    except CloudCkptError:  # there is room for no thread more
+        return call()
+    while not wait((future,), timeout=_LOOK_S).done:
+        if time.monotonic() >= limit_now().cut_s:
+            raise LeftBehindError("a request that blocks was left behind, because the end came near")
+    return future.result()
 
 
 @dataclass(slots=True, eq=False)

@@ -104,7 +104,10 @@ def _ask(store: Store) -> None:
             key = f"probe-{secrets.token_hex(16)}"
             writers = _writers(store, key)
             keys.append(key)  # from here on something may stand there
-            ends = [writer.result() for writer in writers]
+            try:
+                ends = [writer.result() for writer in writers]
+            except threading.BrokenBarrierError as exc:
+                raise _not_asked(store, exc) from exc
             answers += _is_answered(store, key, ends)
             is_mute = not any(end.error is None or end.is_refused for end in ends)
             if not answers and (is_mute or len(keys) == _RACES_AT_MOST):
@@ -157,12 +160,7 @@ def _writers(store: Store, key: str) -> list[Future[_End]]:
             started(partial(copy_context().run, settle, end, number), name="cloudckpt-probe")
     except CloudCkptError as exc:
         start.abort()  # those that have come would wait for those that never do
-        raise StorageError(
-            f"{store.url} could not be asked whether it refuses to overwrite, which takes {_WRITERS} threads; nothing "
-            f"was saved. {exc}",
-            op="create",
-            key=key,
-        ) from exc
+        raise _not_asked(store, exc) from exc
     return ends
 
 
@@ -180,6 +178,15 @@ def _is_answered(store: Store, key: str, ends: Sequence[_End]) -> bool:
     if not is_winners:
         raise _not_enforced(store, "one writer created an object, and another one's bytes stand there")
     return True
+
+
+def _not_asked(store: Store, cause: Exception) -> StorageError:
+    return StorageError(
+        f"{store.url} could not be asked whether it refuses to overwrite, because {_WRITERS} threads did not come "
+        f"({str(cause) or type(cause).__name__}); nothing was saved. Let this process have more threads, or pass "
+        "single_writer=True if no other job ever writes to this root",
+        op="create",
+    )
 
 
 def _undecided(store: Store, key: str, ends: Sequence[_End]) -> StorageError:

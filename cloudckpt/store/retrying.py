@@ -8,17 +8,20 @@
     create ──▶ request ──▶ done
                ╰ any failure      ──▶ read back ──▶ ours: done │ other: exists │ absent: again │ else: unknown
 
-A request's limit is a share of what is left, so that another one fits behind it. tenacity keeps the waits and the
+A request's limit is a share of what is left, so that another one fits behind it. An end that is announced meanwhile
+counts at once: for the pause, the wait at the gate and the request that are under way. tenacity keeps the waits and the
 counting. Keeps FORMAT invariants 6 and 14. Knows no backend. Any thread may enter; each call has a state of its own.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -43,7 +46,7 @@ from cloudckpt.errors import (
 from cloudckpt.options import KIB, RetryPolicy
 from cloudckpt.store.base import Listing, ObjectInfo, Store, check_key
 from cloudckpt.store.gate import Gate
-from cloudckpt.store.limit import earliest, limited, one_deadline
+from cloudckpt.store.limit import LeftBehindError, Limit, earliest, limited, one_deadline
 from cloudckpt.store.lone import LoneCreation
 from cloudckpt.store.putting import Putting
 from cloudckpt.store.stats import OpStats, Recorder, StoreStats
@@ -64,8 +67,16 @@ _SHARE = 0.5
 _LEAST_S = 0.1
 # A request took its whole limit, or so nearly that no other fault can be meant.
 _NEARLY = 0.9
+# How often, where an end may be announced meanwhile, a pause or a request that blocks looks whether it has come nearer;
+# and how much nearer is no more than the clocks' own noise.
+_LOOK_S = 0.1
+_NOISE_S = 0.05
 # How long to stay away from a closed gate: a request takes about as long, and no two threads come together.
 _GATE_PAUSE_S = (0.02, 0.1)
+
+
+End = Callable[[], Deadline]
+"""Tells the end as it is known when it is asked; `NEVER` while there is none, or once one has passed."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -97,7 +108,6 @@ class RetryingStore:
 
     Attributes:
         inner: the store below, whose verbs make one request each.
-        deadline: by when all that is asked of this store must have ended.
     """
 
     def __init__(
@@ -121,18 +131,39 @@ class RetryingStore:
         self.engine = store.engine
         self.endpoint = store.endpoint
         self.is_create_atomic = store.is_create_atomic
-        self.deadline = NEVER
+        self._last = NEVER
+        self._limits: tuple[End, ...] = ()
+        self._hints: tuple[End, ...] = ()
         self._policy = policy
         self._means = _Means(store=store, sleep=sleep, clock=clock, rng=rng or random.Random())
         self._is_closed = False
 
-    def within(self, deadline: Deadline) -> RetryingStore:
-        """Return this store with no more time than until `deadline`; both count together, and this one is to be closed.
+    @property
+    def deadline(self) -> Deadline:
+        """The earliest end that is known now of what is asked of this store."""
+        return self._last.earlier(_earliest(*self._limits, *self._hints))
 
-        The deadline is on this store's clock, `time.monotonic` unless a test gave another one.
+    def within(self, end: Deadline | End) -> RetryingStore:
+        """Return this store with no more time than until `end`; both count together, and this one is to be closed.
+
+        The end is on this store's clock, `time.monotonic` unless a test gave another one. If it is a function, it is
+        asked again and again, also by what is under way.
         """
+        if isinstance(end, Deadline):
+            return self._with(self._last.earlier(end), self._limits, self._hints)
+        return self._with(self._last, (*self._limits, end), self._hints)
+
+    def hurried_by(self, end: End) -> RetryingStore:
+        """Return this store with requests and pauses that fit before `end`, as `within` does; but nothing ends by it.
+
+        For an end that may not come true: who is still there when it has passed, goes on with all patience.
+        """
+        return self._with(self._last, self._limits, (*self._hints, end))
+
+    def _with(self, last: Deadline, limits: tuple[End, ...], hints: tuple[End, ...]) -> RetryingStore:
         other = RetryingStore(self.inner, self._policy, single_writer=self._single_writer)
-        other._means, other.deadline = self._means, self.deadline.earlier(deadline)
+        other._means = self._means
+        other._last, other._limits, other._hints = last, limits, hints
         return other
 
     def __repr__(self) -> str:
@@ -168,7 +199,7 @@ class RetryingStore:
         except (ObjectExistsError, CommitUnknownError):
             raise
         except (StorageError, OptionsError) as exc:  # a file with a token may vanish between two requests
-            if not creation.is_unknown:
+            if not creation.is_unknown and not isinstance(exc, LeftBehindError):
                 raise
             unknown = CommitUnknownError(
                 f"create of {key!r} on {self.url} may or may not have landed, and reading it back did not tell "
@@ -247,8 +278,9 @@ class RetryingStore:
 
     def _run(self, op: str, key: str, request: Callable[[], T], size_of: Callable[[T], int] = lambda _: 0) -> T:
         limit = Deadline.after(self._policy.deadline_s, "RetryPolicy.deadline_s", now_s=self._means.clock())
-        deadline = earliest(self.deadline.earlier(limit))
-        call = _Call(self._means, self._policy, deadline, op, key, request, size_of)
+        last = earliest(self._last.earlier(_earliest(*self._limits)).earlier(limit))
+        time_left = _TimeLeft(self._means, last, self._limits, self._hints)
+        call = _Call(self._means, self._policy, time_left, op, key, request, size_of)
         retrying = Retrying(
             retry=retry_if_exception_type(_AgainError),
             stop=call.is_over,
@@ -256,7 +288,7 @@ class RetryingStore:
             before=call.note_state,
             before_sleep=call.note_retry,
             retry_error_callback=call.give_up,
-            sleep=self._means.sleep,
+            sleep=call.pause,
         )
         try:
             return retrying(call.attempt)
@@ -280,6 +312,92 @@ class _AgainError(Exception):
         self.at_once = at_once
 
 
+def _earliest(*ends: End) -> Deadline:
+    deadline = NEVER
+    for end in ends:
+        deadline = deadline.earlier(end())
+    return deadline
+
+
+class _TimeLeft:
+    """How much time an operation has, as it is known when it is asked.
+
+    Attributes:
+        may_change: whether an end may be announced meanwhile.
+    """
+
+    def __init__(self, means: _Means, last: Deadline, limits: Sequence[End], hints: Sequence[End]) -> None:
+        self._means = means
+        self._last = last
+        self._limits = limits
+        self._hints = hints
+        self.may_change = bool(limits or hints)
+
+    @property
+    def limit(self) -> Deadline:
+        """By when it must have ended."""
+        return self._last.earlier(_earliest(*self._limits))
+
+    @property
+    def end(self) -> Deadline:
+        """For when to plan, which may be earlier than the limit."""
+        return self.limit.earlier(_earliest(*self._hints))
+
+    @property
+    def left_s(self) -> float:
+        return self.end.left_s(self._means.clock())
+
+    @property
+    def limit_s(self) -> float:
+        return self.limit.left_s(self._means.clock())
+
+    def share(self, seconds: float) -> _Share:
+        """Return so many seconds from now on, or less once an end is announced."""
+        return _Share(self, seconds, self._means.clock)
+
+    def sit_out(self) -> None:
+        """Wait while an end is about to come by which nothing need have ended."""
+        while self.left_s < _LEAST_S < self.limit_s:
+            self._means.sleep(_LOOK_S)
+
+
+class _Share:
+    """What a pause or a request may take of the time left: so much, and less once the end has come nearer."""
+
+    def __init__(self, time_left: _TimeLeft, seconds: float, clock: Callable[[], float]) -> None:
+        self._time_left = time_left
+        self._clock = clock
+        self._known_s = time_left.end.stop_s
+        self._seconds = seconds
+        self._until_s = clock() + seconds
+        self._cut_s = math.inf
+
+    def _look(self) -> None:
+        stop_s, now_s = self._time_left.end.stop_s, self._clock()
+        if stop_s < self._known_s - _NOISE_S:
+            left_s = max(0.0, _SHARE * (stop_s - now_s))
+            self._seconds, self._cut_s = min(self._seconds, left_s), min(self._cut_s, now_s + left_s)
+        self._known_s = stop_s
+
+    @property
+    def seconds(self) -> float:
+        """How much it is in all."""
+        self._look()
+        return self._seconds
+
+    @property
+    def left_s(self) -> float:
+        """How much of it is left now."""
+        self._look()
+        return min(self._until_s, self._cut_s) - self._clock()
+
+    @property
+    def cut_left_s(self) -> float:
+        """How much of the share of an end is left that has come nearer meanwhile; inf if none has."""
+        self._look()
+        return self._cut_s - self._clock()
+
+
 class _Call(Generic[T]):
     """One operation: its requests so far, its time, and what may come next."""
 
@@ -287,7 +405,7 @@ class _Call(Generic[T]):
         self,
         means: _Means,
         policy: RetryPolicy,
-        deadline: Deadline,
+        time_left: _TimeLeft,
         op: str,
         key: str,
         request: Callable[[], T],
@@ -295,7 +413,7 @@ class _Call(Generic[T]):
     ) -> None:
         self._means = means
         self._policy = policy
-        self._deadline = deadline
+        self._time_left = time_left
         self._op = op
         self._key = key
         self._request = request
@@ -316,27 +434,23 @@ class _Call(Generic[T]):
         return self._means.clock() - self._began_s
 
     @property
-    def _left_s(self) -> float:
-        return self._deadline.left_s(self._means.clock())
-
-    @property
     def _is_late(self) -> bool:
-        return self._left_s - self._pause_s < _LEAST_S
+        return self._time_left.limit_s - self._pause_s < _LEAST_S
 
     def attempt(self) -> T:
         """Make one request, within its share of the time that is left."""
-        if self._left_s <= 0:
+        self._time_left.sit_out()
+        if (limit := self._time_left.limit).left_s(self._means.clock()) <= 0:
             raise RetryExhaustedError(
                 f"{self._op} of {self._key!r} on {self._means.store.url} was not tried: the time of "
-                f"{self._deadline.reason} was over before"
+                f"{limit.reason} was over before"
             )
         ticket, began_s = self._pass_gate(), self._means.clock()
         cause: StorageError | None = None
         is_success = False
+        share = self._time_left.share(self._policy.limit_s(self._time_left.left_s, timeouts=self._timeouts))
         try:
-            left_s = self._left_s
-            still_s = self._policy.limit_s(left_s, timeouts=self._timeouts)
-            with limited(still_s=still_s, total_s=left_s, timeouts=self._timeouts):
+            with self._limited(share):
                 self._refresh_if_stale()
                 result = self._timed_request()
             is_success = True
@@ -347,24 +461,38 @@ class _Call(Generic[T]):
             cause = exc.cause
             raise
         finally:
-            has_timed_out = self._means.clock() - began_s >= _NEARLY * still_s
-            is_slower = cause is not None and self._is_slower(cause, has_timed_out=has_timed_out)
+            has_timed_out = self._means.clock() - began_s >= _NEARLY * share.seconds
+            is_slower = cause is not None and self._is_slower(cause, share, has_timed_out=has_timed_out)
             self._means.gate.leave(ticket, is_slower=is_slower, is_success=is_success)
             cause = None  # its stack holds this frame
         return result
 
     def _pass_gate(self) -> int:
         """Wait until this request may be in flight, but no longer than for its share of what is left."""
-        latest_s = self._means.clock() + _SHARE * self._left_s
-        while (ticket := self._means.gate.enter(is_forced=self._means.clock() >= latest_s)) is None:
+        share = self._time_left.share(_SHARE * self._time_left.left_s)
+        while (ticket := self._means.gate.enter(is_forced=share.left_s <= 0)) is None:
             self._means.sleep(self._means.rng.uniform(*_GATE_PAUSE_S))
         return ticket
 
-    def _is_slower(self, cause: StorageError, *, has_timed_out: bool) -> bool:
+    def _limited(self, share: _Share) -> AbstractContextManager[None]:
+        left_s, timeouts = self._time_left.left_s, self._timeouts
+        if not self._time_left.may_change:
+            return limited(still_s=share.seconds, total_s=left_s, timeouts=timeouts)
+
+        def now() -> Limit:
+            still_s, now_s = share.seconds, time.monotonic()
+            stop_s, cut_s = now_s + self._time_left.left_s, now_s + share.cut_left_s
+            return Limit(still_s=still_s, stop_s=stop_s, timeouts=timeouts, may_change=True, cut_s=cut_s)
+
+        return limited(now=now)
+
+    def _is_slower(self, cause: StorageError, share: _Share, *, has_timed_out: bool) -> bool:
         """Count a failed request, and tell whether fewer should be in flight."""
         is_throttled = isinstance(cause, ThrottledError)
-        self._timeouts += has_timed_out and not is_throttled
-        self._counted += not is_throttled
+        # One that was cut short for an end that need not come true has not had its chance.
+        is_hurried = has_timed_out and share.seconds < _NEARLY * self._policy.limit_s(self._time_left.limit_s)
+        self._timeouts += has_timed_out and not (is_throttled or is_hurried)
+        self._counted += not (is_throttled or is_hurried)
         return has_timed_out or is_throttled
 
     def _refresh_if_stale(self) -> None:
@@ -380,6 +508,12 @@ class _Call(Generic[T]):
         try:
             result = self._request()
             size_bytes = self._size_of(result)
+        except LeftBehindError as exc:
+            # Not made once more: what it reads by then may be other bytes, and it may land after the second one.
+            raise LeftBehindError(
+                f"{self._op} of {self._key!r} on {self._means.store.url} had no answer when the end came near "
+                f"({self._time_left.end.reason}), and was left behind"
+            ) from exc
         except CredentialsExpiredError as exc:
             if self._has_refreshed:
                 raise
@@ -389,6 +523,15 @@ class _Call(Generic[T]):
             spent = OpStats(requests=1, bytes=size_bytes, seconds=self._means.clock() - began_s)
             self._means.recorder.add(self._op, spent)
         return result
+
+    def pause(self, seconds: float) -> None:
+        """Wait for so long, or less once an end is announced."""
+        if not self._time_left.may_change:
+            self._means.sleep(seconds)
+            return
+        share = self._time_left.share(seconds)
+        while (left_s := share.left_s) > 0:
+            self._means.sleep(min(left_s, _LOOK_S))
 
     def wait_s(self, state: RetryCallState) -> float:
         """Return the pause before the next request: random below a bound that doubles, so that ranks spread out.
@@ -405,14 +548,14 @@ class _Call(Generic[T]):
         pause_s = rng.uniform(0.0, bound_s)
         if isinstance(again.cause, ThrottledError):
             pause_s += again.cause.retry_after_s
-        most_s = _SHARE * max(0.0, self._left_s)
+        most_s = _SHARE * max(0.0, self._time_left.left_s)
         self._pause_s = pause_s if pause_s <= most_s else rng.uniform(0.0, most_s)
         self._waits += 1
         return self._pause_s
 
     def is_over(self, state: RetryCallState) -> bool:
         """Tell whether the attempts are used up, or the time."""
-        return self._is_late or (self._counted >= self._policy.max_attempts and not self._deadline.is_last)
+        return self._is_late or (self._counted >= self._policy.max_attempts and not self._time_left.end.is_last)
 
     def note_retry(self, state: RetryCallState) -> None:
         """Count a retry, and say why it is needed."""
@@ -427,9 +570,9 @@ class _Call(Generic[T]):
             self._key,
             self._requests,
             self._counted,
-            "any number" if self._deadline.is_last else self._policy.max_attempts,
+            "any number" if self._time_left.end.is_last else self._policy.max_attempts,
             self._pause_s,
-            self._left_s,
+            self._time_left.left_s,
             type(cause).__name__,
             str(cause),  # the error itself holds its stack, and that the caller's memory
         )
@@ -439,7 +582,7 @@ class _Call(Generic[T]):
         last = _again(state).cause
         if not is_transient(last):
             raise last
-        limit = self._deadline.reason if self._is_late else "RetryPolicy.max_attempts"
+        limit = self._time_left.limit.reason if self._is_late else "RetryPolicy.max_attempts"
         raise RetryExhaustedError(
             f"{self._op} of {self._key!r} on {self._means.store.url} failed {self._requests} times in "
             f"{self._elapsed_s:.1f} s, the end by {limit}; the last time: {last}. See whether the store can be reached "
@@ -509,8 +652,8 @@ class _Creation:
     def _create(self) -> None:
         try:
             self._store.create(self._key, self._data)
-        except (CommitUnknownError, CredentialsExpiredError):
-            raise  # the store has looked itself; or nothing was tried, and a refresh comes first
+        except (CommitUnknownError, CredentialsExpiredError, LeftBehindError):
+            raise  # the store has looked itself; nothing was tried, and a refresh comes first; or it may yet land
         except StorageError as exc:
             self._fault = exc
             self._is_ambiguous = self._is_ambiguous or (is_transient(exc) and exc.may_have_landed)

@@ -31,7 +31,7 @@ from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, pieces, place
 from cloudckpt.store.classify import CredentialKind
 from cloudckpt.store.facts import BodyLengthError
-from cloudckpt.store.limit import Limit, limit_now
+from cloudckpt.store.limit import Limit, LimitNow, limit_now
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -56,8 +56,9 @@ os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 
 # How much longer than a request the caller waits for the loop, which something else may keep busy.
 _GRACE_S = 5.0
-# How often, while a request may stand still, to look whether it does.
+# How often, while a request may stand still, to look whether it does; and whether its limit has come nearer.
 _LOOKS = 4
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +148,7 @@ def _note_bytes(size_bytes: int, transport: asyncio.WriteTransport | None = None
         progress.note(size_bytes, transport)
 
 
-async def _bounded(request: Coroutine[object, object, T], limit: Limit) -> T:
+async def _bounded(request: Coroutine[object, object, T], limit_now: LimitNow) -> T:
     """Return the request's result; cancel it, and raise `TimeoutError`, when it stands still too long or has to end."""
     progress = _Progress()
     _progress.set(progress)
@@ -155,10 +156,12 @@ async def _bounded(request: Coroutine[object, object, T], limit: Limit) -> T:
     position, moved_s = 0, time.monotonic()
     try:
         while not task.done():
+            limit = limit_now()
+            look_s = _LOOK_S if limit.may_change else limit.still_s
             left_s = min(moved_s + limit.still_s, limit.stop_s) - time.monotonic()
             if left_s <= 0:
                 raise TimeoutError("its bytes stood still" if time.monotonic() < limit.stop_s else "its time was up")
-            await asyncio.wait({task}, timeout=min(left_s, limit.still_s / _LOOKS))
+            await asyncio.wait({task}, timeout=min(left_s, limit.still_s / _LOOKS, look_s))
             if progress.position() != position:
                 position, moved_s = progress.position(), time.monotonic()
     finally:
@@ -178,13 +181,15 @@ class OnLoop:
 
     def run(self, request: Coroutine[object, object, T]) -> T:
         """Return the request's result; cancel it, and raise, when it is late or the caller is interrupted."""
-        return self._run(request, limit_now())
+        # Asked on the loop, in a copy of this context.
+        return self._run(request, limit_now)
 
     def end(self, closing: Coroutine[object, object, None]) -> None:
         """Wait for what closes a connection, which must not be left open because a request had no time."""
-        self._run(closing, Limit(still_s=_GRACE_S, stop_s=time.monotonic() + _GRACE_S))
+        limit = Limit(still_s=_GRACE_S, stop_s=time.monotonic() + _GRACE_S)
+        self._run(closing, lambda: limit)
 
-    def _run(self, request: Coroutine[object, object, T], limit: Limit) -> T:
+    def _run(self, request: Coroutine[object, object, T], now: LimitNow) -> T:
         try:
             on_loop = asyncio.get_running_loop() is self.loop
         except RuntimeError:
@@ -192,9 +197,9 @@ class OnLoop:
         if on_loop:
             request.close()
             raise RuntimeError("called on fsspec's own event loop, where it would wait for itself")
-        future = asyncio.run_coroutine_threadsafe(_bounded(request, limit), self.loop)
+        future = asyncio.run_coroutine_threadsafe(_bounded(request, now), self.loop)
         try:
-            return future.result(limit.stop_s - time.monotonic() + _GRACE_S)
+            return future.result(now().stop_s - time.monotonic() + _GRACE_S)
         finally:
             future.cancel()  # does nothing to a request that has ended
 

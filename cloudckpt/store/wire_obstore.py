@@ -3,11 +3,12 @@
     buffers ──▶ obstore.put ──▶ socket          socket ──▶ obstore's memory ──▶ a view of it, or the caller's memory
 
 Keeping house goes over fsspec's wire. obstore shows no headers, and a HEAD has no body, so that nothing would tell what
-its refusal means; obstore's listings fail as a whole on one foreign name with an empty segment
-(`a//b`), cannot tell a marker of a directory from an empty object, and match whole segments only; its bulk delete
-names one of the objects that it left. So does a request that has less time than usual, or that took too long before:
-a client of obstore's has one time limit for all requests, their bodies included, and does not show how far they are,
-so that a put which moves slowly cannot be told from one that stands still. One request per call. Any thread may enter.
+its refusal means; obstore's listings fail as a whole on one foreign name with an empty segment (`a//b`), cannot tell a
+marker of a directory from an empty object, and match whole segments only; its bulk delete names one of the objects that
+it left. So does a request that has less time than usual, or that took too long before: a client of obstore's has one
+time limit for all requests, their bodies included, and does not show how far they are, so that a put which moves slowly
+cannot be told from one that stands still. Nor can one be ended that is on its way: when an end is announced meanwhile,
+it is left behind. One request per call. Any thread may enter.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, joined, place
 from cloudckpt.store.classify import CredentialKind
 from cloudckpt.store.facts import HttpStatusError, before_sending, is_bare_redirect
-from cloudckpt.store.limit import Errand, limit_now
+from cloudckpt.store.limit import Errand, led, limit_now
 from cloudckpt.store.obstore_s3 import ObstoreClient
 from cloudckpt.store.proof import check_created, check_generation, check_object, check_stored
 from cloudckpt.store.wire import Page, Wire
@@ -40,7 +41,7 @@ T = TypeVar("T")
 # A request that begins a moment after its operation has a little less than the usual time.
 _NEARLY = 0.9
 # How long a link is taken to be slow that has shown it.
-_SLOW_S = 600.0
+_SLOW_S = 3600.0
 # A chunk is copied once more, into the caller's memory; 64 KiB to 4 MiB cost the same CPU time on loopback.
 _CHUNK_BYTES = MIB
 
@@ -189,7 +190,7 @@ class ObstoreWire:
         is_usual = not limit.timeouts and limit.still_s >= _NEARLY * self._limit_s
         if is_usual and began_s >= self._slow_until_s:
             with self._told_region():
-                return call(self._direct)
+                return led(lambda: call(self._direct))
         result = call(self._keeper())
         if time.monotonic() - began_s > self._limit_s:
             # It went well, and obstore would have ended it: so would it the next ones on such a link.

@@ -15,8 +15,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 
+from cloudckpt.errors import StorageError
 from cloudckpt.format import block_digests
-from cloudckpt.store import Store
+from cloudckpt.store import LeftBehindError, Store
 from cloudckpt.transfer.memory import Scratch
 from cloudckpt.transfer.pool import Budget, Watch, Work, run_all
 
@@ -47,14 +48,24 @@ class ShardJob:
 class Puts:
     """What the puts of one save became: one that was given up and goes on, or has ended since, is not made twice."""
 
+    # Nor is one that was left behind where nobody hears of it: by the time that it reads its memory, that may hold
+    # another save, and it may land after a second one.
+
     def __init__(self) -> None:
         self._ends: dict[tuple[str, str], Future[bytes | None]] = {}
+        self._lost: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
 
     def once(self, place: tuple[str, str], put: Callable[[], bytes]) -> bytes:
-        """Return what the put at a place returns: one under way or done, else this one; a failed one is made again."""
+        """Return what the put at a place returns: one under way or done, else this one; a failed one is made again.
+
+        Raises:
+            StorageError: one was left behind.
+        """
         while True:
             with self._lock:
+                if place in self._lost:
+                    raise StorageError(f"an earlier put of {place[1]!r} on {place[0]} was left behind", key=place[1])
                 known = self._ends.get(place)
                 mine = Future[bytes | None]()
                 if known is None:
@@ -68,6 +79,9 @@ class Puts:
         digests: bytes | None = None
         try:
             digests = put()
+        except LeftBehindError:
+            self._lost.add(place)
+            raise
         finally:
             if digests is None:
                 with self._lock:

@@ -702,6 +702,19 @@ def test_what_a_source_goes_on_saying_is_one_notice_until_it_has_once_not_said_i
     assert [one.deadline_s for one in heard] == [90.0, 60.0, 200.0]
 
 
+def test_an_end_that_was_postponed_is_heard_once_the_first_has_passed() -> None:
+    answers = [(80.0, 90.0), (85.0, 200.0), (91.0, 200.0), (95.0, 201.0), (200.5, 200.9), (205.0, None), (206.0, 300.0)]
+    steps = [lambda deadline_s=deadline_s: said(deadline_s) for _, deadline_s in answers]
+    heard: list[Notice] = []
+    now_s = 0.0
+    watcher = Watcher(Scripted(*steps), heard.append, poll_s=5.0, clock=lambda: now_s)
+
+    for now_s, _ in answers:  # noqa: B007
+        watcher.ask()
+
+    assert [one.deadline_s for one in heard] == [90.0, 200.0, 300.0]
+
+
 def test_a_source_that_hangs_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
     clock, release, is_asked = Turned(), threading.Event(), threading.Event()
 

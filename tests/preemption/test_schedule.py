@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from cloudckpt import AccumulationWindow, CheckpointManager, CloudCkptError, KeepLast, Options, OptionsError
+from cloudckpt.deadline import NEVER
 from cloudckpt.errors import SaveFailedError, StorageError
 from cloudckpt.preemption.notices import Notice
 from cloudckpt.preemption.schedule import Schedule
@@ -232,7 +233,7 @@ def test_a_notice_that_is_heard_when_its_time_is_over_asks_for_a_save_all_the_sa
     job.notice(30.0)
     job.now_s = 140.0
     assert [job.ask(5), job.ask(6)] == [True, True]
-    assert (job.schedule.is_preempted, job.schedule.seconds_for_a_save()) == (True, None)
+    assert (job.schedule.is_preempted, job.schedule.end_of_saves()) == (True, NEVER)
     job.save(6)
     assert (job.ask(7), job.schedule.is_preempted) == (False, False)
 
@@ -288,13 +289,13 @@ def test_a_save_gets_the_seconds_before_the_end_and_all_its_time_when_the_end_ha
     now_s = 100.0
     schedule = Schedule(preemption=noticed(30.0, 100.0), clock=lambda: now_s)
     # Before the ranks have agreed on it, too: a save may have waited for another one since this was last asked.
-    assert schedule.seconds_for_a_save() == 29.5
+    assert schedule.end_of_saves().left_s(time.monotonic()) == pytest.approx(29.5, abs=0.4)
     schedule.ask(5, ALONE)
-    assert schedule.seconds_for_a_save() == 29.5
+    assert schedule.end_of_saves().left_s(time.monotonic()) == pytest.approx(29.5, abs=0.4)
     now_s = 129.9
-    assert schedule.seconds_for_a_save() == 1.0
+    assert schedule.end_of_saves().left_s(time.monotonic()) == pytest.approx(1.0, abs=0.4)
     now_s = 130.1
-    assert schedule.seconds_for_a_save() is None
+    assert schedule.end_of_saves() is NEVER
 
 
 def test_a_notice_without_a_time_asks_for_a_save_too() -> None:

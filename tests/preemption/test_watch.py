@@ -536,12 +536,12 @@ def test_a_source_that_repeats_what_is_over_does_not_revive_it() -> None:
         wait_for(lambda: preemption.notice)
         first = preemption.notice
         assert first is not None
-        now_s[0] = 31.0
+        now_s[0] = 30.5
         preemption.dismiss(first)
         for notices in (
-            [notice(deadline_s=61.0)],
+            [notice(deadline_s=30.9)],
             [],
-            [Notice(source="scripted", reason="r", deadline_s=31.0, received_s=31.0)],
+            [Notice(source="scripted", reason="r", deadline_s=30.5, received_s=30.5)],
         ):
             source.notices, polls = notices, source.polls
             wait_for(lambda polls=polls: source.polls >= polls + 2)
@@ -551,6 +551,17 @@ def test_a_source_that_repeats_what_is_over_does_not_revive_it() -> None:
         source.notices = [notice(deadline_s=90.0)]
         wait_for(lambda: preemption.notice)
         assert preemption.seen[-1].deadline_s == 90.0
+
+
+def test_a_source_that_goes_on_and_names_a_later_end_is_heard_once_the_first_has_passed() -> None:
+    now_s = [0.0]
+    source = Scripted(notice(deadline_s=30.0))
+    with quiet(sources=[source], poll_s=0.001, clock=lambda: now_s[0]) as preemption:
+        wait_for(lambda: preemption.notice)
+        source.notices = [notice(deadline_s=90.0)]
+        now_s[0] = 31.0
+        wait_for(lambda: len(preemption.seen) == 2)
+        assert [one.deadline_s for one in preemption.seen] == [30.0, 90.0]
 
 
 def test_what_a_source_stops_saying_is_withdrawn_until_it_says_it_again() -> None:

@@ -63,7 +63,6 @@ class Clockwork:
         self._actors = [_Actor("main")]
         self._current = self._actors[0]
         self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._hopes: list[tuple[Callable[[], bool], Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._threads: list[threading.Thread] = []
 
@@ -78,10 +77,6 @@ class Clockwork:
     def at(self, when_s: float, call: Callable[[], None]) -> None:
         """Call something at a time, between two turns of threads; it must not wait."""
         heapq.heappush(self._events, (when_s, next(self._numbers), call))
-
-    def once(self, condition: Callable[[], bool], call: Callable[[], None]) -> None:
-        """Call something when a condition first holds, between two turns; it must not wait."""
-        self._hopes.append((condition, call))
 
     def kill(self) -> None:
         """End the process: every thread raises `Killed` where it waits, and where it would."""
@@ -114,9 +109,6 @@ class Clockwork:
 
     def _next(self) -> _Actor:
         while True:
-            for hope in [hope for hope in self._hopes if hope[0]()]:
-                self._hopes.remove(hope)
-                hope[1]()
             living = [actor for actor in self._actors if not actor.is_over]
             ready = [actor for actor in living if self.is_dead or actor.may_go_on() or self._is_late(actor)]
             if ready:

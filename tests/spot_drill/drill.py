@@ -57,6 +57,8 @@ class Plan:
         need_s: what one save takes below a clear sky.
         end: the notice that is true.
         rumours: those that are not.
+        repeats: whether all notices say the same, so that one is told from another by its time alone.
+        is_blocking: whether the store's client sees the limit of a request when that begins, and never again.
     """
 
     seed: int
@@ -69,6 +71,8 @@ class Plan:
     skies: Skies
     end: Word
     rumours: tuple[Word, ...] = ()
+    repeats: bool = False
+    is_blocking: bool = True
 
 
 @dataclass(slots=True)
@@ -79,7 +83,6 @@ class Life:
         asked_s: step → when its save was begun.
         called: what the manager was called for, from when to when.
         left_s: when the training ended by itself; inf if it was killed.
-        held_s: until when a save went on that was under way when the end was announced; 0 if none was.
         committed_s: step → when its manifest was on the store.
         newest: the step that `latest` says afterwards; -1 for none.
         broken: the laws that were broken.
@@ -89,7 +92,6 @@ class Life:
     asked_s: dict[int, float] = field(default_factory=dict)
     called: list[tuple[str, float, float]] = field(default_factory=list)
     left_s: float = math.inf
-    held_s: float = 0.0
     committed_s: dict[int, float] = field(default_factory=dict)
     newest: int = -1
     broken: list[str] = field(default_factory=list)
@@ -98,7 +100,7 @@ class Life:
 
 def draw(seed: int) -> Plan:
     """Return the plan of a seed."""
-    rng = random.Random(f"drill {seed}")
+    rng, kinds = random.Random(f"drill {seed}"), random.Random(f"kinds {seed}")
     calm = Skies(latency_s=_between(rng, 0.02, 0.4), shard_s=_between(rng, 0.02, 1.0))
     at_s = rng.uniform(20.0, 150.0)
     end = Word(at_s=at_s, stop_s=at_s + _between(rng, 2.0, 120.0))
@@ -135,6 +137,8 @@ def draw(seed: int) -> Plan:
         skies=skies,
         end=end,
         rumours=tuple(rumours),
+        repeats=kinds.random() < 0.5,
+        is_blocking=kinds.random() < 0.7,
     )
 
 
@@ -162,6 +166,7 @@ def live(plan: Plan) -> Life:
     life, clock, bucket = Life(), Clockwork(plan.seed), Bucket()
     bucket.objects = log = Log(clock)
     with _world(clock, bucket, plan.skies, seed=plan.seed) as store:
+        store.is_blocking = plan.is_blocking
         clock.at(plan.end.stop_s + _SLACK_S, clock.kill)
         preemption = Preemption(signals=(), sources=[_Bulletin(clock, plan)], poll_s=_POLL_S)
         try:
@@ -212,11 +217,17 @@ class _Bulletin:
     def __init__(self, clock: Clockwork, plan: Plan) -> None:
         self._clock = clock
         self._words = (plan.end, *plan.rumours)
+        self._repeats = plan.repeats
 
     def poll(self) -> Iterable[Notice]:
         now_s = self._clock.now_s
         return [
-            Notice(source=self.name, reason=f"no. {number}", deadline_s=word.stop_s, received_s=word.at_s)
+            Notice(
+                source=self.name,
+                reason="it goes" if self._repeats else f"no. {number}",
+                deadline_s=word.stop_s,
+                received_s=word.at_s,
+            )
             for number, word in enumerate(self._words)
             if word.at_s <= now_s < word.stop_s
         ]
@@ -229,14 +240,12 @@ class _Training:
         self._plan = plan
         self._life = life
         self._clock = clock
-        self._begun: list[Any] = []
         self._handle: Any = None
         self._is_safe = False
         self._window = AccumulationWindow(torch.nn.Linear(2, 2), plan.window_steps)
 
     def run(self, preemption: Preemption) -> None:
         """Train until an end is announced and the job is safe, or for ever."""
-        self._clock.at(self._plan.end.at_s + _POLL_S, self._note_held)
         with self._called("open"):
             manager = CheckpointManager(
                 "memory://drill",
@@ -276,8 +285,6 @@ class _Training:
             del self._life.asked_s[step]  # the window is open
         except CloudCkptError as exc:
             self._handle = getattr(exc, "handle", None)
-        if self._handle is not None:
-            self._begun.append(self._handle)
 
     @contextmanager
     def _called(self, what: str) -> Iterator[None]:
@@ -293,21 +300,6 @@ class _Training:
             life.called[-1] = (what, began_s, now_s)
             if now_s > began_s or end != "returned":
                 life.story.append(f"{began_s:9.3f} {now_s - began_s:7.3f} s {what} {end}")
-
-    def _note_held(self) -> None:
-        """Note until when a save goes on that may know of no end."""
-        begun, called = tuple(self._begun), self._life.called
-        inside = len(called) - 1
-
-        def has_ended() -> bool:
-            return not math.isinf(called[inside][2]) and all(handle.done() for handle in begun)
-
-        def note_end() -> None:
-            self._life.held_s = self._clock.now_s
-
-        if not has_ended():
-            self._life.held_s = math.inf
-            self._clock.once(has_ended, note_end)
 
 
 def _is_good(handle: Any) -> bool:
@@ -336,22 +328,24 @@ def _judge(plan: Plan, life: Life) -> Iterator[str]:
     in_time = {step for step, at_s in life.committed_s.items() if at_s <= end_s}
     newest = max(in_time, default=-1)
     asked = [step for step, at_s in life.asked_s.items() if at_s <= end_s]
-    if asked and _is_enough(plan, life, life.asked_s[max(asked)]) and newest != max(asked):
+    if asked and _is_enough(plan, life.asked_s[max(asked)]) and newest != max(asked):
         yield f"step {max(asked)} was asked for at {life.asked_s[max(asked)]:.1f} s, and the newest is {newest}"
-    # From the first boundary on after the notice, and after what held the training up, there is somebody who asks.
-    asks_s = max(plan.end.at_s + _POLL_S, life.held_s) + (plan.window_steps + 2) * plan.step_s
+    # From the first boundary on after the notice there is somebody who asks, unless all is safe by a notice before.
+    asks_s = plan.end.at_s + _POLL_S + (plan.window_steps + 2) * plan.step_s
     is_old = life.asked_s.get(newest, -1.0) < plan.end.at_s - _RECENT_S
-    if life.left_s > plan.end.at_s and _is_enough(plan, life, asks_s + plan.need_s) and is_old:
+    since_s = min(word.at_s for word in (plan.end, *plan.rumours) if word.stop_s > plan.end.at_s)
+    has_left = life.left_s <= asks_s and life.asked_s.get(newest, -1.0) >= since_s - _RECENT_S
+    if life.left_s > plan.end.at_s and _is_enough(plan, asks_s + plan.need_s) and is_old and not has_left:
         yield f"there was time from {asks_s:.1f} s on, and the newest is {newest}"
 
 
-def _is_enough(plan: Plan, life: Life, from_s: float) -> bool:
+def _is_enough(plan: Plan, from_s: float) -> bool:
     """Tell whether a save that begins then, or must wait for a clear sky, has to be committed in time.
 
-    A request that got no answer may have used up half of the time that was left when it began. While a save that knew
-    of no end waits for an answer, the store is out of reach.
+    A request that got no answer may have used up half of the time that was left when it began, or, of a save before,
+    when the end was announced; before that nobody knew that there was need for haste.
     """
-    return plan.end.stop_s - max(from_s, plan.skies.clear_s, life.held_s) >= _enough_s(plan.need_s)
+    return plan.end.stop_s - max(from_s, plan.skies.clear_s, plan.end.at_s) >= _enough_s(plan.need_s)
 
 
 def _enough_s(need_s: float) -> float:

@@ -11,18 +11,16 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-from cloudckpt.errors import TransientError
+from cloudckpt.errors import ThrottledError, TransientError
+from cloudckpt.store.limit import led, limit_now
 from tests.spot_drill.clockwork import Clockwork
-from tests.store.fault_store import Bucket, Fault, FaultKind, FaultStore, Op, transient
+from tests.store.fault_store import Bucket, Fault, FaultKind, FaultStore, Op
 
-try:
-    from cloudckpt.store.limit import limit_now
-except ImportError:  # a request takes its limit from the policy
-
-    def limit_now() -> None:  # type: ignore[misc]
-        """Return nothing: nobody sets a limit."""
-
+# How often a client that watches its bytes looks at its limit.
+_LOOK_S = 0.5
 
 __all__ = ["Outage", "Skies", "WeatheredStore"]
 
@@ -71,7 +69,17 @@ class Log(dict):  # type: ignore[type-arg]
 
 
 class WeatheredStore(FaultStore):
-    """One client of a bucket below these skies."""
+    """One client of a bucket below these skies.
+
+    Attributes:
+        is_blocking: whether it sees its limit when a request begins, and never again.
+    """
+
+    is_blocking = True
+
+    def _request(self, *args: Any, **options: Any) -> Any:
+        request = partial(super()._request, *args, **options)
+        return led(request) if self.is_blocking else request()
 
     def __init__(
         self, bucket: Bucket, clock: Clockwork, skies: Skies, *, seed: int, name: int, request_timeout_s: float
@@ -85,8 +93,7 @@ class WeatheredStore(FaultStore):
         self.story: list[str] = []
 
     def _limit_s(self) -> float:
-        limit = limit_now()
-        return self._request_timeout_s if limit is None else min(self._request_timeout_s, limit.left_s())
+        return min(self._request_timeout_s, limit_now().left_s())
 
     def _go_through(self, op: Op) -> None:
         chance = self._rng.random()
@@ -105,7 +112,10 @@ class WeatheredStore(FaultStore):
         if fate == "served" and takes_s > limit_s:
             fate = "stalled"
         self.story.append(f"{began_s:9.3f} {op.verb:7}{op.key[-40:]:41}{fate}, limit {limit_s:.2f} s")
-        self._clock.sleep(limit_s if fate == "stalled" else skies.latency_s if fate == "busy" else takes_s)
+        if fate == "stalled":
+            self._stand_still(limit_s)
+        else:
+            self._clock.sleep(skies.latency_s if fate == "busy" else takes_s)
         if fate in ("busy", "stalled"):
             # A 503 has no effect; that of a request without an answer may come, or not.
             if fate == "stalled" and chance * 1000 % 1 < 0.3:
@@ -115,10 +125,13 @@ class WeatheredStore(FaultStore):
         if fate == "lost":
             self.faults.append(Fault(kind=FaultKind.LOST_ACK, number=op.number))
 
+    def _stand_still(self, limit_s: float) -> None:
+        stop_s = self._clock.now_s + limit_s
+        while (left_s := stop_s - self._clock.now_s) > 0:
+            self._clock.sleep(left_s if self.is_blocking else min(left_s, _LOOK_S))
+            if not self.is_blocking:
+                stop_s = min(stop_s, self._clock.now_s + self._limit_s())
+
 
 def _busy(op: Op) -> Exception:
-    try:
-        from cloudckpt.errors import ThrottledError
-    except ImportError:
-        return transient(op)
     return ThrottledError(f"{op.verb} of {op.key!r}: 503 SlowDown", op=op.verb, key=op.key)

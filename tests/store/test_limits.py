@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from botocore.credentials import RefreshableCredentials
 
-from cloudckpt.deadline import Deadline
+from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import CommitUnknownError, RetryExhaustedError, StorageError
 from cloudckpt.options import MIB, RetryPolicy
 from cloudckpt.store.credentials import AwsCredentials
@@ -49,10 +49,51 @@ def test_a_deadline_ends_what_stands_still_on_an_engine_built_with_more_patience
     with retrying(engine, server, RetryPolicy(deadline_s=3 * LONG_S, request_timeout_s=LONG_S)) as store:
         store.list()
         server.inject(Fault(kind=kind), times=-1)
-        with pytest.raises(StorageError, match="preemption") as caught:
-            VERBS[verb](store.within(Deadline.after(0.8, "preemption")))
+        # Where no processor is free, a short time may be over with the first request.
+        for seconds in (0.8, 4.0, 20.0):
+            with pytest.raises(StorageError, match="preemption") as caught:
+                VERBS[verb](store.within(Deadline.after(seconds, "preemption")))
+            if caught.value.attempts >= 2:
+                break
     assert type(caught.value) is (CommitUnknownError if verb == "create" else RetryExhaustedError)
     assert caught.value.attempts >= 2
+    assert caught.value.elapsed_s < LONG_S / 4
+
+
+class _Announced:
+    """An end that is announced as soon as one request more has come to the server."""
+
+    def __init__(self, server: ObjectServer, seconds: float) -> None:
+        self._server = server
+        self._before = server.count()
+        self._seconds = seconds
+        self._end = NEVER
+
+    def __call__(self) -> Deadline:
+        if self._end is NEVER and self._server.count() > self._before:
+            self._end = Deadline.after(self._seconds, "preemption")
+        return self._end
+
+
+@pytest.mark.parametrize("engine", [S3FS, GCSFS], ids=["s3fs", "gcsfs"])
+def test_a_put_that_stands_still_when_an_end_is_announced_is_sent_again_within_it(
+    server: ObjectServer, engine: Engine
+) -> None:
+    with retrying(engine, server, RetryPolicy(deadline_s=3 * LONG_S, request_timeout_s=LONG_S)) as store:
+        store.list()
+        server.inject(Fault(kind=FaultKind.STALL))
+        store.within(_Announced(server, 6.0)).put("k", [memoryview(b"x")])
+    assert server.data("root/k") == b"x"
+
+
+@pytest.mark.parametrize("engine", [OBSTORE_S3, OBSTORE_GCS], ids=["obstore-s3", "obstore-gcs"])
+def test_a_put_that_blocks_when_an_end_is_announced_is_left_behind(server: ObjectServer, engine: Engine) -> None:
+    with retrying(engine, server, RetryPolicy(deadline_s=3 * LONG_S, request_timeout_s=LONG_S)) as store:
+        store.list()
+        server.inject(Fault(kind=FaultKind.STALL))
+        with pytest.raises(RetryExhaustedError, match=r"preemption.*left behind") as caught:
+            store.within(_Announced(server, 2.0)).put("k", [memoryview(b"x")])
+    assert caught.value.attempts == 1
     assert caught.value.elapsed_s < LONG_S / 4
 
 
@@ -65,10 +106,10 @@ def test_a_put_that_stood_still_is_sent_again_within_the_deadline(server: Object
 
 
 def test_a_save_over_a_slow_link_succeeds_though_no_put_ends_within_the_limit_of_one_request(engine: Engine) -> None:
-    """512 MiB over 5 MB/s with 60 s for a request, at a fortieth of the time and a 128th of the bytes."""
-    policy = RetryPolicy(deadline_s=30.0, request_timeout_s=1.0)
+    """512 MiB over 5 MB/s with 15 s for a request, at a thirtieth of the time and a 128th of the bytes."""
+    policy = RetryPolicy(deadline_s=30.0, request_timeout_s=0.5)
     shards = [bytes([number]) * (MIB // 2) for number in range(8)]
-    with ObjectServer(link_bytes_per_s=1.5 * MIB) as server, retrying(engine, server, policy) as store:
+    with ObjectServer(link_bytes_per_s=1.2 * MIB) as server, retrying(engine, server, policy) as store:
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda n: store.put(f"r{n}", [memoryview(shards[n])]), range(8)))
         assert [server.data(f"root/r{number}") for number in range(8)] == shards

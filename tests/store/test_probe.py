@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from cloudckpt.errors import (
     TransientError,
 )
 from cloudckpt.options import RetryPolicy
+from cloudckpt.store import probe
 from cloudckpt.store.base import Store
 from cloudckpt.store.local import LocalStore
 from cloudckpt.store.location import named_endpoint
@@ -191,6 +193,31 @@ def test_another_bucket_is_asked_for_itself(url: str) -> None:
     inner = FaultStore(url=url)
     probe_create(inner)
     assert inner.op_count > 0
+
+
+@pytest.mark.parametrize("started", [0, 3, 7])
+def test_writers_that_have_come_wait_for_none_that_cannot_be_started(
+    monkeypatch: pytest.MonkeyPatch, started: int
+) -> None:
+    start, left = threading.Thread.start, iter(range(started))
+
+    def start_some(thread: threading.Thread) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    monkeypatch.setattr(probe, "_BARRIER_S", 10_000.0)
+    inner = FaultStore()
+    with pytest.raises(StorageError, match=r"could not be asked.*can't start new thread.*nothing was saved"):
+        probe_create(inner)
+    assert inner.trace == [], "nothing was written, so that nothing need be removed"
+
+
+def test_a_writer_that_comes_too_late_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_BARRIER_S", 0.0)
+    with pytest.raises(StorageError, match="could not be asked"):
+        probe_create(FaultStore())
 
 
 def test_a_refusal_is_not_remembered() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import math
 import pickle
 import random
 import threading
@@ -15,13 +16,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
+from time import monotonic
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloudckpt.deadline import Deadline
+from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import (
     AccessDeniedError,
     BucketNotFoundError,
@@ -38,7 +41,7 @@ from cloudckpt.errors import (
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import Listing, Store
 from cloudckpt.store.gate import Gate
-from cloudckpt.store.limit import limit_now, one_deadline
+from cloudckpt.store.limit import led, limit_now, one_deadline
 from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.store.stats import OpStats, StoreStats
 from tests.store.fault_store import Bucket, Crash, Fault, FaultKind, FaultStore, Op, denied, expired, refused
@@ -67,6 +70,19 @@ class Time:
         self.now_s += min(self.request_s, limit.still_s)
         if self.request_s > limit.still_s:
             raise TransientError("it took too long", op=op.verb)
+
+
+@dataclass
+class End:
+    """An end that is announced at a time, and was false once it has passed."""
+
+    time: Time
+    announced_s: float = math.inf
+    stop_s: float = math.inf
+
+    def __call__(self) -> Deadline:
+        is_ahead = self.announced_s <= self.time.now_s < self.stop_s
+        return Deadline(stop_s=self.stop_s, reason="preemption") if is_ahead else NEVER
 
 
 def throttled(op: Op, retry_after_s: float = 0.0) -> ThrottledError:
@@ -248,7 +264,10 @@ class TestExhaustion:
     ) -> None:
         inner.inject(times=1)
         inner.bucket.raw_put("there", b"12345")
-        assert retrying(inner, time, RetryPolicy(deadline_s=deadline_s)).head("there").size_bytes == 5
+        assert (
+            retrying(inner, time, RetryPolicy(deadline_s=deadline_s, request_timeout_s=60.0)).head("there").size_bytes
+            == 5
+        )
         assert time.limits_s[0] == pytest.approx(deadline_s / 2)
 
     def test_waits_are_random_below_a_bound_that_doubles_up_to_its_cap(self, inner: FaultStore) -> None:
@@ -271,6 +290,88 @@ class TestExhaustion:
         with pytest.raises(RetryExhaustedError):
             retrying(inner, time, policy).head("there")
         assert inner.op_count == 3000
+
+
+class TestAnEndThatComesNearer:
+    """An end that is announced while something is under way counts at once."""
+
+    @pytest.fixture
+    def end(self, inner: FaultStore, time: Time) -> End:
+        inner.bucket.raw_put("there", b"12345")
+        return End(time)
+
+    def test_a_pause_under_way_is_cut_short(self, inner: FaultStore, time: Time, end: End) -> None:
+        inner.inject(error=lambda op: throttled(op, retry_after_s=40.0))
+        end.announced_s, end.stop_s = 1010.0, 1030.0
+        retrying(inner, time).within(end).head("there")
+        assert 1020.0 <= time.now_s <= 1020.2, "half of what was left when it was announced"
+
+    def test_so_is_the_wait_for_fewer_in_flight(self, inner: FaultStore, time: Time, end: End) -> None:
+        store = retrying(inner, time)
+        store._means.gate._limit = 0
+        end.announced_s, end.stop_s = 1010.0, 1030.0
+        store.within(end).head("there")
+        assert 1020.0 <= time.now_s <= 1020.2
+
+    def test_a_request_under_way_sees_it(self, inner: FaultStore, time: Time, end: End) -> None:
+        seen_s: list[tuple[float, float]] = []
+
+        def note(op: Op) -> None:
+            for _ in range(2):
+                seen_s.append((limit_now().still_s, limit_now().stop_s - monotonic()))
+                time.now_s += 6.0
+
+        inner.hook = note
+        end.announced_s, end.stop_s = 1005.0, 1018.0
+        retrying(inner, time).within(end).head("there")
+        assert [still_s for still_s, _ in seen_s] == [10.0, 6.0]
+        assert [left_s for _, left_s in seen_s] == pytest.approx([100.0, 12.0], abs=0.5)
+
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_one_that_blocks_is_left_behind_and_not_made_again(self, inner: FaultStore, verb: str) -> None:
+        answer = threading.Event()
+
+        class Blocking(FaultStore):
+            def _request(self, *args: Any, **options: Any) -> Any:
+                return led(partial(super()._request, *args, **options))
+
+        inner = Blocking(inner.bucket, hook=lambda _: answer.wait(60))  # type: ignore[arg-type, return-value]
+        known: list[Deadline] = []
+
+        def end() -> Deadline:
+            if inner.op_count and not known:
+                known.append(Deadline.after(0.4, "preemption (test)"))
+            return known[0] if known else NEVER
+
+        store = RetryingStore(inner, POLICY).within(end)
+        with pytest.raises(StorageError, match=r"preemption \(test\).*left behind") as caught:
+            VERBS[verb](store)
+        assert (
+            type(caught.value) is CommitUnknownError
+            if verb == "create"
+            else isinstance(caught.value, RetryExhaustedError)
+        )
+        assert inner.op_count == 1
+        answer.set()
+
+    def test_an_end_that_may_be_false_fails_nothing(self, inner: FaultStore, time: Time, end: End) -> None:
+        end.announced_s, end.stop_s = 1000.0, 1020.0
+        time.request_s = 9.0
+        clear_s = 1023.0
+        inner.hook = lambda op: time.request(op) if time.now_s < clear_s else None
+        policy = RetryPolicy(max_attempts=6, deadline_s=100.0, request_timeout_s=8.0, backoff_base_s=0.001)
+        store = retrying(inner, time, policy).hurried_by(end)
+        store.put("new", [memoryview(b"abc")])
+        assert inner.bucket.raw_get("new") == b"abc"
+        assert len(time.limits_s) > policy.max_attempts
+        assert time.limits_s[-1] == 16.0, "twice the patience, as after any request that had its time"
+
+    def test_one_that_may_not_is_the_end(self, inner: FaultStore, time: Time, end: End) -> None:
+        end.announced_s, end.stop_s = 1000.0, 1020.0
+        time.request_s = 19.0
+        with pytest.raises(RetryExhaustedError, match="the end by preemption"):
+            retrying(inner, time, RetryPolicy(max_attempts=99)).within(end).put("new", [memoryview(b"abc")])
+        assert time.now_s <= 1020.0
 
 
 class TestThrottling:
