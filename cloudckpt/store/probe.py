@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -104,6 +104,7 @@ def _ask(store: Store) -> None:
             key = f"probe-{secrets.token_hex(16)}"
             writers = _writers(store, key)
             keys.append(key)  # from here on something may stand there
+            wait(writers)
             try:
                 ends = [writer.result() for writer in writers]
             except threading.BrokenBarrierError as exc:

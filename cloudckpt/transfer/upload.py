@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 
@@ -72,6 +72,7 @@ class Puts:
                     self._ends[place] = mine
             if known is None:
                 return self._make(place, put, mine)
+            wait((known,))
             if (digests := known.result()) is not None:
                 return digests
 
