@@ -113,6 +113,10 @@ def _ask(store: Store) -> None:
             is_mute = not any(end.error is None or end.is_refused for end in ends)
             if not answers and (is_mute or len(keys) == _RACES_AT_MOST):
                 raise _undecided(store, key, ends)
+    except StorageError:
+        if not threading.main_thread().is_alive():
+            keys.clear()  # at the end of the interpreter what refuses a create refuses a delete as well
+        raise
     finally:
         if keys:
             _remove(store, keys)
