@@ -27,9 +27,9 @@ class Deadline:
     is_last: bool = False
 
     @classmethod
-    def after(cls, seconds: float, reason: str, *, now_s: float | None = None, is_last: bool = False) -> Deadline:
+    def after(cls, seconds: float, reason: str, *, now_s: float | None = None) -> Deadline:
         """Return the one that is `seconds` after `now_s`, or after now by `time.monotonic`."""
-        return cls(stop_s=(time.monotonic() if now_s is None else now_s) + seconds, reason=reason, is_last=is_last)
+        return cls(stop_s=(time.monotonic() if now_s is None else now_s) + seconds, reason=reason)
 
     def left_s(self, now_s: float) -> float:
         """Return the seconds that are left at `now_s`; below 0 once it has passed."""

@@ -1,6 +1,6 @@
 """Begin threads on a machine that may have none left, and never wait for one that does not come.
 
-    Worker, started    ──▶ a thread at work, or our error
+    worker, begin      ──▶ a thread at work, or our error; `started` is both
     each(items, call)  ──▶ results in order: this thread calls, and as many others help as there are
 
 A limit of memory or processes ends a training no sooner than it has to: who can work with fewer threads, does. Any
@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 
 from cloudckpt.errors import CloudCkptError
 
-__all__ = ["Worker", "each", "started"]
+__all__ = ["begin", "each", "started", "worker"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -30,48 +30,51 @@ _COMING_S = 5.0
 class _Coming(threading.Event):
     """What `Thread.start` waits for: a thread that runs out of memory before it can say that it is there never does."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_awaited = True
+        self.lock = threading.Lock()
+
     def wait(self, timeout: float | None = None) -> bool:
         return super().wait(_COMING_S if timeout is None else timeout)
 
 
-class Worker(threading.Thread):
-    """A daemon, so that nothing that hangs in it keeps the process from its end."""
+def worker(work: Callable[[], object], *, name: str) -> threading.Thread:
+    """Return a thread for `begin`: a daemon, so that nothing that hangs in it keeps the process from its end."""
+    coming = _Coming()
 
-    def __init__(self, work: Callable[[], object], *, name: str) -> None:
-        """Have `start` call `work`."""
-        super().__init__(target=work, name=name, daemon=True)
-        # The only way to bound the wait for it.
-        self._started = _Coming()
-        self._lock = threading.Lock()
-        self._is_awaited = True
-
-    def start(self) -> None:
-        """Begin; `ident` is None as long as it has not.
-
-        Raises:
-            CloudCkptError: it could not be started, and never works.
-        """
-        try:
-            super().start()
-        except (RuntimeError, MemoryError) as exc:
-            raise _no_thread(str(exc) or type(exc).__name__) from exc
-        with self._lock:
-            self._is_awaited = self._started.is_set()
-        if not self._is_awaited:
-            raise _no_thread("it did not begin")
-
-    def run(self) -> None:
-        """Work, unless it comes when nobody expects it any more."""
-        with self._lock:
-            if not self._is_awaited:
+    def run() -> None:
+        with coming.lock:
+            if not coming.is_awaited:
                 return
-        super().run()
+        work()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread._started = coming  # type: ignore[attr-defined]  # noqa: SLF001 (nothing else bounds the wait)
+    return thread
 
 
-def started(work: Callable[[], object], *, name: str) -> Worker:
-    """Return a thread that works; raises what `Worker.start` does."""
-    thread = Worker(work, name=name)
-    thread.start()
+def begin(thread: threading.Thread) -> None:
+    """Start a `worker`; its `ident` is None as long as it has not begun.
+
+    Raises:
+        CloudCkptError: it could not be started, and never works.
+    """
+    try:
+        thread.start()
+    except (RuntimeError, MemoryError) as exc:
+        raise _no_thread(str(exc) or type(exc).__name__) from exc
+    coming: _Coming = thread._started  # type: ignore[attr-defined]  # noqa: SLF001
+    with coming.lock:
+        coming.is_awaited = coming.is_set()
+    if not coming.is_awaited:
+        raise _no_thread("it did not begin")
+
+
+def started(work: Callable[[], object], *, name: str) -> threading.Thread:
+    """Return a thread that works; raises what `begin` does."""
+    thread = worker(work, name=name)
+    begin(thread)
     return thread
 
 

@@ -24,7 +24,7 @@ from typing import Literal, get_args
 
 import xxhash
 
-from cloudckpt.deadline import NEVER, Deadline
+from cloudckpt.deadline import NEVER
 from cloudckpt.errors import (
     CloudCkptError,
     FormatVersionError,
@@ -37,7 +37,7 @@ from cloudckpt.options import Options
 from cloudckpt.preemption import Schedule
 from cloudckpt.ranks import Accord, Group, Vote, refuse_lonely_rank
 from cloudckpt.report import Entry, Journal
-from cloudckpt.root import Catalog, Checkpoint, Destination, Epoch, Pruner, Roots
+from cloudckpt.root import Catalog, Checkpoint, Epoch, Pruner, Roots
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
 from cloudckpt.state import Generators, bind, capture, captured, collector_at_rest
 from cloudckpt.store import RetryingStore
@@ -84,27 +84,6 @@ class Home:
         catalog = Catalog(store)
         epoch = Epoch(catalog, is_single_writer=options.single_writer, clock=clock)
         return cls(store=store, catalog=catalog, pruner=pruner(catalog), epoch=epoch)
-
-    def destination(self, step: int, store: RetryingStore) -> Destination:
-        """Return where a step goes, over the store with the patience that this save has."""
-        catalog = self.catalog if store is self.store else self.catalog.with_store(store)
-        return self.epoch.step(step, catalog)
-
-
-class _Part:
-    """A part of the time until an end, counted from when that was first heard of."""
-
-    def __init__(self, end: Callable[[], Deadline], share: float) -> None:
-        self._end = end
-        self._share = share
-        self._of = self._own = NEVER
-
-    def __call__(self) -> Deadline:
-        end, now_s = self._end(), time.monotonic()
-        if abs(end.stop_s - self._of.stop_s) > _NOISE_S or math.isinf(end.stop_s) != math.isinf(self._of.stop_s):
-            left_s = self._share * end.left_s(now_s)
-            self._of, self._own = end, Deadline.after(left_s, end.reason, now_s=now_s)
-        return self._own
 
 
 class Saves:
@@ -411,7 +390,9 @@ class Saves:
         entry = self._journal.begin(rank=group.rank)
         self._wait_for_turn(step)
         entry.working()
-        options, destinations = self._means(step)
+        end = self._schedule.end_of_saves()
+        options = self.options if end is NEVER else self.options.within(end.left_s(time.monotonic()))
+        destinations = [home.epoch.step(step) for home in self.homes]
         self._is_beginning = True
         try:
             with (
@@ -423,6 +404,7 @@ class Saves:
                     captured(state, self.generators),
                     destinations[0],
                     fallback=destinations[1] if len(destinations) > 1 else None,
+                    end=self._schedule.end_of_saves if self._schedule.may_end else None,
                     memory=self._plan,
                     metrics=metrics,
                     metadata=metadata,
@@ -445,24 +427,6 @@ class Saves:
                     f"step {step} was not saved: the save before it is still under way, and has taken all of the time "
                     "that was left before the end"
                 )
-
-    def _means(self, step: int) -> tuple[Options, list[Destination]]:
-        """Return what a save may use, and where it goes: after a preemption notice, in no more time than is left.
-
-        A notice that comes only when the save is under way counts at once for each of its requests.
-        """
-        options, stores = self.options, [home.store for home in self.homes]
-        if self._schedule.may_end:
-            # Each root has its share of the time, or the first one, if it is down, would take all of it.
-            *others, last = stores
-            shares = [_Part(self._schedule.end_of_saves, (place + 1) / len(stores)) for place in range(len(others))]
-            stores = [store.within(share) for store, share in zip(others, shares, strict=True)]
-            stores.append(last.hurried_by(self._schedule.end_of_saves))
-        end = self._schedule.end_of_saves()
-        if end is not NEVER:
-            options = options.within(end.left_s(time.monotonic()))
-            stores = [store.within(end) for store in stores]
-        return options, [home.destination(step, store) for home, store in zip(self.homes, stores, strict=True)]
 
     def _home_of(self, checkpoint: Checkpoint) -> Home:
         return next((home for home in self.homes if home.catalog.holds(checkpoint)), self.homes[0])

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, SupportsFloat, SupportsIndex, cast
 
+from cloudckpt.threads import started
+
 __all__ = ["CheckSource", "Notice", "NoticeSource", "PartError", "SourceError", "Watcher"]
 
 logger = logging.getLogger(__name__)
@@ -191,8 +193,7 @@ class Watcher:
 
     def start(self) -> None:
         """Begin to ask, at once."""
-        self._thread = threading.Thread(target=self._run, name=f"cloudckpt-{self.name}", daemon=True)
-        self._thread.start()
+        self._thread = started(self._run, name=f"cloudckpt-{self.name}")
 
     def stop(self) -> None:
         """Ask no more. Returns at once; `join` waits."""

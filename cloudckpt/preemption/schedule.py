@@ -194,8 +194,7 @@ class Schedule:
         end = self.end
         if end is None or math.isinf(end.stop_s):
             return NEVER
-        left_s = max(_LEAST_S, end.left_s(self._clock()) - _MARGIN_S)
-        return Deadline.after(left_s, end.reason, is_last=True)
+        return Deadline.after(max(_LEAST_S, end.left_s(self._clock()) - _MARGIN_S), end.reason)
 
     def seconds_left(self) -> float:
         """Return the seconds until the end as far as it is known; inf if it is not."""
@@ -304,7 +303,7 @@ class Schedule:
         if known is None or stop_s < known.stop_s or known.stop_s <= now_s:
             notice = self._preemption.notice if self._preemption is not None and own_ms <= left_ms else None
             self._source = notice.source if notice is not None else "another rank"
-            self.deadline = Deadline(stop_s=stop_s, reason=f"preemption ({self._source})", is_last=True)
+            self.deadline = Deadline(stop_s=stop_s, reason=f"preemption ({self._source})")
 
     def _answer(self, step: int, facts: _Facts) -> bool:
         """Save anew, unless a save is under way that will do, or after which there is no time for another one.

@@ -6,6 +6,7 @@ Epoch      of one job on one root: claimed with its first save; then every step 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -64,20 +65,35 @@ class Destination:
 
     Attributes:
         catalog: this rank's own, over the store that the shards go to.
-        take: returns where the checkpoint goes; on rank 0. Raises `CheckpointExistsError` if there is one, which is not
-            changed, and `StorageError` if the store cannot be written to, or ignores what a create asks of it.
+        take_by: returns where the checkpoint goes, asked of a catalog; see `take`.
         is_claimed: whether `take` asks the store for nothing, so that training need not be kept waiting for it.
     """
 
     catalog: Catalog
-    take: Callable[[], Target]
+    take_by: Callable[[Catalog], Target]
     is_claimed: bool
+
+    def take(self) -> Target:
+        """Return where the checkpoint goes; on rank 0.
+
+        Raises:
+            CheckpointExistsError: there is one, which is not changed.
+            StorageError: the store cannot be written to, or ignores what a create asks of it.
+        """
+        return self.take_by(self.catalog)
+
+    def by(self, patience: Callable[[RetryingStore], RetryingStore]) -> Destination:
+        """Return the same place, over its store with another patience."""
+        store = self.catalog.store
+        if not isinstance(store, RetryingStore) or (other := patience(store)) is store:
+            return self
+        return dataclasses.replace(self, catalog=self.catalog.with_store(other))
 
 
 def own_url(catalog: Catalog, *, is_single_writer: bool, exists: Exists = "raise") -> Destination:
     """Return a URL that is to hold one checkpoint; `take` probes the store, and refuses one that `check_place` does."""
 
-    def take() -> Target:
+    def take(catalog: Catalog) -> Target:
         probe_create(catalog.store, single_writer=is_single_writer)
         check_place(catalog, exists)
         return Target(catalog=catalog, exists=exists)
@@ -129,15 +145,15 @@ class Epoch:
         self._deleted: set[int] = set()
         self._has_gone_back = False
 
-    def step(self, step: int, catalog: Catalog) -> Destination:
-        """Return where a step goes, by a catalog over the store with the patience that this save has. No request.
+    def step(self, step: int) -> Destination:
+        """Return where a step goes. No request.
 
         Raises:
             OptionsError: a step that is negative, or larger than keys hold.
         """
         checkpoint_prefix(step, self.number or 1)
         is_claimed = self._is_high_enough and not self._goes_back(step) and not self.is_doubted
-        return Destination(catalog, partial(self._take, step, catalog), is_claimed=is_claimed)
+        return Destination(self._catalog, partial(self._take, step), is_claimed=is_claimed)
 
     @property
     def _is_high_enough(self) -> bool:

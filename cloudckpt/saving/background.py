@@ -22,7 +22,7 @@ from functools import partial
 from cloudckpt.errors import CloudCkptError, CommitUnknownError, EarlierSaveFailedError, SaveFailedError
 from cloudckpt.root import Checkpoint
 from cloudckpt.saving.lead import PendingSave
-from cloudckpt.threads import Worker
+from cloudckpt.threads import begin, worker
 from cloudckpt.transfer import StageClosedError
 
 __all__ = ["Background", "SaveHandle"]
@@ -223,12 +223,12 @@ class Background:
         handle = SaveHandle(step, pending, ended_with, self._patience_s)
         before = self._thread
         work = partial(self._run, handle, before)
-        thread = Worker(work, name="cloudckpt-save")
+        thread = worker(work, name="cloudckpt-save")
         # An interrupt may come anywhere below.
         try:
             self._earlier, self._handle, self._thread = self._untold(), handle, thread
             _UNDER_WAY.append(handle)
-            thread.start()
+            begin(thread)
             pending.stage()
         except StageClosedError:
             handle.result()  # raises why

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import msgspec
 import numpy as np
 
+from cloudckpt.deadline import Deadline
 from cloudckpt.errors import OptionsError, SaveFailedError
 from cloudckpt.format import BoxTable, Column, JsonValue, PathElement, new_attempt
 from cloudckpt.options import Options
@@ -25,6 +26,7 @@ from cloudckpt.saving.dedup import Replicas, share_out
 from cloudckpt.saving.output import Record, commit_index, discard
 from cloudckpt.saving.replicas import doubtful_sets
 from cloudckpt.saving.tally import Written, assemble, check_against_names
+from cloudckpt.saving.turns import Turn
 from cloudckpt.state import collector_at_rest
 
 __all__ = ["Coordinator", "Opening", "Order", "PlanMemory", "PlanPart", "RankPart"]
@@ -117,6 +119,8 @@ class Coordinator:
     Attributes:
         destination: where it goes, on every rank.
         fallback: where it goes instead if that is down.
+        end: tells by when the save must be done, as far as is known; None if none will ever be known.
+        turn: of the destination.
     """
 
     destination: Destination
@@ -124,15 +128,26 @@ class Coordinator:
     options: Options
     claims_later: bool
     fallback: Destination | None = None
+    end: Callable[[], Deadline] | None = None
+    turn: Turn = field(init=False)
     _target: Target | None = None
     _left: Target | None = None
     _attempt: str = ""
 
-    def divert(self, *, is_known: bool) -> None:
-        """Go to the fallback from now on; on every rank. It is known, or not, that nothing was committed so far."""
+    def __post_init__(self) -> None:
+        self.turn = Turn(self.end, is_only=self.fallback is None)
+
+    def divert(self, *, is_known: bool, may_return: bool) -> None:
+        """Go to the fallback from now on; on every rank.
+
+        Args:
+            is_known: that nothing was committed so far.
+            may_return: whether what was left is the fallback from now on.
+        """
         if self.fallback is not None:
             self._left = self._target if is_known else None
-            self.destination, self.fallback, self._target = self.fallback, None, None
+            self.destination, self.fallback = self.fallback, self.destination if may_return else None
+            self._target, self.turn = None, Turn(self.end, is_only=not may_return)
 
     def decide(self, openings: Sequence[Opening]) -> Order:
         _refuse_other_places([opening.url for opening in openings])
@@ -153,7 +168,7 @@ class Coordinator:
 
     def place(self) -> str:
         """Ask the store where the save goes; it refuses if it may not go there."""
-        self._target = self.destination.take()
+        self._target = self.destination.by(self.turn.for_commits).take()
         return self._target.prefix
 
     def discard(self) -> None:

@@ -16,6 +16,7 @@ plans as objects are too much for one. Keeps FORMAT invariants 2, 3, 4 and 13.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -29,7 +30,15 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from cloudckpt.errors import CommitUnknownError, SaveFailedError, is_outage
+from cloudckpt.deadline import Deadline
+from cloudckpt.errors import (
+    CommitUnknownError,
+    RetryExhaustedError,
+    SaveFailedError,
+    StalledError,
+    StorageError,
+    is_outage,
+)
 from cloudckpt.format import BoxTable, Column, Flat, JsonValue, codec, record_of_call
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, RanksFailedError, plain_errors
@@ -41,7 +50,8 @@ from cloudckpt.saving.snapshot import Staged, take_snapshot
 from cloudckpt.saving.source import Source, check_tensor, chunk_of, is_elsewhere, tensor_of
 from cloudckpt.saving.values import differences_of, digest_of_values, digests_of, refuse_values, wanted_values
 from cloudckpt.state import collector_awake, is_tensor
-from cloudckpt.transfer import AbandonedError, Gauge, Slabs, Stage, StageClosedError
+from cloudckpt.store import LeftBehindError
+from cloudckpt.transfer import AbandonedError, Gauge, Puts, Slabs, Stage, StageClosedError
 
 __all__ = ["PendingSave", "PlanMemory", "Session", "begin_save"]
 
@@ -50,6 +60,8 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _SHOWN = 8
+# Before a root is tried once more.
+_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,12 +95,13 @@ class Session:
         return self._stack.pop_all()
 
 
-def begin_save(
+def begin_save(  # noqa: PLR0913 (keyword-only options, each of its own kind)
     session: Session,
     flat: Flat | Exception,
     destination: Destination,
     *,
     fallback: Destination | None = None,
+    end: Callable[[], Deadline] | None = None,
     memory: PlanMemory | None = None,
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, object] | None = None,
@@ -101,7 +114,10 @@ def begin_save(
         flat: this rank's named leaves, or why there are none: all ranks are to hear of it.
         destination: where the checkpoint goes; rank 0's is asked. One that is not claimed yet is claimed in `finish` of
             a save from a copy, because that takes requests.
-        fallback: where it goes instead, at once and with the same bytes, if the store there is down.
+        fallback: where it goes instead, at once and with the same bytes, if the store there is down; each of the two
+            is tried again while there is time until an end.
+        end: tells by when the save must be done, as far as is known; also one that is announced when it is under
+            way. None: none will ever be known.
         memory: the plan of an earlier save, which is used again while nothing changed.
         metrics: numbers to be kept with the checkpoint.
         metadata: values to be kept with the checkpoint.
@@ -114,7 +130,7 @@ def begin_save(
     """
     group, what, options = session.group, session.what, session.options
     memory = memory or PlanMemory()
-    coordinator = Coordinator(destination, memory, options, claims_later=slabs is not None, fallback=fallback)
+    coordinator = Coordinator(destination, memory, options, claims_later=slabs is not None, fallback=fallback, end=end)
     places = [one for one in (destination, fallback) if one is not None]
     opened = _tried(lambda: _open(_got(flat), group))
     record = _tried(lambda: _record(session, metrics, metadata, destination))
@@ -158,6 +174,7 @@ class PendingSave:
         self._stack = stack
         self._abandoned = ""
         self._stage_s = 0.0
+        self._puts = Puts()
 
     @property
     def size_bytes(self) -> int:
@@ -244,10 +261,21 @@ class PendingSave:
     def _upload(self, prefix: str, gauge: Gauge | None) -> RankPart:
         laid, lead = _got(self._laid), self._lead
         began_s = time.monotonic()
-        watch = replace(lead.group.watch(lead.options.transfer_timeout_s), check=self._check, gauge=gauge)
-        target = Target(catalog=lead.coordinator.destination.catalog, prefix=prefix)
+        turn = lead.coordinator.turn
+
+        def check() -> None:
+            self._check()
+            turn.check()
+
+        watch = replace(lead.group.watch(lead.options.transfer_timeout_s), check=check, gauge=gauge)
+        target = Target(catalog=lead.coordinator.destination.by(turn.for_uploads).catalog, prefix=prefix)
         output = RankOutput(
-            target=target, attempt=lead.order.attempt, rank=lead.group.rank, options=lead.options, watch=watch
+            target=target,
+            attempt=lead.order.attempt,
+            rank=lead.group.rank,
+            options=lead.options,
+            watch=watch,
+            puts=self._puts,
         )
         written = output.write(laid.source, lead.values, laid.staged)
         return RankPart(written.encode(), time.monotonic() - began_s, self._stage_s + output.stage_s, time.monotonic())
@@ -312,24 +340,37 @@ class _Lead:
     ) -> Checkpoint:
         """Have every rank upload, and rank 0 commit; return, on every rank, what is committed.
 
-        Where the store is down it goes to the fallback, if every rank's part `is_whole` still.
+        Where the store is down it goes to the fallback, if every rank's part `is_whole` still; before an end both are
+        tried in turns, as long as there is time.
         """
-        try:
-            return self._finish(upload, check, self.order.prefix, self.record)
-        except Exception as exc:
-            if not self._is_diverted(exc, is_whole):
-                raise
-        spent_before = stats_of(self.coordinator.destination.catalog.store)
-        return self._finish(upload, check, None, replace(self.record, spent_before=spent_before))
+        prefix, record, said = self.order.prefix, self.record, list[str]()
+        while True:
+            url = self.coordinator.destination.catalog.store.url
+            try:
+                return self._finish(upload, check, prefix, record)
+            except Exception as exc:
+                if not self._is_diverted(exc, is_whole):
+                    if not said:
+                        raise
+                    raise _beside(exc, said[-1]) from exc
+                said.append(f"the save to {url} failed: {_causes_of(exc)[0]}")
+            if len(said) > 1:
+                check()
+                time.sleep(_PAUSE_S)
+            prefix = None
+            record = replace(self.record, spent_before=stats_of(self.coordinator.destination.catalog.store))
 
     def _is_diverted(self, error: Exception, is_whole: Callable[[], bool]) -> bool:
         """Tell whether the fallback takes the save from here on; all ranks have the same error, and the same answer."""
-        causes = list(error.failures.values()) if isinstance(error, RanksFailedError) else [error]
+        causes = _causes_of(error)
         fallback = self.coordinator.fallback
         if fallback is None or not all(map(is_outage, causes)):
             return False
         url, other = self.coordinator.destination.catalog.store.url, fallback.catalog.store.url
-        if not self.group.agree(f"{self.what}: to the fallback", is_whole, all):
+        are_whole, is_ending = self.group.agree(
+            f"{self.what}: to the fallback", lambda: (is_whole(), self._is_ending), _all_and_any
+        )
+        if not are_whole:
             logger.error(
                 "rank %d: %s to %s failed, and parts of its copy are gone, so that it cannot go to %s; raise "
                 "memory_budget_bytes to hold the state",
@@ -337,8 +378,14 @@ class _Lead:
             )
             return False
         logger.error("rank %d: %s to %s failed and goes to %s: %s", self.group.rank, self.what, url, other, causes[0])
-        self.coordinator.divert(is_known=not any(isinstance(cause, CommitUnknownError) for cause in causes))
+        is_known = not any(isinstance(cause, CommitUnknownError) for cause in causes)
+        may_return = is_ending and is_known and all(map(_may_pass, causes))
+        self.coordinator.divert(is_known=is_known, may_return=may_return)
         return True
+
+    @property
+    def _is_ending(self) -> bool:
+        return math.isfinite(self.coordinator.turn.whole().stop_s)
 
     def _finish(
         self, upload: Callable[[str], RankPart], check: Callable[[], None], prefix: str | None, record: Record
@@ -352,6 +399,39 @@ class _Lead:
 
         data = self.group.conclude(f"{self.what}: upload and commit", lambda: upload(prefix), commit)
         return self.coordinator.destination.catalog.adopt(data, prefix=prefix)
+
+
+def _causes_of(error: Exception) -> list[BaseException]:
+    return list(error.failures.values()) if isinstance(error, RanksFailedError) else [error]
+
+
+def _all_and_any(parts: list[tuple[bool, bool]]) -> tuple[bool, bool]:
+    wholes, ends = zip(*parts, strict=True)
+    return all(wholes), any(ends)
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Tell whether a store that failed so may do better in a while: it has refused nothing for good.
+
+    Nor was a request left behind, which may land when it should not any more.
+    """
+    while error is not None:
+        if isinstance(error, LeftBehindError):
+            return False
+        if isinstance(error, RetryExhaustedError | StalledError):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _beside(error: BaseException, said: str) -> Exception:
+    """Return the error that says what both roots have said."""
+    if isinstance(error, RanksFailedError):
+        return RanksFailedError({rank: _beside(one, said) for rank, one in error.failures.items()})
+    both = CommitUnknownError if isinstance(error, CommitUnknownError) else StorageError
+    made = both(f"{error}; before that, {said}")
+    made.__cause__ = error
+    return made
 
 
 # -- one rank's steps ---------------------------------------------------------------------------------------

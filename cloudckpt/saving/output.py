@@ -39,7 +39,7 @@ from cloudckpt.saving.source import Source, Staging
 from cloudckpt.saving.tally import Written
 from cloudckpt.state import collector_at_rest
 from cloudckpt.store import RetryingStore, Store, StoreStats
-from cloudckpt.transfer import Budget, ShardJob, Watch, upload
+from cloudckpt.transfer import Budget, Puts, ShardJob, Watch, upload
 
 __all__ = ["RankOutput", "Record", "commit_index", "discard", "stats_of"]
 
@@ -84,6 +84,7 @@ class RankOutput:
     rank: int
     options: Options
     watch: Watch | None = None
+    puts: Puts | None = None
     stage_s: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -104,6 +105,7 @@ class RankOutput:
             concurrency=self.options.concurrency,
             budget=Budget(self.options.transfer_budget_bytes if staged is None else staged.transfer_bytes),
             watch=self.watch,
+            puts=self.puts,
         )
         with collector_at_rest():
             return Written.of(source.chunks, source.shards, digests, values, rank=self.rank, attempt=self.attempt)

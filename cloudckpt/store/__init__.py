@@ -5,7 +5,7 @@ errors; the one layer around it is the only place that tries again. No cloud lib
 """
 
 from cloudckpt.store.base import Listing, ObjectInfo, Store
-from cloudckpt.store.limit import one_deadline
+from cloudckpt.store.limit import LeftBehindError, one_deadline
 from cloudckpt.store.local import scrub
 from cloudckpt.store.opening import open_store
 from cloudckpt.store.probe import probe_create, probe_write
@@ -13,6 +13,7 @@ from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.store.stats import StoreStats
 
 __all__ = [
+    "LeftBehindError",
     "Listing",
     "ObjectInfo",
     "RetryingStore",

@@ -107,7 +107,8 @@ def _ask(store: Store) -> None:
     except OptionsError:
         raise  # the store cannot be reached so, and nothing is there to be removed
     except Exception:  # an interrupt does not wait for it
-        if written:
+        # At the end of the interpreter what refuses a create refuses a delete as well.
+        if written and threading.main_thread().is_alive():
             _remove(store, written)
         raise
     _remove(store, written)
@@ -121,7 +122,10 @@ def _race_until_told(store: Store, written: list[str]) -> None:
         if key not in written:
             written.append(key)
         wait(writers)
-        ends = [writer.result() for writer in writers]
+        try:
+            ends = [writer.result() for writer in writers]
+        except threading.BrokenBarrierError as exc:
+            raise _not_asked(store, exc) from exc
         if _is_answered(store, key, ends):
             answers, key = answers + 1, _new_key()
             continue
@@ -200,12 +204,7 @@ def _writers(store: Store, key: str) -> list[Future[_End]]:
             started(partial(copy_context().run, settle, end, number), name="cloudckpt-probe")
     except CloudCkptError as exc:
         start.abort()  # those that have come would wait for those that never do
-        raise StorageError(
-            f"{store.url} could not be asked whether it refuses to overwrite, which takes {_WRITERS} threads; nothing "
-            f"was saved. {exc}",
-            op="create",
-            key=key,
-        ) from exc
+        raise _not_asked(store, exc) from exc
     return ends
 
 
@@ -223,6 +222,15 @@ def _is_answered(store: Store, key: str, ends: Sequence[_End]) -> bool:
     if not is_winners:
         raise _not_enforced(store, "one writer created an object, and another one's bytes stand there")
     return True
+
+
+def _not_asked(store: Store, cause: Exception) -> StorageError:
+    return StorageError(
+        f"{store.url} could not be asked whether it refuses to overwrite, because {_WRITERS} threads did not come "
+        f"({str(cause) or type(cause).__name__}); nothing was saved. Let this process have more threads, or pass "
+        "single_writer=True if no other job ever writes to this root",
+        op="create",
+    )
 
 
 def _undecided(store: Store, key: str, ends: Sequence[_End], *, spoilt: int, elapsed_s: float) -> StorageError:

@@ -9,7 +9,7 @@ from cloudckpt.transfer.memory import Scratch, Slabs, bytes_of, has_memory, inne
 from cloudckpt.transfer.pool import AbandonedError, Budget, Gauge, Watch
 from cloudckpt.transfer.share import copying_threads, free_bytes, ranks_here
 from cloudckpt.transfer.staging import Copy, Stage, StageClosedError
-from cloudckpt.transfer.upload import ShardJob, upload
+from cloudckpt.transfer.upload import Puts, ShardJob, upload
 
 __all__ = [
     "AbandonedError",
@@ -17,6 +17,7 @@ __all__ = [
     "Copy",
     "Fetch",
     "Gauge",
+    "Puts",
     "Scratch",
     "ShardJob",
     "ShardSource",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ class Stage:
         self._charged: dict[int, int] = {}
         self._staged: set[int] = set()
         self._opened: set[int] = set()
+        # How many more times: a put that was given up goes on while the same bytes go to another root.
+        self._again: Counter[int] = Counter()
         self._used_bytes = 0
         self._error: BaseException | None = None
         self._is_closed = False
@@ -178,12 +181,17 @@ class Stage:
                 raise CloudCkptError(f"the state could not be staged: {self._error!r}") from self._error
             if not self._is_kept:
                 self._staged.remove(number)
+            if number in self._opened:
+                self._again[number] += 1
             self._opened.add(number)
             return self._memory(number)
 
     def release(self, number: int) -> None:
         """Give the memory of a shard back, which was put or never will be; one that is kept goes with `close`."""
         with self._changed:
+            if self._again[number]:
+                self._again[number] -= 1
+                return
             if self._is_kept and not self._is_closed and number in self._opened:
                 self._opened.remove(number)
                 return

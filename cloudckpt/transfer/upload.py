@@ -9,12 +9,15 @@ thread. The first fault stops what has not begun, waits for what has, and surfac
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 
+from cloudckpt.errors import StorageError
 from cloudckpt.format import block_digests
-from cloudckpt.store import Store
+from cloudckpt.store import LeftBehindError, Store
 from cloudckpt.transfer.memory import Scratch
 from cloudckpt.transfer.pool import Budget, Watch, Work, run_all
 
@@ -42,6 +45,53 @@ class ShardJob:
     release: Callable[[], None] = lambda: None
 
 
+class Puts:
+    """What the puts of one save became: one that was given up and goes on, or has ended since, is not made twice."""
+
+    # Nor is one that was left behind where nobody hears of it: by the time that it reads its memory, that may hold
+    # another save, and it may land after a second one.
+
+    def __init__(self) -> None:
+        self._ends: dict[tuple[str, str], Future[bytes | None]] = {}
+        self._lost: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+
+    def once(self, place: tuple[str, str], put: Callable[[], bytes]) -> bytes:
+        """Return what the put at a place returns: one under way or done, else this one; a failed one is made again.
+
+        Raises:
+            StorageError: one was left behind.
+        """
+        while True:
+            with self._lock:
+                if place in self._lost:
+                    raise StorageError(f"an earlier put of {place[1]!r} on {place[0]} was left behind", key=place[1])
+                known = self._ends.get(place)
+                mine = Future[bytes | None]()
+                if known is None:
+                    self._ends[place] = mine
+            if known is None:
+                return self._make(place, put, mine)
+            wait((known,))
+            if (digests := known.result()) is not None:
+                return digests
+
+    def _make(self, place: tuple[str, str], put: Callable[[], bytes], end: Future[bytes | None]) -> bytes:
+        digests: bytes | None = None
+        try:
+            digests = put()
+        except LeftBehindError:
+            self._lost.add(place)
+            raise
+        finally:
+            if digests is None:
+                with self._lock:
+                    del self._ends[place]
+            # None for a fault: the error itself would keep the memory that its stack has.
+            end.set_result(digests)
+        return digests
+
+
 def upload(
     store: Store,
     jobs: Sequence[ShardJob],
@@ -50,6 +100,7 @@ def upload(
     concurrency: int,
     budget: Budget,
     watch: Watch | None = None,
+    puts: Puts | None = None,
 ) -> list[bytes]:
     """Put every shard; return the digests of each one's blocks, 8 bytes per block, once all of them are durable.
 
@@ -60,6 +111,8 @@ def upload(
     """
     scratch = Scratch()
 
+    done = puts or Puts()
+
     def put(job: ShardJob) -> bytes:
         try:
             with scratch.lend(job.staging_bytes) as staging:
@@ -68,10 +121,16 @@ def upload(
                 store.put(job.key, buffers)
         finally:
             job.release()
-            budget.free(job.cost_bytes)
         return digests
 
+    def put_once(job: ShardJob) -> bytes:
+        try:
+            return done.once((store.url, job.key), partial(put, job))
+        finally:
+            budget.free(job.cost_bytes)
+
     work = [
-        Work(name=job.key, size_bytes=job.size_bytes, cost_bytes=job.cost_bytes, call=partial(put, job)) for job in jobs
+        Work(name=job.key, size_bytes=job.size_bytes, cost_bytes=job.cost_bytes, call=partial(put_once, job))
+        for job in jobs
     ]
     return run_all(work, concurrency=concurrency, budget=budget, watch=watch or Watch())

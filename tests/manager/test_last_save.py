@@ -12,7 +12,7 @@ import torch
 
 import cloudckpt.manager.manager as manager_room
 from cloudckpt import CheckpointManager, Options, Preemption, RetryPolicy
-from cloudckpt.errors import TransientError
+from cloudckpt.errors import StorageError, TransientError
 from cloudckpt.store.limit import limit_now
 from cloudckpt.store.retrying import RetryingStore
 from tests.store.fault_store import FaultStore, Op
@@ -120,3 +120,89 @@ def test_the_last_save_is_tried_again_until_the_end_however_often_it_fails(
         getattr(manager, how)(1, {"w": torch.zeros(3)})
         manager.wait()
         assert manager.latest_step() == 1
+
+
+def test_a_first_root_that_is_slow_goes_on_while_the_fallback_refuses_and_is_not_begun_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stores = two_roots(monkeypatch)
+    slow, keys = threading.Event(), []
+
+    def hold(op: Op) -> None:
+        if op.verb == "put" and op.key.endswith(".safetensors"):
+            keys.append(op.key)
+            assert slow.wait(60)
+
+    def refuse(op: Op) -> None:
+        slow.set()
+        raise StorageError("it is full")
+
+    with (
+        preempted_in(8.0) as preemption,
+        CheckpointManager(
+            "memory://first", fallback="memory://second", preemption=preemption, progress="off"
+        ) as manager,
+    ):
+        assert manager.should_save(1)
+        stores["memory://first"].hook, stores["memory://second"].hook = hold, refuse
+        assert manager.save(1, {"w": torch.zeros(3)}).url.startswith("memory://first")  # type: ignore[union-attr]
+        stores["memory://second"].hook = None
+    assert len(keys) == 1
+
+
+def test_two_roots_are_tried_in_turns_until_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = two_roots(monkeypatch)
+    options = Options(retry=RetryPolicy(max_attempts=1))
+    with (
+        preempted_in(30.0) as preemption,
+        CheckpointManager(
+            "memory://first", fallback="memory://second", options=options, preemption=preemption, progress="off"
+        ) as manager,
+    ):
+        assert manager.should_save(1)
+        for store in stores.values():
+            store.inject(times=2, verbs=["put"])
+        manager.save(1, {"w": torch.zeros(3)})
+        assert manager.latest_step() == 1
+
+
+def test_the_error_names_what_both_roots_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = two_roots(monkeypatch)
+    with CheckpointManager("memory://first", fallback="memory://second", progress="off") as manager:
+        for url, store in stores.items():
+            store.inject(times=None, verbs=["put"], error=lambda op, url=url: StorageError(f"{url} is full"))
+        with pytest.raises(StorageError, match="memory://second is full; before that, the save to memory://first"):
+            manager.save(1, {"w": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("how", ["save", "async_save"])
+def test_a_save_under_way_at_a_root_that_hangs_goes_to_the_fallback_when_notice_is_given(
+    monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    stores = two_roots(monkeypatch)
+    hung, release = threading.Event(), threading.Event()
+    end_s = [0.0]
+
+    def hang(op: Op) -> None:
+        if op.verb == "put" and op.key.endswith(".safetensors"):
+            end_s[0] = time.monotonic() + 8.0
+            hung.set()
+            assert release.wait(60)
+
+    def check() -> float | None:
+        return end_s[0] - time.monotonic() if hung.is_set() else None
+
+    preemption = Preemption(signals=(), sources=(), check=check, poll_s=0.05)
+    with (
+        preemption,
+        CheckpointManager(
+            "memory://first", fallback="memory://second", preemption=preemption, progress="off"
+        ) as manager,
+    ):
+        stores["memory://first"].hook = hang
+        getattr(manager, how)(1, {"w": torch.zeros(3)})
+        manager._saves.background.wait(60)
+        assert time.monotonic() < end_s[0]
+        release.set()
+        stores["memory://first"].hook = None
+        assert manager.latest().url.startswith("memory://second")  # type: ignore[union-attr]

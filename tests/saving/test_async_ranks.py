@@ -288,7 +288,7 @@ def save_without_a_thread(url: str) -> tuple[str, int]:
 
 def test_a_rank_whose_thread_cannot_start_fails_the_save_on_all_ranks_and_the_next_one_works(tmp_path: Path) -> None:
     for told, step in run(2, save_without_a_thread, str(tmp_path)):
-        assert "rank 1: the save was abandoned: its thread could not be started" in told
+        assert "rank 1: the save was abandoned: a thread could not be started" in told
         assert step == 2
     assert steps_at(str(tmp_path)) == [2]
 

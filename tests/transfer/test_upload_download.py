@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,13 @@ from cloudckpt import (
 from cloudckpt.format.layout import Span
 from cloudckpt.format.shard import block_digests
 from cloudckpt.options import KIB
-from cloudckpt.store import RetryingStore
+from cloudckpt.store import LeftBehindError, RetryingStore
 from cloudckpt.store.base import Store
 from cloudckpt.store.local import LocalStore
 from cloudckpt.transfer.download import Fetch, ShardSource, download
 from cloudckpt.transfer.memory import Scratch
 from cloudckpt.transfer.pool import Budget, Watch
-from cloudckpt.transfer.upload import ShardJob, upload
+from cloudckpt.transfer.upload import Puts, ShardJob, upload
 from tests.store.fault_store import Bucket, FaultKind, FaultStore, Op, denied, refused, transient
 
 BLOCK_BYTES = 10
@@ -542,3 +543,38 @@ def test_a_gauge_is_told_of_all_bytes_at_the_begin_and_of_each_transfer_that_has
     )
     assert gauge.totals == [sum(gauge.moved)]
     assert len(gauge.moved) == 5
+
+
+def test_a_put_that_goes_on_or_has_ended_is_not_made_twice() -> None:
+    puts, began, go_on = Puts(), threading.Event(), threading.Event()
+    calls: list[bytes] = []
+
+    def put() -> bytes:
+        calls.append(b"digests")
+        began.set()
+        assert go_on.wait(30)
+        return b"digests"
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(puts.once, ("root", "key"), put)
+        assert began.wait(30)
+        second = pool.submit(puts.once, ("root", "key"), put)
+        go_on.set()
+        assert [first.result(30), second.result(30), puts.once(("root", "key"), put)] == [b"digests"] * 3
+    assert len(calls) == 1
+    assert puts.once(("other root", "key"), put) == b"digests"
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(("error", "count"), [(StorageError("no"), 2), (LeftBehindError("it blocks"), 1)])
+def test_a_failed_put_is_made_again_unless_it_may_still_land(error: StorageError, count: int) -> None:
+    puts, calls = Puts(), []
+
+    def put() -> bytes:
+        calls.append(1)
+        raise error
+
+    for _ in range(2):
+        with pytest.raises(StorageError):
+            puts.once(("root", "key"), put)
+    assert len(calls) == count
