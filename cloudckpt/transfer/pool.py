@@ -165,6 +165,8 @@ class _Pool:
         while (call := self._calls.get()) is not None:
             call()
             self._idle.release()
+        # For the next one, also of those that an interrupt kept from being listed.
+        self._calls.put(None)
 
     def _hire(self) -> None:
         """Start a thread if none is idle: each one that works keeps read buffers and an arena of the allocator.
@@ -247,6 +249,5 @@ class _Pool:
 
     def _stop_threads(self) -> list[threading.Thread]:
         threads, self._threads = self._threads, []
-        for _ in threads:
-            self._calls.put(None)
+        self._calls.put(None)
         return threads

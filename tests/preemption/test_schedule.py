@@ -489,7 +489,7 @@ def test_pruning_under_way_stops_when_notice_is_given(tmp_path: Path) -> None:
         CheckpointManager(tmp_path, preemption=preemption, retention=[KeepLast(1)], prune_grace_s=0) as manager,
     ):
         manager.restore(state_of(0))
-        with Gate(manager, verb="delete", when=anything) as gate:
+        with Gate(manager, verb="delete", when=lambda keys: "manifest.json" in str(keys)) as gate:
             manager.async_save(4, state_of(4)).result()
             gate.await_request()
             send()
