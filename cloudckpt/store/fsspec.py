@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 
-from fsspec import available_protocols, get_filesystem_class
+from fsspec import AbstractFileSystem, available_protocols, get_filesystem_class
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import Checksum, RetryPolicy
@@ -20,7 +20,12 @@ from cloudckpt.store.wired import WiredStore
 
 __all__ = ["FsspecStore", "fsspec_wire"]
 
-
+# Filesystems that write nothing, or list no more than the links on a page: to them a web server's "not found" is an
+# empty directory, and a login page is a file. And those that only wrap another one.
+_NO_ROOTS = frozenset(
+    {"http", "https", "github", "gist", "git", "data", "zip", "tar", "libarchive", "reference", "dask", "wandb"}
+    | {"generic", "dir", "cached", "blockcache", "filecache", "simplecache", "asyncwrapper", "async_wrapper"}
+)
 _CHECKSUMS: Mapping[str, tuple[Checksum, ...]] = {
     "s3": ("crc64nvme", "sha256", "crc32c", "crc32"),
     "gs": ("crc32c",),
@@ -70,14 +75,28 @@ def fsspec_wire(where: Location, options: Mapping[str, object], *, retry: RetryP
 
 
 def _check_filesystem(scheme: str) -> None:
-    """Say what is missing before an engine trips over it."""
+    """Say what is missing, or cannot be done there, before an engine trips over it."""
+    if scheme in _NO_ROOTS:
+        raise _no_root(scheme, "written and listed")
     try:
-        get_filesystem_class(scheme)
+        kind = get_filesystem_class(scheme)
     except ValueError as exc:
-        known = ", ".join(f"{name}://" for name in sorted(available_protocols()) if name not in LOCAL_SCHEMES)
+        others = LOCAL_SCHEMES | _NO_ROOTS
+        known = ", ".join(f"{name}://" for name in sorted(available_protocols()) if name not in others)
         raise OptionsError(f"scheme {scheme}:// is unknown; fsspec knows {known}") from exc
     except ImportError as exc:
         raise OptionsError(f"{scheme}:// needs a package that is not installed: {exc}") from exc
+    lists = [getattr(kind, name, None) is not getattr(AbstractFileSystem, name, None) for name in ("ls", "_ls")]
+    if not any(lists):
+        raise _no_root(scheme, "listed")
+
+
+def _no_root(scheme: str, missing: str) -> OptionsError:
+    return OptionsError(
+        f"checkpoints cannot be at {scheme}://: fsspec's filesystem for it holds no objects that can be {missing}, so "
+        "that nobody could tell an empty root from a wrong address; give the URL of the bucket or directory itself, "
+        "such as s3://bucket/run-7 with endpoint_url in storage_options"
+    )
 
 
 def _known_options(scheme: str) -> set[str]:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import fsspec.asyn
 import pytest
+import torch
 
+import cloudckpt
 from cloudckpt.errors import (
     ObjectExistsError,
     ObjectNotFoundError,
@@ -21,6 +23,7 @@ from cloudckpt.errors import (
     StorageError,
     TransientError,
 )
+from cloudckpt.options import Options
 from cloudckpt.store.fsspec import FsspecStore
 from cloudckpt.store.wire import GatherBody
 from tests.store.engine_laws import EngineLaws, RefusesSingleDeletes
@@ -209,6 +212,31 @@ class TestAnyFilesystem:
         assert [info.key for info in store.list().objects] == ["c"]
         assert not store.is_create_atomic
         store.close()
+
+    @pytest.mark.parametrize("scheme", ["http", "https", "github", "zip", "reference", "data", "simplecache"])
+    def test_what_cannot_be_written_or_listed_is_refused_by_name(self, scheme: str) -> None:
+        with pytest.raises(OptionsError, match=f"{scheme}://.*wrong address"):
+            FsspecStore(f"{scheme}://host/run")
+
+    def test_a_filesystem_without_listings_is_refused_by_name(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Mute(fsspec.AbstractFileSystem):  # type: ignore[misc]
+            protocol = "mute"
+
+        monkeypatch.setattr("cloudckpt.store.fsspec.get_filesystem_class", lambda _: Mute)
+        with pytest.raises(OptionsError, match=r"mute://.*be listed"):
+            FsspecStore("mute://host/run")
+
+    @pytest.mark.parametrize("page", [b"<html>please log in</html>", None], ids=["portal", "nothing"])
+    def test_a_web_server_is_neither_a_checkpoint_nor_a_fresh_start(self, page: bytes | None) -> None:
+        with ObjectServer() as server:
+            answer = Fault(status=404) if page is None else Fault(status=200, body=page)
+            server.inject(answer, times=-1)
+            url, options = f"http://127.0.0.1:{server.port}/run", Options(single_writer=True)
+            with pytest.raises(OptionsError, match="http://"):
+                cloudckpt.CheckpointManager(url, options=options).restore({"w": torch.zeros(1)})
+            with pytest.raises(OptionsError, match="http://"):
+                cloudckpt.read(url)
+            assert server.count() == 0
 
     def test_a_scheme_that_nobody_knows_is_an_error_of_the_call(self) -> None:
         with pytest.raises(OptionsError, match="nobody"):
