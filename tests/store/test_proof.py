@@ -196,7 +196,7 @@ def test_listings_without_their_query_are_no_fresh_start_and_remove_nothing(
         manager.save(5, {"t": torch.ones(1)})
     server.put_object("root/step-0000000006-e0001/0123456789abcdef/r00000-0000.safetensors", b"a killed job's")
     server.put_object("another/run", b"x")
-    with opened(server, engine, retention=1, prune_grace_s=0, sweep_after_s=0) as manager:
+    with opened(server, engine, retention=1, prune_grace_s=0, sweep_after_s=None) as manager:
         manager.save(7, {"t": torch.ones(1)})
         before = set(server.keys())
         server.unheard = frozenset({"prefix", "delimiter"})
