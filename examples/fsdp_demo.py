@@ -220,8 +220,13 @@ class _Listing:
         return attempts_in(self._fs.find(self._path))
 
     def newest_keys(self) -> list[str]:
-        """List the objects of the newest step alone: a listing of the whole root would outlast a save."""
-        places = filter(None, map(_STEP.search, self._fs.ls(self._path, detail=False)))
+        """List the objects of the newest step alone: a listing of the whole root would outlast a save.
+
+        Nothing is what an emulator may answer while it is written to: the next look decides.
+        """
+        places = list(filter(None, map(_STEP.search, self._fs.ls(self._path, detail=False))))
+        if not places:
+            return []
         newest = max(places, key=lambda place: (int(place["epoch"]), int(place["step"])))
         return list(self._fs.find(newest.string))
 
