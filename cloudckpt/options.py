@@ -125,8 +125,9 @@ class RetryPolicy:
     Attributes:
         max_attempts: requests per operation, at most; those that the store answers with "slower" do not count. While
             the end of a preemption rules, none does: what it is tried for cannot be done later.
-        deadline_s: seconds per operation, waits included. A request gets at most half of what is left, so that
-            another one fits behind it.
+        deadline_s: seconds per operation, waits included. Those of a put or a read count from when its bytes have got
+            further than ever, and end no request whose bytes move. A request may stand still for at most half of what
+            is left, so that another one fits behind it.
         request_timeout_s: seconds that one request may stand still, none of its bytes moving. obstore does not show
             its bytes, so that there it is what a request may take in all; one that took longer is sent again by
             fsspec's client, which does show them.
@@ -260,7 +261,7 @@ class Options:
 
     @property
     def transfer_timeout_s(self) -> float:
-        """Seconds that one transfer of this rank's own may take.
+        """Seconds that one transfer of this rank's own may stand still.
 
         Between the time of the store's own error, which tells the cause, and that when other ranks can only say that
         this one stands still.
