@@ -26,7 +26,7 @@ from cloudckpt.store.classify import CredentialKind, ask, deletion_error
 from cloudckpt.store.credentials import check_texts
 from cloudckpt.store.facts import before_sending
 from cloudckpt.store.limit import Errand, is_limited, limited
-from cloudckpt.store.location import named_endpoint, parse_location
+from cloudckpt.store.location import check_endpoint, named_endpoint, parse_location
 from cloudckpt.store.proof import check_listed
 from cloudckpt.store.redact import hide_in_logs, remember_secrets
 from cloudckpt.store.terms import PutTerms
@@ -90,6 +90,7 @@ class WiredStore(ABC):
         remember_secrets(self._options)
         if self._location.scheme in _SENT_IN_HEADERS:
             check_texts(self._options)
+        check_endpoint(self._location.scheme, self._options)
         self._check_options()
 
     @property
