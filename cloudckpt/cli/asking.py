@@ -1,19 +1,37 @@
-"""What all commands ask for, and how each opens it: a URL and its options in, a catalog out, one line if that fails."""
+"""What commands ask for, and how each opens it: a URL and its options in, a catalog out; and what they ask a person."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-from cloudckpt.errors import CheckpointNotFoundError, CloudCkptError
-from cloudckpt.root import Catalog, Checkpoint
-from cloudckpt.store import open_store
+from cloudckpt.cli.printing import plain
+from cloudckpt.errors import CheckpointNotFoundError
+from cloudckpt.root import Catalog, Checkpoint, ManifestCache, mistaken_for
+from cloudckpt.store import environment_options, hide, open_store
 
-__all__ = ["AsJson", "Engine", "StorageOptions", "Url", "nothing_at", "opened", "the_one_at"]
+__all__ = [
+    "Access",
+    "AsJson",
+    "Engine",
+    "NoCache",
+    "StorageOptions",
+    "Url",
+    "Yes",
+    "cache_of",
+    "ended",
+    "ensure",
+    "newest_or_the_one",
+    "nothing_at",
+    "parsed",
+    "the_one_at",
+]
 
 Url = Annotated[str, typer.Argument(help="A root or a checkpoint: a directory, s3://…, gs://… or any fsspec URL.")]
 StorageOptions = Annotated[
@@ -22,24 +40,61 @@ StorageOptions = Annotated[
         "--storage-options",
         "-o",
         help="fsspec's options for the URL, as JSON; else those of CLOUDCKPT_STORAGE_OPTIONS.",
+        rich_help_panel="Shared",
     ),
 ]
-Engine = Annotated[str, typer.Option(help="auto, local, obstore or fsspec.")]
+Engine = Annotated[str, typer.Option(help="auto, local, obstore or fsspec.", rich_help_panel="Shared")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Read all manifests, and keep none on this machine.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")]
 
 
-@contextmanager
-def opened(url: str, storage_options: str | None, engine: str) -> Iterator[Catalog]:
-    """Open what a command was given; an error of ours inside of the block ends the command with 1."""
-    options = None if storage_options is None else _parsed(storage_options)
-    try:
-        with open_store(url, storage_options=options, engine=engine) as store:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """How a command reaches what a URL names, as the command line says it.
+
+    Attributes:
+        storage_options: JSON, or None.
+        storage_option: texts of the form `key=value`.
+        endpoint_url: the server, or None.
+        profile: of AWS's configuration files, or None.
+        engine: what moves the bytes.
+    """
+
+    storage_options: str | None = None
+    storage_option: Sequence[str] = ()
+    endpoint_url: str | None = None
+    profile: str | None = None
+    engine: str = "auto"
+
+    def options_for(self, url: str) -> dict[str, object] | None:
+        """Return fsspec's options for a URL; None where nothing is said, so that the environment's count.
+
+        Single ones are added to the JSON, and where there is none, to the environment's.
+        """
+        options = parsed(self.storage_options, "--storage-options")
+        added = _added(self.storage_option)
+        if self.endpoint_url is not None:
+            _set(added, ["endpoint_url"], self.endpoint_url, "--endpoint-url")
+        if self.profile is not None:
+            if not url.lower().startswith(("s3:", "s3a:")):
+                raise ended("--profile is for s3:// alone; other stores have no profiles", status=2)
+            _set(added, ["profile"], self.profile, "--profile")
+        if not added:
+            return options
+        return _joined(environment_options() if options is None else options, added)
+
+    @contextmanager
+    def opened(self, url: str) -> Iterator[Catalog]:
+        """Open what a URL names."""
+        with open_store(url, storage_options=self.options_for(url), engine=self.engine) as store:
             yield Catalog(store)
-    except CloudCkptError as exc:
-        raise _ended(" ".join(str(exc).split()), status=1) from exc
 
 
-def _parsed(storage_options: str) -> dict[str, object]:
+def parsed(storage_options: str | None, name: str) -> dict[str, object] | None:
+    """Return options that a command got as JSON; another text ends it with 2."""
+    if storage_options is None:
+        return None
     try:
         options = json.loads(storage_options)
     except ValueError:
@@ -47,12 +102,82 @@ def _parsed(storage_options: str) -> dict[str, object]:
     if isinstance(options, dict):
         return options
     # The text is not repeated: it may hold a secret.
-    raise _ended("--storage-options is no JSON object; write for example '{\"anon\": true}'", status=2)
+    raise ended(f"{name} is no JSON object; write for example '{{\"anon\": true}}'", status=2)
 
 
-def _ended(line: str, *, status: int) -> typer.Exit:
-    typer.echo(f"cloudckpt: {line}", err=True)
+def _added(texts: Sequence[str]) -> dict[str, object]:
+    options: dict[str, object] = {}
+    for text in texts:
+        key, is_there, value = text.partition("=")
+        path = key.split(".")
+        if not is_there or not all(path):
+            raise ended(
+                "--storage-option is not of the form key=value (it is not repeated here, since it may hold a secret); "
+                "write for example anon=true or client_kwargs.region_name=eu-west-1",
+                status=2,
+            )
+        _set(options, path, _typed(value), f"--storage-option {key}")
+    return options
+
+
+def _typed(text: str) -> object:
+    """Return what a text says as JSON, else the text: a key of digits that is meant as text stands in quotes."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _set(options: dict[str, object], path: Sequence[str], value: object, name: str) -> None:
+    *parents, last = path
+    for parent in parents:
+        inner = options.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise ended(f"{name} goes below what another option has given a value", status=2)
+        options = inner
+    if last in options:
+        raise ended(f"{name} is given twice", status=2)
+    options[last] = value
+
+
+def _joined(options: Mapping[str, object], added: Mapping[str, object]) -> dict[str, object]:
+    result = dict(options)
+    for key, value in added.items():
+        old = result.get(key)
+        result[key] = _joined(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def ended(line: str, *, status: int) -> typer.Exit:
+    """Write one line to stderr, without secrets and whatever it was made of; return what ends the command."""
+    typer.echo(f"cloudckpt: {hide(plain(' '.join(line.split())))}", err=True)
     return typer.Exit(status)
+
+
+def ensure(question: str, *, is_yes: bool) -> None:
+    """Ask a person for leave to go on; "no" ends the command with 1, and nobody who could be asked with 2."""
+    if is_yes:
+        return
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise ended(f"{question} Nobody can be asked here, and nothing was changed: pass --yes", status=2)
+    try:
+        is_yes = typer.confirm(question, err=True)
+    except typer.Abort:  # Ctrl-C, or the end of the input
+        is_yes = False
+    if not is_yes:
+        raise ended("nothing was changed", status=1)
+
+
+def newest_or_the_one(catalog: Catalog) -> Checkpoint:
+    """Return the newest checkpoint of a root, or the one that the URL itself is.
+
+    Raises:
+        CheckpointNotFoundError: neither.
+    """
+    found = catalog.newest() or the_one_at(catalog)
+    if found is None:
+        raise nothing_at(catalog)
+    return found
 
 
 def the_one_at(catalog: Catalog) -> Checkpoint | None:
@@ -63,8 +188,23 @@ def the_one_at(catalog: Catalog) -> Checkpoint | None:
         return None
 
 
-def nothing_at(catalog: Catalog) -> CheckpointNotFoundError:
-    """Say that nothing is committed. A bucket cannot tell an empty root from a missing one, so nothing here does."""
-    undecided = len(catalog.places())
-    why = f"attempts without a commit: {undecided}; ask again when a save has ended" if undecided else "check the URL"
+def cache_of(*, no_cache: bool) -> ManifestCache | None:
+    """Return where manifests are kept on this machine, if anywhere."""
+    return None if no_cache else ManifestCache.of_environment()
+
+
+def nothing_at(catalog: Catalog, *, undecided: int | None = None) -> CheckpointNotFoundError:
+    """Say that nothing is committed, and what stands there in its place.
+
+    A bucket cannot tell an empty root from a missing one, so nothing here does.
+
+    Args:
+        catalog: where.
+        undecided: attempts without a commit; None: they are counted by a listing.
+    """
+    undecided = len(catalog.places()) if undecided is None else undecided
+    if undecided:
+        why = f"attempts without a commit: {undecided}; ask again when a save has ended"
+    else:
+        why = mistaken_for(catalog.store) or "check the URL"
     return CheckpointNotFoundError(f"no committed checkpoint at {catalog.store.url}; {why}")

@@ -1,61 +1,142 @@
-"""`cloudckpt ls`: which checkpoints are committed at a URL."""
+"""`cloudckpt ls`: what is committed at a URL, what keeps it, and what stands beside it."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import typer
 
-from cloudckpt.cli.asking import AsJson, Engine, StorageOptions, Url, nothing_at, opened, the_one_at
-from cloudckpt.cli.printing import in_utc, print_table, summary
-from cloudckpt.root import Checkpoint, Unreadable
+from cloudckpt.cli.asking import Access, AsJson, NoCache, Url, cache_of, ended, nothing_at, the_one_at
+from cloudckpt.cli.printing import as_age, in_zone, print_table, summary, zone_name
+from cloudckpt.cli.rules import KeepBestOption, KeepEveryOption, KeepForOption, KeepLastOption, rules_of
+from cloudckpt.report import as_bytes
+from cloudckpt.root import Checkpoint, Overview, overview, why_kept
 
 __all__ = ["ls"]
 
+_Kept = Mapping[tuple[int, int], Sequence[str]]
 
-def ls(url: Url, *, storage_options: StorageOptions = None, engine: Engine = "auto", as_json: AsJson = False) -> None:
-    """List the committed checkpoints below a root, oldest first, or the one at the URL; then those that are unreadable.
 
-    Ends with 1 if there is none to be read. An empty directory counts as a missing one, because in a bucket they are
-    the same.
+def ls(  # noqa: PLR0913 (each option of the command)
+    url: Url,
+    *,
+    access: Access,
+    sort: Annotated[
+        str,
+        typer.Option(
+            metavar="step|time|size|METRIC",
+            help="step and time: the newest last; size: the largest first; a metric: the smallest first.",
+        ),
+    ] = "step",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="So many: the newest, or by size or metric the first.")
+    ] = None,
+    utc: Annotated[bool, typer.Option("--utc", help="Times in UTC.")] = False,
+    keep_last: KeepLastOption = None,
+    keep_best: KeepBestOption = None,
+    keep_every: KeepEveryOption = None,
+    keep_for: KeepForOption = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="Let what is in the cache count as there while its prefix is listed: fewest requests."
+        ),
+    ] = False,
+    no_cache: NoCache = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the committed checkpoints below a root, or the one at the URL; apart, what is unreadable or unfinished.
+
+    Rules, if any are given, are not carried out: the column says which of them keep a checkpoint. Ends with 1 if there
+    is none to be read. An empty directory counts as a missing one, because in a bucket they are the same.
     """
-    with opened(url, storage_options, engine) as catalog:
-        survey = catalog.survey()
-        checkpoints = catalog.readable(survey) or [one for one in [the_one_at(catalog)] if one]
-        if not checkpoints:
-            raise nothing_at(catalog)
+    rules = rules_of(keep_last, keep_best, keep_every, keep_for)
+    with access.opened(url) as catalog:
+        found = overview(catalog, cache_of(no_cache=no_cache), is_quick=quick)
+        checkpoints = found.checkpoints
+        if not checkpoints and not found.unreadable:
+            one = the_one_at(catalog)
+            if one is None:
+                raise nothing_at(catalog, undecided=len(found.unfinished))
+            checkpoints = [one]
+        elif not checkpoints:
+            catalog.refuse(found.unreadable)
+        kept = why_kept(checkpoints, rules)
+        shown = _chosen(checkpoints, sort, limit)
         if as_json:
-            for checkpoint in checkpoints:
-                typer.echo(json.dumps(summary(checkpoint)))
-            for other in survey.unreadable:
-                facts = {"step": other.step, "epoch": other.epoch, "url": other.url, "error": str(other.error)}
-                typer.echo(json.dumps(facts))
-            return
-        columns = ("step", "epoch", "created (UTC)", "bytes", "shards", "ranks", "metrics")
-        numbers = ("step", "epoch", "bytes", "shards", "ranks")
-        rows = [*map(_row, checkpoints), *map(_unreadable_row, survey.unreadable)]
-        print_table(catalog.store.url, columns, rows, numbers=numbers, folded="metrics")
+            _print_json(shown, found, kept)
+        else:
+            _print(catalog.store.url, shown, kept, is_utc=utc)
+            _print_others(found)
 
 
-def _row(checkpoint: Checkpoint) -> tuple[str, ...]:
-    return (
-        "-" if checkpoint.step < 0 else str(checkpoint.step),
-        str(checkpoint.epoch or "-"),
-        in_utc(checkpoint.created_at),
-        f"{checkpoint.total_bytes:,}",
-        str(checkpoint.manifest.shard_count),
-        str(checkpoint.world_size),
-        "  ".join(f"{name} {value:.6g}" for name, value in checkpoint.metrics.items()),
-    )
+def _chosen(checkpoints: Sequence[Checkpoint], sort: str, limit: int | None) -> Sequence[Checkpoint]:
+    if sort in ("step", "time"):
+        by_time = sorted(checkpoints, key=lambda one: one.created_at) if sort == "time" else checkpoints
+        return by_time[-limit:] if limit else by_time
+    if sort == "size":
+        found = sorted(checkpoints, key=lambda one: -one.total_bytes)
+    else:
+        names = sorted({name for one in checkpoints for name in one.metrics})
+        if sort not in names:
+            raise ended(f"no checkpoint has the metric {sort!r}; --sort step, time, size or {names}", status=1)
+        # Those without it last; NaN is smaller than nothing, and comes before them.
+        found = sorted(checkpoints, key=lambda one: _rank(one.metrics.get(sort)))
+    return found[:limit]
 
 
-def _unreadable_row(other: Unreadable) -> tuple[str, ...]:
-    return (
-        str(other.step),
-        str(other.epoch),
-        "unreadable",
-        "-",
-        "-",
-        "-",
-        f"{type(other.error).__name__}: {other.error}",
-    )
+def _rank(value: float | None) -> tuple[int, float]:
+    if value is None:
+        return 2, 0.0
+    return (1, 0.0) if value != value else (0, value)  # noqa: PLR0124 (NaN)
+
+
+def _print_json(checkpoints: Sequence[Checkpoint], found: Overview, kept: _Kept) -> None:
+    now_s = time.time()
+    for one in checkpoints:
+        facts = {"age_s": round(now_s - one.created_at.timestamp(), 3), "kept": kept[one.order]}
+        typer.echo(json.dumps({**summary(one), **facts}))
+    for other in found.unreadable:
+        facts = {"step": other.step, "epoch": other.epoch, "url": other.url, "error": str(other.error)}
+        typer.echo(json.dumps(facts))
+    for orphan in found.unfinished:
+        facts = {"unfinished": orphan.prefix, "object_count": orphan.object_count, "total_bytes": orphan.total_bytes}
+        typer.echo(json.dumps({**facts, "age_s": round(orphan.age_s, 3)}))
+
+
+def _print(url: str, checkpoints: Sequence[Checkpoint], kept: _Kept, *, is_utc: bool) -> None:
+    now_s = time.time()
+    columns = ("step", "epoch", "age", f"created ({zone_name(is_utc=is_utc)})", "size", "ranks", "kept by", "metrics")
+    rows = [
+        (
+            "-" if one.step < 0 else str(one.step),
+            str(one.epoch or "-"),
+            as_age(now_s - one.created_at.timestamp()),
+            in_zone(one.created_at, is_utc=is_utc),
+            as_bytes(one.total_bytes),
+            str(one.world_size),
+            ", ".join(kept[one.order]) or "-",
+            "  ".join(f"{name} {value:.6g}" for name, value in one.metrics.items()),
+        )
+        for one in checkpoints
+    ]
+    typer.echo(url)
+    print_table(columns, rows, numbers=("step", "epoch", "age", "size", "ranks"))
+
+
+def _print_others(found: Overview) -> None:
+    unreadable, unfinished = found.unreadable, found.unfinished
+    rows: list[tuple[str, ...]]
+    if unreadable:
+        typer.echo(f"\nunreadable: {len(unreadable)}; no rule counts them, and only a delete by hand removes them")
+        rows = [(str(one.step), str(one.epoch), f"{type(one.error).__name__}: {one.error}") for one in unreadable]
+        print_table(("step", "epoch", "why"), rows, numbers=("step", "epoch"))
+    if unfinished:
+        typer.echo("\nwithout a commit: a save under way, or what a save or a removal that was cut off has left")
+        rows = [
+            (one.prefix, f"{one.object_count:,}", as_bytes(one.total_bytes), as_age(one.age_s)) for one in unfinished
+        ]
+        print_table(("prefix", "objects", "size", "age"), rows, numbers=("objects", "size", "age"))

@@ -1,19 +1,19 @@
 """Answer a person at a terminal: the command `cloudckpt`, put together from a module a command.
 
-Tables for people by default, JSON lines for programs with `--json`. An error is one line on stderr with the next
-action, after warnings of what was tried, and the status is 1; 2 where the command line itself is wrong.
+Tables for people by default, JSON lines for programs with `--json`. How a command ends stands in `command`.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from typing import Annotated
 
 import typer
 
 import cloudckpt
+from cloudckpt.cli.command import answering, command
+from cloudckpt.cli.latest import latest
 from cloudckpt.cli.ls import ls
 from cloudckpt.cli.show import show
 
@@ -21,25 +21,22 @@ __all__ = ["app"]
 
 
 class _App(typer.Typer):
-    """The command, which ends with one line where nobody can take its answer: a full disk, a reader that is gone."""
+    """The command; its own help and version, too, may have nobody who takes them."""
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         try:
-            try:
-                return super().__call__(*args, **kwargs)
-            finally:
-                sys.stdout.flush()
-        except OSError as exc:
-            if isinstance(exc, cloudckpt.CloudCkptError):
-                raise
-            # What is left in its buffer goes nowhere, or the end of the interpreter would complain once more.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            typer.echo(f"cloudckpt: the answer could not be written: {exc.strerror}", err=True)
-            raise SystemExit(1) from None
+            with answering():
+                try:
+                    return super().__call__(*args, **kwargs)
+                finally:
+                    sys.stdout.flush()
+        except typer.Exit as exc:
+            raise SystemExit(exc.exit_code) from None
 
 
-# Locals are left out of a traceback: storage options hold secrets (FORMAT invariant 16).
-app = _App(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+# Errors are told by `command`, each in one line: a traceback of typer's shows locals, and those hold secrets
+# (FORMAT invariant 16).
+app = _App(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _print_version(is_asked: bool) -> None:  # noqa: FBT001 (typer calls it)
@@ -48,16 +45,21 @@ def _print_version(is_asked: bool) -> None:  # noqa: FBT001 (typer calls it)
         raise typer.Exit
 
 
-@app.callback(epilog="Ends with 0 if all went well, 1 with the reason on stderr, and 2 for a wrong command line.")
+@app.callback(
+    epilog="Ends with 0 if all went well, 1 with the reason on stderr, 2 for a wrong command line, and 3 where a check "
+    "found damage or a difference."
+)
 def _main(
     *,
     version: Annotated[  # noqa: ARG001 (its callback answers)
         bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Look at checkpoints on local disk, S3, GCS or any fsspec URL."""
+    """See and steer checkpoints on local disk, S3, GCS or any fsspec URL."""
     logging.basicConfig(level=logging.WARNING, format="cloudckpt: %(message)s")
 
 
-app.command()(ls)
-app.command()(show)
+# Each command here; its options stand in its module, those that all share in `command`.
+app.command("ls")(command(ls, is_reading=True))
+app.command("latest")(command(latest, is_reading=True))
+app.command("show")(command(show, is_reading=True))

@@ -1,18 +1,20 @@
-"""How answers look: checkpoints as JSON objects, tables as wide as the terminal, times in UTC."""
+"""How answers look: checkpoints as JSON objects, tables as wide as they are, sizes, ages and times for people.
+
+What a store tells may be anybody's text: what would steer a terminal is shown as an escape.
+"""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
-from rich.console import Console
-from rich.table import Table
+import typer
+from rich.cells import cell_len
 
 from cloudckpt.root import Checkpoint
 
-__all__ = ["in_utc", "print_table", "short", "summary"]
-
-_PIPE_WIDTH = 10_000
+__all__ = ["as_age", "in_zone", "plain", "print_facts", "print_table", "short", "summary", "zone_name"]
 
 
 def summary(checkpoint: Checkpoint) -> dict[str, object]:
@@ -34,36 +36,65 @@ def summary(checkpoint: Checkpoint) -> dict[str, object]:
     }
 
 
-def in_utc(moment: datetime) -> str:
-    """Return a time for people, without the zone."""
-    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+def in_zone(moment: datetime, *, is_utc: bool) -> str:
+    """Return a time for people, local or in UTC, without the zone."""
+    return f"{moment.astimezone(UTC if is_utc else None):%Y-%m-%d %H:%M:%S}"
 
 
-def print_table(
-    title: str,
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    *,
-    numbers: Sequence[str] = (),
-    folded: str | None = None,
-) -> None:
-    """Print rows; what goes into a pipe is not cut to the width of a terminal.
+def zone_name(*, is_utc: bool) -> str:
+    """Return the zone of these times."""
+    return "UTC" if is_utc else str(datetime.now().astimezone().tzname())
+
+
+def as_age(seconds: float) -> str:
+    """Return how long ago something was, in its two largest units."""
+    left = int(max(0.0, seconds))
+    parts: list[str] = []
+    for unit, size_s in (("d", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+        count, left = divmod(left, size_s)
+        if count or (unit == "s" and not parts):
+            parts.append(f"{count} {unit}")
+        elif parts:
+            break
+    return " ".join(parts[:2])
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
+    """Print rows below each other; none is cut.
 
     Args:
-        title: what stands above.
-        columns: their names; none for two without names.
+        columns: their names; the last one is as wide as each row needs.
         rows: the cells, as they are to be read.
         numbers: columns that are set to the right.
-        folded: the only column that may take several lines; None for all of them.
     """
-    table = Table(title=title, title_justify="left", show_header=bool(columns))
-    for column in columns or ("", ""):
-        is_whole = folded is not None and column != folded
-        table.add_column(column, justify="right" if column in numbers else "left", overflow="fold", no_wrap=is_whole)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(markup=False, highlight=False)
-    (console if console.is_terminal else Console(markup=False, highlight=False, width=_PIPE_WIDTH)).print(table)
+    lines = [tuple(columns), *(tuple(map(plain, row)) for row in rows)]
+    widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
+    is_right = [name in numbers for name in columns]
+    typer.echo("\n".join("  ".join(map(_padded, line, widths, is_right)).rstrip() for line in lines))
+
+
+def print_facts(facts: Iterable[tuple[str, str]]) -> None:
+    """Print names and what is said of them."""
+    lines = [(plain(name), plain(text)) for name, text in facts]
+    width = max((cell_len(name) for name, _ in lines), default=0)
+    typer.echo("\n".join(f"{_padded(name, width)}  {text}".rstrip() for name, text in lines))
+
+
+def _padded(text: str, width: int, is_right: bool = False) -> str:  # noqa: FBT001, FBT002 (mapped over a row)
+    blanks = " " * (width - cell_len(text))
+    return blanks + text if is_right else text + blanks
+
+
+def plain(text: str) -> str:
+    """Return a text with everything that no terminal shows, or obeys, as an escape."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char
+        if char.isprintable() and unicodedata.category(char) != "Cf"
+        else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
+    )
 
 
 def short(text: str, limit: int = 200) -> str:

@@ -2,31 +2,77 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import typer
 
-from cloudckpt.cli.asking import AsJson, Engine, StorageOptions, Url, nothing_at, opened, the_one_at
-from cloudckpt.cli.printing import in_utc, print_table, short, summary
+from cloudckpt.cli.asking import Access, AsJson, Url, newest_or_the_one
+from cloudckpt.cli.printing import in_zone, print_facts, print_table, short, summary, zone_name
+from cloudckpt.errors import CheckpointNotFoundError
 from cloudckpt.format import Index
-from cloudckpt.loading import read_index
+from cloudckpt.loading import Group, groups_of, read_index, tensor_numbers
+from cloudckpt.report import as_bytes
 from cloudckpt.root import Checkpoint
 
 __all__ = ["show"]
 
 
-def show(url: Url, *, storage_options: StorageOptions = None, engine: Engine = "auto", as_json: AsJson = False) -> None:
-    """Show one checkpoint: its manifest, tensors and values; of a root, the newest."""
-    with opened(url, storage_options, engine) as catalog:
-        checkpoint = the_one_at(catalog) or catalog.newest()
-        if checkpoint is None:
-            raise nothing_at(catalog)
+def show(  # noqa: PLR0913 (each option of the command)
+    url: Url,
+    *,
+    access: Access,
+    depth: Annotated[int, typer.Option(min=1, help="Group tensors by so many parts of their names.")] = 2,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List all tensors.")] = False,
+    tensor: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One tensor: reads it, for its smallest, largest, mean, NaNs.")
+    ] = None,
+    values: Annotated[bool, typer.Option("--values", help="List all values, whole.")] = False,
+    value: Annotated[str | None, typer.Option(metavar="NAME", help="One value, whole.")] = None,
+    utc: Annotated[bool, typer.Option("--utc", help="Times in UTC.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show one checkpoint: its manifest, environment, tensors and values; of a root, the newest."""
+    with access.opened(url) as catalog:
+        checkpoint = newest_or_the_one(catalog)
         index = read_index(catalog, checkpoint)
-        if as_json:
+        if tensor is not None:
+            numbers = tensor_numbers(catalog.store, checkpoint, index, tensor)
+            facts = dataclasses.asdict(numbers)
+            if as_json:
+                typer.echo(json.dumps({name: _json_number(fact) for name, fact in facts.items()}))
+            else:
+                print_facts((name, _shown(fact)) for name, fact in facts.items())
+        elif value is not None:
+            if value not in index.values:
+                raise CheckpointNotFoundError(f"{checkpoint.url} has no value {value!r}; `--values` lists them")
+            typer.echo(json.dumps(index.values[value], ensure_ascii=True))
+        elif as_json:
             found = {**summary(checkpoint), "tensors": _tensors(index), "values": index.values}
-            typer.echo(json.dumps({**found, "environment": checkpoint.manifest.environment}))
+            groups = [dataclasses.asdict(group) for group in groups_of(index, depth)]
+            typer.echo(json.dumps({**found, "groups": groups, "environment": checkpoint.manifest.environment}))
         else:
-            _print(checkpoint, index)
+            _print(checkpoint, index, groups_of(index, depth), is_utc=utc)
+            if tensors:
+                rows = [(name, *map(str, facts.values())) for name, facts in _tensors(index).items()]
+                _print_titled("tensors", ("name", "dtype", "shape", "chunks"), rows)
+            if values or len(index.values) <= _FEW:
+                _print_values(index, is_whole=values)
+
+
+_FEW = 20
+
+
+def _json_number(fact: object) -> object:
+    # JSON has no numbers that are not finite.
+    return str(fact) if isinstance(fact, float) and not math.isfinite(fact) else fact
+
+
+def _shown(fact: object) -> str:
+    return f"{fact:.9g}" if isinstance(fact, float) else str(fact)
 
 
 def _tensors(index: Index) -> dict[str, dict[str, object]]:
@@ -37,11 +83,29 @@ def _tensors(index: Index) -> dict[str, dict[str, object]]:
     }
 
 
-def _print(checkpoint: Checkpoint, index: Index) -> None:
-    facts = {**summary(checkpoint), "created_at": f"{in_utc(checkpoint.created_at)} UTC"}
-    rows = [(name, str(value)) for name, value in {**facts, **checkpoint.manifest.environment}.items()]
-    print_table(checkpoint.url, (), rows)
-    tensors = [(name, *map(str, facts.values())) for name, facts in _tensors(index).items()]
-    print_table("tensors", ("name", "dtype", "shape", "chunks"), tensors)
-    values = [(name, short(json.dumps(value))) for name, value in index.values.items()]
-    print_table("values", ("name", "value"), values)
+def _print(checkpoint: Checkpoint, index: Index, groups: list[Group], *, is_utc: bool) -> None:
+    created = f"{in_zone(checkpoint.created_at, is_utc=is_utc)} {zone_name(is_utc=is_utc)}"
+    facts: Mapping[str, object] = {
+        **summary(checkpoint),
+        "created_at": created,
+        "total_bytes": f"{as_bytes(checkpoint.total_bytes)} ({checkpoint.total_bytes:,} bytes)",
+    }
+    print_facts((name, str(fact)) for name, fact in {**facts, **checkpoint.manifest.environment}.items())
+    rows = [
+        (group.prefix, f"{group.tensor_count:,}", as_bytes(group.total_bytes), f"{group.share:.1%}") for group in groups
+    ]
+    title = f"{len(index.tensors):,} tensors and {len(index.values):,} values, by prefix"
+    _print_titled(title, ("prefix", "tensors", "size", "share"), rows, numbers=("tensors", "size", "share"))
+
+
+def _print_titled(
+    title: str, columns: tuple[str, ...], rows: Sequence[tuple[str, ...]], numbers: tuple[str, ...] = ()
+) -> None:
+    typer.echo(f"\n{title}")
+    print_table(columns, rows, numbers=numbers)
+
+
+def _print_values(index: Index, *, is_whole: bool) -> None:
+    texts = [(name, json.dumps(value)) for name, value in index.values.items()]
+    typer.echo("\nvalues")
+    print_facts((name, text if is_whole else short(text)) for name, text in texts)

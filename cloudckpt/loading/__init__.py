@@ -2,5 +2,17 @@
 
 from cloudckpt.loading.input import Pieces, RankInput, by_part_name, describe, part_targets, read_index
 from cloudckpt.loading.lead import load_state
+from cloudckpt.loading.numbers import Group, groups_of, tensor_numbers
 
-__all__ = ["Pieces", "RankInput", "by_part_name", "describe", "load_state", "part_targets", "read_index"]
+__all__ = [
+    "Group",
+    "Pieces",
+    "RankInput",
+    "by_part_name",
+    "describe",
+    "groups_of",
+    "load_state",
+    "part_targets",
+    "read_index",
+    "tensor_numbers",
+]

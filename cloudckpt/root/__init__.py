@@ -3,10 +3,13 @@
 The catalog is the only room that creates or deletes a manifest.
 """
 
+from cloudckpt.root.absence import mistaken_for
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint, Fit, Unreadable
 from cloudckpt.root.choice import Candidate, Choice, Wanted
 from cloudckpt.root.destination import Destination, Epoch, Target, own_url
+from cloudckpt.root.known import ManifestCache
+from cloudckpt.root.overview import Overview, overview
 from cloudckpt.root.pruning import Cleaner, Pruner, RetentionScope
 from cloudckpt.root.replacing import Exists, check_exists, check_place
 from cloudckpt.root.retention import (
@@ -18,9 +21,11 @@ from cloudckpt.root.retention import (
     RetentionRule,
     checked_rules,
     watched_rules,
+    why_kept,
 )
 from cloudckpt.root.roots import Roots
 from cloudckpt.root.sweep import Orphan, sweep
+from cloudckpt.root.waiting import wait_for_next
 
 __all__ = [
     "Candidate",
@@ -36,7 +41,9 @@ __all__ = [
     "KeepEvery",
     "KeepFor",
     "KeepLast",
+    "ManifestCache",
     "Orphan",
+    "Overview",
     "Pruner",
     "Retention",
     "RetentionRule",
@@ -48,7 +55,11 @@ __all__ = [
     "check_exists",
     "check_place",
     "checked_rules",
+    "mistaken_for",
+    "overview",
     "own_url",
     "sweep",
+    "wait_for_next",
     "watched_rules",
+    "why_kept",
 ]

@@ -6,6 +6,7 @@ Asked only after a manifest was not found. Keeps FORMAT invariant 7: what a cut-
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 
 from cloudckpt.errors import BucketNotFoundError, ManifestError, StorageError
@@ -13,11 +14,12 @@ from cloudckpt.format import MANIFEST_NAME, is_attempt, parse_checkpoint_prefix
 from cloudckpt.root.claims import Claims
 from cloudckpt.store import Listing, Store
 
-__all__ = ["refuse_lost", "set_aside_key", "what_is_there"]
+__all__ = ["mistaken_for", "refuse_lost", "set_aside_key", "what_is_there"]
 
 logger = logging.getLogger(__name__)
 
 _NOTHING = "list what is there with `cloudckpt ls`"
+_WEIGHTS = re.compile(r"\.(?:safetensors(?:\.index\.json)?|bin\.index\.json|pt|pth|ckpt)\Z|\Apytorch_model.*\.bin\Z")
 # One claim tells of all before it; those that a job left which has not restored tell nothing.
 _CLAIMS = 16
 
@@ -33,16 +35,23 @@ def what_is_there(store: Store, prefix: str) -> str:
     Raises:
         BucketNotFoundError: nothing can be there. Of an object alone not every store tells that its bucket is missing.
     """
-    if prefix:
-        return _NOTHING
+    return (not prefix and mistaken_for(store)) or _NOTHING
+
+
+def mistaken_for(store: Store) -> str:
+    """Return a clause that says what stands at a URL that is no checkpoint, and the next action; "" if nothing known.
+
+    Raises:
+        BucketNotFoundError: nothing can be there.
+    """
     try:
         top = store.list("", delimiter="/")
-        return _mistaken(store, top) or _unfinished(store, top) or _NOTHING
+        return _mistaken(store, top) or _unfinished(store, top)
     except BucketNotFoundError:
         raise
     except StorageError:
         # A listing may be refused where reading is not; what is raised is that nothing is committed.
-        return _NOTHING
+        return ""
 
 
 def refuse_lost(url: str, attempts: Sequence[str], claims: Claims) -> None:
@@ -77,6 +86,12 @@ def _mistaken(store: Store, top: Listing) -> str:
             "it is one of torch.distributed.checkpoint's own format (.metadata, .distcp). To import it, load it with "
             "torch.distributed.checkpoint.load and its FileSystemReader (FsspecReader for a bucket), then save the "
             "state with cloudckpt.save or a CloudWriter"
+        )
+    weights = [name for name in sorted(names) if _WEIGHTS.search(name)]
+    if weights:
+        return (
+            f"it is a folder of another format ({weights[0]}): a model of Hugging Face's, safetensors or torch.save. "
+            "To import it, load it with its own library, then save the state with cloudckpt.save"
         )
     steps = [name for name in top.prefixes if parse_checkpoint_prefix(name)]
     if steps:

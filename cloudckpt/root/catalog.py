@@ -49,6 +49,7 @@ from cloudckpt.format import (
 from cloudckpt.root.absence import refuse_lost, what_is_there
 from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable, best_first
 from cloudckpt.root.claims import Claims
+from cloudckpt.root.known import Known
 from cloudckpt.root.looking import Walk
 from cloudckpt.root.removal import delete_below
 from cloudckpt.store import Store, one_deadline
@@ -199,7 +200,9 @@ class Catalog:
 
     def places(self) -> dict[str, tuple[int, int]]:
         """Return (epoch, step) of all attempts below the root, committed or not, by their prefix; newest first."""
-        prefixes = self.store.list("", delimiter="/").prefixes
+        return self._placed(self.store.list("", delimiter="/").prefixes)
+
+    def _placed(self, prefixes: Iterable[str]) -> dict[str, tuple[int, int]]:
         found = {prefix: place[::-1] for prefix in prefixes if (place := parse_checkpoint_prefix(prefix))}
         self.claims.note([epoch for epoch, _ in found.values()], are_all=True)
         return dict(sorted(found.items(), key=lambda item: item[1], reverse=True))
@@ -217,8 +220,12 @@ class Catalog:
                 raise found
             yield found
 
-    def _walk(self, look: Callable[[str], _Result | None]) -> Walk[_Result]:
-        return Walk(self.store.url, self.places, look, self._is_decided)
+    def _walk(
+        self,
+        look: Callable[[str], _Result | None],
+        places: Callable[[], dict[str, tuple[int, int]]] | None = None,
+    ) -> Walk[_Result]:
+        return Walk(self.store.url, places or self.places, look, self._is_decided)
 
     def _is_decided(self, prefix: str) -> bool:
         with self._memory.lock:
@@ -276,18 +283,36 @@ class Catalog:
     def readable(self, survey: Survey) -> list[Checkpoint]:
         """Return the checkpoints that were found; raises as `all` does."""
         if not survey.checkpoints:
-            self._refuse([one.error for one in reversed(survey.unreadable)])
+            self.refuse(survey.unreadable)
         return list(survey.checkpoints)
 
-    def survey(self) -> Survey:
+    def survey(self, known: Known | None = None) -> Survey:
         """Look at all that stands below the root. One listing, and one request for each prefix.
 
         Where the newest are not committed, they are looked at again, and the root is listed again. A manifest that was
         read before is looked for, and not read again. One that cannot be read is told apart, and
         named once in the log; a store that cannot be reached raises `StorageError`.
+
+        Args:
+            known: what was read in another process; where its listing says that it stands, it is not looked at.
         """
-        walk: Walk[Checkpoint | Unreadable] = self._walk(self._see)
-        return Survey.of(walk.all(lambda prefixes: self._each(prefixes, self._see)))
+        seen: dict[str, _Found] = {}
+
+        def look(prefix: str) -> _Found:
+            recalled = None if known is None else known.recalled(prefix)
+            seen[prefix] = self._see(prefix) if recalled is None else self._remember(*recalled, prefix)
+            return seen[prefix]
+
+        def look_at_all(prefixes: Sequence[str]) -> Sequence[_Found]:
+            new = [prefix for prefix in prefixes if known is None or known.recalled(prefix) is None]
+            self._each(new, look)
+            return [seen[prefix] if prefix in seen else look(prefix) for prefix in prefixes]
+
+        places = None if known is None else (lambda: self._placed(known.prefixes(self.store)))
+        walk: Walk[Checkpoint | Unreadable] = self._walk(look, places)
+        found = walk.all(look_at_all)
+        undecided = [prefix for prefix, one in seen.items() if one is None and not self._is_decided(prefix)]
+        return Survey.of(found, undecided)
 
     def recall(self, prefixes: Iterable[str]) -> Survey:
         """Return what stands under these prefixes as far as it is remembered; only new ones are looked at.
@@ -401,6 +426,10 @@ class Catalog:
                 error,
             )
         return Unreadable(step=step, epoch=epoch, url=self._url(prefix), error=error)
+
+    def refuse(self, unreadable: Sequence[Unreadable]) -> None:
+        """Raise why the newest of these cannot be read: nothing can be, where something stands."""
+        self._refuse([one.error for one in reversed(unreadable)])
 
     def _refuse(self, failures: Sequence[ManifestError | StorageError]) -> None:
         """Raise the first of these, if there is one: nothing can be read where something stands."""

@@ -114,18 +114,26 @@ class Unreadable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
-    """What stands below a root, each part oldest first by (epoch, step)."""
+    """What stands below a root, each part oldest first by (epoch, step).
+
+    Attributes:
+        checkpoints: committed, and read.
+        unreadable: those of which nobody can say what they are.
+        undecided: prefixes under which nothing was committed when they were looked at.
+    """
 
     checkpoints: Sequence[Checkpoint]
     unreadable: Sequence[Unreadable]
+    undecided: Sequence[str] = ()
 
     @classmethod
-    def of(cls, found: Iterable[Checkpoint | Unreadable | None]) -> Self:
+    def of(cls, found: Iterable[Checkpoint | Unreadable | None], undecided: Sequence[str] = ()) -> Self:
         """Put what was found in order; None is nothing."""
         there = sorted((one for one in found if one is not None), key=lambda one: one.order)
         return cls(
             checkpoints=tuple(one for one in there if isinstance(one, Checkpoint)),
             unreadable=tuple(one for one in there if isinstance(one, Unreadable)),
+            undecided=tuple(undecided),
         )
 
 

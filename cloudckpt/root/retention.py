@@ -29,6 +29,7 @@ __all__ = [
     "checked_rules",
     "removable",
     "watched_rules",
+    "why_kept",
 ]
 
 logger = logging.getLogger(__name__)
@@ -164,6 +165,23 @@ def removable(
     oldest_first = sorted(checkpoints, key=lambda one: one.order)
     kept = {oldest_first[-1].order, *protected}.union(*(_kept(rule, oldest_first) for rule in rules))
     return [one for one in oldest_first if one.order not in kept]
+
+
+def why_kept(
+    checkpoints: Sequence[Checkpoint], rules: Sequence[RetentionRule]
+) -> dict[tuple[int, int], tuple[str, ...]]:
+    """Return what keeps each checkpoint, by its (epoch, step): `newest`, and the rules as their repr has them.
+
+    What nothing keeps has no words: a pass by these rules would remove it.
+    """
+    oldest_first = sorted(checkpoints, key=lambda one: one.order)
+    words: dict[tuple[int, int], tuple[str, ...]] = {one.order: () for one in oldest_first}
+    if oldest_first:
+        words[oldest_first[-1].order] = ("newest",)
+        for rule in rules:
+            for order in set(_kept(rule, oldest_first)):
+                words[order] += (repr(rule),)
+    return words
 
 
 def checked_rules(retention: object) -> tuple[RetentionRule, ...]:

@@ -7,8 +7,9 @@ errors; the one layer around it is the only place that tries again. No cloud lib
 from cloudckpt.store.base import Listing, ObjectInfo, Store
 from cloudckpt.store.limit import LeftBehindError, one_deadline, told_of_moves
 from cloudckpt.store.local import scrub
-from cloudckpt.store.opening import open_store
+from cloudckpt.store.opening import environment_options, open_store
 from cloudckpt.store.probe import probe_create, probe_write
+from cloudckpt.store.redact import hide
 from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.store.stats import StoreStats
 
@@ -19,6 +20,8 @@ __all__ = [
     "RetryingStore",
     "Store",
     "StoreStats",
+    "environment_options",
+    "hide",
     "one_deadline",
     "open_store",
     "probe_create",

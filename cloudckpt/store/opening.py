@@ -25,7 +25,7 @@ from cloudckpt.store.local import LocalStore
 from cloudckpt.store.location import LOCAL_SCHEMES, scheme_of
 from cloudckpt.store.retrying import RetryingStore
 
-__all__ = ["STORAGE_OPTIONS_VARIABLE", "Engine", "open_store"]
+__all__ = ["STORAGE_OPTIONS_VARIABLE", "Engine", "environment_options", "open_store"]
 
 Engine = Literal["auto", "local", "obstore", "fsspec"]
 
@@ -75,7 +75,7 @@ def open_store(
                 raise OptionsError(f"a disk knows no {name}; leave it out of Options")
         store: Store = LocalStore(text)
     else:
-        given = _of_environment() if storage_options is None else storage_options
+        given = environment_options() if storage_options is None else storage_options
         try:
             store = _open_remote(text, name, given, chosen)
         except RuntimeError as exc:  # so do imports end once the interpreter shuts down
@@ -93,7 +93,8 @@ def _text_of(url: object) -> str:
     raise OptionsError(f"the URL is a {type(url).__name__}; give a path or a URL, such as 's3://bucket/run-7'")
 
 
-def _of_environment() -> Mapping[str, object] | None:
+def environment_options() -> Mapping[str, object]:
+    """Return the storage options that the environment gives; raises `OptionsError` if they are no JSON object."""
     text = os.environ.get(STORAGE_OPTIONS_VARIABLE, "").strip()
     try:
         options = json.loads(text or "{}")

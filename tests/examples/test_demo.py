@@ -172,7 +172,7 @@ def test_a_notice_in_the_middle_of_a_data_epoch_costs_no_step_and_says_what_time
 def test_the_listing_shows_the_newest_checkpoints_and_not_the_half_written_one(honest: Ran) -> None:
     listing = "\n".join(honest.record["cloudckpt_ls"])
     _, second, _, last = honest.record["observed"]["run_b"]
-    listed = [(int(step), int(epoch)) for step, epoch in re.findall(r"^│ +(\d+) │ +(\d+) │", listing, re.MULTILINE)]
+    listed = [(int(step), int(epoch)) for step, epoch in re.findall(r"^ *(\d+)  +(\d+)  ", listing, re.MULTILINE)]
     half_written = tuple(map(int, re.findall(r"\d+", second["half_written"])))
 
     assert listed[-1] == (last["saved_steps"][-1], 4)
