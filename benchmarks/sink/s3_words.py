@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import formatdate
+from itertools import islice
 from urllib.parse import quote
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
@@ -117,35 +119,42 @@ def range_of(header: str | None, size_bytes: int) -> tuple[int, int]:
     return start, stop
 
 
-def list_page(entries: Iterable[tuple[str, Body]], bucket: str, query: Mapping[str, str]) -> str:
-    """Write one page of ListObjectsV2 over all keys of a bucket."""
+def list_page(keys: Sequence[str], find: Callable[[str], Body | None], bucket: str, query: Mapping[str, str]) -> str:
+    """Write one page of ListObjectsV2 over the sorted keys of a bucket; what `find` does not find has just gone."""
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
     after = query.get("continuation-token") or query.get("start-after", "")
     limit = min(int(query.get("max-keys", _PAGE_KEYS)), _PAGE_KEYS)
-    found = _fold(((key, body) for key, body in entries if key.startswith(prefix)), len(prefix), delimiter)
-    names = [name for name in sorted(found) if name > after]
-    page = names[:limit]
+    found = islice(_names(keys, find, prefix, delimiter, after), limit + 1)
+    page = list(found)
+    is_cut, page = len(page) > limit, page[:limit]
     is_url = query.get("encoding-type") == "url"
     encode = quote if is_url else escape
     parts = [
         f"<Name>{bucket}</Name><Prefix>{encode(prefix)}</Prefix><MaxKeys>{limit}</MaxKeys>",
-        f"<KeyCount>{len(page)}</KeyCount><IsTruncated>{str(len(names) > limit).lower()}</IsTruncated>",
+        f"<KeyCount>{len(page)}</KeyCount><IsTruncated>{str(is_cut).lower()}</IsTruncated>",
         "<EncodingType>url</EncodingType>" if is_url else "",
-        f"<NextContinuationToken>{escape(page[-1])}</NextContinuationToken>" if len(names) > limit else "",
-        *(_list_entry(encode(name), found[name]) for name in page),
+        f"<NextContinuationToken>{escape(page[-1][0])}</NextContinuationToken>" if is_cut else "",
+        *(_list_entry(encode(name), body) for name, body in page),
     ]
     return f"<ListBucketResult>{''.join(parts)}</ListBucketResult>"
 
 
-def _fold(entries: Iterable[tuple[str, Body]], prefix_length: int, delimiter: str) -> dict[str, Body | None]:
-    found: dict[str, Body | None] = {}
-    for key, body in entries:
-        cut = key.find(delimiter, prefix_length) if delimiter else -1
+def _names(
+    keys: Sequence[str], find: Callable[[str], Body | None], prefix: str, delimiter: str, after: str
+) -> Iterator[tuple[str, Body | None]]:
+    """Yield keys, and common prefixes once, in order; a page costs what is on it, however many keys there are."""
+    at = bisect_left(keys, max(prefix, after))
+    while at < len(keys) and (key := keys[at]).startswith(prefix):
+        cut = key.find(delimiter, len(prefix)) if delimiter else -1
         if cut < 0:
-            found[key] = body
-        else:
-            found[key[: cut + len(delimiter)]] = None
-    return found
+            if key > after and (body := find(key)) is not None:
+                yield key, body
+            at += 1
+            continue
+        group = key[: cut + len(delimiter)]
+        if group > after:
+            yield group, None
+        at = bisect_left(keys, group[:-1] + chr(ord(group[-1]) + 1), at)
 
 
 def _list_entry(name: str, body: Body | None) -> str:

@@ -20,7 +20,7 @@ import socket
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import count
@@ -71,6 +71,8 @@ class Sink:
     def __init__(self, memory_bytes: int) -> None:
         self.arena = Arena(memory_bytes)
         self._objects: dict[tuple[str, str], Body] = {}
+        # Sorted, by their bucket; None since a key has come or gone.
+        self._keys: dict[str, list[str]] | None = None
         self._uploads: dict[str, dict[int, Body]] = {}
         self._requests: Counter[str] = Counter()
         self._moved: Counter[str] = Counter()
@@ -108,6 +110,7 @@ class Sink:
         for body in (*self._objects.values(), *parts):
             self.arena.release(body.extents)
         self._objects.clear()
+        self._keys = None
         self._uploads.clear()
 
     def _receive(self, request: Request, connection: Connection) -> _Call:
@@ -160,6 +163,7 @@ class Sink:
             is_refused = old is not None and is_create_only(call.request)
             if not is_refused:
                 self._objects[call.name] = body
+                self._keys = self._keys if old else None
         unused = body if is_refused else old
         if unused:
             self.arena.release(unused.extents)
@@ -205,6 +209,7 @@ class Sink:
     def _remove(self, name: tuple[str, str]) -> None:
         with self._lock:
             body = self._objects.pop(name, None)
+            self._keys = None
         if body:
             self.arena.release(body.extents)
 
@@ -268,8 +273,12 @@ class Sink:
 
     def list(self, call: _Call) -> Answer:
         with self._lock:
-            entries = [(key, body) for (bucket, key), body in self._objects.items() if bucket == call.bucket]
-        return xml(list_page(entries, call.bucket, call.request.query))
+            if self._keys is None:
+                self._keys = defaultdict(list)
+                for bucket, key in sorted(self._objects):
+                    self._keys[bucket].append(key)
+            keys = self._keys[call.bucket]
+        return xml(list_page(keys, lambda key: self._objects.get((call.bucket, key)), call.bucket, call.request.query))
 
     def refuse(self, call: _Call) -> Answer:
         raise RefusalError(501, "NotImplemented")
