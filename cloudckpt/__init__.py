@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from cloudckpt.root import Checkpoint, Fit, KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
     from cloudckpt.saving import SaveHandle
     from cloudckpt.state import AccumulationWindow, PerRank, ResumableSampler
+    from cloudckpt.store import Probe, probe
 
     __version__: str
 
@@ -83,6 +84,7 @@ __all__ = [
     "OptionsError",
     "PerRank",
     "Preemption",
+    "Probe",
     "RankLostError",
     "RestoreFailedError",
     "ResumableSampler",
@@ -96,6 +98,7 @@ __all__ = [
     "StorageError",
     "UnsupportedValueError",
     "load",
+    "probe",
     "read",
     "register",
     "save",
@@ -112,6 +115,7 @@ _LATE = {
     "root": ("Checkpoint", "Fit", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule"),
     "saving": ("SaveHandle",),
     "state": ("AccumulationWindow", "PerRank", "ResumableSampler"),
+    "store": ("Probe", "probe"),
 }
 
 if not TYPE_CHECKING:  # a type checker that saw it would let every misspelt name pass

@@ -15,6 +15,7 @@ import cloudckpt
 from cloudckpt.cli.command import answering, command
 from cloudckpt.cli.latest import latest
 from cloudckpt.cli.ls import ls
+from cloudckpt.cli.probe import probe
 from cloudckpt.cli.show import show
 
 __all__ = ["app"]
@@ -62,4 +63,5 @@ def _main(
 # Each command here; its options stand in its module, those that all share in `command`.
 app.command("ls")(command(ls, is_reading=True))
 app.command("latest")(command(latest, is_reading=True))
+app.command("probe")(command(probe))
 app.command("show")(command(show, is_reading=True))

@@ -94,7 +94,7 @@ def _print(checkpoint: Checkpoint, index: Index, groups: list[Group], *, is_utc:
     rows = [
         (group.prefix, f"{group.tensor_count:,}", as_bytes(group.total_bytes), f"{group.share:.1%}") for group in groups
     ]
-    title = f"{len(index.tensors):,} tensors and {len(index.values):,} values, by prefix"
+    title = f"tensors: {len(index.tensors):,}, values: {len(index.values):,}; by prefix"
     _print_titled(title, ("prefix", "tensors", "size", "share"), rows, numbers=("tensors", "size", "share"))
 
 

@@ -36,7 +36,7 @@ from cloudckpt.store.limit import one_deadline
 from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.threads import started
 
-__all__ = ["probe_create", "probe_write"]
+__all__ = ["probe_create", "probe_write", "race"]
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,25 @@ def probe_write(store: Store) -> None:
     key = f"probe-{secrets.token_hex(16)}"
     store.put(key, [memoryview(b"cloudckpt asks whether the store is there again")])
     _remove(store, [key])
+
+
+@one_deadline()
+def race(store: Store, key: str) -> bool:
+    """Let eight writers create one object at the same time; tell whether exactly one won, False if faults spoilt it.
+
+    The object stays, for the caller to remove.
+
+    Raises:
+        CreateNotEnforcedError: several won.
+        StorageError: it could not be asked.
+    """
+    writers = _writers(store, key)
+    wait(writers)
+    try:
+        ends = [writer.result() for writer in writers]
+    except threading.BrokenBarrierError as exc:
+        raise _not_asked(store, exc) from exc
+    return _is_answered(store, key, ends)
 
 
 @one_deadline()
