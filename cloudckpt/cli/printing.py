@@ -14,7 +14,11 @@ from rich.cells import cell_len
 
 from cloudckpt.root import Checkpoint
 
-__all__ = ["as_age", "in_zone", "plain", "print_facts", "print_table", "short", "summary", "zone_name"]
+__all__ = ["LINE_S", "as_age", "in_zone", "plain", "print_facts", "print_table", "short", "summary", "zone_name"]
+
+
+LINE_S = 10.0
+"""How often a command that no terminal shows says how far it is."""
 
 
 def summary(checkpoint: Checkpoint) -> dict[str, object]:

@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 
 from cloudckpt.cli.asking import Access, AsJson, Url, newest_or_the_one
-from cloudckpt.cli.printing import in_zone, print_facts, print_table, short, summary, zone_name
+from cloudckpt.cli.printing import LINE_S, in_zone, print_facts, print_table, short, summary, zone_name
 from cloudckpt.errors import CheckpointNotFoundError
 from cloudckpt.format import Index
 from cloudckpt.loading import Group, groups_of, read_index, tensor_numbers
-from cloudckpt.report import as_bytes
+from cloudckpt.report import Progress, as_bytes
 from cloudckpt.root import Checkpoint
 
 __all__ = ["show"]
@@ -40,7 +40,8 @@ def show(  # noqa: PLR0913 (each option of the command)
         checkpoint = newest_or_the_one(catalog)
         index = read_index(catalog, checkpoint)
         if tensor is not None:
-            numbers = tensor_numbers(catalog.store, checkpoint, index, tensor)
+            with Progress().bar("reading", rank=0, every_s=LINE_S) as bar:
+                numbers = tensor_numbers(catalog.store, checkpoint, index, tensor, gauge=bar)
             facts = dataclasses.asdict(numbers)
             if as_json:
                 typer.echo(json.dumps({name: _json_number(fact) for name, fact in facts.items()}))

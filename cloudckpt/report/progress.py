@@ -2,6 +2,7 @@
 
     bar     while bytes move, on a terminal     ──▶ gone when they have moved
     line    once it is done                     ──▶ stays
+    lines   now and then, of a command that no terminal shows, so that its log tells that it goes on
 
 All goes to stderr, from rank 0 alone. Who has the log of cloudckpt shown at INFO reads the same there, and is not told
 twice. `rich` draws the bar, and is imported when there is one.
@@ -10,9 +11,13 @@ twice. `rich` draws the bar, and is imported when there is one.
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 from cloudckpt.errors import OptionsError
@@ -50,6 +55,37 @@ class Bar:
                 self._drawn.advance(self._task, size_bytes)
 
 
+class _Lines(Bar):
+    """The same where there is no terminal: a line now and then."""
+
+    def __init__(self, what: str, say: Callable[[str], None], every_s: float, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self._what = what
+        self._say = say
+        self._every_s = every_s
+        self._clock = clock
+        self._began_s = self._told_s = clock()
+        self._total_bytes = self._moved_bytes = 0
+        self._lock = threading.Lock()
+
+    def begin(self, total_bytes: int) -> None:
+        with self._lock:
+            self._began_s = self._told_s = self._clock()
+            self._total_bytes, self._moved_bytes = total_bytes, 0
+
+    def move(self, size_bytes: int) -> None:
+        with self._lock:
+            self._moved_bytes += size_bytes
+            now_s = self._clock()
+            if now_s - self._told_s < self._every_s:
+                return
+            self._told_s = now_s
+            moved_bytes, total_bytes = self._moved_bytes, self._total_bytes
+            rate = moved_bytes / (now_s - self._began_s)
+        left = f", {max(0, total_bytes - moved_bytes) / rate:.0f} s left" if rate else ""
+        self._say(f"{self._what}: {as_bytes(moved_bytes)} of {as_bytes(total_bytes)}, {as_bytes(rate)}/s{left}")
+
+
 @contextmanager
 def _harmless() -> Iterator[None]:
     """Let nothing that is wrong with stderr decide about a save: a full disk, a reader that is gone, a stand-in."""
@@ -82,9 +118,13 @@ class Progress:
                 sys.stderr.flush()
 
     @contextmanager
-    def bar(self, what: str, *, rank: int) -> Iterator[Bar]:
-        """Show a bar until the end of the block, if there is a terminal."""
+    def bar(
+        self, what: str, *, rank: int, every_s: float = math.inf, clock: Callable[[], float] = time.monotonic
+    ) -> Iterator[Bar]:
+        """Show a bar until the end of the block, if there is a terminal; else a line every so many seconds."""
         drawn, bar = None, Bar()
+        if every_s < math.inf:
+            bar = _Lines(what, partial(self.say, rank=rank), every_s, clock)
         if rank == 0 and self._is_bar_wanted():
             with _harmless():
                 drawn = _drawn()

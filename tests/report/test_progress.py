@@ -186,3 +186,17 @@ def test_nothing_that_is_wrong_with_stderr_decides_about_a_save(
     cloudckpt.load({"w": torch.zeros(MIB)}, tmp_path / "c", progress=show)
     monkeypatch.undo()
     assert [one.step for one in CheckpointManager(tmp_path).checkpoints()] == [1, 2]
+
+
+def test_without_a_terminal_what_is_long_says_now_and_then_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    with Progress().bar("copying", rank=0, every_s=10.0, clock=lambda: now[0]) as bar:
+        bar.begin(100 * MIB)
+        for _ in range(10):
+            now[0] += 4.0
+            bar.move(10 * MIB)
+    assert capsys.readouterr().err.splitlines() == [
+        "cloudckpt: copying: 30.0 MiB of 100.0 MiB, 2.5 MiB/s, 28 s left",
+        "cloudckpt: copying: 60.0 MiB of 100.0 MiB, 2.5 MiB/s, 16 s left",
+        "cloudckpt: copying: 90.0 MiB of 100.0 MiB, 2.5 MiB/s, 4 s left",
+    ]
