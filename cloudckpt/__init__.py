@@ -43,11 +43,11 @@ if TYPE_CHECKING:
     from cloudckpt.format import register
     from cloudckpt.manager import CheckpointManager
     from cloudckpt.preemption import Notice, Preemption
+    from cloudckpt.qualifying import Probe, probe
     from cloudckpt.report import Advice
     from cloudckpt.root import Checkpoint, Fit, KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
     from cloudckpt.saving import SaveHandle
     from cloudckpt.state import AccumulationWindow, PerRank, ResumableSampler
-    from cloudckpt.store import Probe, probe
 
     __version__: str
 
@@ -111,11 +111,11 @@ _LATE = {
     "format": ("register",),
     "manager": ("CheckpointManager",),
     "preemption": ("Notice", "Preemption"),
+    "qualifying": ("Probe", "probe"),
     "report": ("Advice",),
     "root": ("Checkpoint", "Fit", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule"),
     "saving": ("SaveHandle",),
     "state": ("AccumulationWindow", "PerRank", "ResumableSampler"),
-    "store": ("Probe", "probe"),
 }
 
 if not TYPE_CHECKING:  # a type checker that saw it would let every misspelt name pass

@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"format"},
             {"threads"},
             {"store"},
-            {"transfer"},
+            {"qualifying", "transfer"},
             {"ranks", "root"},
             {"preemption", "report", "state"},
             {"loading", "saving"},

@@ -12,9 +12,9 @@ import typer
 from cloudckpt.cli.asking import Access, AsJson
 from cloudckpt.cli.command import FOUND
 from cloudckpt.cli.printing import print_table
+from cloudckpt.qualifying import Probe
+from cloudckpt.qualifying import probe as ask
 from cloudckpt.report import as_bytes
-from cloudckpt.store import Probe
-from cloudckpt.store import probe as probe_store
 
 __all__ = ["probe"]
 
@@ -31,7 +31,7 @@ def probe(
 
     Ends with 3 if it cannot hold a root.
     """
-    found = probe_store(
+    found = ask(
         url,
         storage_options=access.options_for(url),
         engine=access.engine,

@@ -131,7 +131,7 @@ def tensor_numbers(
     for piece in pieces:
         for run in _runs(store, checkpoint, index, piece, dtype.itemsize, options or Options()):
             # A part at a time: in float64 it takes up to eight times as much, and more than once.
-            for part in torch.frombuffer(run, dtype=dtype).split(_PART_ELEMENTS):
+            for part in torch.split(torch.frombuffer(run, dtype=dtype), _PART_ELEMENTS):
                 sums.add(part)
             if gauge is not None:
                 gauge.move(len(run))
@@ -196,6 +196,8 @@ class _Sums:
         if run.numel() == 0:
             return
         is_ordered = not run.is_complex()
+        if run.is_floating_point() and self._add_finite(run):
+            return
         wide = run.to(torch.complex128).abs() if not is_ordered else run.to(torch.float64)
         is_nan = wide.isnan()
         self.nan_count += int(is_nan.sum())
@@ -210,6 +212,18 @@ class _Sums:
         self.inf_count += there.numel() - finite.numel()
         if finite.numel():
             self._join(finite.numel(), float(finite.mean()), float(finite.var(correction=0)))
+
+    def _add_finite(self, run: torch.Tensor) -> bool:
+        """Add a part in few passes; False, and nothing is added, if an element is none that can be counted so."""
+        wide = run.to(torch.float64)
+        variance, mean = torch.var_mean(wide, correction=0)
+        if not bool(variance.isfinite()):
+            return False
+        low, high = (float(end) for end in torch.aminmax(wide))
+        self.minimum = low if self.minimum is None else min(self.minimum, low)
+        self.maximum = high if self.maximum is None else max(self.maximum, high)
+        self._join(run.numel(), float(mean), float(variance))
+        return True
 
     def _join(self, count: int, mean: float, variance: float) -> None:
         total = self.count + count

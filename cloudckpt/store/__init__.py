@@ -8,8 +8,7 @@ from cloudckpt.store.base import Listing, ObjectInfo, Store
 from cloudckpt.store.limit import LeftBehindError, one_deadline, told_of_moves
 from cloudckpt.store.local import scrub
 from cloudckpt.store.opening import environment_options, open_store
-from cloudckpt.store.probe import probe_create, probe_write
-from cloudckpt.store.qualify import Probe, probe
+from cloudckpt.store.probe import probe_create, probe_write, race
 from cloudckpt.store.redact import hide
 from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.store.stats import StoreStats
@@ -18,7 +17,6 @@ __all__ = [
     "LeftBehindError",
     "Listing",
     "ObjectInfo",
-    "Probe",
     "RetryingStore",
     "Store",
     "StoreStats",
@@ -26,9 +24,9 @@ __all__ = [
     "hide",
     "one_deadline",
     "open_store",
-    "probe",
     "probe_create",
     "probe_write",
+    "race",
     "scrub",
     "told_of_moves",
 ]

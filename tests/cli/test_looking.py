@@ -180,7 +180,7 @@ def test_probe_of_a_disk_says_yes_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_probe_of_what_can_hold_no_root_ends_with_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cloudckpt.store.qualify, "race", lambda *_: False)
+    monkeypatch.setattr(cloudckpt.qualifying, "race", lambda *_: False)
     result = run("probe", tmp_path, "--rounds", "1", "--size", "8")
     assert result.exit_code == 3
     assert "cannot hold a root: nobody knows" in result.stdout

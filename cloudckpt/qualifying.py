@@ -29,9 +29,7 @@ from cloudckpt.errors import (
     StorageError,
 )
 from cloudckpt.options import KIB, MIB, Checksum, Options
-from cloudckpt.store.base import Store
-from cloudckpt.store.opening import open_store
-from cloudckpt.store.probe import race
+from cloudckpt.store import Store, open_store, race
 from cloudckpt.threads import each
 
 __all__ = ["Finding", "Probe", "probe"]

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from cloudckpt import Options, RetryPolicy
+from cloudckpt import Options, RetryPolicy, qualifying
 from cloudckpt.errors import AccessDeniedError, BucketNotFoundError
 from cloudckpt.options import MIB
-from cloudckpt.store import Probe, RetryingStore, probe, qualify
+from cloudckpt.qualifying import Probe, probe
+from cloudckpt.store import RetryingStore
 from servers import FreshPrefix
 from tests.store.fault_store import Bucket, FaultStore, denied
 
@@ -24,8 +25,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         def opened(url: object, *, options: Options, **_: object) -> RetryingStore:
             return RetryingStore(client(options), RetryPolicy(max_attempts=2), sleep=lambda _: None)
 
-        monkeypatch.setattr(qualify, "open_store", opened)
-        monkeypatch.setattr(qualify.time, "time", lambda: Bucket().now_s)
+        monkeypatch.setattr(qualifying, "open_store", opened)
+        monkeypatch.setattr(qualifying.time, "time", lambda: Bucket().now_s)
         return probe("memory://bucket/root", large_bytes=8 * MIB, rounds=2, **arguments)  # type: ignore[arg-type]
 
     return ask
