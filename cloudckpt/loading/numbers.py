@@ -24,7 +24,8 @@ from cloudckpt.transfer import Budget, Fetch, Gauge, ShardSource, download
 __all__ = ["Group", "TensorNumbers", "groups_of", "tensor_numbers"]
 
 _RUN_BYTES = 16 << 20
-_PART_ELEMENTS = 1 << 18
+# As many as torch takes by one thread: the others have the next spans to read.
+_PART_ELEMENTS = 1 << 15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
