@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cloudckpt.store.proof import (
     check_created,
     check_generation,
     check_listed,
+    check_listing,
     check_object,
     check_stored,
     is_document,
@@ -164,6 +166,62 @@ def test_an_empty_listing_that_answers_another_question_is_not_believed(
     with pytest.raises(TransientError, match="no object store answered"):
         store.list("", delimiter="/")
     store.close()
+
+
+def listing(inner: str) -> Fault:
+    return Fault(status=200, body=f"<ListBucketResult>{inner}</ListBucketResult>".encode())
+
+
+LAST = "<IsTruncated>false</IsTruncated>"
+CONTRADICTIONS = {
+    "another bucket": listing(f"<Name>other</Name><Prefix>root/</Prefix><KeyCount>0</KeyCount>{LAST}"),
+    "entries are missing": listing(f"<Name>bucket</Name><Prefix>root/</Prefix><KeyCount>2</KeyCount>{LAST}"),
+    "an error in it": listing(f"<Name>bucket</Name>{LAST}<Error><Code>InternalError</Code></Error>"),
+    "of no bucket": listing(LAST),
+    "of no end": listing("<Name>bucket</Name>"),
+    "says nothing": listing(""),
+    **{str(status): replace(listing(f"<Name>bucket</Name>{LAST}"), status=status) for status in (202, 203, 204, 206)},
+}
+JSON_CONTRADICTIONS = {
+    "an error in it": Fault(status=200, body=b'{"kind": "storage#objects", "error": {"code": 500}}'),
+    "no names": Fault(status=200, body=b'{"kind": "storage#objects", "items": [{"size": "1"}]}'),
+    "no lists": Fault(status=200, body=b'{"kind": "storage#objects", "items": 1, "prefixes": null}'),
+    **{str(status): Fault(status=status, body=b'{"kind": "storage#objects"}') for status in (202, 203, 206)},
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "reply"),
+    [
+        pytest.param(engine, reply, id=f"{name}-{what}")
+        for engines, replies in (
+            ({"s3fs": S3FS, "obstore-s3": OBSTORE_S3}, CONTRADICTIONS),
+            ({"gcsfs": GCSFS, "obstore-gcs": OBSTORE_GCS}, JSON_CONTRADICTIONS),
+        )
+        for name, engine in engines.items()
+        for what, reply in replies.items()
+    ],
+)
+def test_an_empty_listing_that_contradicts_itself_is_no_empty_root(
+    server: ObjectServer, engine: Engine, reply: Fault
+) -> None:
+    server.inject(reply)
+    store = engine.open(server)
+    with pytest.raises(TransientError, match="no object store answered"):
+        store.list("", delimiter="/")
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("bucket", "name"),
+    [("b", "b"), ("tenant:b", "b"), ("arn:aws:s3:eu-west-1:1:accesspoint/a", "b"), ("a-x-s3alias", "b")],
+)
+def test_a_bucket_may_have_another_name_inside_the_store(bucket: str, name: str) -> None:
+    check_listing(bucket=bucket, name=name, entry_count=0, key_count=0, is_last=True)
+
+
+def test_a_listing_that_holds_something_may_say_less_of_itself() -> None:
+    check_listing(bucket="b", name=None, entry_count=1, key_count=0, is_last=None)
 
 
 @pytest.mark.parametrize("engine", ENGINES[:2])
