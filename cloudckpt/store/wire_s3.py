@@ -139,7 +139,7 @@ class S3Wire(OnLoop):
             body = GatherBody(lent)
             condition = {"IfNoneMatch": "*"} if self._terms.create_only else {}
             reply = self.run(self._send("put_object", Key=name, Body=body, **condition, **self._checksum(lent)))
-        check_stored(reply.get("ETag"), len(body), lambda: self._described(name))
+            check_stored(reply.get("ETag"), lent, lambda: self._described(name))
 
     def create(self, name: str, data: bytes) -> None:
         checksum = self._checksum([memoryview(data)])
