@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import IO, TYPE_CHECKING, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
@@ -30,6 +31,9 @@ from cloudckpt.convert.to_torch import nested, unloadable
 from cloudckpt.format import DTYPES
 from cloudckpt.options import MIB
 from cloudckpt.store import Append, appended
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 __all__ = ["plan_dcp"]
 
@@ -126,13 +130,29 @@ def _write_file(
     places = {}
     at = 0
     for piece in group:
-        data = io.BytesIO()
-        torch.save(piece.value() if piece.part is None else _tensor(piece.part, stream), data)
-        append(data.getbuffer())
+        out = _Out(append)
+        torch.save(piece.value() if piece.part is None else _tensor(piece.part, stream), cast("IO[bytes]", out))
         offset = None if piece.part is None else piece.part.offsets
-        places[MetadataIndex(piece.fqn, offset)] = Place(file, at, data.getbuffer().nbytes)
-        at += data.getbuffer().nbytes
+        places[MetadataIndex(piece.fqn, offset)] = Place(file, at, out.size_bytes)
+        at += out.size_bytes
     return places
+
+
+class _Out(io.RawIOBase):
+    """What torch.save writes to, and how much it wrote."""
+
+    def __init__(self, append: Append) -> None:
+        self._append = append
+        self.size_bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Buffer) -> int:
+        view = memoryview(data).cast("B")
+        self._append(view)
+        self.size_bytes += view.nbytes
+        return view.nbytes
 
 
 def _tensor(part: Part, stream: Iterator[tuple[Part, memoryview]]) -> torch.Tensor:

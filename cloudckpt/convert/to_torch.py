@@ -14,12 +14,12 @@ import struct
 import tempfile
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cloudckpt.convert.opened import Job, Part, Plan, Taken
@@ -93,12 +93,13 @@ def nested(job: Job, leaves: Mapping[str, object]) -> dict[str, object]:
 
 def _save_skeleton(job: Job, taken: Taken, path: Path) -> dict[int, str]:
     """Save the state with holes for its tensors; return where each one's hole begins → the tensor's name."""
-    fakes: dict[str, object] = {}
+    notes, fakes, leaves = job.notes, dict[str, torch.Tensor](), dict[str, object](taken.values)
     with FakeTensorMode():
         for name in taken.tensors.values():
             entry = job.entry(name)
-            fakes[name] = _as_noted(torch.empty(entry.shape, dtype=DTYPES[entry.dtype]), job.notes.get(name))
-    state = nested(job, {**fakes, **taken.values})
+            fakes[name] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+            leaves[name] = _as_noted(fakes[name], notes.get(name))
+    state = nested(job, leaves)
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(state, path)
     # What it is read back as has its tensors in the same places, and says where their bytes are to be.
@@ -121,7 +122,9 @@ def place_of(tensor: torch.Tensor) -> int:
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
     """Yield the tensors in nested containers, always in the same order."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, _Parameter):
+        yield value.data
+    elif isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for child in value.values():
@@ -131,12 +134,23 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
             yield from tensors_in(child)
 
 
-def _as_noted(tensor: torch.Tensor, note: object) -> torch.Tensor:
+class _Parameter:
+    """Is saved as a Parameter: a tensor without memory is one in name only."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data = data
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return torch._utils._rebuild_parameter, (self.data, True, OrderedDict())  # noqa: SLF001 (what torch.save names)
+
+
+def _as_noted(tensor: torch.Tensor, note: object) -> torch.Tensor | _Parameter:
+    """Return a tensor as its note says that it was."""
     if not isinstance(note, dict) or note.get("requires_grad") is not True:
         return tensor
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
-    return nn.Parameter(tensor) if note.get("parameter") is True else tensor.requires_grad_()
+    return _Parameter(tensor) if note.get("parameter") is True else tensor.requires_grad_()
 
 
 def _write(job: Job, skeleton: Path, places: Mapping[int, str], append: Append) -> None:
