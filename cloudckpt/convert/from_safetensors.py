@@ -28,9 +28,9 @@ _DTYPES = {named: dtype for dtype, named in NAMED.items()} | (
 )
 
 
-def is_safetensors(head: bytes, size_bytes: int) -> bool:
+def is_safetensors(head: bytes) -> bool:
     """Tell whether an object that begins so is meant to be a safetensors file."""
-    return len(head) > _LENGTH.size and head[_LENGTH.size : _LENGTH.size + 1] == b"{" and size_bytes > _LENGTH.size
+    return len(head) > _LENGTH.size and head[_LENGTH.size : _LENGTH.size + 1] == b"{"
 
 
 def add_safetensors(origin: Origin, blob: Blob) -> None:

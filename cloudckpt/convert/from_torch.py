@@ -4,7 +4,7 @@
     place ──whose record──▶ its bytes, where they are dense in row-major order; else gathered from its strides
 
 Lightning's `.ckpt` and Hugging Face's `.bin` are such files. What `weights_only` does not admit is code, and is refused
-by name: nothing is run. Older formats, which hold no archive, are refused: there PyTorch cannot tell places.
+by name: nothing is run. Older files, which are no archives, tell no places, and are read whole if they are small.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ import torch
 from torch import nn
 
 from cloudckpt.convert.blob import Blob, damaged
-from cloudckpt.convert.origin import Bytes, Origin
+from cloudckpt.convert.origin import Bytes, Origin, reader_of
 from cloudckpt.convert.to_torch import place_of
 from cloudckpt.errors import CloudCkptError, SourceError
 from cloudckpt.format import DTYPE_NAMES, Box, flatten
 from cloudckpt.state import notes_of
 
-__all__ = ["Archive", "add_torch", "is_archive", "refuse_older"]
+__all__ = ["Archive", "add_torch", "is_archive", "is_older"]
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _PICKLE_LIMIT_BYTES = 256 << 20
+_OLDER_LIMIT_BYTES = 128 << 20
 _RECORDS_LIMIT = 2_000_000
 _SHOWN = 200
 _FREE_VISITS = 1000
@@ -42,20 +43,43 @@ def is_archive(head: bytes) -> bool:
     return head.startswith(b"PK\x03\x04")
 
 
-def refuse_older(blob: Blob, head: bytes) -> SourceError | None:
-    """Return the error for a file of PyTorch's older formats; None for anything else."""
-    kind = ""
-    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        kind = "a plain pickle, as torch.save wrote before 1.6"
-    elif head[257:262] == b"ustar":
-        kind = "a tar archive, as torch.save wrote before 0.2"
-    if not kind:
-        return None
-    return SourceError(
-        f"{blob.key!r} is {kind}, and is not read; write it anew: "
-        "torch.save(torch.load(file, weights_only=True), other)",
-        key=blob.key,
-    )
+def is_older(head: bytes) -> bool:
+    """Tell whether an object that begins so is of one of PyTorch's formats that are no archive."""
+    is_pickle = head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    return is_pickle or head[257:262] == b"ustar"
+
+
+@dataclass(frozen=True, slots=True)
+class _Older:
+    """What a file of before PyTorch 1.6 holds: nothing says where in it a tensor is, so that it is read whole."""
+
+    blob: Blob
+    content: object
+
+    @classmethod
+    def open(cls, blob: Blob) -> _Older:
+        """Read a file that is small enough to be in memory.
+
+        Raises:
+            SourceError: it is larger, damaged, or holds more than weights.
+        """
+        if blob.size_bytes > _OLDER_LIMIT_BYTES or not blob.read(0, 1) == b"\x80":
+            raise SourceError(
+                f"{blob.key!r} is of a format of before PyTorch 1.6, which is read as a pickle of up to "
+                f"{_OLDER_LIMIT_BYTES >> 20} MiB; write it anew with torch.save(torch.load(file), other)",
+                key=blob.key,
+            )
+        with blob.file() as file:
+            content = _content(blob, file, device="cpu")
+        _refuse_repetition(blob, content, blob.size_bytes)
+        return cls(blob, content)
+
+    def reader(self, name: str, tensor: torch.Tensor) -> Bytes:
+        _check_kind(self.blob, name, tensor)
+        return reader_of(tensor)
+
+    def place(self, tensor: torch.Tensor) -> int:
+        return tensor.untyped_storage().data_ptr()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +144,10 @@ class Archive:
         if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
             return lambda at, memory: self.blob.read_into(self._start(record) + first + at, memory)
         return _Gathered(self, record, tensor, first, stop).read
+
+    def place(self, tensor: torch.Tensor) -> int:
+        """Return what tells the memory of one tensor from another's."""
+        return place_of(tensor)
 
     def _record_of(self, name: str, tensor: torch.Tensor) -> _Record:
         place = place_of(tensor)
@@ -233,10 +261,10 @@ def _is_outside(name: str) -> bool:
     return "/" not in name or name.startswith("/") or "\\" in name or ".." in name.split("/")
 
 
-def _content(blob: Blob, file: io.BufferedReader) -> object:
+def _content(blob: Blob, file: io.BufferedReader, *, device: str = "meta") -> object:
     file.seek(0)
     try:
-        content: object = torch.load(file, map_location="meta", weights_only=True)
+        content: object = torch.load(file, map_location=device, weights_only=True)
     except CloudCkptError:
         raise
     except Exception as exc:  # pickle's errors, and whatever the operations in it run into
@@ -297,7 +325,7 @@ def add_torch(origin: Origin, blob: Blob) -> None:
         SourceError: it is damaged, holds more than weights, or names what is there already.
         UnsupportedValueError: it holds a value that the format cannot.
     """
-    archive = Archive.open(blob)
+    archive = Archive.open(blob) if is_archive(blob.read(0, 4)) else _Older.open(blob)
     state = archive.content
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         kind = f"a {type(state).__name__}" if not isinstance(state, dict) else "a dict with keys that are no text"
@@ -321,7 +349,7 @@ def add_torch(origin: Origin, blob: Blob) -> None:
         origin.boxes.append((Box(name, DTYPE_NAMES[leaf.dtype], shape, (0,) * len(shape), shape), reader))
         if leaf.numel():
             memory = (
-                place_of(leaf),
+                archive.place(leaf),
                 leaf.storage_offset(),
                 leaf.dtype,
                 shape,

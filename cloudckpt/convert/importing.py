@@ -18,7 +18,7 @@ from typing import Literal, get_args
 from cloudckpt.convert.blob import Blob
 from cloudckpt.convert.from_dcp import METADATA, add_dcp
 from cloudckpt.convert.from_safetensors import add_safetensors, is_safetensors, names_in_index
-from cloudckpt.convert.from_torch import add_torch, is_archive, refuse_older
+from cloudckpt.convert.from_torch import add_torch, is_archive, is_older
 from cloudckpt.convert.opened import lean
 from cloudckpt.convert.origin import Bytes, Origin
 from cloudckpt.convert.places import folder_and_name, objects_in
@@ -211,12 +211,11 @@ def _add_file(origin: Origin, blob: Blob, kind: Source) -> None:
     head = blob.read(0, min(_HEAD_BYTES, blob.size_bytes))
     if blob.key.endswith(".index.json") and kind in ("auto", "safetensors", "huggingface"):
         _add_indexed(origin, blob, add_torch if ".bin." in blob.key else add_safetensors)
-    elif is_archive(head) and kind in ("auto", "torch"):
-        add_torch(origin, blob)
-    elif is_safetensors(head, blob.size_bytes) and kind in ("auto", "safetensors"):
+    # A header may be as long as the bytes are with which a pickle begins, and no pickle has a header behind those.
+    elif is_safetensors(head) and kind in ("auto", "safetensors"):
         add_safetensors(origin, blob)
-    elif (older := refuse_older(blob, head)) is not None:
-        raise older
+    elif (is_archive(head) or is_older(head)) and kind in ("auto", "torch"):
+        add_torch(origin, blob)
     else:
         what = "a file that cloudckpt reads" if kind == "auto" else f"a file of {kind}"
         raise SourceError(

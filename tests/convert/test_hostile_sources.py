@@ -130,9 +130,9 @@ def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
 # -- torch ----------------------------------------------------------------------------------------------------
 
 
-def saved(value: object) -> bytes:
+def saved(value: object, *, is_older: bool = False) -> bytes:
     data = io.BytesIO()
-    torch.save(value, data)
+    torch.save(value, data, _use_new_zipfile_serialization=not is_older)
     return data.getvalue()
 
 
@@ -167,7 +167,10 @@ ARCHIVES: dict[str, tuple[bytes, str]] = {
     "big-endian": (repacked(GOOD, lambda name, body: b"big" if name.endswith("byteorder") else body), "big-endian"),
     "a short record": (repacked(GOOD, lambda name, body: body[:8] if "/data/" in name else body), "'w' .* reaches to"),
     "a sparse tensor": (saved({"w": torch.eye(3).to_sparse()}), "no dense bytes|cannot be read"),
-    "a pickle of before 1.6": (pickle.dumps({"w": 1}, protocol=2), "plain pickle"),
+    "a plain pickle": (pickle.dumps({"w": Bomb()}, protocol=2), "cannot be read by torch.load"),
+    "an older file with code": (saved({"w": Bomb()}, is_older=True), "system, which|cannot be read by torch.load"),
+    "half of an older file": (saved({"w": torch.ones(99)}, is_older=True)[:300], "cannot be read by torch.load"),
+    "a tar archive": (b"x".ljust(257, b"\0") + b"ustar" + b"\0" * 999, "format of before PyTorch 1.6"),
     "nothing": (b"", "not a file that cloudckpt reads"),
     "text": (b"hello" * 100, "not a file that cloudckpt reads"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 
 import cloudckpt
-from cloudckpt import CheckpointExistsError, CheckpointManager, Options, OptionsError
+from cloudckpt import CheckpointExistsError, CheckpointManager, Options, OptionsError, SourceError
+from cloudckpt.convert import from_torch
 from tests.convert.alike import assert_alike, of_every_dtype, training
 
 pytestmark = [
@@ -59,6 +61,18 @@ def test_a_file_of_torch_save_is_imported_as_torch_load_reads_it(tmp_path: Path)
     state = {"all": of_every_dtype(), "nested": [1, (2.5, torch.ones(2)), {"a": None, 3: torch.arange(4)}]}
     torch.save(state, tmp_path / "x.pt")
     assert_alike(torch.load(tmp_path / "x.pt", weights_only=True), read(imported(tmp_path / "x.pt", tmp_path / "out")))
+
+
+def test_an_older_file_of_torch_save_is_imported_if_it_is_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    torch.save({"w": whole, "t": whole.T, "n": [1]}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    wanted = torch.load(tmp_path / "x.pt", weights_only=True)
+    assert_alike(wanted, read(imported(tmp_path / "x.pt", tmp_path / "out")))
+    monkeypatch.setattr(from_torch, "_OLDER_LIMIT_BYTES", 100)
+    with pytest.raises(SourceError, match="write it anew"):
+        imported(tmp_path / "x.pt", tmp_path / "other")
 
 
 def test_a_lightning_file_is_imported_whole_and_its_model_is_loaded_from_it(tmp_path: Path) -> None:
@@ -124,6 +138,13 @@ def test_a_safetensors_file_is_imported_as_its_package_reads_it(tmp_path: Path) 
     safetensors.torch.save_file(held, tmp_path / "x.safetensors")
     found = read(imported(tmp_path / "x.safetensors", tmp_path / "out"))
     assert_alike(held, found, types=False)
+
+
+def test_a_header_whose_length_looks_like_a_pickle_is_one_of_safetensors(tmp_path: Path) -> None:
+    text = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode().ljust(0x0280)
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    assert (tmp_path / "x.safetensors").read_bytes().startswith(b"\x80\x02")
+    assert read(imported(tmp_path / "x.safetensors", tmp_path / "out"))["w"].tolist() == [0.0, 0.0]
 
 
 def hugging_face(folder: Path, *, kinds: tuple[str, ...], shards: int = 2) -> dict[str, torch.Tensor]:
