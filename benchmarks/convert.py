@@ -12,20 +12,23 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import cloudckpt
-from cloudckpt.convert import export, import_
+from cloudckpt.convert import Kind, export, import_
 
-KINDS = {"safetensors": "x.safetensors", "huggingface": "hf", "torch": "x.pt", "dcp": "dcp"}
+KINDS: dict[Kind, str] = {"safetensors": "x.safetensors", "huggingface": "hf", "torch": "x.pt", "dcp": "dcp"}
 
 
-def seconds(call: Callable[[], object], rounds: int) -> float:
-    """Return the seconds of the fastest of some calls."""
+def seconds(call: Callable[[], object], rounds: int, made: Path | None = None) -> float:
+    """Return the seconds of the fastest of some calls; what they make is removed before each."""
     found = []
     for _ in range(rounds):
+        if made is not None and made.exists():
+            shutil.rmtree(made) if made.is_dir() else made.unlink()
         began_s = time.monotonic()
         call()
         found.append(time.monotonic() - began_s)
@@ -52,28 +55,21 @@ def run(folder: Path, size_bytes: int, rounds: int) -> None:
     blank = {"model": {key: torch.zeros_like(value) for key, value in state["model"].items()}}
     url = folder / "saved"
 
-    def save() -> None:
-        cloudckpt.save(dict(state), url, exists="replace", progress="off")
-
     def report(what: str, took_s: float) -> None:
         rate = size_bytes / 1e9 / took_s
         print(f"{what:24} {rate:6.2f} GB/s   {rate / load_rate:5.2f} x load   {peak_mib() - base_mib:6.0f} MiB more")
 
-    save_s = seconds(save, rounds)
+    save_s = seconds(lambda: cloudckpt.save(dict(state), url, progress="off"), rounds, url)
     load_s = seconds(lambda: cloudckpt.load(dict(blank), url, progress="off"), rounds)
     load_rate, base_mib = size_bytes / 1e9 / load_s, peak_mib()
     report("save", save_s)
     report("load", load_s)
+    back = folder / "back"
     for kind, target in KINDS.items():
         place = folder / target
-        report(
-            f"export {kind}",
-            seconds(lambda: export(url, place, to=kind, overwrite=True, progress="off"), rounds),  # type: ignore[arg-type]  # noqa: B023
-        )
-        back = folder / "back"
-        report(f"import {kind}", seconds(lambda: import_(place, back, exists="replace", progress="off"), rounds))  # noqa: B023
-        shutil.rmtree(back)
-        shutil.rmtree(place) if place.is_dir() else place.unlink()
+        out, into = partial(export, url, place, to=kind, progress="off"), partial(import_, place, back, progress="off")
+        report(f"export {kind}", seconds(out, rounds, place))
+        report(f"import {kind}", seconds(into, rounds, back))
 
 
 if __name__ == "__main__":

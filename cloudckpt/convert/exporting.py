@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from cloudckpt.convert.opened import Exported, Job, Kind, Plan, lean
@@ -103,7 +103,9 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
     """
     if to not in get_args(Kind):
         raise OptionsError(f"to is {to!r}; give one of {', '.join(get_args(Kind))}")
-    chosen = lean(Options.of(options))
+    given = Options.of(options)
+    # Each batch has read buffers of its own, and pages that nobody had before cost as much as the copy.
+    chosen = lean(given if options is not None else replace(given, span_bytes=given.block_bytes))
     _check(to, target, prefix=prefix, shard_bytes=max_shard_bytes, config=config)
     folder_url, name = folder_and_name(target) if _KINDS[to].is_file else (os.fspath(target), "")
     with (
