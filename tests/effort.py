@@ -1,10 +1,19 @@
-"""How many examples a property test tries: a quarter of them by default, all with `--hypothesis-profile=long`."""
+"""How much of what could be tried is: by default a part, in which nothing is left out; all of it in a long run.
+
+examples(300)                  of a property: a quarter of them, or all with `--hypothesis-profile=long`
+diagonal("a, b", [..], [..])   of a product: each value of each axis at least once, or all of it with `-m slow`
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+from itertools import product
+from typing import Any
+
+import pytest
 from hypothesis import settings
 
-__all__ = ["LONG", "SHORT", "examples"]
+__all__ = ["LONG", "SHORT", "diagonal", "examples", "first"]
 
 SHORT, LONG = "short", "long"
 _ALL = 100  # of a property that does not say how many
@@ -23,3 +32,41 @@ def examples(count: int, *, short: int | None = None) -> int:
     """
     is_short = settings().max_examples < _ALL
     return short if short is not None and is_short else count * settings().max_examples // _ALL
+
+
+def diagonal(names: str, *axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize by the product of the axes; what is not on its diagonal is slow.
+
+    Along the longest axis, each of the others goes round, shifted by one at each turn of it, so that two axes of one
+    length, or one of half the length of another, do not always meet in the same pairs.
+
+    Args:
+        names: of the axes, as for `pytest.mark.parametrize`.
+        axes: the values of each; one with an id of its own is a `pytest.param`.
+    """
+    columns = [[value if _is_param(value) else pytest.param(value, id=_id(value)) for value in axis] for axis in axes]
+    steps = range(max(len(column) for column in columns))
+    kept = {
+        tuple((step + (place and step // len(column))) % len(column) for place, column in enumerate(columns))
+        for step in steps
+    }
+    cells = []
+    for places in product(*(range(len(column)) for column in columns)):
+        cell = [column[place] for column, place in zip(columns, places, strict=True)]
+        marks = [*(mark for value in cell for mark in value.marks), *([] if places in kept else [pytest.mark.slow])]
+        values = [each for value in cell for each in value.values]
+        cells.append(pytest.param(*values, id="-".join(str(value.id) for value in cell), marks=marks))
+    return pytest.mark.parametrize(names, cells)
+
+
+def first(values: Iterable[Any], chosen: Collection[Any]) -> list[Any]:
+    """Return the values as parameters, of which those that are not chosen are slow."""
+    return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def _is_param(value: object) -> bool:
+    return isinstance(value, type(pytest.param()))
+
+
+def _id(value: object) -> str:
+    return str(getattr(value, "__name__", value))

@@ -3,10 +3,10 @@
     outcomes = run(4, function, *args)      one Outcome per rank, in order
     process, pipe = fork(function, *args)   one process without a group: function(its end of the pipe, *args)
 
-The server has imported what ranks need, so that one starts in 0.05 s of processor time. One that has not would have
-each rank import it again, for seconds, so it is an error. `function(*args)` runs in every rank after `init_process_group`; it must be importable (a
-module-level function of a test module or of `tests`), and what it returns must pickle. A rank that a test kills or
-stops has an Outcome without a value.
+The server has imported what ranks need, so that one starts in 0.05 s of processor time. With one that has not, each
+rank would import it again, for seconds: that is an error. `function(*args)` runs in every rank after
+`init_process_group`; it must be importable (a module-level function of a test module or of `tests`), and what it
+returns must pickle. A rank that a test kills or stops has an Outcome without a value.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def start_server() -> None:
     process.join()
     if lacking:
         raise RuntimeError(
-            f"the fork server has not imported {', '.join(lacking)}: either they cannot be imported, or what ran before "
-            "named other modules and started it without them, and has to call `start_server` first"
+            f"the fork server has not imported {', '.join(lacking)}: either they cannot be imported, or what ran "
+            "before named other modules and started it without them, and has to call `start_server` first"
         )
 
 
