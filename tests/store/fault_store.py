@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum, auto
 from typing import NoReturn, TypeVar
 
@@ -151,6 +151,11 @@ class Bucket:
     listing_lag_s: float = 0.0
     late: list[Callable[[], object]] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def copy(self) -> Bucket:
+        """Return another bucket with the same objects at the same time; nothing is late there."""
+        with self.lock:
+            return replace(self, objects=dict(self.objects), late=[], lock=threading.RLock())
 
     def advance(self, seconds: float) -> None:
         """Move the store's clock."""
