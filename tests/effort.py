@@ -1,7 +1,7 @@
 """How much of what could be tried is: by default a part, in which nothing is left out; all of it in a long run.
 
 examples(300)                  of a property: a quarter of them, or all with `--hypothesis-profile=long`
-diagonal("a, b", [..], [..])   of a product: each value of each axis at least once, or all of it with `-m slow`
+diagonal("a, b", [..], [..])   of a product: each value of each axis at least once; the rest of it is slow
 """
 
 from __future__ import annotations
@@ -13,10 +13,28 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-__all__ = ["LONG", "SHORT", "diagonal", "examples", "first"]
+__all__ = ["LONG", "LONGEST", "SHORT", "diagonal", "examples", "first"]
 
 SHORT, LONG = "short", "long"
 _ALL = 100  # of a property that does not say how many
+
+# Files that take longest, mostly by waiting, from the longest on. A file stays on one worker: begun last, it would run
+# on when the others have nothing left.
+LONGEST = (
+    "examples/test_demo.py",
+    "store/test_limits.py",
+    "store/test_contract_s3.py",
+    "test_crash_points.py",
+    "test_rank_faults.py",
+    "ranks/test_group.py",
+    "saving/test_async_end.py",
+    "test_spot_drill.py",
+    "test_kill.py",
+    "test_spot_signals.py",
+    "test_large_values.py",
+    "test_save_load.py",
+    "transfer/test_staging.py",
+)
 
 # No deadline: on a busy machine any example may take long. Other examples in each run, also where CI is set.
 settings.register_profile(LONG, deadline=None, derandomize=False, max_examples=_ALL)

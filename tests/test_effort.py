@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from tests.effort import LONG, SHORT, diagonal, examples, first
+from tests.effort import LONG, LONGEST, SHORT, diagonal, examples, first
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +49,7 @@ def test_what_is_not_chosen_is_slow_and_stays_in_its_place() -> None:
     assert kept == "a"
     assert slow.values == ("b",)
     assert [mark.name for mark in slow.marks] == ["slow"]
+
+
+def test_the_files_that_are_begun_first_are_there() -> None:
+    assert [name for name in LONGEST if not (Path(__file__).parent / name).is_file()] == []
