@@ -28,22 +28,13 @@ from cloudckpt.root import Catalog
 from cloudckpt.store import RetryingStore
 from cloudckpt.store.probe import _proven
 from tests.effort import diagonal
-from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, denied, refused, transient
+from tests.store.fault_store import ERRORS, Bucket, Crash, FaultKind, FaultStore
 
 OPTIONS = Options(shard_bytes=4 * KIB, block_bytes=KIB, span_bytes=2 * KIB, concurrency=1, memory_budget_bytes=64 * KIB)
 PATIENCE = RetryPolicy(max_attempts=3, deadline_s=60, request_timeout_s=1)
 STEPS = 4
 LEFT = ("step-0000000098-e0001/", "step-0000000099-e0001/")
 CRASHES = [FaultKind.CRASH_BEFORE, FaultKind.CRASH_HALFWAY, FaultKind.CRASH_AFTER]
-# A refusal by the credentials has no effect, so it never is a lost acknowledgement.
-ERRORS = [
-    pytest.param(kind, error, id=f"{kind}-{error.__name__}")
-    for kind, errors in (
-        (FaultKind.BEFORE, (transient, denied, refused)),
-        (FaultKind.LOST_ACK, (transient, refused)),
-    )
-    for error in errors
-]
 
 
 def tensor_of(step: int) -> torch.Tensor:

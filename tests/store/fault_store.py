@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum, auto
 from typing import NoReturn, TypeVar
 
+import pytest
+
 from cloudckpt.errors import (
     AccessDeniedError,
     CredentialsExpiredError,
@@ -28,7 +30,19 @@ from cloudckpt.errors import (
 )
 from cloudckpt.store.base import Listing, ObjectInfo, check_key
 
-__all__ = ["Bucket", "Crash", "Fault", "FaultKind", "FaultStore", "Op", "denied", "expired", "refused", "transient"]
+__all__ = [
+    "ERRORS",
+    "Bucket",
+    "Crash",
+    "Fault",
+    "FaultKind",
+    "FaultStore",
+    "Op",
+    "denied",
+    "expired",
+    "refused",
+    "transient",
+]
 
 T = TypeVar("T")
 
@@ -84,6 +98,18 @@ def expired(op: Op) -> StorageError:
 def refused(op: Op) -> StorageError:
     """A definite refusal of another kind, such as a full disk."""
     return StorageError(f"injected into {op.verb} of {op.key!r}", op=op.verb, key=op.key)
+
+
+# Ways to break a request, and with what error, as parameters. A refusal by the credentials has no effect, so it never
+# is a lost acknowledgement.
+ERRORS = [
+    pytest.param(kind, error, id=f"{kind}-{error.__name__}")
+    for kind, errors in (
+        (FaultKind.BEFORE, (transient, denied, refused)),
+        (FaultKind.LOST_ACK, (transient, refused)),
+    )
+    for error in errors
+]
 
 
 @dataclass(slots=True, kw_only=True)
