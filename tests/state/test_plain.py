@@ -556,6 +556,26 @@ def test_garbage_is_collected_while_objects_of_the_state_are_asked(tmp_path: Pat
     assert gc.isenabled()
 
 
+def _passes_of_a_load(count: int, path: Path) -> int:
+    cloudckpt.save({"layers": [nn.Linear(1, 1) for _ in range(count)]}, path / f"{count}", progress="off")
+    again = {"layers": [nn.Linear(1, 1) for _ in range(count)]}
+    usual = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(50, 10**6, 10**6)
+    try:
+        before = gc.get_stats()[0]["collections"]
+        cloudckpt.load(again, path / f"{count}", progress="off")
+        return int(gc.get_stats()[0]["collections"]) - before
+    finally:
+        gc.set_threshold(*usual)
+
+
+def test_the_collectors_passes_during_a_load_do_not_grow_with_the_state(tmp_path: Path) -> None:
+    _passes_of_a_load(2, tmp_path)  # what a first load imports is not what is counted
+    few, many = _passes_of_a_load(20, tmp_path), _passes_of_a_load(120, tmp_path)
+    assert many - few < 10  # of some 20 new objects for each module
+
+
 def test_a_list_of_plain_modules_is_named_as_torch_names_each() -> None:
     layers = [Various(), nn.Linear(2, 2)]
     flat = capture(bind({"layers": layers}))
