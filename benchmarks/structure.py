@@ -23,6 +23,8 @@ import shlex
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -126,10 +128,17 @@ def _measured(shape: str, count: int, options: argparse.Namespace) -> Found | No
             return None
 
 
-def _limit(processor_s: int) -> None:
-    """Have this process ended after so many seconds of processor time, which others on the machine do not use up."""
+def _limit(processor_s: float) -> None:
+    """Have this process ended after so much processor time, which others on the machine do not use up."""
+
+    def watch() -> None:
+        while time.process_time() < processor_s:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGXCPU)
+
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CPU, (processor_s, resource.RLIM_INFINITY))
+    # Not by RLIMIT_CPU: with it Linux counts the processor time of all threads by ticks, 4 ms each.
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -139,7 +148,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--counts", type=_numbers, default=[1_000, 2_000, 4_000, 10_000], help="numbers of parameters")
     parser.add_argument("--runs", type=int, default=5, help="of which the fastest counts, or the median")
     what = "processor seconds that one shape and count may take; after a quarter no other run is begun"
-    parser.add_argument("--limit-s", type=int, default=300, help=what)
+    parser.add_argument("--limit-s", type=float, default=300, help=what)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="where checkpoints may lie")
     parser.add_argument("--json", type=Path, help="write every number to this file")
     parser.add_argument("--check-goals", action="store_true", help="exit with status 3 when a goal is missed")

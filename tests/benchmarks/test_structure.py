@@ -83,12 +83,11 @@ def _spin(*_: object) -> Found:
         pass
 
 
-@pytest.mark.slow  # a second of processor time is the least that can be set as a limit
 def test_one_run_that_takes_too_long_is_ended_and_told(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(structure, "measure_structure", _spin)
-    words = ["--shapes", "one module", "--counts", "3", "--limit-s", "1", "--directory", str(tmp_path)]
+    words = ["--shapes", "one module", "--counts", "3", "--limit-s", "0.1", "--directory", str(tmp_path)]
     assert structure.main([*words, "--check-goals"]) == 3
     assert "| one module | 3 | took too long |" in capsys.readouterr().out
 
