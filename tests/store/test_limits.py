@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from cloudckpt.options import MIB, RetryPolicy
 from cloudckpt.store.credentials import AwsCredentials
 from cloudckpt.store.limit import Errand, limit_now, limited
 from cloudckpt.store.retrying import RetryingStore
+from cloudckpt.store.wire import OnLoop
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, VERBS, Engine
 from tests.store.http_object_server import Fault, FaultKind, ObjectServer
 
@@ -123,6 +125,27 @@ def test_a_link_that_was_too_slow_for_obstore_is_left_to_the_engine_that_shows_i
         for number in range(3):
             store.put(f"k{number}", [memoryview(bytes(MIB // 2))])
         assert store.stats()["put"].requests == 4, "the first one was sent twice"
+
+
+@pytest.mark.parametrize("engine", [S3FS, OBSTORE_S3], ids=["s3fs", "obstore-s3"])
+def test_a_put_that_takes_longer_than_its_deadline_succeeds_because_its_bytes_move(engine: Engine) -> None:
+    policy = RetryPolicy(deadline_s=1.0, request_timeout_s=0.5)
+    with ObjectServer(link_bytes_per_s=0.4 * MIB) as server, retrying(engine, server, policy) as store:
+        store.put("k", [memoryview(bytes(MIB // 2))])
+        assert len(server.data("root/k")) == MIB // 2
+    assert store.stats()["put"].seconds > policy.deadline_s
+
+
+def test_a_loop_that_something_else_keeps_busy_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloudckpt.store.wire._GRACE_S", 0.1)
+    free, on_loop = threading.Event(), OnLoop()
+
+    async def held() -> None:
+        free.wait(LONG_S)
+
+    with limited(still_s=0.1, total_s=math.inf), pytest.raises(TimeoutError):
+        on_loop.run(held())
+    free.set()
 
 
 # ---- errands
