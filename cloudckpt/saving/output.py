@@ -35,7 +35,7 @@ from cloudckpt.options import Options
 from cloudckpt.root import Checkpoint, Target
 from cloudckpt.saving.environment import environment
 from cloudckpt.saving.snapshot import Staged
-from cloudckpt.saving.source import Source, Staging
+from cloudckpt.saving.source import PieceSource, Staging
 from cloudckpt.saving.tally import Written
 from cloudckpt.state import collector_at_rest
 from cloudckpt.store import RetryingStore, Store, StoreStats
@@ -88,7 +88,7 @@ class RankOutput:
     stage_s: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def write(self, source: Source, values: Mapping[str, JsonValue], staged: Staged | None = None) -> Written:
+    def write(self, source: PieceSource, values: Mapping[str, JsonValue], staged: Staged | None = None) -> Written:
         """Upload the shards; return what became of them, with `values`, once all is durable.
 
         The bytes are those of the tensors themselves, or what was copied from them into `staged`.
@@ -110,7 +110,7 @@ class RankOutput:
         with collector_at_rest():
             return Written.of(source.chunks, source.shards, digests, values, rank=self.rank, attempt=self.attempt)
 
-    def _job(self, shard: ShardLayout, source: Source) -> ShardJob:
+    def _job(self, shard: ShardLayout, source: PieceSource) -> ShardJob:
         def open_shard(staging: memoryview) -> list[memoryview]:
             began_s = time.monotonic()
             room = Staging(staging)
