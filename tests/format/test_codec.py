@@ -323,6 +323,10 @@ WRITTEN: list[tuple[object, Json]] = [
         torch.tensor(1.0, dtype=torch.bfloat16),
         {"$torch.tensor": {"dtype": "bfloat16", "shape": [], "data": "gD8="}},
     ),
+    (
+        torch.ones((), dtype=torch.bfloat16, requires_grad=True),
+        {"$torch.requires_grad": {"$torch.tensor": {"dtype": "bfloat16", "shape": [], "data": "gD8="}}},
+    ),
     (torch.Size([2, 3]), {"$torch.Size": [2, 3]}),
     (torch.float8_e4m3fn, {"$torch.dtype": "float8_e4m3fn"}),
     (torch.device("cuda", 1), {"$torch.device": "cuda:1"}),
@@ -923,6 +927,10 @@ FOREIGN: list[Json] = [
     *({"$registered": parts} for parts in ([], ["a"], [1, 2], "a", ["a", 1, 2], {})),
     *({tag: ["0", 0, 1]} for tag in ("$bytes", "$bytearray", "$str")),
     *({tag: [0, 0, 1]} for tag in ("$bytes", "$bytearray", "$str")),
+    *(
+        {"$torch.requires_grad": made}
+        for made in (0, {"$torch.Size": []}, {"$torch.tensor": {**TENSOR, "dtype": "int8"}})
+    ),
     *({"$torch.dtype": name} for name in ("load", "torch.float32", "int4", "qint8", "", 1, None)),
     *(
         {"$torch.device": name}
