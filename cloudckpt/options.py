@@ -24,6 +24,8 @@ MIB = 1024 * KIB
 # A reader holds whole blocks in memory, and an index that it was told to read says how large they are.
 MAX_BLOCK_BYTES = 256 * MIB
 _TRANSFER_BYTES = 512 * MIB
+# 31 years: all that waits can count so far, and what is longer was meant for "no limit", which nothing here has.
+_MOST_S = 1e9
 # Of the time that is left, what one request may take, so that another one fits behind it; a connection needs the least.
 _REQUEST_SHARE = 0.5
 _LEAST_S = 0.1
@@ -58,24 +60,26 @@ def _whole(value: object) -> int | None:
 
 
 def as_seconds(name: str, value: object, *, is_zero_allowed: bool = True) -> float:
-    """Return a finite number of seconds as a `float`; numpy's are some, True and text are none.
+    """Return a finite number of seconds as a `float`; numpy's and torch's are some, True and text are none.
 
     Raises:
-        OptionsError: it is none, or negative, or 0 where that makes no sense.
+        OptionsError: it is none, or negative, or 0 where that makes no sense, or more than 1e9.
     """
     number = _real(value)
-    if number is None or not math.isfinite(number) or number < 0 or not (number or is_zero_allowed):
-        raise OptionsError(f"{name} is {value!r}; give a number of seconds {'from' if is_zero_allowed else 'above'} 0")
+    if number is None or not 0 <= number <= _MOST_S or not (number or is_zero_allowed):
+        least = "from 0" if is_zero_allowed else "above 0"
+        raise OptionsError(f"{name} is {value!r}; give a number of seconds {least}, and at most {_MOST_S:.0e}")
     return number
 
 
 def _real(value: object) -> float | None:
     if isinstance(value, bool):
         return None
-    if isinstance(value, Real):
-        return float(value)
-    number = _whole(value)
-    return None if number is None else float(number)
+    number = value if isinstance(value, Real) else _whole(value)
+    try:
+        return None if number is None else float(number)
+    except OverflowError:
+        return math.inf
 
 
 def as_flag(name: str, value: object) -> bool:
@@ -125,8 +129,9 @@ class RetryPolicy:
     Attributes:
         max_attempts: requests per operation, at most; those that the store answers with "slower" do not count. While
             the end of a preemption rules, none does: what it is tried for cannot be done later.
-        deadline_s: seconds per operation, waits included. A request gets at most half of what is left, so that
-            another one fits behind it.
+        deadline_s: seconds per operation, waits included. Those of a put or a read count from when its bytes have got
+            further than ever, and end no request whose bytes move. A request may stand still for at most half of what
+            is left, so that another one fits behind it.
         request_timeout_s: seconds that one request may stand still, none of its bytes moving. obstore does not show
             its bytes, so that there it is what a request may take in all; one that took longer is sent again by
             fsspec's client, which does show them.
@@ -147,8 +152,7 @@ class RetryPolicy:
         if self.max_attempts < 1:
             raise OptionsError(f"max_attempts is {self.max_attempts}; give 1 or more")
         for name in ("deadline_s", "request_timeout_s", "connect_timeout_s", "backoff_base_s", "backoff_max_s"):
-            if not getattr(self, name) > 0:
-                raise OptionsError(f"{name} is {getattr(self, name)}; give a number of seconds above 0")
+            as_seconds(name, getattr(self, name), is_zero_allowed=False)
 
     def limit_s(self, left_s: float, *, timeouts: int = 0) -> float:
         """Return how long a request may stand still where `left_s` are left, after `timeouts` that stood too long."""
@@ -211,8 +215,7 @@ class Options:
             if value is not None and value < 1:
                 raise OptionsError(f"{name} is {value}; give 1 or more")
         for name in ("progress_timeout_s", "finish_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise OptionsError(f"{name} is {getattr(self, name)}; give a number of seconds above 0")
+            as_seconds(name, getattr(self, name), is_zero_allowed=False)
         self._check_puts()
         if self.read_once not in ("auto", "always", "never"):
             raise OptionsError(f"read_once is {self.read_once!r}; give 'auto', 'always' or 'never'")
@@ -260,7 +263,7 @@ class Options:
 
     @property
     def transfer_timeout_s(self) -> float:
-        """Seconds that one transfer of this rank's own may take.
+        """Seconds that one transfer of this rank's own may stand still.
 
         Between the time of the store's own error, which tells the cause, and that when other ranks can only say that
         this one stands still.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.options import KIB, MIB, Options, RetryPolicy
+from cloudckpt.options import KIB, MIB, Options, RetryPolicy, as_seconds
 
 
 def test_the_defaults_are_valid_together() -> None:
@@ -28,10 +29,26 @@ def test_a_retry_policy_has_only_positive_numbers(name: str, value: int) -> None
         RetryPolicy(**{name: value})
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(RetryPolicy) if f.name.endswith("_s")])
-def test_no_time_of_a_retry_policy_is_nan(name: str) -> None:
-    with pytest.raises(OptionsError, match=name):
-        RetryPolicy(**{name: math.nan})
+TIMES = [(kind, f.name) for kind in (RetryPolicy, Options) for f in dataclasses.fields(kind) if f.name.endswith("_s")]
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, 1.1e9, 10**400, True, "60"])
+@pytest.mark.parametrize(("kind", "name"), TIMES)
+def test_a_time_is_a_number_that_every_clock_and_lock_can_count(
+    kind: type[RetryPolicy | Options], name: str, value: object
+) -> None:
+    with pytest.raises(OptionsError, match=rf"{name} is .*; give a number"):
+        kind(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, 1.1e9, 10**400, True, "60"])
+def test_so_is_one_that_a_call_is_given(value: object) -> None:
+    with pytest.raises(OptionsError, match=r"timeout is .*; give a number of seconds from 0, and at most 1e\+09"):
+        as_seconds("timeout", value)
+
+
+def test_the_longest_time_can_be_waited_for() -> None:
+    assert as_seconds("timeout", 1e9) == 1e9 < threading.TIMEOUT_MAX
 
 
 def test_a_deadline_may_be_shorter_than_the_patience_with_one_request_which_gets_a_share_of_it() -> None:

@@ -130,7 +130,8 @@ def _committed_bytes(catalog: Catalog, key: str, committed: IndexRef) -> bytes:
 def decode_index(checkpoint: Checkpoint, data: bytes) -> Index:
     """Decode the bytes that `read_index_bytes` returned; raises `ManifestError` if it is no index of the checkpoint."""
     key = checkpoint.prefix + index_key(checkpoint.attempt)
-    index = Index.decode(data, key=key)
+    with collector_at_rest():
+        index = Index.decode(data, key=key)
     if index.attempt != checkpoint.attempt:
         raise ManifestError(f"index {key} is of attempt {index.attempt}; restore an older step", key=key)
     return index

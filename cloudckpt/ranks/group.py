@@ -228,7 +228,7 @@ class Group:
             raise
 
     def watch(self, deadline_s: float) -> Watch:
-        """Return how this rank's own transfers are watched over, each of which may take `deadline_s`."""
+        """Return how this rank's own transfers are watched over, each of which may stand still for `deadline_s`."""
         return Watch(deadline_s=deadline_s, tick=self.tick, check=self.check)
 
     def check(self) -> None:

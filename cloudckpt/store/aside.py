@@ -25,6 +25,7 @@ T = TypeVar("T")
 def begun(call: Callable[[], T], *, name: str) -> Future[T]:
     """Begin to call on a thread of its own, in a copy of this context."""
     future: Future[T] = Future()
+    future.set_running_or_notify_cancel()  # who does not wait any more cannot take it away: there is a thread at it
     work = partial(copy_context().run, _settle, future, call)
     threading.Thread(target=work, name=f"cloudckpt-{name}", daemon=True).start()
     return future

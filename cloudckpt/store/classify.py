@@ -2,11 +2,13 @@
 
 Never by errno (22 and 5 mean everything) and never by a message. Classes are looked up by qualified name, so that no
 library is imported to recognise its errors. The cause that our error carries is a copy without bodies, headers and
-queries: stores echo session tokens in error bodies. Pure; any thread may enter.
+queries: stores echo session tokens in error bodies. Pure, but that advice may name a variable of the environment; any
+thread may enter.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -100,7 +102,7 @@ _NO_CREATES = _Verdict(
     "the store has no create-only writes; use one that has, or pass Options(single_writer=True), which promises that "
     "no other job writes to this root: two jobs could overwrite each other's commits there, and neither would notice",
 )
-_TLS = _Verdict(StorageError, "the certificate of the endpoint is not trusted; set client_kwargs={'verify': …}")
+_TLS = _Verdict(StorageError, "the certificate of the endpoint is not trusted; {bundle}")
 _OPTIONS = _Verdict(OptionsError, "correct storage_options, the environment or the profile")
 _NO_FILE = _Verdict(
     OptionsError,
@@ -327,8 +329,13 @@ def _what(exc: BaseException, facts: Facts) -> str:
 
 
 def _advice(verdict: _Verdict, facts: Facts, op: str, url: str) -> str:
+    if url.startswith("s3:"):
+        bundle = "set client_kwargs={'verify': …} or AWS_CA_BUNDLE (SSL_CERT_FILE does not count here)"
+    else:
+        bundle = f"name a file that vouches for it in SSL_CERT_FILE (now {os.environ.get('SSL_CERT_FILE')!r})"
     right = _RIGHTS.get(url.partition("://")[0], {}).get(op, f"the right to {op}")
-    return verdict.advice.replace("{right}", right).replace("{region}", facts.region or "…")
+    advice = verdict.advice.replace("{bundle}", bundle)
+    return advice.replace("{right}", right).replace("{region}", facts.region or "…")
 
 
 def _may_have_landed(facts: Facts) -> bool:

@@ -26,6 +26,7 @@ __all__ = [
     "before_sending",
     "facts_of",
     "is_bare_redirect",
+    "is_certificate_refused",
 ]
 
 # Port 0 is nobody's: where obstore's connection to another host than the store's own ends.
@@ -269,6 +270,11 @@ def _obstore_facts(text: str) -> Facts:
 def is_bare_redirect(exc: BaseException) -> bool:
     """Tell whether obstore met a redirect that does not say where to, as S3's to another region are."""
     return "obstore.BareRedirect" in _reply(exc).types
+
+
+def is_certificate_refused(exc: BaseException) -> bool:
+    """Tell whether obstore does not trust the certificate of the endpoint."""
+    return "obstore.InvalidCertificate" in _reply(exc).types
 
 
 def _inner(element: re.Pattern[str], text: str) -> str:

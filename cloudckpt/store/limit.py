@@ -2,6 +2,7 @@
 
     retrying ──limited()──▶ a verb, on the same thread ──▶ limit_now() ◀── wires, errands
                                              a call that blocks ──led()──▶ a thread that can be left behind
+    retrying, a pool ◀──told_of_moves()── note_move() ◀── wires, disks: bytes of the request have moved
 
 So a verb keeps its signature, and no engine keeps a limit from its construction. The limits are context variables: each
 thread has its own, and a coroutine that a thread sends to an event loop takes them along. A limit may come nearer while
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from cloudckpt.deadline import NEVER, Deadline
@@ -29,12 +30,15 @@ __all__ = [
     "LeftBehindError",
     "Limit",
     "LimitNow",
-    "earliest",
+    "Patience",
     "is_limited",
     "led",
     "limit_now",
     "limited",
+    "note_move",
     "one_deadline",
+    "patience",
+    "told_of_moves",
 ]
 
 T = TypeVar("T")
@@ -100,6 +104,28 @@ def limit_now() -> Limit:
 def is_limited() -> bool:
     """Tell whether somebody has set the limit of what this thread or coroutine does."""
     return _limit.get() is not None
+
+
+_listeners: ContextVar[tuple[Callable[[int], None], ...]] = ContextVar("cloudckpt_listeners", default=())
+
+
+@contextmanager
+def told_of_moves(tell: Callable[[int], None]) -> Iterator[None]:
+    """Tell, of each request in the block whose bytes are seen to move, how many have; blocks may be nested.
+
+    `tell` is called on any thread, and may neither block nor raise.
+    """
+    token = _listeners.set((*_listeners.get(), tell))
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
+def note_move(moved_bytes: int) -> None:
+    """Tell whoever waits for the request of this thread or coroutine that so many bytes of it have moved by now."""
+    for tell in _listeners.get():
+        tell(moved_bytes)
 
 
 class Errand(Generic[T]):
@@ -170,13 +196,17 @@ def led(call: Callable[[], T]) -> T:
 
 
 @dataclass(slots=True, eq=False)
-class _Row:
-    """Operations that share one deadline."""
+class Patience:
+    """By when the operations that share it must have got on."""
 
     deadline: Deadline = NEVER
 
+    def put_off(self, stop_s: float) -> None:
+        """Wait until then, because bytes have moved."""
+        self.deadline = replace(self.deadline, stop_s=max(self.deadline.stop_s, stop_s))
 
-_row: ContextVar[_Row | None] = ContextVar("cloudckpt_row", default=None)
+
+_row: ContextVar[Patience | None] = ContextVar("cloudckpt_row", default=None)
 
 
 @contextmanager
@@ -185,17 +215,15 @@ def one_deadline() -> Iterator[None]:
 
     For a second question that only a failure makes needed, and for what is asked page by page. Blocks may be nested.
     """
-    token = _row.set(_row.get() or _Row())
+    token = _row.set(_row.get() or Patience())
     try:
         yield
     finally:
         _row.reset(token)
 
 
-def earliest(deadline: Deadline) -> Deadline:
-    """Return the deadline of an operation that begins now and has `deadline` itself."""
-    row = _row.get()
-    if row is None:
-        return deadline
+def patience(deadline: Deadline) -> Patience:
+    """Return the patience with an operation that begins now and has `deadline` itself."""
+    row = _row.get() or Patience()
     row.deadline = row.deadline.earlier(deadline)
-    return row.deadline
+    return row

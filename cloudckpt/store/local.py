@@ -31,6 +31,7 @@ from cloudckpt.store.base import Listing, ObjectInfo, check_delimiter
 from cloudckpt.store.buffers import check_destination, check_end, check_length, check_limit, flat, pieces
 from cloudckpt.store.disk import NOT_OFFERED, Disk, temp_name
 from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
+from cloudckpt.store.limit import note_move
 from cloudckpt.store.local_tree import ABSENT, LocalTree, describe, segments_of, try_lock
 from cloudckpt.store.location import local_path
 
@@ -207,6 +208,7 @@ class LocalStore:
         while batch:
             taken = self._disk.write(file, batch, offset=offset)
             offset += taken
+            note_move(offset)
             batch = _rest(batch, taken)
         self._disk.start_writeback(file, offset=start, size_bytes=offset - start)
         return offset
@@ -259,6 +261,7 @@ class LocalStore:
         filled = 0
         while filled < view.nbytes and (count := self._disk.read(fd, view[filled:], offset=start + filled)):
             filled += count
+            note_move(filled)
         check_length(filled, view.nbytes)
 
     def _delete_below(self, parents: tuple[str, ...], names: Sequence[str]) -> dict[str, OSError]:

@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from cloudckpt.errors import OptionsError
 from cloudckpt.store.base import Listing, ObjectInfo, check_key, is_key
 
-__all__ = ["LOCAL_SCHEMES", "Location", "local_path", "named_endpoint", "parse_location", "scheme_of"]
+__all__ = ["LOCAL_SCHEMES", "Location", "check_endpoint", "local_path", "named_endpoint", "parse_location", "scheme_of"]
 
 # "" stands for a path.
 LOCAL_SCHEMES = frozenset({"", "file", "local"})
@@ -136,14 +136,40 @@ def named_endpoint(scheme: str, options: Mapping[str, object]) -> str:
 
     With its path: one host may have several gateways.
     """
-    inner = options.get("client_kwargs")
-    given = [options.get("endpoint_url"), inner.get("endpoint_url") if isinstance(inner, Mapping) else None]
-    named = next((str(url) for url in (*given, *map(os.environ.get, _ENDPOINT_VARIABLES.get(scheme, ()))) if url), "")
+    _, named = _endpoint(scheme, options)
     parts = urlsplit(named)
     # A profile may name another one, in a file.
     profile = options.get("profile") or os.environ.get("AWS_PROFILE") if scheme == "s3" and not named else ""
     server = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
     return server if named else f"profile {profile}" if profile else ""
+
+
+def check_endpoint(scheme: str, options: Mapping[str, object]) -> None:
+    """Refuse an endpoint that no request can go to, by who names it; it may hold a credential, and is not repeated."""
+    place, named = _endpoint(scheme, options)
+    if not named or scheme not in _WITH_BUCKETS:
+        return
+    try:
+        parts = urlsplit(named if "://" in named else f"http://{named}")
+        reason = "" if parts.hostname else "has no host"
+        parts.port  # noqa: B018 - read from the text only now
+    except ValueError as exc:
+        reason = f"is no URL ({exc})"
+    if any(char.isspace() for char in named):
+        reason = "has a blank in it, perhaps at its end"
+    if reason:
+        raise OptionsError(f"{place} {reason}; write http(s)://host:port")
+
+
+def _endpoint(scheme: str, options: Mapping[str, object]) -> tuple[str, str]:
+    """Return who names a server, and its URL as it stands; or empty texts."""
+    inner = options.get("client_kwargs")
+    given = {
+        "endpoint_url in storage_options": options.get("endpoint_url"),
+        "client_kwargs['endpoint_url']": inner.get("endpoint_url") if isinstance(inner, Mapping) else None,
+        **{name: os.environ.get(name) for name in _ENDPOINT_VARIABLES.get(scheme, ())},
+    }
+    return next(((place, str(url)) for place, url in given.items() if url), ("", ""))
 
 
 def local_path(url: str | os.PathLike[str]) -> str:

@@ -25,7 +25,7 @@ from cloudckpt.options import Checksum, RetryPolicy
 from cloudckpt.store.credentials import AwsCredentials, GcsCredentials
 from cloudckpt.store.facts import NOWHERE
 from cloudckpt.store.proxies import proxy_of
-from cloudckpt.store.s3_config import headers_for, refuse_policy
+from cloudckpt.store.s3_config import check_bundle, headers_for, refuse_policy
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, S3Config
@@ -178,6 +178,7 @@ def _transport(session: botocore.session.Session, options: S3Options, origin: st
     if verify is False:
         found["allow_invalid_certificates"] = True
     elif isinstance(verify, str):
+        check_bundle(verify)
         found["root_certificate"] = Path(verify).read_bytes()
     if headers := headers_for(origin):
         found["default_headers"] = headers

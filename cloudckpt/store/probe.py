@@ -64,7 +64,7 @@ def probe_create(store: Store, *, single_writer: bool = False) -> None:
 
     Raises:
         CreateNotEnforcedError: several won, or the store's engine cannot refuse.
-        StorageError: it could not be asked.
+        StorageError: it could not be asked. A note tells of what could not be removed then.
     """
     if single_writer:
         return
@@ -104,12 +104,10 @@ def _ask(store: Store) -> None:
     written: list[str] = []
     try:
         _race_until_told(store, written)
-    except OptionsError:
-        raise  # the store cannot be reached so, and nothing is there to be removed
-    except Exception:  # an interrupt does not wait for it
+    except Exception as exc:  # an interrupt does not wait for it
         # At the end of the interpreter what refuses a create refuses a delete as well.
-        if written and threading.main_thread().is_alive():
-            _remove(store, written)
+        if written and threading.main_thread().is_alive() and (left := _left(store, written)) is not None:
+            exc.add_note(f"the probe objects {', '.join(written)} may stay on {store.url}: {left}")
         raise
     _remove(store, written)
 
@@ -119,9 +117,9 @@ def _race_until_told(store: Store, written: list[str]) -> None:
     key, answers, spoilt, began_s = _new_key(), 0, 0, time.monotonic()
     while not answers or (answers < _RACES and time.monotonic() - began_s < _RACING_S):
         writers = _writers(store, key)
-        if key not in written:
-            written.append(key)
         wait(writers)
+        if key not in written and any(map(_may_have_written, writers)):
+            written.append(key)
         try:
             ends = [writer.result() for writer in writers]
         except threading.BrokenBarrierError as exc:
@@ -134,6 +132,16 @@ def _race_until_told(store: Store, written: list[str]) -> None:
         if not answers and (is_mute or not _may_go_on(store, spoilt)):
             raise _undecided(store, key, ends, spoilt=spoilt, elapsed_s=time.monotonic() - began_s)
         key = _freed(store, key)
+
+
+def _may_have_written(writer: Future[_End]) -> bool:
+    """Tell whether something may stand under the key, by what has become of one create."""
+    error = writer.exception() or writer.result().error
+    if isinstance(error, ObjectExistsError | CommitUnknownError):
+        return True
+    if isinstance(error, RetryExhaustedError | OptionsError | threading.BrokenBarrierError):
+        return False  # what was doubtful would be unknown
+    return error is None or getattr(error, "may_have_landed", True)
 
 
 def _new_key() -> str:
@@ -249,11 +257,18 @@ def _undecided(store: Store, key: str, ends: Sequence[_End], *, spoilt: int, ela
 
 
 def _remove(store: Store, keys: Sequence[str]) -> None:
+    if (left := _left(store, keys)) is not None:
+        # A training job may well have no right to delete; a few bytes are left, and no reader looks at them.
+        logger.warning("the probe objects %s stay on %s: %s", ", ".join(keys), store.url, left)
+
+
+def _left(store: Store, keys: Sequence[str]) -> CloudCkptError | None:
+    """Remove objects; return why some are left."""
     try:
         store.delete(keys)
     except CloudCkptError as exc:
-        # A training job may well have no right to delete; a few bytes are left, and no reader looks at them.
-        logger.warning("the probe objects %s stay on %s: %s", ", ".join(keys), store.url, exc)
+        return exc
+    return None
 
 
 def _not_enforced(store: Store, reason: str) -> CreateNotEnforcedError:

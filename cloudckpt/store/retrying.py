@@ -47,7 +47,7 @@ from cloudckpt.errors import (
 from cloudckpt.options import KIB, RetryPolicy
 from cloudckpt.store.base import Listing, ObjectInfo, Store, check_key
 from cloudckpt.store.gate import Gate
-from cloudckpt.store.limit import LeftBehindError, Limit, earliest, limited, one_deadline
+from cloudckpt.store.limit import LeftBehindError, Limit, Patience, limited, one_deadline, patience, told_of_moves
 from cloudckpt.store.lone import LoneCreation
 from cloudckpt.store.putting import Putting
 from cloudckpt.store.stats import OpStats, Recorder, StoreStats
@@ -64,6 +64,8 @@ _READ_BACK_EXCESS_BYTES = 64 * KIB
 _DELETE_LIMIT = 1000
 # Of the time that is left, what a pause may take, so that another request fits behind it.
 _SHARE = 0.5
+# What takes as long as its bytes do: its own deadline is put off when they get further than in any request before.
+_MOVING = frozenset({"put", "get", "read"})
 # Less is no request: a connection alone takes about as long.
 _LEAST_S = 0.1
 # A row of several operations.
@@ -105,6 +107,9 @@ class _Means:
 
 class RetryingStore:
     """A store whose verbs try again: each ends by `policy.deadline_s` and by the deadline that the store was given.
+
+    The first of these counts from when the bytes of a put, get or read have got further than ever, and ends none that
+    move; the other is kept whatever moves.
 
     Of the requests of one operation that fail otherwise than by throttling there are at most `policy.max_attempts`,
     unless the deadline that rules is the last one that there will ever be: then it is tried until its time is up.
@@ -275,7 +280,7 @@ class RetryingStore:
         As between requests: random below a bound that doubles, and no longer than leaves time for another operation.
         """
         policy, means = self._policy, self._means
-        left_s = self._end().left_s(means.clock())
+        left_s = self._hard_end().earlier(self._patience().deadline).left_s(means.clock())
         bound_s = min(policy.backoff_max_s, policy.backoff_base_s * 2.0 ** min(number, 64), _SHARE * left_s)
         if left_s < _LEAST_ROW_S:
             return False
@@ -295,7 +300,7 @@ class RetryingStore:
         return self._means.recorder.snapshot()
 
     def _run(self, op: str, key: str, request: Callable[[], T], size_of: Callable[[T], int] = lambda _: 0) -> T:
-        time_left = _TimeLeft(self._means, self._end(), self._limits, self._hints)
+        time_left = _TimeLeft(self._means, self._patience(), self._hard_end(), self._limits, self._hints)
         call = _Call(self._means, self._policy, time_left, op, key, request, size_of)
         retrying = Retrying(
             retry=retry_if_exception_type(_AgainError),
@@ -314,10 +319,13 @@ class RetryingStore:
         finally:
             call.release()
 
-    def _end(self) -> Deadline:
-        """Return the deadline of an operation that begins now."""
-        limit = Deadline.after(self._policy.deadline_s, "RetryPolicy.deadline_s", now_s=self._means.clock())
-        return earliest(self._last.earlier(_earliest(*self._limits)).earlier(limit))
+    def _patience(self) -> Patience:
+        """Return the patience with an operation that begins now."""
+        return patience(Deadline.after(self._policy.deadline_s, "RetryPolicy.deadline_s", now_s=self._means.clock()))
+
+    def _hard_end(self) -> Deadline:
+        """Return by when an operation that begins now must have ended, whatever moves."""
+        return self._last.earlier(_earliest(*self._limits))
 
 
 # The store has a verb `list`, so that its methods cannot name the type.
@@ -344,10 +352,14 @@ class _TimeLeft:
     """How much time an operation has, as it is known when it is asked.
 
     Attributes:
+        own: the patience with it, which bytes that move put off.
         may_change: whether an end may be announced meanwhile.
     """
 
-    def __init__(self, means: _Means, last: Deadline, limits: Sequence[End], hints: Sequence[End]) -> None:
+    def __init__(
+        self, means: _Means, own: Patience, last: Deadline, limits: Sequence[End], hints: Sequence[End]
+    ) -> None:
+        self.own = own
         self._means = means
         self._last = last
         self._limits = limits
@@ -357,12 +369,17 @@ class _TimeLeft:
     @property
     def limit(self) -> Deadline:
         """By when it must have ended."""
-        return self._last.earlier(_earliest(*self._limits))
+        return self._last.earlier(_earliest(*self._limits)).earlier(self.own.deadline)
 
     @property
     def end(self) -> Deadline:
         """For when to plan, which may be earlier than the limit."""
         return self.limit.earlier(_earliest(*self._hints))
+
+    @property
+    def moving_left_s(self) -> float:
+        """How long a request may go on whose bytes move."""
+        return self._last.earlier(_earliest(*self._limits, *self._hints)).left_s(self._means.clock())
 
     @property
     def left_s(self) -> float:
@@ -439,7 +456,8 @@ class _Call(Generic[T]):
         self._key = key
         self._request = request
         self._size_of = size_of
-        self._began_s = means.clock()
+        self._began_s = self._moved_s = means.clock()
+        self._got_on_s, self._furthest_bytes = -math.inf, 0
         self._requests = 0
         self._counted = 0
         self._throttles = 0
@@ -467,12 +485,13 @@ class _Call(Generic[T]):
                 f"{self._op} of {self._key!r} on {self._means.store.url} was not tried: the time of "
                 f"{limit.reason} was over before"
             )
-        ticket, began_s = self._pass_gate(), self._means.clock()
+        ticket = self._pass_gate()
+        self._moved_s = self._means.clock()
         cause: StorageError | None = None
         is_success = False
         share = self._time_left.share(self._policy.limit_s(self._time_left.left_s, timeouts=self._timeouts))
         try:
-            with self._limited(share):
+            with self._limited(share), told_of_moves(self._note_move):
                 self._refresh_if_stale()
                 result = self._timed_request()
             is_success = True
@@ -489,11 +508,18 @@ class _Call(Generic[T]):
             cause = exc.cause
             raise
         finally:
-            has_timed_out = self._means.clock() - began_s >= _NEARLY * share.seconds
+            has_timed_out = self._means.clock() - self._moved_s >= _NEARLY * share.seconds
+            if self._op in _MOVING:
+                self._time_left.own.put_off(self._got_on_s + self._policy.deadline_s)
             is_slower = cause is not None and self._is_slower(cause, share, has_timed_out=has_timed_out)
             self._means.gate.leave(ticket, is_slower=is_slower, is_success=is_success)
             cause = None  # its stack holds this frame
         return result
+
+    def _note_move(self, moved_bytes: int) -> None:
+        self._moved_s = self._means.clock()
+        if moved_bytes > self._furthest_bytes:
+            self._furthest_bytes, self._got_on_s = moved_bytes, self._moved_s
 
     def _pass_gate(self) -> int:
         """Wait until this request may be in flight, but no longer than for its share of what is left."""
@@ -503,13 +529,17 @@ class _Call(Generic[T]):
         return ticket
 
     def _limited(self, share: _Share) -> AbstractContextManager[None]:
-        left_s, timeouts = self._time_left.left_s, self._timeouts
-        if not self._time_left.may_change:
-            return limited(still_s=share.seconds, total_s=left_s, timeouts=timeouts)
+        time_left, timeouts = self._time_left, self._timeouts
+
+        def total_s() -> float:
+            return time_left.moving_left_s if self._op in _MOVING else time_left.left_s
+
+        if not time_left.may_change:
+            return limited(still_s=share.seconds, total_s=total_s(), timeouts=timeouts)
 
         def now() -> Limit:
             still_s, now_s = share.seconds, time.monotonic()
-            stop_s, cut_s = now_s + self._time_left.left_s, now_s + share.cut_left_s
+            stop_s, cut_s = now_s + total_s(), now_s + share.cut_left_s
             return Limit(still_s=still_s, stop_s=stop_s, timeouts=timeouts, may_change=True, cut_s=cut_s)
 
         return limited(now=now)

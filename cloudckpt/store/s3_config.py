@@ -1,17 +1,18 @@
 """Turn s3fs's `config_kwargs` into botocore's client configuration: one attempt per call, our limits, no checksums.
 
-Pure values.
+Pure values, but for a look at a file of certificates.
 """
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 
-__all__ = ["headers_for", "refuse_policy", "s3_config"]
+__all__ = ["check_bundle", "headers_for", "refuse_policy", "s3_config"]
 
 # More than any sensible concurrency, since waiting for a free connection would count against the request's time.
 _CONNECTIONS = 128
@@ -27,6 +28,17 @@ def refuse_policy(config_kwargs: Mapping[str, object]) -> None:
         raise OptionsError(
             f"config_kwargs {ours} belong to the retry policy; set them in Options(retry=RetryPolicy(…))"
         )
+
+
+def check_bundle(path: str) -> None:
+    """Refuse a file of certificates that has none, by name: the libraries would not name it, or try again."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cafile=path)
+    except OSError as exc:  # what ssl says of a file without a certificate is one, too
+        reason = "no certificate is in it" if isinstance(exc, ssl.SSLError) else exc.strerror
+        raise OptionsError(
+            f"{path!r} has no certificates ({reason}); correct `verify`, AWS_CA_BUNDLE or the profile's ca_bundle"
+        ) from exc
 
 
 def headers_for(endpoint_url: str) -> dict[str, str]:

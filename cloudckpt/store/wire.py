@@ -18,6 +18,7 @@ import termios
 import time
 from array import array
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, pieces, place
 from cloudckpt.store.classify import CredentialKind
 from cloudckpt.store.facts import BodyLengthError
-from cloudckpt.store.limit import Limit, LimitNow, limit_now
+from cloudckpt.store.limit import Limit, LimitNow, limit_now, note_move
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -116,9 +117,14 @@ def own_options(options: Mapping[str, object], refused: Sequence[str]) -> dict[s
 
 
 class _Progress:
-    """How far the bytes of one request are. Belongs to fsspec's loop."""
+    """How far the bytes of one request are. Belongs to fsspec's loop.
+
+    Attributes:
+        looked_s: when it was last looked at, so that the loop was not busy; who waits for the loop reads it.
+    """
 
     def __init__(self) -> None:
+        self.looked_s = time.monotonic()
         self._moved_bytes = 0
         self._transport: asyncio.WriteTransport | None = None
 
@@ -149,15 +155,14 @@ def _note_bytes(size_bytes: int, transport: asyncio.WriteTransport | None = None
         progress.note(size_bytes, transport)
 
 
-async def _bounded(request: Coroutine[object, object, T], limit_now: LimitNow) -> T:
+async def _bounded(request: Coroutine[object, object, T], limit_now: LimitNow, progress: _Progress) -> T:
     """Return the request's result; cancel it, and raise `TimeoutError`, when it stands still too long or has to end."""
-    progress = _Progress()
     _progress.set(progress)
     task = asyncio.ensure_future(request)  # with a copy of this context, and what it starts itself has one, too
     position, moved_s = 0, time.monotonic()
     try:
         while not task.done():
-            limit = limit_now()
+            limit, progress.looked_s = limit_now(), time.monotonic()
             look_s = _LOOK_S if limit.may_change else limit.still_s
             left_s = min(moved_s + limit.still_s, limit.stop_s) - time.monotonic()
             if left_s <= 0:
@@ -165,6 +170,7 @@ async def _bounded(request: Coroutine[object, object, T], limit_now: LimitNow) -
             await asyncio.wait({task}, timeout=min(left_s, limit.still_s / _LOOKS, look_s))
             if progress.position() != position:
                 position, moved_s = progress.position(), time.monotonic()
+                note_move(position)
     finally:
         if not task.done():
             task.cancel()
@@ -204,11 +210,27 @@ class OnLoop:
         if on_loop:
             request.close()
             raise RuntimeError("called on fsspec's own event loop, where it would wait for itself")
-        future = asyncio.run_coroutine_threadsafe(_bounded(request, now), self.loop)
+        progress = _Progress()
+        future = asyncio.run_coroutine_threadsafe(_bounded(request, now, progress), self.loop)
         try:
-            return future.result(waitable_s(now().stop_s - time.monotonic() + _GRACE_S))
+            return _awaited(future, now, progress)
         finally:
             future.cancel()  # does nothing to a request that has ended
+
+
+def _awaited(future: Future[T], now: LimitNow, progress: _Progress) -> T:
+    """Wait for a request on the loop, which ends it in time, unless something else keeps the loop busy."""
+    while True:
+        limit = now()
+        late_s = min(limit.stop_s, progress.looked_s + limit.still_s) + _GRACE_S
+        try:
+            return future.result(waitable_s(max(0.0, late_s - time.monotonic())))
+        except TimeoutError:
+            if future.done():  # it may be the request's own error, too
+                return future.result()
+            limit = now()
+            if time.monotonic() >= min(limit.stop_s, progress.looked_s + limit.still_s) + _GRACE_S:
+                raise
 
 
 class GatherBody(payload.Payload):

@@ -18,12 +18,13 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import fsspec.config
 from aiohttp import ClientResponse, ClientTimeout
 from gcsfs.core import GCSFileSystem
+from google.auth.exceptions import DefaultCredentialsError
 from yarl import URL
 
 from cloudckpt.errors import OptionsError
@@ -52,6 +53,11 @@ _BOUNDARY = f"cloudckpt-{secrets.token_hex(16)}"
 # Enough of an error body to find the reason in it.
 _ERROR_BYTES = 64 * 1024
 _ENDPOINT = re.compile(r"\Ahttps?://[^/\s]+")
+_KEY_FILE_VARIABLE = "GOOGLE_APPLICATION_CREDENTIALS"
+# What gcsfs would take for a token itself if no such file is there; tokens neither begin nor end so.
+_PATH = re.compile(r"\A(?:[/~]|\.{1,2}/)|\.json\Z")
+_DEFAULT = "google_default"
+_UNREADABLE = (PermissionError, IsADirectoryError, NotADirectoryError)
 _OWN_HEADER = "X-GUploader-UploadID"
 _OWN_WORDS = b"No such object: "
 
@@ -220,27 +226,38 @@ class GcsWire(OnLoop):
 
 def gcs_filesystem(options: Mapping[str, object], loop: AbstractEventLoop) -> GCSFileSystem:
     """Let gcsfs read its options and find credentials, which may ask Google's services; it connects to no bucket."""
-    _check_default_credentials(options)
+    place, path = _key_file(options)
+    if path and not os.path.exists(path):  # noqa: PTH110 - a token may be longer than any path can be
+        raise OptionsError(
+            f"{place} names {path!r}, which does not exist; correct it, or give another token in storage_options"
+        )
+    # By itself gcsfs would go on without a key file that it cannot read, anonymously.
+    found = {"token": _DEFAULT} if place == _KEY_FILE_VARIABLE else {}
     try:
         filesystem = GCSFileSystem(
-            **options, asynchronous=True, loop=loop, skip_instance_cache=True, use_listings_cache=False
+            **{**options, **found}, asynchronous=True, loop=loop, skip_instance_cache=True, use_listings_cache=False
         )
-    except (ValueError, TypeError, KeyError) as exc:
+    except (ValueError, TypeError, KeyError, AttributeError, DefaultCredentialsError, *_UNREADABLE) as exc:
+        if not path and isinstance(exc, DefaultCredentialsError | AttributeError):
+            raise
+        subject = f"the key file {path!r} that {place} names" if path else "these storage_options"
         # Not chained: what it says may repeat a token.
-        raise OptionsError(f"gcsfs cannot use these storage_options: {hide(str(exc))}") from None
+        raise OptionsError(f"gcsfs cannot use {subject}: {hide(str(exc))}") from None
     if not _ENDPOINT.match(filesystem._location):  # noqa: SLF001 - also what STORAGE_EMULATOR_HOST says
         raise OptionsError("endpoint_url (or STORAGE_EMULATOR_HOST) is no URL of a host; write http(s)://host:port")
     return filesystem
 
 
-def _check_default_credentials(options: Mapping[str, object]) -> None:
-    """Refuse a key file that the environment names and that is not there: gcsfs would go on without, anonymously."""
-    path = os.environ.get("GOOGLE_APPLICATION_CREDENTIALS")
-    if path and options.get("token") in (None, "google_default") and not Path(path).exists():
-        raise OptionsError(
-            f"GOOGLE_APPLICATION_CREDENTIALS names {path!r}, which does not exist; correct it, or give token in "
-            "storage_options"
-        )
+def _key_file(options: Mapping[str, object]) -> tuple[str, str]:
+    """Return who names a file with a key, and its path; or empty texts."""
+    token = options.get("token")
+    if isinstance(token, str) and (_PATH.search(token) or os.path.exists(token)):  # noqa: PTH110 - as above
+        return "token in storage_options", token
+    is_configured = any("token" in fsspec.config.conf.get(protocol, {}) for protocol in ("gs", "gcs"))
+    path = os.environ.get(_KEY_FILE_VARIABLE, "")
+    if path and (token == _DEFAULT or (token is None and not is_configured)):
+        return _KEY_FILE_VARIABLE, path
+    return "", ""
 
 
 def _around(resource: Mapping[str, str]) -> tuple[bytes, bytes]:

@@ -8,13 +8,15 @@ marker of a directory from an empty object, and match whole segments only; its b
 it left. So does a request that has less time than usual, or that took too long before: a client of obstore's has one
 time limit for all requests, their bodies included, and does not show how far they are, so that a put which moves slowly
 cannot be told from one that stands still. Nor can one be ended that is on its way: when an end is announced meanwhile,
-it is left behind. One request per call. Any thread may enter; the main one, which would hear no signal in Rust, has its
-requests made on another.
+it is left behind. And so do all requests to an endpoint whose certificate OpenSSL trusts and obstore does not: one that
+is its own authority. One request per call. Any thread may enter; the main one, which would hear no signal in Rust, has
+its requests made on another.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -29,7 +31,7 @@ from cloudckpt.options import MIB
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, joined, place
 from cloudckpt.store.classify import CredentialKind
-from cloudckpt.store.facts import HttpStatusError, before_sending, is_bare_redirect
+from cloudckpt.store.facts import HttpStatusError, before_sending, is_bare_redirect, is_certificate_refused
 from cloudckpt.store.limit import Errand, led, limit_now
 from cloudckpt.store.obstore_s3 import ObstoreClient
 from cloudckpt.store.proof import check_created, check_generation, check_object, check_stored
@@ -188,12 +190,23 @@ class ObstoreWire:
 
     def _move(self, call: Callable[[Wire | _Direct], T]) -> T:
         limit, began_s = limit_now(), time.monotonic()
-        is_usual = not limit.timeouts and limit.still_s >= _NEARLY * self._limit_s
+        is_usual, is_untrusted = not limit.timeouts and limit.still_s >= _NEARLY * self._limit_s, False
         if is_usual and began_s >= self._slow_until_s:
-            with self._told_region():
-                return led(lambda: call(self._direct))
+            try:
+                with self._told_region():
+                    return led(lambda: call(self._direct))
+            except BaseError as exc:
+                if not is_certificate_refused(exc):
+                    raise
+                is_untrusted = True  # and nothing was sent
         result = call(self._keeper())
-        if time.monotonic() - began_s > self._limit_s:
+        if is_untrusted:
+            logger.warning(
+                "obstore does not trust the certificate of this endpoint, and OpenSSL does: fsspec carries the bytes, "
+                "which is slower; a server's certificate that is no authority's itself (CA:FALSE) serves both"
+            )
+            self._slow_until_s = math.inf
+        elif time.monotonic() - began_s > self._limit_s:
             # It went well, and obstore would have ended it: so would it the next ones on such a link.
             self._slow_until_s = time.monotonic() + _SLOW_S
         return result

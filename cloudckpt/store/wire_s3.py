@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote_plus
 
@@ -35,7 +34,7 @@ from cloudckpt.store.credentials import check_aws_keys
 from cloudckpt.store.facts import GarbledReplyError, HttpStatusError, before_sending, facts_of
 from cloudckpt.store.proof import check_created, check_object, check_root, check_stored, is_document
 from cloudckpt.store.proxies import is_in_direct_block
-from cloudckpt.store.s3_config import headers_for, s3_config
+from cloudckpt.store.s3_config import check_bundle, headers_for, s3_config
 from cloudckpt.store.terms import PutTerms, checksum_of
 from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
 
@@ -207,7 +206,9 @@ class S3Wire(OnLoop):
         with before_sending():
             client: _Client = await self._fs.set_session()
         if client is not self._client:
-            _check_bundle(client)
+            verify = client._endpoint.http_session._verify  # noqa: SLF001 - as options, environment and profile have it
+            if isinstance(verify, str):
+                check_bundle(verify)
             self._keys = await _keys_of(client)
             # Waiting for "100 Continue" costs a round trip, and for ever where a proxy does not pass it on.
             client.meta.events.register("request-created.s3.PutObject", _expect_nothing)
@@ -280,13 +281,6 @@ def _close_when_dropped(
 def _close_on(loop: asyncio.AbstractEventLoop, client: _Client, pid: int) -> None:
     if pid == os.getpid() and loop.is_running():
         asyncio.run_coroutine_threadsafe(client.close(), loop)
-
-
-def _check_bundle(client: _Client) -> None:
-    """Name a file of certificates that is not there; the library that would miss it does not."""
-    path = client._endpoint.http_session._verify  # noqa: SLF001 - as options, environment and profile have it
-    if isinstance(path, str) and not Path(path).exists():
-        raise OptionsError(f"{path!r} has no certificates: it does not exist; correct `verify` or AWS_CA_BUNDLE")
 
 
 async def _keys_of(client: _Client) -> ReadOnlyCredentials | None:

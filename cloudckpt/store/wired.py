@@ -26,7 +26,7 @@ from cloudckpt.store.classify import CredentialKind, ask, deletion_error
 from cloudckpt.store.credentials import check_texts
 from cloudckpt.store.facts import before_sending
 from cloudckpt.store.limit import Errand, is_limited, limited
-from cloudckpt.store.location import named_endpoint, parse_location
+from cloudckpt.store.location import check_endpoint, named_endpoint, parse_location
 from cloudckpt.store.proof import check_listed
 from cloudckpt.store.redact import hide_in_logs, remember_secrets
 from cloudckpt.store.terms import PutTerms
@@ -83,13 +83,14 @@ class WiredStore(ABC):
         self._retry = retry or RetryPolicy()
         self._terms = terms or PutTerms()
         self._lock = threading.Lock()
-        self._connecting: Errand[Wire] = Errand()
+        self._connecting: Errand[_Lease] = Errand()
         self._lease: _Lease | None = None
         self._is_closed = False
         self._pid = os.getpid()
         remember_secrets(self._options)
         if self._location.scheme in _SENT_IN_HEADERS:
             check_texts(self._options)
+        check_endpoint(self._location.scheme, self._options)
         self._check_options()
 
     @property
@@ -202,19 +203,19 @@ class WiredStore(ABC):
         if self._is_closed:
             raise OptionsError(f"the store of {self.url} is closed; open another")
         self._notice_fork()
-        with self._lock:
-            if self._lease is not None:
-                self._lease.users += 1
-                return self._lease
-        # Not under the lock: some libraries ask for credentials now, and others wait for theirs to end a request.
-        with before_sending():
-            wire = self._connecting.run(self._connect)
-        hide_in_logs()
-        with self._lock:
-            if self._lease is None:
-                self._lease = _Lease(wire)
-            self._lease.users += 1
-            return self._lease
+        while True:
+            with self._lock:
+                if self._lease is not None:
+                    self._lease.users += 1
+                    return self._lease
+            # Not under the lock: some libraries ask for credentials now, and others wait for theirs to end a request.
+            with before_sending():
+                made = self._connecting.run(lambda: _Lease(self._connect()))
+            hide_in_logs()
+            with self._lock:
+                # Others who waited for the same one may have used, retired and closed it by now.
+                if self._lease is None and not made.is_retired:
+                    self._lease = made
 
     def _notice_fork(self) -> None:
         """In a forked child, forget the parent's wire; its sockets are not ours, and its lock may have been held."""

@@ -2,8 +2,8 @@
 
     Work ──admitted by the budget──▶ a thread ──▶ results in order, or the first fault
 
-Knows bytes and threads; knows nothing of stores or tensors. The threads are daemons, because a request that never
-returns may hold neither the save nor the end of the process (FORMAT invariants 13 and 15).
+Knows bytes and threads, and who tells that they move; knows nothing of tensors. The threads are daemons, because a
+request that never returns may hold neither the save nor the end of the process (FORMAT invariants 13 and 15).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 from cloudckpt.errors import CloudCkptError, StalledError
+from cloudckpt.store import told_of_moves
 from cloudckpt.threads import started
 
 __all__ = ["AbandonedError", "Budget", "Gauge", "Watch", "Work", "run_all"]
@@ -105,8 +106,9 @@ class Watch:
     """How transfers are watched over.
 
     Attributes:
-        deadline_s: seconds that one transfer may take, all its attempts included.
-        tick: is called when one has ended.
+        deadline_s: seconds that one transfer may stand still, none of its bytes moving; that it may take in all, its
+            attempts included, where nobody sees them.
+        tick: is called when one has ended or got on; from any thread.
         check: is called now and then by the waiting thread, and raises to end the wait.
         gauge: is told how many bytes have moved.
     """
@@ -120,8 +122,8 @@ class Watch:
 def run_all(work: Sequence[Work[_Result]], *, concurrency: int, budget: Budget, watch: Watch) -> list[_Result]:
     """Call everything in `work`, each once its cost was admitted; return the results in order.
 
-    On the first fault nothing more begins; what is under way is waited for, and the fault is raised. What takes longer
-    than `watch.deadline_s` is left to itself: `StalledError` names it, unless something else has failed before. So is
+    On the first fault nothing more begins; what is under way is waited for, and the fault is raised. What stands still
+    for `watch.deadline_s` is left to itself: `StalledError` names it, unless something else has failed before. So is
     all that is under way when the calling thread is interrupted.
     """
     if watch.gauge is not None:
@@ -147,6 +149,19 @@ def run_all(work: Sequence[Work[_Result]], *, concurrency: int, budget: Budget, 
     return [future.result() for future in futures]
 
 
+class _Running:
+    """An item that is being called, and when it last got on."""
+
+    def __init__(self, name: str, tick: Callable[[], None]) -> None:
+        self.name = name
+        self.moved_s = time.monotonic()
+        self._tick = tick
+
+    def move(self, _: int) -> None:
+        self.moved_s = time.monotonic()
+        self._tick()
+
+
 class _Pool:
     """The threads, and what they are at."""
 
@@ -156,7 +171,7 @@ class _Pool:
         self._budget = budget
         self._watch = watch
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._running: dict[int, tuple[str, float]] = {}
+        self._running: dict[int, _Running] = {}
         self._size = size
         self._threads: list[threading.Thread] = []
         self._idle = threading.Semaphore(0)
@@ -195,9 +210,10 @@ class _Pool:
             future.cancel()
             self._budget.end()
             return
-        self._running[id(future)] = (item.name, time.monotonic())
+        running = self._running[id(future)] = _Running(item.name, self._watch.tick)
         try:
-            result = item.call()
+            with told_of_moves(running.move):
+                result = item.call()
         except BaseException as exc:  # noqa: BLE001 (the end of a thread's work: raised by the thread that waits)
             self.faults.append(exc)
             self.is_stopping = True
@@ -218,13 +234,14 @@ class _Pool:
         """
         self._watch.check()
         now_s = time.monotonic()
-        for name, began_s in list(self._running.values()):
-            if now_s - began_s > self._watch.deadline_s:
+        for running in list(self._running.values()):
+            still_s = now_s - running.moved_s
+            if still_s > self._watch.deadline_s:
                 raise StalledError(
-                    f"the transfer of {name} stands still for {now_s - began_s:.1f} s and was given up; look at the "
+                    f"the transfer of {running.name} stands still for {still_s:.1f} s and was given up; look at the "
                     "network and the store, then try again",
-                    key=name,
-                    still_s=now_s - began_s,
+                    key=running.name,
+                    still_s=still_s,
                 )
 
     def abandon(self) -> None:

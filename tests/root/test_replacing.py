@@ -27,16 +27,13 @@ from cloudckpt.format import MANIFEST_NAME
 from cloudckpt.options import KIB
 from cloudckpt.store import RetryingStore
 from cloudckpt.store.probe import _proven
-from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, Op, denied, refused, transient
+from tests.effort import diagonal
+from tests.store.fault_store import ERRORS, Bucket, Crash, FaultKind, FaultStore, Op, refused
 
 URL = "memory://bucket/root"
 OPTIONS = Options(shard_bytes=4 * KIB, block_bytes=KIB, span_bytes=2 * KIB, concurrency=1, memory_budget_bytes=64 * KIB)
 PATIENCE = RetryPolicy(max_attempts=3, deadline_s=60, request_timeout_s=1)
 CRASHES = [FaultKind.CRASH_BEFORE, FaultKind.CRASH_HALFWAY, FaultKind.CRASH_AFTER]
-ERRORS = [
-    *[(FaultKind.BEFORE, error) for error in (transient, denied, refused)],
-    *[(FaultKind.LOST_ACK, error) for error in (transient, refused)],
-]
 
 
 @pytest.fixture
@@ -170,8 +167,7 @@ def test_a_crash_at_any_request_of_a_replacing_save_loses_neither_checkpoint(
     assert fired > 10
 
 
-@pytest.mark.parametrize("times", [1, None], ids=["once", "for-ever"])
-@pytest.mark.parametrize(("kind", "error"), ERRORS, ids=lambda value: getattr(value, "__name__", str(value)))
+@diagonal("kind, error, times", ERRORS, [pytest.param(1, id="once"), pytest.param(None, id="for-ever")])
 def test_an_error_in_any_request_of_a_replacing_save_leaves_the_old_the_new_or_the_way_back(
     clients: list[FaultStore], kind: FaultKind, error: object, times: int | None
 ) -> None:

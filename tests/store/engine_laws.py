@@ -8,10 +8,11 @@ import re
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 from urllib.parse import quote
 
 import pytest
@@ -642,6 +643,24 @@ class EngineLaws:
                 time.sleep(0.02)
             stop.set()
             assert all(count.result() > 0 for count in counts)
+
+    def test_a_connection_that_others_have_closed_while_one_waited_for_it_is_not_used(
+        self, server: ObjectServer, own_store: Any
+    ) -> None:
+        server.put_object("root/there", b"12345")
+        errand, is_first = own_store._connecting, [True]
+
+        def run(connect: Callable[[], object]) -> object:
+            lease = errand.run(connect)
+            if is_first:
+                is_first.clear()
+                own_store._lease = lease
+                own_store.get("there", start=0, stop=5)
+                own_store.refresh()
+            return lease
+
+        own_store._connecting = SimpleNamespace(run=run)
+        assert bytes(own_store.get("there", start=0, stop=5)) == b"12345"
 
     def test_close_is_final_and_may_be_repeated(self, own_store: Store) -> None:
         own_store.head("there")

@@ -184,6 +184,14 @@ def test_a_certificate_that_is_not_trusted_is_not_tried_again() -> None:
     assert "verify" in str(classify(outer, op="put", key="k", url=URL))
 
 
+def test_a_certificate_that_is_not_trusted_is_said_with_the_file_that_should_vouch_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", "/etc/away.pem")
+    error = classify(ssl.SSLCertVerificationError("x"), op="put", key="k", url="gs://bucket/root")
+    assert "'/etc/away.pem'" in str(error)
+
+
 # Captured from obstore 0.12.1 before the tests' own server.
 def _obstore_reply(status: int, body: str, *, listing: bool = False) -> str:
     inner = f"""inner: Status {{

@@ -17,6 +17,7 @@ from google.oauth2.credentials import Credentials
 import cloudckpt
 from cloudckpt.errors import CheckpointNotFoundError, CloudCkptError, OptionsError, RetryExhaustedError, StorageError
 from cloudckpt.store import open_store
+from tests.effort import diagonal
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, VERBS, Engine
 from tests.store.handling import while_handling
 from tests.store.http_dialects import Request
@@ -75,12 +76,23 @@ def test_a_missing_token_file_of_a_web_identity_is_named(
     assert server.count() == 0
 
 
+def _spoilt(tmp_path: Path, name: str, content: str) -> str:
+    """Return a path at which there is nothing that can be used: no file, a directory, or what `content` says."""
+    path = tmp_path / name
+    if content == "a directory":
+        path.mkdir()
+    elif content != "no file":
+        path.write_text(content)
+    return str(path)
+
+
 @pytest.mark.parametrize("engine", ON_S3)
 @pytest.mark.parametrize("where", ["verify", "AWS_CA_BUNDLE"])
-def test_a_missing_file_of_certificates_is_named(
-    server: ObjectServer, engine: Engine, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("content", ["no file", "a directory", "", "junk\n"])
+def test_a_file_without_certificates_is_named(
+    server: ObjectServer, engine: Engine, where: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, options = str(tmp_path / "away.pem"), engine.options(server)
+    path, options = _spoilt(tmp_path, "ca.pem", content), engine.options(server)
     if where == "verify":
         options["client_kwargs"] = {"region_name": "eu-west-1", "verify": path}
     else:
@@ -88,6 +100,7 @@ def test_a_missing_file_of_certificates_is_named(
     error = _refusal(engine, options)
     assert isinstance(error, OptionsError)
     assert path in str(error)
+    assert server.count() == 0
 
 
 @pytest.mark.parametrize("engine", ON_S3)
@@ -102,14 +115,29 @@ def test_a_missing_command_for_keys_is_named(
 
 
 @pytest.mark.parametrize("engine", ON_GCS)
-def test_a_missing_key_file_of_google_is_named_and_nobody_asks_anonymously(
-    server: ObjectServer, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("where", ["GOOGLE_APPLICATION_CREDENTIALS", "token"])
+@pytest.mark.parametrize(
+    "content", ["no file", "a directory", "", '{"type": "service_account", "private_key": ', "[]", "{}"]
+)
+def test_a_key_file_of_google_that_holds_no_key_is_named_and_nobody_asks_anonymously(
+    server: ObjectServer, engine: Engine, where: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "away.json"))
-    error = _refusal(engine, {"endpoint_url": server.endpoint})
+    path, options = _spoilt(tmp_path, "key.json", content), {"endpoint_url": server.endpoint}
+    if where == "token":
+        options["token"] = path
+    else:
+        monkeypatch.setenv(where, path)
+    error = _refusal(engine, options)
     assert isinstance(error, OptionsError)
-    assert str(tmp_path / "away.json") in str(error)
+    assert path in str(error)
     assert server.count() == 0
+
+
+@pytest.mark.parametrize("name", ["../key.json", "./key", "~/key", "/key", "key.json"])
+def test_what_can_only_be_the_name_of_a_file_is_no_token(server: ObjectServer, name: str) -> None:
+    error = _refusal(GCSFS, {"endpoint_url": server.endpoint, "token": name})
+    assert isinstance(error, OptionsError)
+    assert f"token in storage_options names {name!r}" in str(error)
 
 
 @pytest.mark.parametrize("engine", ON_S3)
@@ -306,8 +334,14 @@ atexit.register(last)
 """
 
 
-@pytest.mark.parametrize("engine", [*EVERYWHERE, pytest.param(OBSTORE_GCS, id="obstore-gcs")])
-@pytest.mark.parametrize("before", ["", "import concurrent.futures.thread, fsspec.asyn, gcsfs, obstore, s3fs"])
+@diagonal(
+    "engine, before",
+    [*EVERYWHERE, pytest.param(OBSTORE_GCS, id="obstore-gcs")],
+    [
+        pytest.param("", id="unused"),
+        pytest.param("import concurrent.futures.thread, fsspec.asyn, gcsfs, obstore, s3fs", id="imported"),
+    ],
+)
 def test_the_first_use_of_a_store_at_exit_works_or_says_why(server: ObjectServer, engine: Engine, before: str) -> None:
     about = [f"{engine.scheme}://bucket/root", engine.kind.engine, f"http://localhost:{server.port}"]
     found = subprocess.run(

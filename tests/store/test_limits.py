@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,17 +18,23 @@ from cloudckpt.options import MIB, RetryPolicy
 from cloudckpt.store.credentials import AwsCredentials
 from cloudckpt.store.limit import Errand, limit_now, limited
 from cloudckpt.store.retrying import RetryingStore
+from cloudckpt.store.wire import OnLoop
+from tests.effort import diagonal
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, VERBS, Engine
 from tests.store.http_object_server import Fault, FaultKind, ObjectServer
 
-ENGINES = {"s3fs": S3FS, "gcsfs": GCSFS, "obstore-s3": OBSTORE_S3, "obstore-gcs": OBSTORE_GCS}
+ENGINES = [
+    *(pytest.param(S3FS, id="s3fs"), pytest.param(GCSFS, id="gcsfs")),
+    *(pytest.param(OBSTORE_S3, id="obstore-s3"), pytest.param(OBSTORE_GCS, id="obstore-gcs")),
+]
 # Far more than any test here waits, and the time limit that the engines are built with.
 LONG_S = 120.0
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Engine:
-    return ENGINES[request.param]
+    engine: Engine = request.param
+    return engine
 
 
 @pytest.fixture
@@ -41,8 +48,7 @@ def retrying(engine: Engine, server: ObjectServer, policy: RetryPolicy) -> Retry
     return RetryingStore(engine.open(server, retry=policy), policy)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("kind", [FaultKind.STALL, FaultKind.STALL_IN_REQUEST])
+@diagonal("engine, verb, kind", ENGINES, VERBS, [FaultKind.STALL, FaultKind.STALL_IN_REQUEST])
 def test_a_deadline_ends_what_stands_still_on_an_engine_built_with_more_patience(
     server: ObjectServer, engine: Engine, verb: str, kind: FaultKind
 ) -> None:
@@ -123,6 +129,27 @@ def test_a_link_that_was_too_slow_for_obstore_is_left_to_the_engine_that_shows_i
         for number in range(3):
             store.put(f"k{number}", [memoryview(bytes(MIB // 2))])
         assert store.stats()["put"].requests == 4, "the first one was sent twice"
+
+
+@pytest.mark.parametrize("engine", [S3FS, OBSTORE_S3], ids=["s3fs", "obstore-s3"])
+def test_a_put_that_takes_longer_than_its_deadline_succeeds_because_its_bytes_move(engine: Engine) -> None:
+    policy = RetryPolicy(deadline_s=1.0, request_timeout_s=0.5)
+    with ObjectServer(link_bytes_per_s=0.4 * MIB) as server, retrying(engine, server, policy) as store:
+        store.put("k", [memoryview(bytes(MIB // 2))])
+        assert len(server.data("root/k")) == MIB // 2
+    assert store.stats()["put"].seconds > policy.deadline_s
+
+
+def test_a_loop_that_something_else_keeps_busy_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cloudckpt.store.wire._GRACE_S", 0.1)
+    free, on_loop = threading.Event(), OnLoop()
+
+    async def held() -> None:
+        free.wait(LONG_S)
+
+    with limited(still_s=0.1, total_s=math.inf), pytest.raises(TimeoutError):
+        on_loop.run(held())
+    free.set()
 
 
 # ---- errands

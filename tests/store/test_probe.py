@@ -6,8 +6,9 @@ import logging
 import random
 import threading
 import time
+import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -326,7 +327,27 @@ def test_a_probe_that_may_have_landed_is_a_plain_error_and_removed_or_named(
     assert type(caught.value) is StorageError
     left = inner.bucket.raw_list()
     assert bool(left) is not may_delete
-    assert all(name in caplog.text for name in left)
+    told = "".join(traceback.format_exception(caught.value))
+    assert all(name in told for name in left)
+    assert "stay on" not in caplog.text, "the first error is told, and the second one as a note of it"
+
+
+def _unsent(op: Op) -> StorageError:
+    error = TransientError("connection refused", op=op.verb, key=op.key)
+    error.may_have_landed = False
+    return error
+
+
+@pytest.mark.parametrize("error", [denied, _unsent])
+def test_where_nothing_was_written_nothing_is_removed_or_said_to_stay(
+    error: Callable[[Op], StorageError], layer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    inner = FaultStore()
+    inner.inject(error=error, times=None)
+    with pytest.raises(StorageError) as caught:
+        probe_create(over(inner, layer))
+    assert "delete" not in {op.verb for op in inner.trace}
+    assert (getattr(caught.value, "__notes__", []), "stay on" in caplog.text) == ([], False)
 
 
 def test_a_job_without_the_right_to_delete_passes_and_is_told(layer: str, caplog: pytest.LogCaptureFixture) -> None:

@@ -41,7 +41,7 @@ from cloudckpt.errors import (
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import Listing, Store
 from cloudckpt.store.gate import Gate
-from cloudckpt.store.limit import led, limit_now, one_deadline
+from cloudckpt.store.limit import led, limit_now, note_move, one_deadline
 from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.store.stats import OpStats, StoreStats
 from tests.store.fault_store import Bucket, Crash, Fault, FaultKind, FaultStore, Op, denied, expired, refused
@@ -569,6 +569,85 @@ class TestDeadline:
         with pytest.raises(RetryExhaustedError):
             store.head("there")
         assert time.now_s - 1000.0 > 1.5 * POLICY.deadline_s
+
+
+MOVING = ["put", "get", "read"]
+
+
+class TestBytesThatMove:
+    """A put or a read is late when its bytes stand still, and not when a number of seconds has passed."""
+
+    POLICY = RetryPolicy(max_attempts=50, deadline_s=100.0, request_timeout_s=10.0, backoff_base_s=1.0)
+
+    @pytest.fixture
+    def store(self, inner: FaultStore, time: Time) -> RetryingStore:
+        inner.bucket.raw_put("there", b"12345")
+        return retrying(inner, time, self.POLICY)
+
+    @staticmethod
+    def cut_at(inner: FaultStore, time: Time, *cuts: int) -> None:
+        """Let each request take a second a byte, and break after so many of them; those after the last one end well."""
+        left = list(cuts)
+
+        def slow(_: Op) -> None:
+            stop = left.pop(0) if left else 200
+            for moved_bytes in range(stop):
+                time.now_s += 1.0
+                note_move(moved_bytes + 1)
+            if stop < 200:
+                raise TransientError("it was cut")
+
+        inner.hook = slow
+
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_no_number_of_seconds_ends_a_request_whose_bytes_move(
+        self, store: RetryingStore, inner: FaultStore, verb: str
+    ) -> None:
+        seen_s: list[float] = []
+        inner.hook = lambda _: seen_s.append(limit_now().stop_s)
+        VERBS[verb](store)
+        assert math.isinf(seen_s[0]) == (verb in MOVING), "other verbs move no more than a few bytes"
+
+    @pytest.mark.parametrize("verb", VERBS)
+    def test_a_deadline_from_above_ends_it_all_the_same(
+        self, store: RetryingStore, inner: FaultStore, time: Time, verb: str
+    ) -> None:
+        seen_s: list[float] = []
+        inner.hook = lambda _: seen_s.append(limit_now().stop_s - monotonic())
+        VERBS[verb](store.within(Deadline(stop_s=time.now_s + 30.0, reason="preemption")))
+        assert seen_s[0] == pytest.approx(30.0, abs=0.5)
+
+    @pytest.mark.parametrize("verb", MOVING)
+    def test_one_that_got_on_is_tried_again_after_its_deadline(
+        self, store: RetryingStore, inner: FaultStore, time: Time, verb: str
+    ) -> None:
+        self.cut_at(inner, time, 120, 180)
+        assert VERBS[verb](store) == RESULTS[verb]
+        assert time.now_s - 1000.0 > 3 * self.POLICY.deadline_s
+
+    @pytest.mark.parametrize("verb", MOVING)
+    def test_one_that_gets_no_further_ends_by_its_deadline(
+        self, store: RetryingStore, inner: FaultStore, time: Time, verb: str
+    ) -> None:
+        self.cut_at(inner, time, *[90] * 50)
+        with pytest.raises(RetryExhaustedError, match=r"the end by RetryPolicy\.deadline_s"):
+            VERBS[verb](store)
+        assert inner.op_count == 3
+
+    def test_what_follows_in_the_same_row_has_time_after_one_that_took_long(
+        self, store: RetryingStore, inner: FaultStore, time: Time
+    ) -> None:
+        self.cut_at(inner, time)
+        with one_deadline():
+            store.get("there", start=0, stop=5)
+            assert bytes(store.get("there", start=0, stop=5)) == b"12345"
+
+    def test_bytes_that_moved_in_time_are_no_time_out(
+        self, store: RetryingStore, inner: FaultStore, time: Time
+    ) -> None:
+        self.cut_at(inner, time, 120)
+        store.put("new", [memoryview(b"abc")])
+        assert _width(store._means.gate) == _width(Gate()), "no fewer in flight for it"
 
 
 class TestRefresh:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 
 from cloudckpt.options import RetryPolicy
+from cloudckpt.store.aside import begun
 from cloudckpt.store.probe import probe_create
 from cloudckpt.store.retrying import RetryingStore
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, VERBS
@@ -81,6 +82,7 @@ def test_a_resolver_that_hangs_does_not_keep_the_process_from_ending(kind: str) 
     program = f"""
 import socket, time
 from cloudckpt.options import RetryPolicy
+from cloudckpt.store.aside import begun
 from cloudckpt.store.{module} import {name}
 from cloudckpt.errors import StorageError
 socket.getaddrinfo = lambda *a, **k: time.sleep(600)
@@ -93,3 +95,73 @@ except StorageError:
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
     assert run.stdout == "ended\n"
+
+
+def test_what_nobody_waits_for_any_more_ends_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a look-up of a name does whose request was given up."""
+    release, ended, complaints = threading.Event(), threading.Event(), []
+    monkeypatch.setattr(threading, "excepthook", complaints.append)
+
+    def look_up() -> None:
+        release.wait(DEAF_S)
+
+    future = begun(look_up, name="test")
+    future.cancel()
+    future.add_done_callback(lambda _: ended.set())
+    release.set()
+    for thread in threading.enumerate():
+        if thread.name == "cloudckpt-test":
+            thread.join()
+    assert ended.is_set()
+    assert complaints == []
+
+
+INTERRUPTED = """
+import itertools, logging, os, signal, torch
+import cloudckpt
+from cloudckpt import CheckpointManager
+from tests.store.http_object_server import Fault, FaultKind, ObjectServer
+
+logging.disable(logging.CRITICAL)
+state = {"w": torch.ones(1000)}
+
+
+def interrupted(server, save, part):
+    came = []
+
+    def stalls(request):
+        if request.method != "PUT" or part not in request.path or came:
+            return False
+        came.append(request)
+        os.kill(os.getpid(), signal.SIGINT)
+        return True
+
+    server.inject(Fault(kind=FaultKind.STALL), when=stalls)
+    try:
+        save()
+    except KeyboardInterrupt:
+        return "interrupted"
+
+
+with ObjectServer() as server:
+    options = {"key": "k", "secret": "s", "endpoint_url": server.endpoint}
+    for engine in ("obstore", "fsspec"):
+        how = {"storage_options": options, "engine": engine, "progress": "off", "options": {"retry": {PATIENCE}}}
+        with CheckpointManager(f"s3://bucket/{engine}", **how) as manager:
+            manager.save(0, state)
+            for number, part in enumerate(("safetensors", "manifest")):
+                alone = f"s3://bucket/{engine}-{number}"
+                by_manager = interrupted(server, lambda: manager.save(2 * number + 1, state), part)
+                by_function = interrupted(server, lambda: cloudckpt.save(state, alone, **how), part)
+                print(by_manager, by_function, manager.latest().step)
+                manager.save(2 * number + 2, state)
+                print("then", manager.latest().step, manager.restore(state).step)
+"""
+
+
+def test_the_first_interrupt_ends_a_save_whose_put_stands_still_and_the_manager_goes_on() -> None:
+    """Far sooner than the store's patience ends, which the time limit here shows."""
+    program = INTERRUPTED.replace("PATIENCE", '"request_timeout_s": 600.0, "deadline_s": 1200.0')
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    expected = ["interrupted interrupted 0", "then 2 2", "interrupted interrupted 2", "then 4 4"]
+    assert run.stdout.splitlines() == expected * 2, run.stderr

@@ -21,6 +21,7 @@ from google.oauth2.credentials import Credentials
 
 from cloudckpt.errors import OptionsError, StorageError, TransientError
 from cloudckpt.options import RetryPolicy
+from cloudckpt.store import open_store
 from cloudckpt.store.fsspec import FsspecStore
 from cloudckpt.store.obstore import ObstoreStore
 from cloudckpt.store.obstore_s3 import S3Options, _where
@@ -342,6 +343,45 @@ def test_the_environment_may_name_an_emulator_of_gcs(
     assert server.keys() == ["root/k"]
 
 
+# ---- endpoints
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "words"),
+    [
+        ("http://127.0.0.1:99999", "Port out of range"),
+        ("http://127.0.0.1:port", "is no URL"),
+        ("http://127.0.0.1:9000 ", "has a blank"),
+        ("http://127.0.0.1:9000\t", "control|blank|line break"),
+        ("http://my host:9000", "has a blank"),
+        ("http://", "has no host"),
+        ("http://[::1:9000", "is no URL"),
+    ],
+)
+@pytest.mark.parametrize("place", ["endpoint_url in storage_options", "client_kwargs", "AWS_ENDPOINT_URL"])
+@pytest.mark.parametrize("engine", ["obstore", "fsspec"])
+def test_an_endpoint_that_is_no_url_is_refused_at_opening(
+    engine: str, place: str, endpoint: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, object] = {"key": "k", "secret": "s"}
+    if place == "client_kwargs":
+        options["client_kwargs"] = {"endpoint_url": endpoint}
+    elif place == "AWS_ENDPOINT_URL":
+        monkeypatch.setenv(place, endpoint)
+    else:
+        options["endpoint_url"] = endpoint
+    with pytest.raises(OptionsError, match=words) as caught:
+        open_store("s3://bucket/root", storage_options=options, engine=engine)
+    assert endpoint not in str(caught.value), "it may hold a password"
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:99999", "127.0.0.1:99999", "http://a b"])
+def test_so_is_one_of_google(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
+    with pytest.raises(OptionsError, match="STORAGE_EMULATOR_HOST"):
+        open_store("gs://bucket/root")
+
+
 # ---- TLS
 
 
@@ -364,8 +404,8 @@ class _TlsServer(ObjectServer):
             connection.close()  # type: ignore[attr-defined]  # the client did not like the certificate
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=[False, True], ids=["", "its own authority"])
+def certificate(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A new self-signed certificate of 127.0.0.1, with its key."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
@@ -373,7 +413,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     built = (
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(days=1))
         .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.BasicConstraints(ca=request.param, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
     path = tmp_path_factory.mktemp("tls") / "server.pem"
@@ -396,6 +436,7 @@ def test_a_certificate_is_trusted_where_the_options_say_so(
         store.put("k", [memoryview(bytes(300_000))])
         assert len(store.get("k", start=0, stop=300_000)) == 300_000
         store.close()
+        assert server.count() == 2
 
 
 @pytest.mark.parametrize("verb", ["create", "list"])

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from cloudckpt.format.shard import block_digests
 from cloudckpt.options import KIB
 from cloudckpt.store import LeftBehindError, RetryingStore
 from cloudckpt.store.base import Store
+from cloudckpt.store.limit import note_move
 from cloudckpt.store.local import LocalStore
 from cloudckpt.transfer.download import Fetch, ShardSource, download
 from cloudckpt.transfer.memory import Scratch
@@ -383,6 +385,25 @@ def test_a_fault_is_raised_also_where_another_transfer_stands_still_after_it() -
             upload(store, [job(0), job(1)], block_bytes=BLOCK_BYTES, concurrency=2, budget=Budget(1000), watch=watch)
     finally:
         release.set()
+
+
+def test_a_transfer_whose_bytes_move_does_not_stand_still_however_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s, looked, ticks = [0.0], threading.Event(), []
+    monkeypatch.setattr("cloudckpt.transfer.pool.time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    watch = Watch(deadline_s=10.0, check=looked.set, tick=lambda: ticks.append(now_s[0]))
+
+    def slow(_: Op) -> None:
+        for number in range(2):
+            now_s[0] += 9.0
+            note_move(number)
+            looked.clear()
+            looked.wait(PATIENCE_S)
+
+    store = FaultStore(hook=slow)
+    upload(store, [job(0)], block_bytes=BLOCK_BYTES, concurrency=1, budget=Budget(1000), watch=watch)
+    assert ticks == [9.0, 18.0, 18.0], "the other ranks hear of it meanwhile, and of its end"
 
 
 @pytest.mark.parametrize("kind", [FaultKind.BEFORE, FaultKind.FLIP])
