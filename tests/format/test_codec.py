@@ -247,7 +247,7 @@ def test_a_lazily_conjugated_tensor_is_stored_conjugated() -> None:
 
 
 def test_a_decoded_tensor_is_plain_memory_of_its_own() -> None:
-    data = codec.encode(torch.ones(3, requires_grad=True), key="k")
+    data = codec.encode(torch.ones(3), key="k")
 
     with torch.device("meta"):
         twin = codec.decode(data, key="k")
@@ -255,6 +255,12 @@ def test_a_decoded_tensor_is_plain_memory_of_its_own() -> None:
     assert isinstance(twin, torch.Tensor)
     assert (twin.device.type, twin.requires_grad) == ("cpu", False)
     assert twin.add_(1).resize_(8)[:3].tolist() == [2.0, 2.0, 2.0]
+
+
+def test_a_tensor_that_had_a_gradient_may_have_one_again() -> None:
+    twin = round_trip([torch.ones(3, requires_grad=True), torch.ones(2)])
+    assert isinstance(twin, list)
+    assert [each.requires_grad for each in twin] == [True, False]
 
 
 NUMPY_DTYPES = ["?", "i1", "u1", "<i2", ">i8", "<f2", ">f4", "<f8", "<c8", ">c16", "S3", "<U2", ">U2", "V3"]
