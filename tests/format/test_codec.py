@@ -246,6 +246,11 @@ def test_a_lazily_conjugated_tensor_is_stored_conjugated() -> None:
     assert_kept(base.conj().imag)
 
 
+def test_a_single_element_comes_back_whatever_its_stride() -> None:
+    assert_kept(torch.arange(2.0)[::2])
+    assert_kept(torch.arange(6.0).view(2, 3)[:, ::3][:1].view(torch.int32))
+
+
 def test_a_decoded_tensor_is_plain_memory_of_its_own() -> None:
     data = codec.encode(torch.ones(3), key="k")
 
