@@ -20,7 +20,6 @@ from benchmarks.one_process.structures import (
     ratio,
     summary,
 )
-from tests.ranks.processes import start_server
 
 
 def _parameters(state: dict[str, Any]) -> set[int]:
@@ -119,7 +118,6 @@ def test_a_goal_is_missed_by_a_ratio_by_growth_and_by_what_took_too_long() -> No
 def test_the_command_line_prints_a_row_for_each_shape_and_count(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    start_server()  # before the benchmark names other modules for it
     words = ["--shapes", "one module", "--counts", "3,5", "--runs", "1", "--directory", str(tmp_path)]
     assert structure.main(words) == 0
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| one module")]

@@ -78,7 +78,7 @@ def start_server() -> None:
     if lacking:
         raise RuntimeError(
             f"the fork server has not imported {', '.join(lacking)}: either they cannot be imported, or what ran "
-            "before named other modules and started it without them, and has to call `start_server` first"
+            "before named other modules and started it without them, and has to come after `start_server`"
         )
 
 

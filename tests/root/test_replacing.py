@@ -80,21 +80,21 @@ def count_requests(clients: list[FaultStore]) -> int:
     return client.op_count
 
 
-def have_the_old_back(clients: list[FaultStore], bucket: Bucket) -> None:
+def have_back(clients: list[FaultStore], bucket: Bucket, value: int) -> None:
     """Do what the error says."""
     with pytest.raises(CheckpointNotFoundError) as caught:
         value_at(clients, bucket)
     (aside,) = [key for key in bucket.raw_list() if key.endswith(f"/{MANIFEST_NAME}")]
-    assert f"copy {URL}/{aside} to {URL}/{MANIFEST_NAME} to have the old checkpoint back" in str(caught.value)
+    assert f"copy {URL}/{aside} to {URL}/{MANIFEST_NAME} to have the checkpoint back" in str(caught.value)
     bucket.raw_put(MANIFEST_NAME, bucket.raw_get(aside))
-    assert value_at(clients, bucket) == 1
+    assert value_at(clients, bucket) == value
 
 
 def check_after(clients: list[FaultStore], bucket: Bucket, possible: set[int]) -> None:
     if MANIFEST_NAME in bucket.objects:
         assert value_at(clients, bucket) in possible
     else:
-        have_the_old_back(clients, bucket)
+        have_back(clients, bucket, 1)
     save(clients, FaultStore(bucket), 3)
     assert value_at(clients, bucket) == 3
 
@@ -186,6 +186,20 @@ def test_an_error_in_any_request_of_a_replacing_save_leaves_the_old_the_new_or_t
         fired += fault.fired
         check_after(clients, bucket, possible)
     assert fired > 10
+
+
+def test_a_delete_that_the_store_carries_out_late_leaves_the_way_back_to_the_new_checkpoint(
+    clients: list[FaultStore],
+) -> None:
+    bucket = saved_once(clients)
+    client = FaultStore(bucket)
+    late = client.inject(kind=FaultKind.LATE, verbs=["delete"], key=MANIFEST_NAME)
+    save(clients, client, 2)
+    assert late.fired
+    save(clients, FaultStore(bucket), 3)
+    assert value_at(clients, bucket) == 3
+    bucket.deliver_late()
+    have_back(clients, bucket, 3)
 
 
 def test_a_commit_that_is_refused_puts_the_old_checkpoint_back(clients: list[FaultStore]) -> None:
