@@ -54,14 +54,8 @@ def fingerprint(value: object) -> object:  # noqa: C901, PLR0911  one row a type
     """Return what two values share only if they have the same types and the same content, bit for bit."""
     kind = type(value)
     if isinstance(value, torch.Tensor):
-        flat = (
-            value.detach()
-            .resolve_conj()
-            .resolve_neg()
-            .reshape(-1)
-            .clone(memory_format=torch.contiguous_format)
-            .view(torch.uint8)
-        )
+        dense = value.detach().resolve_conj().resolve_neg().contiguous()
+        flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
         return kind, value.dtype, tuple(value.shape), bytes(flat.tolist())
     if isinstance(value, np.ndarray):
         return kind, value.dtype.str, value.shape, value.flags.f_contiguous, value.tobytes("C")
