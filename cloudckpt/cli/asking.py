@@ -22,6 +22,7 @@ __all__ = [
     "Engine",
     "NoCache",
     "StorageOptions",
+    "TargetStorageOptions",
     "Url",
     "Yes",
     "cache_of",
@@ -42,6 +43,9 @@ StorageOptions = Annotated[
         help="fsspec's options for the URL, as JSON; else those of CLOUDCKPT_STORAGE_OPTIONS.",
         rich_help_panel="Shared",
     ),
+]
+TargetStorageOptions = Annotated[
+    str | None, typer.Option("--target-storage-options", help="fsspec's options for the target, as JSON.")
 ]
 Engine = Annotated[str, typer.Option(help="auto, local, obstore or fsspec.", rich_help_panel="Shared")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]

@@ -13,6 +13,8 @@ import typer
 
 import cloudckpt
 from cloudckpt.cli.command import answering, command
+from cloudckpt.cli.export import export
+from cloudckpt.cli.import_ import import_
 from cloudckpt.cli.latest import latest
 from cloudckpt.cli.ls import ls
 from cloudckpt.cli.probe import probe
@@ -65,3 +67,5 @@ app.command("ls")(command(ls, is_reading=True))
 app.command("latest")(command(latest, is_reading=True))
 app.command("probe")(command(probe))
 app.command("show")(command(show, is_reading=True))
+app.command("export")(command(export))
+app.command("import")(command(import_))

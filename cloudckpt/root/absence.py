@@ -83,15 +83,15 @@ def _mistaken(store: Store, top: Listing) -> str:
     names = {info.key for info in top.objects}
     if ".metadata" in names or any(name.endswith((".distcp", ".metadata")) for name in names):
         return (
-            "it is one of torch.distributed.checkpoint's own format (.metadata, .distcp). To import it, load it with "
-            "torch.distributed.checkpoint.load and its FileSystemReader (FsspecReader for a bucket), then save the "
-            "state with cloudckpt.save or a CloudWriter"
+            "it is one of torch.distributed.checkpoint's own format (.metadata, .distcp). `cloudckpt import` makes a "
+            "checkpoint of it; or load it with torch.distributed.checkpoint.load and its FileSystemReader "
+            "(FsspecReader for a bucket), then save the state with cloudckpt.save or a CloudWriter"
         )
     weights = [name for name in sorted(names) if _WEIGHTS.search(name)]
     if weights:
         return (
             f"it is a folder of another format ({weights[0]}): a model of Hugging Face's, safetensors or torch.save. "
-            "To import it, load it with its own library, then save the state with cloudckpt.save"
+            "`cloudckpt import` makes a checkpoint of it"
         )
     steps = [name for name in top.prefixes if parse_checkpoint_prefix(name)]
     if steps:
@@ -107,11 +107,13 @@ def _unfinished(store: Store, top: Listing) -> str:
     if not attempts:
         return ""
     kept = {set_aside_key(name.rstrip("/")) for name in attempts}
-    aside = [info.key for info in store.list("").objects if info.key in kept]
+    aside = [info for info in store.list("").objects if info.key in kept]
     root = store.url.removesuffix("/")
     if aside:
+        newest = max(aside, key=lambda info: info.modified_s)
         return (
-            "a save that was to replace the checkpoint there is under way, or was cut off: copy "
-            f"{root}/{aside[0]} to {root}/{MANIFEST_NAME} to have the old checkpoint back, or save again"
+            "a save that was to replace the checkpoint there is under way, or was cut off, or the store has carried "
+            f"out a delete of it late: copy {root}/{newest.key} to {root}/{MANIFEST_NAME} to have the checkpoint back, "
+            "or save again"
         )
     return f"{len(attempts)} attempts to save there are under way, or were cut off before they committed"

@@ -165,6 +165,10 @@ class Entry(ABC):
         """Return the nested state whose tensors a restore may fill: `current`, unless nothing there is live."""
         return self.current()
 
+    def plain_tensors(self) -> Mapping[str, torch.Tensor] | None:
+        """Return what `fillable` does, of an object that is tensors alone and takes nothing else; None of another."""
+        return None
+
     def flat(self, nested: object) -> Flat:
         """Return the names of all that is in `current` or `fillable`, and notes about them."""
         flat = flatten_at(nested, self.name, self.path, is_tensor=is_tensor)
@@ -181,6 +185,10 @@ class Entry(ABC):
         Else the live state must have that name; a tensor then fits in shape and dtype, and is filled in place.
         """
         return True
+
+    def hands_over(self, name: str) -> bool:
+        """Tell whether code of the object's own gets what is saved under a name, and judges its dtype."""
+        return False
 
     def allocate(self, below: Sequence[PathElement], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return a target for a saved tensor that the live state has no place for; `below` is its path in the entry."""
