@@ -43,8 +43,9 @@ _BATCH_BYTES = 8 * MIB
 _REMAKE_LIMIT = 50
 # What a network disk says when the answer to a link or a rename was lost.
 _UNHEARD = frozenset({errno.EIO, errno.ETIMEDOUT, errno.ESTALE})
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
-_FULL = "free space or let retention remove old checkpoints, then save again"
+_FULL = "there is no room left: free some, raise the quota, let retention keep fewer checkpoints, or save elsewhere"
 _DENIED = "check the owner and the mode of the directory"
 _COLLISION = "an object and a directory cannot share a name on a disk; choose other keys or another root"
 _BUSY = "the file system is busy, or somebody holds the file"
@@ -309,6 +310,7 @@ class LocalStore:
         message = f"{op} of {key!r} in {self._root}: {what} ({_errno_name(cause)}); {advice}{also}"
         error = kind(message, op=op, key=key)
         error.may_have_landed = cause.errno in _UNHEARD
+        error.is_full = cause.errno in _NO_ROOM
         return error
 
 
