@@ -269,13 +269,23 @@ class PendingSave:
     def _upload(self, prefix: str, gauge: Gauge | None) -> RankPart:
         laid, lead = _got(self._laid), self._lead
         began_s = time.monotonic()
-        turn = lead.coordinator.turn
+        turn, end = lead.coordinator.turn, lead.coordinator.turn.whole()
+        store = lead.coordinator.destination.catalog.store
+        still_s, limit = lead.options.transfer_limit(store.engine)
 
         def check() -> None:
             self._check()
             turn.check()
+            # No request to a disk that hangs ends by itself.
+            if store.engine == "local" and end.left_s(time.monotonic()) <= 0:
+                raise StalledError(f"the upload to {store.url} did not end before the end of {end.reason}")
 
-        watch = replace(lead.group.watch(lead.options.transfer_timeout_s), check=check, gauge=gauge)
+        watch = replace(
+            lead.group.watch(still_s),
+            check=check,
+            gauge=gauge,
+            limit=limit if math.isinf(end.stop_s) else f"{limit} or {end.reason}",
+        )
         target = Target(catalog=lead.coordinator.destination.by(turn.for_uploads).catalog, prefix=prefix)
         output = RankOutput(
             target=target,
