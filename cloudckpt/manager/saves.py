@@ -25,7 +25,7 @@ from typing import Literal, get_args
 
 import xxhash
 
-from cloudckpt.deadline import NEVER
+from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import (
     CloudCkptError,
     FormatVersionError,
@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 
 # How often a wait for what is pruned looks whether an end is near.
 _LOOK_S = 0.1
+# How long a save waits for what is pruned after it, and the end of a job for what is removed.
+_PRUNING_S = 10.0
+_ENDING_S = 30.0
 # How much two ends may differ and be one: the clock moves while they are computed.
 _NOISE_S = 0.05
 
@@ -95,6 +98,7 @@ class Saves:
         roots: the same, to be read as one.
         options: sizes, parallelism, patience; also of restores.
         background: the save that may be under way.
+        is_interrupted: whether a person has interrupted the job: its end waits for no removals then.
     """
 
     def __init__(
@@ -128,6 +132,7 @@ class Saves:
         self._call = ""
         self._to_prepare: MutableMapping[str, object] | None = None
         self._is_beginning = False
+        self.is_interrupted = False
         # The newest commit after which nothing was pruned yet.
         self._to_prune: deque[Checkpoint] = deque(maxlen=1)
         # Held by who prunes: the thread of the save before, or of one that has no room.
@@ -234,14 +239,18 @@ class Saves:
             with entry.bar(f"saving step {step}") as bar:
                 checkpoint = pending.finish(bar)
         except BaseException as exc:
+            self.is_interrupted = isinstance(exc, KeyboardInterrupt)
             self._ended(step, entry, pending.take_back, exc)
             raise
         entry.unblocked(step)
         self._ended(step, entry, pending.take_back, checkpoint)
         if self._schedule.is_preempted:
             self.background.log_earlier(step)
-        self._wait_tidy()
-        self._prune()
+        # The checkpoint is safe; a store that answers no delete must not keep training from going on.
+        end = Deadline.after(_PRUNING_S, "what is pruned while training waits")
+        self._wait_tidy(_PRUNING_S)
+        if self.background.wait_tidy(0):
+            self._prune(end)
         return checkpoint
 
     def async_save(
@@ -348,11 +357,15 @@ class Saves:
         """Wait for the save under way, or abandon it; then release the memory. What it raises is `Background.end`'s."""
         try:
             self.background.end()
-            self._wait_tidy(self.options.finish_timeout_s)
-            if self._may_prune() and self.background.wait_tidy(0):
-                self._prune()  # what a notice had put off
+            # Who interrupts waits for nothing that is not for a checkpoint.
+            patience_s = 0.0 if self.is_interrupted else min(self.options.finish_timeout_s, _ENDING_S)
+            stop_s = time.monotonic() + patience_s
+            self._wait_tidy(patience_s)
+            if not self.is_interrupted and self._may_prune() and self.background.wait_tidy(0):
+                # What a notice had put off.
+                self._prune(Deadline(stop_s=stop_s, reason="the end of the job"))
                 for home in self.homes:
-                    home.pruner.end()
+                    home.pruner.end(stop_s - time.monotonic())
         finally:
             for home in self.homes:
                 home.pruner.stop()
@@ -474,12 +487,12 @@ class Saves:
                 self._to_take_back.append(take_back)
         return False
 
-    def _prune(self) -> None:
+    def _prune(self, end: Deadline = NEVER) -> None:
         """Prune after the newest commit; later, if an end is near, because deletes would take a save's time."""
         with self._pruning:
-            self._prune_now()
+            self._prune_now(end)
 
-    def _prune_now(self) -> None:
+    def _prune_now(self, end: Deadline) -> None:
         while self._may_prune() and self._to_prune:
             newest = self._to_prune.pop()
             with self._journal.harmless(
@@ -487,7 +500,7 @@ class Saves:
             ):
                 home = self._home_of(newest)
                 try:
-                    home.pruner.prune_after(newest, home.epoch.line, go_on=self._may_prune)
+                    home.pruner.prune_after(newest, home.epoch.line, go_on=self._may_prune, until=end)
                 finally:
                     for one in self.homes:
                         one.pruner.clean()

@@ -4,21 +4,26 @@ A store moves bytes and knows nothing of tensors, steps or ranks. Each backend m
 errors; the one layer around it is the only place that tries again. No cloud library is imported before a URL asks.
 """
 
+from cloudckpt.store.appending import Append, appended
 from cloudckpt.store.base import Listing, ObjectInfo, Store
 from cloudckpt.store.limit import LeftBehindError, one_deadline, told_of_moves, watched
 from cloudckpt.store.local import scrub
 from cloudckpt.store.opening import open_store
 from cloudckpt.store.probe import probe_create, probe_write
+from cloudckpt.store.proof import PROVEN_BYTES
 from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.store.stats import StoreStats
 
 __all__ = [
+    "PROVEN_BYTES",
+    "Append",
     "LeftBehindError",
     "Listing",
     "ObjectInfo",
     "RetryingStore",
     "Store",
     "StoreStats",
+    "appended",
     "one_deadline",
     "open_store",
     "probe_create",
