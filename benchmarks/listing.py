@@ -56,11 +56,12 @@ _SHARD = b"a shard, as far as a listing tells"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What one command cost."""
+    """What one command cost; `cpu_s` is the processor time of this process, which waits for the sink's."""
 
     what: str
     requests: int
     seconds: float
+    cpu_s: float
 
 
 def measure(ground: Ground, count: int) -> Iterator[Cost]:
@@ -133,11 +134,11 @@ def _run(arguments: Sequence[str]) -> None:
 def _cost(what: str, ground: Ground, call: Callable[[], object]) -> Cost:
     sink = SinkClient(ground.stats_url) if ground.stats_url else None
     before = sum(sink.stats().requests.values()) if sink else 0
-    began_s = time.perf_counter()
+    began_s, began_cpu_s = time.perf_counter(), time.process_time()
     call()
-    seconds = time.perf_counter() - began_s
+    seconds, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
     requests = sum(sink.stats().requests.values()) - before if sink else -1
-    return Cost(what=what, requests=requests, seconds=seconds)
+    return Cost(what=what, requests=requests, seconds=seconds, cpu_s=cpu_s)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -148,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", choices=[name for name in TARGETS if name != "seaweedfs"], default="s3sink")
     given = parser.parse_args(arguments)
     count = 300 if given.quick else given.count
-    print(f"{count:,} checkpoints on {given.target}\n\n| what | requests | seconds |\n|---|---|---|")
+    print(f"{count:,} checkpoints on {given.target}\n\n| what | requests | seconds | processor s |\n|---|---|---|---|")
     with (
         tempfile.TemporaryDirectory() as cache,
         open_target(given.target, size_bytes=_SINK_BYTES, directory=Path(cache)) as target,
@@ -157,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["XDG_CACHE_HOME"] = cache
         for cost in measure(ground, count):
             requests = "–" if cost.requests < 0 else f"{cost.requests:,}"
-            print(f"| {cost.what} | {requests} | {cost.seconds:.2f} |", flush=True)
+            print(f"| {cost.what} | {requests} | {cost.seconds:.2f} | {cost.cpu_s:.2f} |", flush=True)
     return 0
 
 

@@ -60,7 +60,7 @@ def show(  # noqa: PLR0913 (each option of the command)
             if tensors:
                 rows = [(name, *map(str, facts.values())) for name, facts in _tensors(index).items()]
                 _print_titled("tensors", ("name", "dtype", "shape", "chunks"), rows)
-            if values or len(index.values) <= _FEW:
+            if values or 0 < len(index.values) <= _FEW:
                 _print_values(index, is_whole=values)
 
 
