@@ -30,6 +30,8 @@ os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 # No test may find the credentials, profile, endpoint or proxy of the person who runs it.
 for _name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "STORAGE_EMULATOR_"))]:
     del os.environ[_name]
+# Nor is anything to be kept in that person's home.
+os.environ["CLOUDCKPT_CACHE"] = "off"
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = os.devnull
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"

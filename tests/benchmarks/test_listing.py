@@ -14,6 +14,7 @@ from benchmarks.sink.s3_words import Body, list_page, texts_of
 def test_looking_at_a_root_costs_a_listing_and_what_was_never_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("CLOUDCKPT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with open_target("s3sink", size_bytes=1 << 20, directory=tmp_path) as target, target.ground() as ground:
         costs = {cost.what: cost.requests for cost in measure(ground, 20)}
