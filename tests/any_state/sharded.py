@@ -207,6 +207,8 @@ def make_differ(part: Part, recipe: RankRecipe) -> bool:
     """Make this rank's part another one, as the recipe says; return whether there was something to be changed."""
     rank = dist.get_rank()
     if recipe.differs == "state":
+        if isinstance(part.count.tensor, DTensor):
+            return False  # its shards are different ones already
         part.count.tensor = part.count.tensor + rank
         return True
     wanted = {"buffers": "plain", "ddp buffers": "ddp"}.get(recipe.differs)
