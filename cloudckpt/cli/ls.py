@@ -8,7 +8,7 @@ import typer
 
 from cloudckpt.cli.asking import AsJson, Engine, StorageOptions, Url, nothing_at, opened, the_one_at
 from cloudckpt.cli.printing import in_utc, print_table, summary
-from cloudckpt.root import Checkpoint, Unreadable
+from cloudckpt.root import Checkpoint, Roots, Unreadable
 
 __all__ = ["ls"]
 
@@ -21,7 +21,7 @@ def ls(url: Url, *, storage_options: StorageOptions = None, engine: Engine = "au
     """
     with opened(url, storage_options, engine) as catalog:
         survey = catalog.survey()
-        checkpoints = catalog.readable(survey) or [one for one in [the_one_at(catalog)] if one]
+        checkpoints = Roots([catalog]).readable(survey) or [one for one in [the_one_at(catalog)] if one]
         if not checkpoints:
             raise nothing_at(catalog)
         if as_json:

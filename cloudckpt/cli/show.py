@@ -10,7 +10,7 @@ from cloudckpt.cli.asking import AsJson, Engine, StorageOptions, Url, nothing_at
 from cloudckpt.cli.printing import in_utc, print_table, short, summary
 from cloudckpt.format import Index
 from cloudckpt.loading import read_index
-from cloudckpt.root import Checkpoint
+from cloudckpt.root import Checkpoint, Roots
 
 __all__ = ["show"]
 
@@ -18,7 +18,7 @@ __all__ = ["show"]
 def show(url: Url, *, storage_options: StorageOptions = None, engine: Engine = "auto", as_json: AsJson = False) -> None:
     """Show one checkpoint: its manifest, tensors and values; of a root, the newest."""
     with opened(url, storage_options, engine) as catalog:
-        checkpoint = the_one_at(catalog) or catalog.newest()
+        checkpoint = the_one_at(catalog) or Roots([catalog]).newest()
         if checkpoint is None:
             raise nothing_at(catalog)
         index = read_index(catalog, checkpoint)

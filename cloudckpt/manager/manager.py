@@ -23,7 +23,7 @@ from cloudckpt.format import step_number
 from cloudckpt.loading import load_state
 from cloudckpt.manager.saves import Exists, Home, Saves
 from cloudckpt.manager.tolerance import OnError, Tolerance
-from cloudckpt.options import Options, as_flag, as_seconds
+from cloudckpt.options import Options, as_clock, as_flag, as_seconds
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
 from cloudckpt.ranks import refuse_lonely_rank
 from cloudckpt.report import Advice, Journal, Progress, Show, advise
@@ -150,10 +150,9 @@ class CheckpointManager:
             clock: monotonic seconds, for the grace time, intervals and notices; the same as that of a `Preemption`.
 
         Raises:
-            OptionsError: a wrong URL, engine, rule, interval or choice.
+            OptionsError: a wrong URL, engine, rule, interval or choice. So does each call whose clock gives no number.
         """
-        if not callable(clock):
-            raise OptionsError(f"clock is {clock!r}; give a function that returns seconds, such as time.monotonic")
+        clock = as_clock(clock)
         if fallback is None and fallback_storage_options is not None:
             raise OptionsError("fallback_storage_options are given without a fallback; give both, or none of them")
         as_seconds("prune_grace_s", prune_grace_s)

@@ -328,6 +328,10 @@ class Saves:
                 raise found
             if home.epoch.number:
                 home.catalog.claims.fence(home.epoch.number)
+        if self.roots.leaves_nothing([found for _, found in holders]):
+            # Before they go: else the next job would take their absence for a loss, and not start.
+            for catalog in self.roots.catalogs:
+                catalog.claims.mark_emptied()
         for home, (catalog, found) in zip(homes, holders, strict=True):
             if isinstance(found, Checkpoint):
                 home.pruner.uncommit(found)

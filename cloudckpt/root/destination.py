@@ -157,7 +157,10 @@ class Epoch:
 
     @property
     def _is_high_enough(self) -> bool:
-        return self.number > 0 and (self.beside is None or self.number >= self.beside.number)
+        # Seen after the commit before: a checkpoint that was copied here is above this epoch, or all was deleted.
+        claims = self._catalog.claims
+        above = max(claims.seen, claims.emptied + 1, 0 if self.beside is None else self.beside.number)
+        return self.number > 0 and self.number >= above
 
     def _goes_back(self, step: int) -> bool:
         """Tell whether a step is below the newest one of its epoch: in that nobody would find it."""

@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, get_args
 
 from cloudckpt.errors import CheckpointExistsError, CloudCkptError, OptionsError, RetryExhaustedError, StorageError
@@ -62,6 +62,7 @@ class Pruner:
         self._has_named = False
         # What the store refuses to delete, and that was raised.
         self._told: set[str] = set()
+        self._above: set[str] = set()
 
     @property
     def has_rules(self) -> bool:
@@ -80,6 +81,7 @@ class Pruner:
             line: of which only checkpoints are removed, unless the scope is the root.
             go_on: whether there is time for the next one.
         """
+        self._catalog.claims.mark_committed(checkpoint.epoch)
         going = self._going(checkpoint, line)
         refused: dict[str, StorageError] = {}
         for old in going:
@@ -101,9 +103,10 @@ class Pruner:
             raise next(refused[prefix] for prefix in refused if prefix in news)
 
     def _going(self, newest: Checkpoint, line: Line) -> list[Checkpoint]:
+        places = self._catalog.places()
+        self._tell_above(places, newest)
         if not self._rules:
             return []
-        places = self._catalog.places()
         is_all = self._scope == "root"
         held = [prefix for prefix, order in places.items() if is_all or line.holds(order)]
         found = self._catalog.recall(held).checkpoints
@@ -115,6 +118,18 @@ class Pruner:
             # A newer job may be restoring what we would remove.
             self._catalog.claims.fence(newest.epoch)
         return going
+
+    def _tell_above(self, places: Mapping[str, tuple[int, int]], newest: Checkpoint) -> None:
+        """Say, once, what was copied here that the next job would take for newer than what this one has just saved."""
+        above = [prefix for prefix, order in places.items() if order > newest.order and prefix not in self._above]
+        found = self._catalog.recall(above).checkpoints
+        self._above.update(one.prefix for one in found)
+        if found:
+            logger.warning(
+                "%s is there, of an epoch above this job's, %d, whose next save claims one above it; until then it is "
+                "what a restore finds: it was copied here while this job is at work, or a newer job has taken over",
+                *(found[-1].url, newest.epoch),
+            )
 
     def _removable(self, checkpoints: Sequence[Checkpoint], newest: Checkpoint) -> list[Checkpoint]:
         """Return what may go, once all that the rules keep instead was found to be there."""
