@@ -3,7 +3,7 @@
 The outside of it: what is promised, and who of `saves`, `loading` and `root` keeps it. With several ranks each has a
 manager and calls the same of it; only rank 0's claims, lists and prunes. Keeps FORMAT invariants 5, 8 and 10. A manager
 belongs to one thread, and has at most one save under way. All managers of ranks that share a process group belong to
-the same thread: two would call in another order on another rank.
+the same thread: two would call in another order on another rank. In a forked child a manager reads, and saves nothing.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class CheckpointManager:
             tolerance=Tolerance(self._journal, on_error, max_failures),
             save_rng=as_flag("save_rng", save_rng),
         )
-        self._is_closed = False
+        self._is_closed, self._pid = False, os.getpid()
         if self._preemption is not None:
             self._preemption.start()
 
@@ -272,6 +272,8 @@ class CheckpointManager:
 
         Raises:
             CheckpointExistsError: this job has committed that step; it was not changed.
+            OptionsError: a wrong argument; or this process was forked from the one that opened the manager, and needs
+                its own.
             FencedError: a newer job has claimed the root; nothing was committed.
             UnsupportedValueError: a value that the format cannot hold; nothing was written.
             SaveFailedError: ranks failed, were lost, or hold different states (`.failures`); nothing was committed.
@@ -279,7 +281,7 @@ class CheckpointManager:
             KeyboardInterrupt, SystemExit: as they come; one that comes after the commit, also from a retention rule,
                 has a note that the step is saved.
         """
-        self._refuse_closed()
+        self._refuse_forked()
         return self._saves.save(_step_before(step, state), state, metrics, metadata, exists=exists)
 
     def async_save(
@@ -313,7 +315,7 @@ class CheckpointManager:
             SaveFailedError: this one failed before it was staged.
             CloudCkptError: as `save` raises.
         """
-        self._refuse_closed()
+        self._refuse_forked()
         number = _step_before(step, state)
         return self._saves.async_save(number, state, metrics, metadata, on_busy=on_busy, exists=exists)
 
@@ -323,7 +325,7 @@ class CheckpointManager:
         Fresh memory is 10 times slower to write to than memory in use. Call it once, before training; what optimizers
         make in their first step is added at the first `should_save`. Saves nothing, asks nobody.
         """
-        self._refuse_closed()
+        self._refuse_forked()
         self._saves.prepare(state)
 
     def wait(self, timeout: float | None = None) -> None:
@@ -338,6 +340,15 @@ class CheckpointManager:
             SaveFailedError: it failed; also one that failed before and nobody was told.
         """
         self._saves.settle(None if timeout is None else as_seconds("timeout", timeout))
+
+    def _refuse_forked(self) -> None:
+        """Refuse what writes as this job's: a forked child would be a second writer in its epoch."""
+        self._refuse_closed()
+        if os.getpid() != self._pid:
+            raise OptionsError(
+                f"the manager of {self.url} is that of process {self._pid}, from which this one was forked; to save or "
+                "delete here, open a manager of its own in this process"
+            )
 
     def _refuse_closed(self) -> None:
         if self._is_closed:
@@ -450,7 +461,7 @@ class CheckpointManager:
             FormatVersionError: a newer release has saved it; nothing was deleted.
             StorageError: the store could not be asked; the checkpoint is whole or not there.
         """
-        self._refuse_closed()
+        self._refuse_forked()
         self._saves.delete(step_number(step))
 
     def unreadable(self) -> list[Unreadable]:
@@ -493,7 +504,7 @@ class CheckpointManager:
             return
         self._is_closed = True
         try:
-            self._saves.end()
+            self._saves.end(is_forked=os.getpid() != self._pid)
         finally:
             if self._preemption is not None and self._owns_preemption:
                 self._preemption.stop()

@@ -340,12 +340,15 @@ class Saves:
                 catalog.remove_unreadable(f"{found.key.partition('/')[0]}/")
             logger.info("deleted step %d at %s", step, catalog.store.url)
 
-    def end(self) -> None:
-        """Wait for the save under way, or abandon it; then release the memory. What it raises is `Background.end`'s."""
+    def end(self, *, is_forked: bool = False) -> None:
+        """Wait for the save under way, or abandon it; then release the memory. What it raises is `Background.end`'s.
+
+        In a forked child nothing is removed: what the job has pruned is the parent's to remove.
+        """
         try:
             self.background.end()
             self._wait_tidy(self.options.finish_timeout_s)
-            if self._may_prune() and self.background.wait_tidy(0):
+            if not is_forked and self._may_prune() and self.background.wait_tidy(0):
                 for home in self.homes:
                     home.pruner.end()
         finally:

@@ -50,9 +50,9 @@ from cloudckpt.root.absence import lost, what_is_there
 from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable
 from cloudckpt.root.claims import Claims
 from cloudckpt.root.looking import Walk
-from cloudckpt.root.removal import delete_below
+from cloudckpt.root.removal import delete_below, nested
 from cloudckpt.store import Store, one_deadline
-from cloudckpt.threads import each
+from cloudckpt.threads import each, new_lock
 
 __all__ = ["Catalog"]
 
@@ -84,7 +84,7 @@ class _Memory:
     told: set[str] = field(default_factory=set)
     stamps: dict[str, _Stamp] = field(default_factory=dict)
     voids: set[str] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=new_lock)
 
 
 class Catalog:
@@ -469,10 +469,15 @@ class Catalog:
         self._note(checkpoint.prefix, None)
 
     def remove_unreadable(self, prefix: str) -> None:
-        """Delete what stands under a prefix whose manifest cannot be read: that first, then all else there."""
+        """Delete what stands under a prefix whose manifest cannot be read: that first, then all else there.
+
+        Checkpoints that somebody has saved below it stay.
+        """
         self.store.delete([prefix + MANIFEST_NAME])
         self._note(prefix, None)
-        self.store.delete([info.key for info in self.store.list(prefix).objects])
+        keys = [info.key for info in self.store.list(prefix).objects if info.key != prefix + MANIFEST_NAME]
+        others = tuple(nested(prefix, keys))
+        delete_below(self.store, [key for key in keys if not key.startswith(others)], below=[prefix])
 
     def recommit(self, checkpoint: Checkpoint) -> None:
         """Create the manifest of a checkpoint that `uncommit` took away again, byte for byte; raises as `commit`."""

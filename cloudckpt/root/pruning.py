@@ -24,7 +24,7 @@ from cloudckpt.root.claims import Line
 from cloudckpt.root.removal import delete_below
 from cloudckpt.root.retention import RetentionRule, removable
 from cloudckpt.root.sweep import find_orphans, remove_orphan, remove_unfinished
-from cloudckpt.threads import started
+from cloudckpt.threads import new_lock, started
 
 __all__ = ["Cleaner", "Pruner", "RetentionScope"]
 
@@ -224,7 +224,7 @@ class Cleaner:
         # notice.
         self._uncommitted_s: dict[tuple[str, str], float] = {}
         self._next_sweep_s = clock()
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._thread: threading.Thread | None = None
         self._is_woken = False
         self._is_ending = False

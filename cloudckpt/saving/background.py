@@ -22,7 +22,7 @@ from functools import partial
 from cloudckpt.errors import CloudCkptError, CommitUnknownError, EarlierSaveFailedError, SaveFailedError
 from cloudckpt.root import Checkpoint
 from cloudckpt.saving.lead import PendingSave
-from cloudckpt.threads import begin, worker
+from cloudckpt.threads import begin, revoke, worker
 from cloudckpt.transfer import StageClosedError
 
 __all__ = ["Background", "SaveHandle"]
@@ -235,7 +235,7 @@ class Background:
             raise
         except BaseException as exc:
             handle._is_told = True
-            if thread.ident is None:
+            if revoke(thread):
                 self._thread = before
                 # The ranks' session has to end, and the other ranks to hear why.
                 pending.abandon(str(exc) or "it was interrupted before it began")

@@ -39,6 +39,7 @@ from cloudckpt.saving.source import Source, Staging
 from cloudckpt.saving.tally import Written
 from cloudckpt.state import collector_at_rest
 from cloudckpt.store import RetryingStore, Store, StoreStats
+from cloudckpt.threads import new_lock
 from cloudckpt.transfer import Budget, Puts, ShardJob, Watch, upload
 
 __all__ = ["RankOutput", "Record", "commit_index", "discard", "stats_of"]
@@ -86,7 +87,7 @@ class RankOutput:
     watch: Watch | None = None
     puts: Puts | None = None
     stage_s: float = 0.0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Lock = field(default_factory=new_lock)
 
     def write(self, source: Source, values: Mapping[str, JsonValue], staged: Staged | None = None) -> Written:
         """Upload the shards; return what became of them, with `values`, once all is durable.
