@@ -27,10 +27,12 @@ import xxhash
 from cloudckpt.deadline import NEVER
 from cloudckpt.errors import (
     CloudCkptError,
+    CommitUnknownError,
     FormatVersionError,
     OptionsError,
     RankLostError,
     SaveFailedError,
+    tells_outcome,
 )
 from cloudckpt.manager.tolerance import Tolerance
 from cloudckpt.options import Options
@@ -127,6 +129,8 @@ class Saves:
         self._call = ""
         self._to_prepare: MutableMapping[str, object] | None = None
         self._is_beginning = False
+        # The step of a save of which nothing is known, and what asks the store.
+        self._doubted: tuple[int, Callable[[], Checkpoint | None]] | None = None
         # The newest commit after which nothing was pruned yet.
         self._to_prune: deque[Checkpoint] = deque(maxlen=1)
         # Removes what the newest save left on a root that was down.
@@ -222,19 +226,48 @@ class Saves:
         metadata: Mapping[str, object] | None,
     ) -> Checkpoint:
         entry, pending = self._begin(step, state, metrics, metadata, slabs=None)
+        self._doubted = step, pending.look
         try:
             with entry.bar(f"saving step {step}") as bar:
                 checkpoint = pending.finish(bar)
+            entry.unblocked(step)
         except BaseException as exc:
-            self._ended(step, entry, pending.take_back, exc)
+            self._ended(step, entry, pending.take_back, self._all_the_same(step, exc) or exc)
             raise
-        entry.unblocked(step)
-        self._ended(step, entry, pending.take_back, checkpoint)
-        if self._schedule.is_preempted:
-            self.background.log_earlier(step)
-        self._wait_tidy()
-        self._prune()
+        try:
+            self._ended(step, entry, pending.take_back, checkpoint)
+            self._doubted = None
+            if self._schedule.is_preempted:
+                self.background.log_earlier(step)
+            self._wait_tidy()
+            self._prune()
+        except BaseException as exc:
+            _note_saved(step, exc)
+            raise
         return checkpoint
+
+    def _all_the_same(self, step: int, error: BaseException) -> Checkpoint | None:
+        """Return what a save has committed though it raised; an exception that is no answer of the store tells nothing.
+
+        If the store tells nothing yet, because the request is still under way, the next call for that step asks again.
+        """
+        if isinstance(error, CommitUnknownError):
+            return None
+        if tells_outcome(error):
+            self._doubted = None
+        found = self._doubtful(step)
+        if found is not None:
+            _note_saved(step, error)
+        # Several ranks would not all know of it.
+        return found if Group.of_world().size == 1 else None
+
+    def _doubtful(self, step: int) -> Checkpoint | None:
+        """Ask whether a save of this step, of which nothing is known, was committed; then that is known."""
+        if self._doubted is None or self._doubted[0] != step:
+            return None
+        if (found := self._doubted[1]()) is not None:
+            self._doubted = None
+        return found
 
     def async_save(
         self,
@@ -274,6 +307,10 @@ class Saves:
         if exists not in get_args(Exists):
             raise OptionsError(f"exists is {exists!r}; give {' or '.join(map(repr, get_args(Exists)))}")
         self._compare_call(step, exists, on_busy)
+        if Group.of_world().size == 1 and (late := self._doubtful(step)) is not None:
+            logger.warning("step %d was saved, though its save was interrupted", step)
+            for home in self.homes:
+                home.epoch.note(late)
         if exists == "raise":
             return None
         if self.background.step == step:
@@ -496,3 +533,10 @@ class Saves:
         while self._may_prune() and (left_s := stop_s - time.monotonic()) > 0:
             if self.background.wait_tidy(min(_LOOK_S, left_s)):
                 break
+
+
+def _note_saved(step: int, error: BaseException) -> None:
+    """Say beside an exception that comes after the commit what is safe."""
+    said = f"step {step} is saved"
+    if not any(note.startswith(said) for note in getattr(error, "__notes__", ())):
+        error.add_note(f"{said}: this came after the commit")

@@ -486,18 +486,23 @@ class Catalog:
         self.adopt(data, prefix=checkpoint.prefix)
 
     @one_deadline()
+    def made_by(self, attempts: Collection[str], *, prefix: str) -> Checkpoint | None:
+        """Return the checkpoint there if one of these attempts made it, else None. One request."""
+        try:
+            data = self.store.read(prefix + MANIFEST_NAME, limit_bytes=MANIFEST_LIMIT_BYTES)
+        except ObjectNotFoundError:
+            return None
+        is_one = Manifest.decode(data, key=prefix + MANIFEST_NAME).attempt in attempts
+        return self.adopt(data, prefix=prefix) if is_one else None
+
+    @one_deadline()
     def discard(self, attempts: Collection[str], *, prefix: str) -> None:
         """Delete the objects of attempts at one save that failed, unless the manifest there is of one of them.
 
         Call only when no commit of it can follow.
         """
-        try:
-            data = self.store.read(prefix + MANIFEST_NAME, limit_bytes=MANIFEST_LIMIT_BYTES)
-        except ObjectNotFoundError:
-            pass
-        else:
-            if Manifest.decode(data, key=prefix + MANIFEST_NAME).attempt in attempts:
-                return
+        if self.made_by(attempts, prefix=prefix) is not None:
+            return
         # An index also where none was put: a disk then lets go of a directory in which nothing came to stand.
         keys = {prefix + index_key(attempt) for attempt in attempts}
         below = tuple(f"{prefix}{attempt}/" for attempt in attempts)

@@ -18,7 +18,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
 from cloudckpt.deadline import Deadline
-from cloudckpt.errors import ObjectNotFoundError, SaveFailedError
+from cloudckpt.errors import CloudCkptError, ObjectNotFoundError, SaveFailedError
 from cloudckpt.format import (
     FORMAT_VERSION,
     Index,
@@ -32,7 +32,7 @@ from cloudckpt.format import (
     shard_key,
 )
 from cloudckpt.options import Options
-from cloudckpt.root import Checkpoint, Target
+from cloudckpt.root import Catalog, Checkpoint, Target
 from cloudckpt.saving.environment import environment
 from cloudckpt.saving.snapshot import Staged
 from cloudckpt.saving.source import Source, Staging
@@ -156,17 +156,32 @@ def commit_index(target: Target, index: Index, record: Record) -> Checkpoint:
     return target.commit(_manifest(target, index, data, record, seconds))
 
 
+def made(target: Target, attempt: str, options: Options) -> Checkpoint | None:
+    """Return what an attempt has committed, by a look with little patience; None if nothing, as far as that tells."""
+    try:
+        return _hurried(target, options, "a look at what a save has committed").made_by([attempt], prefix=target.prefix)
+    except CloudCkptError as exc:
+        logger.warning("whether %s%s is committed is not known: %s", target.catalog.store.url, target.prefix, exc)
+        return None
+
+
+def _hurried(target: Target, options: Options, what: str) -> Catalog:
+    """Return the catalog of a place with little patience."""
+    catalog = target.catalog
+    if isinstance(catalog.store, RetryingStore):
+        left_s = min(options.retry.deadline_s, catalog.store.deadline.left_s(time.monotonic()))
+        patience_s = min(_DISCARD_S, _DISCARD_SHARE * left_s)
+        deadline = Deadline.after(patience_s, what)
+        catalog = catalog.with_store(catalog.store.within(deadline))
+    return catalog
+
+
 def discard(target: Target, attempts: Collection[str], options: Options) -> None:
     """Remove what a save has written that failed and of which no commit can follow, soon or not at all.
 
     What stays is an orphan; a disk that was full has its space back.
     """
-    catalog = target.catalog
-    if isinstance(catalog.store, RetryingStore):
-        left_s = min(options.retry.deadline_s, catalog.store.deadline.left_s(time.monotonic()))
-        patience_s = min(_DISCARD_S, _DISCARD_SHARE * left_s)
-        deadline = Deadline.after(patience_s, "the removal of what a failed save has written")
-        catalog = catalog.with_store(catalog.store.within(deadline))
+    catalog = _hurried(target, options, "the removal of what a failed save has written")
     try:
         catalog.discard(attempts, prefix=target.prefix)
     except Exception as exc:  # noqa: BLE001 (how the save ended is decided, and is what the caller hears)

@@ -294,6 +294,77 @@ def test_a_save_is_skipped_by_one_look_and_also_where_the_store_does_not_answer(
         assert skipped.order == (1, 10)
 
 
+# -- interrupts -----------------------------------------------------------------------------------------------
+
+
+class SignalError(Exception):
+    """What a signal's handler raises."""
+
+
+Call = Callable[[], object]
+MOMENTS: dict[str, Callable[[Call], object]] = {
+    "when the manifest stood": lambda create: create(),
+    "while the request was under way": lambda _: None,
+}
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SignalError])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_save_that_was_interrupted_at_its_commit_is_known_by_the_next_call(
+    bucket: Bucket, job: Open, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException], moment: str
+) -> None:
+    under_way: list[Call] = []
+    create = FaultStore.create
+
+    def interrupted(store: FaultStore, key: str, data: bytes) -> None:
+        if under_way or not key.endswith(MANIFEST_NAME):
+            return create(store, key, data)
+        under_way.append(lambda: create(store, key, data))
+        MOMENTS[moment](under_way[0])
+        raise kind
+
+    with job() as manager:
+        save_steps(manager, 1)
+        monkeypatch.setattr(FaultStore, "create", interrupted)
+        with pytest.raises(kind) as caught:
+            manager.save(2, state_of(2))
+        stands = bool(MANIFEST_NAME in below(bucket, 2, 1))
+        assert [note for note in getattr(caught.value, "__notes__", []) if "step 2 is saved" in note][:1] == (
+            ["step 2 is saved: this came after the commit"] if stands else []
+        )
+        if not stands:
+            under_way[0]()  # type: ignore[misc]
+        saved = manager.save(2, state_of(2), exists="skip")
+        assert saved is not None
+        assert saved.order == (1, 2)
+        with pytest.raises(CheckpointExistsError):
+            manager.save(2, state_of(2))
+        save_steps(manager, 3)
+    with job() as manager:
+        assert orders(manager) == [(1, 1), (1, 2), (1, 3)]
+        assert manager.restore(state_of(0), 2) is not None
+
+
+def test_a_save_that_was_interrupted_before_its_commit_is_made_again(
+    bucket: Bucket, job: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = FaultStore.put
+
+    def interrupted(store: FaultStore, key: str, data: object) -> None:
+        monkeypatch.setattr(FaultStore, "put", put)
+        raise KeyboardInterrupt
+
+    with job() as manager:
+        save_steps(manager, 1)
+        monkeypatch.setattr(FaultStore, "put", interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            manager.save(2, state_of(2))
+        assert not hasattr(caught.value, "__notes__")
+        saved = manager.save(2, state_of(2), exists="skip")
+        assert saved is not None
+        assert orders(manager) == [(1, 1), (1, 2)]
+
+
 # -- nothing is there ----------------------------------------------------------------------------------------
 
 
