@@ -8,8 +8,8 @@ BIN := .venv/bin
 PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 INSTALL := -m pip install --quiet --disable-pip-version-check
 # Many tests wait: for deadlines, for other processes. The workers share the servers; a file stays on one worker.
-WORKERS ?= 4
-# In the order of the folders: what takes long stands early, and does not run alone at the end.
+WORKERS ?= 6
+# In the order of collection, which begins with what takes longest (`tests/effort.py`).
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup setup-localstack dev demo test test-all lint check format bench package servers-up servers-down constraints

@@ -4,7 +4,8 @@
     python benchmarks/structure.py --quick                     smoke test: 50 and 100 parameters
     python benchmarks/structure.py --shapes 'one module' --counts 1000,10000 --check-goals
 
-The structure's cost is what a save (or load) takes beyond that of the same contents in one flat dict. The goals: at
+The structure's cost is what a save (or load) takes beyond that of the same contents in one flat dict: the median over
+the runs, in processor time, of one right after the other, because a busy machine has both take longer. The goals: at
 most twice what torch's own `state_dict` (or `load_state_dict`) takes; and what we add to torch's own grows linearly
 from the least to the largest count (torch's own does not, with many groups). The exit status is 3 when one is missed
 and `--check-goals` is given.
@@ -13,15 +14,21 @@ and `--check-goals` is given.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import itertools
 import json
 import multiprocessing
 import os
+import resource
 import shlex
+import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 
 if not __package__:
@@ -105,22 +112,33 @@ def _measure_shape(shape: str, options: argparse.Namespace) -> dict[int, Found]:
 
 
 def _measured(shape: str, count: int, options: argparse.Namespace) -> Found | None:
-    """Measure in a fresh process; return None if it does not end in time."""
+    """Measure in a fresh process; return None if it was ended because one run alone took too long."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed.checkpoint"])
-    with tempfile.TemporaryDirectory(prefix="bench-structure-", dir=options.directory) as directory:
-        pool = concurrent.futures.ProcessPoolExecutor(1, mp_context=context)
-        pool.submit(os.getpid).result()  # from here on there is a process
-        processes = list(pool._processes.values())  # noqa: SLF001 (there is no public way to end one that is late)
+    limited = partial(ProcessPoolExecutor, 1, mp_context=context, initializer=_limit, initargs=(options.limit_s,))
+    with tempfile.TemporaryDirectory(prefix="bench-structure-", dir=options.directory) as directory, limited() as pool:
+        future = pool.submit(measure_structure, shape, count, Path(directory), options.runs, options.limit_s / 4)
+        (process,) = pool._processes.values()  # noqa: SLF001 (there is no public way to learn how one ended)
         try:
-            future = pool.submit(measure_structure, shape, count, Path(directory), options.runs)
-            return future.result(timeout=options.limit_s)
-        except concurrent.futures.TimeoutError:
-            for process in processes:
-                process.kill()
+            return future.result()
+        except BrokenProcessPool:
+            process.join()
+            if process.exitcode != -signal.SIGXCPU:
+                raise
             return None
-        finally:
-            pool.shutdown()
+
+
+def _limit(processor_s: float) -> None:
+    """Have this process ended after so much processor time, which others on the machine do not use up."""
+
+    def watch() -> None:
+        while time.process_time() < processor_s:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGXCPU)
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Not by RLIMIT_CPU: with it Linux counts the processor time of all threads by ticks, 4 ms each.
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -128,8 +146,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="smoke test: 50 and 100 parameters, 1 run")
     parser.add_argument("--shapes", type=_shapes, default=list(SHAPES), help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--counts", type=_numbers, default=[1_000, 2_000, 4_000, 10_000], help="numbers of parameters")
-    parser.add_argument("--runs", type=int, default=5, help="of which the fastest counts")
-    parser.add_argument("--limit-s", type=float, default=300, help="seconds that one shape and count may take")
+    parser.add_argument("--runs", type=int, default=5, help="of which the fastest counts, or the median")
+    what = "processor seconds that one shape and count may take; after a quarter no other run is begun"
+    parser.add_argument("--limit-s", type=float, default=300, help=what)
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="where checkpoints may lie")
     parser.add_argument("--json", type=Path, help="write every number to this file")
     parser.add_argument("--check-goals", action="store_true", help="exit with status 3 when a goal is missed")

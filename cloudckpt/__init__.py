@@ -30,6 +30,7 @@ from cloudckpt.errors import (
     RestoreFailedError,
     RetryExhaustedError,
     SaveFailedError,
+    SourceError,
     StalledError,
     StateMismatchError,
     StorageError,
@@ -39,6 +40,7 @@ from cloudckpt.options import Options, RetryPolicy
 
 if TYPE_CHECKING:
     from cloudckpt.checkpoint import load, read, save
+    from cloudckpt.convert import Exported, export, import_
     from cloudckpt.dcp import CloudReader, CloudWriter
     from cloudckpt.format import register
     from cloudckpt.manager import CheckpointManager
@@ -68,6 +70,7 @@ __all__ = [
     "CreateNotEnforcedError",
     "CredentialsExpiredError",
     "EarlierSaveFailedError",
+    "Exported",
     "FencedError",
     "Fit",
     "FormatVersionError",
@@ -91,10 +94,13 @@ __all__ = [
     "RetryPolicy",
     "SaveFailedError",
     "SaveHandle",
+    "SourceError",
     "StalledError",
     "StateMismatchError",
     "StorageError",
     "UnsupportedValueError",
+    "export",
+    "import_",
     "load",
     "read",
     "register",
@@ -104,6 +110,7 @@ __all__ = [
 # The imports above, for a running program: the room, and what comes from it.
 _LATE = {
     "checkpoint": ("load", "read", "save"),
+    "convert": ("Exported", "export", "import_"),
     "dcp": ("CloudReader", "CloudWriter"),
     "format": ("register",),
     "manager": ("CheckpointManager",),

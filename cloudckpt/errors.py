@@ -26,6 +26,7 @@ CloudCkptError
 │       └── FormatVersionError                      a newer cloudckpt wrote it: upgrade
 ├── RestoreFailedError                              an object did not take its state: load one that fits
 ├── UnsupportedValueError (TypeError)               a value that the codec refuses
+├── SourceError (ValueError)                        what is to be imported is damaged, or of a kind that is not read
 ├── RankLostError                                   other ranks died, hang or never came: restart the job
 ├── StalledError                                    a transfer of this rank stands still
 └── SaveFailedError                                 nothing was committed
@@ -64,6 +65,7 @@ __all__ = [
     "RestoreFailedError",
     "RetryExhaustedError",
     "SaveFailedError",
+    "SourceError",
     "StalledError",
     "StateMismatchError",
     "StorageError",
@@ -296,6 +298,18 @@ class EarlierSaveFailedError(SaveFailedError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), self.args, {**self.__dict__, "handle": None}
+
+
+class SourceError(CloudCkptError, ValueError):
+    """What is to be imported is damaged, contradicts itself, or is of a kind that is not read; nothing was committed.
+
+    Attributes:
+        key: the file, or the tensor or value in it.
+    """
+
+    def __init__(self, message: str, *, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class RankLostError(CloudCkptError):

@@ -12,6 +12,7 @@ import secrets
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import botocore.loaders
@@ -127,7 +128,9 @@ def remote_url(request: pytest.FixtureRequest) -> FreshPrefix:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Begin with the files that take longest; skip what needs a GPU where there is none."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(effort.LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if not wanting:
         return

@@ -27,18 +27,14 @@ from cloudckpt.options import KIB
 from cloudckpt.root import Catalog
 from cloudckpt.store import RetryingStore
 from cloudckpt.store.probe import _proven
-from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, denied, refused, transient
+from tests.effort import diagonal
+from tests.store.fault_store import ERRORS, Bucket, Crash, FaultKind, FaultStore
 
 OPTIONS = Options(shard_bytes=4 * KIB, block_bytes=KIB, span_bytes=2 * KIB, concurrency=1, memory_budget_bytes=64 * KIB)
 PATIENCE = RetryPolicy(max_attempts=3, deadline_s=60, request_timeout_s=1)
 STEPS = 4
 LEFT = ("step-0000000098-e0001/", "step-0000000099-e0001/")
 CRASHES = [FaultKind.CRASH_BEFORE, FaultKind.CRASH_HALFWAY, FaultKind.CRASH_AFTER]
-# A refusal by the credentials has no effect, so it never is a lost acknowledgement.
-ERRORS = [
-    *[(FaultKind.BEFORE, error) for error in (transient, denied, refused)],
-    *[(FaultKind.LOST_ACK, error) for error in (transient, refused)],
-]
 
 
 def tensor_of(step: int) -> torch.Tensor:
@@ -143,14 +139,14 @@ def kept_after(lives: int) -> list[int]:
     return list(range(lives * STEPS))[-2:]
 
 
-@pytest.mark.parametrize("lives_before", [0, 1], ids=["first-job", "second-job"])
-@pytest.mark.parametrize("kind", CRASHES)
+@diagonal("kind, lives_before", CRASHES, [pytest.param(1, id="second-job"), pytest.param(0, id="first-job")])
 def test_a_crash_at_any_request_loses_nothing_that_was_acknowledged(
     clients: list[FaultStore], kind: FaultKind, lives_before: int
 ) -> None:
     fired = 0
+    before = bucket_after(clients, lives_before)
     for number in range(1, count_requests(clients, lives_before) + 1):
-        bucket = bucket_after(clients, lives_before)
+        bucket = before.copy()
         acknowledged = kept_after(lives_before)
         client = FaultStore(bucket)
         fault = client.crash_at(number, kind)
@@ -168,8 +164,7 @@ def test_a_life_removes_what_others_left(clients: list[FaultStore]) -> None:
     assert [key for key in bucket.raw_list() if key.startswith(LEFT)] == [LEFT[1] + MANIFEST_NAME]
 
 
-@pytest.mark.parametrize("times", [1, None], ids=["once", "for-ever"])
-@pytest.mark.parametrize(("kind", "error"), ERRORS, ids=lambda value: getattr(value, "__name__", str(value)))
+@diagonal("kind, error, times", ERRORS, [pytest.param(1, id="once"), pytest.param(None, id="for-ever")])
 def test_an_error_in_any_request_is_survived_or_fails_cleanly(
     clients: list[FaultStore], kind: FaultKind, error: object, times: int | None
 ) -> None:

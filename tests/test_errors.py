@@ -50,6 +50,7 @@ TREE = {
     "ManifestError": "IntegrityError",
     "FormatVersionError": "ManifestError",
     "UnsupportedValueError": "CloudCkptError TypeError",
+    "SourceError": "CloudCkptError ValueError",
     "RankLostError": "CloudCkptError",
     "StalledError": "CloudCkptError",
     "RestoreFailedError": "CloudCkptError",

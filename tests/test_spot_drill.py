@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from tests.effort import diagonal
 from tests.spot_drill import sleepers
 from tests.spot_drill.clockwork import Clockwork, Killed
 from tests.spot_drill.drill import Word, draw, live
@@ -25,8 +26,15 @@ def test_the_newest_step_is_safe_when_the_machine_goes_and_nobody_waits_longer(s
     assert life.broken == [], "\n".join([f"seed {seed}: {plan}", *life.story])
 
 
-@pytest.mark.parametrize("is_async", [True, False], ids=["async", "sync"])
-@pytest.mark.parametrize(("is_silent", "is_blocking"), [(True, False), (False, False), (False, True)])
+@diagonal(
+    "is_silent, is_blocking, is_async",
+    [
+        pytest.param(True, False, id="silent"),
+        pytest.param(False, False, id="heard"),
+        pytest.param(False, True, id="held"),
+    ],
+    [pytest.param(True, id="async"), pytest.param(False, id="sync")],
+)
 def test_a_save_under_way_has_its_patience_back_when_the_end_has_passed_and_was_false(
     is_silent: bool, is_blocking: bool, is_async: bool
 ) -> None:

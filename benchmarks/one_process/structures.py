@@ -5,16 +5,18 @@
           ──▶ ours: the same contents in one flat dict what bytes, index and commit cost: no part of the structure
 
 Contents are the tensors, and the values of each object (an optimizer's groups, say) as one. Tensors have one element
-each, so that structure is all there is. Seconds are processor time, which other processes of
-the machine do not lengthen; each is the least of some runs.
+each, so that structure is all there is. Seconds are processor time; each is the least of some runs. What the structure
+adds is the median of what each run found, a state and its flat dict one right after the other: on a busy machine the
+same work takes half as long again for minutes (caches are shared), and both of a pair do.
 """
 
 from __future__ import annotations
 
 import gc
 import math
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from torch import nn
 
 import cloudckpt
 
-__all__ = ["SHAPES", "Found", "added_s", "exponent", "measure_structure", "ratio"]
+__all__ = ["SHAPES", "Found", "added_s", "exponent", "measure_structure", "ratio", "summary"]
+
+_WAYS = ("save", "load")
 
 Found = dict[str, float]
 """What was done → seconds."""
@@ -70,26 +74,47 @@ SHAPES: Mapping[str, Callable[[int], State]] = {
 }
 
 
-def measure_structure(shape: str, count: int, directory: Path, runs: int) -> Found:
-    """Save and load `count` parameters in one shape, by torch, by us, and flat by us."""
+def measure_structure(shape: str, count: int, directory: Path, runs: int, enough_s: float = math.inf) -> Found:
+    """Save and load `count` parameters in one shape, by torch, by us, and flat by us.
+
+    Args:
+        shape: of `SHAPES`.
+        count: parameters.
+        directory: where checkpoints may lie.
+        runs: how many, if they are not enough before.
+        enough_s: processor seconds after which no other run is begun: torch's own loads may be quadratic.
+    """
     if count > 2:  # what a first save and load import is not what is measured
         measure_structure(shape, 2, directory / "first", 1)
     state, other = SHAPES[shape](count), SHAPES[shape](count)
+    found: list[Found] = []
+    while len(found) < runs and (not found or time.process_time() < enough_s):
+        found.append(_measured_once(state, other, directory / f"{len(found)}"))
+    return summary(found)
+
+
+def summary(found: Sequence[Found]) -> Found:
+    """Return the least seconds of some runs, and the median of what the structure took in each."""
+    least = {name: min(run[name] for run in found) for name in found[0]}
+    added = {f"structure_{what}_s": statistics.median(_structure_s(run, what) for run in found) for what in _WAYS}
+    return {**least, **added}
+
+
+def _structure_s(run: Found, what: str) -> float:
+    return run[f"{what}_s"] - run[f"flat_{what}_s"]
+
+
+def _measured_once(state: State, other: State, url: Path) -> Found:
     found: Found = {}
-    for run in range(runs):
-        _measure_once(found, state, other, directory / f"{run}")
-    return found
-
-
-def _measure_once(found: Found, state: State, other: State, url: Path) -> None:
     saved = _timed(found, "torch_save_s", lambda: [each.state_dict() for each in _objects(state)])
     _timed(found, "torch_load_s", lambda: _load_all(_objects(other), saved))
-    _timed(found, "save_s", lambda: cloudckpt.save(state, url / "state", progress="off"))
-    _timed(found, "load_s", lambda: cloudckpt.load(other, url / "state", progress="off"))
     flat = {"flat": dict(_contents(saved))}
     into = {"flat": dict(_contents([each.state_dict() for each in _objects(other)]))}
+    _timed(found, "save_s", lambda: cloudckpt.save(state, url / "state", progress="off"))
     _timed(found, "flat_save_s", lambda: cloudckpt.save(flat, url / "flat", progress="off"))
+    _timed(found, "load_s", lambda: cloudckpt.load(other, url / "state", progress="off"))
     _timed(found, "flat_load_s", lambda: cloudckpt.load(into, url / "flat", progress="off"))
+    return found
 
 
 def _timed(found: Found, name: str, call: Callable[[], Any]) -> Any:
@@ -98,7 +123,7 @@ def _timed(found: Found, name: str, call: Callable[[], Any]) -> Any:
     gc.freeze()
     began_s = time.process_time()
     result = call()
-    found[name] = min(found.get(name, math.inf), time.process_time() - began_s)
+    found[name] = max(1e-6, time.process_time() - began_s)  # of a few parameters this clock may see nothing
     return result
 
 
@@ -122,7 +147,7 @@ def _contents(value: Any, name: str = "") -> list[tuple[str, Any]]:
 
 def ratio(found: Found, what: str) -> float:
     """Return what the structure costs us, in units of torch's own `state_dict` (or `load_state_dict`)."""
-    return max(0.0, found[f"{what}_s"] - found[f"flat_{what}_s"]) / found[f"torch_{what}_s"]
+    return max(0.0, found[f"structure_{what}_s"]) / found[f"torch_{what}_s"]
 
 
 def added_s(found: Found, what: str) -> float:

@@ -13,7 +13,18 @@ from cloudckpt.errors import CheckpointNotFoundError, CloudCkptError
 from cloudckpt.root import Catalog, Checkpoint
 from cloudckpt.store import open_store
 
-__all__ = ["AsJson", "Engine", "StorageOptions", "Url", "nothing_at", "opened", "the_one_at"]
+__all__ = [
+    "AsJson",
+    "Engine",
+    "StorageOptions",
+    "TargetStorageOptions",
+    "Url",
+    "ending",
+    "nothing_at",
+    "opened",
+    "parsed",
+    "the_one_at",
+]
 
 Url = Annotated[str, typer.Argument(help="A root or a checkpoint: a directory, s3://…, gs://… or any fsspec URL.")]
 StorageOptions = Annotated[
@@ -24,6 +35,9 @@ StorageOptions = Annotated[
         help="fsspec's options for the URL, as JSON; else those of CLOUDCKPT_STORAGE_OPTIONS.",
     ),
 ]
+TargetStorageOptions = Annotated[
+    str | None, typer.Option("--target-storage-options", help="fsspec's options for the target, as JSON.")
+]
 Engine = Annotated[str, typer.Option(help="auto, local, obstore or fsspec.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 
@@ -31,15 +45,24 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 @contextmanager
 def opened(url: str, storage_options: str | None, engine: str) -> Iterator[Catalog]:
     """Open what a command was given; an error of ours inside of the block ends the command with 1."""
-    options = None if storage_options is None else _parsed(storage_options)
+    options = parsed(storage_options, "--storage-options")
+    with ending(), open_store(url, storage_options=options, engine=engine) as store:
+        yield Catalog(store)
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Have an error of ours inside of the block end the command with 1."""
     try:
-        with open_store(url, storage_options=options, engine=engine) as store:
-            yield Catalog(store)
+        yield
     except CloudCkptError as exc:
         raise _ended(" ".join(str(exc).split()), status=1) from exc
 
 
-def _parsed(storage_options: str) -> dict[str, object]:
+def parsed(storage_options: str | None, name: str) -> dict[str, object] | None:
+    """Return the options that a command got as JSON; another text ends it with 2."""
+    if storage_options is None:
+        return None
     try:
         options = json.loads(storage_options)
     except ValueError:
@@ -47,7 +70,7 @@ def _parsed(storage_options: str) -> dict[str, object]:
     if isinstance(options, dict):
         return options
     # The text is not repeated: it may hold a secret.
-    raise _ended("--storage-options is no JSON object; write for example '{\"anon\": true}'", status=2)
+    raise _ended(f"{name} is no JSON object; write for example '{{\"anon\": true}}'", status=2)
 
 
 def _ended(line: str, *, status: int) -> typer.Exit:

@@ -14,6 +14,8 @@ from typing import Annotated
 import typer
 
 import cloudckpt
+from cloudckpt.cli.export import export
+from cloudckpt.cli.import_ import import_
 from cloudckpt.cli.ls import ls
 from cloudckpt.cli.show import show
 
@@ -61,3 +63,5 @@ def _main(
 
 app.command()(ls)
 app.command()(show)
+app.command()(export)
+app.command("import")(import_)

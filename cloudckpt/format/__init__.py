@@ -26,7 +26,7 @@ from cloudckpt.format.keys import (
     shard_key,
     step_number,
 )
-from cloudckpt.format.layout import Piece, ShardLayout, Span, lay_out, plan_spans
+from cloudckpt.format.layout import Piece, ShardLayout, Span, lay_out, plan_spans, split_box
 from cloudckpt.format.manifest import (
     MANIFEST_LIMIT_BYTES,
     EpochClaim,
@@ -98,6 +98,7 @@ __all__ = [
     "register",
     "row_products",
     "shard_key",
+    "split_box",
     "step_number",
     "unflatten",
     "untiled",

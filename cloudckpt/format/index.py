@@ -171,6 +171,11 @@ class Index:
             self._sections[rank] = self._decoded(rank)
         return self._sections[rank]
 
+    def stored(self, rank: int) -> tuple[str, int, int]:
+        """Return the attempt of a rank, how many shards it wrote, and their bytes together; decodes nothing."""
+        record = self._records[rank]
+        return record.attempt or self.attempt, record.shard_count, record.stored_bytes
+
     def shard(self, rank: int, number: int) -> ShardEntry:
         """Return one shard; `number` must be one that a piece names."""
         section = self.section(rank)

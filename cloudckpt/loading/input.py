@@ -15,8 +15,9 @@ import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -24,11 +25,13 @@ from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from cloudckpt.errors import (
     BucketNotFoundError,
@@ -41,6 +44,7 @@ from cloudckpt.errors import (
 from cloudckpt.format import (
     DTYPES,
     NOTES,
+    BoxPlace,
     ChunkEntry,
     Index,
     IndexRef,
@@ -130,7 +134,8 @@ def _committed_bytes(catalog: Catalog, key: str, committed: IndexRef) -> bytes:
 def decode_index(checkpoint: Checkpoint, data: bytes) -> Index:
     """Decode the bytes that `read_index_bytes` returned; raises `ManifestError` if it is no index of the checkpoint."""
     key = checkpoint.prefix + index_key(checkpoint.attempt)
-    index = Index.decode(data, key=key)
+    with collector_at_rest():
+        index = Index.decode(data, key=key)
     if index.attempt != checkpoint.attempt:
         raise ManifestError(f"index {key} is of attempt {index.attempt}; restore an older step", key=key)
     return index
@@ -159,6 +164,30 @@ class RankInput:
         with torch.no_grad():
             planner.set_up_planner(dict(tensors), describe(self.index, pieces), is_coordinator=False)
             self.read(planner.create_local_plan().items, planner, pieces)
+
+    def fill_boxes(self, boxes: Sequence[tuple[str, tuple[int, ...], torch.Tensor]]) -> None:
+        """Fill tensors on the host that are boxes of saved ones; raises as `read` does.
+
+        Args:
+            boxes: the saved tensor's name, where in it the box starts, and the tensor to be filled, none of them empty.
+        """
+        wanted: dict[str, list[BoxPlace]] = defaultdict(list)
+        for name, offsets, tensor in boxes:
+            wanted[name].append((offsets, tuple(tensor.shape)))
+        pieces = self.index.covering(wanted)
+        described = describe(self.index, pieces)
+        items: list[ReadItem] = []
+        for number, (name, offsets, tensor) in enumerate(boxes):
+            saved = described.state_dict_metadata[name]
+            box = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=tensor.shape)
+            # To the planner each box is a tensor of its own, which starts where it starts.
+            here = MetadataIndex(str(number), [0] * tensor.dim())
+            found = create_read_items_for_chunk_list(name, cast("TensorStorageMetadata", saved), [box])
+            items += [replace(item, dest_index=here) for item in found]
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        planner.set_up_planner({str(number): box[2] for number, box in enumerate(boxes)}, described)
+        with torch.no_grad():
+            self.read(items, planner, pieces)
 
     def read(self, items: Sequence[ReadItem], planner: LoadPlanner, pieces: Pieces) -> None:
         """Fill every target that the items name; return when all of them are complete.

@@ -104,7 +104,8 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     group = Group.of_world()
     entry = journal.begin(rank=group.rank)
     # One process refuses a wrong call before anything is asked of the store; with several, all hear of it.
-    entries = bind(state) if group.size == 1 else None
+    with collector_at_rest():
+        entries = bind(state) if group.size == 1 else None
     search = _Search(candidates, roots)
     checkpoint = None
     with entry.bar(shown) as bar, plain_errors(), group.session(what, deadline_s=options.progress_timeout_s):

@@ -493,7 +493,8 @@ class CheckpointManager:
         """Wait for a save under way, remove what is due, and release the store and the memory. Idempotent.
 
         Shards still in their grace time stay for the next job. Where earlier jobs left a lot, its removal goes on for a
-        few seconds, and the rest stays, too.
+        few seconds, and the rest stays, too. What is due is given up after `options.finish_timeout_s`, or 30 s if that
+        is longer; after an interrupt nothing is removed.
 
         Raises:
             SaveFailedError: a save failed in the background and nobody was told, or did not end within
@@ -518,6 +519,8 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._saves.is_interrupted = True
         try:
             self.close()
         except CloudCkptError as exc:

@@ -24,7 +24,7 @@ from typing import Literal, get_args
 
 import xxhash
 
-from cloudckpt.deadline import NEVER
+from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import (
     CloudCkptError,
     CommitUnknownError,
@@ -51,6 +51,9 @@ logger = logging.getLogger(__name__)
 
 # How often a wait for what is pruned looks whether an end is near.
 _LOOK_S = 0.1
+# How long a save waits for what is pruned after it, and the end of a job for what is removed.
+_PRUNING_S = 10.0
+_ENDING_S = 30.0
 # How much two ends may differ and be one: the clock moves while they are computed.
 _NOISE_S = 0.05
 
@@ -96,6 +99,7 @@ class Saves:
         roots: the same, to be read as one.
         options: sizes, parallelism, patience; also of restores.
         background: the save that may be under way.
+        is_interrupted: whether a person has interrupted the job: its end waits for no removals then.
     """
 
     def __init__(
@@ -131,6 +135,7 @@ class Saves:
         self._is_beginning = False
         # The step of a save of which nothing is known, and what asks the store.
         self._doubted: tuple[int, Callable[[], Checkpoint | None]] | None = None
+        self.is_interrupted = False
         # The newest commit after which nothing was pruned yet.
         self._to_prune: deque[Checkpoint] = deque(maxlen=1)
         # Removes what the newest save left on a root that was down.
@@ -232,6 +237,7 @@ class Saves:
                 checkpoint = pending.finish(bar)
             entry.unblocked(step)
         except BaseException as exc:
+            self.is_interrupted = isinstance(exc, KeyboardInterrupt)
             self._ended(step, entry, pending.take_back, self._all_the_same(step, exc) or exc)
             raise
         try:
@@ -239,9 +245,13 @@ class Saves:
             self._doubted = None
             if self._schedule.is_preempted:
                 self.background.log_earlier(step)
-            self._wait_tidy()
-            self._prune()
+            # The checkpoint is safe; a store that answers no delete must not keep training from going on.
+            end = Deadline.after(_PRUNING_S, "what is pruned while training waits")
+            self._wait_tidy(_PRUNING_S)
+            if self.background.wait_tidy(0):
+                self._prune(end)
         except BaseException as exc:
+            self.is_interrupted = isinstance(exc, KeyboardInterrupt)
             _note_saved(step, exc)
             raise
         return checkpoint
@@ -384,10 +394,13 @@ class Saves:
         """
         try:
             self.background.end()
-            self._wait_tidy(self.options.finish_timeout_s)
-            if not is_forked and self._may_prune() and self.background.wait_tidy(0):
+            # Who interrupts waits for nothing that is not for a checkpoint.
+            patience_s = 0.0 if self.is_interrupted else min(self.options.finish_timeout_s, _ENDING_S)
+            stop_s = time.monotonic() + patience_s
+            self._wait_tidy(patience_s)
+            if not (self.is_interrupted or is_forked) and self._may_prune() and self.background.wait_tidy(0):
                 for home in self.homes:
-                    home.pruner.end()
+                    home.pruner.end(stop_s - time.monotonic())
         finally:
             for home in self.homes:
                 home.pruner.stop()
@@ -508,7 +521,7 @@ class Saves:
                 self._to_take_back.append(take_back)
         return False
 
-    def _prune(self) -> None:
+    def _prune(self, end: Deadline = NEVER) -> None:
         """Prune after the newest commit; later, if an end is near, because deletes would take a save's time."""
         while self._may_prune() and self._to_prune:
             newest = self._to_prune.pop()
@@ -517,7 +530,7 @@ class Saves:
             ):
                 home = self._home_of(newest)
                 try:
-                    home.pruner.prune_after(newest, home.epoch.line, go_on=self._may_prune)
+                    home.pruner.prune_after(newest, home.epoch.line, go_on=self._may_prune, until=end)
                 finally:
                     for one in self.homes:
                         one.pruner.clean()

@@ -2,6 +2,6 @@
 
 from cloudckpt.report.advice import Advice, advise
 from cloudckpt.report.journal import Entry, Journal
-from cloudckpt.report.progress import Progress, Show
+from cloudckpt.report.progress import Progress, Show, as_bytes
 
-__all__ = ["Advice", "Entry", "Journal", "Progress", "Show", "advise"]
+__all__ = ["Advice", "Entry", "Journal", "Progress", "Show", "advise", "as_bytes"]

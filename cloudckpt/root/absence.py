@@ -99,11 +99,13 @@ def _unfinished(store: Store, top: Listing) -> str:
     if not attempts:
         return ""
     kept = {set_aside_key(name.rstrip("/")) for name in attempts}
-    aside = [info.key for info in store.list("").objects if info.key in kept]
+    aside = [info for info in store.list("").objects if info.key in kept]
     root = store.url.removesuffix("/")
     if aside:
+        newest = max(aside, key=lambda info: info.modified_s)
         return (
-            "a save that was to replace the checkpoint there is under way, or was cut off: copy "
-            f"{root}/{aside[0]} to {root}/{MANIFEST_NAME} to have the old checkpoint back, or save again"
+            "a save that was to replace the checkpoint there is under way, or was cut off, or the store has carried "
+            f"out a delete of it late: copy {root}/{newest.key} to {root}/{MANIFEST_NAME} to have the checkpoint back, "
+            "or save again"
         )
     return f"{len(attempts)} attempts to save there are under way, or were cut off before they committed"

@@ -21,6 +21,7 @@ from typing import TypeVar
 
 import msgspec
 
+from cloudckpt.deadline import Deadline
 from cloudckpt.errors import (
     BucketNotFoundError,
     CheckpointExistsError,
@@ -51,7 +52,7 @@ from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable
 from cloudckpt.root.claims import Claims
 from cloudckpt.root.looking import Walk
 from cloudckpt.root.removal import delete_below, nested
-from cloudckpt.store import Store, one_deadline
+from cloudckpt.store import RetryingStore, Store, one_deadline
 from cloudckpt.threads import each, new_lock
 
 __all__ = ["Catalog"]
@@ -78,12 +79,14 @@ class _Memory:
     Attributes:
         stamps: under which digest, time and size the manifest of a prefix was read, or seen to be that one.
         voids: prefixes that are decided for ever.
+        deleted: prefixes whose manifest was asked to be deleted.
     """
 
     found: dict[str, _Found] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
     stamps: dict[str, _Stamp] = field(default_factory=dict)
     voids: set[str] = field(default_factory=set)
+    deleted: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=new_lock)
 
 
@@ -105,6 +108,11 @@ class Catalog:
         other = Catalog(store)
         other.claims, other._memory = self.claims.with_store(store), self._memory
         return other
+
+    def within(self, end: Deadline | Callable[[], Deadline]) -> Catalog:
+        """Return this catalog with no more time than until `end`, as `RetryingStore.within` has it, if it has such."""
+        store = self.store
+        return self.with_store(store.within(end)) if isinstance(store, RetryingStore) else self
 
     # -- reading -------------------------------------------------------------------------------------------
 
@@ -458,23 +466,31 @@ class Catalog:
             return False
         return True
 
-    def knows(self, prefix: str) -> bool:
-        """Tell whether this catalog has read or made the commit under `prefix`. No request."""
+    def is_used(self, prefix: str) -> bool:
+        """Tell whether this catalog has read, made or deleted a commit under `prefix`. No request.
+
+        A delete that got no answer was asked for again, and the store may carry it out once more at any later time:
+        whatever is committed there by then would go.
+        """
         with self._memory.lock:
-            return isinstance(self._memory.found.get(prefix), Checkpoint)
+            return isinstance(self._memory.found.get(prefix), Checkpoint) or prefix in self._memory.deleted
 
     def uncommit(self, checkpoint: Checkpoint) -> None:
         """Delete the manifest, so that the checkpoint no longer exists; its shards stay for `remove_objects`."""
-        self.store.delete([checkpoint.prefix + MANIFEST_NAME])
-        self._note(checkpoint.prefix, None)
+        self._delete_manifest(checkpoint.prefix)
+
+    def _delete_manifest(self, prefix: str) -> None:
+        with self._memory.lock:
+            self._memory.deleted.add(prefix)
+        self.store.delete([prefix + MANIFEST_NAME])
+        self._note(prefix, None)
 
     def remove_unreadable(self, prefix: str) -> None:
         """Delete what stands under a prefix whose manifest cannot be read: that first, then all else there.
 
         Checkpoints that somebody has saved below it stay.
         """
-        self.store.delete([prefix + MANIFEST_NAME])
-        self._note(prefix, None)
+        self._delete_manifest(prefix)
         keys = [info.key for info in self.store.list(prefix).objects if info.key != prefix + MANIFEST_NAME]
         others = tuple(nested(prefix, keys))
         delete_below(self.store, [key for key in keys if not key.startswith(others)], below=[prefix])

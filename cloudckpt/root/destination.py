@@ -166,6 +166,10 @@ class Epoch:
         """Tell whether a step is below the newest one of its epoch: in that nobody would find it."""
         return self.newest is not None and step < self.newest.step and self.newest.epoch >= self.number
 
+    def _is_used(self, step: int) -> bool:
+        """Tell whether the step was committed in this epoch, also if it was deleted: no key is committed to twice."""
+        return self._catalog.is_used(checkpoint_prefix(step, self.number))
+
     def resume(self, checkpoint: Checkpoint | None) -> None:
         """Go on from a checkpoint, on both roots; from any but the one that the next save follows, in a new epoch.
 
@@ -220,9 +224,14 @@ class Epoch:
         if self.is_doubted:
             probe_write(self._hurried(catalog).store)
             self.is_doubted = False
-        self._refuse_taken(step, catalog)
+        is_used = self._is_used(step)
+        if is_used and catalog.is_taken(taken := checkpoint_prefix(step, self.number)):
+            raise catalog.exists_error(taken)
         if self._goes_back(step):
             self._tell_back(step)
+            self._claim(catalog)
+        elif is_used:
+            logger.info("step %d of epoch %d was deleted, and is saved again in a new epoch", step, self.number)
             self._claim(catalog)
         elif not self._is_high_enough:
             if self.number == 0:
@@ -231,12 +240,6 @@ class Epoch:
             self._claim(catalog)
         prefix = checkpoint_prefix(step, self.number)
         return Target(catalog=catalog, prefix=prefix, step=step, epoch=self.number, worked_s=self._worked_s)
-
-    def _refuse_taken(self, step: int, catalog: Catalog) -> None:
-        """Refuse a step that this job has committed in its epoch."""
-        prefix = checkpoint_prefix(step, self.number)
-        if catalog.knows(prefix) and catalog.is_taken(prefix):
-            raise catalog.exists_error(prefix)
 
     def _tell_back(self, step: int) -> None:
         if self.newest is not None and not self._has_gone_back:

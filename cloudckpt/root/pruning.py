@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, get_args
 
+from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import CheckpointExistsError, CloudCkptError, OptionsError, RetryExhaustedError, StorageError
 from cloudckpt.options import as_seconds
 from cloudckpt.root.catalog import Catalog
@@ -33,9 +34,8 @@ logger = logging.getLogger(__name__)
 RetentionScope = Literal["line", "root"]
 """Whose checkpoints retention removes: those of the job's own line of history, or all below the root."""
 
-# How long the end lets a sweep go on, and waits for a request of the cleaner's that is under way.
+# How long the end of a job lets a sweep go on.
 _SWEEPING_S = 5.0
-_ENDING_S = 30.0
 # How often that wait looks whether it is held up.
 _LOOK_S = 0.1
 _AGAIN_S = 3_600.0
@@ -55,7 +55,8 @@ class Pruner:
         """
         if scope not in get_args(RetentionScope):
             raise OptionsError(f"retention_scope is {scope!r}; give {' or '.join(map(repr, get_args(RetentionScope)))}")
-        self._catalog = catalog
+        self._until = NEVER
+        self._catalog = catalog.within(lambda: self._until)
         self._rules = tuple(rules)
         self._cleaner = cleaner
         self._scope = scope
@@ -69,7 +70,9 @@ class Pruner:
         """Whether anything is ever pruned."""
         return bool(self._rules)
 
-    def prune_after(self, checkpoint: Checkpoint, line: Line, *, go_on: Callable[[], bool] = lambda: True) -> None:
+    def prune_after(
+        self, checkpoint: Checkpoint, line: Line, *, go_on: Callable[[], bool] = lambda: True, until: Deadline = NEVER
+    ) -> None:
         """Uncommit what no rule keeps; never the checkpoint that was just committed.
 
         It ends early, between two of them, when `go_on` says so; the rest is left to the next time. One that the store
@@ -80,7 +83,15 @@ class Pruner:
             checkpoint: the newest of this job.
             line: of which only checkpoints are removed, unless the scope is the root.
             go_on: whether there is time for the next one.
+            until: by when it ends, also in the middle of a request.
         """
+        self._until = until
+        try:
+            self._prune_after(checkpoint, line, go_on)
+        finally:
+            self._until = NEVER
+
+    def _prune_after(self, checkpoint: Checkpoint, line: Line, go_on: Callable[[], bool]) -> None:
         self._catalog.claims.mark_committed(checkpoint.epoch)
         going = self._going(checkpoint, line)
         refused: dict[str, StorageError] = {}
@@ -147,7 +158,7 @@ class Pruner:
 
     def uncommit(self, checkpoint: Checkpoint) -> None:
         """Let a checkpoint exist no more; its shards go once readers had time to notice."""
-        self._cleaner.uncommit(checkpoint)
+        self._cleaner.uncommit(checkpoint, by=self._catalog)
 
     def clean(self) -> None:
         """Have removed what is due, without waiting for that."""
@@ -172,9 +183,9 @@ class Pruner:
         """Wait until what was due is removed."""
         self._cleaner.settle()
 
-    def end(self) -> None:
-        """Remove what is due; shards still in their grace time stay for the next job."""
-        self._cleaner.end()
+    def end(self, patience_s: float) -> None:
+        """Remove what is due, within `patience_s`; shards still in their grace time stay for the next job."""
+        self._cleaner.end(patience_s)
 
     def stop(self) -> None:
         """Remove nothing more."""
@@ -214,7 +225,7 @@ class Cleaner:
         """
         if sweep_after_s is not None:
             sweep_after_s = as_seconds("sweep_after_s", sweep_after_s)
-        self._catalog = catalog
+        self._catalog = catalog.within(lambda: self._end)
         self._grace_s = as_seconds("prune_grace_s", grace_s)
         self._sweep_after_s = sweep_after_s
         self._clock = clock
@@ -229,13 +240,13 @@ class Cleaner:
         self._is_woken = False
         self._is_ending = False
         self._is_stopped = False
-        self._stop_s = math.inf
+        self._end = NEVER
 
-    def uncommit(self, checkpoint: Checkpoint) -> None:
-        """Uncommit a checkpoint, and remove its shards after the grace time."""
+    def uncommit(self, checkpoint: Checkpoint, *, by: Catalog) -> None:
+        """Uncommit a checkpoint through a catalog of the root, and remove its shards after the grace time."""
         # Whoever holds the lock knows of all that this job has uncommitted.
         with self._lock:
-            self._catalog.uncommit(checkpoint)
+            by.uncommit(checkpoint)
             self._uncommitted_s[checkpoint.prefix, checkpoint.attempt] = self._clock()
 
     def wake(self) -> None:
@@ -253,12 +264,16 @@ class Cleaner:
         if (thread := self._thread) is not None:
             thread.join()
 
-    def end(self) -> None:
-        """Remove what is due, for a moment also of what others left, until that is held up."""
-        self._wait(_SWEEPING_S)
+    def end(self, patience_s: float) -> None:
+        """Remove what is due, for a moment also of what others left, until that is held up.
+
+        A store that hangs holds up the end for no longer than `patience_s`: what is under way is given up then.
+        """
+        end = Deadline.after(patience_s, "the end of the job")
+        self._wait(min(_SWEEPING_S, patience_s))
         self._is_ending = True
-        self._stop_s = time.monotonic() + _ENDING_S
-        if self._wait(_ENDING_S):
+        self._end = end
+        if self._wait(end.left_s(time.monotonic())):
             self._try(self._remove_due)
         self.stop()
 
@@ -274,7 +289,7 @@ class Cleaner:
         self._is_stopped = True
 
     def _may_remove(self) -> bool:
-        return not (self._is_stopped or self._is_held() or time.monotonic() >= self._stop_s)
+        return not (self._is_stopped or self._is_held() or self._end.left_s(time.monotonic()) <= 0)
 
     def _may_sweep(self) -> bool:
         return not self._is_ending and self._may_remove()

@@ -1,11 +1,12 @@
 """Let a finished save take the place of the checkpoint at its URL.
 
-    old manifest kept aside ──▶ uncommit old ──▶ commit new ──▶ old objects removed; attempts that were cut off long ago
-                                      ╰── from here to there nothing is committed ──╯
+    old manifest kept aside ──▶ uncommit old ──▶ commit new ──▶ new manifest kept aside ──▶ old objects removed;
+                                      ╰── nothing is committed ──╯               attempts that were cut off long ago
 
 A reader gets all of the old checkpoint, all of the new one, or hears that there is none; no object is ever written
 over. A commit that fails puts the old manifest back. A process that dies in between leaves both attempts whole, and
-the old manifest beside its index, which `absence` tells. Keeps FORMAT invariants 1, 2, 4 and 7.
+the old manifest beside its index, which `absence` tells; so does a delete, of this save or of one before, that got no
+answer and that the store carries out late: the new manifest is kept there, too. Keeps FORMAT invariants 1, 2, 4 and 7.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ def replace(catalog: Catalog, manifest: Manifest) -> Checkpoint:
     """
     if not catalog.is_taken(""):
         new = catalog.commit(manifest, prefix="")
+        _keep_copy(catalog, new)
         _remove(catalog, new, frozenset())
         return new
     old = catalog.open()
@@ -120,9 +122,21 @@ def replace(catalog: Catalog, manifest: Manifest) -> Checkpoint:
     except BaseException:
         _put_back(catalog, old)
         raise
+    _keep_copy(catalog, new)
     logger.info("attempt %s has replaced attempt %s at %s", new.attempt, old.attempt, new.url)
     _remove(catalog, new, attempts)
     return new
+
+
+def _keep_copy(catalog: Catalog, new: Checkpoint) -> None:
+    """Keep the new manifest beside its index, too, until the next save replaces it: a late delete may take the first.
+
+    A URL of its own has one key for all its manifests, and not every store binds a delete to what stood there.
+    """
+    try:
+        catalog.store.create(set_aside_key(new.attempt), new.manifest.encode())
+    except CloudCkptError as exc:
+        logger.warning("%s has no second copy of its manifest, should a late delete take the first: %s", new.url, exc)
 
 
 def _attempts_of(catalog: Catalog, checkpoint: Checkpoint) -> frozenset[str]:

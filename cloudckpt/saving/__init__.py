@@ -4,8 +4,8 @@ from cloudckpt.saving.background import Background, SaveHandle
 from cloudckpt.saving.lead import PendingSave, PlanMemory, Session, begin_save
 from cloudckpt.saving.output import RankOutput, Record, commit_index, discard, stats_of
 from cloudckpt.saving.snapshot import expected_shards
-from cloudckpt.saving.source import Source, chunk_of, is_elsewhere, object_of
-from cloudckpt.saving.tally import Written, assemble, check_against_plan
+from cloudckpt.saving.source import Source, Staging, chunk_of, is_elsewhere, object_of
+from cloudckpt.saving.tally import Written, assemble, check_against_names, check_against_plan
 
 __all__ = [
     "Background",
@@ -16,9 +16,11 @@ __all__ = [
     "SaveHandle",
     "Session",
     "Source",
+    "Staging",
     "Written",
     "assemble",
     "begin_save",
+    "check_against_names",
     "check_against_plan",
     "chunk_of",
     "commit_index",

@@ -3,6 +3,7 @@
     planned items ──▶ chunks ──layout──▶ shards ──upload──▶ what the rank wrote     (every rank)
                                             ╰──stage──▶ copies ──upload──▶ the same, while the tensors change
     what all ranks wrote ──plan == results?──▶ index ──put──▶ manifest ──create──▶ committed     (the coordinator)
+                             ╰──── listed: is all of it stored? ────╯
 
 Used by `CloudWriter`, whom DCP leads through a save, and by `lead`, which leads one itself. Knows DCP's planners; keeps
 FORMAT invariants 2, 3 and 4.
@@ -13,12 +14,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from cloudckpt.deadline import Deadline
-from cloudckpt.errors import CloudCkptError, ObjectNotFoundError, SaveFailedError
+from cloudckpt.errors import (
+    AccessDeniedError,
+    CloudCkptError,
+    CredentialsExpiredError,
+    ObjectNotFoundError,
+    SaveFailedError,
+)
 from cloudckpt.format import (
     FORMAT_VERSION,
     Index,
@@ -35,11 +43,11 @@ from cloudckpt.options import Options
 from cloudckpt.root import Catalog, Checkpoint, Target
 from cloudckpt.saving.environment import environment
 from cloudckpt.saving.snapshot import Staged
-from cloudckpt.saving.source import Source, Staging
+from cloudckpt.saving.source import PieceSource, Staging
 from cloudckpt.saving.tally import Written
 from cloudckpt.state import collector_at_rest
 from cloudckpt.store import RetryingStore, Store, StoreStats
-from cloudckpt.threads import new_lock
+from cloudckpt.threads import each, new_lock
 from cloudckpt.transfer import Budget, Puts, ShardJob, Watch, upload
 
 __all__ = ["RankOutput", "Record", "commit_index", "discard", "stats_of"]
@@ -89,7 +97,7 @@ class RankOutput:
     stage_s: float = 0.0
     _lock: threading.Lock = field(default_factory=new_lock)
 
-    def write(self, source: Source, values: Mapping[str, JsonValue], staged: Staged | None = None) -> Written:
+    def write(self, source: PieceSource, values: Mapping[str, JsonValue], staged: Staged | None = None) -> Written:
         """Upload the shards; return what became of them, with `values`, once all is durable.
 
         The bytes are those of the tensors themselves, or what was copied from them into `staged`.
@@ -111,7 +119,7 @@ class RankOutput:
         with collector_at_rest():
             return Written.of(source.chunks, source.shards, digests, values, rank=self.rank, attempt=self.attempt)
 
-    def _job(self, shard: ShardLayout, source: Source) -> ShardJob:
+    def _job(self, shard: ShardLayout, source: PieceSource) -> ShardJob:
         def open_shard(staging: memoryview) -> list[memoryview]:
             began_s = time.monotonic()
             room = Staging(staging)
@@ -151,7 +159,15 @@ def commit_index(target: Target, index: Index, record: Record) -> Checkpoint:
     _refuse_shards_elsewhere(target, index, record.world_size)
     key = target.prefix + index_key(index.attempt)
     data = index.encode()
-    target.catalog.store.put(key, [memoryview(data)])
+    store = target.catalog.store
+
+    def put() -> None:
+        store.put(key, [memoryview(data)])
+
+    # At once, so that a look at what was stored before costs no time.
+    look: Callable[[], None] = partial(_refuse_lost_shards, target, index)
+    work = [put, look] if _scheme_of(store) in _ONE_FOR_ALL else [put]
+    each(work, lambda one: one(), threads=len(work), name="cloudckpt-commit")
     seconds = {**record.seconds, "commit_s": time.monotonic() - began_s}
     return target.commit(_manifest(target, index, data, record, seconds))
 
@@ -195,7 +211,7 @@ def _refuse_shards_elsewhere(target: Target, index: Index, world_size: int) -> N
     A bucket is one for all who name it; of a directory, or a file system in memory, one request a rank tells.
     """
     store = target.catalog.store
-    if store.url.partition("://")[0] in _ONE_FOR_ALL:
+    if _scheme_of(store) in _ONE_FOR_ALL:
         return
     for rank in sorted(set(range(1, world_size)).intersection(index.ranks)):
         section = index.section(rank)
@@ -210,6 +226,54 @@ def _refuse_shards_elsewhere(target: Target, index: Index, world_size: int) -> N
                 "sees it has no such object; save to a directory that all machines share, or to a bucket",
                 failures={rank: exc},
             ) from exc
+
+
+def _scheme_of(store: Store) -> str:
+    return store.url.partition("://")[0]
+
+
+def _refuse_lost_shards(target: Target, index: Index) -> None:
+    """Refuse to commit what a bucket does not hold, whatever has answered the puts: one request for 1,000 objects.
+
+    A page of a proxy's may look like an answer to a put, and a rank may have asked another server of the same name. Who
+    has no right to list is believed.
+    """
+    store = target.catalog.store
+    is_one = len(index.attempts) == 1
+    try:
+        listed = store.list(f"{target.prefix}{index.attempt}/" if is_one else target.prefix).objects
+    except CredentialsExpiredError:
+        raise
+    except AccessDeniedError as exc:
+        logger.debug("whether all shards are stored cannot be seen: %s", exc)
+        return
+    sizes = {info.key: info.size_bytes for info in listed}
+    for rank in index.ranks:
+        attempt, count, total_bytes = index.stored(rank)
+        keys = [target.prefix + shard_key(attempt, rank, number) for number in range(count)]
+        if sum(sizes.get(key, -1) for key in keys) == total_bytes:
+            continue
+        for key, size_bytes in zip(keys, index.section(rank).shard_sizes.tolist(), strict=True):
+            if sizes.get(key) != size_bytes:
+                _refuse_lost(store, key, size_bytes, rank)
+
+
+def _refuse_lost(store: Store, key: str, size_bytes: int, rank: int) -> None:
+    """Look at a shard that a listing lacks, or has in another size: a store may be late with its listings."""
+    problem, cause = "it is not there", None
+    try:
+        found_bytes = store.head(key).size_bytes
+        if found_bytes == size_bytes:
+            return
+        problem = f"an object of {found_bytes} bytes stands there, where {size_bytes} were sent"
+    except ObjectNotFoundError as exc:
+        cause = exc
+    raise SaveFailedError(
+        f"the save failed and nothing was committed: rank {rank} was told that {key} is stored, and as rank 0 sees "
+        f"{store.url}, {problem}; see what else answers in the store's place (a proxy, an edge, another server of that "
+        "name), and save again",
+        failures={} if cause is None else {rank: cause},
+    ) from cause
 
 
 def _manifest(target: Target, index: Index, data: bytes, record: Record, seconds: Mapping[str, float]) -> Manifest:

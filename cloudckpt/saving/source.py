@@ -13,7 +13,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeGuard
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import nn
@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from torch.distributed.tensor import DTensor
 
 from cloudckpt.errors import OptionsError, UnsupportedValueError
-from cloudckpt.format import DTYPE_NAMES, Box, Piece, lay_out
+from cloudckpt.format import DTYPE_NAMES, Box, Piece, ShardLayout, lay_out
 from cloudckpt.threads import new_lock
 from cloudckpt.transfer import bytes_of, has_memory, inner_names
 
-__all__ = ["Source", "Staging", "check_tensor", "chunk_of", "is_elsewhere", "object_of", "tensor_of"]
+__all__ = ["PieceSource", "Source", "Staging", "check_tensor", "chunk_of", "is_elsewhere", "object_of", "tensor_of"]
 
 
 # By these newer releases of torch know a plain tensor that is one rank's part of another.
@@ -148,6 +148,24 @@ def _aligned(size_bytes: int) -> int:
     return -(-size_bytes // 64) * 64
 
 
+class PieceSource(Protocol):
+    """Boxes that were laid out as shards, and their bytes, which threads ask for piece by piece.
+
+    Attributes:
+        chunks: the boxes.
+        shards: where the bytes of these go.
+    """
+
+    chunks: Sequence[Box]
+    shards: Sequence[ShardLayout]
+
+    def is_staged(self, piece: Piece) -> bool:
+        """Tell whether the piece's bytes will lie in the room that `view` is given."""
+
+    def view(self, piece: Piece, room: Staging) -> memoryview:
+        """Return the piece's bytes, which stay unchanged as long as the room."""
+
+
 class Source:
     """One rank's planned tensors, resolved when their first piece is needed, and let go of after the last.
 
@@ -166,13 +184,16 @@ class Source:
         parts: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Place the tensors behind planned items into shards, and parts of values; nothing is resolved yet."""
-        self.chunks = [chunk_of(item) for item in items]
-        self.chunks += [
+        chunks = [chunk_of(item) for item in items]
+        chunks += [
             Box(name, DTYPE_NAMES[part.dtype], tuple(part.shape), (0,) * part.dim(), tuple(part.shape))
             for name, part in (parts or {}).items()
         ]
+        self.chunks: Sequence[Box] = chunks
         self._parts = list((parts or {}).values())
-        self.shards = lay_out(self.chunks, shard_bytes=shard_bytes, metadata={"cloudckpt": attempt})
+        self.shards: Sequence[ShardLayout] = lay_out(
+            self.chunks, shard_bytes=shard_bytes, metadata={"cloudckpt": attempt}
+        )
         self._items = items
         self._planner = planner
         self._uses = Counter(piece.chunk for shard in self.shards for piece in shard.pieces)

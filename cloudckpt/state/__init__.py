@@ -5,7 +5,7 @@ rank.
 """
 
 from cloudckpt.state.accumulation import AccumulationWindow
-from cloudckpt.state.attributes import with_attributes
+from cloudckpt.state.attributes import notes_of, with_attributes
 from cloudckpt.state.capture import bind, capture, captured
 from cloudckpt.state.collector import collector_at_rest, collector_awake
 from cloudckpt.state.entry import Entry, is_tensor
@@ -32,6 +32,7 @@ __all__ = [
     "collector_at_rest",
     "collector_awake",
     "is_tensor",
+    "notes_of",
     "plan_restore",
     "with_attributes",
 ]

@@ -130,7 +130,10 @@ def metadata_of(name: str, notes: Mapping[str, JsonValue], keys: object) -> Orde
 
 def names_above(name: str) -> Iterator[str]:
     """Yield the names that lead to a name, from the top down."""
-    return (name[:at] for at, character in enumerate(name) if character == ".")
+    at = name.find(".")
+    while at >= 0:
+        yield name[:at]
+        at = name.find(".", at + 1)
 
 
 def _decoded(note: JsonValue, name: str) -> object:

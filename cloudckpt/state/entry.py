@@ -165,6 +165,10 @@ class Entry(ABC):
         """Return the nested state whose tensors a restore may fill: `current`, unless nothing there is live."""
         return self.current()
 
+    def plain_tensors(self) -> Mapping[str, torch.Tensor] | None:
+        """Return what `fillable` does, of an object that is tensors alone and takes nothing else; None of another."""
+        return None
+
     def flat(self, nested: object) -> Flat:
         """Return the names of all that is in `current` or `fillable`, and notes about them."""
         flat = flatten_at(nested, self.name, self.path, is_tensor=is_tensor)

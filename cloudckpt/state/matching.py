@@ -55,7 +55,7 @@ def plan_restore(entries: Sequence[Entry], saved: Saved, allowed: Allowed) -> Re
     return matching.settle()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # not frozen: that makes each of tens of thousands take three times as long
 class _Held:
     """A live tensor that is to be filled where it is."""
 
@@ -87,6 +87,8 @@ class _Matching:
 
     def match(self, entry: Entry) -> None:
         """Decide where each name of one entry comes from."""
+        if self._match_whole(entry):
+            return
         in_checkpoint = self._saved.below(entry.path)
         owned = {name: found for name, found in self._saved.owned.items() if entry.holds_own(name)}
         self._claimed.update(in_checkpoint)
@@ -98,15 +100,43 @@ class _Matching:
         if sizes and sizes != {RankName.here(entry.name).size}:
             self._refuse_other_world(entry, sizes)
             return
-        self._tops.add(str(entry.path[0]))
-        entry.notes = self._saved.notes_on(entry.name)
-        entry.is_strict = self._allowed.strict
-        part = Part(entry)
-        self._parts.append(part)
+        part = self._begin(Part(entry))
         if in_checkpoint:
             self._match_shared(part, in_checkpoint)
         if owned:
             self._match_own(part, owned)
+
+    def _begin(self, part: Part) -> Part:
+        entry = part.entry
+        self._tops.add(str(entry.path[0]))
+        entry.notes = self._saved.notes_on(entry.name)
+        entry.is_strict = self._allowed.strict
+        self._parts.append(part)
+        return part
+
+    def _match_whole(self, entry: Entry) -> bool:
+        """Plan to fill all of an entry where it is, if it is tensors alone and these were saved; else do nothing.
+
+        A state may have many thousands of small modules, and of most there is nothing else to say. What was saved
+        beside the tensors stays unclaimed.
+        """
+        nested = entry.plain_tensors()
+        if not nested:
+            return False
+        live = entry.flat(nested)
+        shapes, dtypes, paths = self._saved.shapes, self._saved.dtypes, self._saved.paths
+        for name, tensor in cast("Mapping[str, torch.Tensor]", live.leaves).items():
+            if (
+                tensor.size() != shapes.get(name)
+                or tensor.dtype is not dtypes[name]
+                or tensor.is_meta
+                or live.paths[name] != paths.get(name)
+            ):
+                return False
+        part = self._begin(Part(entry, nested, live, live.leaves, live.paths, is_shared=True))
+        self._claimed.update(live.leaves)
+        self._held.update({name: _Held(part, name, tensor) for name, tensor in live.leaves.items()})
+        return True
 
     def _match_shared(self, part: Part, in_checkpoint: Sequence[str]) -> None:
         """Plan what all ranks share of an entry."""
@@ -326,7 +356,7 @@ class _Matching:
                 self._move(held, "itself")
         # Also what is not filled in place: an object writes there when it loads.
         live = {
-            name: _Held(part, name, leaf)
+            name: self._held.get(name) or _Held(part, name, leaf)
             for part in self._parts
             for name, leaf in part.live.leaves.items()
             if name in self._saved.shapes and is_tensor(leaf)

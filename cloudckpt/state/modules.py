@@ -60,14 +60,17 @@ class ModuleEntry(Entry):
         self._is_fsdp1 = self.talks = is_fsdp1(module)
 
     def current(self) -> object:
-        tensors = self._tensors()
-        if tensors is not None:
-            return {name: tensor.detach() for name, tensor in tensors.items()}
+        if (tensors := self.plain_tensors()) is not None:
+            return tensors
         with collector_awake(), self._context():
             raw = self._module.state_dict()
         self._raw_metadata = getattr(raw, "_metadata", {})
         self._raw_names = {clean_name(self._module, key): key for key in raw}
         return {clean: raw[key] for clean, key in self._raw_names.items()}
+
+    def plain_tensors(self) -> dict[str, torch.Tensor] | None:
+        tensors = self._tensors()
+        return None if tensors is None else {name: tensor.detach() for name, tensor in tensors.items()}
 
     def _tensors(self) -> dict[str, torch.Tensor] | None:
         """Return the tensors of a plain module, not detached, and note its versions; None for any other module."""

@@ -70,6 +70,7 @@ class Allowed:
 
 
 _NOTHING = Flat()
+_NOTHING_LEFT = Left()
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +90,8 @@ class Part:
     def is_filled(self) -> bool:
         """Tell whether all that is restored is filled where it is, or is here already."""
         here = self.live.leaves
+        if self.leaves is here:
+            return True
         return len(self.leaves) == len(here) and all(here.get(name) is leaf for name, leaf in self.leaves.items())
 
     def misfit(self, dtypes: Mapping[str, torch.dtype]) -> Misfit:
@@ -120,7 +123,7 @@ class Part:
             left = self.entry.load(self.restored(), self.nested)
         if self.is_own:
             self.entry.load_own(self.own)
-        return left or Left()
+        return left or _NOTHING_LEFT
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,6 +4,7 @@ A store moves bytes and knows nothing of tensors, steps or ranks. Each backend m
 errors; the one layer around it is the only place that tries again. No cloud library is imported before a URL asks.
 """
 
+from cloudckpt.store.appending import Append, appended
 from cloudckpt.store.base import Listing, ObjectInfo, Store
 from cloudckpt.store.limit import LeftBehindError, one_deadline, told_of_moves
 from cloudckpt.store.local import scrub
@@ -13,12 +14,14 @@ from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.store.stats import StoreStats
 
 __all__ = [
+    "Append",
     "LeftBehindError",
     "Listing",
     "ObjectInfo",
     "RetryingStore",
     "Store",
     "StoreStats",
+    "appended",
     "one_deadline",
     "open_store",
     "probe_create",

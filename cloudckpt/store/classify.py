@@ -74,14 +74,20 @@ _NOT_RENEWED = _Verdict(
     CredentialsExpiredError, "no credentials could be fetched or renewed; see the cause, or log in again"
 )
 _NO_BUCKET = _Verdict(BucketNotFoundError, "create the bucket first; cloudckpt never does")
+_BUCKET_TWICE = _Verdict(
+    BucketNotFoundError,
+    "this needs no object, and the store took it for a question about one: endpoint_url seems to hold the bucket "
+    "already; give the host alone",
+)
 _NO_OBJECT = _Verdict(ObjectNotFoundError, "there is no object of that name")
 _TAKEN = _Verdict(ObjectExistsError, "an object of that name exists and was left as it is")
 _REGION = _Verdict(
     StorageError, "the bucket is in another region; set client_kwargs={'region_name': '{region}'} in storage_options"
 )
 _FOREIGN = _Verdict(
-    StorageError,
-    "the answer is not that of a store, so it says nothing of the object; correct endpoint_url or the proxy",
+    TransientError,
+    "the answer is not in a store's own words, so it says nothing of the object: that of a proxy or a gateway on the "
+    "way, or of another server; see that endpoint_url is the store's own API, and what stands before it",
 )
 _MUTE = _Verdict(
     StorageError, "the answer to a HEAD does not say why; see that the region and endpoint_url are the bucket's"
@@ -176,6 +182,9 @@ _BY_STATUS: dict[int, _Verdict] = {
     511: _NO_STORE,
 }
 
+# What these mean is the same, whoever says so. Any other answer that is in no store's words is none.
+_SPEAKS_FOR_ITSELF = frozenset({301, 302, 303, 307, 308, 408, 409, 412, 413, 416, 425, 429, *range(500, 600)})
+
 _FACTS = "cloudckpt.store.facts."
 _OBSTORE = "obstore.exceptions."
 _BOTOCORE = "botocore.exceptions."
@@ -193,6 +202,8 @@ _BY_TYPE: dict[str, _Verdict] = {
     **_each(_OPTIONS, "UnknownConfigurationKeyError", below=_OBSTORE),
     # the kinds of obstore's HTTP client, as `facts` names them
     **_each(_AGAIN, "Connect Request Timeout Interrupted Decode", below="obstore.HttpError:"),
+    # bytes that are no HTTP
+    **_each(_NO_STORE, "obstore.HttpError:Parse aiohttp.client_exceptions.ClientResponseError"),
     **_each(_NO_STORE, "InvalidListResponse RedirectElsewhere", below="obstore."),
     # what its replies to puts, heads and gets lack, or have in another form
     **_each(_NO_STORE, "NotPartial NoContentRange UnexpectedRange ParseContentRange BadHeader", below="obstore."),
@@ -342,6 +353,8 @@ def _may_have_landed(facts: Facts) -> bool:
     """Tell whether a write that failed so may have taken effect: not if it was never sent, or was refused."""
     if facts.is_unsent or not _UNSENT.isdisjoint(facts.types) or _is_ending(facts):
         return False
+    if facts.is_foreign and facts.status not in _SPEAKS_FOR_ITSELF:
+        return True  # whoever said so may have passed the request on
     return not (300 <= facts.status < 500 and facts.status != 408) and facts.status not in _REFUSED_STATUSES
 
 
@@ -382,17 +395,18 @@ def _verdict(facts: Facts, op: str, credentials: CredentialKind) -> _Verdict:
 
 def _reply_verdict(facts: Facts, op: str, credentials: CredentialKind) -> _Verdict:
     if facts.code in _BY_CODE:
-        return _BY_CODE[facts.code]
+        found = _BY_CODE[facts.code]
+        return _BUCKET_TWICE if found is _NO_OBJECT and op in _NEEDS_NO_OBJECT else found
     if facts.region and facts.status in (301, 400):
         return _REGION
     if facts.status == 401:
         return {"none": _ANONYMOUS, "lasting": _REFUSED_KEY, "temporary": _EXPIRED}[credentials]
-    if facts.status == 404 and facts.is_foreign:
+    if facts.is_foreign and facts.status not in _SPEAKS_FOR_ITSELF:
         return _FOREIGN
     if facts.status == 400 and op == "head" and not facts.code:
         # The reply to a HEAD has no body, so no code; expired credentials are its usual reason.
         return _EXPIRED if credentials == "temporary" else _MUTE
-    return _status_verdict(facts.status, op)
+    return _status_verdict(facts, op)
 
 
 def _type_verdict(facts: Facts, op: str) -> _Verdict:
@@ -412,7 +426,8 @@ def _is_ending(facts: Facts) -> bool:
     return _PYTHON + "RuntimeError" in facts.types and not threading.main_thread().is_alive()
 
 
-def _status_verdict(status: int, op: str) -> _Verdict:
+def _status_verdict(facts: Facts, op: str) -> _Verdict:
+    status = facts.status
     if status == 412:
         return _TAKEN if op == "create" else _UNKNOWN
     if status == 404:
@@ -420,7 +435,10 @@ def _status_verdict(status: int, op: str) -> _Verdict:
     if status in _BY_STATUS:
         return _BY_STATUS[status]
     # Proxies in front of stores have codes of their own up there (520 to 530 and others).
-    return _AGAIN if status >= 512 else _UNKNOWN
+    if status >= 512:
+        return _AGAIN
+    # A status that no store answers with, and no word of one beside it.
+    return _UNKNOWN if facts.code or status == 400 else _FOREIGN
 
 
 def _shorn(exc: BaseException, facts: Facts) -> str:

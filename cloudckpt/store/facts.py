@@ -184,9 +184,13 @@ def _reply(exc: BaseException) -> Facts:
     if module == "gcsfs":
         return _status(getattr(exc, "code", None))
     if module == "aiohttp":
-        # Not `code`: aiohttp calls a reply that it cannot read a 400.
-        return _status(getattr(exc, "status", None))
+        # aiohttp calls a reply that it cannot read a 400.
+        is_read = not _type_names(exc.__cause__ or exc)[0].startswith(_UNREAD)
+        return _status(getattr(exc, "status", None)) if is_read else Facts()
     return Facts()
+
+
+_UNREAD = "aiohttp.http_exceptions."
 
 
 def _botocore_facts(exc: BaseException) -> Facts:
@@ -226,6 +230,7 @@ _DEBUG_MARK = "\n\nDebug source:\n"
 _STATUS_LINE = re.compile(r"^ *inner: (?:Status|Response) \{\n *status: (\d{3}),$", re.MULTILINE)
 _BODY_LINE = re.compile(r'^ *(?:body: )?"(.*)",$', re.MULTILINE)
 _KIND_LINE = re.compile(r"HttpError \{\n *kind: (\w+),$", re.MULTILINE)
+_PARSE_LINE = re.compile(r"hyper::Error\(\n *Parse\($", re.MULTILINE)
 _OTHER_LINE = re.compile(
     r"^ *(?:source|inner): (InvalidListResponse|BareRedirect|NotPartial|NoContentRange|UnexpectedRange|BadHeader"
     r"|ParseContentRange|MissingEtag|(?:Missing|Invalid)(?:LastModified|ContentLength))\b",
@@ -263,7 +268,8 @@ def _obstore_facts(text: str) -> Facts:
         return Facts(types=("obstore.RedirectElsewhere",))
     kind, other = _KIND_LINE.search(debug), _OTHER_LINE.search(debug)
     if kind is not None:
-        return Facts(types=(f"obstore.HttpError:{kind.group(1)}",))
+        name = "Parse" if _PARSE_LINE.search(debug) else kind.group(1)
+        return Facts(types=(f"obstore.HttpError:{name}",))
     return Facts(types=(f"obstore.{other.group(1)}",)) if other else Facts()
 
 

@@ -14,7 +14,7 @@ import errno
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from urllib.parse import quote_from_bytes
 
 from cloudckpt.errors import (
@@ -35,7 +35,7 @@ from cloudckpt.store.limit import note_move
 from cloudckpt.store.local_tree import ABSENT, LocalTree, describe, segments_of, try_lock
 from cloudckpt.store.location import local_path
 
-__all__ = ["LocalStore", "scrub"]
+__all__ = ["LocalStore", "local_below", "scrub"]
 
 # After each so many bytes the device is told to start, so that the fsync at the end waits only for the last of them.
 _BATCH_BYTES = 8 * MIB
@@ -177,6 +177,36 @@ class LocalStore:
 
     # -- writing -------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def appended(self, key: str) -> Iterator[Callable[[memoryview], None]]:
+        """Yield what appends to a new object; it is published, as by `put`, once the block has ended without an error.
+
+        What the block itself raises passes as it is.
+        """
+        *parents, name = segments_of(key)
+        temp, offset = temp_name(), 0
+        with ExitStack() as stack:
+            with self._our_errors("put", key):
+                fd = stack.enter_context(self._tree.directory(parents, make=True))
+                file = self._disk.open_new(temp, at=fd)
+                stack.callback(os.close, file)
+                try_lock(file)
+
+            def append(data: memoryview) -> None:
+                nonlocal offset
+                with self._our_errors("put", key):
+                    for batch in _batches([data]):
+                        offset = self._write_batch(file, batch, offset)
+
+            try:
+                yield append
+                with self._our_errors("put", key):
+                    self._disk.sync(file)
+                    self._replace(fd, temp, name)
+            except BaseException:
+                self._discard(temp, at=fd)
+                raise
+
     def _write(self, op: str, key: str, buffers: Sequence[memoryview], publish: _Publish) -> None:
         *parents, name = segments_of(key)
         with self._our_errors(op, key):
@@ -314,10 +344,16 @@ class LocalStore:
 
 def scrub(store: object, *, older_than_s: float, is_ours: Callable[[str], bool]) -> float:
     """Do as `LocalStore.scrub` if that is what moves a store's bytes; no other leaves unfinished objects."""
+    below = local_below(store)
+    return math.inf if below is None else below.scrub(older_than_s=older_than_s, is_ours=is_ours)
+
+
+def local_below(store: object) -> LocalStore | None:
+    """Return what moves a store's bytes if that is a disk."""
     below = store
     while below is not None and not isinstance(below, LocalStore):
         below = getattr(below, "inner", None)
-    return math.inf if below is None else below.scrub(older_than_s=older_than_s, is_ours=is_ours)
+    return below
 
 
 def _batches(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:

@@ -125,11 +125,14 @@ class GcsWire(OnLoop):
         reply = self.run(self._json("GET", url, self._headers()))
         if reply.get("kind") != "storage#objects":
             raise GarbledReplyError("the reply is no listing")
-        return Page(
-            objects=[_described(item) for item in reply.get("items", ())],
-            prefixes=list(reply.get("prefixes", ())),
-            mark=str(reply.get("nextPageToken", "")),
-        )
+        try:
+            return Page(
+                objects=[_described(item) for item in reply.get("items", ())],
+                prefixes=[str(found) for found in reply.get("prefixes", ())],
+                mark=str(reply.get("nextPageToken", "")),
+            )
+        except (KeyError, TypeError, ValueError) as exc:
+            raise GarbledReplyError("the reply is a listing whose items are none") from exc
 
     def delete(self, names: Sequence[str]) -> dict[str, str | Exception]:
         failed: dict[str, str | Exception] = {}
@@ -182,7 +185,10 @@ class GcsWire(OnLoop):
         self, method: str, url: URL, headers: Mapping[str, str], data: GatherBody | bytes | None = None
     ) -> dict[str, Any]:
         async with self._reply(method, url, headers, data) as reply:
-            return _parsed(await reply.read())
+            found = _parsed(await reply.read())
+        if reply.status != HTTPStatus.OK or "error" in found:
+            raise GarbledReplyError(f"the reply of status {reply.status} is a proxy's own, or tells of an error")
+        return found
 
     async def _get(self, name: str, start: int, stop: int, memory: memoryview, headers: Mapping[str, str]) -> None:
         async with self._download(name, headers) as reply:

@@ -86,8 +86,7 @@ class _Direct:
         if self._client.has_generations:
             check_generation(reply["version"])
         else:
-            size_bytes = sum(buffer.nbytes for buffer in buffers)
-            check_stored(reply["e_tag"], size_bytes, lambda: self._described(name))
+            check_stored(reply["e_tag"], buffers, lambda: self._described(name))
 
     def create(self, name: str, data: bytes) -> None:
         reply = obstore.put(

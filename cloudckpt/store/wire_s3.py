@@ -32,7 +32,15 @@ from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.classify import CredentialKind, is_absence
 from cloudckpt.store.credentials import check_aws_keys
 from cloudckpt.store.facts import GarbledReplyError, HttpStatusError, before_sending, facts_of
-from cloudckpt.store.proof import check_created, check_object, check_root, check_stored, is_document
+from cloudckpt.store.proof import (
+    LISTING,
+    check_created,
+    check_document,
+    check_listing,
+    check_object,
+    check_stored,
+    is_document,
+)
 from cloudckpt.store.proxies import is_in_direct_block
 from cloudckpt.store.s3_config import check_bundle, headers_for, s3_config
 from cloudckpt.store.terms import PutTerms, checksum_of
@@ -130,7 +138,7 @@ class S3Wire(OnLoop):
             body = GatherBody(lent)
             condition = {"IfNoneMatch": "*"} if self._terms.create_only else {}
             reply = self.run(self._send("put_object", Key=name, Body=body, **condition, **self._checksum(lent)))
-        check_stored(reply.get("ETag"), len(body), lambda: self._described(name))
+            check_stored(reply.get("ETag"), lent, lambda: self._described(name))
 
     def create(self, name: str, data: bytes) -> None:
         checksum = self._checksum([memoryview(data)])
@@ -155,13 +163,22 @@ class S3Wire(OnLoop):
         asked = {"Prefix": prefix, "Delimiter": delimiter, "ContinuationToken": mark}
         reply = self.run(self._send("list_objects_v2", **{name: text for name, text in asked.items() if text}))
         _check_echo(reply, asked)
+        mark = _mark_of(reply)
+        contents, prefixes = reply.get("Contents", ()), reply.get("CommonPrefixes", ())
+        check_listing(
+            bucket=self._bucket,
+            name=reply.get("Name"),
+            entry_count=len(contents) + len(prefixes),
+            key_count=reply.get("KeyCount", 0),
+            is_last=None if "IsTruncated" not in reply else not mark,
+        )
         return Page(
             objects=[
                 ObjectInfo(key=item["Key"], size_bytes=item["Size"], modified_s=_seconds(item["LastModified"]))
-                for item in reply.get("Contents", ())
+                for item in contents
             ],
-            prefixes=[item["Prefix"] for item in reply.get("CommonPrefixes", ())],
-            mark=_mark_of(reply),
+            prefixes=[item["Prefix"] for item in prefixes],
+            mark=mark,
         )
 
     def delete(self, names: Sequence[str]) -> dict[str, str | Exception]:
@@ -215,7 +232,7 @@ class S3Wire(OnLoop):
             client.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)
             client.meta.events.register("before-call.s3.HeadBucket", _follow_no_redirect)
             # Of a page of HTML, and of an empty reply, botocore makes a listing of nothing, and a delete of everything.
-            client.meta.events.register("before-parse.s3.ListObjectsV2", partial(_check_document, "ListBucketResult"))
+            client.meta.events.register("before-parse.s3.ListObjectsV2", partial(_check_document, LISTING))
             client.meta.events.register("before-parse.s3.DeleteObjects", partial(_check_document, "DeleteResult"))
             if headers := headers_for(client.meta.endpoint_url):
                 client.meta.events.register("before-sign.s3", partial(_add_headers, headers))
@@ -347,4 +364,4 @@ def _check_document(name: str, response_dict: Mapping[str, Any], **_: object) ->
     is_answer = status < HTTPStatus.MULTIPLE_CHOICES or (status == HTTPStatus.INTERNAL_SERVER_ERROR and body)
     # S3 may begin an answer with 200, and find out then that it is an error.
     if is_answer and not is_document(body, "Error"):
-        check_root(body, name)
+        check_document(body, name, status=status)

@@ -18,6 +18,7 @@ from benchmarks.one_process.structures import (
     exponent,
     measure_structure,
     ratio,
+    summary,
 )
 
 
@@ -32,8 +33,8 @@ def test_each_shape_has_as_many_parameters_as_asked_for_and_is_restored(shape: s
     assert len(_parameters(SHAPES[shape](7))) == 7
     found = measure_structure(shape, 7, tmp_path, 1)
     kinds = ("torch_save_s", "torch_load_s", "save_s", "load_s", "flat_save_s", "flat_load_s")
-    assert sorted(found) == sorted(kinds)
-    assert min(found.values()) > 0
+    assert sorted(found) == sorted((*kinds, "structure_save_s", "structure_load_s"))
+    assert min(found[kind] for kind in kinds) > 0
 
 
 def test_each_optimizer_and_each_group_of_its_shape_has_one_parameter() -> None:
@@ -57,12 +58,38 @@ def test_the_flat_dict_has_all_tensors_and_the_values_of_each_object_as_one() ->
 
 def _found(save_s: float) -> Found:
     flat = {"flat_save_s": 1.0, "flat_load_s": 1.0}
-    return {"torch_save_s": 0.5, "torch_load_s": 0.5, "save_s": save_s, "load_s": save_s, **flat}
+    return summary([{"torch_save_s": 0.5, "torch_load_s": 0.5, "save_s": save_s, "load_s": save_s, **flat}])
 
 
 def test_the_cost_of_structure_is_what_goes_beyond_a_flat_dict_in_units_of_torch() -> None:
     assert ratio(_found(save_s=2.5), "save") == 3.0
     assert ratio(_found(save_s=0.5), "save") == 0.0
+
+
+def test_runs_of_a_machine_that_was_busy_meanwhile_do_not_change_the_cost_of_structure() -> None:
+    run = {"torch_save_s": 0.5, "torch_load_s": 0.5, "save_s": 1.5, "load_s": 1.5, "flat_save_s": 1.0, "flat_load_s": 1}
+    before = {**run, "flat_save_s": 0.8, "save_s": 1.3}  # a moment of rest, for one pair alone
+    spoilt = {**run, "save_s": 9.0}
+    assert ratio(summary([run, before, run, spoilt]), "save") == pytest.approx(1.0)
+
+
+def test_no_run_is_begun_after_enough_time_but_the_first(tmp_path: Path) -> None:
+    measure_structure("one module", 2, tmp_path, runs=10**6, enough_s=0.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["0"]
+
+
+def _spin(*_: object) -> Found:
+    while True:
+        pass
+
+
+def test_one_run_that_takes_too_long_is_ended_and_told(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(structure, "measure_structure", _spin)
+    words = ["--shapes", "one module", "--counts", "3", "--limit-s", "0.1", "--directory", str(tmp_path)]
+    assert structure.main([*words, "--check-goals"]) == 3
+    assert "| one module | 3 | took too long |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count", [10, 100])

@@ -65,7 +65,7 @@ from cloudckpt.options import KIB
 from cloudckpt.saving.tally import Written
 from cloudckpt.store import RetryingStore, open_store
 from servers import FreshPrefix
-from tests.effort import examples
+from tests.effort import diagonal, examples
 
 # DCP says so in every process that has no group.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -799,11 +799,15 @@ def reshard(url: str, tensor: torch.Tensor, saved: Sequence[Box], loaded: Sequen
 ROWS, COLUMNS = ((3, 4, 9), ()), ((), (1, 7))
 WHOLE = ((), ())
 TILES = ((5, 6), (2, 9))
+PARTS = {"whole": WHOLE, "rows": ROWS, "columns": COLUMNS, "tiles": TILES}
 
 
-@pytest.mark.parametrize("options", [Options(), CUT], ids=["default", "cut"])
-@pytest.mark.parametrize("loaded", [WHOLE, ROWS, COLUMNS, TILES], ids=["whole", "rows", "columns", "tiles"])
-@pytest.mark.parametrize("saved", [WHOLE, ROWS, COLUMNS, TILES], ids=["whole", "rows", "columns", "tiles"])
+@diagonal(
+    "saved, loaded, options",
+    [pytest.param(PARTS[name], id=name) for name in ("whole", "rows", "columns", "tiles")],
+    [pytest.param(PARTS[name], id=name) for name in ("tiles", "whole", "rows", "columns")],
+    [pytest.param(Options(), id="default"), pytest.param(CUT, id="cut")],
+)
 def test_what_was_saved_in_some_parts_loads_in_any_others(
     memory: Callable[[], str], saved: Sequence[Sequence[int]], loaded: Sequence[Sequence[int]], options: Options
 ) -> None:

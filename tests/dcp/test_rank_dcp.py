@@ -18,6 +18,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import cloudckpt
 from cloudckpt import CloudReader, CloudWriter
+from tests.effort import diagonal
 from tests.ranks.processes import run
 
 ROWS = 7
@@ -66,8 +67,7 @@ def _save_and_load(url: str, how: str) -> bool:
     return _is(state, 1)
 
 
-@pytest.mark.parametrize("how", ["default", "group", "async"])
-@pytest.mark.parametrize("size", [1, 2, 4])
+@diagonal("size, how", [1, 2, 4], ["default", "group", "async"])
 def test_what_dcp_saves_on_all_ranks_dcp_loads_on_all_ranks(tmp_path: Path, size: int, how: str) -> None:
     url = str(tmp_path / "c")
 
@@ -83,7 +83,7 @@ def _load(url: str) -> bool:
     return _is(state, 1)
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(4, 3), (2, 4), (3, 1)])
+@pytest.mark.parametrize(("saved", "loaded"), [(4, 3), (2, 4), pytest.param(3, 1, marks=pytest.mark.slow)])
 def test_dcp_loads_on_another_number_of_ranks(tmp_path: Path, saved: int, loaded: int) -> None:
     url = str(tmp_path / "c")
     run(saved, _save, url, 1, "default")

@@ -102,26 +102,21 @@ def end_of(process: subprocess.Popen[str], directory: Path) -> Ran:
 
 
 @pytest.fixture(scope="module")
-def demos(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ran, Ran]:
-    """Run the demo as it is, and with a training script that forgets something; both at once, to save time."""
-    honest, forgetful = tmp_path_factory.mktemp("honest"), tmp_path_factory.mktemp("forgetful")
-    script = forgetful / "train_forgetful.py"
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """The demo as it is."""
+    directory = tmp_path_factory.mktemp("honest")
+    with started_demo(directory, "--url", "store", *TINY) as process:
+        return end_of(process, directory)
+
+
+@pytest.fixture(scope="module")
+def forgetful(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """The demo with a training script that forgets something."""
+    directory = tmp_path_factory.mktemp("forgetful")
+    script = directory / "train_forgetful.py"
     script.write_text(FORGETFUL)
-    with (
-        started_demo(honest, "--url", "store", *TINY) as first,
-        started_demo(forgetful, "--url", "store", "--script", str(script), *TINY) as second,
-    ):
-        return end_of(first, honest), end_of(second, forgetful)
-
-
-@pytest.fixture
-def honest(demos: tuple[Ran, Ran]) -> Ran:
-    return demos[0]
-
-
-@pytest.fixture
-def forgetful(demos: tuple[Ran, Ran]) -> Ran:
-    return demos[1]
+    with started_demo(directory, "--url", "store", "--script", str(script), *TINY) as process:
+        return end_of(process, directory)
 
 
 def test_an_interrupted_run_repeats_the_uninterrupted_run_bit_for_bit(honest: Ran) -> None:
@@ -195,6 +190,7 @@ def test_the_picture_is_written(honest: Ran) -> None:
     assert (honest.out / "trajectories.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_restore_the_random_state_is_caught(forgetful: Ran) -> None:
     observed = forgetful.record["observed"]
     first_after_kill = observed["run_b"][1]["first_step"]

@@ -448,6 +448,12 @@ def _named_cases() -> Iterator[tuple[str, str, Callable[[], bytes]]]:
 
 
 CASES = list(_named_cases())
+# For seconds, what is proved with the kind that comes first.
+_DEAR = ("a million values", "keys of one hash", "xz bomb")
+
+
+def _marks(kind: str, name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if name.endswith(_DEAR) and kind != next(iter(KINDS)) else []
 
 
 def test_there_are_as_many_cases_as_the_threat_model_asks_for() -> None:
@@ -457,7 +463,8 @@ def test_there_are_as_many_cases_as_the_threat_model_asks_for() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "make"), [(kind, make) for kind, _, make in CASES], ids=[f"{k}: {n}" for k, n, _ in CASES]
+    ("kind", "make"),
+    [pytest.param(kind, make, id=f"{kind}: {name}", marks=_marks(kind, name)) for kind, name, make in CASES],
 )
 def test_a_hostile_object_is_refused_and_costs_little(kind: str, make: Callable[[], bytes]) -> None:
     data = make()

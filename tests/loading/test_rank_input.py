@@ -30,6 +30,7 @@ from cloudckpt import (
 )
 from cloudckpt.options import KIB, MIB
 from raw_access import FreshPrefix
+from tests.effort import diagonal
 from tests.ranks.models import build
 from tests.ranks.processes import World, run
 
@@ -308,8 +309,7 @@ def _restore_sharded(url: str) -> Restored:
     return Restored(identity, state["step"], is_right)
 
 
-@pytest.mark.parametrize("damage", [_flip, _remove])
-@pytest.mark.parametrize("rank", [0, 2])
+@diagonal("damage, rank", [_flip, _remove], [0, 2])
 def test_a_shard_that_is_corrupt_for_one_rank_takes_all_to_the_same_older_checkpoint(
     tmp_path: Path, damage: Callable[[Path], None], rank: int
 ) -> None:

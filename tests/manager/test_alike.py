@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cloudckpt import CheckpointManager, OptionsError, Preemption
+from tests.effort import diagonal
 from tests.ranks.processes import run
 
 # Ranks that wait for each other in vain do so for that long, and then raise another error.
@@ -120,8 +121,7 @@ def skip_on_one(path: Path, first: int, how: str) -> tuple[str, list[int]]:
         return met(save), manager.all_steps()
 
 
-@pytest.mark.parametrize("how", ["async", "sync"])
-@pytest.mark.parametrize("first", [0, 1])
+@diagonal("first, how", [0, 1], ["async", "sync"])
 def test_a_rank_that_skips_and_one_that_waits_are_told_so_whoever_comes_first(
     tmp_path: Path, first: int, how: str
 ) -> None:

@@ -3,15 +3,16 @@
     outcomes = run(4, function, *args)      one Outcome per rank, in order
     process, pipe = fork(function, *args)   one process without a group: function(its end of the pipe, *args)
 
-The server has imported what ranks need, so that one starts in 0.05 s of processor time; what it lacks is imported by
-each of them, for a second. `function(*args)` runs in every rank after `init_process_group`; it must be importable (a
-module-level function of a test module or of `tests`), and what it returns must pickle. A rank that a test kills or
-stops has an Outcome without a value.
+The server has imported what ranks need, so that one starts in 0.05 s of processor time. With one that has not, each
+rank would import it again, for seconds: that is an error. `function(*args)` runs in every rank after
+`init_process_group`; it must be importable (a module-level function of a test module or of `tests`), and what it
+returns must pickle. A rank that a test kills or stops has an Outcome without a value.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import pickle
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 # Most of these are imported by torch or by us only where they are first needed.
@@ -46,7 +48,7 @@ PRELOADED = [
     "tests.ranks.models",
 ]
 _CONTEXT = multiprocessing.get_context("forkserver")
-# A process has one such server, and whoever names its modules last before the first start wins.
+# A process has one such server, and whoever names its modules last before the first start wins: see `start_server`.
 _CONTEXT.set_forkserver_preload(PRELOADED)
 
 
@@ -55,6 +57,36 @@ def fork(function: Callable[..., Any], *args: Any, is_daemon: bool = True) -> tu
 
     A daemon ends with this process, and may have no children.
     """
+    start_server()
+    return _fork(function, *args, is_daemon=is_daemon)
+
+
+@functools.cache
+def start_server() -> None:
+    """Start the server, unless that is done; it serves whatever else in this process forks from one.
+
+    Raises:
+        RuntimeError: it lacks a module: its import failed, which the server itself passes over, or somebody else
+            started it first, with modules of their own.
+    """
+    # From where it finds our modules, wherever the test that needs it first has gone.
+    with contextlib.chdir(Path(__file__).parents[2]):
+        process, pipe = _fork(_tell_lacking)
+    with pipe:
+        lacking = pipe.recv()
+    process.join()
+    if lacking:
+        raise RuntimeError(
+            f"the fork server has not imported {', '.join(lacking)}: either they cannot be imported, or what ran "
+            "before named other modules and started it without them, and has to come after `start_server`"
+        )
+
+
+def _tell_lacking(pipe: Connection) -> None:
+    pipe.send([name for name in PRELOADED if name not in sys.modules])
+
+
+def _fork(function: Callable[..., Any], *args: Any, is_daemon: bool = True) -> tuple[BaseProcess, Connection]:
     ours, theirs = _CONTEXT.Pipe(duplex=False)
     process = _CONTEXT.Process(target=function, args=(theirs, *args), daemon=is_daemon)
     process.start()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,23 @@ def _missing() -> list[str]:
 
 def test_a_rank_finds_imported_what_takes_seconds_to_import() -> None:
     assert run(1, _missing) == [[]]
+
+
+_OTHERS_FIRST = """
+import multiprocessing
+from tests.ranks.processes import start_server
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload([])
+context.Process(target=print).start()
+start_server()
+"""
+
+
+def test_a_server_that_others_started_without_the_modules_is_refused_by_name() -> None:
+    command = [sys.executable, "-c", _OTHERS_FIRST]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "RuntimeError: the fork server has not imported torch, torch._dynamo" in done.stderr
 
 
 def _fail_on_one() -> None:

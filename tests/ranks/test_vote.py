@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from cloudckpt import RankLostError
 from cloudckpt.ranks.vote import Vote
+from tests.effort import diagonal
 from tests.ranks.processes import World, run
 
 TIMEOUT_S = 2.0
@@ -53,8 +54,7 @@ def lose(how: str, victim: int, is_warm: bool) -> tuple[Any, float]:
     return caught.value, elapsed_s
 
 
-@pytest.mark.parametrize("is_warm", [True, False])
-@pytest.mark.parametrize(("how", "victim"), [("stop", 2), ("kill", 2), ("stop", 0), ("kill", 0)])
+@diagonal("how, victim, is_warm", ["stop", "kill"], [2, 0], [True, False])
 def test_a_lost_rank_is_named_by_every_live_one_in_time(how: str, victim: int, is_warm: bool) -> None:
     outcomes = World(3, lose, how, victim, is_warm).outcomes(timeout_s=60, but=[victim])
     for rank in {0, 1, 2} - {victim}:

@@ -29,6 +29,7 @@ from cloudckpt import (
     KeepFor,
     KeepLast,
     ManifestError,
+    Options,
     OptionsError,
     RetryPolicy,
 )
@@ -44,7 +45,7 @@ from cloudckpt.format.codec import registry
 from cloudckpt.root import Catalog
 from cloudckpt.store import RetryingStore
 from cloudckpt.store.probe import _proven
-from tests.store.fault_store import Bucket, FaultStore, Op, denied
+from tests.store.fault_store import Bucket, FaultKind, FaultStore, Op, denied
 
 URL = "memory://bucket/root"
 DAY_S = 86_400.0
@@ -204,7 +205,7 @@ def test_a_step_that_was_removed_by_hand_may_be_saved_again(bucket: Bucket, job:
         save_steps(manager, 1)
         del bucket.objects[checkpoint_prefix(1, 1) + MANIFEST_NAME]
         save_steps(manager, 1)
-        assert orders(manager) == [(1, 1)]
+        assert orders(manager) == [(2, 1)]
 
 
 def test_nothing_is_read_to_prune_but_what_is_new(bucket: Bucket, job: Open) -> None:
@@ -228,6 +229,8 @@ def test_a_step_that_was_saved_again_by_others_is_read_again_and_what_has_not_ch
             assert [one.metrics for one in reader.checkpoints()] == [{"loss": 10.0}, {"loss": 20.0}]
             writer.delete(10)
             writer.save(10, state_of(10), metrics={"loss": 99.0})
+            # Where its shards stand, they are another place to look at.
+            writer._saves.homes[0].pruner.settle()
             assert [one.metrics for one in reader.checkpoints()] == [{"loss": 20.0}, {"loss": 99.0}]
             before = client.op_count
             assert [one.metrics for one in reader.checkpoints()] == [{"loss": 20.0}, {"loss": 99.0}]
@@ -278,7 +281,7 @@ def test_a_save_that_would_be_skipped_is_made_if_what_was_saved_is_gone(job: Ope
             other.delete(10)
         saved = getattr(manager, how)(10, state_of(10), exists="skip")
         assert saved if how == "save" else saved.result()
-        assert orders(manager) == [(1, 10)]
+        assert orders(manager) == [(2, 10)]
 
 
 def test_a_save_is_skipped_by_one_look_and_also_where_the_store_does_not_answer(bucket: Bucket, job: Open) -> None:
@@ -940,7 +943,64 @@ def test_a_step_that_is_saved_again_keeps_its_shards_when_those_of_the_deleted_o
         state = state_of(0)
         assert manager.restore(state, 2) is not None
         assert torch.equal(state["w"], torch.full((100,), 2.0))  # type: ignore[arg-type]
-    assert set(below(bucket, 2, 1)) & set(deleted) == {MANIFEST_NAME}
+    assert below(bucket, 2, 1) == []
+    assert set(below(bucket, 2, 2)) & set(deleted) == {MANIFEST_NAME}
+
+
+@pytest.mark.parametrize("is_unreadable", [False, True])
+def test_a_delete_that_the_store_carries_out_late_removes_no_newer_commit(
+    bucket: Bucket, job: Open, *, is_unreadable: bool
+) -> None:
+    client = FaultStore(bucket)
+    with job(client) as manager:
+        save_steps(manager, 1, 2)
+        if is_unreadable:
+            bucket.raw_put(checkpoint_prefix(2, 1) + MANIFEST_NAME, b"{}")
+        late = client.inject(kind=FaultKind.LATE, verbs=["delete"], key=MANIFEST_NAME)
+        manager.delete(2)
+        save_steps(manager, 2)
+        bucket.deliver_late()
+        assert late.fired
+        assert orders(manager) == [(1, 1), (2, 2)]
+        save_steps(manager, 3)
+        assert orders(manager)[-1] == (2, 3)
+
+
+def test_a_store_that_answers_no_delete_holds_up_neither_a_save_nor_the_end_of_its_job(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("cloudckpt.manager.saves._PRUNING_S", 0.3)
+    client = FaultStore(bucket)
+    # It pauses as it likes, and has time for ever.
+    policy = RetryPolicy(max_attempts=1_000_000, deadline_s=1e6, backoff_base_s=0.02, backoff_max_s=0.02)
+    monkeypatch.setattr("cloudckpt.manager.manager.open_store", lambda *_, **__: RetryingStore(client, policy))
+    now_s = [0.0]
+    options = Options(finish_timeout_s=0.3)
+    with CheckpointManager(
+        *(URL,), retention=1, prune_grace_s=60, progress="off", options=options, clock=lambda: now_s[0]
+    ) as manager:
+        save_steps(manager, 1, 2)
+        hanging = client.inject(verbs=["delete"], times=None)
+        save_steps(manager, 3)
+        assert orders(manager)[-1] == (1, 3)
+        assert "the end by what is pruned while training waits" in caplog.text
+        assert hanging.fired
+        now_s[0] = 61.0
+    assert "the end by the end of the job" in caplog.text
+
+
+def test_an_interrupted_job_removes_nothing_at_its_end(bucket: Bucket, job: Open) -> None:
+    now_s = [0.0]
+
+    def work() -> None:
+        with job(retention=[KeepLast(1)], prune_grace_s=60, clock=lambda: now_s[0]) as manager:
+            save_steps(manager, 1, 2)
+            now_s[0] = 61.0
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert len(below(bucket, 1, 1)) == 2
 
 
 def test_what_is_young_is_left_until_it_is_old_enough(bucket: Bucket, job: Open) -> None:

@@ -27,16 +27,13 @@ from cloudckpt.format import MANIFEST_NAME
 from cloudckpt.options import KIB
 from cloudckpt.store import RetryingStore
 from cloudckpt.store.probe import _proven
-from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, Op, denied, refused, transient
+from tests.effort import diagonal
+from tests.store.fault_store import ERRORS, Bucket, Crash, FaultKind, FaultStore, Op, refused
 
 URL = "memory://bucket/root"
 OPTIONS = Options(shard_bytes=4 * KIB, block_bytes=KIB, span_bytes=2 * KIB, concurrency=1, memory_budget_bytes=64 * KIB)
 PATIENCE = RetryPolicy(max_attempts=3, deadline_s=60, request_timeout_s=1)
 CRASHES = [FaultKind.CRASH_BEFORE, FaultKind.CRASH_HALFWAY, FaultKind.CRASH_AFTER]
-ERRORS = [
-    *[(FaultKind.BEFORE, error) for error in (transient, denied, refused)],
-    *[(FaultKind.LOST_ACK, error) for error in (transient, refused)],
-]
 
 
 @pytest.fixture
@@ -83,21 +80,21 @@ def count_requests(clients: list[FaultStore]) -> int:
     return client.op_count
 
 
-def have_the_old_back(clients: list[FaultStore], bucket: Bucket) -> None:
+def have_back(clients: list[FaultStore], bucket: Bucket, value: int) -> None:
     """Do what the error says."""
     with pytest.raises(CheckpointNotFoundError) as caught:
         value_at(clients, bucket)
     (aside,) = [key for key in bucket.raw_list() if key.endswith(f"/{MANIFEST_NAME}")]
-    assert f"copy {URL}/{aside} to {URL}/{MANIFEST_NAME} to have the old checkpoint back" in str(caught.value)
+    assert f"copy {URL}/{aside} to {URL}/{MANIFEST_NAME} to have the checkpoint back" in str(caught.value)
     bucket.raw_put(MANIFEST_NAME, bucket.raw_get(aside))
-    assert value_at(clients, bucket) == 1
+    assert value_at(clients, bucket) == value
 
 
 def check_after(clients: list[FaultStore], bucket: Bucket, possible: set[int]) -> None:
     if MANIFEST_NAME in bucket.objects:
         assert value_at(clients, bucket) in possible
     else:
-        have_the_old_back(clients, bucket)
+        have_back(clients, bucket, 1)
     save(clients, FaultStore(bucket), 3)
     assert value_at(clients, bucket) == 3
 
@@ -170,8 +167,7 @@ def test_a_crash_at_any_request_of_a_replacing_save_loses_neither_checkpoint(
     assert fired > 10
 
 
-@pytest.mark.parametrize("times", [1, None], ids=["once", "for-ever"])
-@pytest.mark.parametrize(("kind", "error"), ERRORS, ids=lambda value: getattr(value, "__name__", str(value)))
+@diagonal("kind, error, times", ERRORS, [pytest.param(1, id="once"), pytest.param(None, id="for-ever")])
 def test_an_error_in_any_request_of_a_replacing_save_leaves_the_old_the_new_or_the_way_back(
     clients: list[FaultStore], kind: FaultKind, error: object, times: int | None
 ) -> None:
@@ -190,6 +186,20 @@ def test_an_error_in_any_request_of_a_replacing_save_leaves_the_old_the_new_or_t
         fired += fault.fired
         check_after(clients, bucket, possible)
     assert fired > 10
+
+
+def test_a_delete_that_the_store_carries_out_late_leaves_the_way_back_to_the_new_checkpoint(
+    clients: list[FaultStore],
+) -> None:
+    bucket = saved_once(clients)
+    client = FaultStore(bucket)
+    late = client.inject(kind=FaultKind.LATE, verbs=["delete"], key=MANIFEST_NAME)
+    save(clients, client, 2)
+    assert late.fired
+    save(clients, FaultStore(bucket), 3)
+    assert value_at(clients, bucket) == 3
+    bucket.deliver_late()
+    have_back(clients, bucket, 3)
 
 
 def test_a_commit_that_is_refused_puts_the_old_checkpoint_back(clients: list[FaultStore]) -> None:

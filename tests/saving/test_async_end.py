@@ -18,6 +18,7 @@ import cloudckpt
 from cloudckpt import CheckpointManager
 from cloudckpt.options import MIB
 from raw_access import FreshPrefix
+from tests.effort import first
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -149,9 +150,7 @@ def run(script: str, url: str, where: str = "{}") -> subprocess.CompletedProcess
 _FIRST = ("a forked child", "a commit that hangs")
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in _FIRST else pytest.param(name, marks=pytest.mark.slow) for name in ENDINGS]
-)
+@pytest.mark.parametrize("name", first(ENDINGS, _FIRST))
 def test_the_end_of_a_job_finishes_its_save_or_gives_it_up_in_time(tmp_path: Path, name: str) -> None:
     ending = ENDINGS[name]
     with CheckpointManager(tmp_path, save_rng=False) as manager:

@@ -20,6 +20,7 @@ from cloudckpt import CheckpointManager, CloudCkptError, Options, RankLostError,
 from cloudckpt.errors import EarlierSaveFailedError
 from cloudckpt.ranks.group import Group
 from cloudckpt.saving.lead import PendingSave
+from tests.effort import diagonal
 from tests.ranks.processes import World, run
 from tests.store.gates import Failure, Gate, before, is_shard, slow, wait_for
 
@@ -250,8 +251,7 @@ def suffer(url: str, how: str, victim: int) -> tuple[BaseException | None, float
         return handle._error, elapsed_s, caught.value.__notes__[0]
 
 
-@pytest.mark.parametrize("how", ["kill", "stop"])
-@pytest.mark.parametrize("victim", [0, 2])
+@diagonal("how, victim", ["kill", "stop"], [0, 2])
 def test_a_rank_lost_in_the_background_fails_the_save_on_all_others_in_time(
     tmp_path: Path, how: str, victim: int
 ) -> None:

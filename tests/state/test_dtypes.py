@@ -14,10 +14,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 import cloudckpt
 from cloudckpt import Options, StateMismatchError, UnsupportedValueError
 from cloudckpt.format.codec import DTYPES
+from tests.effort import diagonal
 
 # Every tensor is cut into several shards, blocks and spans, none of which starts or ends with an element.
 TINY = Options(shard_bytes=80, block_bytes=24, span_bytes=48, memory_budget_bytes=4096, concurrency=3)
 WHOLE = Options()
+CUTS = [pytest.param(WHOLE, id="whole"), pytest.param(TINY, id="cut")]
+NAMED = [pytest.param(dtype, id=name) for name, dtype in DTYPES.items()]
 
 # torch says so of every new complex32 tensor, also of those that a test makes.
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
@@ -108,8 +111,7 @@ def test_the_format_names_every_dtype_of_torch_that_has_whole_bytes() -> None:
     assert narrow == {f"{sign}int{width}" for sign in ("", "u") for width in range(1, 8)} & left_out
 
 
-@pytest.mark.parametrize("options", [WHOLE, TINY], ids=["whole", "cut"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@diagonal("dtype, options", NAMED, CUTS)
 def test_every_dtype_in_every_layout_is_restored_bitwise_in_place(
     url: str, dtype: torch.dtype, options: Options
 ) -> None:
@@ -128,8 +130,7 @@ def test_every_dtype_in_every_layout_is_restored_bitwise_in_place(
     assert {name: tensor.data_ptr() for name, tensor in live.items()} == memory
 
 
-@pytest.mark.parametrize("options", [WHOLE, TINY], ids=["whole", "cut"])
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@diagonal("dtype, options", NAMED, CUTS)
 def test_every_dtype_in_every_layout_is_read_bitwise(url: str, dtype: torch.dtype, options: Options) -> None:
     saved = {name: make(dtype) for name, make in LAYOUTS.items()}
     cloudckpt.save(dict(saved), url, options=options)

@@ -15,6 +15,7 @@ from torch.amp import GradScaler
 
 import cloudckpt
 from cloudckpt import RestoreFailedError, StateMismatchError
+from tests.effort import diagonal
 
 State = dict[str, Any]
 
@@ -472,8 +473,7 @@ def _wrapped(how: str, module: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("there", ["", "c", "a", "d", "ca", "ac", "dc", "cad"])
-@pytest.mark.parametrize("here", ["", "c", "ad", "ca"])
+@diagonal("here, there", ["", "c", "ad", "ca"], ["c", "", "a", "d", "ca", "ac", "dc", "cad"])
 def test_a_checkpoint_fits_with_and_without_each_wrapper(tmp_path: Path, there: str, here: str) -> None:
     def net(how: str, value: float) -> tuple[nn.Module, nn.Linear]:
         inner = line(value)

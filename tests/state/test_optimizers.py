@@ -22,6 +22,7 @@ from cloudckpt.state.beside import Beside
 from cloudckpt.state.groups import match_groups
 from cloudckpt.state.optimizers import NamedEntry
 from cloudckpt.state.plain import PlainModules
+from tests.effort import diagonal
 from tests.state.nets import CUT, SCHEDULERS, Decay, Matrices, Net, State, bits, check_goes_on, state_of, train
 
 # -- optimizers --------------------------------------------------------------------------------------------------
@@ -60,8 +61,11 @@ def test_every_optimizer_of_torch_that_takes_dense_gradients_is_in_the_table() -
     assert {name.split()[0] for name in OPTIMIZERS} == classes - {"Optimizer", "SparseAdam", "Muon"}
 
 
-@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@diagonal(
+    "dtype, make",
+    [torch.float32, torch.float64, torch.bfloat16],
+    [pytest.param(make, id=name) for name, make in OPTIMIZERS.items()],
+)
 def test_training_goes_on_bit_for_bit_with_every_optimizer(tmp_path: Path, make: Make, dtype: torch.dtype) -> None:
     def pair() -> tuple[nn.Module, Optimizer]:
         model = Net(dtype=dtype)
@@ -525,8 +529,7 @@ CONTAINERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", CONTAINERS)
+@diagonal("kind, dtype", CONTAINERS, [torch.bfloat16, torch.float64])
 def test_a_container_in_the_state_comes_back_as_it_was(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     model, again = Matrices(torch.bfloat16), Matrices(dtype)
     optimizer, fresh = (torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.5) for each in (model, again))
@@ -566,9 +569,12 @@ STATES: dict[str, object] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("is_stepped", [False, True], ids=["fresh", "stepped"])
-@pytest.mark.parametrize("kind", STATES)
+@diagonal(
+    "kind, is_stepped, dtype",
+    STATES,
+    [pytest.param(False, id="fresh"), pytest.param(True, id="stepped")],
+    [torch.float32, torch.bfloat16],
+)
 def test_state_of_any_type_and_depth_keeps_it_whatever_its_parameter_is(
     tmp_path: Path, kind: str, is_stepped: bool, dtype: torch.dtype
 ) -> None:
@@ -1008,8 +1014,7 @@ def _rates(optimizer: Optimizer, scheduler: Any, steps: int) -> list[dict[int, f
 
 
 @pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")
-@pytest.mark.parametrize("names", [("o", "scheduler"), ("scheduler", "o")], ids=" then ".join)
-@pytest.mark.parametrize("name", SCHEDULERS)
+@diagonal("name, names", SCHEDULERS, [("o", "scheduler"), ("scheduler", "o")])
 def test_the_rates_follow_their_groups_with_every_scheduler(tmp_path: Path, name: str, names: tuple[str, str]) -> None:
     model = Matrices()
 

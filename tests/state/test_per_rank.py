@@ -24,6 +24,7 @@ from cloudckpt import (
 )
 from cloudckpt.errors import ManifestError
 from cloudckpt.state.per_rank import PerRank, RankName, pack, unpack
+from tests.effort import diagonal
 from tests.ranks.processes import run
 
 # torchdata asks torch for a name that torch has retired.
@@ -242,8 +243,7 @@ def _interrupt(url: str, workers: int, after: int) -> tuple[list[Any], list[Any]
         return wanted, found + list(_seen(restored))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("after", [0, 1, 7, 17])
+@diagonal("after, workers", [0, 1, 7, 17], [0, 2])
 def test_a_stateful_loader_goes_on_with_the_very_next_sample(tmp_path: Path, workers: int, after: int) -> None:
     wanted, found = _interrupt(str(tmp_path), workers, after)
     assert len(wanted) == 2 * 18 - after

@@ -21,8 +21,9 @@ from torch import nn
 
 import cloudckpt
 from cloudckpt.format import Flat
-from cloudckpt.state import bind, capture, collector_at_rest
+from cloudckpt.state import Allowed, Saved, bind, capture, collector_at_rest, plan_restore
 from cloudckpt.state.collector import collector_awake
+from cloudckpt.state.modules import ModuleEntry
 from cloudckpt.state.overlap import tied_names
 from cloudckpt.state.plain import PlainModules, PlainOptimizers
 
@@ -308,6 +309,61 @@ def test_a_small_plain_module_costs_no_state_dict_of_its_own(tmp_path: Path) -> 
     assert all(torch.equal(one[0].weight, other[0].weight) for one, other in zip(layers, again, strict=True))
 
 
+def test_a_plain_module_saved_just_so_is_matched_without_a_look_at_each_of_its_names(tmp_path: Path) -> None:
+    cloudckpt.save({"layers": [nn.Linear(1, 1), nn.BatchNorm1d(1)]}, tmp_path / "c")
+    with _calls_of(ModuleEntry.takes, Saved.below) as called:
+        cloudckpt.load({"layers": [nn.Linear(1, 1), nn.BatchNorm1d(1)]}, tmp_path / "c")
+    assert called == []
+
+
+def _restoration(live: dict[str, Any], saved: dict[str, Any]) -> tuple[object, ...]:
+    flat = capture(bind(saved))
+    tensors = {name: leaf for name, leaf in flat.leaves.items() if isinstance(leaf, torch.Tensor)}
+    said = Saved(
+        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        dtypes={name: tensor.dtype for name, tensor in tensors.items()},
+        values={name: leaf for name, leaf in flat.leaves.items() if name not in tensors},
+        paths=flat.paths,
+        notes=flat.notes,
+    )
+    try:
+        found = plan_restore(bind(live), said, Allowed(strict=False))
+    except cloudckpt.StateMismatchError as exc:
+        return (str(exc),)
+    filled = {name: tensor.data_ptr() for name, tensor in found.tensors.items() if isinstance(tensor, torch.Tensor)}
+    return filled, found.fit, found.unexpected, found.of_modules, found.moved
+
+
+_tied = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("live", "saved"),
+    [
+        pytest.param([Various(), nn.Linear(2, 2)], [Various(), nn.Linear(2, 2)], id="just so"),
+        pytest.param([nn.Linear(2, 2, bias=False)], [nn.Linear(2, 2)], id="more is saved of one"),
+        pytest.param([nn.Linear(2, 2)], [nn.Linear(2, 2, bias=False)], id="less is saved of one"),
+        pytest.param([nn.Linear(2, 2)], [nn.Linear(2, 2), nn.Linear(2, 2)], id="more are saved"),
+        pytest.param([nn.Linear(2, 2), nn.Linear(2, 2)], [nn.Linear(2, 2)], id="fewer are saved"),
+        pytest.param([nn.Linear(2, 2)], [Extra(2, 2)], id="a value was saved beside"),
+        pytest.param([nn.Linear(2, 2)], [nn.Linear(2, 3)], id="of another shape"),
+        pytest.param([nn.Linear(2, 2)], [nn.Linear(2, 2).double()], id="of another dtype"),
+        pytest.param([nn.Linear(2, 2, device="meta")], [nn.Linear(2, 2)], id="without memory"),
+        pytest.param([_tied, _tied], [_tied, _tied], id="one module twice"),
+        pytest.param([_tied, _tied], [nn.Linear(2, 2), nn.Linear(2, 2)], id="tied here alone"),
+        pytest.param({"0": nn.Linear(2, 2)}, [nn.Linear(2, 2)], id="at another path of that name"),
+        pytest.param([nn.Linear(2, 2), _tied.weight], [nn.Linear(2, 2), _tied.weight], id="beside a tensor"),
+        pytest.param([_tied, _tied.weight.data], [_tied, _tied.weight.data], id="beside a tensor of its own"),
+    ],
+)
+def test_a_module_matched_at_once_is_matched_as_each_of_its_names_would_be(
+    live: Any, saved: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = _restoration({"layers": live}, {"layers": saved})
+    monkeypatch.setattr("cloudckpt.state.matching._Matching._match_whole", lambda *_: False)
+    assert at_once == _restoration({"layers": live}, {"layers": saved})
+
+
 # -- optimizers --------------------------------------------------------------------------------------------------
 
 
@@ -498,6 +554,26 @@ def test_garbage_is_collected_while_objects_of_the_state_are_asked(tmp_path: Pat
     assert len(watching.seen) >= 3
     assert all(watching.seen)
     assert gc.isenabled()
+
+
+def _passes_of_a_load(count: int, path: Path) -> int:
+    cloudckpt.save({"layers": [nn.Linear(1, 1) for _ in range(count)]}, path / f"{count}", progress="off")
+    again = {"layers": [nn.Linear(1, 1) for _ in range(count)]}
+    usual = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(50, 10**6, 10**6)
+    try:
+        before = gc.get_stats()[0]["collections"]
+        cloudckpt.load(again, path / f"{count}", progress="off")
+        return int(gc.get_stats()[0]["collections"]) - before
+    finally:
+        gc.set_threshold(*usual)
+
+
+def test_the_collectors_passes_during_a_load_do_not_grow_with_the_state(tmp_path: Path) -> None:
+    _passes_of_a_load(2, tmp_path)  # what a first load imports is not what is counted
+    few, many = _passes_of_a_load(20, tmp_path), _passes_of_a_load(120, tmp_path)
+    assert many - few < 10  # of some 20 new objects for each module
 
 
 def test_a_list_of_plain_modules_is_named_as_torch_names_each() -> None:

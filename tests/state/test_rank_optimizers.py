@@ -105,13 +105,13 @@ def on(layout: str, function: Callable[..., Any], *args: Any) -> Any:
 @pytest.mark.parametrize(
     ("there", "here"),
     [
-        ("fsdp2", "fsdp2"),
         ("nameless", "nameless"),
-        ("fsdp2", "single"),
         ("single", "fsdp2"),
         ("fsdp2", "hsdp"),
-        ("hsdp", "fsdp2"),
-        ("hsdp", "nameless"),
+        pytest.param("fsdp2", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("fsdp2", "single", marks=pytest.mark.slow),
+        pytest.param("hsdp", "fsdp2", marks=pytest.mark.slow),
+        pytest.param("hsdp", "nameless", marks=pytest.mark.slow),
     ],
 )
 def test_state_of_another_shape_than_its_parameter_steps_on_in_any_layout(

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from urllib.parse import quote
@@ -458,14 +459,32 @@ class EngineLaws:
         assert server.count() == 0
 
     @pytest.mark.parametrize("verb", ["put", "create", "get", "read", "head", "list"])
-    def test_a_404_that_is_no_stores_says_nothing_of_the_object(
-        self, server: ObjectServer, store: Store, verb: str
+    @pytest.mark.parametrize("status", [304, 400, 403, 404, 405, 407, 421, 499])
+    def test_an_answer_that_is_in_no_stores_words_is_none(
+        self, server: ObjectServer, store: Store, verb: str, status: int
     ) -> None:
-        page = Fault(status=404, body=b"<html>Not Found</html>", headers={"Content-Type": "text/html"})
-        server.inject(page, times=-1)
+        body = b"" if status == HTTPStatus.NOT_MODIFIED else b"<html>default backend</html>"
+        server.inject(Fault(status=status, body=body, headers={"Content-Type": "text/html"}), times=-1)
         error = _refusal(store, verb)
-        assert not isinstance(error, ObjectNotFoundError | TransientError)
+        assert isinstance(error, TransientError)
+        assert f"({status})" in str(error)
         assert "endpoint_url" in str(error)
+        # Who answers for a store may have let it do the work first.
+        assert error.may_have_landed
+
+    @pytest.mark.parametrize("verb", ["put", "create", "get", "read", "head", "list"])
+    @pytest.mark.parametrize(
+        "head",
+        [b"00\r\n0\r\n\r\n", b"\x15\x03\x01\x00\x02\x02\x46", b"HTTP/1.1 200 OK\r\nContent-Length: abc\r\n\r\n"],
+        ids=["chunks", "tls", "length"],
+    )
+    def test_bytes_that_are_no_http_are_no_answer(
+        self, server: ObjectServer, store: Store, verb: str, head: bytes
+    ) -> None:
+        server.inject(Fault(kind=FaultKind.NO_HTTP, body=head), times=-1)
+        error = _refusal(store, verb)
+        assert isinstance(error, TransientError)
+        assert error.may_have_landed
 
     @pytest.mark.parametrize("verb", VERBS)
     @pytest.mark.parametrize("theirs", [HttpStatusError(404, "NoSuchKey"), FileExistsError("x"), AbsentError("x")])

@@ -13,9 +13,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum, auto
 from typing import NoReturn, TypeVar
+
+import pytest
 
 from cloudckpt.errors import (
     AccessDeniedError,
@@ -28,7 +30,19 @@ from cloudckpt.errors import (
 )
 from cloudckpt.store.base import Listing, ObjectInfo, check_key
 
-__all__ = ["Bucket", "Crash", "Fault", "FaultKind", "FaultStore", "Op", "denied", "expired", "refused", "transient"]
+__all__ = [
+    "ERRORS",
+    "Bucket",
+    "Crash",
+    "Fault",
+    "FaultKind",
+    "FaultStore",
+    "Op",
+    "denied",
+    "expired",
+    "refused",
+    "transient",
+]
 
 T = TypeVar("T")
 
@@ -84,6 +98,18 @@ def expired(op: Op) -> StorageError:
 def refused(op: Op) -> StorageError:
     """A definite refusal of another kind, such as a full disk."""
     return StorageError(f"injected into {op.verb} of {op.key!r}", op=op.verb, key=op.key)
+
+
+# Ways to break a request, and with what error, as parameters. A refusal by the credentials has no effect, so it never
+# is a lost acknowledgement.
+ERRORS = [
+    pytest.param(kind, error, id=f"{kind}-{error.__name__}")
+    for kind, errors in (
+        (FaultKind.BEFORE, (transient, denied, refused)),
+        (FaultKind.LOST_ACK, (transient, refused)),
+    )
+    for error in errors
+]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -151,6 +177,11 @@ class Bucket:
     listing_lag_s: float = 0.0
     late: list[Callable[[], object]] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def copy(self) -> Bucket:
+        """Return another bucket with the same objects at the same time; nothing is late there."""
+        with self.lock:
+            return replace(self, objects=dict(self.objects), late=[], lock=threading.RLock())
 
     def advance(self, seconds: float) -> None:
         """Move the store's clock."""

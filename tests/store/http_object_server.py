@@ -43,6 +43,7 @@ class FaultKind(StrEnum):
     SHORT_MATCHING = auto()  # half comes, and Content-Length says half
     LONG_MATCHING = auto()  # one byte more than asked, and Content-Length agrees
     FLIPPED_BYTE = auto()  # the first byte is inverted
+    NO_HTTP = auto()  # no effect, and `body` in place of a reply, then a close
 
 
 _SLOW_PIECE_BYTES = 16 * 1024
@@ -228,8 +229,8 @@ class ObjectServer(ObjectSpace):
     def _misbehave(self, connection: socket.socket, request: Request, fault: Fault) -> bool:
         if fault.kind is FaultKind.STATUS:
             return _send(connection, request, _fault_reply(request, fault))
-        if fault.kind is FaultKind.RESET_BEFORE_REPLY:
-            return _reset(connection)
+        if fault.kind in (FaultKind.RESET_BEFORE_REPLY, FaultKind.NO_HTTP):
+            return _reset(connection) if fault.body is None else _babble(connection, fault.body)
         if fault.kind is FaultKind.STALL:
             return self._stall(connection)
         reply = self.handle(request)
@@ -315,6 +316,11 @@ def _send(connection: socket.socket, request: Request, reply: Reply) -> bool:
 def _reset(connection: socket.socket) -> bool:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     return False  # the caller closes, and a zero linger turns that into a reset
+
+
+def _babble(connection: socket.socket, data: bytes) -> bool:
+    connection.sendall(data)
+    return False
 
 
 def _shut(connection: socket.socket) -> None:

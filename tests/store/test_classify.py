@@ -77,7 +77,7 @@ def _class_of(exc: BaseException, op: str = "put") -> type[CloudCkptError]:
         (403, "AccessDenied", AccessDeniedError),
         (403, "InvalidObjectState", StorageError),
         (404, "NoSuchBucket", BucketNotFoundError),
-        (404, "NoSuchKey", ObjectNotFoundError),
+        (404, "NoSuchKey", BucketNotFoundError),
         (301, "PermanentRedirect", StorageError),
         (400, "AuthorizationHeaderMalformed", StorageError),
         (416, "InvalidRange", StorageError),
@@ -89,7 +89,9 @@ def _class_of(exc: BaseException, op: str = "put") -> type[CloudCkptError]:
         (400, "KeyTooLongError", StorageError),
         (405, "MethodNotAllowed", StorageError),
         (400, "SomethingNew", StorageError),
-        (418, "", StorageError),
+        (418, "", TransientError),
+        (403, "", TransientError),
+        (418, "SomethingNew", StorageError),
         (599, "", TransientError),
         (500, "SomethingNew", TransientError),
         (401, "SomethingNew", CredentialsExpiredError),
@@ -115,6 +117,13 @@ def test_a_reply_is_judged_by_code_then_status(status: int, code: str, expected:
 )
 def test_a_bare_status_means_what_it_can_mean_to_the_verb(op: str, status: int, expected: type[CloudCkptError]) -> None:
     assert _class_of(HttpStatusError(status), op) is expected
+
+
+@pytest.mark.parametrize("op", ["put", "create", "list"])
+def test_where_nothing_is_asked_of_an_object_a_missing_one_tells_of_the_endpoint(op: str) -> None:
+    error = classify(_client_error(404, "NoSuchKey"), op=op, key="k", url=URL)
+    assert type(error) is BucketNotFoundError
+    assert "endpoint_url seems to hold the bucket already" in str(error)
 
 
 _TO = {"endpoint_url": "http://127.0.0.1:1"}
@@ -243,6 +252,14 @@ Generic {{
 }}"""
 
 
+_NO_HTTP = """hyper_util::client::legacy::Error(
+                            SendRequest,
+                            hyper::Error(
+                                Parse(
+                                    Version,
+                                ),
+                            ),
+                        )"""
 _SLOW = "<Error><Code>SlowDown</Code><Message>as asked</Message></Error>"
 _SPLIT_BODY = (
     '<Error><Code>AccessDenied</Code><Message>\\",\\n            ),\\n            inner: Status {\\n'
@@ -268,6 +285,7 @@ _SPLIT_BODY = (
         (_obstore_fault("Request"), "put", TransientError),
         (_obstore_fault("Interrupted"), "get", TransientError),
         (_obstore_fault("Unknown"), "put", StorageError),
+        (_obstore_fault("Unknown").replace("TimedOut", _NO_HTTP), "put", TransientError),
         ("Generic S3 error: status: 503, HttpError { kind: Timeout, }", "put", StorageError),
         ("no mark\n\ninner: Status {\n status: 503,\n", "put", StorageError),
     ],
@@ -279,7 +297,7 @@ def test_obstores_text_is_read_by_its_structured_part_alone(text: str, op: str, 
 def test_a_body_cannot_imitate_the_structured_part() -> None:
     forged = _obstore_fault("Timeout").replace("\n", "\\n")
     text = "shown as it came: \n\nDebug source:\nGeneric {\n inner: Status {\n status: 503,\n" + _obstore_reply(
-        403, forged
+        403, f"<Code>AccessDenied</Code>{forged}"
     )
     assert _class_of(PermissionDeniedError(text)) is AccessDeniedError
 

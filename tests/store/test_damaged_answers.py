@@ -10,6 +10,7 @@ import torch
 
 from cloudckpt import CheckpointManager, Options, RetryPolicy, StorageError
 from cloudckpt.store import RetryingStore
+from tests.effort import diagonal
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, Engine
 from tests.store.fault_store import FaultStore, Op
 from tests.store.http_dialects import Request
@@ -61,10 +62,12 @@ def damage(server: ObjectServer, part: str, body: bytes, times: int) -> None:
     server.inject(fault, times=times, when=hits)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize(("times", "step"), [(1, 2), (-1, 1)], ids=["once", "always"])
-@pytest.mark.parametrize("kind", ["smaller", "larger", "other"])
+@diagonal(
+    "engine, part, kind, times, step",
+    ENGINES,
+    [pytest.param(part, kind, id=f"{part}-{kind}") for part in PARTS for kind in ("smaller", "larger", "other")],
+    [pytest.param(1, 2, id="once"), pytest.param(-1, 1, id="always")],
+)
 def test_a_restore_asks_again_and_goes_back_only_from_a_damaged_object(
     server: ObjectServer, engine: Engine, part: str, times: int, step: int, kind: str
 ) -> None:

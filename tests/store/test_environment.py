@@ -17,6 +17,7 @@ from google.oauth2.credentials import Credentials
 import cloudckpt
 from cloudckpt.errors import CheckpointNotFoundError, CloudCkptError, OptionsError, RetryExhaustedError, StorageError
 from cloudckpt.store import open_store
+from tests.effort import diagonal
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, VERBS, Engine
 from tests.store.handling import while_handling
 from tests.store.http_dialects import Request
@@ -333,8 +334,14 @@ atexit.register(last)
 """
 
 
-@pytest.mark.parametrize("engine", [*EVERYWHERE, pytest.param(OBSTORE_GCS, id="obstore-gcs")])
-@pytest.mark.parametrize("before", ["", "import concurrent.futures.thread, fsspec.asyn, gcsfs, obstore, s3fs"])
+@diagonal(
+    "engine, before",
+    [*EVERYWHERE, pytest.param(OBSTORE_GCS, id="obstore-gcs")],
+    [
+        pytest.param("", id="unused"),
+        pytest.param("import concurrent.futures.thread, fsspec.asyn, gcsfs, obstore, s3fs", id="imported"),
+    ],
+)
 def test_the_first_use_of_a_store_at_exit_works_or_says_why(server: ObjectServer, engine: Engine, before: str) -> None:
     about = [f"{engine.scheme}://bucket/root", engine.kind.engine, f"http://localhost:{server.port}"]
     found = subprocess.run(

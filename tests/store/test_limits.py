@@ -19,17 +19,22 @@ from cloudckpt.store.credentials import AwsCredentials
 from cloudckpt.store.limit import Errand, limit_now, limited
 from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.store.wire import OnLoop
+from tests.effort import diagonal
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, VERBS, Engine
 from tests.store.http_object_server import Fault, FaultKind, ObjectServer
 
-ENGINES = {"s3fs": S3FS, "gcsfs": GCSFS, "obstore-s3": OBSTORE_S3, "obstore-gcs": OBSTORE_GCS}
+ENGINES = [
+    *(pytest.param(S3FS, id="s3fs"), pytest.param(GCSFS, id="gcsfs")),
+    *(pytest.param(OBSTORE_S3, id="obstore-s3"), pytest.param(OBSTORE_GCS, id="obstore-gcs")),
+]
 # Far more than any test here waits, and the time limit that the engines are built with.
 LONG_S = 120.0
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Engine:
-    return ENGINES[request.param]
+    engine: Engine = request.param
+    return engine
 
 
 @pytest.fixture
@@ -43,8 +48,7 @@ def retrying(engine: Engine, server: ObjectServer, policy: RetryPolicy) -> Retry
     return RetryingStore(engine.open(server, retry=policy), policy)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("kind", [FaultKind.STALL, FaultKind.STALL_IN_REQUEST])
+@diagonal("engine, verb, kind", ENGINES, VERBS, [FaultKind.STALL, FaultKind.STALL_IN_REQUEST])
 def test_a_deadline_ends_what_stands_still_on_an_engine_built_with_more_patience(
     server: ObjectServer, engine: Engine, verb: str, kind: FaultKind
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 
 import cloudckpt
-from cloudckpt.errors import CloudCkptError, TransientError
-from cloudckpt.options import Options, RetryPolicy
+from cloudckpt.errors import CloudCkptError, SaveFailedError, TransientError
+from cloudckpt.options import MIB, Options, RetryPolicy
 from cloudckpt.store.facts import GarbledReplyError
 from cloudckpt.store.proof import (
     check_created,
     check_generation,
     check_listed,
+    check_listing,
     check_object,
     check_stored,
     is_document,
@@ -31,6 +33,7 @@ ENGINES = [
     *(pytest.param(S3FS, id="s3fs"), pytest.param(OBSTORE_S3, id="obstore-s3")),
     *(pytest.param(GCSFS, id="gcsfs"), pytest.param(OBSTORE_GCS, id="obstore-gcs")),
 ]
+SENT = [memoryview(b"a"), memoryview(b"bc")]
 MD5 = hashlib.md5(b"abc").hexdigest()
 ODD_ETAGS = ["0x8D1CA1", "65a1f3c2-5f3c", "d41d8cd98f00b204", "CJ2pqL_6q5ADEAE="]
 
@@ -69,19 +72,24 @@ def test_another_document_is_none(body: bytes) -> None:
     assert not is_document(body, "ListBucketResult")
 
 
-@pytest.mark.parametrize("etag", [f'"{MD5}"', MD5, f'"{MD5.upper()}"', f'"{MD5}-12"'])
-def test_an_etag_like_those_of_s3_proves_a_put(etag: str) -> None:
-    check_stored(etag, 3, unasked)
+@pytest.mark.parametrize("etag", [f'"{MD5}"', MD5, f'"{MD5.upper()}"'])
+def test_the_digest_of_the_bytes_proves_a_put(etag: str) -> None:
+    check_stored(etag, SENT, unasked)
 
 
-@pytest.mark.parametrize("etag", ODD_ETAGS)
+@pytest.mark.parametrize("etag", ["0" * 32, f'"{MD5}-12"'])
+def test_of_a_large_object_an_etag_that_looks_like_a_digest_is_believed_until_the_commit(etag: str) -> None:
+    check_stored(etag, [memoryview(bytes(MIB)), memoryview(b"x")], unasked)
+
+
+@pytest.mark.parametrize("etag", [*ODD_ETAGS, "0" * 32, f"{MD5}-1"])
 def test_another_etag_proves_a_put_if_the_object_has_it_too(etag: str) -> None:
-    check_stored(etag, 3, lambda: (etag, 3))
+    check_stored(etag, SENT, lambda: (etag, 3))
     for found in ((etag, 4), (None, 3), ("other", 3)):
         with pytest.raises(GarbledReplyError):
-            check_stored(etag, 3, lambda found=found: found)  # type: ignore[misc]
+            check_stored(etag, SENT, lambda found=found: found)  # type: ignore[misc]
     with pytest.raises(GarbledReplyError) as caught:
-        check_stored(etag, 3, raises(FileNotFoundError))  # type: ignore[arg-type]
+        check_stored(etag, SENT, raises(FileNotFoundError))  # type: ignore[arg-type]
     # The second look's own failure must not be taken for the answer to the first request.
     assert caught.value.__cause__ is caught.value.__context__ is None
 
@@ -101,7 +109,7 @@ def test_any_other_etag_proves_a_create_if_the_bytes_are_there(etag: str) -> Non
 @pytest.mark.parametrize("etag", [None, ""])
 def test_no_etag_proves_nothing(etag: str | None) -> None:
     with pytest.raises(GarbledReplyError):
-        check_stored(etag, 3, lambda: (etag, 3))
+        check_stored(etag, SENT, lambda: (etag, 3))
     with pytest.raises(GarbledReplyError):
         check_created(etag, b"abc", lambda: b"abc")
 
@@ -164,6 +172,62 @@ def test_an_empty_listing_that_answers_another_question_is_not_believed(
     with pytest.raises(TransientError, match="no object store answered"):
         store.list("", delimiter="/")
     store.close()
+
+
+def listing(inner: str) -> Fault:
+    return Fault(status=200, body=f"<ListBucketResult>{inner}</ListBucketResult>".encode())
+
+
+LAST = "<IsTruncated>false</IsTruncated>"
+CONTRADICTIONS = {
+    "another bucket": listing(f"<Name>other</Name><Prefix>root/</Prefix><KeyCount>0</KeyCount>{LAST}"),
+    "entries are missing": listing(f"<Name>bucket</Name><Prefix>root/</Prefix><KeyCount>2</KeyCount>{LAST}"),
+    "an error in it": listing(f"<Name>bucket</Name>{LAST}<Error><Code>InternalError</Code></Error>"),
+    "of no bucket": listing(LAST),
+    "of no end": listing("<Name>bucket</Name>"),
+    "says nothing": listing(""),
+    **{str(status): replace(listing(f"<Name>bucket</Name>{LAST}"), status=status) for status in (202, 203, 204, 206)},
+}
+JSON_CONTRADICTIONS = {
+    "an error in it": Fault(status=200, body=b'{"kind": "storage#objects", "error": {"code": 500}}'),
+    "no names": Fault(status=200, body=b'{"kind": "storage#objects", "items": [{"size": "1"}]}'),
+    "no lists": Fault(status=200, body=b'{"kind": "storage#objects", "items": 1, "prefixes": null}'),
+    **{str(status): Fault(status=status, body=b'{"kind": "storage#objects"}') for status in (202, 203, 206)},
+}
+
+
+@pytest.mark.parametrize(
+    ("engine", "reply"),
+    [
+        pytest.param(engine, reply, id=f"{name}-{what}")
+        for engines, replies in (
+            ({"s3fs": S3FS, "obstore-s3": OBSTORE_S3}, CONTRADICTIONS),
+            ({"gcsfs": GCSFS, "obstore-gcs": OBSTORE_GCS}, JSON_CONTRADICTIONS),
+        )
+        for name, engine in engines.items()
+        for what, reply in replies.items()
+    ],
+)
+def test_an_empty_listing_that_contradicts_itself_is_no_empty_root(
+    server: ObjectServer, engine: Engine, reply: Fault
+) -> None:
+    server.inject(reply)
+    store = engine.open(server)
+    with pytest.raises(TransientError, match="no object store answered"):
+        store.list("", delimiter="/")
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("bucket", "name"),
+    [("b", "b"), ("tenant:b", "b"), ("arn:aws:s3:eu-west-1:1:accesspoint/a", "b"), ("a-x-s3alias", "b")],
+)
+def test_a_bucket_may_have_another_name_inside_the_store(bucket: str, name: str) -> None:
+    check_listing(bucket=bucket, name=name, entry_count=0, key_count=0, is_last=True)
+
+
+def test_a_listing_that_holds_something_may_say_less_of_itself() -> None:
+    check_listing(bucket="b", name=None, entry_count=1, key_count=0, is_last=None)
 
 
 @pytest.mark.parametrize("engine", ENGINES[:2])
@@ -238,6 +302,46 @@ def test_a_restore_from_what_is_no_store_raises_and_is_no_fresh_start(
         pytest.raises(CloudCkptError, match="no object store answered"),
     ):
         manager.restore({"t": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("engine", ENGINES[:2])
+def test_a_page_whose_etag_is_its_own_digest_stores_nothing(server: ObjectServer, engine: Engine) -> None:
+    page = PAGES["html"]
+    etag = hashlib.md5(page).hexdigest()
+    server.inject(Fault(status=200, body=page, headers={"ETag": f'"{etag}"', "Content-Type": "text/html"}))
+    store = engine.open(server)
+    with pytest.raises(TransientError, match="no object store answered"):
+        store.put("k", [memoryview(b"abc")])
+    store.close()
+
+
+def _is_shard(request: Request) -> bool:
+    name = request.query.get("name", request.path)
+    return request.method in ("PUT", "POST") and name.endswith(".safetensors")
+
+
+@pytest.mark.parametrize("engine", ENGINES[:2])
+@pytest.mark.parametrize("is_late", [False, True], ids=["lost", "listed late"])
+def test_no_checkpoint_is_committed_whose_shards_the_store_does_not_hold(
+    server: ObjectServer, engine: Engine, *, is_late: bool
+) -> None:
+    state = {"t": torch.ones(MIB // 4 + 1)}
+    with opened(server, engine, retention=1, prune_grace_s=0) as manager:
+        manager.save(1, state)
+        if is_late:
+            nothing = f"<Name>bucket</Name>{LAST}"
+            server.inject(listing(nothing), when=lambda asked: "e0001/" in asked.query.get("prefix", ""))
+            saved = manager.save(2, state)
+            assert saved is not None
+            return
+        page = PAGES["html"]
+        etag = hashlib.md5(page).hexdigest()
+        server.inject(Fault(status=200, body=page, headers={"ETag": f'"{etag}"'}), when=_is_shard)
+        with pytest.raises(SaveFailedError, match=r"nothing was committed.*is stored, and .* it is not there"):
+            manager.save(2, state)
+        restored = manager.restore({"t": torch.zeros(MIB // 4 + 1)})
+        assert restored is not None
+        assert restored.step == 1
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -1,0 +1,134 @@
+"""Read one object of a source at any place: into memory, or as the file that PyTorch and zipfile want.
+
+No more than is asked for is read, and a place that is not in the object is refused before. Any thread may enter.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cloudckpt.errors import ObjectNotFoundError, SourceError
+from cloudckpt.options import MIB
+from cloudckpt.store import Store
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+__all__ = ["Blob", "damaged"]
+
+_READ_BYTES = 8 * MIB
+# What reads a directory or a header asks for a few bytes at a time.
+_AHEAD_BYTES = 64 * 1024
+
+
+def damaged(blob: Blob, why: str) -> SourceError:
+    """Return the error for an object that is not what it should be."""
+    return SourceError(f"{blob.key!r} is damaged: {why}; get it anew", key=blob.key)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blob:
+    """Some bytes of an object: all of it, or a range that counts from its own first byte.
+
+    Attributes:
+        store, key: where it is.
+        size_bytes: how many bytes.
+        modified_s: when the object was written last.
+        first: its first byte in the object.
+    """
+
+    store: Store
+    key: str
+    size_bytes: int
+    modified_s: float
+    first: int = 0
+
+    @classmethod
+    def of(cls, store: Store, key: str) -> Blob:
+        """Return an object whole.
+
+        Raises:
+            SourceError: it is not there.
+        """
+        try:
+            info = store.head(key)
+        except ObjectNotFoundError as exc:
+            raise SourceError(f"{key!r} is not in {store.url}; give the whole folder, or another one", key=key) from exc
+        return cls(store=store, key=key, size_bytes=info.size_bytes, modified_s=info.modified_s)
+
+    def part(self, start: int, size_bytes: int) -> Blob:
+        """Return a range of it; raises `SourceError` if that leaves it."""
+        self._check(start, start + size_bytes)
+        return Blob(
+            store=self.store,
+            key=self.key,
+            size_bytes=size_bytes,
+            modified_s=self.modified_s,
+            first=self.first + start,
+        )
+
+    def _check(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.size_bytes:
+            raise SourceError(
+                f"{self.key!r} has {self.size_bytes} bytes, and what is in it names those from {start} to {stop}: "
+                "it was cut short or is damaged; get it anew",
+                key=self.key,
+            )
+
+    def read_into(self, start: int, memory: memoryview) -> None:
+        """Fill `memory` with the bytes from `start` on."""
+        self._check(start, start + memory.nbytes)
+        for at in range(0, memory.nbytes, _READ_BYTES):
+            into = memory[at : at + _READ_BYTES]
+            first = self.first + start + at
+            data = self.store.get(self.key, start=first, stop=first + into.nbytes, into=into)
+            if data is not into and data.obj is not into.obj:
+                into[:] = data
+
+    def read(self, start: int, size_bytes: int) -> bytes:
+        """Return bytes."""
+        self._check(start, start + size_bytes)
+        data = bytearray(size_bytes)
+        self.read_into(start, memoryview(data))
+        return bytes(data)
+
+    def file(self) -> io.BufferedReader:
+        """Return it as a file that is open for reading."""
+        return io.BufferedReader(_Raw(self), _AHEAD_BYTES)
+
+    def is_unchanged(self) -> bool:
+        """Tell whether the object is still the one that was found first."""
+        info = self.store.head(self.key)
+        return info.modified_s == self.modified_s and self.first + self.size_bytes <= info.size_bytes
+
+
+class _Raw(io.RawIOBase):
+    """A blob as a file."""
+
+    def __init__(self, blob: Blob) -> None:
+        self._blob = blob
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._blob.size_bytes}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        memory = memoryview(buffer).cast("B")
+        size_bytes = max(0, min(memory.nbytes, self._blob.size_bytes - self._at))
+        if size_bytes:
+            self._blob.read_into(self._at, memory[:size_bytes])
+            self._at += size_bytes
+        return size_bytes

@@ -1,0 +1,208 @@
+"""Lead one export: open the checkpoint and the folder it goes to, refuse what stands in the way, write, say what went.
+
+    checkpoint ──Job──▶ to_safetensors │ to_torch │ to_dcp ──appended──▶ files of the folder, the deciding one last
+
+Until that last file stands, no program takes the folder for a model or a checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from cloudckpt.convert.opened import Exported, Job, Kind, Plan, lean
+from cloudckpt.convert.places import folder_and_name, objects_in
+from cloudckpt.convert.to_dcp import plan_dcp
+from cloudckpt.convert.to_safetensors import plan_huggingface, plan_safetensors
+from cloudckpt.convert.to_torch import plan_torch
+from cloudckpt.errors import CheckpointNotFoundError, OptionsError
+from cloudckpt.loading import read_index
+from cloudckpt.options import MIB, Options, as_count
+from cloudckpt.report import Progress, Show
+from cloudckpt.root import Catalog, Checkpoint, Roots
+from cloudckpt.store import RetryingStore, open_store
+
+__all__ = ["export"]
+
+# A put takes its object whole, from memory or a file's pages: what goes to a bucket is cut where a reader allows it.
+_REMOTE_SHARD_BYTES = 64 * MIB
+# Weights are the checkpoint's; a folder of a model has what describes them, which is small.
+_CONFIG_BYTES = 64 * MIB
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|distcp|index\.json)\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """How one kind is written: the plan of it, and whether the target is a file, of which ending."""
+
+    plan: Callable[[Job], Plan]
+    is_file: bool
+    ending: str = ""
+
+
+_KINDS: Mapping[Kind, _Kind] = {
+    "safetensors": _Kind(plan_safetensors, is_file=True, ending=".safetensors"),
+    "huggingface": _Kind(plan_huggingface, is_file=False),
+    "torch": _Kind(plan_torch, is_file=True),
+    "dcp": _Kind(plan_dcp, is_file=False),
+}
+
+
+def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
+    url: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    to: Kind,
+    prefix: str = "",
+    max_shard_bytes: int | None = None,
+    config: str | os.PathLike[str] | None = None,
+    leave_out: bool = False,
+    overwrite: bool = False,
+    storage_options: Mapping[str, object] | None = None,
+    target_storage_options: Mapping[str, object] | None = None,
+    engine: str = "auto",
+    options: Options | Mapping[str, object] | None = None,
+    progress: Show = "auto",
+) -> Exported:
+    """Write a checkpoint as files that other programs read. Every byte was verified before it is written.
+
+    Args:
+        url: a checkpoint, or a root, whose newest one is meant.
+        target: a file (`safetensors`, which ends in `.safetensors`, and `torch`) or a folder (`huggingface`, `dcp`), on
+            a disk or at any URL.
+        to: `safetensors`: tensors by name, in one file, or in several with an index. `huggingface`: the same in a
+            folder as `from_pretrained` reads it. `torch`: the nested state, for `torch.load(weights_only=True)`.
+            `dcp`: a folder for `torch.distributed.checkpoint.load`.
+        prefix: the tensors whose names begin with it go, without it (`model.`); for safetensors and huggingface.
+        max_shard_bytes: what one safetensors file may hold, unless one tensor is larger; None: no limit on a disk,
+            64 MiB for a bucket, where a file is put whole.
+        config: a folder whose small files (`config.json`, a tokenizer's) are copied beside the weights; for
+            huggingface.
+        leave_out: leave out what the target cannot hold, and say so in the result; without it that is refused. Names of
+            one memory are left out of huggingface's in any case, as `save_pretrained` does.
+        overwrite: replace an export that is there; other files of a folder stay. While a folder is written, there is
+            neither the old export nor the new one.
+        storage_options: fsspec's own options for `url`.
+        target_storage_options: those for `target`.
+        engine: what moves the bytes, as for `save`.
+        options: sizes, parallelism, patience.
+        progress: `bar` or `auto` show a bar on a terminal.
+
+    Returns:
+        What was written, and what was left out.
+
+    Raises:
+        CheckpointNotFoundError: nothing is committed at the URL.
+        OptionsError: the target holds an export or is no such place, or an argument is wrong; nothing was written.
+        UnsupportedValueError: a dtype, name or value that the target cannot hold (`.key`); nothing was written.
+        IntegrityError: an object is missing or differs from what was committed; no complete export is there.
+        StorageError: a store could not be read or written; no complete export is there.
+    """
+    if to not in get_args(Kind):
+        raise OptionsError(f"to is {to!r}; give one of {', '.join(get_args(Kind))}")
+    given = Options.of(options)
+    # Each batch has read buffers of its own, and pages that nobody had before cost as much as the copy.
+    chosen = lean(given if options is not None else replace(given, span_bytes=given.block_bytes))
+    _check(to, target, prefix=prefix, shard_bytes=max_shard_bytes, config=config)
+    folder_url, name = folder_and_name(target) if _KINDS[to].is_file else (os.fspath(target), "")
+    with (
+        open_store(url, storage_options=storage_options, engine=engine, options=chosen) as source,
+        open_store(folder_url, storage_options=target_storage_options, options=chosen) as folder,
+        Progress(progress).bar("exporting", rank=0) as bar,
+    ):
+        catalog = Catalog(source)
+        checkpoint = _meant(catalog)
+        index = read_index(catalog, checkpoint)
+        if max_shard_bytes is None and folder.engine != "local":
+            max_shard_bytes = _REMOTE_SHARD_BYTES
+        job = Job(
+            checkpoint=checkpoint,
+            index=index,
+            source=source,
+            folder=folder,
+            name=name,
+            prefix=prefix,
+            leaves_out=leave_out,
+            shard_bytes=max_shard_bytes,
+            config={} if config is None else _config_files(config),
+            options=chosen,
+            gauge=bar,
+        )
+        plan = _KINDS[to].plan(job)
+        _make_way(folder, plan, overwrite=overwrite)
+        bar.begin(sum(part.nbytes for saved in plan.taken.tensors.values() for part in job.parts(saved)))
+        plan.write()
+        there = objects_in(folder)
+    return Exported(
+        url=f"{folder.url}/{name}" if name else folder.url,
+        source=checkpoint.url,
+        files=plan.files,
+        total_bytes=sum(there.get(file, 0) for file in plan.files),
+        tensor_count=len(plan.taken.tensors),
+        left_out=plan.taken.left_out,
+    )
+
+
+def _check(
+    to: Kind,
+    target: str | os.PathLike[str],
+    *,
+    prefix: str,
+    shard_bytes: int | None,
+    config: str | os.PathLike[str] | None,
+) -> None:
+    """Refuse arguments that do not go together, before anything is opened."""
+    ending = _KINDS[to].ending
+    if not os.fspath(target).endswith(ending):
+        raise OptionsError(f"the target {os.fspath(target)!r} of {to} is a file; let its name end in {ending}")
+    if to not in ("safetensors", "huggingface"):
+        for name, value in (("prefix", prefix), ("max_shard_bytes", shard_bytes)):
+            if value:
+                raise OptionsError(f"{name} is for safetensors and huggingface; {to} takes the whole state")
+    if config is not None and to != "huggingface":
+        raise OptionsError(f"config is for huggingface; {to} has no such files")
+    if shard_bytes is not None:
+        as_count("max_shard_bytes", shard_bytes, least=1)
+
+
+def _meant(catalog: Catalog) -> Checkpoint:
+    """Return the checkpoint that the URL is, or the newest one of the root that it is."""
+    try:
+        return catalog.open()
+    except CheckpointNotFoundError:
+        newest = Roots([catalog]).newest()
+        if newest is None:
+            raise
+        return newest
+
+
+def _config_files(config: str | os.PathLike[str]) -> dict[str, bytes]:
+    """Return the files of a folder that describe a model, by name; its weights stay where they are."""
+    with open_store(config) as store:
+        sizes = {name: size for name, size in objects_in(store).items() if not _WEIGHTS.match(name)}
+        if not sizes:
+            raise OptionsError(f"no file is in {store.url} that describes a model; give the folder of its config.json")
+        if sum(sizes.values()) > _CONFIG_BYTES:
+            raise OptionsError(
+                f"the files in {store.url} have {sum(sizes.values())} bytes; give a folder of small ones"
+            )
+        return {name: store.read(name, limit_bytes=_CONFIG_BYTES) for name in sizes}
+
+
+def _make_way(folder: RetryingStore, plan: Plan, *, overwrite: bool) -> None:
+    """Remove an export that stands in the folder, if that was asked for, the files first that make it one."""
+    in_the_way = [name for name in objects_in(folder) if name in plan.files or plan.ours.fullmatch(name)]
+    if not in_the_way:
+        return
+    if not overwrite:
+        raise OptionsError(
+            f"{folder.url} holds {', '.join(in_the_way[:4])} already, and nothing was written; choose another target, "
+            "or replace them (overwrite=True, --force)"
+        )
+    if len(plan.files) > 1 or in_the_way != list(plan.files):  # one file is replaced at once
+        deciding = [name for name in in_the_way if name in plan.deciding]
+        folder.delete(deciding)
+        folder.delete([name for name in in_the_way if name not in deciding])

@@ -1,0 +1,69 @@
+"""What is imported, as every kind of source says it: boxes of tensors and who reads them, values, and their places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from cloudckpt.convert.blob import Blob
+from cloudckpt.errors import SourceError
+from cloudckpt.format import Box, JsonValue, PathElement
+from cloudckpt.transfer import bytes_of
+
+__all__ = ["Bytes", "Origin", "reader_of"]
+
+Bytes = Callable[[int, memoryview], None]
+"""Fills memory with the row-major bytes of a box, from a byte on; threads call it."""
+
+# An import of which most is not in its source would fill a disk.
+_GROWTH_LIMIT = 16
+_GROWTH_FREE_BYTES = 64 << 20
+
+
+@dataclass(slots=True, kw_only=True)
+class Origin:
+    """A source that was looked at, and of which no tensor was read yet.
+
+    Attributes:
+        blobs: the objects that it is made of.
+        boxes: boxes of its tensors, which tile them, and their bytes.
+        values: name → value.
+        paths: name of a tensor or value → its path in the nested state.
+        notes: what is kept about names beside their bytes.
+    """
+
+    blobs: list[Blob] = field(default_factory=list)
+    boxes: list[tuple[Box, Bytes]] = field(default_factory=list)
+    values: dict[str, object] = field(default_factory=dict)
+    paths: dict[str, list[PathElement]] = field(default_factory=dict)
+    notes: dict[str, JsonValue] = field(default_factory=dict)
+
+    def add_value_parts(self, parts: Mapping[str, torch.Tensor]) -> None:
+        """Add what of values is too large to stand among them."""
+        for name, part in parts.items():
+            shape = tuple(part.shape)
+            self.boxes.append((Box(name, "uint8", shape, (0,) * len(shape), shape), reader_of(part)))
+
+    def check_growth(self) -> None:
+        """Refuse a small source that would become a large checkpoint: views of one memory, over and over."""
+        source_bytes = sum({(blob.key, blob.store.url): blob.size_bytes for blob in self.blobs}.values())
+        grown_bytes = sum(box.nbytes for box, _ in self.boxes)
+        if grown_bytes > _GROWTH_LIMIT * source_bytes + _GROWTH_FREE_BYTES:
+            key = self.blobs[0].key if self.blobs else ""
+            raise SourceError(
+                f"{key!r} has {source_bytes} bytes, and its tensors would have {grown_bytes}: it repeats itself; load "
+                "it where you trust it, and save the state with cloudckpt",
+                key=key,
+            )
+
+
+def reader_of(tensor: torch.Tensor) -> Bytes:
+    """Return what reads the row-major bytes of a tensor that is in memory."""
+    data = bytes_of(tensor.detach().resolve_conj().resolve_neg().contiguous()).data
+
+    def read(start: int, memory: memoryview) -> None:
+        memory[:] = data[start : start + memory.nbytes]
+
+    return read

@@ -1,0 +1,175 @@
+"""Write a folder that `torch.distributed.checkpoint.load` reads: tensors as `.distcp` files, `.metadata` last.
+
+    nested state, tensors without memory ──DCP's own planner──▶ names, values, Metadata
+    parts of tensors, values ──torch.save each──▶ __0_0.distcp, __0_1.distcp, … ──places──▶ .metadata
+
+DCP's reader opens each stored part with `torch.load`, so that a part is what it costs in memory.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import IO, TYPE_CHECKING, cast
+
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from cloudckpt.convert.dcp_metadata import Place, encode_metadata
+from cloudckpt.convert.opened import Job, Part, Plan
+from cloudckpt.convert.to_torch import nested, unloadable
+from cloudckpt.format import DTYPES
+from cloudckpt.options import MIB
+from cloudckpt.store import Append, appended
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["plan_dcp"]
+
+# A bucket takes a file whole; a reader opens one file after the other, whatever their size.
+_FILE_BYTES = 64 * MIB
+_OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata")
+_METADATA = ".metadata"
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What one stored part is: a part of a tensor under DCP's name of it, or what returns a value."""
+
+    fqn: str
+    part: Part | None
+    value: Callable[[], object] = lambda: None
+
+
+def plan_dcp(job: Job) -> Plan:
+    """Plan a folder; raises `UnsupportedValueError` for a value that `torch.load` would call code."""
+    taken = job.take()
+    # DCP's reader would run code to read it, and nobody should be made to.
+    job.drop(taken, unloadable(job, taken), "a folder for torch.distributed.checkpoint")
+    fakes = {
+        name: torch.empty(job.entry(name).shape, dtype=DTYPES[job.entry(name).dtype], device="meta")
+        for name in taken.tensors.values()
+    }
+    state = nested(job, {**fakes, **taken.values})
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(state, None, is_coordinator=True)
+    _, metadata = planner.create_global_plan([planner.create_local_plan()])
+    names = {id(fake): name for name, fake in fakes.items()}
+    pieces: list[_Piece] = []
+    for fqn, leaf in planner.state_dict.items():
+        name = names.get(id(leaf))
+        if name is None:
+            pieces.append(_Piece(fqn, None, partial(_filled, leaf, job, names)))
+        else:
+            pieces += [_Piece(fqn, part) for part in _parts(job, name)]
+    files = {f"__0_{number}.distcp": group for number, group in enumerate(_groups(pieces))}
+
+    def write() -> None:
+        places: dict[MetadataIndex, Place] = {}
+        stream = job.stream([piece.part for piece in pieces if piece.part is not None and piece.part.nbytes])
+        for file, group in files.items():
+            with appended(job.folder, file) as append:
+                places |= _write_file(file, group, stream, append)
+        data = encode_metadata(_described(metadata, pieces), places)
+        job.folder.put(_METADATA, [memoryview(data)])
+
+    return Plan(
+        taken=taken,
+        files=(*files, _METADATA),
+        write=write,
+        deciding=frozenset((_METADATA,)),
+        ours=_OURS,
+    )
+
+
+def _filled(value: object, job: Job, names: Mapping[int, str]) -> object:
+    """Return a value that DCP keeps as one, such as a tuple, with the tensors in it read."""
+    if isinstance(value, torch.Tensor) and id(value) in names:
+        return job.read(names[id(value)])
+    if isinstance(value, dict):
+        return type(value)({key: _filled(child, job, names) for key, child in value.items()})
+    if isinstance(value, list | tuple):
+        return type(value)(_filled(child, job, names) for child in value)
+    return value
+
+
+def _parts(job: Job, name: str) -> list[Part]:
+    """Return the parts of a tensor; DCP stores an empty one, too."""
+    entry = job.entry(name)
+    return job.parts(name) or [Part(name, entry.dtype, (0,) * len(entry.shape), entry.shape, 0)]
+
+
+def _groups(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    group: list[_Piece] = []
+    size_bytes = 0
+    for piece in pieces:
+        nbytes = 0 if piece.part is None else piece.part.nbytes
+        if group and size_bytes + nbytes > _FILE_BYTES:
+            yield group
+            group, size_bytes = [], 0
+        group.append(piece)
+        size_bytes += nbytes
+    if group:
+        yield group
+
+
+def _write_file(
+    file: str, group: Iterable[_Piece], stream: Iterator[tuple[Part, memoryview]], append: Append
+) -> dict[MetadataIndex, Place]:
+    places = {}
+    at = 0
+    for piece in group:
+        out = _Out(append)
+        torch.save(piece.value() if piece.part is None else _tensor(piece.part, stream), cast("IO[bytes]", out))
+        offset = None if piece.part is None else piece.part.offsets
+        places[MetadataIndex(piece.fqn, offset)] = Place(file, at, out.size_bytes)
+        at += out.size_bytes
+    return places
+
+
+class _Out(io.RawIOBase):
+    """What torch.save writes to, and how much it wrote."""
+
+    def __init__(self, append: Append) -> None:
+        self._append = append
+        self.size_bytes = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Buffer) -> int:
+        view = memoryview(data).cast("B")
+        self._append(view)
+        self.size_bytes += view.nbytes
+        return view.nbytes
+
+
+def _tensor(part: Part, stream: Iterator[tuple[Part, memoryview]]) -> torch.Tensor:
+    if not part.nbytes:
+        return torch.empty(part.sizes, dtype=DTYPES[part.dtype])
+    _, data = next(stream)
+    return torch.frombuffer(data, dtype=torch.uint8).view(DTYPES[part.dtype]).view(part.sizes)
+
+
+def _described(metadata: Metadata, pieces: Iterable[_Piece]) -> Metadata:
+    """Return DCP's metadata with the tensors in the parts in which they are stored."""
+    chunks: dict[str, list[ChunkStorageMetadata]] = defaultdict(list)
+    for piece in pieces:
+        if piece.part is not None:
+            chunks[piece.fqn].append(ChunkStorageMetadata(torch.Size(piece.part.offsets), torch.Size(piece.part.sizes)))
+    described = {
+        fqn: replace(entry, chunks=chunks[fqn]) if isinstance(entry, TensorStorageMetadata) else entry
+        for fqn, entry in metadata.state_dict_metadata.items()
+    }
+    return replace(metadata, state_dict_metadata=described)

@@ -1,0 +1,181 @@
+"""Write tensors by name as safetensors: one file, several with an index, or a folder as Hugging Face reads it.
+
+    tensors ──names, dtypes, ties──▶ taken ──by size──▶ files ──header, bytes──▶ NAME-00001-of-00002.safetensors …
+                                                                             ──▶ NAME.safetensors.index.json
+
+The header is ours, and not the safetensors package's, which writes from tensors that are all in memory. Its tests read
+what comes out.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from cloudckpt.convert.opened import Job, Plan, Taken
+from cloudckpt.errors import UnsupportedValueError
+from cloudckpt.format import DTYPES, lone_surrogates
+from cloudckpt.store import appended
+
+__all__ = ["NAMED", "plan_huggingface", "plan_safetensors"]
+
+NAMED: Mapping[str, str] = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "uint16": "U16",
+    "int16": "I16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "uint32": "U32",
+    "int32": "I32",
+    "float32": "F32",
+    "uint64": "U64",
+    "int64": "I64",
+    "float64": "F64",
+    "complex64": "C64",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+}
+"""PyTorch's name of a dtype → safetensors', of those that its package makes a tensor of."""
+
+_METADATA = "__metadata__"
+# Readers refuse more.
+_HEADER_LIMIT_BYTES = 100_000_000
+_ALIGNMENT_BYTES = 8
+_HF_FILES = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_HF_DECIDING = frozenset(
+    f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One file: its name, and name → name in the checkpoint, in the order of its bytes."""
+
+    name: str
+    tensors: dict[str, str]
+
+
+def plan_safetensors(job: Job) -> Plan:
+    """Plan a file, or several beside their index; raises `UnsupportedValueError` for what has no place there."""
+    taken = job.take()
+    ties = job.tied(taken.tensors)
+    problems = _problems(job, taken)
+    problems |= {
+        taken.tensors[name]: f"it is the same memory as {first!r}, and safetensors knows no ties"
+        for name, first in ties.items()
+    }
+    job.drop(taken, problems, "safetensors")
+    stem = job.name.removesuffix(".safetensors")
+    ours = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    deciding = frozenset((job.name, f"{job.name}.index.json"))
+    return _plan(job, taken, stem, dropped=ties, ours=ours, deciding=deciding)
+
+
+def plan_huggingface(job: Job) -> Plan:
+    """Plan a folder that `from_pretrained` reads; of names of one memory the first alone goes, as it does there."""
+    taken = job.take()
+    job.drop(taken, _problems(job, taken), "huggingface")
+    ties = job.tied(taken.tensors)
+    for name, first in ties.items():
+        taken.left_out[taken.tensors.pop(name)] = f"it is the same memory as {first!r}, which a model ties again"
+    return _plan(job, taken, "model", dropped=ties, ours=_HF_FILES, deciding=_HF_DECIDING)
+
+
+def _problems(job: Job, taken: Taken) -> dict[str, str]:
+    found = dict.fromkeys(taken.values, "it is a value, and safetensors holds tensors alone")
+    for name, saved in taken.tensors.items():
+        dtype = job.entry(saved).dtype
+        if dtype not in NAMED:
+            found[saved] = f"safetensors has no name for {dtype}"
+        elif name == _METADATA:
+            found[saved] = "safetensors uses that name itself"
+    return found
+
+
+def _plan(
+    job: Job, taken: Taken, stem: str, *, dropped: Mapping[str, str], ours: re.Pattern[str], deciding: frozenset[str]
+) -> Plan:
+    groups = list(_groups(job, taken.tensors))
+    if len(groups) == 1:
+        files = [_File(f"{stem}.safetensors", groups[0])]
+    else:
+        files = [
+            _File(f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors", group)
+            for number, group in enumerate(groups, start=1)
+        ]
+    # What a reader may want to know of the names that are not here, as safetensors' own `save_model` says it.
+    metadata = {"format": "pt", **{name: first for name, first in dropped.items() if name != "format"}}
+    heads = [_header(job, file, metadata) for file in files]
+    extra = dict(job.config)
+    if len(files) > 1:
+        weights = {name: file.name for file in files for name in sorted(file.tensors)}
+        total_bytes = sum(_nbytes(job, saved) for saved in taken.tensors.values())
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weights.items()))}
+        extra[f"{stem}.safetensors.index.json"] = msgspec.json.format(msgspec.json.encode(index), indent=2)
+
+    def write() -> None:
+        for name, text in job.config.items():
+            job.folder.put(name, [memoryview(text)])
+        for file, head in zip(files, heads, strict=True):
+            with appended(job.folder, file.name) as append:
+                append(memoryview(head))
+                for _, data in job.stream([part for saved in file.tensors.values() for part in job.parts(saved)]):
+                    append(data)
+        if len(files) > 1:
+            name = f"{stem}.safetensors.index.json"
+            job.folder.put(name, [memoryview(extra[name])])
+
+    names = [*job.config, *(file.name for file in files), *(name for name in extra if name not in job.config)]
+    return Plan(taken=taken, files=tuple(names), write=write, deciding=deciding, ours=ours)
+
+
+def _groups(job: Job, tensors: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """Share tensors out between files, in their order, each file with wider dtypes first, as the package does."""
+    group: dict[str, str] = {}
+    room = 0
+    for name, saved in tensors.items():
+        if group and job.shard_bytes is not None and _nbytes(job, saved) > room:
+            yield _in_order(job, group)
+            group = {}
+        if not group:
+            room = job.shard_bytes or 0
+        group[name] = saved
+        room -= _nbytes(job, saved)
+    yield _in_order(job, group)
+
+
+def _in_order(job: Job, group: Mapping[str, str]) -> dict[str, str]:
+    return dict(sorted(group.items(), key=lambda item: (-DTYPES[job.entry(item[1]).dtype].itemsize, item[0])))
+
+
+def _nbytes(job: Job, saved: str) -> int:
+    return sum(part.nbytes for part in job.parts(saved))
+
+
+def _header(job: Job, file: _File, metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {_METADATA: metadata}
+    stop = 0
+    for name, saved in file.tensors.items():
+        entry = job.entry(saved)
+        start, stop = stop, stop + _nbytes(job, saved)
+        header[name] = {"dtype": NAMED[entry.dtype], "shape": entry.shape, "data_offsets": (start, stop)}
+    try:
+        text = msgspec.json.encode(header)
+    except UnicodeEncodeError as exc:
+        raise lone_surrogates(exc.object) from exc
+    if len(text) > _HEADER_LIMIT_BYTES:
+        raise UnsupportedValueError(
+            f"the header of {file.name} has {len(text)} bytes, and safetensors' readers take {_HEADER_LIMIT_BYTES}; "
+            "give max_shard_bytes, so that there are several files",
+            key=file.name,
+        )
+    padding = -(8 + len(text)) % _ALIGNMENT_BYTES
+    return struct.pack("<Q", len(text) + padding) + text + b" " * padding
