@@ -278,8 +278,9 @@ class CheckpointManager:
             UnsupportedValueError: a value that the format cannot hold; nothing was written.
             SaveFailedError: ranks failed, were lost, or hold different states (`.failures`); nothing was committed.
             StorageError: nothing was committed (after `CommitUnknownError`: perhaps).
-            KeyboardInterrupt, SystemExit: as they come; one that comes after the commit, also from a retention rule,
-                has a note that the step is saved.
+            BaseException: an interrupt, an exit or what a signal's handler raises, as it comes. One that comes after
+                the commit, also from a retention rule, has a note that the step is saved. Whether one was committed
+                while it came, the next call for that step asks.
         """
         self._refuse_forked()
         return self._saves.save(_step_before(step, state), state, metrics, metadata, exists=exists)
@@ -412,8 +413,11 @@ class CheckpointManager:
     def latest(self) -> Checkpoint | None:
         """Return the newest readable checkpoint by (epoch, step), or None when none was ever committed.
 
+        None is said, too, where `delete` has deleted all of them.
+
         Raises:
-            ManifestError: checkpoints are there and none can be read.
+            ManifestError: checkpoints are there and none can be read; or none is there, and some were committed.
+            FormatVersionError: the newest is of a newer format.
             StorageError: the store cannot be listed or read.
         """
         self._refuse_closed()
@@ -432,12 +436,17 @@ class CheckpointManager:
         return self._saves.roots.best(metric, mode)
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Return every readable checkpoint, oldest first by (epoch, step)."""
+        """Return every readable checkpoint, oldest first by (epoch, step).
+
+        Raises:
+            ManifestError: checkpoints are there and none can be read; or none is there, and some were committed.
+            StorageError: the store cannot be listed or read.
+        """
         self._refuse_closed()
         return self._saves.roots.all()
 
     def all_steps(self) -> list[int]:
-        """Return the steps of all readable checkpoints, ascending, each once."""
+        """Return the steps of all readable checkpoints, ascending, each once; raises what `checkpoints` raises."""
         return sorted({checkpoint.step for checkpoint in self.checkpoints()})
 
     def latest_step(self) -> int | None:

@@ -464,7 +464,7 @@ def test_what_is_no_outage_does_not_go_to_the_fallback(tmp_path: Path, how: str)
 
 
 def test_the_report_names_what_went_to_the_fallback(tmp_path: Path) -> None:
-    with manager_of(tmp_path) as manager:
+    with manager_of(tmp_path, sweep_after_s=None) as manager:
         with Outage(manager):
             manager.save(1, state_of(1))
         (trouble,) = manager.report().troubles
