@@ -29,6 +29,8 @@ __all__ = ["load", "read", "save"]
 
 logger = logging.getLogger(__name__)
 
+_OURS = "cloudckpt."
+
 
 def _refuse_swapped(call: str, state: object, url: object) -> None:
     """Refuse a URL where the state belongs, before anything is opened."""
@@ -178,7 +180,8 @@ def read(
     Args:
         url: the checkpoint's prefix.
         keys: names or shell globs of names (`model.*`, `optimizer.state.*.exp_avg`); None reads everything. A name
-            also selects all that lies below it.
+            also selects all that lies below it. What the library keeps beside the state, whose names begin with
+            `cloudckpt.`, is selected by what begins so alone.
         storage_options: fsspec's own options for the URL.
         engine: what moves the bytes, as for `save`.
         options: sizes, parallelism, patience.
@@ -236,17 +239,18 @@ def _keyed(step: PathElement) -> PathElement:
 
 
 def _select(index: Index, keys: str | Sequence[str] | None, url: str) -> list[str]:
-    names = [*index.tensors, *index.values]
+    all_names = [*index.tensors, *index.values]
+    names = [name for name in all_names if not name.startswith(_OURS)]
     if keys is None:
-        if any(name.startswith("cloudckpt.per_rank.") for name in names):
+        if any(name.startswith("cloudckpt.per_rank.") for name in all_names):
             logger.warning("%s: state that each rank has for itself is NOT read; restore it with as many ranks", url)
-        return [name for name in names if not name.startswith("cloudckpt.")]
+        return names
     wanted = [keys] if isinstance(keys, str) else list(keys)
     chosen: dict[str, None] = {}
     for pattern in wanted:
         found = [
             name
-            for name in names
+            for name in (all_names if pattern.startswith(_OURS) else names)
             if name == pattern or fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
         ]
         if not found:

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
 import cloudckpt
+from tests.any_state import shared
 from tests.any_state.building import Built, build, train
 from tests.any_state.looking import look, lost
 from tests.any_state.modules import DTYPES, FLOAT32_ALONE, MODULES
@@ -147,6 +148,32 @@ def test_any_state_is_restored_bit_for_bit_or_refused_by_name_and_unchanged(
     recipe: Recipe, change: Change, folder: Path, elsewhere: concurrent.futures.Executor, part: int
 ) -> None:
     check(recipe, change, folder, elsewhere)
+
+
+# 2,000 in the long profile.
+@settings(max_examples=examples(2000, short=60), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(recipe=shared.shared_recipes())
+def test_memory_that_parts_of_a_state_share_comes_back_in_each_of_them_or_is_refused_by_name_and_unchanged(
+    recipe: shared.SharedRecipe, folder: Path
+) -> None:
+    url = str(folder / str(next(_numbers)))
+    state, twin = shared.build(recipe, _SAVED), shared.build(recipe, _TWIN, is_twin=True)
+    wanted, before = shared.look(state), shared.look(twin)
+    cloudckpt.save(state, url, progress="off")
+    assert not list(lost(shared.look(state), wanted)), "saving changed the state"
+    error = None
+    try:
+        cloudckpt.load(twin, url, progress="off")
+    except cloudckpt.StateMismatchError as exc:
+        error = str(exc)
+    if error is not None:
+        event("refused")
+        assert not recipe.is_alike, error
+        assert "share memory" in error
+        assert not list(lost(shared.look(twin), before)), f"changed, though it was refused: {error}"
+        return
+    event("restored")
+    assert not (gone := list(lost(shared.look(twin), wanted))), gone
 
 
 @settings(max_examples=examples(400, short=15), suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -72,7 +72,10 @@ def run(recipe: RankRecipe, url: str) -> Found:
     after = look(twin)
     train(twin, 777)
     train(alone, 777)
-    return Found(wanted, before, after, look(twin), look(alone), is_different, None, load_error, is_ours)
+    stepped, wanted_stepped = look(twin), look(alone)
+    if recipe.is_tied:  # what the object was handed is its own, and does not follow the module
+        del stepped["count"], wanted_stepped["count"]
+    return Found(wanted, before, after, stepped, wanted_stepped, is_different, None, load_error, is_ours)
 
 
 def serve(pipes: list[Connection]) -> None:

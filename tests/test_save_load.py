@@ -544,3 +544,29 @@ def test_a_tensor_that_was_saved_and_restored_can_be_resized(tmp_path: Path) -> 
     tensor = state["w"]
     assert isinstance(tensor, torch.Tensor)
     assert tensor.resize_(200).shape == (200,)
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"), [("*", {"a", "s"}), ("[ac]*", {"a"}), ("cloudckpt.notes", {"cloudckpt.notes"})]
+)
+def test_what_the_library_keeps_beside_the_state_is_read_by_its_own_names_alone(
+    tmp_path: Path, keys: str, names: set[str]
+) -> None:
+    with cloudckpt.CheckpointManager(tmp_path, progress="off") as manager:
+        state = {"a": np.zeros(100_000), "s": OrderedDict(w=torch.ones(1, requires_grad=True))}
+        url = manager.save(0, state).url
+    assert cloudckpt.read(url, keys, progress="off").keys() == names
+
+
+def test_a_pattern_that_only_the_library_s_own_names_match_matches_nothing(tmp_path: Path) -> None:
+    with cloudckpt.CheckpointManager(tmp_path, progress="off") as manager:
+        url = manager.save(0, {"a": torch.ones(1)}).url
+    with pytest.raises(cloudckpt.CheckpointNotFoundError, match=r"'\*rng\*'; it holds a, …"):
+        cloudckpt.read(url, "*rng*", progress="off")
+
+
+@pytest.mark.parametrize("key", [np.str_("w"), type("Name", (str,), {})("w")])
+def test_a_key_of_another_type_than_str_is_refused_by_name_before_anything_is_saved(tmp_path: Path, key: str) -> None:
+    with pytest.raises(cloudckpt.OptionsError, match=f"'w'.*{type(key).__name__}.*give a str"):
+        cloudckpt.save({key: torch.ones(1)}, tmp_path / "c", progress="off")
+    assert not (tmp_path / "c").exists()

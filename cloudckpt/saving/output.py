@@ -46,7 +46,7 @@ from cloudckpt.saving.snapshot import Staged
 from cloudckpt.saving.source import PieceSource, Staging
 from cloudckpt.saving.tally import Written
 from cloudckpt.state import collector_at_rest
-from cloudckpt.store import RetryingStore, Store, StoreStats
+from cloudckpt.store import PROVEN_BYTES, RetryingStore, Store, StoreStats
 from cloudckpt.threads import each, new_lock
 from cloudckpt.transfer import Budget, Puts, ShardJob, Watch, upload
 
@@ -166,7 +166,8 @@ def commit_index(target: Target, index: Index, record: Record) -> Checkpoint:
 
     # At once, so that a look at what was stored before costs no time.
     look: Callable[[], None] = partial(_refuse_lost_shards, target, index)
-    work = [put, look] if _scheme_of(store) in _ONE_FOR_ALL else [put]
+    is_proven = record.world_size == 1 and index.total_bytes <= PROVEN_BYTES
+    work = [put, look] if _scheme_of(store) in _ONE_FOR_ALL and not is_proven else [put]
     each(work, lambda one: one(), threads=len(work), name="cloudckpt-commit")
     seconds = {**record.seconds, "commit_s": time.monotonic() - began_s}
     return target.commit(_manifest(target, index, data, record, seconds))

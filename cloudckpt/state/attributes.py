@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from cloudckpt.format import JsonValue, codec
 
@@ -55,12 +57,13 @@ def is_foreign(leaf: object) -> bool:
 
 
 def as_it_was(leaf: object, note: JsonValue) -> object:
-    """Return a restored tensor as its note says that it was."""
-    if type(leaf) is not torch.Tensor or not isinstance(note, dict) or note.get("requires_grad") is not True:
+    """Return a restored tensor as its note says that it was; `leaf` stays as it is, and has the same memory."""
+    if type(leaf) not in (torch.Tensor, DTensor) or not isinstance(note, dict) or note.get("requires_grad") is not True:
         return leaf
-    if not (leaf.is_floating_point() or leaf.is_complex()):
+    plain = cast("torch.Tensor", leaf)
+    if not (plain.is_floating_point() or plain.is_complex()):
         return leaf
-    return nn.Parameter(leaf) if note.get("parameter") is True else leaf.requires_grad_()
+    return nn.Parameter(plain) if note.get("parameter") is True else plain.detach().requires_grad_()
 
 
 def with_attributes(nested: object, name: str, notes: Mapping[str, JsonValue], *, is_new: bool = False) -> object:

@@ -15,6 +15,7 @@ Knows PyTorch's objects; knows nothing of stores, steps or shards, nor of what a
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import cast
 
@@ -119,6 +120,8 @@ class _ValueEntry(Entry):
             merged = {key: self._merged(live.get(key), value) for key, value in restored.items()}
             live.clear()
             live.update(merged)
+            if isinstance(live, defaultdict) and isinstance(restored, defaultdict):
+                live.default_factory = restored.default_factory
             vars_of(live).update(vars_of(restored))
             return True
         if isinstance(live, list) and isinstance(restored, list):
@@ -146,9 +149,10 @@ def bind(state: MutableMapping[str, object]) -> list[Entry]:
     if not isinstance(state, MutableMapping) or not state:
         raise OptionsError(f"state is a {type(state).__name__}; give a non-empty dict such as {{'model': model}}")
     for name in state:
-        if not isinstance(name, str) or not name or name.startswith("cloudckpt."):
+        if type(name) is not str or not name or name.startswith("cloudckpt."):
+            what = f", a {type(name).__name__}," if type(name) is not str else ""
             raise OptionsError(
-                f"state key {name!r} is not a usable name; give a string that does not start with 'cloudckpt.'"
+                f"state key {name!r}{what} is not a usable name; give a str that does not start with 'cloudckpt.'"
             )
     places = [place for name, value in state.items() for place in _places(Place([name], name, value, state, name))]
     plain = PlainModules()
@@ -187,7 +191,7 @@ def _steps_into(place: Place) -> Iterator[Place]:
     for key in keys:
         if isinstance(container, tuple):
             step: PathElement = {"tuple": key}
-        elif isinstance(container, list) or isinstance(key, str):
+        elif isinstance(container, list) or type(key) is str:
             step = key
         else:
             step = {"key": codec.encode(key, key=place.name)}

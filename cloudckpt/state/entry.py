@@ -186,6 +186,10 @@ class Entry(ABC):
         """
         return True
 
+    def hands_over(self, name: str) -> bool:
+        """Tell whether code of the object's own gets what is saved under a name, and judges its dtype."""
+        return False
+
     def allocate(self, below: Sequence[PathElement], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Return a target for a saved tensor that the live state has no place for; `below` is its path in the entry."""
         return torch.empty(shape, dtype=dtype, device="cpu")

@@ -21,6 +21,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_dtensor
 
+from cloudckpt.errors import CloudCkptError
 from cloudckpt.format import Flat, PathElement, codec
 from cloudckpt.root import Fit
 from cloudckpt.state.attributes import names_above
@@ -81,6 +82,7 @@ class _Matching:
         self._early: dict[str, object] = {}
         self._tensors: dict[str, object] = {}
         self._shared: list[list[_Held]] = []
+        self._free: list[list[_Held]] = []  # nobody but objects that are asked has the memory
         self._resized: list[Resized] = []
         self._moved: dict[str, list[str]] = {}
         self._part_of: dict[str, Part] = {}
@@ -165,6 +167,12 @@ class _Matching:
                 self._misfit.missing.append(name)
                 self._part_of[name] = part
                 part.leaves[name], part.paths[name] = current, live.paths[name]
+        if not entry.pins and all(map(self._is_of_container, part.paths)):
+            # The types of containers, and of keys, are the saved ones.
+            part.paths = {name: self._saved.path(name) for name in part.paths}
+
+    def _is_of_container(self, name: str) -> bool:
+        return name in self._saved.paths and not self._saved.is_of_module(name)
 
     def _value_above(self, live: Flat, name: str) -> str | None:
         """Return which value of the live state stands where a container was that held what was saved as `name`."""
@@ -177,7 +185,7 @@ class _Matching:
             return
         current = part.live.leaves.get(name)
         shape = self._saved.shapes[name]
-        if part.entry.pins and is_tensor(current) and _has_form(current):
+        if part.entry.pins and is_tensor(current) and _has_form(current) and not part.entry.hands_over(name):
             if shape_of(current) == shape:
                 self._fits_dtype(part, name, current)  # what loads by itself ends in a copy that casts, mostly
             if _is_on_meta(current):
@@ -338,12 +346,50 @@ class _Matching:
         restoration.early.update(self._early)
         restoration.tensors.update(self._tensors)
         for group in self._shared:
-            restoration.compare_early([(held.name, held.tensor, self._own(held.part, held.name)) for held in group])
+            members = [(held.name, held.tensor, self._compared(held, restoration)) for held in group]
+            restoration.compare_early(members)
+        for group in self._free:
+            restoration.watch([(held.name, held.tensor, held.part.leaves[held.name]) for held in group])
         for resized in self._resized:
             restoration.resize_early(resized)
         for held in self._on_meta:
             restoration.materialize_later(held.part.entry, held.name)
+        self._check_filled(restoration)
         return restoration
+
+    def _compared(self, held: _Held, restoration: Restoration) -> object:
+        """Return what a tensor is to hold, read early: what its object is handed, or memory for this alone."""
+        given = held.part.leaves.get(held.name)
+        if held.part.entry.is_asked and given is not held.tensor:
+            return given
+        # One of several parts may share memory with others in more than one place.
+        if held.name not in restoration.early:
+            restoration.early[held.name] = self._own(held.part, held.name)
+        return restoration.early[held.name]
+
+    def _check_filled(self, restoration: Restoration) -> None:
+        """See to it that nobody is handed memory that was made here and is not read.
+
+        Raises:
+            CloudCkptError: somebody would be, by an error of ours.
+        """
+        early = set(map(id, restoration.early.values()))
+        read = early.union(map(id, restoration.tensors.values()))
+        resized = {one.name for one in self._resized}  # made when they are asked
+        for part in self._parts:
+            given = {} if part.is_filled() else part.leaves
+            live = part.live.leaves
+            made = {
+                name: leaf
+                for name, leaf in (*given.items(), *part.own.items())
+                if leaf is not live.get(name) and name not in self._saved.values and name not in resized
+            }
+            for name, leaf in made.items():
+                if id(leaf) not in (early if part.entry.is_asked else read):
+                    raise CloudCkptError(
+                        f"{name} would be memory that nothing fills, by an error in cloudckpt; nothing was restored. "
+                        "Report it, and restore the state without it meanwhile"
+                    )
 
     def _part_memory(self) -> None:
         """See to it that what is filled in place is filled by one name only."""
@@ -371,8 +417,7 @@ class _Matching:
         self._refuse_resized(group)
         filled = [held for held in group if held.name in self._held]
         if not filled:
-            # By its own loading a module writes into all of them.
-            self._share([held for held in group if held.part.entry.pins and held.name in self._tensors], 0)
+            self._share(self._written(group), 0)
             return
         claim = min(map(_claim, filled))
         writing = [held for held in group if held not in filled and held.part is not filled[0].part]
@@ -388,7 +433,15 @@ class _Matching:
                 del self._held[held.name]  # it is filled by the other name, and stays one with it
             else:
                 self._move(held, (owner if owner is not held else group[-1]).name)
-        self._share([*staying, *(held for held in writing if staying and held.part.entry.may_write)], len(staying))
+        self._share([*staying, *self._written(group)], len(staying))
+
+    def _written(self, group: Sequence[_Held]) -> list[_Held]:
+        """Return those of a group that their objects may write into when they load, from memory of their own."""
+        return [
+            held
+            for held in group
+            if held.part.entry.may_write and held.part.leaves.get(held.name, held.tensor) is not held.tensor
+        ]
 
     def _share(self, group: Sequence[_Held], filled: int) -> None:
         """Have several names go to one memory, if they are to hold the same; the first of them are `filled`."""
@@ -396,7 +449,8 @@ class _Matching:
             return
         is_one = is_one_memory([held.tensor for held in group])
         if not is_one or len({self._saved.tied(held.name) for held in group}) > 1:
-            self._shared.append(list(group))
+            is_free = filled == 0 and not any(held.part.entry.pins for held in group)
+            (self._free if is_free else self._shared).append(list(group))
         if is_one:
             for held in group[1:filled]:
                 del self._held[held.name]

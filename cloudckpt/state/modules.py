@@ -136,6 +136,9 @@ class ModuleEntry(Entry):
             self._own_names = set(self._names_of_their_own())
         return name in self._own_names or any(one in self._own_names for one in names_above(name))
 
+    def hands_over(self, name: str) -> bool:
+        return _EXTRA_STATE in name.split(".")
+
     def _names_of_their_own(self) -> Iterator[str]:
         """Yield the names of parts that load by themselves, and of what they have besides tensors."""
         for path, part in self._module.named_modules():

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from cloudckpt.transfer import bytes_of
 
 __all__ = [
+    "bits_of",
     "conflict",
     "identity",
     "is_one_memory",
@@ -122,9 +123,14 @@ def is_one_memory(tensors: Sequence[object]) -> bool:
 def identity(tensor: object) -> tuple[object, ...]:
     """Return what tensors have in common that are the same elements; () if this rank has no memory of it."""
     return tuple(
-        (str(part.device), _address(part), part.dtype, tuple(part.size()), tuple(part.stride()))
+        (str(part.device), _address(part), part.dtype, tuple(part.size()), tuple(part.stride()), *_reading(part))
         for part in local_parts(tensor)
     )
+
+
+def _reading(tensor: torch.Tensor) -> tuple[bool, bool]:
+    """Return how elements are read from memory: conjugated, negated."""
+    return tensor.is_conj(), tensor.is_neg()
 
 
 def without_memory(tensors: Iterable[tuple[str, object]]) -> list[list[str]]:
@@ -133,7 +139,7 @@ def without_memory(tensors: Iterable[tuple[str, object]]) -> list[list[str]]:
     for name, tensor in tensors:
         local = tensor.to_local() if isinstance(tensor, DTensor) else cast("torch.Tensor", tensor)
         storage = local.untyped_storage()._cdata  # noqa: SLF001 (there is no other name for memory that is not there)
-        place = storage, local.storage_offset(), tuple(local.size()), tuple(local.stride())
+        place = storage, local.storage_offset(), tuple(local.size()), tuple(local.stride()), _reading(local)
         groups.setdefault(place, []).append(name)
     return [names for names in groups.values() if len(names) > 1]
 
@@ -183,8 +189,10 @@ def conflict(members: Sequence[tuple[str, object, object]]) -> tuple[str, str] |
 
 def _view(memory: torch.Tensor, like: torch.Tensor, start_bytes: int) -> torch.Tensor:
     room = (len(memory) - start_bytes) // like.element_size() * like.element_size()
-    typed = memory[start_bytes : start_bytes + room].view(like.dtype)
-    return typed.as_strided(like.size(), like.stride())
+    typed = memory[start_bytes : start_bytes + room].view(like.dtype).as_strided(like.size(), like.stride())
+    is_conjugated, is_negated = _reading(like)
+    typed = typed.conj() if is_conjugated else typed
+    return torch._neg_view(typed) if is_negated else typed  # noqa: SLF001 (there is no other way to make one)
 
 
 def _is_alike(one: object, other: object) -> bool:
@@ -193,4 +201,13 @@ def _is_alike(one: object, other: object) -> bool:
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Compare bits: a NaN is like itself, and no zero like the other."""
-    return np.array_equal(bytes_of(one.contiguous()), bytes_of(other.contiguous()))
+    return np.array_equal(_bytes(one), _bytes(other))
+
+
+def bits_of(tensor: torch.Tensor) -> bytes:
+    """Return a copy of the elements of a tensor with memory, on whatever device."""
+    return _bytes(tensor.to("cpu")).tobytes()
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    return bytes_of(tensor.detach().resolve_conj().resolve_neg().contiguous())

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from cloudckpt.errors import OptionsError, RestoreFailedError, StateMismatchError
@@ -20,7 +21,7 @@ from cloudckpt.format import Flat, PathElement, unflatten
 from cloudckpt.root import Fit
 from cloudckpt.state.attributes import as_it_was, with_attributes
 from cloudckpt.state.entry import Entry, Left, Misfit
-from cloudckpt.state.overlap import conflict, local_parts
+from cloudckpt.state.overlap import bits_of, conflict, local_parts
 
 __all__ = ["Allowed", "Part", "Resize", "Resized", "Restoration", "mismatch", "some"]
 
@@ -28,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 _Shape = tuple[int, ...]
 _SHOWN = 8
+_SHARE = (
+    "{} and {} share memory here and differ in the checkpoint; give each its own, or restore a checkpoint of a model "
+    "that ties them"
+)
 
 Resize = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 """Given a name, the saved tensor and the live one of another shape, return what the live one is to hold."""
@@ -104,8 +109,13 @@ class Part:
         """Return the nested state of the entry, without the path that leads to it."""
         top = len(self.entry.path)
         below: dict[str, list[PathElement]] = {name: ["", *self.paths[name][top:]] for name in self.leaves}
-        made: dict[int, object] = {}  # what has several names is one object under all of them
-        leaves = {name: made.setdefault(id(leaf), self._as_it_was(name, leaf)) for name, leaf in self.leaves.items()}
+        # What has several names is one object under all of them, but for a Parameter and what was detached from it.
+        made: dict[tuple[int, bool, bool], object] = {}
+        leaves = {}
+        for name, leaf in self.leaves.items():
+            was = self._as_it_was(name, leaf)
+            is_grown = isinstance(was, torch.Tensor) and was.requires_grad
+            leaves[name] = made.setdefault((id(leaf), is_grown, isinstance(was, nn.Parameter)), was)
         nested = unflatten(leaves, below).get("", {})
         # A module is told its versions where it is handed its state.
         return nested if self.entry.pins else with_attributes(nested, self.entry.name, self.entry.notes)
@@ -162,6 +172,7 @@ class Restoration:
         self._parts = parts
         self._allowed = allowed
         self._shared: list[list[tuple[str, object, object]]] = []
+        self._watched: list[list[tuple[str, object, object]]] = []
         self._resized: list[Resized] = []
         self._new: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._undos: list[tuple[str, Callable[[], None] | None]] = []
@@ -204,9 +215,12 @@ class Restoration:
             one.part.leaves[one.name] = made.get(one.name, one.live)
 
     def compare_early(self, members: list[tuple[str, object, object]]) -> None:
-        """Have `ask` compare tensors that share memory: (name, the live one, what it is to hold)."""
+        """Have `ask` compare tensors that share memory: (name, the live one, what it is to hold, read early)."""
         self._shared.append(members)
-        self.early.update({name: content for name, _, content in members})
+
+    def watch(self, members: list[tuple[str, object, object]]) -> None:
+        """Have `ask` see that objects leave memory alone that they share and that cannot hold what all are handed."""
+        self._watched.append(members)
 
     def resize_early(self, resized: Resized) -> None:
         """Have `ask` make of a saved tensor what a live one is to hold."""
@@ -236,10 +250,9 @@ class Restoration:
         """
         for members in self._shared:
             if (pair := conflict(members)) is not None:
-                raise StateMismatchError(
-                    f"{pair[0]} and {pair[1]} share memory here and differ in the checkpoint; give each its own, or "
-                    "restore a checkpoint of a model that ties them; nothing was restored"
-                )
+                raise StateMismatchError(f"{_SHARE.format(*pair)}; nothing was restored")
+        # Objects may write there, so that the last one wins, or keep what they are handed, which is right.
+        watched = [(pair, members, _bits(members)) for members in self._watched if (pair := conflict(members))]
         for one in self._resized:
             one.part.leaves[one.name] = self._made(one)
         asked = [(part, part.entry.backup()) for part in self._parts if part.entry.is_asked]
@@ -249,12 +262,17 @@ class Restoration:
             try:
                 part.load()
             except Exception as exc:
-                changed = self.undo()
-                but = f" but in {', '.join(changed)}, which cannot take its old state back" if changed else ""
-                raise StateMismatchError(
-                    f"{part.entry.name} refuses the state that was saved: {type(exc).__name__}: {exc}; nothing was "
-                    f"changed{but}"
-                ) from exc
+                why = f"{part.entry.name} refuses the state that was saved: {type(exc).__name__}: {exc}"
+                raise self._taken_back(why) from exc
+        for pair, members, before in watched:
+            if _bits(members) != before:
+                raise self._taken_back(_SHARE.format(*pair))
+
+    def _taken_back(self, why: str) -> StateMismatchError:
+        """Give all objects their old state back, and return what is raised then."""
+        changed = self.undo()
+        but = f" but in {', '.join(changed)}, which cannot take its old state back" if changed else ""
+        return StateMismatchError(f"{why}; nothing was changed{but}")
 
     def _made(self, one: Resized) -> torch.Tensor:
         if self._allowed.resize is None:
@@ -354,6 +372,10 @@ class Restoration:
             logger.warning("in the checkpoint and NOT restored: %s", some(fit.unexpected))
         if fit.cast:
             logger.warning("restored into another dtype: %d tensors (%s)", len(fit.cast), some(fit.cast))
+
+
+def _bits(members: Sequence[tuple[str, object, object]]) -> list[bytes]:
+    return [bits_of(part) for _, live, _ in members for part in local_parts(live)]
 
 
 def some(names: Sequence[str]) -> str:

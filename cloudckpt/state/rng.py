@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, cast
 
 import torch
 
-from cloudckpt.format import Index
+from cloudckpt.errors import CloudCkptError
+from cloudckpt.format import Index, codec
 from cloudckpt.state.per_rank import pack, unpack
 
 __all__ = ["Generators", "capture_rng", "restore_rng", "set_generator"]
@@ -68,14 +70,20 @@ def capture_rng() -> dict[str, object]:
     """Return the state of python's, NumPy's and torch's generators: the CPU's and every initialised device's."""
     states: dict[str, object] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if "numpy.random" in sys.modules:
-        import numpy as np
-
-        states["numpy"] = np.random.get_state()  # noqa: NPY002 (the global generator is what programs have used)
+        states["numpy"] = _numpy_state()
     for name in _DEVICES:
         if _is_in_use(name):
             module = torch.get_device_module(name)
             states[name] = [module.get_rng_state()] if name == "mps" else list(module.get_rng_state_all())
     return states
+
+
+def _numpy_state() -> object:
+    import numpy as np
+
+    generators: Any = np.random
+    is_usual = type(generators.get_bit_generator()) is np.random.MT19937
+    return generators.get_state(legacy=is_usual)  # (the global generator is what programs have used)
 
 
 def _is_in_use(name: str) -> bool:
@@ -89,20 +97,43 @@ def _is_in_use(name: str) -> bool:
 def restore_rng(states: Mapping[str, object]) -> None:
     """Put the generators back where `capture_rng` saw them.
 
-    A device that is not here any more, or is here for the first time, keeps its own state, and the log says so.
+    A device that is not here any more, or is here for the first time, keeps its own state, and the log says so; so does
+    a generator that does not take what was saved, which another version of its library may have made.
     """
-    if "python" in states:
-        random.setstate(states["python"])  # type: ignore[arg-type]
-    if "numpy" in states:
-        import numpy as np
+    setters: dict[str, Callable[[Any], object]] = {
+        "python": random.setstate,
+        "numpy": _restore_numpy,
+        "torch": torch.set_rng_state,
+        **{name: partial(_restore_devices, name) for name in _DEVICES},
+    }
+    for name, restore in setters.items():
+        if name in states:
+            try:
+                restore(states[name])
+            except (CloudCkptError, ValueError, TypeError, LookupError, RuntimeError, AttributeError) as exc:
+                logger.warning(
+                    "the generator of %s keeps its own state, which is NOT the saved one (%s: %s); seed it if runs are "
+                    "to be the same",
+                    name,
+                    type(exc).__name__,
+                    exc,
+                )
 
-        np.random.set_state(states["numpy"])  # type: ignore[arg-type]  # noqa: NPY002
-    if isinstance(states.get("torch"), torch.Tensor):
-        torch.set_rng_state(states["torch"])  # type: ignore[arg-type]
-    for name in _DEVICES:
-        saved = states.get(name)
-        if isinstance(saved, list):
-            _restore_devices(name, saved)
+
+def _restore_numpy(saved: object) -> None:
+    """Put NumPy's global generator back; a program may have put another bit generator into it, before or since."""
+    import numpy as np
+
+    generators: Any = np.random
+    if isinstance(saved, dict):
+        # By the codec, which looks at the places in buffers that numpy trusts.
+        made: Any = codec.decode({"$numpy.RandomState": codec.encode(saved, key=_NAME)}, key=_NAME)
+        source = made._bit_generator  # noqa: SLF001 (no other way to it)
+    else:
+        source = np.random.MT19937(0)
+    if type(generators.get_bit_generator()) is not type(source):
+        generators.set_bit_generator(source)
+    generators.set_state(saved)
 
 
 def _restore_devices(name: str, saved: list[torch.Tensor]) -> None:
@@ -139,10 +170,9 @@ def _set_numpy_generator(live: object, restored: object) -> bool:
     if not (isinstance(live, np.random.Generator) and isinstance(restored, np.random.Generator)):
         return False
     here, there = live.bit_generator, restored.bit_generator
-    seed: object = getattr(there, "seed_seq", None)
-    if type(here) is type(there) and getattr(seed, "n_children_spawned", None) == 0:
-        here.state = there.state
+    if type(here) is type(there):
+        # With its seed, to which what it has spawned belongs; whoever else draws from it goes on, too.
+        here.__setstate__((there.state, there.seed_seq))  # type: ignore[attr-defined]
     else:
-        # What it has spawned belongs to its seed, which no setter changes.
         live.__init__(there)  # type: ignore[misc]
     return True

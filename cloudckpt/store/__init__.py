@@ -10,10 +10,12 @@ from cloudckpt.store.limit import LeftBehindError, one_deadline, told_of_moves
 from cloudckpt.store.local import scrub
 from cloudckpt.store.opening import open_store
 from cloudckpt.store.probe import probe_create, probe_write
+from cloudckpt.store.proof import PROVEN_BYTES
 from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.store.stats import StoreStats
 
 __all__ = [
+    "PROVEN_BYTES",
     "Append",
     "LeftBehindError",
     "Listing",

@@ -58,6 +58,11 @@ class _Verdict:
 
 
 _AGAIN = _Verdict(TransientError, "it may pass when tried again")
+_NOT_READY = _Verdict(
+    TransientError,
+    "nothing was sent, because the credentials did not come in time; see whether what hands them out can be reached "
+    "(the metadata of the instance, a container's service, a log-in, a command), or give them in storage_options",
+)
 _SLOWER = _Verdict(ThrottledError, "the store asks for fewer requests; lower the concurrency if it goes on")
 _DENIED = _Verdict(AccessDeniedError, "let the credentials have {right} below this root")
 _ANONYMOUS = _Verdict(
@@ -415,6 +420,8 @@ def _type_verdict(facts: Facts, op: str) -> _Verdict:
     # What is raised before anything was sent, by options or by who connects, is no answer of a store.
     unknown = _OPTIONS if facts.is_unsent else _UNKNOWN
     found = next((_BY_TYPE[name] for name in facts.types if name in _BY_TYPE), unknown)
+    if found is _AGAIN and facts.is_unsent and _PYTHON + "TimeoutError" in facts.types:
+        return _NOT_READY
     if found is _NO_OBJECT and op in _NEEDS_NO_OBJECT:
         return _NO_BUCKET
     # What only a create can mean is no answer to another verb.

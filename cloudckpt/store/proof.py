@@ -18,6 +18,7 @@ from cloudckpt.store.facts import GarbledReplyError
 
 __all__ = [
     "LISTING",
+    "PROVEN_BYTES",
     "check_created",
     "check_document",
     "check_generation",
@@ -30,13 +31,13 @@ __all__ = [
 
 T = TypeVar("T")
 
+PROVEN_BYTES = MIB
+"""Up to this size the answer to a put proves it; what a larger one takes to digest (1.6 ms a MiB) would be missed."""
 LISTING = "ListBucketResult"
 """The root of S3's listings."""
 
 # S3's own and nearly every look-alike's; web servers make theirs of times and sizes, or mark them as weak.
 _ETAG = re.compile(r'\A"?([0-9a-fA-F]{32})(-\d+)?"?\Z')
-# What more than this takes to digest (1.6 ms a MiB) would be missed by a fast link.
-_DIGESTED_BYTES = MIB
 _ROOT = re.compile(
     rb"\A(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*\?>\s*)?(?:<!--.*?-->\s*)*<(?:[\w.-]+:)?([\w.-]+)[\s/>]", re.DOTALL
 )
@@ -128,7 +129,7 @@ def check_stored(etag: str | None, buffers: Sequence[memoryview], look: Callable
     Of a large object one that looks like a digest is believed for now: whoever commits looks at all of them at once.
     """
     found, size_bytes = _ETAG.match(etag or ""), sum(buffer.nbytes for buffer in buffers)
-    is_likely = found is not None and (size_bytes > _DIGESTED_BYTES or _is_digest(found, buffers))
+    is_likely = found is not None and (size_bytes > PROVEN_BYTES or _is_digest(found, buffers))
     if not etag or not (is_likely or _attempted(look) == (etag, size_bytes)):
         raise GarbledReplyError("the reply does not say what was stored")
 

@@ -19,7 +19,7 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -32,7 +32,7 @@ from cloudckpt.store.aside import Aside, pinned, waitable_s
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, pieces, place
 from cloudckpt.store.classify import CredentialKind
-from cloudckpt.store.facts import BodyLengthError
+from cloudckpt.store.facts import BodyLengthError, before_sending
 from cloudckpt.store.limit import Limit, LimitNow, limit_now, note_move
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ __all__ = [
     "fill",
     "memory_for",
     "own_options",
+    "preparing",
     "take",
 ]
 
@@ -121,10 +122,12 @@ class _Progress:
 
     Attributes:
         looked_s: when it was last looked at, so that the loop was not busy; who waits for the loop reads it.
+        is_preparing: whether what has to come first is still under way, and nothing is sent yet.
     """
 
     def __init__(self) -> None:
         self.looked_s = time.monotonic()
+        self.is_preparing = False
         self._moved_bytes = 0
         self._transport: asyncio.WriteTransport | None = None
 
@@ -136,6 +139,18 @@ class _Progress:
     def position(self) -> int:
         """Return a number that stays the same only as long as nothing moves."""
         return self._moved_bytes - (_unsent_bytes(self._transport) if self._transport is not None else 0)
+
+
+@contextmanager
+def preparing() -> Iterator[None]:
+    """Mark what is done in the block as done before a request can be sent, also for who ends it from outside."""
+    progress = _progress.get() or _Progress()
+    progress.is_preparing = True
+    try:
+        with before_sending():
+            yield
+    finally:
+        progress.is_preparing = False
 
 
 def _unsent_bytes(transport: asyncio.WriteTransport) -> int:
@@ -166,7 +181,9 @@ async def _bounded(request: Coroutine[object, object, T], limit_now: LimitNow, p
             look_s = _LOOK_S if limit.may_change else limit.still_s
             left_s = min(moved_s + limit.still_s, limit.stop_s) - time.monotonic()
             if left_s <= 0:
-                raise TimeoutError("its bytes stood still" if time.monotonic() < limit.stop_s else "its time was up")
+                is_still = time.monotonic() < limit.stop_s
+                with before_sending() if progress.is_preparing else nullcontext():
+                    raise TimeoutError("its bytes stood still" if is_still else "its time was up")
             await asyncio.wait({task}, timeout=min(left_s, limit.still_s / _LOOKS, look_s))
             if progress.position() != position:
                 position, moved_s = progress.position(), time.monotonic()

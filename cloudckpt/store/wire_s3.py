@@ -31,7 +31,7 @@ from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.classify import CredentialKind, is_absence
 from cloudckpt.store.credentials import check_aws_keys
-from cloudckpt.store.facts import GarbledReplyError, HttpStatusError, before_sending, facts_of
+from cloudckpt.store.facts import GarbledReplyError, HttpStatusError, facts_of
 from cloudckpt.store.proof import (
     LISTING,
     check_created,
@@ -44,7 +44,18 @@ from cloudckpt.store.proof import (
 from cloudckpt.store.proxies import is_in_direct_block
 from cloudckpt.store.s3_config import check_bundle, headers_for, s3_config
 from cloudckpt.store.terms import PutTerms, checksum_of
-from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
+from cloudckpt.store.wire import (
+    GatherBody,
+    OnLoop,
+    Page,
+    borrowed,
+    check_range,
+    fill,
+    memory_for,
+    own_options,
+    preparing,
+    take,
+)
 
 __all__ = ["S3Wire"]
 
@@ -220,13 +231,14 @@ class S3Wire(OnLoop):
 
     async def _connect(self) -> _Client:
         """Return the client; s3fs makes it once, resolving credentials and endpoint."""
-        with before_sending():
+        with preparing():
             client: _Client = await self._fs.set_session()
         if client is not self._client:
             verify = client._endpoint.http_session._verify  # noqa: SLF001 - as options, environment and profile have it
             if isinstance(verify, str):
                 check_bundle(verify)
-            self._keys = await _keys_of(client)
+            with preparing():
+                self._keys = await _keys_of(client)
             # Waiting for "100 Continue" costs a round trip, and for ever where a proxy does not pass it on.
             client.meta.events.register("request-created.s3.PutObject", _expect_nothing)
             client.meta.events.register("before-sign.s3.DeleteObjects", _add_md5)

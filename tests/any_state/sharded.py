@@ -101,6 +101,7 @@ class RankRecipe:
         values: shape, layout when saved, layout of the twin.
         differs: what the ranks do not have alike: the `state` of an object, the `buffers` of a plain module, or of
             one in DDP (`ddp buffers`, where rank 0's are right), or the `order` of their names.
+        is_tied: whether the object's tensor is a parameter of the first module.
     """
 
     modules: tuple[tuple[str, str, str], ...]
@@ -110,6 +111,7 @@ class RankRecipe:
     steps: int = 0
     twin_steps: int = 0
     differs: str = "nothing"
+    is_tied: bool = False
 
     @property
     def is_refused(self) -> bool:
@@ -138,6 +140,7 @@ def rank_recipes(draw: st.DrawFn) -> RankRecipe:
         steps=draw(st.integers(0, 2)),
         twin_steps=draw(st.integers(0, 1)),
         differs=draw(st.sampled_from(["nothing", "nothing", "state", "buffers", "ddp buffers", "order"])),
+        is_tied=draw(st.booleans()),
     )
 
 
@@ -195,6 +198,8 @@ def build(recipe: RankRecipe, seed: int, *, is_twin: bool = False) -> Part:
         part.values.append(VALUES[restored if is_twin else saved](torch.rand(shape, generator=generator)))
     for step in range(recipe.twin_steps if is_twin else recipe.steps):
         train(part, seed * 100 + step)
+    if recipe.is_tied:
+        part.count.tensor = next(part.modules[0].parameters()).detach()
     return part
 
 
@@ -237,7 +242,7 @@ def train(part: Part, seed: int) -> None:
 
 def look(part: Part) -> dict[str, Any]:
     """Return all full tensors by name, as plain data; every rank calls it."""
-    found: dict[str, Any] = {"count": bits(part.count.state_dict())}
+    found: dict[str, Any] = {"count": bits(_full(part.count.state_dict()))}
     for place, (module, optimizer) in enumerate(zip(part.modules, part.optimizers, strict=True)):
         found[f"m{place}"] = {_clean(name): bits(_full(value)) for name, value in module.state_dict().items()}
         names: Mapping[int, str] = {id(each): _clean(name) for name, each in module.named_parameters()}

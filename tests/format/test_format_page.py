@@ -274,6 +274,7 @@ DECODED: dict[str, Callable[[Json], Json]] = {
         made["shape"], made["dtype"], base64.b64decode(made["data"]), order=made["order"]
     ),
     "$torch.tensor": lambda made: (made["dtype"], tuple(made["shape"]), base64.b64decode(made["data"])),
+    "$torch.requires_grad": decoded,
     **dict.fromkeys(("$torch.dtype", "$torch.device"), str),
     **dict.fromkeys(("$defaultdict",), lambda record: decoded(record)["items"]),
     "$deque": lambda record: deque(decoded(record["items"]), record["maxlen"]),
@@ -378,7 +379,7 @@ def test_the_page_is_enough_to_read_a_checkpoint(tmp_path: Path) -> None:
 
 def test_arrays_and_tensors_among_values_are_read(tmp_path: Path) -> None:
     array = np.asfortranarray(np.arange(6, dtype=">i2").reshape(2, 3))
-    torch_values = [torch.tensor([1.5, 2.0], dtype=torch.bfloat16)]
+    torch_values = [torch.tensor([1.5, 2.0], dtype=torch.bfloat16), torch.tensor([1.0], requires_grad=True)]
     cloudckpt.save({"w": torch.ones(1), "rng": array}, tmp_path / "c", metadata={"t": torch_values})
 
     found = Reader(tmp_path / "c")

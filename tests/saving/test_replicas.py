@@ -301,3 +301,8 @@ def test_digests_of_different_samples_refuse_nothing_that_is_alike(tmp_path: Pat
     for found in run(2, sample_other_blocks, str(tmp_path)):
         assert found[0] == ""
         assert "'w' (float32 (2097152,)) differs between rank 0 and rank 1" in found[1]
+
+
+def test_a_single_element_of_any_stride_is_bytes_on_every_device() -> None:
+    part = module._Part(torch.arange(2.0)[::2], 0, 1)
+    assert [bytes(batch) for batch in module._device_bytes(iter([part]))] == [bytes(4)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -889,3 +890,202 @@ def test_the_state_of_a_grown_parameter_is_what_resize_makes_of_it(
     assert torch.equal(state["exp_avg"][3:], tail)
     assert torch.equal(again.weight[:3], model.weight)
     assert torch.equal(other.weight, saved["other"].weight)
+
+
+# -- what several hold -------------------------------------------------------------------------------------------------
+
+
+class Keeping:
+    """Keeps what it is handed."""
+
+    def __init__(self, **held: Any) -> None:
+        self.held = held
+
+    def state_dict(self) -> State:
+        return self.held
+
+    def load_state_dict(self, state: State) -> None:
+        self.held = state
+
+
+class CopyingInto(Keeping):
+    """Copies what it is handed to where it has the same."""
+
+    def load_state_dict(self, state: State) -> None:
+        for name, tensor in self.held.items():
+            tensor.copy_(state[name])
+
+
+class OwnLinear(nn.Linear):
+    """Loads by code of its own."""
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        return super()._load_from_state_dict(*args)
+
+
+VIEWS: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda weight: weight[0],
+    lambda weight: weight.view(-1),
+    lambda weight: weight.t(),
+    lambda weight: weight,
+]
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("kind", [Keeping, CopyingInto])
+@pytest.mark.parametrize("linear", [nn.Linear, OwnLinear])
+def test_an_object_that_holds_a_view_of_a_model_is_handed_what_was_saved(
+    tmp_path: Path,
+    kind: type[Keeping],
+    linear: type[nn.Linear],
+    view: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    there, here = linear(3, 2), linear(3, 2)
+    saved, live = kind(x=view(there.weight.detach())), kind(x=view(here.weight.detach()))
+    trip(tmp_path, {"model": there, "o": saved}, {"model": here, "o": live})
+    assert torch.equal(live.held["x"], saved.held["x"])
+    assert torch.equal(here.weight, there.weight)
+
+
+def test_an_object_that_holds_the_model_takes_a_copy_that_was_saved(tmp_path: Path) -> None:
+    there, here = nn.Linear(3, 2), nn.Linear(3, 2)
+    saved, live = Keeping(w=there.weight.detach().clone()), Keeping(w=here.weight.detach())
+    trip(tmp_path, {"model": there, "ema": saved}, {"model": here, "ema": live})
+    assert torch.equal(live.held["w"], there.weight)
+
+
+def test_nobody_is_handed_memory_that_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cloudckpt.save({"o": Keeping(x=torch.ones(2))}, tmp_path / "c", progress="off")
+    live = Keeping(x=torch.zeros(2))
+    monkeypatch.setattr("cloudckpt.state.matching._Matching._refuse_doubles", lambda self: self._early.clear())
+    with pytest.raises(cloudckpt.CloudCkptError, match=r"o\.x would be memory that nothing fills"):
+        cloudckpt.load({"o": live}, tmp_path / "c", progress="off")
+    assert live.held["x"].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("is_beside", [True, False])
+@pytest.mark.parametrize("kinds", [(OwnLinear, OwnLinear), (nn.Linear, OwnLinear), (OwnLinear, nn.Linear)])
+def test_untied_weights_do_not_go_into_tied_ones_that_load_by_themselves(
+    tmp_path: Path, kinds: tuple[type[nn.Linear], type[nn.Linear]], *, is_beside: bool
+) -> None:
+    there, here = (nn.ModuleList([kind(2, 2, bias=False) for kind in kinds]) for _ in range(2))
+    here[1].weight = here[0].weight
+    before = here[0].weight.detach().clone()
+
+    def state(model: nn.Module) -> State:
+        return {"model": model, "ema": dict(model.state_dict())} if is_beside else {"model": model}
+
+    with pytest.raises(StateMismatchError, match=r"model\.[01]\.weight and model\.[01]\.weight share memory"):
+        trip(tmp_path, state(there), state(here))
+    assert torch.equal(here[0].weight, before)
+
+
+def test_of_objects_in_one_memory_those_that_keep_are_restored_and_those_that_copy_are_refused(tmp_path: Path) -> None:
+    cloudckpt.save({"a": Keeping(x=torch.ones(1)), "b": Keeping(x=torch.zeros(1))}, tmp_path / "c", progress="off")
+    for kind in (Keeping, CopyingInto):
+        memory = torch.full((1,), 7.0)
+        live = {"a": kind(x=memory), "b": kind(x=memory)}
+        if kind is Keeping:
+            cloudckpt.load(live, tmp_path / "c", progress="off")
+            assert [live[name].held["x"].item() for name in "ab"] == [1.0, 0.0]
+        else:
+            with pytest.raises(StateMismatchError, match=r"a\.x and b\.x share memory.*nothing was changed"):
+                cloudckpt.load(live, tmp_path / "c", progress="off")
+            assert memory.item() == 7.0
+
+
+Z = torch.tensor([1 + 2j])
+
+
+@pytest.mark.parametrize("other", [Z.conj(), Z.conj().imag])
+def test_what_is_read_conjugated_or_negated_is_another_tensor(tmp_path: Path, other: torch.Tensor) -> None:
+    one = Z.imag if not other.is_complex() else Z
+    live: State = {"o": Keeping(), "v": None}
+    trip(tmp_path, {"o": Keeping(one=one, other=other), "v": [one, other]}, live)
+    assert torch.equal(live["o"].held["one"], one)
+    assert torch.equal(live["o"].held["other"], other)
+    assert torch.equal(live["v"][0], one)
+    assert torch.equal(live["v"][1], other)
+
+
+class Rope(OwnLinear):
+    """Has a buffer beside its conjugate."""
+
+    def __init__(self, z: torch.Tensor) -> None:
+        super().__init__(1, 1)
+        self.register_buffer("z", z)
+        self.register_buffer("zc", z.conj())
+
+
+def test_a_buffer_and_its_conjugate_come_back_by_own_loading(tmp_path: Path) -> None:
+    live = Rope(torch.zeros(1, dtype=torch.complex64))
+    trip(tmp_path, {"m": Rope(Z.clone())}, {"m": live})
+    assert torch.equal(live.get_buffer("z"), Z)
+    assert torch.equal(live.get_buffer("zc"), Z.conj())
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_parameter_and_what_was_detached_from_it_are_two_tensors_in_one_memory(
+    tmp_path: Path, *, is_first: bool
+) -> None:
+    w = nn.Parameter(torch.ones(1))
+    held = {"w": w, "shadow": w.detach()} if is_first else {"shadow": w.detach(), "w": w}
+    live = Keeping()
+    trip(tmp_path, {"o": Keeping(**held)}, {"o": live})
+    assert type(live.held["w"]) is nn.Parameter
+    assert type(live.held["shadow"]) is torch.Tensor
+    assert not live.held["shadow"].requires_grad
+    assert live.held["w"].data_ptr() == live.held["shadow"].data_ptr()
+
+
+@pytest.mark.parametrize("kind", [deque, lambda items: SimpleNamespace(x=items)])
+def test_gradients_of_tensors_in_any_container_come_back(tmp_path: Path, kind: Callable[[Any], Any]) -> None:
+    live = Keeping()
+    trip(tmp_path, {"o": Keeping(x=kind([torch.ones(1, requires_grad=True), torch.ones(1)]))}, {"o": live})
+    found = live.held["x"]
+    assert [each.requires_grad for each in getattr(found, "x", found)] == [True, False]
+
+
+@pytest.mark.parametrize("held", [{"a": 1}, {"a": torch.ones(1)}])
+@pytest.mark.parametrize(("there", "here"), [(int, list), (None, int), (list, None)])
+def test_the_factory_of_a_defaultdict_is_the_saved_one_where_it_stands(
+    tmp_path: Path, held: State, there: Any, here: Any
+) -> None:
+    kept = defaultdict(here, {name: torch.zeros(1) if name in held and held[name] != 1 else 0 for name in held})
+    live: State = {"v": kept}
+    trip(tmp_path, {"v": defaultdict(there, held)}, live)
+    assert live["v"] is kept
+    assert kept.default_factory is there
+    assert kept == held
+
+
+@pytest.mark.parametrize("kinds", [(dict, OrderedDict), (OrderedDict, dict)])
+def test_a_container_of_tensors_has_the_saved_type(tmp_path: Path, kinds: tuple[type, type]) -> None:
+    there, here = kinds
+    tensor = torch.zeros(1)
+    live: State = {"v": here(a=tensor)}
+    trip(tmp_path, {"v": there(a=torch.ones(1))}, live)
+    assert type(live["v"]) is there
+    assert live["v"]["a"] is tensor
+    assert tensor.item() == 1.0
+
+
+class Amax(nn.Module):
+    """Has a tensor as extra state."""
+
+    def __init__(self, amax: torch.Tensor) -> None:
+        super().__init__()
+        self.w, self.amax = nn.Parameter(torch.ones(1)), amax
+
+    def get_extra_state(self) -> State:
+        return {"amax": self.amax}
+
+    def set_extra_state(self, state: State) -> None:
+        self.amax = state["amax"]
+
+
+def test_extra_state_is_handed_over_in_the_dtype_in_which_it_was_saved(tmp_path: Path) -> None:
+    live = Amax(torch.zeros(1, dtype=torch.int64))
+    trip(tmp_path, {"m": Amax(torch.full((1,), 0.5))}, {"m": live})
+    assert live.amax.dtype == torch.float32
+    assert live.amax.item() == 0.5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,3 +170,55 @@ def test_a_generator_of_the_state_that_has_spawned_draws_on_and_spawns_on_where_
     assert held[0].random() == saved.random()
     assert held[0].spawn(1)[0].random() == saved.spawn(1)[0].random()
     assert held[1].standard_normal() == legacy.standard_normal()
+
+
+@pytest.mark.parametrize(("number", "spawned"), [(6, 0), (5, 3)])
+def test_a_generator_of_another_seed_or_past_spawns_the_children_that_were_to_come(
+    tmp_path: Path, number: int, spawned: int
+) -> None:
+    saved, live = np.random.default_rng(5), np.random.default_rng(number)
+    live.spawn(spawned)
+    source = live.bit_generator
+    cloudckpt.save({"g": saved}, tmp_path / "c", progress="off")
+    cloudckpt.load({"g": live}, tmp_path / "c", progress="off")
+    assert live.spawn(1)[0].random() == saved.spawn(1)[0].random()
+    assert live.random() == saved.random()
+    assert live.bit_generator is source  # whoever else draws from it goes on, too
+
+
+@pytest.fixture
+def usual() -> Iterator[None]:
+    """Give numpy its own global generator back."""
+    generators: Any = np.random
+    before = generators.get_bit_generator()
+    yield
+    generators.set_bit_generator(before)
+
+
+@pytest.mark.usefixtures("usual")
+@pytest.mark.parametrize(("there", "here"), [("PCG64", "MT19937"), ("MT19937", "PCG64"), ("Philox", "SFC64")])
+def test_numpy_s_generator_goes_on_whatever_its_bit_generator_is_now(tmp_path: Path, there: str, here: str) -> None:
+    generators: Any = np.random
+    generators.set_bit_generator(getattr(np.random, there)(1))
+    np.random.normal()  # noqa: NPY002
+    with CheckpointManager(tmp_path, progress="off") as manager:
+        manager.save(0, {"x": 1})
+    expected = draw()
+    generators.set_bit_generator(getattr(np.random, here)(2))
+    with CheckpointManager(tmp_path, progress="off") as manager:
+        manager.restore({"x": 0})
+    assert draw() == expected
+
+
+@pytest.mark.usefixtures("usual")
+@pytest.mark.parametrize("state", [{"bit_generator": "Newer64"}, ("MT19937", [1], 0, 0, 0.0), None])
+def test_a_generator_that_does_not_take_its_state_keeps_its_own_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture, state: object
+) -> None:
+    states = capture_rng()
+    expected = draw()
+    with caplog.at_level(logging.WARNING, logger="cloudckpt"):
+        restore_rng({**states, "numpy": state})
+    found = draw()
+    assert found[:2] + found[4:] == expected[:2] + expected[4:]
+    assert "the generator of numpy keeps its own state" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,7 +14,8 @@ from botocore.credentials import RefreshableCredentials
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError
 from google.oauth2.credentials import Credentials
 
-from cloudckpt.errors import AccessDeniedError, CredentialsExpiredError, OptionsError
+from cloudckpt.errors import AccessDeniedError, CredentialsExpiredError, OptionsError, TransientError
+from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import Store
 from cloudckpt.store.credentials import AwsCredentials
 from cloudckpt.store.fsspec import FsspecStore
@@ -244,6 +246,24 @@ def test_obstores_own_configuration_holds_no_credential(server: ObjectServer) ->
 def test_a_token_is_sent(server: ObjectServer, engine: Engine) -> None:
     _put(engine, server, {"token": Credentials(token="T1"), "endpoint_url": server.endpoint})
     assert server.requests[-1].headers["authorization"] == "Bearer T1"
+
+
+@pytest.mark.parametrize("engine", ON_S3)
+def test_who_hands_out_credentials_and_hangs_is_named_and_not_the_store(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ObjectServer() as server, socket.create_server(("127.0.0.1", 0)) as mute:
+        monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"http://127.0.0.1:{mute.getsockname()[1]}/c")
+        retry = RetryPolicy(request_timeout_s=0.4)
+        store = engine.kind("s3://bucket/root", storage_options={"endpoint_url": server.endpoint}, retry=retry)
+        for call in (lambda: store.put("k", [memoryview(b"x")]), store.list):
+            with pytest.raises(
+                TransientError, match="nothing was sent, because the credentials did not come"
+            ) as caught:
+                call()
+            assert not caught.value.may_have_landed
+        assert server.count() == 0
+        store.close()
 
 
 @pytest.mark.parametrize("engine", ON_GCS)

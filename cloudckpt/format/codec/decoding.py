@@ -274,6 +274,17 @@ def _decode_tensor(walk: Decoder, data: object) -> torch.Tensor:
     return tensor_from_bytes(raw, dtype, shape)
 
 
+def _decode_requires_grad(walk: Decoder, data: object) -> torch.Tensor:
+    tensor = walk.child(data, WITHIN)
+    if (
+        type(tensor) is not torch.Tensor
+        or tensor.requires_grad
+        or not (tensor.is_floating_point() or tensor.is_complex())
+    ):
+        raise walk.error("is no tensor that can have a gradient")
+    return tensor.requires_grad_()
+
+
 def _decode_array(walk: Decoder, data: object) -> np.ndarray[Any, Any]:
     name, dims, order, text = walk.fields(data, "dtype", "shape", "order", "data")
     dtype = numpy_dtype(walk.expect(name, str))
@@ -393,6 +404,7 @@ _TAGS: dict[str, Callable[[Decoder, object], object]] = {
     "$numpy.scalar": _decode_numpy_scalar,
     "$numpy.ndarray": _decode_array,
     "$torch.tensor": _decode_tensor,
+    "$torch.requires_grad": _decode_requires_grad,
     "$torch.Size": _decode_size,
     "$torch.dtype": _decode_dtype,
     "$torch.device": _decode_device,

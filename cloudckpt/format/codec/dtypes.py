@@ -64,7 +64,9 @@ def extent_bytes(shape: Sequence[int], itemsize_bytes: int) -> int | None:
 def tensor_to_bytes(tensor: torch.Tensor) -> Raw:
     """Return the elements of a dense tensor on any device, in row-major order: its own memory, where they lie so."""
     plain = tensor.detach().resolve_conj().resolve_neg().cpu()
-    flat = plain.view(_CARRIERS[plain.element_size()]).contiguous().reshape(-1).view(torch.uint8).numpy()
+    dense = plain.view(_CARRIERS[plain.element_size()]).contiguous()
+    # A single element may keep any stride, also through `reshape`.
+    flat = dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy()
     return _swapped(flat.copy(), tensor.dtype) if _IS_SWAPPED else flat
 
 

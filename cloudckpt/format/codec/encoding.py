@@ -226,9 +226,10 @@ def _encode_tensor(walk: Encoder, tensor: torch.Tensor) -> JsonValue:
             tensor, f"only a dense tensor with bytes can, not {tensor.dtype} {tensor.layout} {tensor.device}"
         )
     shape = walk.shape(tensor, tensor.shape, tensor.stride(), tensor.element_size())
-    return {
+    data: JsonValue = {
         "$torch.tensor": {"dtype": name, "shape": shape, "data": walk.payload(tensor, tensor_to_bytes(tensor).data)}
     }
+    return {"$torch.requires_grad": data} if tensor.requires_grad else data
 
 
 def _encode_dtype(walk: Encoder, dtype: torch.dtype) -> JsonValue:
