@@ -30,19 +30,25 @@ _Result = TypeVar("_Result")
 _COMING_S = 5.0
 
 
-# Of this process; a thread that holds one of them when the process forks is not there in the child.
-_LOCKS: weakref.WeakSet[threading.Lock] = weakref.WeakSet()
+# Of this process; a thread that holds one of them when the process forks is not there in the child. References without
+# callbacks: in one of Python's own, as a WeakSet has them, an interrupt would be lost.
+_LOCKS: list[weakref.ref[threading.Lock]] = []
+_registering = threading.Lock()
+_FEW = 256
 
 
 def new_lock() -> threading.Lock:
     """Return a lock that is open in a forked child; what it guards has to bear that it was held at the fork."""
     made = threading.Lock()
-    _LOCKS.add(made)
+    with _registering:
+        if len(_LOCKS) >= _FEW and not len(_LOCKS) & (len(_LOCKS) - 1):  # at each power of two
+            _LOCKS[:] = [one for one in _LOCKS if one() is not None]
+        _LOCKS.append(weakref.ref(made))
     return made
 
 
 def _open_all() -> None:
-    for one in _LOCKS:
+    for one in [_registering, *filter(None, (ref() for ref in _LOCKS))]:
         one._at_fork_reinit()  # type: ignore[attr-defined]  # noqa: SLF001 (as the standard library does)
 
 

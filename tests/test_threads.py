@@ -100,6 +100,12 @@ def test_a_worker_that_is_revoked_never_works() -> None:
     assert not worked.is_set()
 
 
+def test_locks_that_nobody_has_any_more_are_forgotten() -> None:
+    for _ in range(3000):
+        threads_room.new_lock()
+    assert len(threads_room._LOCKS) < 3000
+
+
 def test_every_lock_is_one_that_a_forked_child_finds_open() -> None:
     package = Path(threads_room.__file__).parent
     makers = {path.name for path in package.rglob("*.py") if re.search(r"threading\.Lock(\(\)|\))", path.read_text())}

@@ -235,7 +235,7 @@ class Epoch:
             self._claim(catalog)
         elif not self._is_high_enough:
             if self.number == 0:
-                refuse_nested(catalog.store.url)
+                refuse_nested(catalog.store.url, is_root=True)
                 probe_create(catalog.store, single_writer=self._is_single_writer)
             self._claim(catalog)
         prefix = checkpoint_prefix(step, self.number)

@@ -49,14 +49,17 @@ def check_exists(exists: str) -> Exists:
     raise OptionsError(f"exists is {exists!r}; give {' or '.join(map(repr, get_args(Exists)))}")
 
 
-def refuse_nested(url: str) -> None:
+def refuse_nested(url: str, *, is_root: bool) -> None:
     """Refuse a place for checkpoints that is below a step of a manager's root, by the form of its URL.
+
+    A root may not be such a step either; what is to be one checkpoint is refused there by what it holds.
 
     Raises:
         OptionsError: it is: what stands below a step goes with that step, or with a sweep.
     """
     above = url.rstrip("/").split("/")
-    step = next((place for place, name in enumerate(above) if parse_checkpoint_prefix(f"{name}/")), None)
+    names = above if is_root else above[:-1]
+    step = next((place for place, name in enumerate(names) if parse_checkpoint_prefix(f"{name}/")), None)
     if step is not None:
         raise OptionsError(
             f"{url} is below {'/'.join(above[: step + 1])}, a step of a CheckpointManager, which goes with all that "
@@ -73,7 +76,7 @@ def check_place(catalog: Catalog, exists: Exists) -> None:
             not replaced.
         ManifestError: it holds one that cannot be read, and so is not replaced.
     """
-    refuse_nested(catalog.store.url.rstrip("/").rpartition("/")[0])
+    refuse_nested(catalog.store.url, is_root=False)
     try:
         is_taken = catalog.is_taken("")
     except CredentialsExpiredError:

@@ -16,7 +16,7 @@ from cloudckpt import threads
 def hold_locks():
     held = threading.Event()
     def hold():
-        taken = list(threads._LOCKS)
+        taken = [threads._registering, *filter(None, (one() for one in threads._LOCKS))]
         for one in taken:
             one.acquire()
         held.set()
