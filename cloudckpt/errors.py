@@ -138,10 +138,12 @@ class StorageError(CloudCkptError):
             or was refused.
         is_other_object: whether what was read has not the size of the object that was meant: so damaged is the object,
             or the answer.
+        is_full: whether the store has no room for it, or a quota is used up.
     """
 
     may_have_landed: bool = True
     is_other_object: bool = False
+    is_full: bool = False
 
     def __init__(self, message: str, *, op: str = "", key: str = "", attempts: int = 1, elapsed_s: float = 0.0) -> None:
         super().__init__(message)

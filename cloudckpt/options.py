@@ -303,6 +303,15 @@ class Options:
             return share_s
         return max(share_s, (self.retry.deadline_s + self.progress_timeout_s) / 2)
 
+    def transfer_limit(self, engine: str) -> tuple[float, str]:
+        """Return the seconds that one transfer may stand still by an engine, and the option that says so.
+
+        A disk that hangs never lets go of a request, so that its own deadline is kept by who watches over it.
+        """
+        if engine == "local" and self.retry.deadline_s < self.transfer_timeout_s:
+            return self.retry.deadline_s, "RetryPolicy.deadline_s"
+        return self.transfer_timeout_s, "Options.progress_timeout_s"
+
     @property
     def transfer_budget_bytes(self) -> int:
         """Host memory that what is in flight may take."""

@@ -102,7 +102,7 @@ def test_an_unreachable_endpoint_fails_within_the_deadline_and_names_itself(engi
 @pytest.mark.parametrize(
     ("call", "code", "kind", "advice"),
     [
-        ("write", errno.ENOSPC, StorageError, "free space"),
+        ("write", errno.ENOSPC, StorageError, "no room left"),
         ("open_new", errno.EROFS, AccessDeniedError, "read-only"),
         ("open_new", errno.EACCES, AccessDeniedError, "owner and the mode"),
     ],

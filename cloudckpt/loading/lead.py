@@ -304,7 +304,8 @@ class _Loading:
         return choice == "always" or (choice == "auto" and self.catalog.store.engine != "local")
 
     def _source(self) -> RankInput:
-        watch = replace(self.group.watch(self.options.transfer_timeout_s), gauge=self.gauge)
+        still_s, limit = self.options.transfer_limit(self.catalog.store.engine)
+        watch = replace(self.group.watch(still_s), gauge=self.gauge, limit=limit)
         return RankInput(self.catalog.store, self.checkpoint, self._index, self.options, watch)
 
     def _ask(self, unexpected: set[str]) -> None:

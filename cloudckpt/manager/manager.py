@@ -177,7 +177,7 @@ class CheckpointManager:
                 grace_s=prune_grace_s,
                 sweep_after_s=sweep_after_s,
                 clock=clock,
-                is_held=lambda: schedule.is_preempted or schedule.is_end_near,
+                is_held=lambda: schedule.end is not None,
                 note=self._journal.note,
             )
             return Pruner(catalog, watched_rules(self._retention), cleaner, scope=retention_scope)

@@ -43,6 +43,7 @@ from cloudckpt.root import Catalog, Checkpoint, Epoch, Pruner, Roots
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
 from cloudckpt.state import Generators, bind, capture, captured, collector_at_rest
 from cloudckpt.store import RetryingStore
+from cloudckpt.threads import new_lock
 from cloudckpt.transfer import Slabs
 
 __all__ = ["Exists", "Home", "Saves"]
@@ -138,6 +139,9 @@ class Saves:
         self.is_interrupted = False
         # The newest commit after which nothing was pruned yet.
         self._to_prune: deque[Checkpoint] = deque(maxlen=1)
+        # Held by who prunes: the thread of the save before, or of one that has no room.
+        self._pruning = new_lock()
+        self._was_end_near = False
         # Removes what the newest save left on a root that was down.
         self._to_take_back: deque[Callable[[], None]] = deque(maxlen=1)
 
@@ -149,7 +153,11 @@ class Saves:
             state, self._to_prepare = self._to_prepare, None
             self._touch_ahead(state)
         self._compare("should_save", self._schedule.terms())
-        return self._schedule.ask(step, self._votes())
+        is_due = self._schedule.ask(step, self._votes())
+        if self._was_end_near and self._may_prune():
+            self.background.tidy_alone()  # what the notice had put off, which was false
+        self._was_end_near = not self._may_prune()
+        return is_due
 
     @property
     def generators(self) -> Generators | None:
@@ -399,6 +407,8 @@ class Saves:
             stop_s = time.monotonic() + patience_s
             self._wait_tidy(patience_s)
             if not (self.is_interrupted or is_forked) and self._may_prune() and self.background.wait_tidy(0):
+                # What a notice had put off.
+                self._prune(Deadline(stop_s=stop_s, reason="the end of the job"))
                 for home in self.homes:
                     home.pruner.end(stop_s - time.monotonic())
         finally:
@@ -466,6 +476,7 @@ class Saves:
                     metrics=metrics,
                     metadata=metadata,
                     slabs=slabs,
+                    room=self._make_room,
                 )
         finally:
             self._is_beginning = False
@@ -523,6 +534,10 @@ class Saves:
 
     def _prune(self, end: Deadline = NEVER) -> None:
         """Prune after the newest commit; later, if an end is near, because deletes would take a save's time."""
+        with self._pruning:
+            self._prune_now(end)
+
+    def _prune_now(self, end: Deadline) -> None:
         while self._may_prune() and self._to_prune:
             newest = self._to_prune.pop()
             with self._journal.harmless(
@@ -536,6 +551,28 @@ class Saves:
                         one.pruner.clean()
         while self._may_prune() and self._to_take_back:
             self._to_take_back.pop()()
+
+    def _make_room(self, catalog: Catalog, go_on: Callable[[], bool]) -> int:
+        """Remove at a root that has no room for a save what no checkpoint needs; return how many objects. On rank 0.
+
+        No checkpoint is pruned while an end is near; what was pruned before goes all the same, when it is due.
+        """
+        home = next(home for home in self.homes if home.store.url == catalog.store.url)
+        while not self._pruning.acquire(timeout=_LOOK_S):
+            if not go_on():
+                return 0
+        try:
+            newest = home.epoch.newest or home.epoch.resumed_from
+            if newest is not None and home.epoch.number and home.catalog.holds(newest) and self._may_prune():
+                with self._journal.harmless("there was no room for a save, and pruning failed"):
+                    home.pruner.prune_after(
+                        newest, home.epoch.line, epoch=home.epoch.number, go_on=lambda: go_on() and self._may_prune()
+                    )
+            count = home.pruner.make_room(go_on=go_on)
+        finally:
+            self._pruning.release()
+        self._journal.note(f"{home.store.url} had no room for a save; {count} objects that nobody needs were removed")
+        return count
 
     def _may_prune(self) -> bool:
         return not self._schedule.is_end_near

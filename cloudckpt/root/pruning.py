@@ -14,6 +14,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 from cloudckpt.deadline import NEVER, Deadline
@@ -39,6 +40,8 @@ _SWEEPING_S = 5.0
 # How often that wait looks whether it is held up.
 _LOOK_S = 0.1
 _AGAIN_S = 3_600.0
+# A save that has no room waits no longer for shards in their grace time.
+_GRACE_AT_MOST_S = 60.0
 _SHOWN = 5
 
 
@@ -71,7 +74,13 @@ class Pruner:
         return bool(self._rules)
 
     def prune_after(
-        self, checkpoint: Checkpoint, line: Line, *, go_on: Callable[[], bool] = lambda: True, until: Deadline = NEVER
+        self,
+        checkpoint: Checkpoint,
+        line: Line,
+        *,
+        epoch: int = 0,
+        go_on: Callable[[], bool] = lambda: True,
+        until: Deadline = NEVER,
     ) -> None:
         """Uncommit what no rule keeps; never the checkpoint that was just committed.
 
@@ -80,20 +89,22 @@ class Pruner:
         raises, also what a rule of the caller's own does, is left to the next save: the checkpoint is safe.
 
         Args:
-            checkpoint: the newest of this job.
+            checkpoint: the newest of this job, or what it went on from.
             line: of which only checkpoints are removed, unless the scope is the root.
+            epoch: in which this job writes, if that is not the one of the checkpoint.
             go_on: whether there is time for the next one.
             until: by when it ends, also in the middle of a request.
         """
         self._until = until
         try:
-            self._prune_after(checkpoint, line, go_on)
+            self._prune_after(checkpoint, line, epoch or checkpoint.epoch, go_on)
+            if not epoch:
+                self._catalog.claims.mark_committed(checkpoint.epoch)
         finally:
             self._until = NEVER
 
-    def _prune_after(self, checkpoint: Checkpoint, line: Line, go_on: Callable[[], bool]) -> None:
-        self._catalog.claims.mark_committed(checkpoint.epoch)
-        going = self._going(checkpoint, line)
+    def _prune_after(self, checkpoint: Checkpoint, line: Line, epoch: int, go_on: Callable[[], bool]) -> None:
+        going = self._going(checkpoint, line, epoch)
         refused: dict[str, StorageError] = {}
         for old in going:
             if not go_on():
@@ -113,7 +124,7 @@ class Pruner:
             self._told |= news
             raise next(refused[prefix] for prefix in refused if prefix in news)
 
-    def _going(self, newest: Checkpoint, line: Line) -> list[Checkpoint]:
+    def _going(self, newest: Checkpoint, line: Line, epoch: int) -> list[Checkpoint]:
         places = self._catalog.places()
         self._tell_above(places, newest)
         if not self._rules:
@@ -127,7 +138,7 @@ class Pruner:
         going = self._removable(mine, newest)
         if going:
             # A newer job may be restoring what we would remove.
-            self._catalog.claims.fence(newest.epoch)
+            self._catalog.claims.fence(epoch)
         return going
 
     def _tell_above(self, places: Mapping[str, tuple[int, int]], newest: Checkpoint) -> None:
@@ -163,6 +174,10 @@ class Pruner:
     def clean(self) -> None:
         """Have removed what is due, without waiting for that."""
         self._cleaner.wake()
+
+    def make_room(self, *, go_on: Callable[[], bool]) -> int:
+        """Remove at once what no checkpoint needs any more; return how many objects that were."""
+        return self._cleaner.make_room(go_on=go_on)
 
     def _name_others(self, prefixes: Collection[str]) -> None:
         """Say, once, what retention leaves alone because it is of another line of history."""
@@ -234,6 +249,7 @@ class Cleaner:
         # What does not exist any more, by prefix and attempt, and since when: its shards go once readers had time to
         # notice.
         self._uncommitted_s: dict[tuple[str, str], float] = {}
+        self._removed_count = 0
         self._next_sweep_s = clock()
         self._lock = new_lock()
         self._thread: threading.Thread | None = None
@@ -274,8 +290,40 @@ class Cleaner:
         self._is_ending = True
         self._end = end
         if self._wait(end.left_s(time.monotonic())):
-            self._try(self._remove_due)
+            self._try(partial(self._remove_due, self._may_remove))
         self.stop()
+
+    def make_room(self, *, go_on: Callable[[], bool]) -> int:
+        """Remove in this thread what is due, and what others left: a save has no room, so that none after it has any.
+
+        Where that was nothing, the shards of what was pruned last are waited for, if their grace time is over soon.
+
+        Args:
+            go_on: asked between requests, and now and then while it waits.
+
+        Returns:
+            How many objects were removed; what writers that were killed did not finish is not counted.
+        """
+        before = self._removed_count
+        while (thread := self._thread) is not None and go_on():
+            thread.join(_LOOK_S)  # it is at the same work
+        self._try(partial(self._remove_due, go_on))
+        self._try(partial(self._sweep, go_on, is_asked=True))
+        if self._removed_count == before and self._wait_for_grace(go_on):
+            self._try(partial(self._remove_due, go_on))
+        return self._removed_count - before
+
+    def _wait_for_grace(self, go_on: Callable[[], bool]) -> bool:
+        """Wait until one more is due, if that is soon; tell whether it is."""
+        with self._lock:
+            due_s = min(self._uncommitted_s.values(), default=math.inf) + self._grace_s
+        left_s = due_s - self._clock()
+        if left_s > _GRACE_AT_MOST_S:
+            return False
+        stop_s = time.monotonic() + left_s
+        while go_on() and (left_s := stop_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, _LOOK_S))
+        return bool(self._due())
 
     def _wait(self, timeout_s: float) -> bool:
         """Wait until nothing is removed any more; tell whether that is so."""
@@ -303,8 +351,8 @@ class Cleaner:
     def _run(self) -> None:
         try:
             while not self._is_done():
-                self._try(self._remove_due)
-                self._try(self._sweep)
+                self._try(partial(self._remove_due, self._may_remove))
+                self._try(partial(self._sweep, self._may_sweep))
         except BaseException:
             # The end of a thread: nobody waits for it, and no checkpoint depends on it.
             logger.exception("removing what no checkpoint needs any more failed")
@@ -329,16 +377,17 @@ class Cleaner:
         now_s = self._clock()
         return [place for place, at_s in self._uncommitted_s.items() if now_s - at_s >= self._grace_s]
 
-    def _remove_due(self) -> None:
+    def _remove_due(self, go_on: Callable[[], bool]) -> None:
         """Remove the shards of what was uncommitted a grace time ago."""
         with self._lock:
             due = self._due()
         for prefix, attempt in due:
-            if not self._may_remove():
+            if not go_on():
                 return
             try:
                 keys = self._catalog.leftovers(prefix, attempt)
-                is_gone = delete_below(self._catalog.store, keys, below=[f"{prefix}{attempt}/"], go_on=self._may_remove)
+                is_gone = delete_below(self._catalog.store, keys, below=[f"{prefix}{attempt}/"], go_on=go_on)
+                self._removed_count += len(keys) if is_gone else 0
             except CheckpointExistsError:
                 logger.warning("%s stands there again, which was pruned; it stays", prefix)
                 is_gone = True
@@ -346,28 +395,28 @@ class Cleaner:
                 with self._lock:
                     self._uncommitted_s.pop((prefix, attempt), None)
 
-    def _sweep(self) -> None:
+    def _sweep(self, go_on: Callable[[], bool], *, is_asked: bool = False) -> None:
         """Remove what other jobs left, and note when to look again: never, if all of it is gone."""
-        if self._sweep_after_s is None or not self._is_sweep_due() or not self._may_sweep():
+        if self._sweep_after_s is None or not (is_asked or self._is_sweep_due()) or not go_on():
             return
         # Should it fail, or be held up, it is not tried at every save.
         self._next_sweep_s = self._clock() + _AGAIN_S
+        # First, because it needs no room: what marks an attempt as void does.
+        unfinished_left_s = remove_unfinished(self._catalog.store, older_than_s=self._sweep_after_s)
         found = find_orphans(self._catalog, older_than_s=self._sweep_after_s)
         with self._lock:
             own = {prefix for prefix, _ in self._uncommitted_s}
         orphans = [orphan for orphan in found if orphan.prefix not in own]
         removed_bytes = 0
         for orphan in orphans:
-            if not self._may_sweep():
+            if not go_on():
                 return
             is_due = orphan.is_due(self._sweep_after_s)
-            if is_due and remove_orphan(self._catalog, orphan, go_on=self._may_sweep):
+            if is_due and remove_orphan(self._catalog, orphan, go_on=go_on):
                 removed_bytes += orphan.total_bytes
+                self._removed_count += orphan.object_count
         young = [one for one in orphans if one.object_count and not one.is_due(self._sweep_after_s)]
         left_s = max((self._sweep_after_s - one.age_s for one in young), default=math.inf)
-        if not self._may_sweep():
-            return
-        left_s = min(left_s, remove_unfinished(self._catalog.store, older_than_s=self._sweep_after_s))
-        self._next_sweep_s = self._clock() + left_s
+        self._next_sweep_s = self._clock() + min(left_s, unfinished_left_s)
         if removed_bytes:
             logger.info("removed %d bytes that earlier jobs left at %s", removed_bytes, self._catalog.store.url)

@@ -91,7 +91,9 @@ def find_orphans(catalog: Catalog, *, older_than_s: float, clock: Callable[[], f
     claims: list[str] = []
     clocks: list[ObjectInfo] = []
     below: dict[str, list[ObjectInfo]] = {}
+    newest_s = 0.0
     for info in catalog.store.list("").objects:
+        newest_s = max(newest_s, info.modified_s)
         top = info.key.partition("/")[0] + "/"
         if _CLOCK.match(info.key):
             clocks.append(info)
@@ -108,7 +110,13 @@ def find_orphans(catalog: Catalog, *, older_than_s: float, clock: Callable[[], f
     if not (left or clocks):
         return []
     if clock is None:
-        now_s = _now_s(catalog.store, clocks, older_than_s)
+        try:
+            now_s = _now_s(catalog.store, clocks, older_than_s)
+        except StorageError as exc:
+            if not exc.is_full:
+                raise
+            # What was written last may be old: so ages are only told too low, which spares.
+            now_s = min(newest_s, time.time())
     else:
         # Whatever the local clock says, nothing was written in the future.
         now_s = max(clock(), *(info.modified_s for found in left.values() for info in found), 0.0)

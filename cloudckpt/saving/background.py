@@ -17,12 +17,13 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 from cloudckpt.errors import CloudCkptError, CommitUnknownError, EarlierSaveFailedError, SaveFailedError
 from cloudckpt.root import Checkpoint
 from cloudckpt.saving.lead import PendingSave
-from cloudckpt.threads import begin, revoke, worker
+from cloudckpt.threads import begin, revoke, started, worker
 from cloudckpt.transfer import StageClosedError
 
 __all__ = ["Background", "SaveHandle"]
@@ -252,6 +253,12 @@ class Background:
         if before is not None:
             before.join()
         self._tidy()
+
+    def tidy_alone(self) -> None:
+        """Tidy up in a thread of its own, without a save; one that is under way does so itself."""
+        if self.wait_tidy(0):
+            with suppress(CloudCkptError):  # without a thread it is left to the next save
+                self._thread = started(self._tidy, name="cloudckpt-tidy")
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the save under way, without asking what became of it; tell whether it has ended."""

@@ -21,7 +21,7 @@ from cloudckpt.errors import OptionsError, SaveFailedError, tells_outcome
 from cloudckpt.format import BoxTable, Column, JsonValue, PathElement, new_attempt
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, named_ranks
-from cloudckpt.root import Checkpoint, Destination, Target
+from cloudckpt.root import Catalog, Checkpoint, Destination, Target
 from cloudckpt.saving.dedup import Replicas, share_out
 from cloudckpt.saving.output import Record, commit_index, discard, made
 from cloudckpt.saving.replicas import doubtful_sets
@@ -29,9 +29,15 @@ from cloudckpt.saving.tally import Written, assemble, check_against_names
 from cloudckpt.saving.turns import Turn
 from cloudckpt.state import collector_at_rest
 
-__all__ = ["Coordinator", "Opening", "Order", "PlanMemory", "PlanPart", "RankPart"]
+__all__ = ["Coordinator", "MakeRoom", "Opening", "Order", "PlanMemory", "PlanPart", "RankPart"]
 
 _SHOWN = 8
+# Of the time until an end, what the making of room may take, so that the save fits behind it; without an end, so long.
+_ROOM_SHARE = 0.5
+_ROOM_S = 120.0
+
+MakeRoom = Callable[[Catalog, Callable[[], bool]], int]
+"""Removes, of what stands in a root, what no checkpoint needs, while it may go on; returns how many objects."""
 
 
 @dataclass(slots=True)
@@ -120,6 +126,7 @@ class Coordinator:
         destination: where it goes, on every rank.
         fallback: where it goes instead if that is down.
         end: tells by when the save must be done, as far as is known; None if none will ever be known.
+        room: removes what nobody needs where a save had no room, while it may go on; None where nobody can.
         turn: of the destination.
     """
 
@@ -129,6 +136,7 @@ class Coordinator:
     claims_later: bool
     fallback: Destination | None = None
     end: Callable[[], Deadline] | None = None
+    room: MakeRoom | None = None
     turn: Turn = field(init=False)
     _target: Target | None = None
     _left: Target | None = None
@@ -159,7 +167,9 @@ class Coordinator:
         plans = {opening.plan_id for opening in openings}
         is_planned = len(plans) == 1 and bool(plans.pop())
         # With a fallback nothing is asked of the store before the part of the save that can be done twice.
-        is_placed = self.destination.is_claimed or not (self.claims_later or self.fallback is not None)
+        # Nor where room can be made, which a root that is full needs for the claim.
+        can_again = self.fallback is not None or self.room is not None
+        is_placed = self.destination.is_claimed or not (self.claims_later or can_again)
         self._attempt = new_attempt()
         return Order(
             prefix=self.place() if is_placed else None,
@@ -181,6 +191,17 @@ class Coordinator:
     def may_discard(self, error: BaseException) -> bool:
         """Tell whether no commit can follow any more: what an interrupt has left under way may still come to stand."""
         return not self._is_committing or tells_outcome(error)
+
+    def make_room(self, check: Callable[[], None]) -> int:
+        """Remove what nobody needs where the save had no room; return how many objects that were."""
+        left_s = self.turn.part().left_s(time.monotonic())
+        stop_s = time.monotonic() + min(_ROOM_S, _ROOM_SHARE * left_s)
+
+        def go_on() -> bool:
+            check()
+            return time.monotonic() < stop_s
+
+        return 0 if self.room is None else self.room(self.destination.catalog, go_on)
 
     def discard(self) -> None:
         """Remove what all ranks have written in an attempt that failed, if it had a place."""

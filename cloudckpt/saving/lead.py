@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Self, TypeVar
 
 import msgspec
@@ -43,7 +44,7 @@ from cloudckpt.format import BoxTable, Column, Flat, JsonValue, codec, record_of
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, RanksFailedError, plain_errors
 from cloudckpt.root import Checkpoint, Destination, Target
-from cloudckpt.saving.coordinator import Coordinator, Opening, Order, PlanMemory, RankPart
+from cloudckpt.saving.coordinator import Coordinator, MakeRoom, Opening, Order, PlanMemory, RankPart
 from cloudckpt.saving.output import RankOutput, Record, stats_of
 from cloudckpt.saving.replicas import Details, details_of, digests_of_sets, doubtful_sets, refuse_replicas
 from cloudckpt.saving.snapshot import Staged, take_snapshot
@@ -106,6 +107,7 @@ def begin_save(  # noqa: PLR0913 (keyword-only options, each of its own kind)
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, object] | None = None,
     slabs: Slabs | None = None,
+    room: MakeRoom | None = None,
 ) -> PendingSave:
     """Agree with all ranks on what is saved and who writes it; `PendingSave` does the rest, and ends the session.
 
@@ -122,6 +124,8 @@ def begin_save(  # noqa: PLR0913 (keyword-only options, each of its own kind)
         metrics: numbers to be kept with the checkpoint.
         metadata: values to be kept with the checkpoint.
         slabs: memory for copies of the tensors, which may change once they were staged; None uploads them as they are.
+        room: removes what nobody needs at a root that has no room for the save, which is tried again then; rank 0's is
+            asked, and all ranks have one or none has.
 
     Raises:
         RanksFailedError: ranks failed, or hold different states; nothing was committed.
@@ -130,7 +134,9 @@ def begin_save(  # noqa: PLR0913 (keyword-only options, each of its own kind)
     """
     group, what, options = session.group, session.what, session.options
     memory = memory or PlanMemory()
-    coordinator = Coordinator(destination, memory, options, claims_later=slabs is not None, fallback=fallback, end=end)
+    coordinator = Coordinator(
+        destination, memory, options, claims_later=slabs is not None, fallback=fallback, end=end, room=room
+    )
     places = [one for one in (destination, fallback) if one is not None]
     opened = _tried(lambda: _open(_got(flat), group))
     record = _tried(lambda: _record(session, metrics, metadata, destination))
@@ -147,8 +153,10 @@ def begin_save(  # noqa: PLR0913 (keyword-only options, each of its own kind)
             group.agree(phase, lambda: mine.details(memory, doubtful, group.rank), refuse_replicas)
     engines = [one.catalog.store.engine for one in places]
     # What this raises is raised by `finish`, which all ranks hear of.
-    rank = group.rank
-    laid = _tried(lambda: _lay_out(mine, memory.rows, order.attempt, options, slabs, engines=engines, rank=rank))
+    staged = partial(Staged.of, options=options, engines=engines, rank=group.rank, is_kept=room is not None)
+    laid = _tried(
+        lambda: _lay_out(mine, memory.rows, order.attempt, options, None if slabs is None else partial(staged, slabs))
+    )
     lead = _Lead(
         what=what,
         group=group,
@@ -267,13 +275,23 @@ class PendingSave:
     def _upload(self, prefix: str, gauge: Gauge | None) -> RankPart:
         laid, lead = _got(self._laid), self._lead
         began_s = time.monotonic()
-        turn = lead.coordinator.turn
+        turn, end = lead.coordinator.turn, lead.coordinator.turn.whole()
+        store = lead.coordinator.destination.catalog.store
+        still_s, limit = lead.options.transfer_limit(store.engine)
 
         def check() -> None:
             self._check()
             turn.check()
+            # No request to a disk that hangs ends by itself.
+            if store.engine == "local" and end.left_s(time.monotonic()) <= 0:
+                raise StalledError(f"the upload to {store.url} did not end before the end of {end.reason}")
 
-        watch = replace(lead.group.watch(lead.options.transfer_timeout_s), check=check, gauge=gauge)
+        watch = replace(
+            lead.group.watch(still_s),
+            check=check,
+            gauge=gauge,
+            limit=limit if math.isinf(end.stop_s) else f"{limit} or {end.reason}",
+        )
         target = Target(catalog=lead.coordinator.destination.by(turn.for_uploads).catalog, prefix=prefix)
         output = RankOutput(
             target=target,
@@ -346,15 +364,20 @@ class _Lead:
     ) -> Checkpoint:
         """Have every rank upload, and rank 0 commit; return, on every rank, what is committed.
 
-        Where the store is down it goes to the fallback, if every rank's part `is_whole` still; before an end both are
-        tried in turns, as long as there is time.
+        Where the store has no room, what nobody needs is removed there, and it is tried again. Where it is down it goes
+        to the fallback, if every rank's part `is_whole` still; before an end both are tried in turns, as long as there
+        is time.
         """
         prefix, record, said = self.order.prefix, self.record, list[str]()
+        has_made_room = False
         while True:
             url = self.coordinator.destination.catalog.store.url
             try:
                 return self._finish(upload, check, prefix, record)
             except Exception as exc:
+                if self._has_room_again(exc, is_whole, check, is_first=not has_made_room):
+                    has_made_room = True
+                    continue
                 if not self._is_diverted(exc, is_whole):
                     if not said:
                         raise
@@ -363,8 +386,28 @@ class _Lead:
             if len(said) > 1:
                 check()
                 time.sleep(_PAUSE_S)
-            prefix = None
+            prefix, has_made_room = None, False
             record = replace(self.record, spent_before=stats_of(self.coordinator.destination.catalog.store))
+
+    def _has_room_again(
+        self, error: Exception, is_whole: Callable[[], bool], check: Callable[[], None], *, is_first: bool
+    ) -> bool:
+        """Tell whether the save is to be tried again because room was made for it; the same on all ranks, as the error.
+
+        The first time in any case, because what killed writers left is not counted; then as long as something goes.
+        Where parts of a copy are gone, the next save has that room.
+        """
+        causes = _causes_of(error)
+        is_full = any(isinstance(cause, StorageError) and cause.is_full for cause in causes)
+        is_known = not any(isinstance(cause, CommitUnknownError) for cause in causes)
+        if self.coordinator.room is None or not (is_full and is_known and all(map(is_outage, causes))):
+            return False
+
+        def make_room(are_whole: Sequence[bool]) -> bool:
+            logger.warning("rank 0: %s had no room, so that what nobody needs is removed: %s", self.what, causes[0])
+            return (self.coordinator.make_room(check) > 0 or is_first) and all(are_whole)
+
+        return self.group.agree(f"{self.what}: making room", is_whole, make_room)
 
     def _is_diverted(self, error: Exception, is_whole: Callable[[], bool]) -> bool:
         """Tell whether the fallback takes the save from here on; all ranks have the same error, and the same answer."""
@@ -529,17 +572,12 @@ def _lay_out(
     rows: Column,
     attempt: str,
     options: Options,
-    slabs: Slabs | None,
-    *,
-    engines: Sequence[str],
-    rank: int,
+    staged: Callable[[Source], Staged] | None,
 ) -> _Laid:
     """Place what this rank writes into shards, and find room for copies of them."""
     items = [mine.items[row] for row in rows.tolist()]
     source = Source(items, mine.planner, attempt=attempt, shard_bytes=options.shard_bytes)
-    if slabs is None:
-        return _Laid(source, None)
-    return _Laid(source, Staged.of(slabs, source, options, engines=engines, rank=rank))
+    return _Laid(source, None if staged is None else staged(source))
 
 
 def _waiting(group: Group) -> AbstractContextManager[None]:

@@ -47,10 +47,20 @@ class Staged:
     devices: tuple[torch.device, ...] = ()
 
     @classmethod
-    def of(cls, slabs: Slabs, source: Source, options: Options, *, engines: Collection[str], rank: int) -> Staged:
+    def of(
+        cls,
+        slabs: Slabs,
+        source: Source,
+        options: Options,
+        *,
+        engines: Collection[str],
+        rank: int,
+        is_kept: bool = False,
+    ) -> Staged:
         """Prepare to stage the shards of a source; nothing is copied yet.
 
-        With several engines one may send what another has failed to, so that copies are kept, if all have room.
+        With several engines one may send what another has failed to, so that copies are kept, if all have room; also
+        with `is_kept`.
         """
         sizes = [shard.size_bytes - len(shard.header) for shard in source.shards]
         is_sent_in_place = _SENDS_IN_PLACE.issuperset(engines)
@@ -70,7 +80,8 @@ class Staged:
                 else "raise memory_budget_bytes if the host has more",
             )
         devices = source.cuda_devices() if torch.cuda.is_available() else ()
-        stage = Stage(slabs, sizes, limit_bytes=staging_bytes, is_pinned=bool(devices), is_kept=len(engines) > 1)
+        is_kept = is_kept or len(engines) > 1
+        stage = Stage(slabs, sizes, limit_bytes=staging_bytes, is_pinned=bool(devices), is_kept=is_kept)
         return cls(stage, transfer_bytes, is_sent_in_place, devices)
 
 

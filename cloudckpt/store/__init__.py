@@ -6,7 +6,7 @@ errors; the one layer around it is the only place that tries again. No cloud lib
 
 from cloudckpt.store.appending import Append, appended
 from cloudckpt.store.base import Listing, ObjectInfo, Store
-from cloudckpt.store.limit import LeftBehindError, one_deadline, told_of_moves
+from cloudckpt.store.limit import LeftBehindError, one_deadline, told_of_moves, watched
 from cloudckpt.store.local import scrub
 from cloudckpt.store.opening import open_store
 from cloudckpt.store.probe import probe_create, probe_write
@@ -30,4 +30,5 @@ __all__ = [
     "probe_write",
     "scrub",
     "told_of_moves",
+    "watched",
 ]

@@ -127,7 +127,11 @@ _PANIC = _Verdict(
     StorageError,
     'the engine met a fault of its own; look for odd characters in storage_options, or pass engine="fsspec"',
 )
-_FULL = _Verdict(StorageError, "the store is full, or its quota is used up; free space")
+_FULL = _Verdict(
+    StorageError,
+    "the store is full, or its quota is used up: free some, raise it, let retention keep fewer checkpoints, or save "
+    "elsewhere",
+)
 _UNKNOWN = _Verdict(StorageError, "see the cause")
 
 
@@ -329,6 +333,7 @@ def classify(
         error = verdict.error(message, op=op, key=key)
         error.may_have_landed = _may_have_landed(facts)
         error.is_other_object = verdict is _OTHER_OBJECT
+        error.is_full = verdict is _FULL
     if isinstance(error, ThrottledError):
         error.retry_after_s = facts.retry_after_s
     error.__cause__ = EngineError(_shorn(exc, facts))

@@ -2,6 +2,7 @@
 
     retrying ──limited()──▶ a verb, on the same thread ──▶ limit_now() ◀── wires, errands
                                              a call that blocks ──led()──▶ a thread that can be left behind
+                                             a disk's ──awaited()──▶ the same, and it is told when nobody waits any more
     retrying, a pool ◀──told_of_moves()── note_move() ◀── wires, disks: bytes of the request have moved
 
 So a verb keeps its signature, and no engine keeps a limit from its construction. The limits are context variables: each
@@ -21,8 +22,9 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from cloudckpt.deadline import NEVER, Deadline
-from cloudckpt.errors import RetryExhaustedError
+from cloudckpt.errors import CloudCkptError, RetryExhaustedError
 from cloudckpt.store.aside import begun, in_main
+from cloudckpt.store.hands import lent
 from cloudckpt.threads import new_lock
 
 __all__ = [
@@ -31,7 +33,11 @@ __all__ = [
     "Limit",
     "LimitNow",
     "Patience",
+    "StandsStillError",
+    "awaited",
+    "get_on",
     "is_limited",
+    "is_watched",
     "led",
     "limit_now",
     "limited",
@@ -39,6 +45,7 @@ __all__ = [
     "one_deadline",
     "patience",
     "told_of_moves",
+    "watched",
 ]
 
 T = TypeVar("T")
@@ -49,6 +56,8 @@ _DEFAULT_S = 60.0
 _ERRAND_SHARE = 0.5
 # How often who waits looks whether the limit has come nearer.
 _LOOK_S = 0.1
+# How long an interrupt waits for a call that is under way, so that nothing changes after it that need not.
+_INTERRUPTED_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +202,86 @@ def led(call: Callable[[], T]) -> T:
         if time.monotonic() >= limit_now().cut_s:
             raise LeftBehindError("a request that blocks was left behind, because the end came near")
     return future.result()
+
+
+class StandsStillError(Exception):
+    """A call that was awaited has no more time."""
+
+
+class _UnwantedError(Exception):
+    """Nobody waits for this call any more: it is to change nothing more."""
+
+
+@dataclass(slots=True, eq=False)
+class _Wait:
+    """Who waits for a call, and when the call got on last."""
+
+    moved_s: float
+    is_over: bool = False
+
+
+_wait_of: ContextVar[_Wait | None] = ContextVar("cloudckpt_wait", default=None)
+
+
+def awaited(call: Callable[[], T]) -> T:
+    """Return what a call returns that the kernel may never let come back; it ends by the limit of this request.
+
+    It is made on another thread, so that this one hears signals, too. It calls `get_on` as it gets on.
+
+    Raises:
+        StandsStillError: it has no more time; it goes on as far as the kernel's call that it is in.
+    """
+    wait, is_main = _Wait(time.monotonic()), in_main()
+
+    def made() -> T:
+        _wait_of.set(wait)
+        return call()
+
+    try:
+        done = lent(made)
+    except CloudCkptError:  # there is room for no thread more
+        return call()
+    try:
+        while True:
+            limit, now_s = limit_now(), time.monotonic()
+            left_s = min(wait.moved_s + limit.still_s, limit.stop_s) - now_s
+            # Another thread may have been given the signal, which this one then sees when it wakes.
+            if done.wait(min(left_s, _LOOK_S) if limit.may_change or is_main else left_s):
+                break
+            if left_s <= 0:
+                raise StandsStillError("it stood still" if now_s < limit.stop_s else "its time was up")  # noqa: TRY301
+    except BaseException as exc:
+        wait.is_over = True
+        if not isinstance(exc, StandsStillError):
+            done.wait(_INTERRUPTED_S)
+        raise
+    return done.result()
+
+
+def get_on() -> None:
+    """Note that an awaited call gets on, and end it where nobody waits for it any more."""
+    if (wait := _wait_of.get()) is not None:
+        if wait.is_over:
+            raise _UnwantedError
+        wait.moved_s = time.monotonic()
+
+
+_is_watched: ContextVar[bool] = ContextVar("cloudckpt_is_watched", default=False)
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """Say that another thread sees whether the requests in the block get on, and leaves this one if they do not."""
+    token = _is_watched.set(True)
+    try:
+        yield
+    finally:
+        _is_watched.reset(token)
+
+
+def is_watched() -> bool:
+    """Tell whether somebody watches over what this thread does."""
+    return _is_watched.get()
 
 
 @dataclass(slots=True, eq=False)

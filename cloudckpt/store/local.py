@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import TypeVar
 from urllib.parse import quote_from_bytes
 
 from cloudckpt.errors import (
@@ -31,11 +32,13 @@ from cloudckpt.store.base import Listing, ObjectInfo, check_delimiter
 from cloudckpt.store.buffers import check_destination, check_end, check_length, check_limit, flat, pieces
 from cloudckpt.store.disk import NOT_OFFERED, Disk, temp_name
 from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
-from cloudckpt.store.limit import note_move
+from cloudckpt.store.limit import StandsStillError, awaited, get_on, is_limited, is_watched, limited, note_move
 from cloudckpt.store.local_tree import ABSENT, LocalTree, describe, segments_of, try_lock
 from cloudckpt.store.location import local_path
 
 __all__ = ["LocalStore", "local_below", "scrub"]
+
+T = TypeVar("T")
 
 # After each so many bytes the device is told to start, so that the fsync at the end waits only for the last of them.
 _BATCH_BYTES = 8 * MIB
@@ -43,8 +46,9 @@ _BATCH_BYTES = 8 * MIB
 _REMAKE_LIMIT = 50
 # What a network disk says when the answer to a link or a rename was lost.
 _UNHEARD = frozenset({errno.EIO, errno.ETIMEDOUT, errno.ESTALE})
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 
-_FULL = "free space or let retention remove old checkpoints, then save again"
+_FULL = "there is no room left: free some, raise the quota, let retention keep fewer checkpoints, or save elsewhere"
 _DENIED = "check the owner and the mode of the directory"
 _COLLISION = "an object and a directory cannot share a name on a disk; choose other keys or another root"
 _BUSY = "the file system is busy, or somebody holds the file"
@@ -119,14 +123,26 @@ class LocalStore:
 
     def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
         view = check_destination(start, stop, into)
+
+        def got(memory: memoryview) -> memoryview:
+            with self._our_errors("get", key), self._tree.object(key) as fd:
+                check_end(os.fstat(fd).st_size, start, stop)
+                self._fill(fd, memory, start)
+            return memory
+
+        if view is not None and (is_watched() or not is_limited()):
+            return got(view)
+        # What is left to itself must not write to what is the caller's again.
+        own = self._asked("get", key, lambda: got(memoryview(bytearray(stop - start))))
         if view is None:
-            view = memoryview(bytearray(stop - start))
-        with self._our_errors("get", key), self._tree.object(key) as fd:
-            check_end(os.fstat(fd).st_size, start, stop)
-            self._fill(fd, view, start)
+            return own
+        view[:] = own
         return view
 
     def read(self, key: str, *, limit_bytes: int) -> bytes:
+        return self._asked("read", key, lambda: self._read(key, limit_bytes))
+
+    def _read(self, key: str, limit_bytes: int) -> bytes:
         with self._our_errors("read", key), self._tree.object(key) as fd:
             check_limit(size_bytes := os.fstat(fd).st_size, limit_bytes)
             data = bytearray(size_bytes)
@@ -134,16 +150,26 @@ class LocalStore:
         return bytes(data)
 
     def head(self, key: str) -> ObjectInfo:
+        return self._asked("head", key, lambda: self._head(key))
+
+    def _head(self, key: str) -> ObjectInfo:
         with self._our_errors("head", key), self._tree.object(key) as fd:
             return describe(key, os.fstat(fd))
 
     def list(self, prefix: str = "", *, delimiter: str = "", mark: str = "") -> Listing:
         """List everything at once: a disk has no pages, and gives no mark."""
         check_delimiter(delimiter)
+        return self._asked("list", prefix, lambda: self._listed(prefix, by_directory=bool(delimiter)))
+
+    def _listed(self, prefix: str, *, by_directory: bool) -> Listing:
         with self._our_errors("list", prefix):
-            return self._tree.listing(prefix, by_directory=bool(delimiter))
+            return self._tree.listing(prefix, by_directory=by_directory)
 
     def delete(self, keys: Sequence[str]) -> None:
+        if keys:
+            self._asked("delete", keys[0], lambda: self._delete(keys))
+
+    def _delete(self, keys: Sequence[str]) -> None:
         names: dict[tuple[str, ...], _Names] = {}
         for key in keys:
             *parents, name = segments_of(key)
@@ -166,6 +192,9 @@ class LocalStore:
         Returns:
             Seconds until more of it is old enough; infinite if nothing is left.
         """
+        return self._asked("scrub", "", lambda: self._scrub(older_than_s, is_ours))
+
+    def _scrub(self, older_than_s: float, is_ours: Callable[[str], bool]) -> float:
         with self._our_errors("scrub", ""):
             return self._tree.scrub(older_than_s, is_ours)
 
@@ -174,6 +203,23 @@ class LocalStore:
 
     def close(self) -> None:
         """Do nothing: no descriptor outlives a verb."""
+
+    def _asked(self, op: str, key: str, call: Callable[[], T]) -> T:
+        """Return what a verb returns, within the time that the request has: a disk that hangs says nothing.
+
+        What is watched over is left by who watches; and without a limit there is nothing to keep.
+        """
+        if is_watched() or not is_limited():
+            return call()
+        try:
+            return awaited(call)
+        except StandsStillError as exc:
+            raise TransientError(
+                f"{op} of {key!r} in {self._root}: the disk does not answer ({exc}); see whether it, or the server "
+                "that it is mounted from, still works",
+                op=op,
+                key=key,
+            ) from exc
 
     # -- writing -------------------------------------------------------------------------------------------
 
@@ -208,6 +254,9 @@ class LocalStore:
                 raise
 
     def _write(self, op: str, key: str, buffers: Sequence[memoryview], publish: _Publish) -> None:
+        self._asked(op, key, lambda: self._write_whole(op, key, buffers, publish))
+
+    def _write_whole(self, op: str, key: str, buffers: Sequence[memoryview], publish: _Publish) -> None:
         *parents, name = segments_of(key)
         with self._our_errors(op, key):
             for _ in range(_REMAKE_LIMIT):
@@ -226,6 +275,7 @@ class LocalStore:
             for batch in _batches(buffers):
                 offset = self._write_batch(file, batch, offset)
             self._disk.sync(file)
+            get_on()
             publish(fd, temp, name)
         except BaseException:  # an interrupt, too, must not leave a shard's worth of bytes behind
             self._discard(temp, at=fd)
@@ -239,6 +289,7 @@ class LocalStore:
             taken = self._disk.write(file, batch, offset=offset)
             offset += taken
             note_move(offset)
+            get_on()
             batch = _rest(batch, taken)
         self._disk.start_writeback(file, offset=start, size_bytes=offset - start)
         return offset
@@ -269,6 +320,7 @@ class LocalStore:
             no_link = exc
         if no_link.errno not in NOT_OFFERED["link"]:
             raise no_link
+        get_on()
         try:
             self._disk.rename_new(temp, name, at=fd)
         except OSError as exc:
@@ -292,6 +344,7 @@ class LocalStore:
         while filled < view.nbytes and (count := self._disk.read(fd, view[filled:], offset=start + filled)):
             filled += count
             note_move(filled)
+            get_on()
         check_length(filled, view.nbytes)
 
     def _delete_below(self, parents: tuple[str, ...], names: Sequence[str]) -> dict[str, OSError]:
@@ -301,6 +354,7 @@ class LocalStore:
         try:
             with suppress(*ABSENT), self._tree.directory(parents) as fd:
                 for name, key in keys.items():
+                    get_on()
                     try:
                         self._disk.unlink(name, at=fd)
                     except (FileNotFoundError, IsADirectoryError):
@@ -339,13 +393,17 @@ class LocalStore:
         message = f"{op} of {key!r} in {self._root}: {what} ({_errno_name(cause)}); {advice}{also}"
         error = kind(message, op=op, key=key)
         error.may_have_landed = cause.errno in _UNHEARD
+        error.is_full = cause.errno in _NO_ROOM
         return error
 
 
 def scrub(store: object, *, older_than_s: float, is_ours: Callable[[str], bool]) -> float:
     """Do as `LocalStore.scrub` if that is what moves a store's bytes; no other leaves unfinished objects."""
     below = local_below(store)
-    return math.inf if below is None else below.scrub(older_than_s=older_than_s, is_ours=is_ours)
+    if below is None:
+        return math.inf
+    with limited(total_s=math.inf):
+        return below.scrub(older_than_s=older_than_s, is_ours=is_ours)
 
 
 def local_below(store: object) -> LocalStore | None:

@@ -30,6 +30,7 @@ from pathlib import Path
 from cloudckpt.errors import OptionsError, StorageError
 from cloudckpt.store.base import Listing, ObjectInfo, check_key, is_key
 from cloudckpt.store.disk import TEMP_PREFIX, Disk, is_link, temp_name
+from cloudckpt.store.limit import get_on
 
 __all__ = ["ABSENT", "LocalTree", "describe", "segments_of", "try_lock"]
 
@@ -182,6 +183,7 @@ class LocalTree:
 
     def _entries(self, fd: int, base: str) -> list[tuple[str, os.DirEntry[str]]]:
         """Return what an open directory holds, each with its key, objects first; foreign names are passed over."""
+        get_on()
         keys = [(base + entry.name, entry) for entry in self._objects_first(fd) if not _TEMP.match(entry.name)]
         return [(key, entry) for key, entry in keys if is_key(key)]
 
@@ -223,6 +225,7 @@ class LocalTree:
         """Clean an open directory of what was last written to before a time; return how much later the next was."""
         left_s = [math.inf]
         for entry in self._disk.entries(fd):
+            get_on()
             with suppress(OSError):  # it is gone, or not ours to remove
                 if entry.is_dir(follow_symlinks=False):
                     if is_ours(entry.name):

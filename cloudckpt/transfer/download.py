@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from cloudckpt.errors import BucketNotFoundError, ChecksumError, MissingShardError, ObjectNotFoundError, StorageError
@@ -117,7 +117,7 @@ def download(
         for job in fetches
     ]
     try:
-        run_all(work, concurrency=concurrency, budget=budget, watch=watch or Watch())
+        run_all(work, concurrency=concurrency, budget=budget, watch=replace(watch or Watch(), url=store.url))
     finally:
         is_left.set()
 

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
 from cloudckpt.errors import CloudCkptError, StalledError
-from cloudckpt.store import told_of_moves
+from cloudckpt.store import told_of_moves, watched
 from cloudckpt.threads import started
 
 __all__ = ["AbandonedError", "Budget", "Gauge", "Watch", "Work", "run_all"]
@@ -111,12 +111,16 @@ class Watch:
         tick: is called when one has ended or got on; from any thread.
         check: is called now and then by the waiting thread, and raises to end the wait.
         gauge: is told how many bytes have moved.
+        url: the root that they go to or come from.
+        limit: whose word `deadline_s` is.
     """
 
     deadline_s: float = 600.0
     tick: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None
     gauge: Gauge | None = None
+    url: str = ""
+    limit: str = "the patience with transfers"
 
 
 def run_all(work: Sequence[Work[_Result]], *, concurrency: int, budget: Budget, watch: Watch) -> list[_Result]:
@@ -147,6 +151,10 @@ def run_all(work: Sequence[Work[_Result]], *, concurrency: int, budget: Budget, 
     if pool.faults:
         raise pool.faults[0]
     return [future.result() for future in futures]
+
+
+_NETWORK = "look at the network and the store, then try again"
+_DISK = "see whether the disk, or the server that it is mounted from, still works, then try again"
 
 
 class _Running:
@@ -212,7 +220,7 @@ class _Pool:
             return
         running = self._running[id(future)] = _Running(item.name, self._watch.tick)
         try:
-            with told_of_moves(running.move):
+            with told_of_moves(running.move), watched():
                 result = item.call()
         except BaseException as exc:  # noqa: BLE001 (the end of a thread's work: raised by the thread that waits)
             self.faults.append(exc)
@@ -237,9 +245,10 @@ class _Pool:
         for running in list(self._running.values()):
             still_s = now_s - running.moved_s
             if still_s > self._watch.deadline_s:
+                is_disk = self._watch.url.startswith("file:")
                 raise StalledError(
-                    f"the transfer of {running.name} stands still for {still_s:.1f} s and was given up; look at the "
-                    "network and the store, then try again",
+                    f"the transfer of {running.name} ({self._watch.url}) stands still for {still_s:.1f} s, longer than "
+                    f"by {self._watch.limit}, and was given up; {_DISK if is_disk else _NETWORK}",
                     key=running.name,
                     still_s=still_s,
                 )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from cloudckpt.errors import StorageError
@@ -133,4 +133,4 @@ def upload(
         Work(name=job.key, size_bytes=job.size_bytes, cost_bytes=job.cost_bytes, call=partial(put_once, job))
         for job in jobs
     ]
-    return run_all(work, concurrency=concurrency, budget=budget, watch=watch or Watch())
+    return run_all(work, concurrency=concurrency, budget=budget, watch=replace(watch or Watch(), url=store.url))

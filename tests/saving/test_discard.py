@@ -170,7 +170,7 @@ def test_a_full_disk_has_its_space_back_and_no_empty_directory(tmp_path: Path, m
     monkeypatch.setattr("cloudckpt.manager.manager.open_store", lambda *_, **__: RetryingStore(store, RetryPolicy()))
     with CheckpointManager(root, options=OPTIONS, save_rng=False, progress="off") as manager:
         for step in range(3):
-            with pytest.raises(CloudCkptError, match="free space"):
+            with pytest.raises(CloudCkptError, match="no room left"):
                 manager.save(step, {"w": torch.zeros(50_000)})
             assert sorted(path.name for path in root.iterdir()) == ["epochs"]
         assert manager.save(4, {"w": torch.zeros(15_000)}).step == 4

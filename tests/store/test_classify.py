@@ -569,3 +569,12 @@ def test_absence_is_told_from_every_other_failure() -> None:
     assert not is_absence(HttpStatusError(404, is_foreign=True))
     assert not is_absence(HttpStatusError(403))
     assert not is_absence(TimeoutError())
+
+
+@pytest.mark.parametrize("code", ["QuotaExceeded", "XMinioStorageFull", "InsufficientStorage"])
+def test_a_store_without_room_is_told_from_any_other_refusal(code: str) -> None:
+    full = classify(HttpStatusError(403, code), op="put", key="k", url="s3://bucket/root")
+    denied = classify(HttpStatusError(403, "AccessDenied"), op="put", key="k", url="s3://bucket/root")
+    assert isinstance(full, StorageError)
+    assert isinstance(denied, StorageError)
+    assert (full.is_full, denied.is_full) == (True, False)
