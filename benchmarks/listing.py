@@ -41,7 +41,7 @@ from cloudckpt.format import (
     new_attempt,
     shard_key,
 )
-from cloudckpt.root import Catalog, Cleaner, Pruner
+from cloudckpt.root import Catalog, Cleaner, Pruner, Roots
 from cloudckpt.root.claims import Line
 from cloudckpt.store import Store, open_store
 from cloudckpt.threads import each
@@ -70,7 +70,7 @@ def measure(ground: Ground, count: int) -> Iterator[Cost]:
     with CheckpointManager(ground.url, storage_options=options, progress="off") as manager:
         manager.save(0, {"step": 0})
     with open_store(ground.url, storage_options=options) as store:
-        nonce = Catalog(store).all()[0].manifest.claim
+        nonce = Roots([Catalog(store)]).all()[0].manifest.claim
         each(range(1, count), lambda step: _put(store, step, nonce), threads=_WRITERS, name="bench-listing")
     words = ["--storage-options", json.dumps(options)]
     commands = {
@@ -85,7 +85,7 @@ def measure(ground: Ground, count: int) -> Iterator[Cost]:
     with open_store(ground.url, storage_options=options) as store:
         catalog = Catalog(store)
         yield _cost("one listing", ground, catalog.places)
-        newest = catalog.all()[-1]
+        newest = Roots([catalog]).all()[-1]
         pruner = Pruner(
             catalog, [KeepEvery(steps=1)], Cleaner(catalog, grace_s=60.0, sweep_after_s=None, clock=time.monotonic)
         )

@@ -74,6 +74,7 @@ __all__ = [
     "UnsupportedValueError",
     "is_outage",
     "is_transient",
+    "tells_outcome",
 ]
 
 
@@ -356,3 +357,9 @@ def is_outage(error: BaseException) -> bool:
 def is_transient(error: BaseException) -> bool:
     """Tell whether the retry layer may try the same operation again."""
     return isinstance(error, TransientError)
+
+
+def tells_outcome(error: BaseException) -> bool:
+    """Tell whether a save that raised this has met its end: an interrupt comes at any time, and says nothing of it."""
+    causes = error.failures.values() if isinstance(error, SaveFailedError) and error.failures else [error]
+    return all(isinstance(cause, CloudCkptError) and not isinstance(cause, CommitUnknownError) for cause in causes)

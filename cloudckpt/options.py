@@ -14,7 +14,18 @@ from typing import Literal, TypeVar, get_args
 
 from cloudckpt.errors import OptionsError
 
-__all__ = ["KIB", "MAX_BLOCK_BYTES", "MIB", "Checksum", "Options", "RetryPolicy", "as_count", "as_flag", "as_seconds"]
+__all__ = [
+    "KIB",
+    "MAX_BLOCK_BYTES",
+    "MIB",
+    "Checksum",
+    "Options",
+    "RetryPolicy",
+    "as_clock",
+    "as_count",
+    "as_flag",
+    "as_seconds",
+]
 
 Checksum = Literal["crc64nvme", "sha256", "crc32c", "crc32"]
 """What a store can compare the bytes of a put with, before it takes them."""
@@ -70,6 +81,25 @@ def as_seconds(name: str, value: object, *, is_zero_allowed: bool = True) -> flo
         least = "from 0" if is_zero_allowed else "above 0"
         raise OptionsError(f"{name} is {value!r}; give a number of seconds {least}, and at most {_MOST_S:.0e}")
     return number
+
+
+def as_clock(clock: object) -> Callable[[], float]:
+    """Return a clock that raises where it gives no finite number: a save would write what nobody can read.
+
+    Raises:
+        OptionsError: it is no function.
+    """
+    if not callable(clock):
+        raise OptionsError(f"clock is {clock!r}; give a function that returns seconds, such as time.monotonic")
+    ask = clock
+
+    def checked() -> float:
+        number = _real(told := ask())
+        if number is None or not math.isfinite(number):
+            raise OptionsError(f"the clock {ask!r} has returned {told!r}; give one that returns seconds")
+        return number
+
+    return checked
 
 
 def _real(value: object) -> float | None:

@@ -1,7 +1,8 @@
 """Begin threads on a machine that may have none left, and never wait for one that does not come.
 
-    worker, begin      ──▶ a thread at work, or our error; `started` is both
+    worker, begin      ──▶ a thread at work, or our error; `started` is both, `revoke` undoes it in time
     each(items, call)  ──▶ results in order: this thread calls, and as many others help as there are
+    new_lock           ──▶ a lock that a forked child finds open, whoever held it in the parent
 
 A limit of memory or processes ends a training no sooner than it has to: who can work with fewer threads, does. Any
 thread may enter.
@@ -9,16 +10,18 @@ thread may enter.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from cloudckpt.errors import CloudCkptError
 
-__all__ = ["begin", "each", "started", "worker"]
+__all__ = ["begin", "each", "new_lock", "revoke", "started", "worker"]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -27,12 +30,38 @@ _Result = TypeVar("_Result")
 _COMING_S = 5.0
 
 
+# Of this process; a thread that holds one of them when the process forks is not there in the child. References without
+# callbacks: in one of Python's own, as a WeakSet has them, an interrupt would be lost.
+_LOCKS: list[weakref.ref[threading.Lock]] = []
+_registering = threading.Lock()
+_FEW = 256
+
+
+def new_lock() -> threading.Lock:
+    """Return a lock that is open in a forked child; what it guards has to bear that it was held at the fork."""
+    made = threading.Lock()
+    with _registering:
+        if len(_LOCKS) >= _FEW and not len(_LOCKS) & (len(_LOCKS) - 1):  # at each power of two
+            _LOCKS[:] = [one for one in _LOCKS if one() is not None]
+        _LOCKS.append(weakref.ref(made))
+    return made
+
+
+def _open_all() -> None:
+    for one in [_registering, *filter(None, (ref() for ref in _LOCKS))]:
+        one._at_fork_reinit()  # type: ignore[attr-defined]  # noqa: SLF001 (as the standard library does)
+
+
+os.register_at_fork(after_in_child=_open_all)
+
+
 class _Coming(threading.Event):
     """What `Thread.start` waits for: a thread that runs out of memory before it can say that it is there never does."""
 
     def __init__(self) -> None:
         super().__init__()
         self.is_awaited = True
+        self.has_begun = False
         self.lock = threading.Lock()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -47,6 +76,7 @@ def worker(work: Callable[[], object], *, name: str) -> threading.Thread:
         with coming.lock:
             if not coming.is_awaited:
                 return
+            coming.has_begun = True
         work()
 
     thread = threading.Thread(target=run, name=name, daemon=True)
@@ -55,20 +85,38 @@ def worker(work: Callable[[], object], *, name: str) -> threading.Thread:
 
 
 def begin(thread: threading.Thread) -> None:
-    """Start a `worker`; its `ident` is None as long as it has not begun.
+    """Start a `worker`.
 
     Raises:
         CloudCkptError: it could not be started, and never works.
+        BaseException: what a signal's handler has raised meanwhile; it works if it had begun by then, else never.
     """
     try:
         thread.start()
+    except KeyError as exc:
+        is_interrupted = exc.args == (thread,) and exc.__context__ is not None
+        revoke(thread)
+        if not is_interrupted:
+            raise
+        # A start that is interrupted takes off a list what the thread itself has taken off by then.
+        raise cast("BaseException", exc.__context__) from None
     except (RuntimeError, MemoryError) as exc:
+        revoke(thread)
         raise _no_thread(str(exc) or type(exc).__name__) from exc
+    except BaseException:
+        revoke(thread)
+        raise
+    coming: _Coming = thread._started  # type: ignore[attr-defined]  # noqa: SLF001
+    if not coming.is_set() and revoke(thread):
+        raise _no_thread("it did not begin")
+
+
+def revoke(thread: threading.Thread) -> bool:
+    """Let a `worker` that has not begun its work never begin it; tell whether that is so."""
     coming: _Coming = thread._started  # type: ignore[attr-defined]  # noqa: SLF001
     with coming.lock:
-        coming.is_awaited = coming.is_set()
-    if not coming.is_awaited:
-        raise _no_thread("it did not begin")
+        coming.is_awaited = coming.has_begun
+    return not coming.has_begun
 
 
 def started(work: Callable[[], object], *, name: str) -> threading.Thread:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.options import KIB, MIB, Options, RetryPolicy, as_seconds
+from cloudckpt.options import KIB, MIB, Options, RetryPolicy, as_clock, as_seconds
 
 
 def test_the_defaults_are_valid_together() -> None:
@@ -117,3 +117,10 @@ def test_a_value_of_another_type_is_refused_when_it_is_written_down(make: Callab
     with pytest.raises(OptionsError) as caught:
         make()
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("told", [math.nan, math.inf, -math.inf, "1", None, 10**400, True])
+def test_a_clock_that_gives_no_number_is_named(told: Any) -> None:
+    with pytest.raises(OptionsError, match="has returned"):
+        as_clock(lambda: told)()
+    assert as_clock(lambda: 2)() == 2.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import torch
 
 import cloudckpt.threads as threads_room
 from cloudckpt import CheckpointManager, CloudCkptError
-from cloudckpt.threads import each, started
+from cloudckpt.threads import begin, each, revoke, started, worker
 from cloudckpt.transfer.pool import Budget, Watch, Work, run_all
 
 
@@ -64,6 +65,52 @@ def test_a_thread_that_cannot_start_is_an_error_of_ours_and_never_works(allow: A
     allow(0, is_silent=is_silent)
     with pytest.raises(CloudCkptError, match=r"a thread could not be started: .*ulimit"):
         started(lambda: None, name="t")
+
+
+class InterruptedHereError(Exception):
+    """What a signal's handler raises."""
+
+
+@pytest.mark.parametrize("is_quick", [False, True], ids=["before the thread came", "when it had come"])
+def test_a_start_that_is_interrupted_raises_what_interrupted_it(
+    monkeypatch: pytest.MonkeyPatch, is_quick: bool
+) -> None:
+    real = threading._start_new_thread  # type: ignore[attr-defined]
+    worked = threading.Event()
+
+    def start(*args: Any) -> Any:
+        if is_quick:
+            real(*args)
+            worked.wait(60)
+        raise InterruptedHereError
+
+    monkeypatch.setattr(threading, "_start_new_thread", start)
+    thread = worker(worked.set, name="t")
+    with pytest.raises(InterruptedHereError):
+        begin(thread)
+    assert revoke(thread) is not is_quick
+
+
+def test_a_worker_that_is_revoked_never_works() -> None:
+    worked = threading.Event()
+    thread = worker(worked.set, name="t")
+    assert revoke(thread)
+    thread.start()
+    thread.join()
+    assert not worked.is_set()
+
+
+def test_locks_that_nobody_has_any_more_are_forgotten() -> None:
+    for _ in range(3000):
+        threads_room.new_lock()
+    assert len(threads_room._LOCKS) < 3000
+
+
+def test_every_lock_is_one_that_a_forked_child_finds_open() -> None:
+    package = Path(threads_room.__file__).parent
+    makers = {path.name for path in package.rglob("*.py") if re.search(r"threading\.Lock(\(\)|\))", path.read_text())}
+    # In `hands` one is a signal between two threads, of which a child has at most one.
+    assert makers == {"threads.py", "hands.py"}
 
 
 def work_of(count: int, budget: Budget) -> list[Work[int]]:

@@ -32,6 +32,7 @@ from cloudckpt.format.manifest import IndexRef, Manifest, digest_of
 from cloudckpt.format.record import FORMAT_VERSION, INDEX_LIMIT_BYTES
 from cloudckpt.options import Options
 from cloudckpt.root.catalog import Catalog
+from cloudckpt.root.roots import Roots
 from cloudckpt.saving.dedup import share_out
 from cloudckpt.saving.tally import Written, assemble
 from cloudckpt.store import open_store
@@ -278,7 +279,7 @@ def measure_latest(ground: Ground, count: int) -> Found:
             sink.reset()
         watch = _Watch("latest", clock=time.perf_counter)
         with watch.time("latest"):
-            newest = Catalog(store).newest()
+            newest = Roots([Catalog(store)]).newest()
         spent = store.stats() - before
     if newest is None or newest.step != count - 1:
         raise RuntimeError(f"the newest of {count} checkpoints was not found")

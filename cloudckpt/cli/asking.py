@@ -13,7 +13,7 @@ import typer
 
 from cloudckpt.cli.printing import plain
 from cloudckpt.errors import CheckpointNotFoundError
-from cloudckpt.root import Catalog, Checkpoint, ManifestCache, mistaken_for
+from cloudckpt.root import Catalog, Checkpoint, ManifestCache, Roots, mistaken_for
 from cloudckpt.store import environment_options, hide, open_store
 
 __all__ = [
@@ -178,7 +178,7 @@ def newest_or_the_one(catalog: Catalog) -> Checkpoint:
     Raises:
         CheckpointNotFoundError: neither.
     """
-    found = catalog.newest() or the_one_at(catalog)
+    found = Roots([catalog]).newest() or the_one_at(catalog)
     if found is None:
         raise nothing_at(catalog)
     return found

@@ -11,7 +11,7 @@ from cloudckpt.cli.asking import Access, AsJson, Url, ended, nothing_at, the_one
 from cloudckpt.cli.printing import summary
 from cloudckpt.cli.rules import seconds_of
 from cloudckpt.errors import CheckpointNotFoundError
-from cloudckpt.root import Catalog, Checkpoint, wait_for_next
+from cloudckpt.root import Catalog, Checkpoint, Roots, wait_for_next
 
 __all__ = ["latest"]
 
@@ -51,14 +51,14 @@ def latest(
 def _best(catalog: Catalog, metric: str, mode: str) -> Checkpoint:
     if mode not in ("min", "max"):
         raise ended(f"--mode is {mode!r}; give min or max", status=2)
-    found = catalog.best(metric, "min" if mode == "min" else "max")
+    found = Roots([catalog]).best(metric, "min" if mode == "min" else "max")
     if found is None:
         raise CheckpointNotFoundError(f"no checkpoint at {catalog.store.url} has a number for the metric {metric!r}")
     return found
 
 
 def _newest(catalog: Catalog, after: int | None) -> Checkpoint:
-    found = catalog.newest() or the_one_at(catalog)
+    found = Roots([catalog]).newest() or the_one_at(catalog)
     if found is None:
         raise nothing_at(catalog)
     if after is not None and found.step <= after:

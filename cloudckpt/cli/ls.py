@@ -13,7 +13,7 @@ from cloudckpt.cli.asking import Access, AsJson, NoCache, Url, cache_of, ended, 
 from cloudckpt.cli.printing import as_age, in_zone, print_table, summary, zone_name
 from cloudckpt.cli.rules import KeepBestOption, KeepEveryOption, KeepForOption, KeepLastOption, rules_of
 from cloudckpt.report import as_bytes
-from cloudckpt.root import Checkpoint, Overview, overview, why_kept
+from cloudckpt.root import Checkpoint, Overview, Roots, overview, why_kept
 
 __all__ = ["ls"]
 
@@ -60,10 +60,10 @@ def ls(  # noqa: PLR0913 (each option of the command)
         if not checkpoints and not found.unreadable:
             one = the_one_at(catalog)
             if one is None:
-                raise nothing_at(catalog, undecided=len(found.unfinished))
+                raise catalog.lost() or nothing_at(catalog, undecided=len(found.unfinished))
             checkpoints = [one]
         elif not checkpoints:
-            catalog.refuse(found.unreadable)
+            Roots([catalog]).refuse(found.unreadable)
         kept = why_kept(checkpoints, rules)
         shown = _chosen(checkpoints, sort, limit)
         if as_json:

@@ -22,7 +22,7 @@ from cloudckpt.errors import CheckpointNotFoundError, OptionsError
 from cloudckpt.loading import read_index
 from cloudckpt.options import MIB, Options, as_count
 from cloudckpt.report import Progress, Show
-from cloudckpt.root import Catalog, Checkpoint
+from cloudckpt.root import Catalog, Checkpoint, Roots
 from cloudckpt.store import RetryingStore, open_store
 
 __all__ = ["export"]
@@ -173,7 +173,7 @@ def _meant(catalog: Catalog) -> Checkpoint:
     try:
         return catalog.open()
     except CheckpointNotFoundError:
-        newest = catalog.newest()
+        newest = Roots([catalog]).newest()
         if newest is None:
             raise
         return newest

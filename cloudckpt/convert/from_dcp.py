@@ -19,6 +19,7 @@ from cloudckpt.convert.origin import Bytes, Origin, reader_of
 from cloudckpt.errors import SourceError
 from cloudckpt.format import DTYPE_NAMES, Box, flatten_at
 from cloudckpt.store import Store
+from cloudckpt.threads import new_lock
 
 __all__ = ["METADATA", "add_dcp"]
 
@@ -67,7 +68,7 @@ class _Stored:
     box: Box
     blob: Blob
     _bytes: Bytes | None = None
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Lock = field(default_factory=new_lock)
 
     def read(self, start: int, memory: memoryview) -> None:
         with self._lock:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import struct
-import threading
 import zipfile
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from cloudckpt.convert.to_torch import place_of
 from cloudckpt.errors import CloudCkptError, SourceError
 from cloudckpt.format import DTYPE_NAMES, Box, flatten
 from cloudckpt.state import notes_of
+from cloudckpt.threads import new_lock
 
 __all__ = ["Archive", "add_torch", "is_archive", "is_older"]
 
@@ -181,7 +181,7 @@ class Archive:
         return data
 
 
-_gathering = threading.Lock()
+_gathering = new_lock()
 
 
 @dataclass(slots=True)

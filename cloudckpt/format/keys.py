@@ -9,6 +9,8 @@ from __future__ import annotations
 import operator
 import re
 import secrets
+from collections.abc import Iterable
+from typing import Literal
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format.record import shown
@@ -18,10 +20,13 @@ __all__ = [
     "EPOCH_LIMIT",
     "MANIFEST_NAME",
     "SHARD_SUFFIX",
+    "EpochMark",
     "checkpoint_prefix",
     "epoch_key",
     "index_key",
     "is_attempt",
+    "mark_key",
+    "marked_epoch",
     "new_attempt",
     "parse_checkpoint_prefix",
     "parse_epoch_key",
@@ -36,6 +41,7 @@ SHARD_SUFFIX = ".safetensors"
 # Ten digits keep keys in step order for every listing; more steps than that would break the order silently.
 _STEP_LIMIT = 10**10
 EPOCH_LIMIT = 10**10
+EpochMark = Literal["committed", "emptied"]
 _CHECKPOINT = re.compile(r"\Astep-([0-9]{10})-e([0-9]{4,10})/\Z")
 _EPOCH = re.compile(r"\Aepochs/([0-9]{10})\.json\Z")
 _ATTEMPT = re.compile(r"\A[0-9a-f]{16}\Z")
@@ -84,6 +90,18 @@ def parse_epoch_key(key: str) -> int | None:
     """Return the epoch of a key that `epoch_key` wrote, else None."""
     match = _EPOCH.match(key)
     return int(match[1]) or None if match else None
+
+
+def mark_key(mark: EpochMark, epoch: int) -> str:
+    """Return the key of what says of an epoch that it has committed something, or that all up to it was deleted."""
+    return f"{epoch_key(epoch).removesuffix('.json')}.{mark}"
+
+
+def marked_epoch(mark: EpochMark, keys: Iterable[str]) -> int:
+    """Return the highest epoch of which one of these keys is such a mark, 0 if none is."""
+    ending = f".{mark}"
+    named = (key.removesuffix(ending) for key in keys if key.endswith(ending))
+    return max((parse_epoch_key(f"{name}.json") or 0 for name in named), default=0)
 
 
 def new_attempt() -> str:

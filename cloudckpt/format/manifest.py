@@ -109,8 +109,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def encode(self) -> bytes:
         """Return the object's bytes, sealed with their own digest.
 
+        What `decode` refuses is never written: a checkpoint that nobody can read would be worse than none.
+
         Raises:
-            OptionsError: metrics and metadata make it larger than a manifest may be.
+            OptionsError: metrics and metadata make it larger than a manifest may be; or it holds what no reader takes.
         """
         bare = msgspec.structs.replace(self, sha256="")
         sealed = _bytes(msgspec.structs.replace(self, sha256=digest_of(_bytes(bare))))
@@ -119,6 +121,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 f"the manifest of step {self.step} has {len(sealed)} bytes, more than {MANIFEST_LIMIT_BYTES}; "
                 "move large metadata into the state"
             )
+        try:
+            self.decode(sealed, key=f"of step {self.step}")
+        except ManifestError as exc:
+            raise OptionsError(f"nothing is committed that no reader would take: {exc}") from exc
         return sealed
 
     @classmethod

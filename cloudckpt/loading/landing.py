@@ -10,7 +10,6 @@ was not verified. Entered by the download's threads.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPES, ChunkEntry, TensorEntry
+from cloudckpt.threads import new_lock
 from cloudckpt.transfer import Budget, Scratch, bytes_of
 
 __all__ = ["Landing", "Taking", "deliver"]
@@ -39,7 +39,7 @@ class Taking:
         self.planner = planner
         self.budget = budget
         self.scratch = Scratch()
-        self.lock = threading.Lock()
+        self.lock = new_lock()
         # A stock planner answers with a view of what it holds, as often as it is asked; another may allocate.
         self.is_stock = isinstance(planner, DefaultLoadPlanner) and (
             type(planner).resolve_tensor is DefaultLoadPlanner.resolve_tensor

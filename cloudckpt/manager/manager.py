@@ -3,7 +3,7 @@
 The outside of it: what is promised, and who of `saves`, `loading` and `root` keeps it. With several ranks each has a
 manager and calls the same of it; only rank 0's claims, lists and prunes. Keeps FORMAT invariants 5, 8 and 10. A manager
 belongs to one thread, and has at most one save under way. All managers of ranks that share a process group belong to
-the same thread: two would call in another order on another rank.
+the same thread: two would call in another order on another rank. In a forked child a manager reads, and saves nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cloudckpt.format import step_number
 from cloudckpt.loading import load_state
 from cloudckpt.manager.saves import Exists, Home, Saves
 from cloudckpt.manager.tolerance import OnError, Tolerance
-from cloudckpt.options import Options, as_flag, as_seconds
+from cloudckpt.options import Options, as_clock, as_flag, as_seconds
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
 from cloudckpt.ranks import refuse_lonely_rank
 from cloudckpt.report import Advice, Journal, Progress, Show, advise
@@ -150,10 +150,9 @@ class CheckpointManager:
             clock: monotonic seconds, for the grace time, intervals and notices; the same as that of a `Preemption`.
 
         Raises:
-            OptionsError: a wrong URL, engine, rule, interval or choice.
+            OptionsError: a wrong URL, engine, rule, interval or choice. So does each call whose clock gives no number.
         """
-        if not callable(clock):
-            raise OptionsError(f"clock is {clock!r}; give a function that returns seconds, such as time.monotonic")
+        clock = as_clock(clock)
         if fallback is None and fallback_storage_options is not None:
             raise OptionsError("fallback_storage_options are given without a fallback; give both, or none of them")
         as_seconds("prune_grace_s", prune_grace_s)
@@ -191,7 +190,7 @@ class CheckpointManager:
             tolerance=Tolerance(self._journal, on_error, max_failures),
             save_rng=as_flag("save_rng", save_rng),
         )
-        self._is_closed = False
+        self._is_closed, self._pid = False, os.getpid()
         if self._preemption is not None:
             self._preemption.start()
 
@@ -273,14 +272,17 @@ class CheckpointManager:
 
         Raises:
             CheckpointExistsError: this job has committed that step; it was not changed.
+            OptionsError: a wrong argument; or this process was forked from the one that opened the manager, and needs
+                its own.
             FencedError: a newer job has claimed the root; nothing was committed.
             UnsupportedValueError: a value that the format cannot hold; nothing was written.
             SaveFailedError: ranks failed, were lost, or hold different states (`.failures`); nothing was committed.
             StorageError: nothing was committed (after `CommitUnknownError`: perhaps).
-            KeyboardInterrupt, SystemExit: as they come; one that comes after the commit, also from a retention rule,
-                has a note that the step is saved.
+            BaseException: an interrupt, an exit or what a signal's handler raises, as it comes. One that comes after
+                the commit, also from a retention rule, has a note that the step is saved. Whether one was committed
+                while it came, the next call for that step asks.
         """
-        self._refuse_closed()
+        self._refuse_forked()
         return self._saves.save(_step_before(step, state), state, metrics, metadata, exists=exists)
 
     def async_save(
@@ -314,7 +316,7 @@ class CheckpointManager:
             SaveFailedError: this one failed before it was staged.
             CloudCkptError: as `save` raises.
         """
-        self._refuse_closed()
+        self._refuse_forked()
         number = _step_before(step, state)
         return self._saves.async_save(number, state, metrics, metadata, on_busy=on_busy, exists=exists)
 
@@ -324,7 +326,7 @@ class CheckpointManager:
         Fresh memory is 10 times slower to write to than memory in use. Call it once, before training; what optimizers
         make in their first step is added at the first `should_save`. Saves nothing, asks nobody.
         """
-        self._refuse_closed()
+        self._refuse_forked()
         self._saves.prepare(state)
 
     def wait(self, timeout: float | None = None) -> None:
@@ -339,6 +341,15 @@ class CheckpointManager:
             SaveFailedError: it failed; also one that failed before and nobody was told.
         """
         self._saves.settle(None if timeout is None else as_seconds("timeout", timeout))
+
+    def _refuse_forked(self) -> None:
+        """Refuse what writes as this job's: a forked child would be a second writer in its epoch."""
+        self._refuse_closed()
+        if os.getpid() != self._pid:
+            raise OptionsError(
+                f"the manager of {self.url} is that of process {self._pid}, from which this one was forked; to save or "
+                "delete here, open a manager of its own in this process"
+            )
 
     def _refuse_closed(self) -> None:
         if self._is_closed:
@@ -402,8 +413,11 @@ class CheckpointManager:
     def latest(self) -> Checkpoint | None:
         """Return the newest readable checkpoint by (epoch, step), or None when none was ever committed.
 
+        None is said, too, where `delete` has deleted all of them.
+
         Raises:
-            ManifestError: checkpoints are there and none can be read.
+            ManifestError: checkpoints are there and none can be read; or none is there, and some were committed.
+            FormatVersionError: the newest is of a newer format.
             StorageError: the store cannot be listed or read.
         """
         self._refuse_closed()
@@ -422,12 +436,17 @@ class CheckpointManager:
         return self._saves.roots.best(metric, mode)
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Return every readable checkpoint, oldest first by (epoch, step)."""
+        """Return every readable checkpoint, oldest first by (epoch, step).
+
+        Raises:
+            ManifestError: checkpoints are there and none can be read; or none is there, and some were committed.
+            StorageError: the store cannot be listed or read.
+        """
         self._refuse_closed()
         return self._saves.roots.all()
 
     def all_steps(self) -> list[int]:
-        """Return the steps of all readable checkpoints, ascending, each once."""
+        """Return the steps of all readable checkpoints, ascending, each once; raises what `checkpoints` raises."""
         return sorted({checkpoint.step for checkpoint in self.checkpoints()})
 
     def latest_step(self) -> int | None:
@@ -451,7 +470,7 @@ class CheckpointManager:
             FormatVersionError: a newer release has saved it; nothing was deleted.
             StorageError: the store could not be asked; the checkpoint is whole or not there.
         """
-        self._refuse_closed()
+        self._refuse_forked()
         self._saves.delete(step_number(step))
 
     def unreadable(self) -> list[Unreadable]:
@@ -495,7 +514,7 @@ class CheckpointManager:
             return
         self._is_closed = True
         try:
-            self._saves.end()
+            self._saves.end(is_forked=os.getpid() != self._pid)
         finally:
             if self._preemption is not None and self._owns_preemption:
                 self._preemption.stop()

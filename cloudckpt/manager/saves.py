@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -28,10 +27,12 @@ import xxhash
 from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import (
     CloudCkptError,
+    CommitUnknownError,
     FormatVersionError,
     OptionsError,
     RankLostError,
     SaveFailedError,
+    tells_outcome,
 )
 from cloudckpt.manager.tolerance import Tolerance
 from cloudckpt.options import Options
@@ -42,6 +43,7 @@ from cloudckpt.root import Catalog, Checkpoint, Epoch, Pruner, Roots
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
 from cloudckpt.state import Generators, bind, capture, captured, collector_at_rest
 from cloudckpt.store import RetryingStore
+from cloudckpt.threads import new_lock
 from cloudckpt.transfer import Slabs
 
 __all__ = ["Exists", "Home", "Saves"]
@@ -132,11 +134,13 @@ class Saves:
         self._call = ""
         self._to_prepare: MutableMapping[str, object] | None = None
         self._is_beginning = False
+        # The step of a save of which nothing is known, and what asks the store.
+        self._doubted: tuple[int, Callable[[], Checkpoint | None]] | None = None
         self.is_interrupted = False
         # The newest commit after which nothing was pruned yet.
         self._to_prune: deque[Checkpoint] = deque(maxlen=1)
         # Held by who prunes: the thread of the save before, or of one that has no room.
-        self._pruning = threading.Lock()
+        self._pruning = new_lock()
         self._was_end_near = False
         # Removes what the newest save left on a root that was down.
         self._to_take_back: deque[Callable[[], None]] = deque(maxlen=1)
@@ -235,23 +239,53 @@ class Saves:
         metadata: Mapping[str, object] | None,
     ) -> Checkpoint:
         entry, pending = self._begin(step, state, metrics, metadata, slabs=None)
+        self._doubted = step, pending.look
         try:
             with entry.bar(f"saving step {step}") as bar:
                 checkpoint = pending.finish(bar)
+            entry.unblocked(step)
         except BaseException as exc:
             self.is_interrupted = isinstance(exc, KeyboardInterrupt)
-            self._ended(step, entry, pending.take_back, exc)
+            self._ended(step, entry, pending.take_back, self._all_the_same(step, exc) or exc)
             raise
-        entry.unblocked(step)
-        self._ended(step, entry, pending.take_back, checkpoint)
-        if self._schedule.is_preempted:
-            self.background.log_earlier(step)
-        # The checkpoint is safe; a store that answers no delete must not keep training from going on.
-        end = Deadline.after(_PRUNING_S, "what is pruned while training waits")
-        self._wait_tidy(_PRUNING_S)
-        if self.background.wait_tidy(0):
-            self._prune(end)
+        try:
+            self._ended(step, entry, pending.take_back, checkpoint)
+            self._doubted = None
+            if self._schedule.is_preempted:
+                self.background.log_earlier(step)
+            # The checkpoint is safe; a store that answers no delete must not keep training from going on.
+            end = Deadline.after(_PRUNING_S, "what is pruned while training waits")
+            self._wait_tidy(_PRUNING_S)
+            if self.background.wait_tidy(0):
+                self._prune(end)
+        except BaseException as exc:
+            self.is_interrupted = isinstance(exc, KeyboardInterrupt)
+            _note_saved(step, exc)
+            raise
         return checkpoint
+
+    def _all_the_same(self, step: int, error: BaseException) -> Checkpoint | None:
+        """Return what a save has committed though it raised; an exception that is no answer of the store tells nothing.
+
+        If the store tells nothing yet, because the request is still under way, the next call for that step asks again.
+        """
+        if isinstance(error, CommitUnknownError):
+            return None
+        if tells_outcome(error):
+            self._doubted = None
+        found = self._doubtful(step)
+        if found is not None:
+            _note_saved(step, error)
+        # Several ranks would not all know of it.
+        return found if Group.of_world().size == 1 else None
+
+    def _doubtful(self, step: int) -> Checkpoint | None:
+        """Ask whether a save of this step, of which nothing is known, was committed; then that is known."""
+        if self._doubted is None or self._doubted[0] != step:
+            return None
+        if (found := self._doubted[1]()) is not None:
+            self._doubted = None
+        return found
 
     def async_save(
         self,
@@ -291,6 +325,10 @@ class Saves:
         if exists not in get_args(Exists):
             raise OptionsError(f"exists is {exists!r}; give {' or '.join(map(repr, get_args(Exists)))}")
         self._compare_call(step, exists, on_busy)
+        if Group.of_world().size == 1 and (late := self._doubtful(step)) is not None:
+            logger.warning("step %d was saved, though its save was interrupted", step)
+            for home in self.homes:
+                home.epoch.note(late)
         if exists == "raise":
             return None
         if self.background.step == step:
@@ -345,6 +383,10 @@ class Saves:
                 raise found
             if home.epoch.number:
                 home.catalog.claims.fence(home.epoch.number)
+        if self.roots.leaves_nothing([found for _, found in holders]):
+            # Before they go: else the next job would take their absence for a loss, and not start.
+            for catalog in self.roots.catalogs:
+                catalog.claims.mark_emptied()
         for home, (catalog, found) in zip(homes, holders, strict=True):
             if isinstance(found, Checkpoint):
                 home.pruner.uncommit(found)
@@ -353,15 +395,18 @@ class Saves:
                 catalog.remove_unreadable(f"{found.key.partition('/')[0]}/")
             logger.info("deleted step %d at %s", step, catalog.store.url)
 
-    def end(self) -> None:
-        """Wait for the save under way, or abandon it; then release the memory. What it raises is `Background.end`'s."""
+    def end(self, *, is_forked: bool = False) -> None:
+        """Wait for the save under way, or abandon it; then release the memory. What it raises is `Background.end`'s.
+
+        In a forked child nothing is removed: what the job has pruned is the parent's to remove.
+        """
         try:
             self.background.end()
             # Who interrupts waits for nothing that is not for a checkpoint.
             patience_s = 0.0 if self.is_interrupted else min(self.options.finish_timeout_s, _ENDING_S)
             stop_s = time.monotonic() + patience_s
             self._wait_tidy(patience_s)
-            if not self.is_interrupted and self._may_prune() and self.background.wait_tidy(0):
+            if not (self.is_interrupted or is_forked) and self._may_prune() and self.background.wait_tidy(0):
                 # What a notice had put off.
                 self._prune(Deadline(stop_s=stop_s, reason="the end of the job"))
                 for home in self.homes:
@@ -538,3 +583,10 @@ class Saves:
         while self._may_prune() and (left_s := stop_s - time.monotonic()) > 0:
             if self.background.wait_tidy(min(_LOOK_S, left_s)):
                 break
+
+
+def _note_saved(step: int, error: BaseException) -> None:
+    """Say beside an exception that comes after the commit what is safe."""
+    said = f"step {step} is saved"
+    if not any(note.startswith(said) for note in getattr(error, "__notes__", ())):
+        error.add_note(f"{said}: this came after the commit")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from cloudckpt.options import as_count, as_seconds
 from cloudckpt.preemption.notices import Notice
 from cloudckpt.preemption.watch import Preemption
 from cloudckpt.ranks import Vote
+from cloudckpt.threads import new_lock
 
 __all__ = ["Schedule"]
 
@@ -108,7 +108,7 @@ class Schedule:
         self._preemption = preemption
         self._clock = clock
         self._began_s = clock()
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._newest: _Newest | None = None
         self._safe_number = 0
         self._took_s = 0.0

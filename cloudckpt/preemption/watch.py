@@ -30,6 +30,7 @@ from cloudckpt.preemption.clouds import DMI, AzureSource, Ec2Source, GceSource, 
 from cloudckpt.preemption.notices import CheckSource, Notice, NoticeSource, Watcher
 from cloudckpt.preemption.signals import SignalWatch
 from cloudckpt.preemption.slurm import SlurmSource
+from cloudckpt.threads import new_lock
 
 __all__ = ["EXIT_PREEMPTED", "Preemption", "auto_sources"]
 
@@ -179,8 +180,8 @@ class Preemption:
         self._asked_count = 0
         self._complained_count = 0
         self._weighed: tuple[tuple[int, int], tuple[Notice, ...]] = ((0, 0), ())
-        self._log_lock = threading.Lock()
-        self._take_lock = threading.Lock()
+        self._log_lock = new_lock()
+        self._take_lock = new_lock()
         self._signal_watch: SignalWatch | None = None
         self._watchers: list[Watcher] = []
         self._threads: list[Watcher] = []

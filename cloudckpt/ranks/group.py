@@ -44,6 +44,7 @@ from cloudckpt.ranks.outcome import (
 from cloudckpt.ranks.packet import Packet
 from cloudckpt.ranks.pulse import Pulse
 from cloudckpt.ranks.world import BrokenError, has_world, new_gloo_group
+from cloudckpt.threads import new_lock
 from cloudckpt.transfer import Watch
 
 __all__ = ["Group"]
@@ -65,7 +66,7 @@ class Group:
         self._link: Link | None = None
         self._generation = 0
         self._is_open = False
-        self._turn = threading.Lock()
+        self._turn = new_lock()
         self._holder: int | None = None
         self._settled: BaseException | None = None
         self._accords: Counter[str] = Counter()
@@ -336,7 +337,7 @@ class Group:
         return self._link
 
 
-_LOCK = threading.Lock()
+_LOCK = new_lock()
 _OF_WORLD: list[Group] = []  # one at most
 
 

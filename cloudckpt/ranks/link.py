@@ -9,7 +9,6 @@ waiting, and then the link is left to itself as a whole. What gloo raises for a 
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
@@ -22,6 +21,7 @@ from cloudckpt.ranks.calling import Caller
 from cloudckpt.ranks.packet import Packet, landing_of, packed, slices, unpack
 from cloudckpt.ranks.pulse import Pulse
 from cloudckpt.ranks.world import BrokenError, breaking, let_go
+from cloudckpt.threads import new_lock
 
 __all__ = ["Link"]
 
@@ -45,7 +45,7 @@ class Link:
         self._caller = caller
         self._held: dist.ProcessGroup | None = gloo
         self._has_asked = self._is_retracted = False
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     @property
     def _gloo(self) -> dist.ProcessGroup:

@@ -23,7 +23,7 @@ import msgspec
 from cloudckpt.errors import RankLostError
 from cloudckpt.ranks.outcome import rank_lost
 from cloudckpt.ranks.world import KeyValueStore
-from cloudckpt.threads import started
+from cloudckpt.threads import new_lock, started
 
 __all__ = ["Pulse", "make_room"]
 
@@ -113,7 +113,7 @@ class Pulse:
         self._seen = [_Seen(now_s) for _ in range(size)]
         self._fault: RankLostError | None = None
         self._is_deciding = False
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._wake = threading.Event()
         self._wake.set()
         self._ending = threading.Event()

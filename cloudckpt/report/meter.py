@@ -5,11 +5,11 @@ Seconds only. The training's thread and that of a background save may both enter
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 
 from cloudckpt.report.advice import Costs
+from cloudckpt.threads import new_lock
 
 __all__ = ["Meter"]
 
@@ -19,7 +19,7 @@ class Meter:
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._blocked_s: list[float] = []
         self._commit_s: list[float] = []
         self._restart_s: float | None = None

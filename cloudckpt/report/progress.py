@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import math
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +20,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
 
 from cloudckpt.errors import OptionsError
+from cloudckpt.threads import new_lock
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -66,7 +66,7 @@ class _Lines(Bar):
         self._clock = clock
         self._began_s = self._told_s = clock()
         self._total_bytes = self._moved_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def begin(self, total_bytes: int) -> None:
         with self._lock:

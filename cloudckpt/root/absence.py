@@ -5,7 +5,6 @@ Asked only after a manifest was not found. Keeps FORMAT invariant 7: what a cut-
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 
@@ -14,9 +13,7 @@ from cloudckpt.format import MANIFEST_NAME, is_attempt, parse_checkpoint_prefix
 from cloudckpt.root.claims import Claims
 from cloudckpt.store import Listing, Store
 
-__all__ = ["mistaken_for", "refuse_lost", "set_aside_key", "what_is_there"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["lost", "mistaken_for", "set_aside_key", "what_is_there"]
 
 _NOTHING = "list what is there with `cloudckpt ls`"
 _WEIGHTS = re.compile(r"\.(?:safetensors(?:\.index\.json)?|bin\.index\.json|pt|pth|ckpt)\Z|\Apytorch_model.*\.bin\Z")
@@ -54,29 +51,39 @@ def mistaken_for(store: Store) -> str:
         return ""
 
 
-def refuse_lost(url: str, attempts: Sequence[str], claims: Claims) -> None:
-    """Warn of attempts, newest first, where nothing is committed.
+def lost(url: str, attempts: Sequence[str], claims: Claims) -> ManifestError | None:
+    """Return what tells that something was committed at a root where nothing is; None if nothing speaks for it.
 
-    Raises:
-        ManifestError: something was: a claim says that its job went on from a checkpoint.
+    For it speak the mark of a first commit, and what a claim says that its job went on from; against it, that all of
+    it was deleted by `delete`.
+
+    Args:
+        url: of the root.
+        attempts: prefixes that stand there, newest first.
+        claims: of the root.
     """
-    for epoch in claims.epochs()[:_CLAIMS]:
+    why = _history(claims)
+    if not why:
+        return None
+    left = f"{len(attempts)} attempts stand there without a manifest" if attempts else "no attempt stands there"
+    such = f", such as {attempts[0]}{MANIFEST_NAME}" if attempts else ""
+    return ManifestError(
+        f"nothing is committed at {url}, though {why}, and {left}: the manifests were removed, by hand or by a "
+        f"lifecycle rule. Have them back from a backup{such}; to start afresh, save without a restore, or to another "
+        "root",
+        key=attempts[0] + MANIFEST_NAME if attempts else "",
+    )
+
+
+def _history(claims: Claims) -> str:
+    """Say which epoch has committed something that nobody has deleted; "" if none has, as far as is known."""
+    epochs = claims.epochs()
+    for epoch in [epoch for epoch in epochs if epoch > claims.emptied][:_CLAIMS]:
         claim = claims.read(epoch)
         links = [] if claim is None else [link for link in (claim.resumed_from, *(claim.line or ())) if link]
-        if not links:
-            continue
-        went_on = f"the job of epoch {epoch} went on from step {links[0][0]}"
-        raise ManifestError(
-            f"nothing is committed at {url}, though {went_on}, and {len(attempts)} attempts stand there without a "
-            "manifest: the manifests were removed, by hand or by a lifecycle rule. Have them back from a backup, such "
-            f"as {attempts[0]}{MANIFEST_NAME}; to start afresh, save without a restore, or to another root",
-            key=attempts[0] + MANIFEST_NAME,
-        )
-    logger.warning(
-        "nothing is committed at %s, but %d attempts stand there without a manifest (the newest: %s): jobs were "
-        "stopped in their first save, or manifests were removed",
-        *(url, len(attempts), attempts[0]),
-    )
+        if links and max(of for _, of in links) > claims.emptied:
+            return f"the job of epoch {epoch} went on from step {links[0][0]}"
+    return f"the job of epoch {claims.marked} has committed there" if claims.marked > claims.emptied else ""
 
 
 def _mistaken(store: Store, top: Listing) -> str:

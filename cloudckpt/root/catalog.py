@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -47,14 +47,14 @@ from cloudckpt.format import (
     new_attempt,
     parse_checkpoint_prefix,
 )
-from cloudckpt.root.absence import refuse_lost, what_is_there
-from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable, best_first
+from cloudckpt.root.absence import lost, what_is_there
+from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable
 from cloudckpt.root.claims import Claims
 from cloudckpt.root.known import Known
 from cloudckpt.root.looking import Walk
-from cloudckpt.root.removal import delete_below
+from cloudckpt.root.removal import delete_below, nested
 from cloudckpt.store import RetryingStore, Store, one_deadline
-from cloudckpt.threads import each
+from cloudckpt.threads import each, new_lock
 
 __all__ = ["Catalog"]
 
@@ -88,7 +88,7 @@ class _Memory:
     stamps: dict[str, _Stamp] = field(default_factory=dict)
     voids: set[str] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Lock = field(default_factory=new_lock)
 
 
 class Catalog:
@@ -219,14 +219,10 @@ class Catalog:
         """Yield committed checkpoints from the newest down, reading each manifest only when it is asked for.
 
         One that has gone when the next one is asked for is followed by what is newer by now. One that cannot be read is
-        yielded as its error, so that the caller decides; a store that cannot be reached raises. A manifest of a newer
-        format raises `FormatVersionError`: going past it would silently go back in time.
+        yielded as its error, so that the caller decides; a store that cannot be reached raises.
         """
         walk: Walk[Checkpoint | ManifestError] = self._walk(self._tried)
-        for found in walk.newest_first(self._again):
-            if isinstance(found, FormatVersionError):
-                raise found
-            yield found
+        return walk.newest_first(self._again)
 
     def _walk(
         self,
@@ -257,42 +253,28 @@ class Catalog:
         except ManifestError as exc:
             return exc
 
-    def newest(self) -> Checkpoint | None:
-        """Return the newest readable checkpoint, or None when none was ever committed.
+    def lost(self) -> ManifestError | None:
+        """Return the error that says what was committed here and is gone, where nothing is; None if nothing ever was.
 
-        Raises:
-            ManifestError: checkpoints are there and none can be read.
-            StorageError: the store cannot be listed or read; that is never "none".
+        Where attempts stand there all the same, the log is told, once.
         """
-        failures = []
-        for found in self.newest_first():
-            if isinstance(found, Checkpoint):
-                return found
-            logger.warning("skipping a checkpoint whose manifest cannot be read: %s", found)
-            failures.append(found)
-        self._refuse(failures)
-        return None
-
-    def check_fresh(self) -> None:
-        """Raise `ManifestError` if nothing is committed here, and something was: that is no fresh start."""
         attempts = [prefix for prefix in self.places() if not self._is_decided(prefix)]
-        if attempts:
-            refuse_lost(self.store.url, attempts, self.claims)
+        error = lost(self.store.url, attempts, self.claims)
+        if error is None:
+            self._tell_attempts(attempts)
+        return error
 
-    def all(self) -> list[Checkpoint]:
-        """Return every readable checkpoint, oldest first by (epoch, step).
-
-        Raises:
-            ManifestError, StorageError: checkpoints are there and none can be read.
-            StorageError: the store cannot be listed or reached; that is never "none".
-        """
-        return self.readable(self.survey())
-
-    def readable(self, survey: Survey) -> list[Checkpoint]:
-        """Return the checkpoints that were found; raises as `all` does."""
-        if not survey.checkpoints:
-            self.refuse(survey.unreadable)
-        return list(survey.checkpoints)
+    def _tell_attempts(self, attempts: Sequence[str]) -> None:
+        left = [prefix for prefix in attempts if (parse_checkpoint_prefix(prefix) or (0, 0))[1] > self.claims.emptied]
+        with self._memory.lock:
+            news = [prefix for prefix in left if prefix not in self._memory.told]
+            self._memory.told.update(news)
+        if news:
+            logger.warning(
+                "nothing is committed at %s, but %d attempts stand there without a manifest (the newest: %s): jobs "
+                "are in their first save, or were stopped in it, or manifests were removed",
+                *(self.store.url, len(left), left[0]),
+            )
 
     def survey(self, known: Known | None = None) -> Survey:
         """Look at all that stands below the root. One listing, and one request for each prefix.
@@ -435,31 +417,6 @@ class Catalog:
             )
         return Unreadable(step=step, epoch=epoch, url=self._url(prefix), error=error)
 
-    def refuse(self, unreadable: Sequence[Unreadable]) -> None:
-        """Raise why the newest of these cannot be read: nothing can be, where something stands."""
-        self._refuse([one.error for one in reversed(unreadable)])
-
-    def _refuse(self, failures: Sequence[ManifestError | StorageError]) -> None:
-        """Raise the first of these, if there is one: nothing can be read where something stands."""
-        if failures and isinstance(failures[0], StorageError):
-            raise failures[0]
-        if failures:
-            raise ManifestError(
-                f"{len(failures)} checkpoints are at {self.store.url} and none can be read; the newest: {failures[0]}",
-                key=failures[0].key,
-            ) from failures[0]
-
-    def best(self, metric: str, mode: Literal["min", "max"]) -> Checkpoint | None:
-        """Return the checkpoint with the smallest (`min`) or largest (`max`) `metric`; the newer of equals.
-
-        Checkpoints without that metric, or with nan, do not count; None if none counts.
-
-        Raises:
-            OptionsError: the metric has no name, or the mode is neither `min` nor `max`.
-            CloudCkptError: what `all` raises.
-        """
-        return next(iter(best_first(self.all(), metric, mode)), None)
-
     def find(self, step: int) -> Checkpoint:
         """Return the checkpoint of `step`, of the newest epoch that committed it.
 
@@ -554,9 +511,14 @@ class Catalog:
         self._note(prefix, None)
 
     def remove_unreadable(self, prefix: str) -> None:
-        """Delete what stands under a prefix whose manifest cannot be read: that first, then all else there."""
+        """Delete what stands under a prefix whose manifest cannot be read: that first, then all else there.
+
+        Checkpoints that somebody has saved below it stay.
+        """
         self._delete_manifest(prefix)
-        self.store.delete([info.key for info in self.store.list(prefix).objects])
+        keys = [info.key for info in self.store.list(prefix).objects if info.key != prefix + MANIFEST_NAME]
+        others = tuple(nested(prefix, keys))
+        delete_below(self.store, [key for key in keys if not key.startswith(others)], below=[prefix])
 
     def recommit(self, checkpoint: Checkpoint) -> None:
         """Create the manifest of a checkpoint that `uncommit` took away again, byte for byte; raises as `commit`."""
@@ -565,18 +527,23 @@ class Catalog:
         self.adopt(data, prefix=checkpoint.prefix)
 
     @one_deadline()
+    def made_by(self, attempts: Collection[str], *, prefix: str) -> Checkpoint | None:
+        """Return the checkpoint there if one of these attempts made it, else None. One request."""
+        try:
+            data = self.store.read(prefix + MANIFEST_NAME, limit_bytes=MANIFEST_LIMIT_BYTES)
+        except ObjectNotFoundError:
+            return None
+        is_one = Manifest.decode(data, key=prefix + MANIFEST_NAME).attempt in attempts
+        return self.adopt(data, prefix=prefix) if is_one else None
+
+    @one_deadline()
     def discard(self, attempts: Collection[str], *, prefix: str) -> None:
         """Delete the objects of attempts at one save that failed, unless the manifest there is of one of them.
 
         Call only when no commit of it can follow.
         """
-        try:
-            data = self.store.read(prefix + MANIFEST_NAME, limit_bytes=MANIFEST_LIMIT_BYTES)
-        except ObjectNotFoundError:
-            pass
-        else:
-            if Manifest.decode(data, key=prefix + MANIFEST_NAME).attempt in attempts:
-                return
+        if self.made_by(attempts, prefix=prefix) is not None:
+            return
         # An index also where none was put: a disk then lets go of a directory in which nothing came to stand.
         keys = {prefix + index_key(attempt) for attempt in attempts}
         below = tuple(f"{prefix}{attempt}/" for attempt in attempts)

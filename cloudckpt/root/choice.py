@@ -57,7 +57,7 @@ class Choice:
                 is_empty = False
                 yield candidate
             if is_empty:
-                self._check_fresh()
+                self._refuse_checkpoint()
         elif isinstance(self.wanted, Checkpoint):
             if not any(one.holds(self.wanted) for one in self.roots.catalogs):
                 raise OptionsError(
@@ -80,7 +80,7 @@ class Choice:
         for _ in range(LISTINGS):
             found = self.roots.all()
             if not found:
-                self._check_fresh()
+                self._refuse_checkpoint()
                 return
             best = next(iter(best_first(found, rule.metric, rule.mode)), None)
             if best is None:
@@ -89,15 +89,13 @@ class Choice:
             if self.roots.stands(best):
                 return
 
-    def _check_fresh(self) -> None:
-        """Refuse to call it a fresh start where no checkpoint is found, and one was, or where is no root."""
+    def _refuse_checkpoint(self) -> None:
+        """Refuse to call it a fresh start where no root is."""
         if self.roots.catalogs[0].is_taken(""):
             raise OptionsError(
                 f"{self.roots.url} is one checkpoint, not a root of checkpoints; load it with "
                 "cloudckpt.load, or give the URL of the root"
             )
-        for catalog in self.roots.catalogs:
-            catalog.check_fresh()
 
 
 def _no_best(found: Sequence[Checkpoint], metric: str) -> str:

@@ -2,6 +2,7 @@
 
     claim     epochs/NNN.json created, above every claim and every prefix   ──▶ older epochs are fenced
     fence     one listing: nobody claimed a newer epoch, and our own claim is still there and still ours
+    mark      beside the claims: this root has held a checkpoint; or all up to an epoch was deleted on purpose
     Line      what a job committed itself, and the checkpoints that led to the one that it went on from
 
 A line may lead through two roots of one job, whose epochs grow over both. Any thread may enter.
@@ -14,6 +15,7 @@ import os
 import platform
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Self
@@ -33,8 +35,11 @@ from cloudckpt.format import (
     EPOCHS_PREFIX,
     FORMAT_VERSION,
     EpochClaim,
+    EpochMark,
     decode_claim,
     epoch_key,
+    mark_key,
+    marked_epoch,
     parse_epoch_key,
 )
 from cloudckpt.store import ObjectInfo, Store, one_deadline
@@ -96,11 +101,15 @@ class _Known:
         own: the claims of its own.
         nonces: of claims that were looked for.
         seen: the highest epoch that it has seen there, claimed or in a prefix, and whether it has looked for all.
+        marked: the highest epoch of which it is marked that it has committed something.
+        emptied: the highest epoch of which it is marked that nothing was left up to it.
     """
 
     own: dict[int, _Own] = field(default_factory=dict)
     nonces: dict[int, str] = field(default_factory=dict)
     seen: tuple[int, bool] = (0, False)
+    marked: int = 0
+    emptied: int = 0
 
 
 class Claims:
@@ -133,6 +142,35 @@ class Claims:
     def note(self, epochs: Iterable[int], *, are_all: bool = False) -> None:
         """Note of which epochs something stands here; all of which anything does, if that is so."""
         self._known.seen = max([self.seen, *epochs]), self.has_looked or are_all
+
+    @property
+    def marked(self) -> int:
+        """The highest epoch of which a mark says that it has committed something, by the last listing; 0 if none."""
+        return self._known.marked
+
+    @property
+    def emptied(self) -> int:
+        """The highest epoch up to which everything was deleted by `delete`, by the last listing; 0 if it never was."""
+        return self._known.emptied
+
+    def mark_committed(self, epoch: int) -> None:
+        """Mark, once for the root, that something was committed: its absence is a loss from then on, no fresh start.
+
+        No request where a listing has shown such a mark, as that of the fence before a commit does.
+        """
+        if self.marked <= self.emptied:
+            self._mark("committed", epoch)
+            self._known.marked = max(self.marked, epoch)
+
+    def mark_emptied(self) -> None:
+        """Mark that all that was committed so far is deleted on purpose. Where nobody has claimed, nothing is."""
+        if highest := self.highest():
+            self._mark("emptied", highest)
+            self._known.emptied = highest
+
+    def _mark(self, mark: EpochMark, epoch: int) -> None:
+        with suppress(ObjectExistsError):
+            self._store.create(mark_key(mark, epoch), b"\n")
 
     def highest(self) -> int:
         """Return the highest epoch that anybody claimed, 0 if nobody did. One listing."""
@@ -228,6 +266,8 @@ class Claims:
     def _listed(self) -> Mapping[str, ObjectInfo]:
         found = {info.key: info for info in self._store.list(EPOCHS_PREFIX).objects}
         self.note([highest_claim(found)], are_all=True)
+        self._known.marked = max(self.marked, marked_epoch("committed", found))
+        self._known.emptied = max(self.emptied, marked_epoch("emptied", found))
         return found
 
     def _claimed_by(self, epoch: int) -> str:

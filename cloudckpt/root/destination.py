@@ -21,7 +21,7 @@ from cloudckpt.format import Manifest, checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import WORKED, Checkpoint
 from cloudckpt.root.claims import Claims, Line, leading_to
-from cloudckpt.root.replacing import Exists, check_place, replace
+from cloudckpt.root.replacing import Exists, check_place, refuse_nested, replace
 from cloudckpt.store import RetryingStore, probe_create, probe_write
 
 __all__ = ["Destination", "Epoch", "Target", "own_url"]
@@ -157,7 +157,10 @@ class Epoch:
 
     @property
     def _is_high_enough(self) -> bool:
-        return self.number > 0 and (self.beside is None or self.number >= self.beside.number)
+        # Seen after the commit before: a checkpoint that was copied here is above this epoch, or all was deleted.
+        claims = self._catalog.claims
+        above = max(claims.seen, claims.emptied + 1, 0 if self.beside is None else self.beside.number)
+        return self.number > 0 and self.number >= above
 
     def _goes_back(self, step: int) -> bool:
         """Tell whether a step is below the newest one of its epoch: in that nobody would find it."""
@@ -232,6 +235,7 @@ class Epoch:
             self._claim(catalog)
         elif not self._is_high_enough:
             if self.number == 0:
+                refuse_nested(catalog.store.url, is_root=True)
                 probe_create(catalog.store, single_writer=self._is_single_writer)
             self._claim(catalog)
         prefix = checkpoint_prefix(step, self.number)

@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Literal, get_args
 
@@ -26,7 +26,7 @@ from cloudckpt.root.claims import Line
 from cloudckpt.root.removal import delete_below
 from cloudckpt.root.retention import RetentionRule, removable
 from cloudckpt.root.sweep import find_orphans, remove_orphan, remove_unfinished
-from cloudckpt.threads import started
+from cloudckpt.threads import new_lock, started
 
 __all__ = ["Cleaner", "Pruner", "RetentionScope"]
 
@@ -66,6 +66,7 @@ class Pruner:
         self._has_named = False
         # What the store refuses to delete, and that was raised.
         self._told: set[str] = set()
+        self._above: set[str] = set()
 
     @property
     def has_rules(self) -> bool:
@@ -97,6 +98,8 @@ class Pruner:
         self._until = until
         try:
             self._prune_after(checkpoint, line, epoch or checkpoint.epoch, go_on)
+            if not epoch:
+                self._catalog.claims.mark_committed(checkpoint.epoch)
         finally:
             self._until = NEVER
 
@@ -122,9 +125,10 @@ class Pruner:
             raise next(refused[prefix] for prefix in refused if prefix in news)
 
     def _going(self, newest: Checkpoint, line: Line, epoch: int) -> list[Checkpoint]:
+        places = self._catalog.places()
+        self._tell_above(places, newest)
         if not self._rules:
             return []
-        places = self._catalog.places()
         is_all = self._scope == "root"
         held = [prefix for prefix, order in places.items() if is_all or line.holds(order)]
         found = self._catalog.recall(held).checkpoints
@@ -136,6 +140,18 @@ class Pruner:
             # A newer job may be restoring what we would remove.
             self._catalog.claims.fence(epoch)
         return going
+
+    def _tell_above(self, places: Mapping[str, tuple[int, int]], newest: Checkpoint) -> None:
+        """Say, once, what was copied here that the next job would take for newer than what this one has just saved."""
+        above = [prefix for prefix, order in places.items() if order > newest.order and prefix not in self._above]
+        found = self._catalog.recall(above).checkpoints
+        self._above.update(one.prefix for one in found)
+        if found:
+            logger.warning(
+                "%s is there, of an epoch above this job's, %d, whose next save claims one above it; until then it is "
+                "what a restore finds: it was copied here while this job is at work, or a newer job has taken over",
+                *(found[-1].url, newest.epoch),
+            )
 
     def _removable(self, checkpoints: Sequence[Checkpoint], newest: Checkpoint) -> list[Checkpoint]:
         """Return what may go, once all that the rules keep instead was found to be there."""
@@ -235,7 +251,7 @@ class Cleaner:
         self._uncommitted_s: dict[tuple[str, str], float] = {}
         self._removed_count = 0
         self._next_sweep_s = clock()
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._thread: threading.Thread | None = None
         self._is_woken = False
         self._is_ending = False

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 from cloudckpt.errors import StorageError
-from cloudckpt.format import MANIFEST_NAME, parse_checkpoint_prefix
+from cloudckpt.format import MANIFEST_NAME, is_attempt, parse_checkpoint_prefix
 from cloudckpt.store import Store
 
-__all__ = ["delete_below"]
+__all__ = ["delete_below", "nested"]
 
 # So many objects in one call, between which it may be stopped; the largest bulk delete of any store.
 _BATCH = 1_000
@@ -51,7 +51,24 @@ def delete_below(
     return True
 
 
+def nested(prefix: str, keys: Collection[str]) -> list[str]:
+    """Return the prefixes of checkpoints that stand below that of another one, or of an attempt that is none."""
+    return [
+        above
+        for key in keys
+        if _is_manifest(key) and key.startswith(prefix) and (above := key.removesuffix(MANIFEST_NAME)) != prefix
+    ]
+
+
 def _is_manifest(key: str) -> bool:
     """Tell whether a checkpoint stands or falls with this key; the copy that an attempt keeps of one is none."""
-    above = key.removesuffix(MANIFEST_NAME)
-    return above != key and (not above or parse_checkpoint_prefix(above) is not None)
+    *above, name = key.split("/")
+    if name != MANIFEST_NAME:
+        return False
+    is_in_attempt = bool(above) and is_attempt(above[-1])
+    is_of_ours = not above[:-1] or (len(above) == len(("step", "attempt")) and _is_step(above[0]))
+    return not (is_in_attempt and is_of_ours)
+
+
+def _is_step(name: str) -> bool:
+    return parse_checkpoint_prefix(f"{name}/") is not None

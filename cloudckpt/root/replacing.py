@@ -24,14 +24,14 @@ from cloudckpt.errors import (
     OptionsError,
     StorageError,
 )
-from cloudckpt.format import MANIFEST_NAME, Index, Manifest, index_key, is_attempt
+from cloudckpt.format import MANIFEST_NAME, Index, Manifest, index_key, is_attempt, parse_checkpoint_prefix
 from cloudckpt.root.absence import set_aside_key
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.removal import delete_below
 from cloudckpt.store import ObjectInfo
 
-__all__ = ["Exists", "check_exists", "check_place", "replace"]
+__all__ = ["Exists", "check_exists", "check_place", "refuse_nested", "replace"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,14 +49,34 @@ def check_exists(exists: str) -> Exists:
     raise OptionsError(f"exists is {exists!r}; give {' or '.join(map(repr, get_args(Exists)))}")
 
 
+def refuse_nested(url: str, *, is_root: bool) -> None:
+    """Refuse a place for checkpoints that is below a step of a manager's root, by the form of its URL.
+
+    A root may not be such a step either; what is to be one checkpoint is refused there by what it holds.
+
+    Raises:
+        OptionsError: it is: what stands below a step goes with that step, or with a sweep.
+    """
+    above = url.rstrip("/").split("/")
+    names = above if is_root else above[:-1]
+    step = next((place for place, name in enumerate(names) if parse_checkpoint_prefix(f"{name}/")), None)
+    if step is not None:
+        raise OptionsError(
+            f"{url} is below {'/'.join(above[: step + 1])}, a step of a CheckpointManager, which goes with all that "
+            "stands there; save beside the root, or within the state of that step"
+        )
+
+
 def check_place(catalog: Catalog, exists: Exists) -> None:
     """Refuse a URL early that a save could not commit to.
 
     Raises:
+        OptionsError: it is below a step of a manager's root.
         CheckpointExistsError: it holds a checkpoint, which was not changed; or one step of a manager's root, which is
             not replaced.
         ManifestError: it holds one that cannot be read, and so is not replaced.
     """
+    refuse_nested(catalog.store.url, is_root=False)
     try:
         is_taken = catalog.is_taken("")
     except CredentialsExpiredError:

@@ -2,21 +2,25 @@
 
 A job's epochs grow over both roots, as `destination` claims them, so that (epoch, step) says of any two checkpoints
 which is newer, wherever they are; of two that are equal the first root's is taken. A root that cannot be read is never
-one where nothing is: what asks for the newest raises then, rather than going back in time. Keeps FORMAT invariant 10.
+one where nothing is: what asks for the newest raises then, rather than going back in time. Nor is "none" said where
+something tells that there was one: not here, and so nowhere. Keeps FORMAT invariant 10.
 """
 
 from __future__ import annotations
 
 import heapq
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from cloudckpt.errors import CheckpointNotFoundError, ManifestError
+from cloudckpt.errors import CheckpointNotFoundError, FormatVersionError, ManifestError, StorageError
 from cloudckpt.format import parse_checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.root.checkpoint import Checkpoint, Survey, best_first
+from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable, best_first
 
 __all__ = ["Roots"]
+
+logger = logging.getLogger(__name__)
 
 
 class Roots:
@@ -44,26 +48,89 @@ class Roots:
         return self.catalog_of(checkpoint).is_still(checkpoint)
 
     def newest_first(self) -> Iterator[Checkpoint | ManifestError]:
-        """Yield what all roots hold from the newest down, as `Catalog.newest_first` does."""
-        ways = [one.newest_first() for one in self.catalogs]
-        return iter(heapq.merge(*ways, key=_order_of, reverse=True))
+        """Yield what all roots hold from the newest down, as `Catalog.newest_first` does.
+
+        Raises:
+            FormatVersionError: it is the turn of one of a newer format; going past it would silently go back in time.
+            ManifestError: nothing is committed, but something was.
+            StorageError: a root cannot be listed or read; that is never "none".
+        """
+        is_empty = True
+        lost: ManifestError | None = None
+        for _ in range(2):
+            ways = [one.newest_first() for one in self.catalogs]
+            for found in heapq.merge(*ways, key=_order_of, reverse=True):
+                if isinstance(found, FormatVersionError):
+                    raise found
+                is_empty = False
+                yield found
+            # A job may have made its first commit since it was looked for.
+            if not is_empty or lost is not None or (lost := self._lost()) is None:
+                break
+        if is_empty and lost is not None:
+            raise lost
+
+    def _lost(self) -> ManifestError | None:
+        """Return what says that something was committed, where nothing is; None if nothing ever was."""
+        return next((error for one in self.catalogs if (error := one.lost()) is not None), None)
 
     def newest(self) -> Checkpoint | None:
-        """Return the newest readable checkpoint, or None when none was ever committed; raises as `Catalog.newest`."""
-        found, unreadable = [], []
-        for catalog in self.catalogs:
-            try:
-                found.append(catalog.newest())
-            except ManifestError as exc:
-                unreadable.append(exc)
-        readable = [one for one in found if one is not None]
-        if unreadable and not readable:
-            raise unreadable[0]
-        return max(readable, key=lambda one: one.order, default=None)
+        """Return the newest readable checkpoint, or None when none was ever committed.
+
+        Raises:
+            ManifestError: checkpoints are there and none can be read; or none is there, and some were committed.
+            FormatVersionError: the newest is of a newer format.
+            StorageError: a root cannot be listed or read; that is never "none".
+        """
+        failures = []
+        for found in self.newest_first():
+            if isinstance(found, Checkpoint):
+                return found
+            logger.warning("skipping a checkpoint whose manifest cannot be read: %s", found)
+            failures.append(found)
+        self._refuse(failures)
+        return None
+
+    def refuse(self, unreadable: Sequence[Unreadable]) -> None:
+        """Raise why the newest of these, oldest first, cannot be read: nothing can be, where something stands."""
+        self._refuse([one.error for one in reversed(unreadable)])
+
+    def _refuse(self, failures: Sequence[ManifestError | StorageError]) -> None:
+        """Raise the first of these, if there is one: nothing can be read where something stands."""
+        if failures and isinstance(failures[0], StorageError):
+            raise failures[0]
+        if failures:
+            raise ManifestError(
+                f"{len(failures)} checkpoints are at {self.url} and none can be read; the newest: {failures[0]}",
+                key=failures[0].key,
+            ) from failures[0]
 
     def all(self) -> list[Checkpoint]:
-        """Return every readable checkpoint, oldest first by (epoch, step); raises as `Catalog.all` does."""
-        return self.catalogs[0].readable(self.survey())
+        """Return every readable checkpoint, oldest first by (epoch, step).
+
+        Raises:
+            ManifestError, StorageError: checkpoints are there and none can be read.
+            ManifestError: none is there, and some were committed.
+            StorageError: a root cannot be listed or reached; that is never "none".
+        """
+        return self.readable(self.survey())
+
+    def readable(self, survey: Survey) -> list[Checkpoint]:
+        """Return the checkpoints that were found; raises as `all` does."""
+        if not survey.checkpoints:
+            self.refuse(survey.unreadable)
+        if not survey.checkpoints and (lost := self._lost()) is not None:
+            # A job may have made its first commit since it was looked for.
+            survey = self.survey()
+            if not survey.checkpoints:
+                raise lost
+        return list(survey.checkpoints)
+
+    def leaves_nothing(self, gone: Sequence[Checkpoint | ManifestError]) -> bool:
+        """Tell whether nothing stands in any root once these are deleted."""
+        survey = self.survey()
+        left = {one.order for one in survey.checkpoints} | {one.order for one in survey.unreadable}
+        return left <= set(map(_order_of, gone))
 
     def survey(self) -> Survey:
         """Look at all that stands below all roots, as `Catalog.survey` does."""
@@ -73,7 +140,14 @@ class Roots:
         return Survey.of([*found.values(), *(one for survey in surveys for one in survey.unreadable)])
 
     def best(self, metric: str, mode: Literal["min", "max"]) -> Checkpoint | None:
-        """Return the best by a metric, as `Catalog.best` does."""
+        """Return the checkpoint with the smallest (`min`) or largest (`max`) metric; the newer of equals.
+
+        Checkpoints without that metric, or with nan, do not count; None if none counts.
+
+        Raises:
+            OptionsError: the metric has no name, or the mode is neither `min` nor `max`.
+            CloudCkptError: what `all` raises.
+        """
         return next(iter(best_first(self.all(), metric, mode)), None)
 
     def find(self, step: int) -> Checkpoint:

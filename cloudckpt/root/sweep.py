@@ -23,7 +23,7 @@ from cloudckpt.errors import StorageError
 from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, parse_checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.claims import highest_claim
-from cloudckpt.root.removal import delete_below
+from cloudckpt.root.removal import delete_below, nested
 from cloudckpt.store import ObjectInfo, Store, one_deadline, scrub
 
 __all__ = ["Orphan", "find_orphans", "remove_orphan", "remove_unfinished", "sweep"]
@@ -102,7 +102,11 @@ def find_orphans(catalog: Catalog, *, older_than_s: float, clock: Callable[[], f
         elif parse_checkpoint_prefix(top):
             below.setdefault(top, []).append(info)
     highest = highest_claim(claims)
-    left = {prefix: found for prefix, found in below.items() if _is_orphan(catalog, prefix, found, highest)}
+    left = {
+        prefix: found
+        for prefix, found in below.items()
+        if _is_orphan(catalog, prefix, found, highest) and not _holds_another(catalog, prefix, found)
+    }
     if not (left or clocks):
         return []
     if clock is None:
@@ -125,6 +129,18 @@ def _is_orphan(catalog: Catalog, prefix: str, found: Sequence[ObjectInfo], highe
     if place is None or place[1] >= highest:
         return False
     return all(info.key != prefix + MANIFEST_NAME for info in found) or catalog.is_void(prefix)
+
+
+def _holds_another(catalog: Catalog, prefix: str, found: Sequence[ObjectInfo]) -> bool:
+    """Tell whether checkpoints stand below the prefix, which somebody has saved or copied there; the log names one."""
+    others = nested(prefix, [info.key for info in found])
+    if others:
+        logger.warning(
+            "%s of %s is no checkpoint any more, and stays with all that is left of it, because a checkpoint stands "
+            "below it, at %s: move that one elsewhere",
+            *(prefix, catalog.store.url, others[0]),
+        )
+    return bool(others)
 
 
 def _orphan(prefix: str, found: Sequence[ObjectInfo], now_s: float) -> Orphan:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from cloudckpt.errors import CheckpointNotFoundError
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.roots import Roots
 
 __all__ = ["wait_for_next"]
 
@@ -42,17 +43,18 @@ def wait_for_next(
 
     Raises:
         CheckpointNotFoundError: none came in time.
-        CloudCkptError: what `Catalog.newest` raises.
+        CloudCkptError: what `Roots.newest` raises.
     """
+    roots = Roots([catalog])
     began_s, pause_s = clock(), _FIRST_S
-    first = found = catalog.newest()
+    first = found = roots.newest()
     while found is None or not _is_next(found, first, after):
         left_s = pause_s if timeout_s is None else timeout_s - (clock() - began_s)
         if left_s <= 0:
             raise CheckpointNotFoundError(_too_late(catalog, found, after, clock() - began_s))
         sleep(min(pause_s, left_s))
         pause_s = min(_LAST_S, pause_s * _GROWTH)
-        found = catalog.newest()
+        found = roots.newest()
     return found
 
 

@@ -23,7 +23,7 @@ from functools import partial
 from cloudckpt.errors import CloudCkptError, CommitUnknownError, EarlierSaveFailedError, SaveFailedError
 from cloudckpt.root import Checkpoint
 from cloudckpt.saving.lead import PendingSave
-from cloudckpt.threads import begin, started, worker
+from cloudckpt.threads import begin, revoke, started, worker
 from cloudckpt.transfer import StageClosedError
 
 __all__ = ["Background", "SaveHandle"]
@@ -236,7 +236,7 @@ class Background:
             raise
         except BaseException as exc:
             handle._is_told = True
-            if thread.ident is None:
+            if revoke(thread):
                 self._thread = before
                 # The ranks' session has to end, and the other ranks to hear why.
                 pending.abandon(str(exc) or "it was interrupted before it began")

@@ -17,13 +17,13 @@ import msgspec
 import numpy as np
 
 from cloudckpt.deadline import Deadline
-from cloudckpt.errors import OptionsError, SaveFailedError
+from cloudckpt.errors import OptionsError, SaveFailedError, tells_outcome
 from cloudckpt.format import BoxTable, Column, JsonValue, PathElement, new_attempt
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, named_ranks
-from cloudckpt.root import Catalog, Destination, Target
+from cloudckpt.root import Catalog, Checkpoint, Destination, Target
 from cloudckpt.saving.dedup import Replicas, share_out
-from cloudckpt.saving.output import Record, commit_index, discard
+from cloudckpt.saving.output import Record, commit_index, discard, made
 from cloudckpt.saving.replicas import doubtful_sets
 from cloudckpt.saving.tally import Written, assemble, check_against_names
 from cloudckpt.saving.turns import Turn
@@ -141,6 +141,8 @@ class Coordinator:
     _target: Target | None = None
     _left: Target | None = None
     _attempt: str = ""
+    # Whether the manifest may have been asked for.
+    _is_committing: bool = False
 
     def __post_init__(self) -> None:
         self.turn = Turn(self.end, is_only=self.fallback is None)
@@ -155,6 +157,7 @@ class Coordinator:
         if self.fallback is not None:
             self._left = self._target if is_known else None
             self.destination, self.fallback = self.fallback, self.destination if may_return else None
+            self._is_committing = False
             self._target, self.turn = None, Turn(self.end, is_only=not may_return)
 
     def decide(self, openings: Sequence[Opening]) -> Order:
@@ -180,6 +183,14 @@ class Coordinator:
         """Ask the store where the save goes; it refuses if it may not go there."""
         self._target = self.destination.by(self.turn.for_commits).take()
         return self._target.prefix
+
+    def look(self) -> Checkpoint | None:
+        """Ask the store, where a save was ended by what is no answer of it, whether it has committed all the same."""
+        return made(self._target, self._attempt, self.options) if self._target and self._is_committing else None
+
+    def may_discard(self, error: BaseException) -> bool:
+        """Tell whether no commit can follow any more: what an interrupt has left under way may still come to stand."""
+        return not self._is_committing or tells_outcome(error)
 
     def make_room(self, check: Callable[[], None]) -> int:
         """Remove what nobody needs where the save had no room; return how many objects that were."""
@@ -237,6 +248,7 @@ class Coordinator:
         group.tick()
         check_against_names(self.memory.tensors, index)
         group.tick()
+        self._is_committing = True
         full = replace(record, world_size=group.size, seconds=seconds)
         return commit_index(self._target, index, full).manifest.encode()
 

@@ -234,12 +234,18 @@ class PendingSave:
             return self._finish(gauge)
         except CommitUnknownError:
             raise
-        except Exception:
+        except Exception as exc:
             # The session has ended by now, and with it what the ranks were at. A process that ends has no time for it.
             if not self._abandoned:
                 self.take_back()
-                self._lead.coordinator.discard()
+                if self._lead.coordinator.may_discard(exc):
+                    self._lead.coordinator.discard()
             raise
+
+    @property
+    def look(self) -> Callable[[], Checkpoint | None]:
+        """What asks the store, on rank 0, whether it has committed, if an exception does not tell. Holds no tensor."""
+        return self._lead.coordinator.look
 
     @property
     def take_back(self) -> Callable[[], None]:

@@ -20,7 +20,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from cloudckpt.deadline import Deadline
-from cloudckpt.errors import AccessDeniedError, CredentialsExpiredError, ObjectNotFoundError, SaveFailedError
+from cloudckpt.errors import (
+    AccessDeniedError,
+    CloudCkptError,
+    CredentialsExpiredError,
+    ObjectNotFoundError,
+    SaveFailedError,
+)
 from cloudckpt.format import (
     FORMAT_VERSION,
     Index,
@@ -34,14 +40,14 @@ from cloudckpt.format import (
     shard_key,
 )
 from cloudckpt.options import Options
-from cloudckpt.root import Checkpoint, Target
+from cloudckpt.root import Catalog, Checkpoint, Target
 from cloudckpt.saving.environment import environment
 from cloudckpt.saving.snapshot import Staged
 from cloudckpt.saving.source import PieceSource, Staging
 from cloudckpt.saving.tally import Written
 from cloudckpt.state import collector_at_rest
 from cloudckpt.store import PROVEN_BYTES, RetryingStore, Store, StoreStats
-from cloudckpt.threads import each
+from cloudckpt.threads import each, new_lock
 from cloudckpt.transfer import Budget, Puts, ShardJob, Watch, upload
 
 __all__ = ["RankOutput", "Record", "commit_index", "discard", "stats_of"]
@@ -89,7 +95,7 @@ class RankOutput:
     watch: Watch | None = None
     puts: Puts | None = None
     stage_s: float = 0.0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Lock = field(default_factory=new_lock)
 
     def write(self, source: PieceSource, values: Mapping[str, JsonValue], staged: Staged | None = None) -> Written:
         """Upload the shards; return what became of them, with `values`, once all is durable.
@@ -167,17 +173,32 @@ def commit_index(target: Target, index: Index, record: Record) -> Checkpoint:
     return target.commit(_manifest(target, index, data, record, seconds))
 
 
+def made(target: Target, attempt: str, options: Options) -> Checkpoint | None:
+    """Return what an attempt has committed, by a look with little patience; None if nothing, as far as that tells."""
+    try:
+        return _hurried(target, options, "a look at what a save has committed").made_by([attempt], prefix=target.prefix)
+    except CloudCkptError as exc:
+        logger.warning("whether %s%s is committed is not known: %s", target.catalog.store.url, target.prefix, exc)
+        return None
+
+
+def _hurried(target: Target, options: Options, what: str) -> Catalog:
+    """Return the catalog of a place with little patience."""
+    catalog = target.catalog
+    if isinstance(catalog.store, RetryingStore):
+        left_s = min(options.retry.deadline_s, catalog.store.deadline.left_s(time.monotonic()))
+        patience_s = min(_DISCARD_S, _DISCARD_SHARE * left_s)
+        deadline = Deadline.after(patience_s, what)
+        catalog = catalog.with_store(catalog.store.within(deadline))
+    return catalog
+
+
 def discard(target: Target, attempts: Collection[str], options: Options) -> None:
     """Remove what a save has written that failed and of which no commit can follow, soon or not at all.
 
     What stays is an orphan; a disk that was full has its space back.
     """
-    catalog = target.catalog
-    if isinstance(catalog.store, RetryingStore):
-        left_s = min(options.retry.deadline_s, catalog.store.deadline.left_s(time.monotonic()))
-        patience_s = min(_DISCARD_S, _DISCARD_SHARE * left_s)
-        deadline = Deadline.after(patience_s, "the removal of what a failed save has written")
-        catalog = catalog.with_store(catalog.store.within(deadline))
+    catalog = _hurried(target, options, "the removal of what a failed save has written")
     try:
         catalog.discard(attempts, prefix=target.prefix)
     except Exception as exc:  # noqa: BLE001 (how the save ended is decided, and is what the caller hears)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import math
-import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, TypeGuard
@@ -25,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from cloudckpt.errors import OptionsError, UnsupportedValueError
 from cloudckpt.format import DTYPE_NAMES, Box, Piece, ShardLayout, lay_out
+from cloudckpt.threads import new_lock
 from cloudckpt.transfer import bytes_of, has_memory, inner_names
 
 __all__ = ["PieceSource", "Source", "Staging", "check_tensor", "chunk_of", "is_elsewhere", "object_of", "tensor_of"]
@@ -198,7 +198,7 @@ class Source:
         self._planner = planner
         self._uses = Counter(piece.chunk for shard in self.shards for piece in shard.pieces)
         self._tensors: dict[int, torch.Tensor] = {}
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._is_stock = _hands_out_its_own(planner)
 
     def is_staged(self, piece: Piece) -> bool:

@@ -7,13 +7,14 @@ sets off took a third of the time of a save. Code of the caller's, which may lea
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from cloudckpt.threads import new_lock
+
 __all__ = ["collector_at_rest", "collector_awake"]
 
-_lock = threading.Lock()
+_lock = new_lock()
 _resting = 0
 _is_to_wake = False
 

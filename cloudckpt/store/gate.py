@@ -6,7 +6,7 @@ one. Knows no clock: who finds the gate closed comes again. Any thread may enter
 
 from __future__ import annotations
 
-import threading
+from cloudckpt.threads import new_lock
 
 __all__ = ["Gate"]
 
@@ -18,7 +18,7 @@ class Gate:
     """The requests in flight of one store, and how many there may be."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._in_flight = 0
         self._limit = _MOST
         self._cuts = 0

@@ -13,7 +13,6 @@ the request runs, so whoever can end one asks `limit_now` again and again.
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -26,6 +25,7 @@ from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import CloudCkptError, RetryExhaustedError
 from cloudckpt.store.aside import begun, in_main
 from cloudckpt.store.hands import lent
+from cloudckpt.threads import new_lock
 
 __all__ = [
     "Errand",
@@ -145,7 +145,7 @@ class Errand(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._under_way: Future[T] | None = None
 
     def run(self, call: Callable[[], T]) -> T:

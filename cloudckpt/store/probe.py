@@ -34,7 +34,7 @@ from cloudckpt.options import KIB
 from cloudckpt.store.base import Store
 from cloudckpt.store.limit import one_deadline
 from cloudckpt.store.retrying import RetryingStore
-from cloudckpt.threads import started
+from cloudckpt.threads import new_lock, started
 
 __all__ = ["probe_create", "probe_write", "race"]
 
@@ -52,7 +52,7 @@ _BARRIER_S = 60.0
 _FAULTS = (TransientError, RetryExhaustedError, CommitUnknownError)
 
 _proven: set[tuple[str, str, str]] = set()
-_lock = threading.Lock()
+_lock = new_lock()
 
 
 def probe_create(store: Store, *, single_writer: bool = False) -> None:

@@ -51,6 +51,7 @@ from cloudckpt.store.limit import LeftBehindError, Limit, Patience, limited, one
 from cloudckpt.store.lone import LoneCreation
 from cloudckpt.store.putting import Putting
 from cloudckpt.store.stats import OpStats, Recorder, StoreStats
+from cloudckpt.threads import new_lock
 
 __all__ = ["RetryingStore"]
 
@@ -95,7 +96,7 @@ class _Means:
     gate: Gate = field(default_factory=Gate)
     recorder: Recorder = field(default_factory=Recorder)
     refresh_count: int = 0
-    refresh_lock: threading.Lock = field(default_factory=threading.Lock)
+    refresh_lock: threading.Lock = field(default_factory=new_lock)
 
     def refresh_since(self, refresh_count: int) -> None:
         """Refresh, unless another thread has done so since the request that failed had begun."""

@@ -5,8 +5,9 @@ A snapshot before and one after make the cost of what lay between. `Recorder` is
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
+
+from cloudckpt.threads import new_lock
 
 __all__ = ["OpStats", "Recorder", "StoreStats"]
 
@@ -71,7 +72,7 @@ class Recorder:
     """The running count behind the snapshots. Any thread may add."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._ops = StoreStats()
 
     def add(self, op: str, stats: OpStats) -> None:

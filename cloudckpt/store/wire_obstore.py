@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +35,7 @@ from cloudckpt.store.limit import Errand, led, limit_now
 from cloudckpt.store.obstore_s3 import ObstoreClient
 from cloudckpt.store.proof import check_created, check_generation, check_object, check_stored
 from cloudckpt.store.wire import Page, Wire
+from cloudckpt.threads import new_lock
 
 __all__ = ["ObstoreWire", "is_lost_to_a_fork"]
 
@@ -150,7 +150,7 @@ class ObstoreWire:
         self._making: Errand[Wire] = Errand()
         self._kept: Wire | None = None
         self._slow_until_s = 0.0
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     @property
     def credential_kind(self) -> CredentialKind:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from cloudckpt.store.proof import check_listed
 from cloudckpt.store.redact import hide_in_logs, remember_secrets
 from cloudckpt.store.terms import PutTerms
 from cloudckpt.store.wire import Page, Wire
+from cloudckpt.threads import new_lock
 
 __all__ = ["WiredStore"]
 
@@ -82,7 +82,7 @@ class WiredStore(ABC):
         self._options = dict(storage_options or {})
         self._retry = retry or RetryPolicy()
         self._terms = terms or PutTerms()
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._connecting: Errand[_Lease] = Errand()
         self._lease: _Lease | None = None
         self._is_closed = False
@@ -221,7 +221,7 @@ class WiredStore(ABC):
         """In a forked child, forget the parent's wire; its sockets are not ours, and its lock may have been held."""
         if self._pid != os.getpid():
             _inherited.append(self._lease)
-            self._lease, self._lock, self._pid = None, threading.Lock(), os.getpid()
+            self._lease, self._lock, self._pid = None, new_lock(), os.getpid()
             self._connecting = Errand()
 
     @abstractmethod

@@ -25,7 +25,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cloudckpt.errors import CloudCkptError
-from cloudckpt.threads import started
+from cloudckpt.threads import new_lock, started
 
 __all__ = ["Scratch", "Slab", "Slabs", "address_of", "bytes_of"]
 
@@ -72,7 +72,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._idle: list[mmap.mmap] = []
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def take(self, size_bytes: int) -> memoryview:
         """Return `size_bytes` of page-aligned memory with anything in it; give the same view back with `give`."""
@@ -134,7 +134,7 @@ class Slabs:
         self.is_short = False
         self._idle: list[Slab] = []
         self._held_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = new_lock()
         self._toucher: threading.Thread | None = None
         self._is_hurried = threading.Event()
         self._is_closed = False

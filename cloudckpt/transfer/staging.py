@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from cloudckpt.errors import CloudCkptError
-from cloudckpt.threads import started
+from cloudckpt.threads import new_lock, started
 from cloudckpt.transfer.memory import Slab, Slabs, address_of
 
 __all__ = ["Copy", "Stage", "StageClosedError", "copy_all"]
@@ -232,7 +232,7 @@ def copy_all(copies: Sequence[Copy], *, threads: int) -> None:
     share_bytes = size_bytes // (_SEGMENTS_PER_THREAD * threads)
     segment_bytes = min(_MOST_SEGMENT_BYTES, max(_LEAST_SEGMENT_BYTES, share_bytes))
     segments = _segments(copies, segment_bytes)
-    lock = threading.Lock()
+    lock = new_lock()
 
     def work() -> None:
         while True:

@@ -9,7 +9,6 @@ thread. The first fault stops what has not begun, waits for what has, and surfac
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from functools import partial
 from cloudckpt.errors import StorageError
 from cloudckpt.format import block_digests
 from cloudckpt.store import LeftBehindError, Store
+from cloudckpt.threads import new_lock
 from cloudckpt.transfer.memory import Scratch
 from cloudckpt.transfer.pool import Budget, Watch, Work, run_all
 
@@ -54,7 +54,7 @@ class Puts:
     def __init__(self) -> None:
         self._ends: dict[tuple[str, str], Future[bytes | None]] = {}
         self._lost: set[tuple[str, str]] = set()
-        self._lock = threading.Lock()
+        self._lock = new_lock()
 
     def once(self, place: tuple[str, str], put: Callable[[], bytes]) -> bytes:
         """Return what the put at a place returns: one under way or done, else this one; a failed one is made again.

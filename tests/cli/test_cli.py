@@ -100,6 +100,9 @@ def test_where_nothing_is_committed_the_status_is_1_and_nothing_is_made(
 def test_ls_of_attempts_without_a_commit_tells_how_many_are_there(root: Path) -> None:
     for manifest in root.rglob("manifest.json"):
         manifest.unlink()
+    check_fails(run("ls", root), 1, "the job of epoch 1 has committed there", "3 attempts stand there without")
+    for mark in root.rglob("*.committed"):
+        mark.unlink()
     check_fails(run("ls", root), 1, "attempts without a commit: 3;")
 
 

@@ -294,6 +294,18 @@ def test_other_bytes_under_a_right_seal_are_a_manifest_or_refused(start: int, le
     assert found.problems() == []
 
 
+@pytest.mark.parametrize("changes", [{"world_size": -1}, {"attempt": "x"}, {"created_at": "now"}, {"index": None}])
+def test_what_no_reader_would_take_is_never_written(changes: dict[str, Any]) -> None:
+    with pytest.raises(OptionsError, match="no reader would take"):
+        msgspec.structs.replace(COMMITTED, **changes).encode()
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_has_not_is_never_written(number: float) -> None:
+    with pytest.raises(OptionsError, match="no reader would take"):
+        msgspec.structs.replace(COMMITTED, summary={"worked_s": number}).encode()
+
+
 # -- what is inside ------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ from cloudckpt import (
     UnsupportedValueError,
 )
 from cloudckpt.options import KIB
+from cloudckpt.root import Roots
 
 SMALL = Options(shard_bytes=64 * KIB, block_bytes=4 * KIB, span_bytes=16 * KIB, memory_budget_bytes=1024 * KIB)
 
@@ -361,7 +362,7 @@ def test_a_zombie_cannot_commit_what_a_sweep_has_voided(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as manager:
         save_steps(manager, 1)
         catalog = manager._saves.roots.catalogs[0]
-        manifest = catalog.all()[0].manifest
+        manifest = Roots([catalog]).all()[0].manifest
         assert catalog.void("step-0000000009-e0001/")
         late = msgspec.structs.replace(manifest, step=9)
         with pytest.raises(CheckpointExistsError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from cloudckpt.errors import (
     BucketNotFoundError,
     CommitUnknownError,
     CreateNotEnforcedError,
+    FormatVersionError,
     RankLostError,
     StalledError,
     TransientError,
@@ -462,7 +464,7 @@ def test_what_is_no_outage_does_not_go_to_the_fallback(tmp_path: Path, how: str)
 
 
 def test_the_report_names_what_went_to_the_fallback(tmp_path: Path) -> None:
-    with manager_of(tmp_path) as manager:
+    with manager_of(tmp_path, sweep_after_s=None) as manager:
         with Outage(manager):
             manager.save(1, state_of(1))
         (trouble,) = manager.report().troubles
@@ -619,3 +621,36 @@ def test_one_failure_that_is_told_twice_counts_once(tmp_path: Path) -> None:
 )
 def test_only_a_store_that_is_down_is_an_outage(error: BaseException, expected: bool) -> None:
     assert is_outage(error) == expected
+
+
+def of_a_newer_format(manifest: Path) -> None:
+    data = manifest.read_bytes().replace(b'"format_version": 1', b'"format_version": 2', 1)
+    bare = data[: data.rindex(b'"sha256": "')] + b'"sha256": ""\n}\n'
+    manifest.write_bytes(bare.replace(b'"sha256": ""', b'"sha256": "%s"' % hashlib.sha256(bare).hexdigest().encode()))
+
+
+def test_of_two_roots_a_newest_of_a_newer_format_is_never_passed_over(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    with CheckpointManager(second) as manager:
+        manager.save(1, state_of(1))
+    with CheckpointManager(first, fallback=second) as manager:
+        manager.restore(state_of(0))
+        manager.save(2, state_of(2))
+        of_a_newer_format(first / "step-0000000002-e0002" / "manifest.json")
+        for look in (manager.latest, lambda: manager.restore(state_of(0))):
+            with pytest.raises(FormatVersionError):
+                look()
+
+
+def test_of_two_roots_an_older_one_of_a_newer_format_keeps_nobody_from_the_newest(tmp_path: Path) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    with CheckpointManager(first) as manager:
+        manager.save(1, state_of(1))
+    with CheckpointManager(second, fallback=first) as manager:
+        manager.restore(state_of(0))
+        manager.save(2, state_of(2))
+    of_a_newer_format(first / "step-0000000001-e0001" / "manifest.json")
+    with CheckpointManager(second, fallback=first) as manager:
+        restored = manager.restore(state_of(0))
+        assert restored is not None
+        assert restored.step == manager.latest_step() == 2

@@ -11,7 +11,7 @@ import pytest
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import FORMAT_VERSION, IndexRef, Manifest, checkpoint_prefix, new_attempt
 from cloudckpt.format.manifest import metrics_to_json
-from cloudckpt.root import Catalog
+from cloudckpt.root import Catalog, Roots
 from cloudckpt.store import open_store
 
 
@@ -38,7 +38,7 @@ def commit(catalog: Catalog, step: int, epoch: int = 1, **metrics: float) -> Non
 
 
 def best_step(catalog: Catalog, metric: str, mode: str) -> int | None:
-    found = catalog.best(metric, mode)  # type: ignore[arg-type]
+    found = Roots([catalog]).best(metric, mode)  # type: ignore[arg-type]
     return None if found is None else found.step
 
 

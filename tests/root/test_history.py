@@ -33,7 +33,14 @@ from cloudckpt import (
     OptionsError,
     RetryPolicy,
 )
-from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_LIMIT_BYTES, MANIFEST_NAME, checkpoint_prefix, parse_epoch_key
+from cloudckpt.format import (
+    EPOCHS_PREFIX,
+    MANIFEST_LIMIT_BYTES,
+    MANIFEST_NAME,
+    checkpoint_prefix,
+    mark_key,
+    parse_epoch_key,
+)
 from cloudckpt.format.codec import registry
 from cloudckpt.root import Catalog
 from cloudckpt.store import RetryingStore
@@ -290,6 +297,77 @@ def test_a_save_is_skipped_by_one_look_and_also_where_the_store_does_not_answer(
         assert skipped.order == (1, 10)
 
 
+# -- interrupts -----------------------------------------------------------------------------------------------
+
+
+class SignalError(Exception):
+    """What a signal's handler raises."""
+
+
+Call = Callable[[], object]
+MOMENTS: dict[str, Callable[[Call], object]] = {
+    "when the manifest stood": lambda create: create(),
+    "while the request was under way": lambda _: None,
+}
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SignalError])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_save_that_was_interrupted_at_its_commit_is_known_by_the_next_call(
+    bucket: Bucket, job: Open, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException], moment: str
+) -> None:
+    under_way: list[Call] = []
+    create = FaultStore.create
+
+    def interrupted(store: FaultStore, key: str, data: bytes) -> None:
+        if under_way or not key.endswith(MANIFEST_NAME):
+            return create(store, key, data)
+        under_way.append(lambda: create(store, key, data))
+        MOMENTS[moment](under_way[0])
+        raise kind
+
+    with job() as manager:
+        save_steps(manager, 1)
+        monkeypatch.setattr(FaultStore, "create", interrupted)
+        with pytest.raises(kind) as caught:
+            manager.save(2, state_of(2))
+        stands = bool(MANIFEST_NAME in below(bucket, 2, 1))
+        assert [note for note in getattr(caught.value, "__notes__", []) if "step 2 is saved" in note][:1] == (
+            ["step 2 is saved: this came after the commit"] if stands else []
+        )
+        if not stands:
+            under_way[0]()  # type: ignore[misc]
+        saved = manager.save(2, state_of(2), exists="skip")
+        assert saved is not None
+        assert saved.order == (1, 2)
+        with pytest.raises(CheckpointExistsError):
+            manager.save(2, state_of(2))
+        save_steps(manager, 3)
+    with job() as manager:
+        assert orders(manager) == [(1, 1), (1, 2), (1, 3)]
+        assert manager.restore(state_of(0), 2) is not None
+
+
+def test_a_save_that_was_interrupted_before_its_commit_is_made_again(
+    bucket: Bucket, job: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = FaultStore.put
+
+    def interrupted(store: FaultStore, key: str, data: object) -> None:
+        monkeypatch.setattr(FaultStore, "put", put)
+        raise KeyboardInterrupt
+
+    with job() as manager:
+        save_steps(manager, 1)
+        monkeypatch.setattr(FaultStore, "put", interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            manager.save(2, state_of(2))
+        assert not hasattr(caught.value, "__notes__")
+        saved = manager.save(2, state_of(2), exists="skip")
+        assert saved is not None
+        assert orders(manager) == [(1, 1), (1, 2)]
+
+
 # -- nothing is there ----------------------------------------------------------------------------------------
 
 
@@ -322,9 +400,125 @@ def test_attempts_of_a_first_job_that_never_committed_are_a_fresh_start_that_is_
         save_steps(manager, 10)
     assert "without a manifest" not in caplog.text
     take_manifests(bucket)
+    remove(bucket, mark_key("committed", 1))
     with job() as manager:
         assert manager.restore(state_of(0)) is None
+        assert manager.latest() is None
+        assert manager.checkpoints() == []
+    assert caplog.text.count("without a manifest") == 1
     assert "but 1 attempts stand there without a manifest (the newest: step-0000000010-e0001/)" in caplog.text
+
+
+Look = Callable[[CheckpointManager], object]
+LOOKS: list[Look] = [
+    lambda manager: manager.restore(state_of(0)),
+    lambda manager: manager.restore(state_of(0), "best"),
+    CheckpointManager.latest,
+    CheckpointManager.latest_step,
+    CheckpointManager.checkpoints,
+    CheckpointManager.all_steps,
+    lambda manager: manager.best("loss"),
+]
+
+
+def take_steps(bucket: Bucket) -> None:
+    remove(bucket, "step-")
+
+
+@pytest.mark.parametrize("take", [take_manifests, take_steps])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_nobody_says_that_nothing_was_ever_committed_where_something_was(
+    bucket: Bucket, job: Open, take: Callable[[Bucket], None], jobs: int
+) -> None:
+    for number in range(jobs):
+        with job() as manager:
+            manager.restore(state_of(0))
+            save_steps(manager, 10 * number, 10 * number + 1)
+    take(bucket)
+    with job(retention=[KeepBest("loss")]) as manager:
+        for look in LOOKS:
+            with pytest.raises(ManifestError, match="the manifests were removed, by hand or by a lifecycle rule"):
+                look(manager)
+
+
+def test_what_a_claim_went_on_from_tells_of_a_loss_also_without_a_mark(bucket: Bucket, job: Open) -> None:
+    for step in (1, 2):
+        with job() as manager:
+            manager.restore(state_of(0))
+            save_steps(manager, step)
+    remove(bucket, mark_key("committed", 1))
+    remove(bucket, "step-")
+    with job() as manager, pytest.raises(ManifestError, match="epoch 2 went on from step 1, and no attempt stands"):
+        manager.latest()
+
+
+def test_where_everything_was_deleted_by_delete_it_is_a_fresh_start_and_a_later_loss_is_one(
+    bucket: Bucket, job: Open
+) -> None:
+    for step in (1, 2):
+        with job() as manager:
+            manager.restore(state_of(0))
+            save_steps(manager, step)
+    with job(retention=[KeepBest("loss")]) as manager:
+        manager.restore(state_of(0))
+        for step in manager.all_steps():
+            manager.delete(step)
+        assert [look(manager) for look in LOOKS] == [None, None, None, None, [], [], None]
+        save_steps(manager, 3)
+        assert orders(manager) == [(3, 3)]
+        manager.sweep(dry_run=False, older_than_s=0)
+    remove(bucket, "step-")
+    with job() as manager, pytest.raises(ManifestError, match="epoch 3 has committed there"):
+        manager.latest()
+
+
+def test_who_goes_on_in_the_job_in_which_all_was_deleted_does_so_in_a_new_epoch(bucket: Bucket, job: Open) -> None:
+    with job() as manager:
+        save_steps(manager, 1)
+        manager.delete(1)
+        assert manager.latest() is None
+        save_steps(manager, 2)
+        assert orders(manager) == [(2, 2)]
+    remove(bucket, "step-")
+    with job() as manager, pytest.raises(ManifestError, match="no attempt stands"):
+        manager.latest()
+
+
+def test_a_first_commit_while_somebody_looks_is_no_loss(bucket: Bucket, job: Open) -> None:
+    with job() as writer:
+        roots = writer._saves.roots
+        lost = Catalog.lost
+
+        def while_it_commits(catalog: Catalog) -> ManifestError | None:
+            if not bucket.objects:
+                save_steps(writer, 1)
+            return lost(catalog)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Catalog, "lost", while_it_commits)
+            newest = roots.newest()
+        assert newest is not None
+        assert newest.order == (1, 1)
+
+
+def test_what_is_copied_here_while_a_job_is_at_work_hides_nothing_that_it_saves_afterwards(
+    bucket: Bucket, job: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = Bucket()
+    for step in (500, 501, 502):
+        with job(FaultStore(source)) as other:
+            save_steps(other, step)
+    with job() as manager:
+        save_steps(manager, 10)
+        bucket.objects.update({key: one for key, one in source.objects.items() if key.startswith("step-0000000502")})
+        bucket.advance(60)
+        save_steps(manager, 11, 12, 13)
+        assert orders(manager)[-1] == (4, 13)
+    assert caplog.text.count("of an epoch above this job's") == 1
+    with job() as manager:
+        restored = manager.restore(state_of(0))
+        assert restored is not None
+        assert restored.order == (4, 13)
 
 
 @pytest.mark.parametrize("key", ["step-0000000001-e9999999999/0123456789abcdef/index.bin", "epochs/9999999999.json"])

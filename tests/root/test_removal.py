@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 
 import cloudckpt
-from cloudckpt import CheckpointManager, KeepLast, Options, RetryPolicy, StorageError
+from cloudckpt import CheckpointManager, KeepLast, Options, OptionsError, RetryPolicy, StorageError
 from cloudckpt.format import MANIFEST_NAME
-from cloudckpt.root import Catalog
+from cloudckpt.root import Catalog, Roots
 from cloudckpt.root.removal import delete_below
 from cloudckpt.store import Listing, RetryingStore
 from cloudckpt.store.probe import _proven
@@ -58,6 +59,9 @@ def manager_of(**more: object) -> CheckpointManager:
     [
         *("manifest.json", KEPT + "manifest.json", "other/x", "step-0000000002-e00010/x", "a"),
         *("step-0000000002-e0001/manifest.json", "step-0000000002-e0001"),
+        "step-0000000002-e0001/ema/manifest.json",
+        "step-0000000002-e0001/ema/step-0000000002-e0001/manifest.json",
+        "step-0000000002-e0001/ema/0123456789abcdef/manifest.json",
     ],
 )
 def test_a_key_that_was_not_meant_keeps_all_from_going(stray: str) -> None:
@@ -120,7 +124,7 @@ def test_a_listing_that_lies_costs_no_other_checkpoint(liar: Liar, work: Callabl
 
     liar.is_lying = False
     assert kept | {"other/run", "run"} <= set(liar.bucket.objects)
-    assert 1 in [one.step for one in Catalog(liar).all()]
+    assert 1 in [one.step for one in Roots([Catalog(liar)]).all()]
 
 
 def test_a_replacing_save_to_whom_a_listing_lies_removes_attempts_alone(liar: Liar) -> None:
@@ -130,3 +134,29 @@ def test_a_replacing_save_to_whom_a_listing_lies_removes_attempts_alone(liar: Li
     cloudckpt.save(state_of(2), URL, progress="off", exists="replace")
     assert {"other/run", MANIFEST_NAME} <= set(liar.bucket.objects)
     assert torch.equal(cloudckpt.read(URL)["w"], torch.full((100,), 2.0))  # type: ignore[arg-type]
+
+
+def test_nothing_is_saved_below_a_step_of_a_root(liar: Liar, monkeypatch: pytest.MonkeyPatch) -> None:
+    below = f"{URL}/{KEPT}ema"
+    monkeypatch.setattr(Liar, "url", property(lambda _: below))
+    with pytest.raises(OptionsError, match=r"is below .*step-0000000001-e0001, a step of a CheckpointManager"):
+        cloudckpt.save(state_of(1), below, progress="off")
+    with manager_of() as manager, pytest.raises(OptionsError, match="a step of a CheckpointManager"):
+        manager.save(1, state_of(1))
+    assert not liar.bucket.objects
+
+
+@pytest.mark.parametrize("work", [CheckpointManager.sweep, CheckpointManager.delete], ids=["swept", "deleted"])
+def test_a_checkpoint_that_stands_below_a_step_stays_when_that_goes(liar: Liar, work: Any) -> None:
+    nested = {f"{KEPT}ema/manifest.json": b"x", f"{KEPT}ema/0123456789abcdef/index.bin": b"x"}
+    for key, data in nested.items():
+        liar.bucket.raw_put(key, data)
+    with manager_of() as manager:
+        manager.save(2, state_of(2))
+        if work is CheckpointManager.sweep:
+            work(manager, older_than_s=0, dry_run=False)
+        else:
+            liar.bucket.raw_put(KEPT + MANIFEST_NAME, b"damaged")
+            work(manager, 1)
+    assert nested.keys() <= set(liar.bucket.objects)
+    assert KEPT + MANIFEST_NAME not in liar.bucket.objects
