@@ -90,6 +90,7 @@ def measure(ground: Ground, count: int) -> Iterator[Cost]:
             catalog, [KeepEvery(steps=1)], Cleaner(catalog, grace_s=60.0, sweep_after_s=None, clock=time.monotonic)
         )
         line = Line({1: newest.step})
+        catalog.claims.fence(1)  # as before each commit
         yield _cost("a retention pass with nothing to do", ground, lambda: pruner.prune_after(newest, line))
 
 
