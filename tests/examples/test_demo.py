@@ -119,6 +119,7 @@ def forgetful(tmp_path_factory: pytest.TempPathFactory) -> Ran:
         return end_of(process, directory)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_repeats_the_uninterrupted_run_bit_for_bit(honest: Ran) -> None:
     observed = honest.record["observed"]
 
@@ -129,6 +130,7 @@ def test_an_interrupted_run_repeats_the_uninterrupted_run_bit_for_bit(honest: Ra
     assert set(honest.record["checks"].values()) == {True}
 
 
+@pytest.mark.slow
 def test_kills_hit_between_saves_and_during_a_save_and_a_notice_comes_between_saves(honest: Ran) -> None:
     run_b = honest.record["observed"]["run_b"]
     (root,) = honest.store.glob("demo-*/b")
@@ -145,6 +147,7 @@ def test_kills_hit_between_saves_and_during_a_save_and_a_notice_comes_between_sa
     assert not (half_written / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_every_process_goes_on_after_the_newest_committed_save(honest: Ran) -> None:
     run_b = honest.record["observed"]["run_b"]
 
@@ -153,6 +156,7 @@ def test_every_process_goes_on_after_the_newest_committed_save(honest: Ran) -> N
     assert all(later["first_step"] <= killed["last_step"] for killed, later in pairwise(run_b[:3]))
 
 
+@pytest.mark.slow
 def test_a_notice_in_the_middle_of_a_data_epoch_costs_no_step_and_says_what_time_is_left(honest: Ran) -> None:
     told, last = honest.record["observed"]["run_b"][2:]
 
@@ -164,6 +168,7 @@ def test_a_notice_in_the_middle_of_a_data_epoch_costs_no_step_and_says_what_time
     assert [line for line in told["warnings"] if f"step {told['last_step']} is safe" in line]
 
 
+@pytest.mark.slow
 def test_the_listing_shows_the_newest_checkpoints_and_not_the_half_written_one(honest: Ran) -> None:
     listing = "\n".join(honest.record["cloudckpt_ls"])
     _, second, _, last = honest.record["observed"]["run_b"]
@@ -175,6 +180,7 @@ def test_the_listing_shows_the_newest_checkpoints_and_not_the_half_written_one(h
     assert listing in honest.output
 
 
+@pytest.mark.slow
 def test_the_record_names_versions_platform_and_data_path(honest: Ran) -> None:
     environment = honest.record["environment"]
 
@@ -184,6 +190,7 @@ def test_the_record_names_versions_platform_and_data_path(honest: Ran) -> None:
     assert honest.record["target"] == "local disk"
 
 
+@pytest.mark.slow
 def test_the_picture_is_written(honest: Ran) -> None:
     pytest.importorskip("matplotlib")
 

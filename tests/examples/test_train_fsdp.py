@@ -46,6 +46,7 @@ def losses(events: Sequence[Event]) -> dict[int, float]:
     return {event.step: event.loss_value for event in events if isinstance(event, Step)}
 
 
+@pytest.mark.slow
 def test_one_rank_goes_on_where_two_have_saved(tmp_path: Path) -> None:
     before, after = trained(2, tmp_path), trained(1, tmp_path)
     (saved,) = [event for event in before if isinstance(event, Saved)]

@@ -60,7 +60,7 @@ def test_a_full_disk_is_told_and_leaves_no_file(tmp_path: Path, monkeypatch: pyt
 
     with open_store(tmp_path / "root") as store:
         monkeypatch.setattr(os, "pwritev", full)
-        with pytest.raises(StorageError, match="free space"):
+        with pytest.raises(StorageError, match="no room left"):
             append_to(store)
         monkeypatch.undo()
     assert [path for path in (tmp_path / "root").rglob("*") if path.is_file()] == []

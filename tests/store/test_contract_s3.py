@@ -86,5 +86,6 @@ class TestLocalStackByObstore(OnLocalStack):
     engine = "obstore"
 
 
+@pytest.mark.slow  # each engine, and each server, has the contract by default
 class TestLocalStackByS3fs(OnLocalStack):
     engine = "fsspec"

@@ -18,6 +18,7 @@ class TestObstoreOnS3(EngineLaws):
     engine = OBSTORE_S3
 
 
+@pytest.mark.slow  # only on request; the default one for GCS is gcsfs
 class TestObstoreOnGcs(RefusesSingleDeletes, EngineLaws):
     engine = OBSTORE_GCS
 
