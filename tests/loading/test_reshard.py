@@ -24,6 +24,7 @@ from torch import nn
 
 import cloudckpt
 from cloudckpt import CheckpointManager
+from tests.effort import first
 from tests.ranks import models as rank_models
 from tests.ranks.models import Reference, Replica, blank, build, differences, is_same, reference
 from tests.ranks.processes import World
@@ -240,7 +241,7 @@ def go_on(layout: str, url: Path) -> list[str]:
     return differences(restored.full(), stayed.full())
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "tp", "2d", "hsdp", "fsdp1"])
+@pytest.mark.parametrize("layout", first(["ddp", "fsdp2", "tp", "2d", "hsdp", "fsdp1"], ["fsdp2", "tp"]))
 def test_a_restored_optimizer_steps_as_one_that_never_left(saved: Saved, layout: str) -> None:
     assert on((layout, 2), go_on, saved(("fsdp2", 4))) == [[], []]
 
@@ -282,7 +283,7 @@ def test_every_chunk_is_written_once_by_one_rank(saved: Saved, source: Corner) -
     assert sum(size for _, size in chunks) == bytes_of(reference("uneven", SAVED_SEED), VALUES)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "hsdp", "fsdp2", "tp", "2d", "fsdp1"])
+@pytest.mark.parametrize("layout", first(["ddp", "hsdp", "fsdp2", "tp", "2d", "fsdp1"], ["hsdp", "fsdp1"]))
 def test_bytes_are_balanced_over_ranks(saved: Saved, layout: str) -> None:
     written = chunks_by_rank(saved((layout, 4), "tall"))
     sizes = [sum(size for _, size in written.get(rank, [])) for rank in range(4)]
@@ -343,7 +344,7 @@ def restore_unstepped(layout: str, url: Path) -> int:
     return len(replica.optimizer.state)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "tp", "fsdp1"])
+@pytest.mark.parametrize("layout", first(["ddp", "fsdp2", "tp", "fsdp1"], ["fsdp2", "fsdp1"]))
 def test_an_optimizer_that_has_not_stepped_stays_so(tmp_path: Path, layout: str) -> None:
     assert on((layout, 3), save_unstepped, tmp_path / "c") == [0] * 3
     assert on((layout, 2), restore_unstepped, tmp_path / "c") == [0] * 2
@@ -411,7 +412,7 @@ def restore_stepped_in_part(layout: str, url: Path) -> list[str]:
     return sorted(names[parameter] for parameter in wanted ^ replica.optimizer.state.keys())
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "tp", "fsdp1"])
+@pytest.mark.parametrize("layout", first(["ddp", "fsdp2", "tp", "fsdp1"], ["fsdp2", "fsdp1"]))
 def test_a_parameter_that_never_had_a_gradient_has_no_state_after_a_restore(tmp_path: Path, layout: str) -> None:
     on((layout, 3), save_stepped_in_part, tmp_path / "c")
     assert on((layout, 2), restore_stepped_in_part, tmp_path / "c") == [[], []]

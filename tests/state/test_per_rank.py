@@ -24,7 +24,7 @@ from cloudckpt import (
 )
 from cloudckpt.errors import ManifestError
 from cloudckpt.state.per_rank import PerRank, RankName, pack, unpack
-from tests.effort import diagonal
+from tests.effort import diagonal, first
 from tests.ranks.processes import run
 
 # torchdata asks torch for a name that torch has retired.
