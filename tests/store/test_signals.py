@@ -13,7 +13,7 @@ import pytest
 
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.aside import begun
-from cloudckpt.store.probe import probe_create
+from cloudckpt.store.probe import _proven, probe_create
 from cloudckpt.store.retrying import RetryingStore
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, VERBS
 from tests.store.fault_store import FaultStore
@@ -70,6 +70,7 @@ def test_an_interrupt_ends_a_probe_whose_creates_stand_still() -> None:
         ended.append(1)
 
     store = FaultStore(hook=stand_still)
+    _proven.clear()  # another test of this process may have proved a store of the same URL
     with pytest.raises(KeyboardInterrupt):
         probe_create(store)
     assert ended == []
