@@ -18,28 +18,14 @@ import msgspec
 
 from cloudckpt.convert.opened import Job, Plan, Taken
 from cloudckpt.errors import UnsupportedValueError
-from cloudckpt.format import DTYPES, lone_surrogates
+from cloudckpt.format import DTYPES, SAFETENSORS_NAMES, lone_surrogates
 from cloudckpt.store import appended
 
 __all__ = ["NAMED", "plan_huggingface", "plan_safetensors"]
 
 NAMED: Mapping[str, str] = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "uint16": "U16",
-    "int16": "I16",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "uint32": "U32",
-    "int32": "I32",
-    "float32": "F32",
-    "uint64": "U64",
-    "int64": "I64",
-    "float64": "F64",
+    **SAFETENSORS_NAMES,
     "complex64": "C64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
     "float8_e4m3fnuz": "F8_E4M3FNUZ",
     "float8_e5m2fnuz": "F8_E5M2FNUZ",
 }

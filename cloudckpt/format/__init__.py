@@ -39,7 +39,7 @@ from cloudckpt.format.manifest import (
 )
 from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
-from cloudckpt.format.shard import block_digests, verify_blocks
+from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, verify_blocks
 from cloudckpt.format.tiling import untiled
 from cloudckpt.format.tree import NOTES, Flat, PathElement, flatten, flatten_at, unflatten
 
@@ -52,6 +52,7 @@ __all__ = [
     "MANIFEST_LIMIT_BYTES",
     "MANIFEST_NAME",
     "NOTES",
+    "SAFETENSORS_NAMES",
     "SHARD_SUFFIX",
     "Box",
     "BoxPlace",

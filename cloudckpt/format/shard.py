@@ -16,7 +16,7 @@ import xxhash
 from cloudckpt.format.boxes import Box, Column
 from cloudckpt.format.record import lone_surrogates
 
-__all__ = ["DIGEST_BYTES", "block_counts", "block_digests", "encode_header", "verify_blocks"]
+__all__ = ["DIGEST_BYTES", "SAFETENSORS_NAMES", "block_counts", "block_digests", "encode_header", "verify_blocks"]
 
 DIGEST_BYTES = 8
 
@@ -26,7 +26,7 @@ _ALIGNMENT_BYTES = 64
 
 # What every release of safetensors can name: one entry of a type that a reader does not know hides the whole object
 # from it (so 0.6 treats complex64). A piece of any other dtype is stored as U8 and its dtype stands in the index only.
-_NAMED_DTYPES = {
+SAFETENSORS_NAMES = {
     "bool": "BOOL",
     "uint8": "U8",
     "int8": "I8",
@@ -55,7 +55,7 @@ def encode_header(entries: Iterable[Box], *, metadata: dict[str, str]) -> bytes:
     stop = 0
     for entry in entries:
         start, stop = stop, stop + entry.nbytes
-        known = _NAMED_DTYPES.get(entry.dtype)
+        known = SAFETENSORS_NAMES.get(entry.dtype)
         shape = entry.sizes if known else (entry.nbytes,)
         header[entry.name] = {"dtype": known or "U8", "shape": shape, "data_offsets": (start, stop)}
     try:
