@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cloudckpt.cli.asking import Access, AsJson, Url, ended, nothing_at, the_one_at
+from cloudckpt.cli.asking import Access, AsJson, Url, ended, newest_or_the_one
 from cloudckpt.cli.printing import summary
 from cloudckpt.cli.rules import seconds_of
 from cloudckpt.errors import CheckpointNotFoundError
@@ -58,9 +58,7 @@ def _best(catalog: Catalog, metric: str, mode: str) -> Checkpoint:
 
 
 def _newest(catalog: Catalog, after: int | None) -> Checkpoint:
-    found = Roots([catalog]).newest() or the_one_at(catalog)
-    if found is None:
-        raise nothing_at(catalog)
+    found = newest_or_the_one(catalog)
     if after is not None and found.step <= after:
         raise CheckpointNotFoundError(
             f"the newest checkpoint at {catalog.store.url} is of step {found.step}, not above {after}; "
