@@ -17,7 +17,7 @@ from cloudckpt.errors import CheckpointNotFoundError, OptionsError
 from cloudckpt.format import DTYPES, NOTES, Index, PathElement, codec, unflatten
 from cloudckpt.loading import RankInput, by_part_name, load_state, part_targets, read_index
 from cloudckpt.options import Options
-from cloudckpt.ranks import Group, refuse_lonely_rank
+from cloudckpt.ranks import Group, Ranks, check_ranks, refuse_lonely_rank, taking_part
 from cloudckpt.report import Journal, Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, Exists, Roots, check_exists, own_url
 from cloudckpt.saving import Session, begin_save
@@ -48,6 +48,7 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, object] | None = None,
     exists: Exists = "raise",
+    ranks: Ranks = "all",
     progress: Show = "auto",
 ) -> Checkpoint:
     """Save `state` as one checkpoint at `url`; return once it is committed. With several ranks, every rank calls it.
@@ -64,6 +65,8 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
         exists: where the URL holds a checkpoint: `raise`, or `replace` it as soon as the new one is complete. Between
             two requests at the end there is none; if the process dies just there, an error at the URL says how to have
             the old one back.
+        ranks: `all`: every rank of the process group calls it; or `self`: this process saves what it holds by itself,
+            and waits for nobody, such as rank 0 for all of a DDP job. A tensor of which it holds a part is refused.
         progress: what is shown on stderr, as for `CheckpointManager`.
 
     Returns:
@@ -76,12 +79,15 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
         StorageError: the store refused or could not be reached; nothing is visible at the URL
             (after `CommitUnknownError`: the whole checkpoint, or nothing).
     """
-    refuse_lonely_rank()
     _refuse_swapped("save", state, url)
     chosen = Options.of(options)
     destined = check_exists(exists)
-    group = Group.of_world()
-    with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
+    with (
+        taking_part(check_ranks(ranks)),
+        open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store,
+    ):
+        refuse_lonely_rank()
+        group = Group.of_world()
         journal = Journal(store, Progress(progress))
         entry = journal.begin(rank=group.rank)
         with Session.of(group, "save", chosen) as session, collector_at_rest():
@@ -109,6 +115,7 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
     cast: bool = False,
     materialize: str | torch.device | None = None,
     resize: Resize | None = None,
+    ranks: Ranks = "all",
     progress: Show = "auto",
 ) -> Checkpoint:
     """Restore `state` in place from the checkpoint at `url`. With several ranks, every rank calls it.
@@ -133,6 +140,7 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
         resize: for a tensor of another shape than was saved: called with its name, the saved tensor and the live one,
             both on the live one's device (a copy of it; DTensors where it is one, of the same mesh and placements),
             returns a tensor of the live one's shape and dtype, which is copied into it.
+        ranks: `all`: every rank of the process group calls it; or `self`: this process restores by itself.
         progress: what is shown on stderr, as for `CheckpointManager`.
 
     Returns:
@@ -149,7 +157,10 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
     """
     _refuse_swapped("load", state, url)
     chosen = Options.of(options)
-    with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
+    with (
+        taking_part(check_ranks(ranks)),
+        open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store,
+    ):
         catalog = Catalog(store)
         found = load_state(
             state,
