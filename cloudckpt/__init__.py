@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from cloudckpt.dcp import CloudReader, CloudWriter
     from cloudckpt.format import register
     from cloudckpt.manager import CheckpointManager
+    from cloudckpt.page import Prices, report_page
     from cloudckpt.preemption import Notice, Preemption
     from cloudckpt.qualifying import Probe, probe
     from cloudckpt.report import (
@@ -102,6 +103,7 @@ __all__ = [
     "PerRank",
     "Preempted",
     "Preemption",
+    "Prices",
     "Probe",
     "Pruned",
     "RankLostError",
@@ -129,6 +131,7 @@ __all__ = [
     "probe",
     "read",
     "register",
+    "report_page",
     "save",
 ]
 
@@ -139,6 +142,7 @@ _LATE = {
     "dcp": ("CloudReader", "CloudWriter"),
     "format": ("register",),
     "manager": ("CheckpointManager",),
+    "page": ("Prices", "report_page"),
     "preemption": ("Notice", "Preemption"),
     "qualifying": ("Probe", "probe"),
     "report": (

@@ -1,6 +1,6 @@
 """Say what saves and restores did and cost: to the log, a person, programs, and as advice on the interval."""
 
-from cloudckpt.report.advice import Advice, advise
+from cloudckpt.report.advice import Advice, Costs, advise
 from cloudckpt.report.events import (
     Event,
     OnEvent,
@@ -19,6 +19,7 @@ from cloudckpt.report.telemetry import OpenTelemetryEvents
 
 __all__ = [
     "Advice",
+    "Costs",
     "Entry",
     "Event",
     "Journal",
