@@ -23,6 +23,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 12.0, 12.0, 30.0
 PHASES = ("plan", "upload", "gather", "commit", "other")
 _TICKS = 4
 _LANE = 22.0
+# More in one lane only cover each other.
+_DOTS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +37,15 @@ class _Scale:
     stop: float
 
     def __call__(self, value: float) -> float:
-        width = self.high - self.low
-        share = (value - self.low) / width if width > 0 else 0.5
+        # By halves: the whole may be more than a float holds.
+        width = self.high / 2 - self.low / 2
+        share = (value / 2 - self.low / 2) / width if width > 0 else 0.5
         return self.start + share * (self.stop - self.start)
 
 
-def lanes(facts: Facts) -> Html | None:
-    """Draw a lane for each job, a mark for each checkpoint that is there, and what lies between two jobs."""
-    jobs = [job for job in facts.jobs if job.last_at is not None]
+def lanes(facts: Facts, jobs: Sequence[Job]) -> Html | None:
+    """Draw a lane for each of some jobs, a mark for each checkpoint that is there, and what lies between two jobs."""
+    jobs = [job for job in jobs if job.last_at is not None]
     if not jobs:
         return None
     starts = [_start(job) for job in jobs]
@@ -58,7 +61,7 @@ def lanes(facts: Facts) -> Html | None:
         drawn += _lane(job, place, _TOP + _LANE * row)
     rows = {job.epoch: row for row, job in enumerate(jobs)}
     for one in facts.breaks:
-        if one.last_at is not None and one.until is not None and one.job.epoch in rows:
+        if one.last_at is not None and one.until is not None and one.job.epoch in rows and one.last_at >= first:
             y = _TOP + _LANE * rows[one.job.epoch] + _LANE / 2
             ends = sorted((place(one.last_at), place(one.until)))
             words = f"epoch {one.job.epoch} went on from step {one.resumed_from[1]} of epoch {one.resumed_from[0]}"
@@ -81,7 +84,7 @@ def _lane(job: Job, place: Callable[[datetime], float], y: float) -> list[Html]:
     if job.began_at is None:
         words += "; when it began is not known"
     box = tag("rect", x=left, y=middle - 6, width=max(2.0, right - left), height=12.0, rx=3.0)
-    dots = [_dot(save, place(save.checkpoint.created_at), middle) for save in job.saves]
+    dots = [_dot(save, place(save.checkpoint.created_at), middle) for save in job.saves[-_DOTS:]]
     return [label, tag("g", tag("title", words), box, class_="mark job"), *dots]
 
 
@@ -164,7 +167,8 @@ def _places(count: int) -> list[int]:
 def _y_axis(y: _Scale, low: float, high: float, words: Callable[[float], str]) -> list[Html]:
     marks = []
     for number in range(_TICKS):
-        value = low + (high - low) * number / (_TICKS - 1)
+        share = number / (_TICKS - 1)
+        value = low * (1 - share) + high * share
         marks.append(tag("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=y(value), y2=y(value), class_="grid"))
         marks.append(tag("text", words(value), x=_LEFT - 6, y=y(value) + 4, class_="label end"))
     return marks

@@ -80,7 +80,8 @@ def page_of(
     checkpoints = list(found.checkpoints)
     if not checkpoints and not found.unreadable:
         checkpoints = [_the_one_at(catalog, len(found.unfinished))]
-    facts = facts_of(checkpoints, _claims(catalog), mtbf_s=mtbf_s)
+    unreadable = frozenset(one.order for one in found.unreadable)
+    facts = facts_of(checkpoints, _claims(catalog), unreadable=unreadable, mtbf_s=mtbf_s)
     store, at = catalog.store, now or datetime.now(UTC)
     return _document(Run(url=store.url, at=at, facts=facts, found=found, prices=prices or Prices.of(store)))
 

@@ -147,8 +147,19 @@ def test_a_save_in_the_background_has_kept_training_for_planning_and_staging_alo
 )
 def test_numbers_that_no_save_has_written_break_no_page(summary: dict[str, float]) -> None:
     one = checkpoint_of(1, 1, at_s=0, worked_s=1.0, summary=summary)
-    facts = facts_of([one, checkpoint_of(2, 1, at_s=9, worked_s=2.0)], {1: claim_of(1, at_s=0)}, mtbf_s=100.0)
-    assert "Checkpoints" in page_about(facts, prices=Prices(storage_gib_month=1.0, writes_1000=1.0))
+    metrics = [{"m": value} for value in (1.7e308, -1.7e308)]
+    others = [checkpoint_of(step, 1, at_s=9, worked_s=2.0, metrics=given) for step, given in enumerate(metrics, 2)]
+    facts = facts_of([one, *others], {1: claim_of(1, at_s=0)}, mtbf_s=100.0)
+    page = page_about(facts, prices=Prices(storage_gib_month=1.0, writes_1000=1.0))
+    assert re.findall(r'="[^"]*(?:nan|inf)[^"]*"', page) == []
+    assert not re.search(r"\d{40}", Seen(page).text)
+
+
+def test_what_cannot_be_read_is_not_called_gone() -> None:
+    checkpoints, claims = a_run()
+    facts = facts_of([one for one in checkpoints if one.order != (1, 300)], claims, unreadable={(1, 300)})
+    assert facts.gone == []
+    assert [one.is_there for one in facts.breaks] == [True, True]
 
 
 def test_a_manifest_of_before_that_tells_little_is_told_as_little() -> None:
@@ -184,6 +195,11 @@ def test_of_many_checkpoints_the_newest_are_drawn_and_the_page_says_so() -> None
     page = page_about(facts_of(many, {}))
     assert "5 older ones are not drawn" in page
     assert len(page) < 4 << 20
+
+
+def test_of_many_jobs_the_newest_have_a_lane_and_the_page_says_so() -> None:
+    many = [checkpoint_of(1, epoch, at_s=epoch) for epoch in range(1, 51)]
+    assert "The newest 40 jobs; 10 older ones" in page_about(facts_of(many, {}))
 
 
 # -- the page -----------------------------------------------------------------------------------------------
