@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -17,6 +18,11 @@ def _missing() -> list[str]:
 
 def test_a_rank_finds_imported_what_takes_seconds_to_import() -> None:
     assert run(1, _missing) == [[]]
+
+
+def test_a_rank_searches_nothing_that_was_imported_for_garbage() -> None:
+    (frozen,) = run(1, gc.get_freeze_count)
+    assert frozen > 100_000
 
 
 _OTHERS_FIRST = """
