@@ -32,7 +32,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"preemption", "report", "state"},
             {"loading", "saving"},
             {"dcp"},
-            {"checkpoint", "manager"},
+            {"checkpoint", "manager", "page"},
             {"convert"},
             {"__init__"},
             {"cli"},
