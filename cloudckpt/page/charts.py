@@ -45,21 +45,21 @@ class _Scale:
 
 def lanes(facts: Facts, jobs: Sequence[Job]) -> Html | None:
     """Draw a lane for each of some jobs, a mark for each checkpoint that is there, and what lies between two jobs."""
-    jobs = [job for job in jobs if job.last_at is not None]
-    if not jobs:
+    seen = [(job, job.seen) for job in jobs]
+    at_work = [(job, when) for job, when in seen if when is not None]
+    if not at_work:
         return None
-    starts = [_start(job) for job in jobs]
-    first, last = min(starts), max(job.last_at for job in jobs if job.last_at is not None)
+    first, last = min(start for _, (start, _) in at_work), max(stop for _, (_, stop) in at_work)
     x = _Scale(0.0, max(1e-3, (last - first).total_seconds()), _LEFT, WIDTH - _RIGHT)
 
     def place(at: datetime) -> float:
         return x((at - first).total_seconds())
 
-    height = _TOP + _LANE * len(jobs) + _BOTTOM
+    height = _TOP + _LANE * len(at_work) + _BOTTOM
     drawn: list[Html] = []
-    for row, job in enumerate(jobs):
-        drawn += _lane(job, place, _TOP + _LANE * row)
-    rows = {job.epoch: row for row, job in enumerate(jobs)}
+    for row, (job, (start, stop)) in enumerate(at_work):
+        drawn += _lane(job, (place(start), place(stop)), place, _TOP + _LANE * row)
+    rows = {job.epoch: row for row, (job, _) in enumerate(at_work)}
     for one in facts.breaks:
         if one.last_at is not None and one.until is not None and one.job.epoch in rows and one.last_at >= first:
             y = _TOP + _LANE * rows[one.job.epoch] + _LANE / 2
@@ -72,18 +72,13 @@ def lanes(facts: Facts, jobs: Sequence[Job]) -> Html | None:
     return _drawing(height, "When jobs were at work", [*_time_axis(first, last, place, height), *drawn])
 
 
-def _start(job: Job) -> datetime:
-    return min(job.began_at or job.saves[0].checkpoint.created_at, job.saves[0].checkpoint.created_at)
-
-
-def _lane(job: Job, place: Callable[[datetime], float], y: float) -> list[Html]:
+def _lane(job: Job, ends: tuple[float, float], place: Callable[[datetime], float], y: float) -> list[Html]:
     middle = y + _LANE / 2
     label = tag("text", f"epoch {job.epoch}", x=_LEFT - 6, y=middle + 4, class_="label end")
-    left, right = place(_start(job)), place(job.last_at or _start(job))
     words = f"epoch {job.epoch}: {job.place or 'nobody knows where'}; {len(job.saves)} checkpoints are there"
     if job.began_at is None:
         words += "; when it began is not known"
-    box = tag("rect", x=left, y=middle - 6, width=max(2.0, right - left), height=12.0, rx=3.0)
+    box = tag("rect", x=ends[0], y=middle - 6, width=max(3.0, ends[1] - ends[0]), height=12.0, rx=3.0)
     dots = [_dot(save, place(save.checkpoint.created_at), middle) for save in job.saves[-_DOTS:]]
     return [label, tag("g", tag("title", words), box, class_="mark job"), *dots]
 

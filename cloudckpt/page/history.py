@@ -97,6 +97,14 @@ class Job:
         return max((save.checkpoint.created_at for save in self.saves), default=None)
 
     @property
+    def seen(self) -> tuple[datetime, datetime] | None:
+        """From when to when it is known to have been at work; None if nothing tells it."""
+        told = [save.checkpoint.created_at for save in self.saves]
+        claimed = None if self.claim is None else claimed_at(self.claim)
+        told += [at for at in (self.began_at, claimed) if at is not None]
+        return (min(told), max(told)) if told else None
+
+    @property
     def place(self) -> str:
         """The machine and the process."""
         return "" if self.claim is None else f"{self.claim.host}, process {self.claim.pid}"

@@ -104,7 +104,7 @@ def _cards(run: Run, facts: Facts) -> list[Html]:
 
 
 def _timeline(run: Run) -> Html | None:
-    jobs = [job for job in run.facts.jobs if job.saves]
+    jobs = run.facts.jobs
     drawn = lanes(run.facts, jobs[-_LANES:])
     if drawn is None:
         return None

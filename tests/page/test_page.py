@@ -313,6 +313,14 @@ def test_prices_of_one_s_own_are_said_with_their_source(tmp_path: Path, root: Pa
     assert "5.60 EUR" in page
 
 
+def test_the_prices_that_the_documentation_shows_can_be_read(tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "report.md"
+    shown = re.search(r"^(\{.*storage_gib_month.*\})$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert shown is not None
+    (tmp_path / "prices.json").write_text(shown[1])
+    assert prices_from(tmp_path / "prices.json").source == "our contract, 2026-11"
+
+
 @pytest.mark.parametrize(
     "text",
     [
