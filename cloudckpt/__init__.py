@@ -26,6 +26,7 @@ from cloudckpt.errors import (
     ManifestError,
     MissingShardError,
     OptionsError,
+    PinnedError,
     RankLostError,
     RestoreFailedError,
     RetryExhaustedError,
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from cloudckpt.preemption import Notice, Preemption
     from cloudckpt.qualifying import Probe, probe
     from cloudckpt.report import Advice
-    from cloudckpt.root import Checkpoint, Fit, KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
+    from cloudckpt.root import Checkpoint, Fit, KeepAll, KeepBest, KeepEvery, KeepFor, KeepLast, Pin, RetentionRule
     from cloudckpt.saving import SaveHandle
     from cloudckpt.state import AccumulationWindow, PerRank, ResumableSampler
 
@@ -76,6 +77,7 @@ __all__ = [
     "Fit",
     "FormatVersionError",
     "IntegrityError",
+    "KeepAll",
     "KeepBest",
     "KeepEvery",
     "KeepFor",
@@ -86,6 +88,8 @@ __all__ = [
     "Options",
     "OptionsError",
     "PerRank",
+    "Pin",
+    "PinnedError",
     "Preemption",
     "Probe",
     "RankLostError",
@@ -120,7 +124,7 @@ _LATE = {
     "preemption": ("Notice", "Preemption"),
     "qualifying": ("Probe", "probe"),
     "report": ("Advice",),
-    "root": ("Checkpoint", "Fit", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule"),
+    "root": ("Checkpoint", "Fit", "KeepAll", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "Pin", "RetentionRule"),
     "saving": ("SaveHandle",),
     "state": ("AccumulationWindow", "PerRank", "ResumableSampler"),
 }
