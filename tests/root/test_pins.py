@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import count
 
 import pytest
@@ -24,7 +23,6 @@ from cloudckpt.errors import (
     ManifestError,
     OptionsError,
     PinnedError,
-    StorageError,
 )
 from cloudckpt.format import FORMAT_VERSION, MANIFEST_NAME, IndexRef, Manifest, checkpoint_prefix, pin_key
 from cloudckpt.root import (
@@ -174,7 +172,7 @@ def test_a_step_that_is_not_there_is_not_pinned_and_not_unpinned(bucket: Bucket)
     pin(roots_of(bucket), 2)
     with pytest.raises(CheckpointNotFoundError, match="no committed checkpoint of step 9"):
         pin(roots_of(bucket), 9)
-    with pytest.raises(CheckpointNotFoundError, match="step 9 is not pinned at .*; pinned are: 2"):
+    with pytest.raises(CheckpointNotFoundError, match=r"step 9 is not pinned at .*; pinned are: 2"):
         unpin(roots_of(bucket), 9)
 
 
@@ -326,52 +324,73 @@ def test_without_the_right_to_list_pins_nothing_is_removed(bucket: Bucket) -> No
 # -- at once ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Pinner:
-    """Calls that go on by one request whenever they are let, in a thread of their own."""
+    """Calls that go on by one request whenever they are let, in a thread of their own.
 
-    bucket: Bucket
-    calls: Sequence[tuple[str, int]]
-    acknowledged: set[int] = field(default_factory=set)
+    Attributes:
+        acknowledged: the steps of which it was told that they are pinned, and that it has not asked to unpin since.
+    """
 
-    def __post_init__(self) -> None:
-        self._may_go, self._is_at_rest = threading.Semaphore(0), threading.Semaphore(0)
-        self._is_over = False
+    def __init__(self, bucket: Bucket, calls: Sequence[tuple[str, int]], pinned: Collection[int] = ()) -> None:
+        self.acknowledged = set(pinned)
+        self._calls = calls
+        self._client = FaultStore(bucket, hook=self._ask)
+        self._turn = threading.Condition()
+        self._permits, self._waiting, self._is_over = 0, 0, False
+        self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-        self._is_at_rest.acquire()
 
-    def _wait(self, _: Op | None = None) -> None:
-        self._is_at_rest.release()
-        self._may_go.acquire()
+    def _is_still(self) -> bool:
+        # A catalog looks at several prefixes at once: then each of its threads may wait here.
+        return self._is_over or (self._waiting > 0 and not self._permits)
+
+    def _ask(self, _: Op) -> None:
+        with self._turn:
+            self._waiting += 1
+            self._turn.notify_all()
+            assert self._turn.wait_for(lambda: self._permits, timeout=60)
+            self._permits, self._waiting = self._permits - 1, self._waiting - 1
+            self._turn.notify_all()
 
     def _run(self) -> None:
-        self._wait()
-        client = FaultStore(self.bucket, hook=self._wait)
-        for what, step in self.calls:
-            roots = Roots([Catalog(client)])
-            if what == "unpin":
-                # From when it is asked for, nobody can rely on the pin.
-                self.acknowledged.discard(step)
-            with suppress(CheckpointNotFoundError, StorageError):
-                if what == "pin":
-                    pin(roots, step)
-                    self.acknowledged.add(step)
-                else:
-                    unpin(roots, step)
-        self._is_over = True
-        self._is_at_rest.release()
+        try:
+            for what, step in self._calls:
+                self._call(what, step)
+        except BaseException as exc:  # noqa: BLE001 (raised again by `end`)
+            self._error = exc
+        finally:
+            with self._turn:
+                self._is_over = True
+                self._turn.notify_all()
+
+    def _call(self, what: str, step: int) -> None:
+        roots = Roots([Catalog(self._client)])
+        if what == "unpin":
+            # From when it is asked for, nobody can rely on the pin.
+            self.acknowledged.discard(step)
+        with suppress(CheckpointNotFoundError):
+            if what == "pin":
+                pin(roots, step)
+                self.acknowledged.add(step)
+            else:
+                unpin(roots, step)
 
     def go_on(self) -> None:
         """Make the next request, up to before the one that follows."""
-        if not self._is_over:
-            self._may_go.release()
-            self._is_at_rest.acquire()
+        with self._turn:
+            assert self._turn.wait_for(self._is_still, timeout=60)
+            if not self._is_over:
+                self._permits = 1
+                self._turn.notify_all()
+                assert self._turn.wait_for(self._is_still, timeout=60)
 
     def end(self) -> None:
         while not self._is_over:
             self.go_on()
         self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 rules = st.one_of(
@@ -393,7 +412,7 @@ crashes = st.sampled_from([FaultKind.CRASH_BEFORE, FaultKind.CRASH_HALFWAY, Faul
     pace=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=40),
     crash=st.tuples(st.integers(1, 45), crashes),
 )
-def test_at_every_crash_point_the_newest_the_best_and_the_pinned_ones_restore(  # noqa: PLR0913
+def test_at_every_crash_point_the_newest_the_best_and_the_pinned_ones_restore(
     losses: list[float],
     change_at: int,
     chosen: list[RetentionRule],
