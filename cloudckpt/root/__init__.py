@@ -29,6 +29,7 @@ from cloudckpt.root.retention import (
 )
 from cloudckpt.root.roots import Roots
 from cloudckpt.root.sweep import Orphan, sweep
+from cloudckpt.root.thinning import Plan, Thinning
 from cloudckpt.root.waiting import wait_for_next
 
 __all__ = [
@@ -50,12 +51,14 @@ __all__ = [
     "Orphan",
     "Overview",
     "Pin",
+    "Plan",
     "Pruner",
     "Retention",
     "RetentionRule",
     "RetentionScope",
     "Roots",
     "Target",
+    "Thinning",
     "Unreadable",
     "Wanted",
     "check_exists",

@@ -113,6 +113,27 @@ class Cleaner:
                 del self._uncommitted_s[place]
             return True
 
+    def uncommitted(self) -> int:
+        """Return how many checkpoints were uncommitted of which objects may be there."""
+        return len(self._uncommitted_s)
+
+    def seconds_left(self) -> float:
+        """Return in how many seconds all that was uncommitted is due; 0 if it is."""
+        if len(self._due()) == len(self._uncommitted_s):
+            return 0.0
+        # Never 0 while one is not due, however numbers are rounded.
+        return max(_LOOK_S, max(self._uncommitted_s.values()) + self._grace_s - self._clock())
+
+    def remove_due(self) -> int:
+        """Remove in this thread what is due, whatever it takes; return how many objects that were.
+
+        Raises:
+            StorageError: the store refuses, or is away.
+        """
+        before = self._removed_count
+        self._remove_due(lambda: True)
+        return self._removed_count - before
+
     def wake(self) -> None:
         """Have removed what is due, without waiting for that."""
         with self._lock:
