@@ -360,8 +360,8 @@ def _knows(_: Run) -> Html:
     return tag(
         "footer",
         _note(
-            "This page holds what the store tells: manifests of checkpoints that are there, and claims of jobs. A "
-            "checkpoint that was removed took what it said with it; failed saves and restores leave nothing behind. "
+            "This page holds what the store tells: manifests of checkpoints that are there, claims of jobs, and pins. "
+            "A checkpoint that was removed took what it said with it; failed saves and restores leave nothing behind. "
             "Times are by the clocks of the machines that wrote them. `on_event=` tells a job's own loggers all of it."
         ),
     )

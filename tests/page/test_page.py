@@ -183,11 +183,15 @@ def test_a_metric_that_is_no_number_draws_no_mark(root: Path) -> None:
     assert metric_curve("other", facts, facts.saves) is None
 
 
-def test_pinned_checkpoints_are_told_with_their_note() -> None:
-    checkpoints, claims = a_run()
-    page = page_about(facts_of(checkpoints, claims, pins={(1, 200): "for the paper"}))
-    assert "pinned: for the paper" in page
-    assert "<td>for the paper</td>" in page
+def test_pinned_checkpoints_are_told_with_their_note(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, progress="off", save_rng=False) as manager:
+        for step in (1, 2):
+            manager.save(step, {"w": torch.ones(3)}, metrics={"loss": 1.0 / step})
+        manager.pin(1, "for the <paper>")
+    page = cloudckpt.report_page(tmp_path)
+    assert page.count("pinned: for the &lt;paper&gt;") == 4, "in each drawing"
+    assert "<td>for the &lt;paper&gt;</td>" in page
+    assert page.count("mark save pinned") == 2
 
 
 def test_of_many_checkpoints_the_newest_are_drawn_and_the_page_says_so() -> None:

@@ -150,6 +150,18 @@ def test_a_notice_is_told_once(tmp_path: Path) -> None:
     assert "preemption" in notices[0].reason
 
 
+def test_a_pinned_checkpoint_is_not_told_as_pruned(tmp_path: Path) -> None:
+    told: list[Event] = []
+    with manager_of(tmp_path, told.append, retention=KeepLast(1)) as manager:
+        manager.save(1, state_of(1))
+        manager.pin(1, "stays")
+        for step in (2, 3):
+            manager.save(step, state_of(step))
+        with pytest.raises(cloudckpt.PinnedError):
+            manager.delete(1)
+    assert [event.step for event in told if isinstance(event, Pruned)] == [2]
+
+
 def test_what_a_callable_raises_is_noted_once_and_fails_neither_a_save_nor_the_other_callables(tmp_path: Path) -> None:
     def broken(event: Event) -> None:
         raise SystemExit("canary")
