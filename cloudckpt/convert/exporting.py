@@ -1,6 +1,6 @@
 """Lead one export: open the checkpoint and the folder it goes to, refuse what stands in the way, write, say what went.
 
-    checkpoint ──Job──▶ to_safetensors │ to_torch │ to_dcp ──appended──▶ files of the folder, the deciding one last
+    checkpoint ──Job──▶ to_safetensors │ to_torch │ to_dcp ──Layouts──▶ files of the folder, the deciding one last
 
 Until that last file stands, no program takes the folder for a model or a checkpoint.
 """

@@ -84,12 +84,13 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A box of a tensor that is contiguous in its row-major bytes."""
+    """A box of a tensor that is contiguous in its row-major bytes, of which `first` is its first one."""
 
     name: str
     dtype: str
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    first: int
     nbytes: int
 
 
@@ -204,7 +205,11 @@ class Job:
             return []
         itemsize = DTYPES[entry.dtype].itemsize
         boxes = split_box(entry.shape, limit=max(1, PART_BYTES // itemsize))
-        return [Part(name, entry.dtype, *box, math.prod(box[1]) * itemsize) for box in boxes]
+        parts, first = [], 0
+        for offsets, sizes in boxes:
+            parts.append(Part(name, entry.dtype, offsets, sizes, first, math.prod(sizes) * itemsize))
+            first += parts[-1].nbytes
+        return parts
 
     def stream(self, parts: Sequence[Part]) -> Iterator[tuple[Part, memoryview]]:
         """Yield the verified bytes of each part, in order, valid until the next one is asked for.
@@ -222,10 +227,7 @@ class Job:
             for number, batch in enumerate(batches[:2]):
                 fills.append(ahead.submit(_fill, reader, batch, memories[number]).result)
             for number in range(len(batches)):
-                for part, data in fills[number]():
-                    yield part, data
-                    if self.gauge is not None:
-                        self.gauge.move(part.nbytes)
+                yield from fills[number]()
                 if number + 2 < len(batches):
                     fills.append(ahead.submit(_fill, reader, batches[number + 2], memories[number % 2]).result)
 
