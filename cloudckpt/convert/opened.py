@@ -24,9 +24,9 @@ from cloudckpt.loading import RankInput, by_part_name, part_targets
 from cloudckpt.options import MIB, Options
 from cloudckpt.root import Checkpoint
 from cloudckpt.store import RetryingStore, Store
-from cloudckpt.transfer import Gauge
+from cloudckpt.transfer import Gauge, copying_threads
 
-__all__ = ["Exported", "Job", "Kind", "Part", "Plan", "Taken", "lean"]
+__all__ = ["Exported", "Job", "Kind", "Part", "Plan", "Taken", "by_cores", "lean"]
 
 Kind = Literal["safetensors", "huggingface", "torch", "dcp"]
 """What a checkpoint can be exported to."""
@@ -65,6 +65,16 @@ def lean(options: Options, least_bytes: int = _BUDGET_BYTES) -> Options:
     if options.memory_budget_bytes is not None:
         return options
     return replace(options, memory_budget_bytes=max(least_bytes, options.shard_bytes, options.span_bytes))
+
+
+def by_cores(options: Options, *stores: RetryingStore, least: int) -> Options:
+    """Return options with as many threads as there are cores, or `least`, where all that is moved stays on disks.
+
+    More of them wait for each other there, each with a buffer that the others drive out of the caches.
+    """
+    if any(store.engine != "local" for store in stores):
+        return options
+    return replace(options, concurrency=min(options.concurrency, max(least, copying_threads())))
 
 
 @dataclass(frozen=True, slots=True)
