@@ -138,7 +138,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ManifestError(f"manifest {key} has {len(data)} bytes; restore an older step", key=key)
         if not _is_sealed(data):
             raise ManifestError(f"manifest {key} was changed after it was written; restore an older step", key=key)
-        manifest = decode_record(data, cls, key=key)
+        manifest = decode_record(data, cls, key=key, written=_bytes)
         for problem in manifest.problems():
             raise ManifestError(f"manifest {key} is inconsistent: {problem}; restore an older step", key=key)
         return manifest
@@ -209,7 +209,7 @@ class EpochClaim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 def decode_claim(data: bytes, *, key: str) -> EpochClaim:
     """Read a claim back, or raise `ManifestError`."""
-    claim = decode_record(data, EpochClaim, key=key)
+    claim = decode_record(data, EpochClaim, key=key, written=_bytes)
     links = [*([claim.resumed_from] if claim.resumed_from else []), *(claim.line or [])]
     counts = (claim.epoch, claim.pid, *(count for link in links for count in link))
     if any(not 0 <= count < NUMBER_LIMIT for count in counts):
