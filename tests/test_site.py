@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,15 @@ def test_a_link_of_the_site_leads_to_a_page_of_it(page: str) -> None:
 
 def test_the_navigation_names_each_page_once() -> None:
     tagged = re.sub(r"!!python/\S+ \{.*\}", "''", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    nav = yaml.safe_load(tagged)["nav"]
-    named = [page for part in nav for page in (next(iter(part.values())) if isinstance(part, dict) else [part])]
+    named = list(pages_in(yaml.safe_load(tagged)["nav"]))
     assert sorted(named) == PAGES
+
+
+def pages_in(nav: object) -> Iterator[str]:
+    if isinstance(nav, str):
+        yield nav
+    for part in nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ():
+        yield from pages_in(part)
 
 
 @pytest.mark.parametrize("page", PAGES)
