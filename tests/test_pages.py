@@ -109,7 +109,7 @@ NOT_RUN = {
 # By tests/test_site.py.
 HELD_ELSEWHERE = ("yaml", "console")
 # Of programs that are not ours only the name is looked at.
-FOREIGN = {"echo", "srun"}
+FOREIGN = {"[", "echo", "exit", "srun"}
 # What a page names that is not in the repository → why.
 NOT_IN_THE_TREE = {
     ".servers/": "made by `make servers-up`",
@@ -148,8 +148,8 @@ class Block:
 
 
 def _words(line: str) -> list[str]:
-    """Return the words of a command, without what it is given in its environment."""
-    return list(dropwhile(lambda word: re.match(r"[A-Z_]+=", word) is not None, shlex.split(line, comments=True)))
+    """Return the words of a command, without the variables that are set before it."""
+    return list(dropwhile(lambda word: re.match(r"[A-Za-z_]+=", word) is not None, shlex.split(line, comments=True)))
 
 
 @cache
