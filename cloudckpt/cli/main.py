@@ -18,6 +18,7 @@ from cloudckpt.cli.import_ import import_
 from cloudckpt.cli.latest import latest
 from cloudckpt.cli.ls import ls
 from cloudckpt.cli.probe import probe
+from cloudckpt.cli.report import report
 from cloudckpt.cli.show import show
 
 __all__ = ["app"]
@@ -66,6 +67,7 @@ def _main(
 app.command("ls")(command(ls, is_reading=True))
 app.command("latest")(command(latest, is_reading=True))
 app.command("probe")(command(probe))
+app.command("report")(command(report))
 app.command("show")(command(show, is_reading=True))
 app.command("export")(command(export))
 app.command("import")(command(import_))

@@ -49,9 +49,15 @@ class Pruner:
     """The retention rules of a root, and what they have left to be removed."""
 
     def __init__(
-        self, catalog: Catalog, rules: Sequence[RetentionRule], cleaner: Cleaner, *, scope: RetentionScope = "line"
+        self,
+        catalog: Catalog,
+        rules: Sequence[RetentionRule],
+        cleaner: Cleaner,
+        *,
+        scope: RetentionScope = "line",
+        on_pruned: Callable[[Checkpoint], None] = lambda _: None,
     ) -> None:
-        """Prune by `rules`; without any, nothing is pruned.
+        """Prune by `rules`; without any, nothing is pruned. `on_pruned` is told what they let go.
 
         Raises:
             OptionsError: an unknown scope.
@@ -63,6 +69,7 @@ class Pruner:
         self._rules = tuple(rules)
         self._cleaner = cleaner
         self._scope = scope
+        self._on_pruned = on_pruned
         self._has_named = False
         # What the store refuses to delete, and that was raised.
         self._told: set[str] = set()
@@ -117,6 +124,7 @@ class Pruner:
                 refused[old.prefix] = exc
                 continue
             logger.info("pruned step %s of epoch %d", old.step, old.epoch)
+            self._on_pruned(old)
         self._told &= refused.keys()
         news = refused.keys() - self._told
         # Where nothing goes at all, each save has one more that does not: that is told already.
