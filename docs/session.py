@@ -55,6 +55,7 @@ STEPS: Mapping[str, Sequence[Step]] = {
         Step("What is in the newest:", ("cloudckpt show s3://bucket/run-7 --utc --depth 1",)),
         Step("One tensor, read and looked through:", ("cloudckpt show s3://bucket/run-7 --tensor model.0.weight",)),
         Step("The newest, for a script:", ("cloudckpt latest s3://bucket/run-7",)),
+        Step("A page about the run, to be opened in a browser:", ("cloudckpt report s3://bucket/run-7 -o run-7.html",)),
         Step("The best by a metric:", ("cloudckpt latest s3://bucket/run-7 --best loss",)),
     ),
     "Convert": (
