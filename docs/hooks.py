@@ -95,7 +95,10 @@ def _commands() -> Iterator[str]:
         yield f"{inspect.getdoc(one.callback)}\n"
         yield from (each.line for each in told if each.panel != _SHARED)
         yield ""
-        shared |= {each.words: each.line for each in told if each.panel == _SHARED}
+        for each in told:
+            if each.panel == _SHARED:
+                # A command that has a use of its own for a short name has the long one alone.
+                shared.setdefault(each.words.split()[0].rstrip(","), each.line)
     yield "### Options of all commands that open a store\n"
     yield from shared.values()
 
