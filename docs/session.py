@@ -191,15 +191,16 @@ def steady(text: str) -> str:
 
 
 def _steady_line(line: str) -> str:
-    is_table = "  " in line
-
-    def blank(found: re.Match[str]) -> str:
-        start, stop = (place - found.start() for place in found.span(found.re.groups))
-        return found[0][:start] + "…".ljust(stop - start if is_table else 0) + found[0][stop:]
-
     for pattern in _DIFFERING:
-        line = pattern.sub(blank, line)
+        line = pattern.sub(_blank, line)
     return line.rstrip()
+
+
+def _blank(found: re.Match[str]) -> str:
+    start, stop = found.span(found.re.groups)
+    # What stands before more than one blank is a cell, and has a neighbour.
+    width = stop - start if found.string[stop:].startswith("  ") else 0
+    return found.string[found.start() : start] + "…".ljust(width) + found.string[stop : found.end()]
 
 
 def same(one: str, other: str) -> bool:
