@@ -26,6 +26,7 @@ from cloudckpt.errors import (
     ManifestError,
     MissingShardError,
     OptionsError,
+    PinnedError,
     RankLostError,
     RestoreFailedError,
     RetryExhaustedError,
@@ -60,7 +61,7 @@ if TYPE_CHECKING:
         SaveStaged,
         ScalarEvents,
     )
-    from cloudckpt.root import Checkpoint, Fit, KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
+    from cloudckpt.root import Checkpoint, Fit, KeepAll, KeepBest, KeepEvery, KeepFor, KeepLast, Pin, RetentionRule
     from cloudckpt.saving import SaveHandle
     from cloudckpt.state import AccumulationWindow, PerRank, ResumableSampler
 
@@ -90,6 +91,7 @@ __all__ = [
     "Fit",
     "FormatVersionError",
     "IntegrityError",
+    "KeepAll",
     "KeepBest",
     "KeepEvery",
     "KeepFor",
@@ -101,6 +103,8 @@ __all__ = [
     "Options",
     "OptionsError",
     "PerRank",
+    "Pin",
+    "PinnedError",
     "Preempted",
     "Preemption",
     "Prices",
@@ -158,7 +162,7 @@ _LATE = {
         "SaveStaged",
         "ScalarEvents",
     ),
-    "root": ("Checkpoint", "Fit", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule"),
+    "root": ("Checkpoint", "Fit", "KeepAll", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "Pin", "RetentionRule"),
     "saving": ("SaveHandle",),
     "state": ("AccumulationWindow", "PerRank", "ResumableSampler"),
 }

@@ -33,12 +33,14 @@ from cloudckpt.root import (
     Choice,
     Cleaner,
     Orphan,
+    Pin,
     Pruner,
     Retention,
     RetentionScope,
     Unreadable,
     Wanted,
     checked_rules,
+    pins_of,
     sweep,
     watched_rules,
 )
@@ -462,6 +464,62 @@ class CheckpointManager:
         newest = self.latest()
         return None if newest is None else newest.step
 
+    def pin(self, step: int, note: str = "") -> Pin:
+        """Keep the checkpoint that `restore(state, step)` would take, whatever the rules say, until `unpin`.
+
+        It holds for every job, for `delete`, and for the command line, from the moment that this returns: also if a
+        pass that removes it is under way at that time, here or elsewhere. One that is pinned already stays so, and
+        keeps its note. With a fallback the root that holds it is meant. With several ranks every rank calls it; rank 0
+        pins, and all have the answer.
+
+        Args:
+            step: of a checkpoint that is committed; one of a save under way is not.
+            note: why, for people: at most 1,000 characters.
+
+        Raises:
+            CheckpointNotFoundError: no commit of that step; or it was removed while it was being pinned.
+            ManifestError: its manifest cannot be read.
+            OptionsError: the note is no text, or too long.
+            StorageError: the store did not answer: it may be pinned, and asking again is safe.
+        """
+        self._refuse_forked()
+        return self._saves.pin(step_number(step), note)
+
+    def unpin(self, step: int) -> Pin:
+        """Take the pin of a step away, and return it: the rules decide over the checkpoint from the next save on.
+
+        With several ranks every rank calls it, and rank 0 does it.
+
+        Raises:
+            CheckpointNotFoundError: no checkpoint of that step is pinned; says which are.
+            StorageError: the store did not answer.
+        """
+        self._refuse_forked()
+        return self._saves.unpin(step_number(step))
+
+    def pins(self) -> list[Pin]:
+        """Return all pins of the root (and of the fallback), by (epoch, step).
+
+        Raises:
+            StorageError: the store cannot be listed or read.
+        """
+        self._refuse_closed()
+        return pins_of(self._saves.roots)
+
+    def why_kept(self, step: int) -> tuple[str, ...]:
+        """Say what keeps the checkpoint that `restore(state, step)` would take; () if the next save would prune it.
+
+        The words are `newest`, `pinned`, `in use` (this job went on from it, and has saved nothing since), `another
+        line of history` (the rules are not about it), and the rules that keep it, as their repr has them; without
+        rules that is `KeepAll()`.
+
+        Raises:
+            CheckpointNotFoundError: no commit of that step.
+            CloudCkptError: what `checkpoints` raises.
+        """
+        self._refuse_closed()
+        return self._saves.why_kept(step_number(step))
+
     def delete(self, step: int) -> None:
         """Delete the checkpoint that `restore(state, step)` would take: at once nobody finds it any more.
 
@@ -471,6 +529,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointNotFoundError: no commit of that step.
+            PinnedError: it is pinned; nothing was deleted.
             FencedError: a newer job has claimed the root; nothing was deleted.
             FormatVersionError: a newer release has saved it; nothing was deleted.
             StorageError: the store could not be asked; the checkpoint is whole or not there.

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import permutations
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import xxhash
 
@@ -29,6 +29,7 @@ from cloudckpt.errors import (
     CloudCkptError,
     CommitUnknownError,
     FormatVersionError,
+    ManifestError,
     OptionsError,
     RankLostError,
     SaveFailedError,
@@ -37,9 +38,19 @@ from cloudckpt.errors import (
 from cloudckpt.manager.tolerance import Tolerance
 from cloudckpt.options import Options
 from cloudckpt.preemption import Schedule
-from cloudckpt.ranks import Accord, Group, Vote, refuse_lonely_rank
+from cloudckpt.ranks import Accord, Group, Vote, plain_errors, refuse_lonely_rank
 from cloudckpt.report import Entry, Journal
-from cloudckpt.root import Catalog, Checkpoint, Epoch, Pruner, Roots
+from cloudckpt.root import (
+    Catalog,
+    Checkpoint,
+    Epoch,
+    Pin,
+    Pruner,
+    Roots,
+    pin,
+    refuse_pinned,
+    unpin,
+)
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
 from cloudckpt.state import Generators, bind, capture, captured, collector_at_rest
 from cloudckpt.store import RetryingStore
@@ -57,6 +68,8 @@ _PRUNING_S = 10.0
 _ENDING_S = 30.0
 # How much two ends may differ and be one: the clock moves while they are computed.
 _NOISE_S = 0.05
+
+_Result = TypeVar("_Result")
 
 Exists = Literal["raise", "skip"]
 """What a save does where this job has committed that step already."""
@@ -380,12 +393,37 @@ class Saves:
         self._slabs.touch_ahead(sizes, is_pinned=is_pinned)
 
     def delete(self, step: int) -> None:
-        """Delete the checkpoint of a step, on rank 0; raises as `CheckpointManager.delete` does."""
+        """Delete the checkpoint of a step, on rank 0; raises as `CheckpointManager.delete` does, on every rank."""
         self.background.wait()  # it may be pruning
-        if Group.of_world().rank == 0:
-            self._delete(step)
+        self._led(f"delete of step {step}", lambda: self._delete(step))
         for home in self.homes:
             home.epoch.forget(step)
+
+    def pin(self, step: int, note: str) -> Pin:
+        """Pin the checkpoint of a step; raises as `CheckpointManager.pin` does."""
+        return self._led(f"pin of step {step}", lambda: pin(self.roots, step, note))
+
+    def unpin(self, step: int) -> Pin:
+        """Take the pin of a step away; raises as `CheckpointManager.unpin` does."""
+        return self._led(f"unpin of step {step}", lambda: unpin(self.roots, step))
+
+    def why_kept(self, step: int) -> tuple[str, ...]:
+        """Say what keeps the checkpoint of a step; raises as `CheckpointManager.why_kept` does."""
+        found = self.roots.find(step)
+        home = self._home_of(found)
+        line = home.epoch.line_so_far([one.catalog.claims for one in self.homes])
+        in_use = home.epoch.resumed_from if home.epoch.newest is None else None
+        return home.pruner.why_kept(line, in_use).get(found.order, ())
+
+    def _led(self, what: str, call: Callable[[], _Result]) -> _Result:
+        """Let rank 0 do what every rank asks for, and every rank have what came of it, also an error."""
+        group = Group.of_world()
+        if group.size == 1:
+            return call()
+        self.background.wait()  # its session would be in the way
+        deadline_s = self.options.progress_timeout_s
+        with plain_errors(), group.session(what, deadline_s=deadline_s, check=self._check):
+            return group.agree(what, lambda: None, lambda _: call())
 
     def _delete(self, step: int) -> None:
         """Delete it wherever it stands; also what nobody can read, because it was asked for by name."""
@@ -394,6 +432,7 @@ class Saves:
         for home, (_, found) in zip(homes, holders, strict=True):
             if isinstance(found, FormatVersionError):
                 raise found
+            refuse_pinned(home.catalog, _prefix_of(found))
             if home.epoch.number:
                 home.catalog.claims.fence(home.epoch.number)
         if self.roots.leaves_nothing([found for _, found in holders]):
@@ -402,11 +441,11 @@ class Saves:
                 catalog.claims.mark_emptied()
         for home, (catalog, found) in zip(homes, holders, strict=True):
             if isinstance(found, Checkpoint):
-                home.pruner.uncommit(found)
+                home.pruner.delete(found)
                 self._journal.pruned(found, "delete")
             else:
                 logger.warning("deleting what cannot be read: %s", found)
-                catalog.remove_unreadable(f"{found.key.partition('/')[0]}/")
+                catalog.remove_unreadable(_prefix_of(found))
             logger.info("deleted step %d at %s", step, catalog.store.url)
 
     def end(self, *, is_forked: bool = False) -> None:
@@ -615,6 +654,11 @@ class Saves:
         while self._may_prune() and (left_s := stop_s - time.monotonic()) > 0:
             if self.background.wait_tidy(min(_LOOK_S, left_s)):
                 break
+
+
+def _prefix_of(found: Checkpoint | ManifestError) -> str:
+    """Return where a checkpoint stands, of one that cannot be read by its error."""
+    return found.prefix if isinstance(found, Checkpoint) else f"{found.key.partition('/')[0]}/"
 
 
 def _note_saved(step: int, error: BaseException) -> None:
