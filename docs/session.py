@@ -69,6 +69,26 @@ STEPS: Mapping[str, Sequence[Step]] = {
             ),
         ),
     ),
+    "Keep and remove": (
+        Step(
+            "A pin keeps a checkpoint, whatever rules say. What a pass would remove, and then the pass:",
+            (
+                'cloudckpt pin s3://bucket/run-7 300 --note "reported in the paper"',
+                "cloudckpt prune s3://bucket/run-7 --keep-last 1 --dry-run",
+                "cloudckpt prune s3://bucket/run-7 --keep-last 1 --grace 0 --yes",
+            ),
+        ),
+        Step("What is pinned is not removed by hand either:", ("cloudckpt rm s3://bucket/run-7 300 --yes",), 1),
+        Step(
+            "Unless it is unpinned first:",
+            (
+                "cloudckpt unpin s3://bucket/run-7 300",
+                "cloudckpt rm s3://bucket/run-7 300 --grace 0 --yes",
+                "cloudckpt ls s3://bucket/run-7 --utc",
+                "cloudckpt sweep s3://bucket/run-7 --older-than 1s --yes",
+            ),
+        ),
+    ),
     "Qualify a store": (
         Step("Whether a root may stand there:", ("cloudckpt probe gs://bucket/run-7 --size 8 --rounds 3",)),
     ),

@@ -117,6 +117,7 @@ NOT_IN_THE_TREE = {
     "epochs/": "a key",
     "epochs/N.json": "a key",
     "epochs/NNNNNNNNNN.json": "a key",
+    "pins/": "a key",
     "step-SSSSSSSSSS-eEEEE/": "a key",
     "autoscaling/target-lifecycle-state": "asked of EC2",
     "instance/maintenance-event": "asked of Compute Engine",
