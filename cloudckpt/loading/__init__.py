@@ -1,6 +1,7 @@
 """Lead all ranks through one restore: who reads what for whom, verified bytes into tensors, then the values."""
 
 from cloudckpt.loading.input import Pieces, RankInput, by_part_name, describe, part_targets, read_index
+from cloudckpt.loading.landing import Taker
 from cloudckpt.loading.lead import load_state
 from cloudckpt.loading.numbers import Group, groups_of, tensor_numbers
 
@@ -8,6 +9,7 @@ __all__ = [
     "Group",
     "Pieces",
     "RankInput",
+    "Taker",
     "by_part_name",
     "describe",
     "groups_of",
