@@ -41,6 +41,7 @@ from cloudckpt.options import Options, RetryPolicy
 if TYPE_CHECKING:
     from cloudckpt.checkpoint import load, read, save
     from cloudckpt.convert import Exported, export, import_
+    from cloudckpt.copying import Change, Copied, Damage, Difference, Verified, copy, diff, verify, verify_all
     from cloudckpt.dcp import CloudReader, CloudWriter
     from cloudckpt.format import register
     from cloudckpt.manager import CheckpointManager
@@ -58,6 +59,7 @@ __all__ = [
     "AccumulationWindow",
     "Advice",
     "BucketNotFoundError",
+    "Change",
     "Checkpoint",
     "CheckpointExistsError",
     "CheckpointManager",
@@ -68,8 +70,11 @@ __all__ = [
     "CloudWriter",
     "CommitUnknownError",
     "ConflictError",
+    "Copied",
     "CreateNotEnforcedError",
     "CredentialsExpiredError",
+    "Damage",
+    "Difference",
     "EarlierSaveFailedError",
     "Exported",
     "FencedError",
@@ -101,6 +106,9 @@ __all__ = [
     "StateMismatchError",
     "StorageError",
     "UnsupportedValueError",
+    "Verified",
+    "copy",
+    "diff",
     "export",
     "import_",
     "load",
@@ -108,12 +116,15 @@ __all__ = [
     "read",
     "register",
     "save",
+    "verify",
+    "verify_all",
 ]
 
 # The imports above, for a running program: the room, and what comes from it.
 _LATE = {
     "checkpoint": ("load", "read", "save"),
     "convert": ("Exported", "export", "import_"),
+    "copying": ("Change", "Copied", "Damage", "Difference", "Verified", "copy", "diff", "verify", "verify_all"),
     "dcp": ("CloudReader", "CloudWriter"),
     "format": ("register",),
     "manager": ("CheckpointManager",),

@@ -13,12 +13,15 @@ import typer
 
 import cloudckpt
 from cloudckpt.cli.command import answering, command
+from cloudckpt.cli.cp import cp
+from cloudckpt.cli.diff import diff
 from cloudckpt.cli.export import export
 from cloudckpt.cli.import_ import import_
 from cloudckpt.cli.latest import latest
 from cloudckpt.cli.ls import ls
 from cloudckpt.cli.probe import probe
 from cloudckpt.cli.show import show
+from cloudckpt.cli.verify import verify
 
 __all__ = ["app"]
 
@@ -67,5 +70,8 @@ app.command("ls")(command(ls, is_reading=True))
 app.command("latest")(command(latest, is_reading=True))
 app.command("probe")(command(probe))
 app.command("show")(command(show, is_reading=True))
+app.command("verify")(command(verify, is_reading=True))
+app.command("diff")(command(diff, is_reading=True))
+app.command("cp")(command(cp))
 app.command("export")(command(export))
 app.command("import")(command(import_))

@@ -11,7 +11,7 @@ from cloudckpt.root.destination import Destination, Epoch, Target, own_url
 from cloudckpt.root.known import ManifestCache
 from cloudckpt.root.overview import Overview, overview
 from cloudckpt.root.pruning import Cleaner, Pruner, RetentionScope
-from cloudckpt.root.replacing import Exists, check_exists, check_place
+from cloudckpt.root.replacing import Exists, check_exists, check_place, refuse_nested
 from cloudckpt.root.retention import (
     KeepBest,
     KeepEvery,
@@ -58,6 +58,7 @@ __all__ = [
     "mistaken_for",
     "overview",
     "own_url",
+    "refuse_nested",
     "sweep",
     "wait_for_next",
     "watched_rules",
