@@ -14,14 +14,13 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import msgspec
 import numpy as np
 import torch
 
 from cloudckpt.copying.comparing import Sums
-from cloudckpt.copying.places import lean, opened, source_of
+from cloudckpt.copying.places import lean, opened, runs_of, source_of
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPES, ChunkEntry, Index, ShardEntry, Span, codec, split_box
 from cloudckpt.loading import RankInput, read_index
@@ -393,9 +392,7 @@ class _Twin:
         is_held = np.zeros(len(unlike), dtype=bool)
         for _, start, stop in pieces:
             is_held[start // block_bytes : -(-stop // block_bytes)] = True
-        numbers = np.flatnonzero(unlike & is_held)
-        cuts = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
-        runs = [(int(numbers[low]), int(numbers[high - 1]) + 1) for low, high in pairwise(cuts) if low < high]
+        runs = list(runs_of(np.flatnonzero(unlike & is_held).tolist()))
         size_bytes = entries[0].size_bytes
         read_bytes = sum(min(stop * block_bytes, size_bytes) - first * block_bytes for first, stop in runs)
         return cls(entries, pieces, runs, read_bytes)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from cloudckpt.errors import (
     BucketNotFoundError,
@@ -33,6 +34,7 @@ __all__ = [
     "key_of",
     "lean",
     "opened",
+    "runs_of",
     "source_of",
     "spans_of",
     "split_step",
@@ -135,6 +137,14 @@ def spans_of(entry: ShardEntry, block_bytes: int, options: Options) -> list[Span
     span_bytes = max(1, options.span_bytes // block_bytes) * block_bytes
     whole = [(0, entry.size_bytes)]
     return plan_spans(whole, size_bytes=entry.size_bytes, block_bytes=block_bytes, span_bytes=span_bytes)
+
+
+def runs_of(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield runs of numbers that follow each other, which ascend, as [first, stop)."""
+    cuts = [place for place, (one, after) in enumerate(pairwise(numbers), 1) if after != one + 1]
+    for start, stop in pairwise([0, *cuts, len(numbers)]):
+        if start < stop:
+            yield numbers[start], numbers[stop - 1] + 1
 
 
 def is_of_one_object(error: StorageError) -> bool:

@@ -15,10 +15,9 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Literal
 
-from cloudckpt.copying.places import Onward, Place, is_of_one_object, key_of, lean, opened, source_of, spans_of
+from cloudckpt.copying.places import Onward, Place, is_of_one_object, key_of, lean, opened, runs_of, source_of, spans_of
 from cloudckpt.errors import (
     AccessDeniedError,
     CheckpointNotFoundError,
@@ -383,7 +382,7 @@ class _Look:
         ]
         for key, bad in blocks.items():
             if key not in problems:
-                found += [_of_blocks(key, index, entries[key], run) for run in _runs(sorted(bad))]
+                found += [_of_blocks(key, index, entries[key], run) for run in runs_of(sorted(bad))]
         return found
 
 
@@ -392,12 +391,6 @@ def _fetches(checkpoint: Checkpoint, index: Index, shards: Sequence[ShardEntry],
         shard = source_of(checkpoint.prefix, entry, index.block_bytes)
         spans = spans_of(entry, index.block_bytes, options)
         yield from (Fetch(shard=shard, span=span, consume=lambda _: None) for span in spans)
-
-
-def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield runs of numbers that follow each other as (first, stop)."""
-    breaks = [0, *(place for place, (one, next_) in enumerate(pairwise(numbers), 1) if next_ != one + 1), len(numbers)]
-    yield from ((numbers[start], numbers[stop - 1] + 1) for start, stop in pairwise(breaks))
 
 
 def _of_blocks(key: str, index: Index, entry: ShardEntry, run: tuple[int, int]) -> Damage:
