@@ -212,11 +212,12 @@ def _found(places: Sequence[Place], selection: Selection) -> tuple[_Found, list[
             chosen = place.steps(selection.steps) if selection.steps else [place.one()]
             found += [(place.catalog, one) for one in chosen]
             continue
-        survey = place.catalog.survey() if not place.prefix else None
+        survey = None if place.prefix else place.catalog.survey()
         if survey is None or not (survey.checkpoints or survey.unreadable):
-            raise place.catalog.lost() or OptionsError(
-                f"{place.catalog.store.url} is no root with checkpoints, so that there is no whole of it to copy; give "
-                "the URL of a root, or leave that out"
+            lost = None if survey is None else place.catalog.lost()
+            raise lost or OptionsError(
+                f"{place.catalog.store.url.removesuffix('/')}/{place.prefix} is no root with checkpoints, so that "
+                "there is no whole of it to copy; give the URL of a root, or leave that out"
             )
         found += [(place.catalog, one) for one in survey.checkpoints]
         errors += [one.error for one in survey.unreadable]

@@ -276,7 +276,7 @@ def test_a_copy_to_itself_is_refused(root: Path, tmp_path: Path) -> None:
         for source in (root, root / prefix_of(2)):
             with pytest.raises(OptionsError, match="would be copied to itself"):
                 cloudckpt.copy(source, target)
-    with pytest.raises(OptionsError, match="is below .*, a step of a CheckpointManager"):
+    with pytest.raises(OptionsError, match=r"is below .*, a step of a CheckpointManager"):
         cloudckpt.copy(root, root / prefix_of(2) / "deeper")
 
 
