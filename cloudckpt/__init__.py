@@ -42,6 +42,7 @@ from cloudckpt.options import Options, RetryPolicy
 if TYPE_CHECKING:
     from cloudckpt.checkpoint import load, read, save
     from cloudckpt.convert import Exported, export, import_
+    from cloudckpt.copying import Change, Copied, Damage, Difference, Verified, copy, diff, verify, verify_all
     from cloudckpt.dcp import CloudReader, CloudWriter
     from cloudckpt.format import register
     from cloudckpt.manager import CheckpointManager
@@ -72,6 +73,7 @@ __all__ = [
     "AccumulationWindow",
     "Advice",
     "BucketNotFoundError",
+    "Change",
     "Checkpoint",
     "CheckpointExistsError",
     "CheckpointManager",
@@ -82,8 +84,11 @@ __all__ = [
     "CloudWriter",
     "CommitUnknownError",
     "ConflictError",
+    "Copied",
     "CreateNotEnforcedError",
     "CredentialsExpiredError",
+    "Damage",
+    "Difference",
     "EarlierSaveFailedError",
     "Event",
     "Exported",
@@ -129,6 +134,9 @@ __all__ = [
     "StateMismatchError",
     "StorageError",
     "UnsupportedValueError",
+    "Verified",
+    "copy",
+    "diff",
     "export",
     "import_",
     "load",
@@ -137,12 +145,15 @@ __all__ = [
     "register",
     "report_page",
     "save",
+    "verify",
+    "verify_all",
 ]
 
 # The imports above, for a running program: the room, and what comes from it.
 _LATE = {
     "checkpoint": ("load", "read", "save"),
     "convert": ("Exported", "export", "import_"),
+    "copying": ("Change", "Copied", "Damage", "Difference", "Verified", "copy", "diff", "verify", "verify_all"),
     "dcp": ("CloudReader", "CloudWriter"),
     "format": ("register",),
     "manager": ("CheckpointManager",),
