@@ -39,10 +39,11 @@ from cloudckpt.errors import (
 from cloudckpt.options import Options, RetryPolicy
 
 if TYPE_CHECKING:
-    from cloudckpt.checkpoint import load, read, save
+    from cloudckpt.checkpoint import contents, load, read, save
     from cloudckpt.convert import Exported, export, import_
     from cloudckpt.dcp import CloudReader, CloudWriter
     from cloudckpt.format import register
+    from cloudckpt.loading import Contents, TensorInfo
     from cloudckpt.manager import CheckpointManager
     from cloudckpt.preemption import Notice, Preemption
     from cloudckpt.qualifying import Probe, probe
@@ -68,6 +69,7 @@ __all__ = [
     "CloudWriter",
     "CommitUnknownError",
     "ConflictError",
+    "Contents",
     "CreateNotEnforcedError",
     "CredentialsExpiredError",
     "EarlierSaveFailedError",
@@ -100,7 +102,9 @@ __all__ = [
     "StalledError",
     "StateMismatchError",
     "StorageError",
+    "TensorInfo",
     "UnsupportedValueError",
+    "contents",
     "export",
     "import_",
     "load",
@@ -112,10 +116,11 @@ __all__ = [
 
 # The imports above, for a running program: the room, and what comes from it.
 _LATE = {
-    "checkpoint": ("load", "read", "save"),
+    "checkpoint": ("contents", "load", "read", "save"),
     "convert": ("Exported", "export", "import_"),
     "dcp": ("CloudReader", "CloudWriter"),
     "format": ("register",),
+    "loading": ("Contents", "TensorInfo"),
     "manager": ("CheckpointManager",),
     "preemption": ("Notice", "Preemption"),
     "qualifying": ("Probe", "probe"),

@@ -37,6 +37,7 @@ from cloudckpt.format.manifest import (
     digest_of,
     record_of_call,
 )
+from cloudckpt.format.near import told_near
 from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
 from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, verify_blocks
@@ -101,6 +102,7 @@ __all__ = [
     "shard_key",
     "split_box",
     "step_number",
+    "told_near",
     "unflatten",
     "untiled",
     "verify_blocks",

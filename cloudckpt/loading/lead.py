@@ -28,12 +28,13 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.tensor import DTensor, Replicate
 
-from cloudckpt.errors import IntegrityError, MissingShardError, OptionsError
+from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPE_NAMES, DTYPES, NOTES, Box, BoxPlace, BoxTable, Index, codec
-from cloudckpt.loading.input import RankInput, by_part_name, decode_index, describe, part_targets, read_index_bytes
+from cloudckpt.loading.input import RankInput, by_part_name, decode_index, describe, part_targets
 from cloudckpt.loading.passing import Step, plan_passing
+from cloudckpt.loading.search import Found, Search
 from cloudckpt.options import Options
-from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, own_failures, plain_errors
+from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, plain_errors
 from cloudckpt.report import Journal
 from cloudckpt.root import Candidate, Catalog, Checkpoint, Fit, Roots
 from cloudckpt.state import Allowed, Entry, Restoration, Saved, bind, collector_at_rest, plan_restore
@@ -42,17 +43,6 @@ from cloudckpt.transfer import Gauge, inner_names
 __all__ = ["Extra", "load_state"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What rank 0 tells of the checkpoint that is tried next: its root, and whether values have parts to be read."""
-
-    manifest: bytes
-    prefix: str
-    index: bytes
-    has_parts: bool
-    root: int
 
 
 class Extra(Protocol):
@@ -105,8 +95,8 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     entry = journal.begin(rank=group.rank)
     # One process refuses a wrong call before anything is asked of the store; with several, all hear of it.
     with collector_at_rest():
-        entries = bind(state) if group.size == 1 else None
-    search = _Search(candidates, roots)
+        entries = allowed.checked(bind(state)) if group.size == 1 else None
+    search = Search(candidates, roots)
     checkpoint = None
     with entry.bar(shown) as bar, plain_errors(), group.session(what, deadline_s=options.progress_timeout_s):
         while (found := group.agree(f"{what}: finding", lambda: None, lambda _: search.next())) is not None:
@@ -124,60 +114,6 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
                 break
     entry.restored(checkpoint)
     return checkpoint
-
-
-class _Search:
-    """Which checkpoint is tried next, on rank 0."""
-
-    def __init__(self, candidates: Iterator[Candidate], roots: Roots) -> None:
-        self._candidates = candidates
-        self._roots = roots
-        self._failures: list[tuple[Checkpoint | None, IntegrityError]] = []
-
-    def next(self) -> _Found | None:
-        """Return the next candidate whose manifest and index can be read, None if there never was one.
-
-        Raises:
-            IntegrityError: there were some, and all are corrupt.
-        """
-        for candidate in self._candidates:
-            try:
-                if isinstance(candidate, IntegrityError):
-                    raise candidate
-                catalog = self._roots.catalog_of(candidate)
-                data = read_index_bytes(catalog, candidate)
-                index = decode_index(candidate, data)
-            except IntegrityError as exc:
-                self._note(candidate if isinstance(candidate, Checkpoint) else None, exc)
-                continue
-            logger.info("rank 0: read manifest and index of %s for all ranks: %d bytes", candidate.url, len(data))
-            has_parts = any(map(codec.is_part_name, index.tensors))
-            root = self._roots.catalogs.index(catalog)
-            return _Found(candidate.manifest.encode(), candidate.prefix, data, has_parts, root)
-        if self._failures:
-            raise self._explained(*self._failures[0])
-        return None
-
-    def _explained(self, checkpoint: Checkpoint | None, error: IntegrityError) -> IntegrityError:
-        """Tell a checkpoint that was removed while it was read from one that lost a shard."""
-        if checkpoint is None or not isinstance(error, MissingShardError):
-            return error
-        if self._roots.stands(checkpoint):
-            return error
-        return MissingShardError(f"{checkpoint.url} was pruned while it was read; restore a newer one", key=error.key)
-
-    def _note(self, checkpoint: Checkpoint | None, error: IntegrityError) -> None:
-        logger.warning("NOT restoring %s: %s", error.key if checkpoint is None else checkpoint.url, error)
-        self._failures.append((checkpoint, error))
-
-    def may_go_on(self, checkpoint: Checkpoint, failures: Mapping[int, BaseException]) -> bool:
-        """Tell whether the ranks failed because bytes are corrupt, so that the next candidate is worth a try."""
-        own = own_failures(failures)
-        corrupt = [error for _, error in sorted(own.items()) if isinstance(error, IntegrityError)]
-        if len(corrupt) < len(own):
-            return False
-        self._note(checkpoint, corrupt[0])
-        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +139,7 @@ class _Loading:
     """The restore of one checkpoint, on one rank."""
 
     checkpoint: Checkpoint
-    found: _Found
+    found: Found
     catalog: Catalog
     group: Group
     options: Options
@@ -219,7 +155,7 @@ class _Loading:
     def run(self, what: str, state: MutableMapping[str, object], allowed: Allowed, extra: Extra | None) -> Fit:
         """Go through the steps; raises as the group's exchanges do."""
         if self.found.has_parts:
-            self._fill(f"{what}: values", lambda: self._plan_parts(state))
+            self._fill(f"{what}: values", lambda: self._plan_parts(state, allowed))
         met = self.group.agree(f"{what}: match", lambda: self._match(state, allowed), _Met.of_all)
         try:
             self.group.agree(f"{what}: ask", lambda: self._ask(met.unexpected), lambda _: None)
@@ -251,21 +187,21 @@ class _Loading:
     def _index(self) -> Index:
         return decode_index(self.checkpoint, self.found.index)
 
-    def _plan_parts(self, state: Mapping[str, object]) -> Mapping[str, object]:
+    def _plan_parts(self, state: Mapping[str, object], allowed: Allowed) -> Mapping[str, object]:
         """Return the parts of the values that the state asks for, to be filled."""
-        self._parts = part_targets(self._index, _wanted_values(self._index, state))
+        self._parts = part_targets(self._index, _wanted_values(self._index, state, allowed))
         return by_part_name(self._parts)
 
     def _match(self, state: MutableMapping[str, object], allowed: Allowed) -> _Met:
         with collector_at_rest():
-            self._saved = self._said(state)
+            self._saved = self._said(state, allowed)
             self._restoration = plan_restore(self.entries or bind(state), self._saved, allowed)
         return _Met(set(self._restoration.unexpected), self._restoration.needs_memory)
 
-    def _said(self, state: Mapping[str, object]) -> Saved:
+    def _said(self, state: Mapping[str, object], allowed: Allowed) -> Saved:
         """Return what the index says that there is."""
         index = self._index
-        wanted = _wanted_values(index, state)
+        wanted = _wanted_values(index, state, allowed)
         values = {
             # What nobody asks for need not be there, nor be of a type that this program knows.
             name: codec.decode(value, key=name, parts=self._parts.get(name)) if name in wanted else None
@@ -330,9 +266,9 @@ class _Loading:
             extra.apply(self._extra)
 
 
-def _wanted_values(index: Index, state: Mapping[str, object]) -> set[str]:
-    """Return the names of the values that stand below a key of the state, and of the library's own."""
-    tops = set(state) if isinstance(state, Mapping) else set()
+def _wanted_values(index: Index, state: Mapping[str, object], allowed: Allowed) -> set[str]:
+    """Return the names of the values that stand below what is restored of the state, and of the library's own."""
+    tops = {top for top in state if allowed.may_hold(top)} if isinstance(state, Mapping) else set()
     return {
         name
         for name in index.values

@@ -20,7 +20,7 @@ import torch
 
 from cloudckpt.errors import CloudCkptError, OptionsError
 from cloudckpt.format import step_number
-from cloudckpt.loading import load_state
+from cloudckpt.loading import Contents, load_state, read_contents, read_state
 from cloudckpt.manager.saves import Exists, Home, Saves
 from cloudckpt.manager.tolerance import OnError, Tolerance
 from cloudckpt.options import Options, as_clock, as_flag, as_seconds
@@ -364,6 +364,7 @@ class CheckpointManager:
         cast: bool = False,
         materialize: str | torch.device | None = None,
         resize: Resize | None = None,
+        only: str | Sequence[str] | None = None,
     ) -> Checkpoint | None:
         """Restore `state` in place; return the checkpoint that it came from.
 
@@ -377,6 +378,9 @@ class CheckpointManager:
             cast: as for `load`.
             materialize: as for `load`.
             resize: as for `load`.
+            only: as for `load`; the generators of this process stay as they are, too. Of the job's history this is
+                a restore like any other: it goes on from that checkpoint. To take a part of one and go on from where
+                it is, call `cloudckpt.load(state, checkpoint.url, only=…)`.
 
         Returns:
             The checkpoint, or None if nothing was ever committed (only for `latest` and `best`): a fresh start. Where a
@@ -402,13 +406,47 @@ class CheckpointManager:
             roots=self._saves.roots,
             journal=self._journal,
             options=self._saves.options,
-            allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize),
+            allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize, only=only),
             what=f"restore of {choice}",
             shown=f"restoring {choice}",
-            extra=self._saves.generators,
+            extra=self._saves.generators if only is None else None,
         )
         self._saves.resume(checkpoint)
         return checkpoint
+
+    def read(self, step: Wanted = "latest", keys: str | Sequence[str] | None = None) -> dict[str, object]:
+        """Read a checkpoint, or a part of it, without a state, as `cloudckpt.read` does; each process for itself.
+
+        The job goes on from where it is, and a save under way is not waited for.
+
+        Args:
+            step: as for `restore`.
+            keys: as for `cloudckpt.read`.
+
+        Raises:
+            CheckpointNotFoundError: nothing is committed, or no commit of that step; or a key matches nothing.
+            IntegrityError: the checkpoint (for `latest`: every checkpoint) is corrupt, or all manifests of the root
+                have been removed.
+            OptionsError: no checkpoint is the best, or one is of another root.
+            StorageError: the store could not be read.
+        """
+        self._refuse_closed()
+        roots = self._saves.roots
+        candidates = Choice(roots, step, self._retention).candidates()
+        with self._journal.begin(rank=0).bar("reading") as bar:
+            return read_state(candidates, keys, roots=roots, options=self._saves.options, gauge=bar)
+
+    def contents(self, step: Wanted = "latest") -> Contents:
+        """Return the names, shapes, dtypes and sizes of all that a checkpoint holds; its manifest and index are read.
+
+        Args:
+            step: as for `restore`.
+
+        Raises:
+            CloudCkptError: as `read` raises, but for keys.
+        """
+        self._refuse_closed()
+        return read_contents(Choice(self._saves.roots, step, self._retention).candidates(), self._saves.roots)
 
     def latest(self) -> Checkpoint | None:
         """Return the newest readable checkpoint by (epoch, step), or None when none was ever committed.

@@ -10,18 +10,20 @@ from cloudckpt.state.capture import bind, capture, captured
 from cloudckpt.state.collector import collector_at_rest, collector_awake
 from cloudckpt.state.entry import Entry, is_tensor
 from cloudckpt.state.matching import plan_restore
-from cloudckpt.state.per_rank import PerRank
+from cloudckpt.state.per_rank import PerRank, RankName
 from cloudckpt.state.restoration import Allowed, Resize, Restoration
 from cloudckpt.state.rng import Generators
 from cloudckpt.state.sampler import ResumableSampler
-from cloudckpt.state.saved import Saved
+from cloudckpt.state.saved import OURS, Saved
 
 __all__ = [
+    "OURS",
     "AccumulationWindow",
     "Allowed",
     "Entry",
     "Generators",
     "PerRank",
+    "RankName",
     "Resize",
     "Restoration",
     "ResumableSampler",

@@ -94,6 +94,8 @@ class _StatefulEntry(Entry):
 class _ValueEntry(Entry):
     """A tensor, a container or a plain value: put back where it stands, in place where it can be."""
 
+    is_itself = True
+
     def __init__(self, place: Place, shared: Collection[int]) -> None:
         """Restore the value at `place`; `shared` are ids of containers that stand in several places of the state."""
         super().__init__(place)

@@ -110,6 +110,7 @@ class Entry(ABC):
 
     Attributes:
         fills: whether live tensors may be filled where they are, if nothing else in the state has their memory.
+        is_itself: whether its live tensors are state of the caller's own, and not what an object makes of its state.
         pins: whether the live tensors are what is restored, and none may be put in the place of one.
         is_bound: whether it stands where nothing can be put in its place.
         is_alike: whether it must have the same names on all ranks: parts of several would be one that nobody had.
@@ -124,6 +125,7 @@ class Entry(ABC):
     """
 
     fills = True
+    is_itself = False
     pins = False
     is_bound = False
     talks = False

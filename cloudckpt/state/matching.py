@@ -25,6 +25,7 @@ from cloudckpt.errors import CloudCkptError
 from cloudckpt.format import Flat, PathElement, codec
 from cloudckpt.root import Fit
 from cloudckpt.state.attributes import names_above
+from cloudckpt.state.choosing import is_chosen, parted, shared_with
 from cloudckpt.state.entry import Entry, Misfit, dtype_of, in_common_order, is_tensor, shape_of
 from cloudckpt.state.overlap import identity, is_one_memory, overlapping, overlaps_itself, without_memory
 from cloudckpt.state.per_rank import RankName
@@ -47,11 +48,13 @@ def plan_restore(entries: Sequence[Entry], saved: Saved, allowed: Allowed) -> Re
         allowed: what may be done where they differ.
 
     Raises:
+        OptionsError: `only` names what the state has not.
         StateMismatchError: names are missing or unexpected, shapes or dtypes differ, or memory is shared by tensors
             that cannot all be filled; lists all of them. Nothing was changed.
     """
-    matching = _Matching(saved, allowed)
-    for entry in in_common_order(entries):
+    chosen, staying = parted(entries, allowed.chosen)
+    matching = _Matching(saved, allowed, staying)
+    for entry in in_common_order(chosen):
         matching.match(entry)
     return matching.settle()
 
@@ -68,9 +71,10 @@ class _Held:
 class _Matching:
     """Collects, entry by entry, what is restored from where, and everything that does not fit."""
 
-    def __init__(self, saved: Saved, allowed: Allowed) -> None:
+    def __init__(self, saved: Saved, allowed: Allowed, staying: Sequence[Entry]) -> None:
         self._saved = saved
         self._allowed = allowed
+        self._staying = staying
         self._misfit = Misfit()
         self._mismatched: dict[str, tuple[_Shape, _Shape]] = {}
         self._claimed: set[str] = set()
@@ -407,6 +411,8 @@ class _Matching:
             for name, leaf in part.live.leaves.items()
             if name in self._saved.shapes and is_tensor(leaf)
         }
+        if self._staying:
+            self._misfit.reasons += shared_with(self._staying, {name: held.tensor for name, held in live.items()})
         for names in overlapping((name, held.tensor) for name, held in live.items()):
             self._part_group([live[name] for name in names])
         for names in without_memory((held.name, held.tensor) for held in self._on_meta):
@@ -541,7 +547,7 @@ class _Matching:
                     self._misfit.reasons.append(
                         f"{name} is each rank's own there (give PerRank or a StatefulDataLoader)"
                     )
-        return found
+        return [name for name in found if is_chosen(name, self._allowed.chosen)]
 
     def _shown(self, name: str) -> str:
         """Return what is told of a name: an entry that is in the checkpoint alone counts as one."""

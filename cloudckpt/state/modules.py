@@ -46,7 +46,7 @@ _ALL_USUAL = {"": _USUAL}
 class ModuleEntry(Entry):
     """A module with its parameters, buffers and extra state."""
 
-    pins = True
+    pins = is_itself = True
     may_be_cast = True
     # Of what the module said last; a state may have many thousands of modules.
     _raw_names: Mapping[str, str] = MappingProxyType({})
