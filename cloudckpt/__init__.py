@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from cloudckpt.report import Advice
     from cloudckpt.root import Checkpoint, Fit, KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
     from cloudckpt.saving import SaveHandle
-    from cloudckpt.state import AccumulationWindow, PerRank, ResumableSampler
+    from cloudckpt.state import AccumulationWindow, PerRank, RandomState, RankZero, ResumableSampler, Trainable
 
     __version__: str
 
@@ -90,7 +90,9 @@ __all__ = [
     "PerRank",
     "Preemption",
     "Probe",
+    "RandomState",
     "RankLostError",
+    "RankZero",
     "RestoreFailedError",
     "ResumableSampler",
     "RetentionRule",
@@ -103,6 +105,7 @@ __all__ = [
     "StateMismatchError",
     "StorageError",
     "TensorInfo",
+    "Trainable",
     "UnsupportedValueError",
     "contents",
     "export",
@@ -127,7 +130,7 @@ _LATE = {
     "report": ("Advice",),
     "root": ("Checkpoint", "Fit", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule"),
     "saving": ("SaveHandle",),
-    "state": ("AccumulationWindow", "PerRank", "ResumableSampler"),
+    "state": ("AccumulationWindow", "PerRank", "RandomState", "RankZero", "ResumableSampler", "Trainable"),
 }
 
 if not TYPE_CHECKING:  # a type checker that saw it would let every misspelt name pass

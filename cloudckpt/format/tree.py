@@ -47,6 +47,7 @@ class Flat:
     Attributes:
         notes: what is kept about some names (of leaves, or of what stands above them) beside their bytes.
         of_others: names of leaves of which another rank's contents count, and not the ones here.
+        of_first_rank: names of leaves that the first rank alone has, of whom all ranks take them.
         alike: of an object whose names must be the same on all ranks, these names, sorted.
     """
 
@@ -54,6 +55,7 @@ class Flat:
     paths: dict[str, list[PathElement]] = field(default_factory=dict)
     notes: dict[str, JsonValue] = field(default_factory=dict)
     of_others: set[str] = field(default_factory=set)
+    of_first_rank: set[str] = field(default_factory=set)
     alike: dict[str, list[str]] = field(default_factory=dict)
 
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Protocol, TypeGuard, cast
+from typing import TypeGuard, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -40,19 +40,9 @@ from cloudckpt.root import Candidate, Catalog, Checkpoint, Fit, Roots
 from cloudckpt.state import Allowed, Entry, Restoration, Saved, bind, collector_at_rest, plan_restore
 from cloudckpt.transfer import Gauge, inner_names
 
-__all__ = ["Extra", "load_state"]
+__all__ = ["load_state"]
 
 logger = logging.getLogger(__name__)
-
-
-class Extra(Protocol):
-    """Tensors of this rank that are restored besides the state."""
-
-    def targets(self, index: Index) -> dict[str, torch.Tensor]:
-        """Return the tensors to be filled."""
-
-    def apply(self, filled: Mapping[str, torch.Tensor]) -> None:
-        """Take them, filled."""
 
 
 def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
@@ -65,7 +55,7 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     allowed: Allowed,
     what: str,
     shown: str,
-    extra: Extra | None = None,
+    generators: bool = False,
 ) -> Checkpoint | None:
     """Restore a state on all ranks from the first candidate that is whole.
 
@@ -79,7 +69,7 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
         allowed: what may be done where a checkpoint and `state` differ.
         what: what the ranks do; ranks that do different things are told so.
         shown: the same for a person who watches.
-        extra: what else is restored.
+        generators: whether the process's generators are restored, too, also into a state without a `RandomState`.
 
     Returns:
         The checkpoint, with what of it fits this rank's state, or None when there was no candidate.
@@ -95,17 +85,17 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     entry = journal.begin(rank=group.rank)
     # One process refuses a wrong call before anything is asked of the store; with several, all hear of it.
     with collector_at_rest():
-        entries = allowed.checked(bind(state)) if group.size == 1 else None
+        entries = allowed.checked(bind(state, generators=generators)) if group.size == 1 else None
     search = Search(candidates, roots)
     checkpoint = None
     with entry.bar(shown) as bar, plain_errors(), group.session(what, deadline_s=options.progress_timeout_s):
         while (found := group.agree(f"{what}: finding", lambda: None, lambda _: search.next())) is not None:
             catalog = roots.catalogs[found.root]
             checkpoint = catalog.adopt(found.manifest, prefix=found.prefix)
-            loading = _Loading(checkpoint, found, catalog, group, options, bar, entries)
+            loading = _Loading(checkpoint, found, catalog, group, options, bar, entries, generators)
             entries = None  # they remember what they saw of one checkpoint
             try:
-                fit = loading.run(f"{what} of {checkpoint.url}", state, allowed, extra)
+                fit = loading.run(f"{what} of {checkpoint.url}", state, allowed)
             except RanksFailedError as exc:
                 if not search.may_go_on(checkpoint, exc.failures):
                     raise
@@ -145,14 +135,14 @@ class _Loading:
     options: Options
     gauge: Gauge | None
     entries: Sequence[Entry] | None
+    generators: bool
     # What this rank found on the way, for the steps after it.
     _parts: Mapping[str, Mapping[int, torch.Tensor]] = field(init=False, default_factory=dict)
     _saved: Saved = field(init=False)
     _restoration: Restoration = field(init=False)
-    _extra: dict[str, torch.Tensor] = field(init=False)
     _filling: _Filling = field(init=False)
 
-    def run(self, what: str, state: MutableMapping[str, object], allowed: Allowed, extra: Extra | None) -> Fit:
+    def run(self, what: str, state: MutableMapping[str, object], allowed: Allowed) -> Fit:
         """Go through the steps; raises as the group's exchanges do."""
         if self.found.has_parts:
             self._fill(f"{what}: values", lambda: self._plan_parts(state, allowed))
@@ -161,13 +151,13 @@ class _Loading:
             self.group.agree(f"{what}: ask", lambda: self._ask(met.unexpected), lambda _: None)
             if met.needs_memory:
                 self.group.agree(f"{what}: memory", lambda: self._give_memory(state, allowed), lambda _: None)
-            steps = self._deal(what, lambda: self._targets(extra))
+            steps = self._deal(what, lambda: self._restoration.tensors)
             self.group.agree(f"{what}: read", lambda: self._read(steps), lambda _: None)
         except BaseException:
             # An object has its new state already, and what belongs to it does not come.
             self._restoration.undo()
             raise
-        self.group.agree(f"{what}: apply", lambda: self._apply(extra), lambda _: None)
+        self.group.agree(f"{what}: apply", self._restoration.apply, lambda _: None)
         return self._restoration.fit
 
     def _fill(self, what: str, plan: Callable[[], Mapping[str, object]]) -> None:
@@ -195,7 +185,9 @@ class _Loading:
     def _match(self, state: MutableMapping[str, object], allowed: Allowed) -> _Met:
         with collector_at_rest():
             self._saved = self._said(state, allowed)
-            self._restoration = plan_restore(self.entries or bind(state), self._saved, allowed)
+            self._restoration = plan_restore(
+                self.entries or bind(state, generators=self.generators), self._saved, allowed
+            )
         return _Met(set(self._restoration.unexpected), self._restoration.needs_memory)
 
     def _said(self, state: Mapping[str, object], allowed: Allowed) -> Saved:
@@ -220,13 +212,9 @@ class _Loading:
     def _give_memory(self, state: MutableMapping[str, object], allowed: Allowed) -> None:
         """Give modules memory, now that nothing refuses, and match again with what they have."""
         self._restoration.materialize()
-        again = plan_restore(bind(state), self._saved, replace(allowed, materialize=None))
+        again = plan_restore(bind(state, generators=self.generators), self._saved, replace(allowed, materialize=None))
         again.go_on_from(self._restoration)
         self._restoration = again
-
-    def _targets(self, extra: Extra | None) -> Mapping[str, object]:
-        self._extra = extra.targets(self._index) if extra is not None else {}
-        return {**self._restoration.tensors, **self._extra}
 
     def _shareable(self, tensors: Mapping[str, object]) -> BoxTable:
         with collector_at_rest():
@@ -259,11 +247,6 @@ class _Loading:
             for packet in packets:
                 packet.give_up()
             self.group.end_passing(passing)
-
-    def _apply(self, extra: Extra | None) -> None:
-        self._restoration.apply()
-        if extra is not None:
-            extra.apply(self._extra)
 
 
 def _wanted_values(index: Index, state: Mapping[str, object], allowed: Allowed) -> set[str]:

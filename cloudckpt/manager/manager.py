@@ -141,7 +141,8 @@ class CheckpointManager:
                 newer, so give the same fallback to the job that resumes; they raise if one of the two cannot be read.
                 With several ranks it must be one for all of them, as the first is. Nothing is copied back.
             fallback_storage_options: fsspec's own options for it.
-            save_rng: save and restore the random number generators of this process.
+            save_rng: save and restore the random number generators of this process, also of a state without a
+                `RandomState`; a checkpoint that lacks them is no error then.
             prune_grace_s: seconds between the end of a pruned checkpoint and that of its shards, for readers of it.
             sweep_after_s: seconds without a write after which what earlier jobs left (attempts that were never
                 committed, pruned shards) is removed in the background of saves; None leaves it to `sweep`.
@@ -409,7 +410,7 @@ class CheckpointManager:
             allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize, only=only),
             what=f"restore of {choice}",
             shown=f"restoring {choice}",
-            extra=self._saves.generators if only is None else None,
+            generators=self._saves.save_rng,
         )
         self._saves.resume(checkpoint)
         return checkpoint

@@ -28,7 +28,7 @@ def parted(entries: Sequence[Entry], only: Sequence[str] | None) -> tuple[list[E
     Raises:
         OptionsError: a name means none of them; says what is near it.
     """
-    names = [entry.name for entry in entries]
+    names = [entry.name for entry in entries if not entry.is_beside]
     for one in only or ():
         if not any(is_chosen(name, [one]) for name in names):
             raise OptionsError(

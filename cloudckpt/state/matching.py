@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
@@ -83,6 +83,7 @@ class _Matching:
         self._held: dict[str, _Held] = {}
         self._on_meta: list[_Held] = []
         self._cast: list[str] = []
+        self._lacking: list[str] = []
         self._early: dict[str, object] = {}
         self._tensors: dict[str, object] = {}
         self._shared: list[list[_Held]] = []
@@ -99,17 +100,17 @@ class _Matching:
         owned = {name: found for name, found in self._saved.owned.items() if entry.holds_own(name)}
         self._claimed.update(in_checkpoint)
         self._claimed.update(owned)
-        if not in_checkpoint and not owned:
+        if not (in_checkpoint or owned or entry.is_beside):
             self._misfit.missing.append(entry.name)
             return
         sizes = {owner.size for found in owned.values() for owner in found}
-        if sizes and sizes != {RankName.here(entry.name).size}:
+        if sizes and not entry.is_elastic and sizes != {RankName.here(entry.name).size}:
             self._refuse_other_world(entry, sizes)
             return
         part = self._begin(Part(entry))
         if in_checkpoint:
             self._match_shared(part, in_checkpoint)
-        if owned:
+        if owned or entry.is_beside:
             self._match_own(part, owned)
 
     def _begin(self, part: Part) -> Part:
@@ -305,7 +306,14 @@ class _Matching:
         """Plan what this rank has saved for itself."""
         part.is_own = True
         for name, found in owned.items():
-            full = found.get(RankName.here(name))
+            mine = RankName.here(name)
+            if part.entry.is_elastic:
+                part.entry.others = len(found)
+                mine = replace(mine, size=max(owner.size for owner in found))
+            full = found.get(mine)
+            if full is None and part.entry.is_elastic:
+                self._lacking += [] if part.entry.is_beside else [part.entry.name]
+                continue  # who has nothing to take is told so when the rest is applied
             if full is None:
                 if name == part.entry.name:  # all that it has, and not one parameter's of many
                     self._misfit.missing.append(name)
@@ -342,7 +350,7 @@ class _Matching:
                 self._add(part.misfit(self._saved.dtypes))
         self._refuse_mismatch()
         self._tensors.update({name: held.tensor for name, held in self._held.items()})
-        fit = Fit(missing=tuple(dict.fromkeys(self._misfit.missing)), cast=tuple(self._cast))
+        fit = Fit(missing=tuple(dict.fromkeys([*self._misfit.missing, *self._lacking])), cast=tuple(self._cast))
         restoration = Restoration(self._parts, self._allowed, fit)
         restoration.unexpected = {name: self._shown(name) for name in self._misfit.unexpected}
         restoration.of_modules = {name for name in restoration.unexpected if self._saved.is_of_module(name)}
@@ -516,7 +524,9 @@ class _Matching:
         misfit = self._misfit
         misfit.unexpected += self._unclaimed()
         misfit.missing = [name for name in misfit.missing if not self._is_filled_by_another_name(name)]
-        if not any(part.is_own or _is_restored(part, self._saved) for part in self._parts):
+        if not any(
+            (part.is_own and not part.entry.is_beside) or _is_restored(part, self._saved) for part in self._parts
+        ):
             misfit.reasons.append("nothing of the checkpoint belongs to anything in the state")
         missing = list(dict.fromkeys(misfit.missing if self._allowed.strict else ()))
         if not (missing or self._mismatched or misfit.reasons):
@@ -541,7 +551,7 @@ class _Matching:
             if name not in self._claimed and not str(self._saved.path(name)[0]).startswith(OURS)
         ]
         for name in self._saved.owned:
-            if name not in self._claimed:
+            if name not in self._claimed and not name.startswith(OURS):
                 found.append(name)
                 if name in self._misfit.missing and self._allowed.strict:
                     self._misfit.reasons.append(

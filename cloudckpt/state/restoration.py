@@ -346,7 +346,7 @@ class Restoration:
         with torch.no_grad():
             for live, new in self._new:
                 live.copy_(new)
-        for part in self._parts:
+        for part in sorted(self._parts, key=lambda part: part.entry.is_last):
             if part.entry.is_asked:
                 continue
             try:
