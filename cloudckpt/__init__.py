@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from cloudckpt.checkpoint import contents, load, read, save
     from cloudckpt.convert import Exported, export, import_
     from cloudckpt.dcp import CloudReader, CloudWriter
-    from cloudckpt.format import register
+    from cloudckpt.format import register, register_code
     from cloudckpt.loading import Contents, TensorInfo
     from cloudckpt.manager import CheckpointManager
     from cloudckpt.preemption import Notice, Preemption
@@ -114,6 +114,7 @@ __all__ = [
     "probe",
     "read",
     "register",
+    "register_code",
     "save",
 ]
 
@@ -122,7 +123,7 @@ _LATE = {
     "checkpoint": ("contents", "load", "read", "save"),
     "convert": ("Exported", "export", "import_"),
     "dcp": ("CloudReader", "CloudWriter"),
-    "format": ("register",),
+    "format": ("register", "register_code"),
     "loading": ("Contents", "TensorInfo"),
     "manager": ("CheckpointManager",),
     "preemption": ("Notice", "Preemption"),

@@ -17,6 +17,7 @@ from typing import TypeAlias, cast
 from cloudckpt.errors import ManifestError, OptionsError, UnsupportedValueError
 from cloudckpt.format import codec
 from cloudckpt.format.codec import JsonValue
+from cloudckpt.format.codec.configs import config_kind
 from cloudckpt.format.codec.registry import registered
 from cloudckpt.format.codec.standard import FACTORIES, factory_name
 from cloudckpt.format.codec.walk import is_key, is_text
@@ -131,8 +132,8 @@ def _too_deep(value: object) -> UnsupportedValueError:
 def _contents(value: object) -> Iterable[object] | None:
     if type(value) is dict:
         return value.values()
-    if registered(type(value)) is not None:
-        return None
+    if registered(type(value)) is not None or config_kind(type(value)) is not None:
+        return None  # (the values of a configuration would be resolved)
     if isinstance(value, Mapping):
         return value.values()
     return value if isinstance(value, list | tuple) else None
