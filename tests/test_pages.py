@@ -97,6 +97,7 @@ NOT_RUN = {
     ("cloudckpt/format/FORMAT.md", "<root>/epochs/"): "keys",
     ("cloudckpt/format/FORMAT.md", "cloudckpt index"): "the first bytes of an index",
     ("README.md", "cloudckpt: nothing is committed"): "printed by Progress, whose words tests/report holds",
+    ("docs/report.md", '{"storage_gib_month"'): "prices, which tests/page reads from there",
     ("docs/scale.md", " s  served"): "a histogram, by tests/store/test_throttling",
     ("README.md", "saves     block"): "printed by str(Advice), whose words tests/report holds",
     ("README.md", "torchrun --nproc-per-node 8 train.py"): "a program of the reader's",
