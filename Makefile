@@ -13,14 +13,15 @@ WORKERS ?= 6
 # which takes it twice as long where what pytest makes of them is not kept.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup setup-localstack dev demo test test-all lint check format bench docs package servers-up servers-down
-.PHONY: constraints
+.PHONY: help setup setup-localstack dev demo test test-all test-lowest lint check format bench docs package
+.PHONY: servers-up servers-down constraints
 # Two installations into one environment must not meet.
 .NOTPARALLEL:
 
 help:
 	@echo "make demo [URL=s3://…|gs://…|DIR]  train, kill, resume, compare (SeaweedFS on loopback unless URL is given)"
 	@echo "make test | test-all               the default suite | the slow tests too; ARGS='-k name' narrows either"
+	@echo "make test-lowest                   formats, stores and saves with the oldest libraries that a user may have"
 	@echo "make bench [ARGS='--quick']        measure against other ways to save"
 	@echo "make servers-up | servers-down     SeaweedFS, LocalStack and fake-gcs-server in the background"
 	@echo "make setup | setup-localstack      the environments of the tests; the other targets call them"
@@ -61,6 +62,15 @@ test: setup setup-localstack
 
 test-all: setup setup-localstack .venv/.ready-peers
 	$(PYTEST) -m 'slow or not slow' --hypothesis-profile=long $(ARGS)
+
+# An environment of its own, with the lower bounds. By the oldest Python: newer ones have no wheels of some.
+.venv-lowest/.ready: pyproject.toml constraints-lowest.txt
+	@test -x .venv-lowest/bin/pip || $(PYTHON) -m venv .venv-lowest
+	PIP_CONSTRAINT=constraints-lowest.txt .venv-lowest/bin/python $(INSTALL) -e '.[test]'
+	@touch $@
+
+test-lowest: .venv-lowest/.ready setup-localstack
+	$(subst $(BIN),.venv-lowest/bin,$(PYTEST)) tests/format tests/store tests/cli tests/test_save_load.py $(ARGS)
 
 bench: .venv/.ready-bench .venv/.ready-peers
 	$(BIN)/python benchmarks/run.py $(ARGS)

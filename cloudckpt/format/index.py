@@ -188,6 +188,14 @@ class Index:
         for section in self._each_section():
             yield from _shards_of(section, self.block_bytes)
 
+    def tensors_in(self, entry: ShardEntry, start: int, stop: int) -> list[str]:
+        """Return the names of the tensors that have bytes in [start, stop) of a shard, in the order of these."""
+        section = self.section(entry.rank)
+        rows = np.flatnonzero(section.shard == entry.number)
+        firsts, stops = section.start[rows], (section.start + section.nbytes(self._columns))[rows]
+        found = section.tensor[rows[(firsts < stop) & (stops > start)]].tolist()
+        return [self._names[number] for number in dict.fromkeys(found)]
+
     def piece_counts(self) -> dict[str, int]:
         """Return how many pieces each tensor has."""
         counts = np.zeros(len(self._columns), dtype=np.int64)
