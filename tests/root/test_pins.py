@@ -24,6 +24,7 @@ from cloudckpt.errors import (
     ManifestError,
     OptionsError,
     PinnedError,
+    TransientError,
 )
 from cloudckpt.format import FORMAT_VERSION, MANIFEST_NAME, IndexRef, Manifest, checkpoint_prefix, pin_key
 from cloudckpt.root import (
@@ -225,6 +226,23 @@ def test_a_pass_that_removes_lists_the_pins_twice(bucket: Bucket) -> None:
     client = FaultStore(bucket)
     pruner_of(Catalog(client), [KeepLast(1)]).prune_after(standing(bucket)[-1], Line())
     assert [(op.verb, op.key) for op in client.trace if "pins/" in op.key] == [("list", "pins/")] * 2
+
+
+def test_what_a_pass_could_not_put_back_is_put_back_instead_of_its_shards_going(bucket: Bucket) -> None:
+    def hook(op: Op) -> None:
+        if op.verb == "delete" and checkpoint_prefix(3, 1) in op.key:
+            pin(roots_of(bucket), 3)
+
+    client = FaultStore(bucket, hook=hook)
+    client.inject(verbs=["list"], key="pins/", skip=1)
+    pruner = pruner_of(Catalog(client), [KeepLast(1)])
+    with pytest.raises(TransientError):
+        pruner.prune_after(standing(bucket)[-1], Line())
+    assert steps(bucket) == [5]
+    pruner.make_room(go_on=lambda: True)
+    assert steps(bucket) == [3, 5]
+    assert [one for one in standing(bucket) if not is_whole(bucket, one)] == []
+    assert len([key for key in bucket.objects if key.startswith("step-")]) == 6
 
 
 def test_delete_of_a_pinned_one_is_refused_with_its_note(bucket: Bucket) -> None:
