@@ -45,9 +45,22 @@ if TYPE_CHECKING:
     from cloudckpt.dcp import CloudReader, CloudWriter
     from cloudckpt.format import register
     from cloudckpt.manager import CheckpointManager
+    from cloudckpt.page import Prices, report_page
     from cloudckpt.preemption import Notice, Preemption
     from cloudckpt.qualifying import Probe, probe
-    from cloudckpt.report import Advice
+    from cloudckpt.report import (
+        Advice,
+        Event,
+        OpenTelemetryEvents,
+        Preempted,
+        Pruned,
+        Restored,
+        SaveBegun,
+        SaveCommitted,
+        SaveFailed,
+        SaveStaged,
+        ScalarEvents,
+    )
     from cloudckpt.root import Checkpoint, Fit, KeepAll, KeepBest, KeepEvery, KeepFor, KeepLast, Pin, RetentionRule
     from cloudckpt.saving import SaveHandle
     from cloudckpt.state import AccumulationWindow, PerRank, ResumableSampler
@@ -72,6 +85,7 @@ __all__ = [
     "CreateNotEnforcedError",
     "CredentialsExpiredError",
     "EarlierSaveFailedError",
+    "Event",
     "Exported",
     "FencedError",
     "Fit",
@@ -85,21 +99,31 @@ __all__ = [
     "ManifestError",
     "MissingShardError",
     "Notice",
+    "OpenTelemetryEvents",
     "Options",
     "OptionsError",
     "PerRank",
     "Pin",
     "PinnedError",
+    "Preempted",
     "Preemption",
+    "Prices",
     "Probe",
+    "Pruned",
     "RankLostError",
     "RestoreFailedError",
+    "Restored",
     "ResumableSampler",
     "RetentionRule",
     "RetryExhaustedError",
     "RetryPolicy",
+    "SaveBegun",
+    "SaveCommitted",
+    "SaveFailed",
     "SaveFailedError",
     "SaveHandle",
+    "SaveStaged",
+    "ScalarEvents",
     "SourceError",
     "StalledError",
     "StateMismatchError",
@@ -111,6 +135,7 @@ __all__ = [
     "probe",
     "read",
     "register",
+    "report_page",
     "save",
 ]
 
@@ -121,9 +146,22 @@ _LATE = {
     "dcp": ("CloudReader", "CloudWriter"),
     "format": ("register",),
     "manager": ("CheckpointManager",),
+    "page": ("Prices", "report_page"),
     "preemption": ("Notice", "Preemption"),
     "qualifying": ("Probe", "probe"),
-    "report": ("Advice",),
+    "report": (
+        "Advice",
+        "Event",
+        "OpenTelemetryEvents",
+        "Preempted",
+        "Pruned",
+        "Restored",
+        "SaveBegun",
+        "SaveCommitted",
+        "SaveFailed",
+        "SaveStaged",
+        "ScalarEvents",
+    ),
     "root": ("Checkpoint", "Fit", "KeepAll", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "Pin", "RetentionRule"),
     "saving": ("SaveHandle",),
     "state": ("AccumulationWindow", "PerRank", "ResumableSampler"),

@@ -26,7 +26,7 @@ from cloudckpt.manager.tolerance import OnError, Tolerance
 from cloudckpt.options import Options, as_clock, as_flag, as_seconds
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
 from cloudckpt.ranks import refuse_lonely_rank
-from cloudckpt.report import Advice, Journal, Progress, Show, advise
+from cloudckpt.report import Advice, Journal, OnEvent, Progress, Show, advise
 from cloudckpt.root import (
     Catalog,
     Checkpoint,
@@ -114,6 +114,7 @@ class CheckpointManager:
         prune_grace_s: float = 60.0,
         sweep_after_s: float | None = 3600.0,
         progress: Show = "auto",
+        on_event: OnEvent = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Open a root; nothing is written before the first save.
@@ -149,6 +150,9 @@ class CheckpointManager:
                 committed, pruned shards) is removed in the background of saves; None leaves it to `sweep`.
             progress: what rank 0 shows on stderr: `auto` a bar on a terminal and a line for each save and restore that
                 is done, unless the log shows it; `bar` a bar in any case, `line` the line alone, `off` nothing.
+            on_event: is told, on rank 0, what happens to checkpoints: a callable, or several, that take an `Event`.
+                They are called in order, in a thread of their own, soon after; what they raise is noted for `report`,
+                and one that is slow delays nothing. `close` waits 5 s for them.
             clock: monotonic seconds, for the grace time, intervals and notices; the same as that of a `Preemption`.
 
         Raises:
@@ -171,7 +175,7 @@ class CheckpointManager:
             stores.append(open_store(fallback, storage_options=fallback_storage_options, options=chosen))
         _refuse_same(stores)
         self._store = stores[0]
-        self._journal = Journal(self._store, shown, clock=clock)
+        self._journal = Journal(self._store, shown, clock=clock, on_event=on_event)
 
         def pruner(catalog: Catalog) -> Pruner:
             cleaner = Cleaner(
@@ -182,7 +186,8 @@ class CheckpointManager:
                 is_held=lambda: schedule.end is not None,
                 note=self._journal.note,
             )
-            return Pruner(catalog, watched_rules(self._retention), cleaner, scope=retention_scope)
+            rules, told = watched_rules(self._retention), self._journal.pruned
+            return Pruner(catalog, rules, cleaner, scope=retention_scope, on_pruned=told)
 
         self._saves = Saves(
             [Home.of(store, pruner, chosen, clock) for store in stores],
@@ -579,6 +584,7 @@ class CheckpointManager:
                 self._preemption.stop()
             for home in self._saves.homes:
                 home.store.close()
+            self._journal.end()
         self._saves.background.settle()
 
     def __enter__(self) -> Self:

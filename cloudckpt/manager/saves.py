@@ -155,18 +155,22 @@ class Saves:
         # Held by who prunes: the thread of the save before, or of one that has no room.
         self._pruning = new_lock()
         self._was_end_near = False
+        # The step of the newest `should_save`, and whether a notice is told.
+        self._asked_step, self._is_notice_told = -1, False
         # Removes what the newest save left on a root that was down.
         self._to_take_back: deque[Callable[[], None]] = deque(maxlen=1)
 
     def are_due(self, step: int) -> bool:
         """Tell whether to save after `step`, as the schedule and all ranks have it; asked at every step."""
         self._journal.meter.note_step(step)
+        self._asked_step = step
         if self._to_prepare is not None:
             # By now the optimizers have their state.
             state, self._to_prepare = self._to_prepare, None
             self._touch_ahead(state)
         self._compare("should_save", self._schedule.terms())
         is_due = self._schedule.ask(step, self._votes())
+        self._tell_notice()
         if self._was_end_near and self._may_prune():
             self.background.tidy_alone()  # what the notice had put off, which was false
         self._was_end_near = not self._may_prune()
@@ -361,7 +365,16 @@ class Saves:
         """Whether notice was given; a lone process hears it at once."""
         if Group.of_world().size == 1:
             self._schedule.hear()
+            self._tell_notice()
         return self._schedule.is_preempted
+
+    def _tell_notice(self) -> None:
+        """Tell once, on rank 0, that notice was given; once more if it was false and another one comes."""
+        end = self._schedule.deadline
+        if end is not None and not self._is_notice_told and (group := Group.of_world()).rank == 0:
+            left_s = self._schedule.seconds_left()
+            self._journal.preempted(self._asked_step, reason=end.reason, left_s=left_s, world_size=group.size)
+        self._is_notice_told = end is not None
 
     def prepare(self, state: MutableMapping[str, object]) -> None:
         """Make memory ready for copies, now and once more when training has made a step."""
@@ -429,6 +442,7 @@ class Saves:
         for home, (catalog, found) in zip(homes, holders, strict=True):
             if isinstance(found, Checkpoint):
                 home.pruner.delete(found)
+                self._journal.pruned(found, "delete")
             else:
                 logger.warning("deleting what cannot be read: %s", found)
                 catalog.remove_unreadable(_prefix_of(found))
@@ -493,9 +507,25 @@ class Saves:
             raise OptionsError("this began in the middle of another save; let that one end first")
         refuse_lonely_rank()  # the group of before may have been destroyed
         group = Group.of_world()
-        entry = self._journal.begin(rank=group.rank)
+        entry = self._journal.begin(rank=group.rank, world_size=group.size)
+        try:
+            return entry, self._agreed(step, state, metrics, metadata, entry, group, slabs)
+        except BaseException as exc:
+            entry.failed(step, exc, is_forgiven=isinstance(exc, CloudCkptError) and self._tolerance.forgives(step, exc))
+            raise
+
+    def _agreed(
+        self,
+        step: int,
+        state: MutableMapping[str, object],
+        metrics: Mapping[str, float] | None,
+        metadata: Mapping[str, object] | None,
+        entry: Entry,
+        group: Group,
+        slabs: Slabs | None,
+    ) -> PendingSave:
         self._wait_for_turn(step)
-        entry.working()
+        entry.working(step, in_background=slabs is not None)
         end = self._schedule.end_of_saves()
         options = self.options if end is NEVER else self.options.within(end.left_s(time.monotonic()))
         destinations = [home.epoch.step(step) for home in self.homes]
@@ -520,7 +550,7 @@ class Saves:
         finally:
             self._is_beginning = False
         self._schedule.begun(step, entry.work_began_s)
-        return entry, pending
+        return pending
 
     def _wait_for_turn(self, step: int) -> None:
         """Wait for the save under way, as long as there is time; an end may be announced meanwhile."""
@@ -554,7 +584,9 @@ class Saves:
         """
         if isinstance(outcome, BaseException):
             self._schedule.failed(step)
-            return self._tolerance.forgives(step, outcome)
+            is_forgiven = self._tolerance.forgives(step, outcome)
+            entry.failed(step, outcome, is_forgiven=is_forgiven)
+            return is_forgiven
         home, first = self._home_of(outcome), self.homes[0]
         for one in self.homes:
             one.epoch.note(outcome)

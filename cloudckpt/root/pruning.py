@@ -38,9 +38,15 @@ class Pruner:
     """The retention rules of a root, and what they have left to be removed."""
 
     def __init__(
-        self, catalog: Catalog, rules: Sequence[RetentionRule], cleaner: Cleaner, *, scope: RetentionScope = "line"
+        self,
+        catalog: Catalog,
+        rules: Sequence[RetentionRule],
+        cleaner: Cleaner,
+        *,
+        scope: RetentionScope = "line",
+        on_pruned: Callable[[Checkpoint], None] = lambda _: None,
     ) -> None:
-        """Prune by `rules`; without any, nothing is pruned.
+        """Prune by `rules`; without any, nothing is pruned. `on_pruned` is told what they let go.
 
         Raises:
             OptionsError: an unknown scope.
@@ -52,6 +58,7 @@ class Pruner:
         self._rules = tuple(rules)
         self._cleaner = cleaner
         self._scope = scope
+        self._on_pruned = on_pruned
         self._has_named = False
         # What the store refuses to delete, and that was raised.
         self._told: set[str] = set()
@@ -114,7 +121,8 @@ class Pruner:
     def _prune_after(self, checkpoint: Checkpoint, line: Line, epoch: int, go_on: Callable[[], bool]) -> None:
         going = self._going(checkpoint, line, epoch)
         gone, refused = uncommit_each(going, self.uncommit, go_on)
-        keep_pinned(self._catalog, self._cleaner, gone)
+        for old in keep_pinned(self._catalog, self._cleaner, gone):
+            self._on_pruned(old)
         if len(gone) + len(refused) < len(going):
             return
         self._told &= refused.keys()
