@@ -9,8 +9,9 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 INSTALL := -m pip install --quiet --disable-pip-version-check
 # Many tests wait: for deadlines, for other processes. The workers share the servers; a file stays on one worker.
 WORKERS ?= 6
-# In the order of collection, which begins with what takes longest (`tests/effort.py`).
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# In the order of collection, which begins with what takes longest (`tests/effort.py`). Each worker imports all tests,
+# which takes it twice as long where what pytest makes of them is not kept.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup setup-localstack dev demo test test-all lint check format bench package servers-up servers-down constraints
 # Two installations into one environment must not meet.

@@ -26,6 +26,7 @@ from cloudckpt.errors import (
     ManifestError,
     MissingShardError,
     OptionsError,
+    PinnedError,
     RankLostError,
     RestoreFailedError,
     RetryExhaustedError,
@@ -45,10 +46,23 @@ if TYPE_CHECKING:
     from cloudckpt.format import register, register_code
     from cloudckpt.loading import Contents, TensorInfo
     from cloudckpt.manager import CheckpointManager
+    from cloudckpt.page import Prices, report_page
     from cloudckpt.preemption import Notice, Preemption
     from cloudckpt.qualifying import Probe, probe
-    from cloudckpt.report import Advice
-    from cloudckpt.root import Checkpoint, Fit, KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
+    from cloudckpt.report import (
+        Advice,
+        Event,
+        OpenTelemetryEvents,
+        Preempted,
+        Pruned,
+        Restored,
+        SaveBegun,
+        SaveCommitted,
+        SaveFailed,
+        SaveStaged,
+        ScalarEvents,
+    )
+    from cloudckpt.root import Checkpoint, Fit, KeepAll, KeepBest, KeepEvery, KeepFor, KeepLast, Pin, RetentionRule
     from cloudckpt.saving import SaveHandle
     from cloudckpt.state import AccumulationWindow, PerRank, RandomState, RankZero, ResumableSampler, Trainable
 
@@ -73,11 +87,13 @@ __all__ = [
     "CreateNotEnforcedError",
     "CredentialsExpiredError",
     "EarlierSaveFailedError",
+    "Event",
     "Exported",
     "FencedError",
     "Fit",
     "FormatVersionError",
     "IntegrityError",
+    "KeepAll",
     "KeepBest",
     "KeepEvery",
     "KeepFor",
@@ -85,21 +101,33 @@ __all__ = [
     "ManifestError",
     "MissingShardError",
     "Notice",
+    "OpenTelemetryEvents",
     "Options",
     "OptionsError",
     "PerRank",
+    "Pin",
+    "PinnedError",
+    "Preempted",
     "Preemption",
+    "Prices",
     "Probe",
+    "Pruned",
     "RandomState",
     "RankLostError",
     "RankZero",
     "RestoreFailedError",
+    "Restored",
     "ResumableSampler",
     "RetentionRule",
     "RetryExhaustedError",
     "RetryPolicy",
+    "SaveBegun",
+    "SaveCommitted",
+    "SaveFailed",
     "SaveFailedError",
     "SaveHandle",
+    "SaveStaged",
+    "ScalarEvents",
     "SourceError",
     "StalledError",
     "StateMismatchError",
@@ -115,6 +143,7 @@ __all__ = [
     "read",
     "register",
     "register_code",
+    "report_page",
     "save",
 ]
 
@@ -126,10 +155,23 @@ _LATE = {
     "format": ("register", "register_code"),
     "loading": ("Contents", "TensorInfo"),
     "manager": ("CheckpointManager",),
+    "page": ("Prices", "report_page"),
     "preemption": ("Notice", "Preemption"),
     "qualifying": ("Probe", "probe"),
-    "report": ("Advice",),
-    "root": ("Checkpoint", "Fit", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule"),
+    "report": (
+        "Advice",
+        "Event",
+        "OpenTelemetryEvents",
+        "Preempted",
+        "Pruned",
+        "Restored",
+        "SaveBegun",
+        "SaveCommitted",
+        "SaveFailed",
+        "SaveStaged",
+        "ScalarEvents",
+    ),
+    "root": ("Checkpoint", "Fit", "KeepAll", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "Pin", "RetentionRule"),
     "saving": ("SaveHandle",),
     "state": ("AccumulationWindow", "PerRank", "RandomState", "RankZero", "ResumableSampler", "Trainable"),
 }

@@ -15,7 +15,7 @@ from cloudckpt.errors import CheckpointNotFoundError, OptionsError
 from cloudckpt.loading import Contents, load_state, read_contents, read_state
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, refuse_lonely_rank
-from cloudckpt.report import Journal, Progress, Show
+from cloudckpt.report import Journal, OnEvent, Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, Exists, Roots, check_exists, own_url
 from cloudckpt.saving import Session, begin_save
 from cloudckpt.state import Allowed, Resize, captured, collector_at_rest
@@ -41,6 +41,7 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
     metadata: Mapping[str, object] | None = None,
     exists: Exists = "raise",
     progress: Show = "auto",
+    on_event: OnEvent = None,
 ) -> Checkpoint:
     """Save `state` as one checkpoint at `url`; return once it is committed. With several ranks, every rank calls it.
 
@@ -57,6 +58,7 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
             two requests at the end there is none; if the process dies just there, an error at the URL says how to have
             the old one back.
         progress: what is shown on stderr, as for `CheckpointManager`.
+        on_event: is told what happens, as for `CheckpointManager`.
 
     Returns:
         The committed checkpoint.
@@ -74,20 +76,28 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
     destined = check_exists(exists)
     group = Group.of_world()
     with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
-        journal = Journal(store, Progress(progress))
-        entry = journal.begin(rank=group.rank)
-        with Session.of(group, "save", chosen) as session, collector_at_rest():
-            pending = begin_save(
-                session,
-                captured(state),
-                own_url(Catalog(store), is_single_writer=chosen.single_writer, exists=destined),
-                metrics=metrics,
-                metadata=metadata,
-            )
-        with entry.bar("saving") as bar:
-            checkpoint = pending.finish(bar)
-        entry.committed(checkpoint)
-        return checkpoint
+        journal = Journal(store, Progress(progress), on_event=on_event)
+        entry = journal.begin(rank=group.rank, world_size=group.size)
+        entry.working(-1, in_background=False)
+        try:
+            with Session.of(group, "save", chosen) as session, collector_at_rest():
+                pending = begin_save(
+                    session,
+                    captured(state),
+                    own_url(Catalog(store), is_single_writer=chosen.single_writer, exists=destined),
+                    metrics=metrics,
+                    metadata=metadata,
+                )
+            with entry.bar("saving") as bar:
+                checkpoint = pending.finish(bar)
+        except BaseException as exc:
+            entry.failed(-1, exc)
+            raise
+        else:
+            entry.committed(checkpoint)
+            return checkpoint
+        finally:
+            journal.end()
 
 
 def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
@@ -103,6 +113,7 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
     resize: Resize | None = None,
     only: str | Sequence[str] | None = None,
     progress: Show = "auto",
+    on_event: OnEvent = None,
 ) -> Checkpoint:
     """Restore `state` in place from the checkpoint at `url`. With several ranks, every rank calls it.
 
@@ -129,6 +140,7 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
         only: names of what of `state` is restored, its keys or those of objects in its containers (`model`,
             `optimizers.0`); all else of it stays as it is, and so does what else the checkpoint holds.
         progress: what is shown on stderr, as for `CheckpointManager`.
+        on_event: is told what happens, as for `CheckpointManager`.
 
     Returns:
         The checkpoint that was loaded; its `fit` says what of it and of `state` went together.
@@ -145,17 +157,18 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
     _refuse_swapped("load", state, url)
     chosen = Options.of(options)
     with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
-        catalog = Catalog(store)
+        catalog, journal = Catalog(store), Journal(store, Progress(progress), on_event=on_event)
         found = load_state(
             state,
             map(catalog.open, [""]),
             roots=Roots([catalog]),
-            journal=Journal(store, Progress(progress)),
+            journal=journal,
             options=chosen,
             allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize, only=only),
             what="load",
             shown="loading",
         )
+        journal.end()
     if found is None:
         raise CheckpointNotFoundError(f"no committed checkpoint at {store.url}")
     return found

@@ -12,6 +12,7 @@ from cloudckpt.format.keys import (
     EPOCH_LIMIT,
     EPOCHS_PREFIX,
     MANIFEST_NAME,
+    PINS_PREFIX,
     SHARD_SUFFIX,
     EpochMark,
     checkpoint_prefix,
@@ -23,6 +24,8 @@ from cloudckpt.format.keys import (
     new_attempt,
     parse_checkpoint_prefix,
     parse_epoch_key,
+    parse_pin_key,
+    pin_key,
     shard_key,
     step_number,
 )
@@ -38,6 +41,7 @@ from cloudckpt.format.manifest import (
     record_of_call,
 )
 from cloudckpt.format.near import told_near
+from cloudckpt.format.pin import PIN_LIMIT_BYTES, PinRecord
 from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
 from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, verify_blocks
@@ -53,6 +57,8 @@ __all__ = [
     "MANIFEST_LIMIT_BYTES",
     "MANIFEST_NAME",
     "NOTES",
+    "PINS_PREFIX",
+    "PIN_LIMIT_BYTES",
     "SAFETENSORS_NAMES",
     "SHARD_SUFFIX",
     "Box",
@@ -71,6 +77,7 @@ __all__ = [
     "Metric",
     "PathElement",
     "Piece",
+    "PinRecord",
     "Section",
     "ShardEntry",
     "ShardLayout",
@@ -94,6 +101,8 @@ __all__ = [
     "new_attempt",
     "parse_checkpoint_prefix",
     "parse_epoch_key",
+    "parse_pin_key",
+    "pin_key",
     "plan_spans",
     "ragged_places",
     "record_of_call",

@@ -11,7 +11,7 @@ from typing import TypeVar
 import msgspec
 import zstandard
 
-from cloudckpt.errors import FormatVersionError, ManifestError, UnsupportedValueError
+from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError, UnsupportedValueError
 
 __all__ = [
     "FORMAT_VERSION",
@@ -20,6 +20,7 @@ __all__ = [
     "compress",
     "decode_record",
     "decompress",
+    "encode_record",
     "lone_surrogates",
     "may_decode",
     "shown",
@@ -47,6 +48,18 @@ class _Version(msgspec.Struct):
     """The only field that every version of every record has."""
 
     format_version: int
+
+
+def encode_record(value: object) -> bytes:
+    """Return the JSON of a manifest, a claim or a pin, indented for people.
+
+    Raises:
+        OptionsError: it holds a text with lone surrogates.
+    """
+    try:
+        return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
+    except UnicodeEncodeError as exc:
+        raise OptionsError(f"{exc.object!r} has lone surrogates, which no record can hold") from exc
 
 
 def decode_record(data: bytes, schema: type[_Record], *, key: str) -> _Record:

@@ -82,7 +82,7 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
         CloudCkptError: what else a rank met, in words of the first one.
     """
     group = Group.of_world()
-    entry = journal.begin(rank=group.rank)
+    entry = journal.begin(rank=group.rank, world_size=group.size)
     # One process refuses a wrong call before anything is asked of the store; with several, all hear of it.
     with collector_at_rest():
         entries = allowed.checked(bind(state, generators=generators)) if group.size == 1 else None

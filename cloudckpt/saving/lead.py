@@ -163,7 +163,10 @@ def begin_save(  # noqa: PLR0913 (keyword-only options, each of its own kind)
         options=options,
         coordinator=coordinator,
         order=order,
-        record=replace(record, seconds={"plan_s": time.monotonic() - session.began_s}),
+        record=replace(
+            record,
+            seconds={"plan_s": time.monotonic() - session.began_s, "in_background": float(slabs is not None)},
+        ),
         # All ranks have the same, which was checked; one of them writes them down.
         values=mine.values if group.rank == 0 else {},
     )

@@ -46,6 +46,7 @@ PRELOADED = [
     "cloudckpt.dcp",
     "cloudckpt.manager",
     "tests.ranks.models",
+    "tests.ranks.frozen",
 ]
 _CONTEXT = multiprocessing.get_context("forkserver")
 # A process has one such server, and whoever names its modules last before the first start wins: see `start_server`.

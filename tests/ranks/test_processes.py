@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
+import gc
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.programs import run_to_end
 from tests.ranks.processes import PRELOADED, run
 
 
@@ -17,6 +18,11 @@ def _missing() -> list[str]:
 
 def test_a_rank_finds_imported_what_takes_seconds_to_import() -> None:
     assert run(1, _missing) == [[]]
+
+
+def test_a_rank_searches_nothing_that_was_imported_for_garbage() -> None:
+    (frozen,) = run(1, gc.get_freeze_count)
+    assert frozen > 100_000
 
 
 _OTHERS_FIRST = """
@@ -31,7 +37,7 @@ start_server()
 
 def test_a_server_that_others_started_without_the_modules_is_refused_by_name() -> None:
     command = [sys.executable, "-c", _OTHERS_FIRST]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    done = run_to_end(command, cwd=Path(__file__).parents[2])
     assert done.returncode == 1
     assert "RuntimeError: the fork server has not imported torch, torch._dynamo" in done.stderr
 
