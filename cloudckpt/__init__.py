@@ -42,6 +42,7 @@ from cloudckpt.options import Options, RetryPolicy
 if TYPE_CHECKING:
     from cloudckpt.checkpoint import contents, load, read, save
     from cloudckpt.convert import Exported, export, import_
+    from cloudckpt.copying import Change, Copied, Damage, Difference, Verified, copy, diff, verify, verify_all
     from cloudckpt.dcp import CloudReader, CloudWriter
     from cloudckpt.format import register, register_code
     from cloudckpt.loading import Contents, TensorInfo
@@ -73,6 +74,7 @@ __all__ = [
     "AccumulationWindow",
     "Advice",
     "BucketNotFoundError",
+    "Change",
     "Checkpoint",
     "CheckpointExistsError",
     "CheckpointManager",
@@ -84,8 +86,11 @@ __all__ = [
     "CommitUnknownError",
     "ConflictError",
     "Contents",
+    "Copied",
     "CreateNotEnforcedError",
     "CredentialsExpiredError",
+    "Damage",
+    "Difference",
     "EarlierSaveFailedError",
     "Event",
     "Exported",
@@ -135,7 +140,10 @@ __all__ = [
     "TensorInfo",
     "Trainable",
     "UnsupportedValueError",
+    "Verified",
     "contents",
+    "copy",
+    "diff",
     "export",
     "import_",
     "load",
@@ -145,12 +153,15 @@ __all__ = [
     "register_code",
     "report_page",
     "save",
+    "verify",
+    "verify_all",
 ]
 
 # The imports above, for a running program: the room, and what comes from it.
 _LATE = {
     "checkpoint": ("contents", "load", "read", "save"),
     "convert": ("Exported", "export", "import_"),
+    "copying": ("Change", "Copied", "Damage", "Difference", "Verified", "copy", "diff", "verify", "verify_all"),
     "dcp": ("CloudReader", "CloudWriter"),
     "format": ("register", "register_code"),
     "loading": ("Contents", "TensorInfo"),

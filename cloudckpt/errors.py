@@ -242,7 +242,13 @@ class IntegrityError(CloudCkptError):
 
 
 class ChecksumError(IntegrityError):
-    """An object's bytes do not have the recorded digest or length."""
+    """An object's bytes do not have the recorded digest or length.
+
+    Attributes:
+        blocks: numbers of the blocks that differ in what was read of a shard; none where its length is what is wrong.
+    """
+
+    blocks: tuple[int, ...] = ()
 
 
 class MissingShardError(IntegrityError):

@@ -33,7 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"loading", "saving"},
             {"dcp"},
             {"checkpoint", "manager", "page"},
-            {"convert"},
+            {"convert", "copying"},
             {"__init__"},
             {"cli"},
             {"__main__"},

@@ -40,12 +40,15 @@ def ls(  # noqa: PLR0913 (each option of the command)
     keep_best: KeepBestOption = None,
     keep_every: KeepEveryOption = None,
     keep_for: KeepForOption = None,
-    quick: Annotated[
-        bool,
+    check: Annotated[
+        bool | None,
         typer.Option(
-            "--quick", help="Let what is in the cache count as there while its prefix is listed: fewest requests."
+            "--check/--quick",
+            help="Look whether what is in the cache still stands, or let it count while its prefix is listed: fewest "
+            "requests. Without either: look, unless that takes over ten requests one after the other; then say so.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> None:
@@ -56,7 +59,7 @@ def ls(  # noqa: PLR0913 (each option of the command)
     """
     rules = rules_of(keep_last, keep_best, keep_every, keep_for)
     with access.opened(url) as catalog:
-        found = overview(catalog, cache_of(no_cache=no_cache), is_quick=quick)
+        found = overview(catalog, cache_of(no_cache=no_cache), is_quick=None if check is None else not check)
         checkpoints = found.checkpoints
         if not checkpoints and not found.unreadable:
             one = the_one_at(catalog)
@@ -74,6 +77,18 @@ def ls(  # noqa: PLR0913 (each option of the command)
             _print(catalog.store.url, shown, kept, is_utc=utc)
             _print_pins(shown, pins)
             _print_others(found)
+        if found.unchecked and check is None:
+            _tell_unchecked(found)
+
+
+def _tell_unchecked(found: Overview) -> None:
+    requests = "request" if found.check_request_count == 1 else "requests"
+    typer.echo(
+        f"\n{found.unchecked:,} of these were read before and are still listed, which is all that was looked at; one "
+        f"whose removal has only begun may be among them: --check looks at each ({found.check_request_count:,} "
+        f"{requests})",
+        err=True,
+    )
 
 
 def _chosen(checkpoints: Sequence[Checkpoint], sort: str, limit: int | None) -> Sequence[Checkpoint]:

@@ -13,6 +13,8 @@ import typer
 
 import cloudckpt
 from cloudckpt.cli.command import answering, command
+from cloudckpt.cli.cp import cp
+from cloudckpt.cli.diff import diff
 from cloudckpt.cli.export import export
 from cloudckpt.cli.import_ import import_
 from cloudckpt.cli.latest import latest
@@ -24,6 +26,7 @@ from cloudckpt.cli.report import report
 from cloudckpt.cli.rm import rm
 from cloudckpt.cli.show import show
 from cloudckpt.cli.sweep import sweep
+from cloudckpt.cli.verify import verify
 
 __all__ = ["app"]
 
@@ -78,5 +81,8 @@ app.command("unpin")(command(unpin))
 app.command("rm")(command(rm))
 app.command("prune")(command(prune))
 app.command("sweep")(command(sweep))
+app.command("verify")(command(verify, is_reading=True))
+app.command("diff")(command(diff, is_reading=True))
+app.command("cp")(command(cp))
 app.command("export")(command(export))
 app.command("import")(command(import_))

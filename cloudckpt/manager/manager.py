@@ -623,7 +623,7 @@ class CheckpointManager:
                 self._preemption.stop()
             for home in self._saves.homes:
                 home.store.close()
-            self._journal.end()
+            self._journal.end(is_interrupted=self._saves.is_interrupted)
         self._saves.background.settle()
 
     def __enter__(self) -> Self:

@@ -14,7 +14,7 @@ from cloudckpt.root.overview import Overview, overview
 from cloudckpt.root.pinning import pin, pins_of, refuse_pinned, unpin
 from cloudckpt.root.pins import Pin
 from cloudckpt.root.pruning import Pruner, RetentionScope
-from cloudckpt.root.replacing import Exists, check_exists, check_place
+from cloudckpt.root.replacing import Exists, check_exists, check_place, refuse_nested
 from cloudckpt.root.retention import (
     KeepAll,
     KeepBest,
@@ -69,6 +69,7 @@ __all__ = [
     "own_url",
     "pin",
     "pins_of",
+    "refuse_nested",
     "refuse_pinned",
     "sweep",
     "unpin",

@@ -602,6 +602,36 @@ class Catalog:
                 *(self._url(prefix), key, why),
             )
 
+    def manifest_bytes(self, checkpoint: Checkpoint) -> bytes:
+        """Return a manifest as it stands on the store; no request where it encodes to the same bytes.
+
+        Raises:
+            CheckpointNotFoundError: it is gone, or another one stands there by now.
+        """
+        data = checkpoint.manifest.encode()
+        if digest_of(data) != checkpoint.digest:  # of another version
+            data = self._read_manifest(checkpoint.prefix)[1]
+        if digest_of(data) != checkpoint.digest:
+            raise CheckpointNotFoundError(f"{checkpoint.url} was removed, and another checkpoint stands there by now")
+        return data
+
+    def commit_copy(self, data: bytes, *, prefix: str) -> Checkpoint:
+        """Create the manifest of a checkpoint that was copied, byte for byte; nothing where it is there already.
+
+        Call only when every object that the manifest leads to is durable here. Asks no fence: whose epoch it is stands
+        in the manifest.
+
+        Raises:
+            CheckpointExistsError: another manifest stands there; it was not changed.
+            CommitUnknownError: the manifest may exist; nothing was deleted.
+        """
+        try:
+            self.store.create(prefix + MANIFEST_NAME, data)
+        except ObjectExistsError as exc:
+            if self.store.read(prefix + MANIFEST_NAME, limit_bytes=MANIFEST_LIMIT_BYTES) != data:
+                raise self.exists_error(prefix) from exc
+        return self.adopt(data, prefix=prefix)
+
     @one_deadline()
     def made_by(self, attempts: Collection[str], *, prefix: str) -> Checkpoint | None:
         """Return the checkpoint there if one of these attempts made it, else None. One request."""
