@@ -38,7 +38,8 @@ class Telling:
     def begin(self, total_bytes: int) -> None: ...
 
     def move(self, size_bytes: int) -> None:
-        self._told(size_bytes)
+        if size_bytes:
+            self._told(size_bytes)
 
 
 def copied(source: str, target: str, storage_options: Mapping[str, Any] | None, told: Callable[[int], object]) -> int:
@@ -48,7 +49,7 @@ def copied(source: str, target: str, storage_options: Mapping[str, Any] | None, 
         opened(target, storage_options=storage_options, engine="auto", options=OPTIONS) as other,
     ):
         copy_places([one], other, Selection(is_all=True), OPTIONS, Telling(told))
-        return other.catalog.store.stats["put"].requests  # type: ignore[attr-defined,no-any-return]
+        return other.catalog.store.stats()["put"].requests  # type: ignore[attr-defined,no-any-return]
 
 
 def work(pipe: Connection, source: str, target: str, storage_options: Mapping[str, Any] | None) -> None:
