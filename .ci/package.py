@@ -16,7 +16,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_BOTH = {"cloudckpt/__init__.py", "cloudckpt/py.typed", "cloudckpt/format/FORMAT.md"}
-IN_SDIST = IN_BOTH | {"LICENSE", "README.md", "pyproject.toml", "constraints.txt", "Makefile", "tests/conftest.py"}
+IN_SDIST = IN_BOTH | {"LICENSE", "README.md", "pyproject.toml", "constraints.txt", "Makefile"}
+IN_SDIST |= {"constraints-lowest.txt", "tests/conftest.py"}
 PROGRAM = """
 import sys
 from pathlib import Path

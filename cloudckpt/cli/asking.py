@@ -21,6 +21,7 @@ __all__ = [
     "AsJson",
     "Engine",
     "NoCache",
+    "Root",
     "StorageOptions",
     "TargetStorageOptions",
     "Url",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 Url = Annotated[str, typer.Argument(help="A root or a checkpoint: a directory, s3://…, gs://… or any fsspec URL.")]
+Root = Annotated[str, typer.Argument(help="A root: a directory, s3://…, gs://… or any fsspec URL.")]
 StorageOptions = Annotated[
     str | None,
     typer.Option(

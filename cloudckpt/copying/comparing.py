@@ -90,11 +90,10 @@ class Sums:
 def _is_unlike(a: torch.Tensor, b: torch.Tensor) -> NDArray[np.bool_]:
     """Tell which elements of two tensors of one dtype have other bits."""
     bits_a, bits_b = (part.view(_WORDS[part.dtype.itemsize]).numpy() for part in (a, b))
-    if a.dtype.itemsize <= 8:
-        unlike: NDArray[np.bool_] = bits_a != bits_b
-        return unlike
-    pairs: NDArray[np.bool_] = bits_a.view(np.int64) != bits_b.view(np.int64)
-    return pairs.reshape(-1, 2).any(axis=1)
+    if a.dtype.itemsize > np.dtype(np.int64).itemsize:
+        pairs = np.not_equal(bits_a.view(np.int64), bits_b.view(np.int64)).reshape(-1, 2)
+        return np.asarray(pairs.any(axis=1), dtype=bool)
+    return np.asarray(np.not_equal(bits_a, bits_b), dtype=bool)
 
 
 def _has_fraction(part: torch.Tensor) -> bool:

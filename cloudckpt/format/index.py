@@ -126,7 +126,7 @@ class Index:
         if size_bytes > len(data) - at:
             raise _inconsistent(key, f"its header would have {size_bytes} bytes")
         text = decompress(memoryview(data)[at : at + size_bytes], key=key)
-        header = decode_record(text, Header, key=key)
+        header = decode_record(text, Header, key=key, written=msgspec.json.encode)
         _refuse(header_problems(header), key)
         _refuse(table_problems(header.ranks, len(data) - at - size_bytes, len(data), len(text)), key)
         places = np.cumsum([at + size_bytes, *(record.size_bytes for record in header.ranks)]).tolist()

@@ -10,7 +10,7 @@ import torch
 
 from cloudckpt.format import JsonValue, PathElement
 from cloudckpt.state.attributes import names_above, notes_by_prefix
-from cloudckpt.state.per_rank import RankName
+from cloudckpt.state.per_rank import RNG, RankName
 
 __all__ = ["OURS", "Saved"]
 
@@ -45,12 +45,15 @@ class Saved:
 
     @cached_property
     def owned(self) -> Mapping[str, Mapping[RankName, str]]:
-        """What each rank saved for itself: the name in the state → whose it is → the tensor's name."""
+        """What each rank saved for itself: the name in the state, or `RNG` → whose it is → the tensor's name."""
         found: dict[str, dict[RankName, str]] = {}
         for name in self.shapes:
             owner = RankName.parse(name)
             if owner is not None:
                 found.setdefault(owner.name, {})[owner] = name
+        drawn = {rank: name for name in self.shapes if (rank := RankName.rank_of_generators(name)) is not None}
+        if drawn:
+            found[RNG] = {RankName(RNG, rank, len(drawn)): name for rank, name in drawn.items()}
         return found
 
     def is_of_module(self, name: str) -> bool:

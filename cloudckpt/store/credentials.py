@@ -30,11 +30,12 @@ from cloudckpt.store.redact import remember_secrets
 if TYPE_CHECKING:
     from botocore.credentials import ReadOnlyCredentials
     from gcsfs.credentials import GoogleCredentials
+    from google.auth.credentials import Credentials as GoogleKeys
     from obstore.store import GCSCredential, S3Credential
 
 __all__ = ["AwsCredentials", "GcsCredentials", "check_aws_keys", "check_text", "check_texts"]
 
-# gcsfs renews a token that ends so soon, in seconds.
+# A token of Google's that ends so soon is renewed, as newer gcsfs do it, in seconds.
 _RENEWED_BEFORE_S = 300
 # obstore keeps what it was given for so long before it asks again; when to renew is decided below, not there.
 _ASK_AGAIN_S = 60.0
@@ -158,7 +159,7 @@ class GcsCredentials:
 
     def ensure(self) -> None:
         found = self._credentials
-        if found.credentials is not None and not found._credentials_valid(_RENEWED_BEFORE_S):  # noqa: SLF001
+        if found.credentials is not None and not _holds(found.credentials):
             self._errand.run(found.maybe_refresh)
         if found.credentials is not None:
             check_text("the Google access token", found.credentials.token)
@@ -181,6 +182,14 @@ class GcsCredentials:
 
     def __repr__(self) -> str:
         return "GcsCredentials(…)"
+
+
+def _holds(credentials: GoogleKeys) -> bool:
+    """Tell whether a token need not be renewed yet; one of which nobody knows an end is never."""
+    # Not asked of gcsfs: in some releases a token without an end is over, and in some it is sent until its last second.
+    ends_at = credentials.expiry  # google-auth's times are UTC, and do not say so
+    left = None if ends_at is None else ends_at.replace(tzinfo=UTC) - datetime.now(UTC)
+    return bool(credentials.valid) and (left is None or left.total_seconds() > _RENEWED_BEFORE_S)
 
 
 def _soon() -> datetime:

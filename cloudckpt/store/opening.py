@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 from cloudckpt.errors import OptionsError
@@ -36,6 +37,10 @@ _ENGINES: Mapping[str, tuple[str, ...]] = {
     "s3": ("obstore", "fsspec"),
     "gs": ("fsspec", "obstore"),
 }
+
+
+# What a scheme needs beside its engine: listings and deletes go over fsspec's clients in any case.
+_PACKAGES: Mapping[str, str] = {"s3": "s3fs", "gs": "gcsfs"}
 
 
 def open_store(
@@ -121,7 +126,19 @@ def _engine_for(scheme: str, engine: str) -> str:
     return engine
 
 
+def _refuse_missing(scheme: str, engine: str) -> None:
+    """Refuse a URL whose packages are not installed: an engine would trip over it in the middle of a save."""
+    wanted = [*([_PACKAGES[scheme]] if scheme in _PACKAGES else []), *(["obstore"] if engine == "obstore" else [])]
+    missing = [name for name in wanted if find_spec(name) is None]
+    if missing:
+        raise OptionsError(
+            f"{scheme}:// needs {' and '.join(missing)}, which `pip install cloudckpt` brings, and which this "
+            f"environment lacks; pip install {' '.join(missing)}"
+        )
+
+
 def _open_remote(url: str, engine: str, storage_options: Mapping[str, object] | None, options: Options) -> Store:
+    _refuse_missing(scheme_of(url), engine)
     # Imported here, so that a run pays for what it uses.
     from cloudckpt.store.terms import PutTerms
 

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from http import HTTPStatus
@@ -263,8 +263,10 @@ class S3Wire(OnLoop):
     async def _send(self, verb: str, **arguments: object) -> dict[str, Any]:
         client = await self._connect()
         method = getattr(client, verb)
-        # s3fs adds requester_pays and s3_additional_kwargs (encryption), as far as this verb takes them.
-        wanted = self._fs._get_s3_method_kwargs(method, Bucket=self._bucket, **arguments)  # noqa: SLF001
+        # s3fs adds s3_additional_kwargs (encryption), newer ones also who pays, as far as this verb takes them.
+        wanted = self._fs._get_s3_method_kwargs(  # noqa: SLF001
+            method, Bucket=self._bucket, **self._fs.req_kw, **arguments
+        )
         reply: dict[str, Any] = await method(**wanted)
         return reply
 
@@ -281,13 +283,13 @@ class S3Wire(OnLoop):
             _check_object(reply)
             check_range(reply.get("ContentRange", ""), reply.get("ContentLength", stop - start), start, stop)
             # Chunk by chunk into place: 2.0 GB/s on loopback, where `await body.read()` joins them at 0.7.
-            await fill(memory, body.raw_stream.content.iter_any())
+            await fill(memory, _chunks_of(body))
 
     async def _read(self, name: str, limit_bytes: int) -> bytes:
         reply = await self._send("get_object", Key=name)
         async with reply["Body"] as body:
             _check_object(reply)
-            return await take(body.raw_stream.content.iter_any(), reply.get("ContentLength"), limit_bytes)
+            return await take(_chunks_of(body), reply.get("ContentLength"), limit_bytes)
 
 
 def _given_endpoint(options: Mapping[str, object]) -> str:
@@ -340,6 +342,12 @@ def _add_md5(request: AWSRequest, **_: object) -> None:
     """Add the checksum that older look-alikes of S3 demand of a bulk delete; botocore sends a CRC32 alone."""
     digest = hashlib.md5(request.body, usedforsecurity=False).digest()
     request.headers["Content-MD5"] = base64.b64encode(digest).decode()
+
+
+def _chunks_of(body: Any) -> AsyncIterator[bytes]:  # noqa: ANN401 - aiobotocore's own
+    """Return a reply's body as it comes; entered, one of aiobotocore 2 is aiohttp's reply itself."""
+    chunks: AsyncIterator[bytes] = getattr(body, "raw_stream", body).content.iter_any()
+    return chunks
 
 
 def _seconds(moment: datetime) -> float:

@@ -23,7 +23,7 @@ def test_looking_at_a_root_costs_a_listing_and_what_was_never_read(
         "ls, nothing cached": 21,
         "ls again": 1,
         "ls again, --json": 1,
-        "ls --quick": 1,
+        "ls again, --check": 1,
         "one listing": 1,
         # The claim of the epoch, once.
         "a retention pass with nothing to do": 2,

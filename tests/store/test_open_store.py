@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,38 @@ def test_an_unknown_scheme_is_refused_with_the_known_ones() -> None:
 def test_a_scheme_whose_package_is_missing_says_what_to_install() -> None:
     with pytest.raises(OptionsError, match="adlfs"):
         open_store("abfs://container@account.dfs.core.windows.net/run")
+
+
+@pytest.mark.parametrize(
+    ("url", "engine", "missing"),
+    [
+        ("s3://bucket/run", "auto", "s3fs"),
+        ("s3://bucket/run", "fsspec", "s3fs"),
+        ("s3://bucket/run", "auto", "obstore"),
+        ("gs://bucket/run", "auto", "gcsfs"),
+        ("gs://bucket/run", "obstore", "gcsfs"),
+        ("gs://bucket/run", "obstore", "obstore"),
+    ],
+)
+def test_a_store_whose_package_is_missing_is_refused_before_anything_is_sent(
+    monkeypatch: pytest.MonkeyPatch, url: str, engine: str, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)  # as if it were not installed
+    with pytest.raises(OptionsError, match=rf"{url[:2]}:// needs {missing}, .*; pip install {missing}$"):
+        open_store(url, engine=engine, storage_options={})
+
+
+@pytest.mark.parametrize(
+    ("url", "engine", "others"),
+    [("s3://bucket/run", "fsspec", ["gcsfs", "obstore"]), ("gs://bucket/run", "fsspec", ["s3fs", "obstore"])],
+)
+def test_a_package_is_needed_only_where_its_store_is_used(
+    monkeypatch: pytest.MonkeyPatch, url: str, engine: str, others: list[str]
+) -> None:
+    for name in others:
+        monkeypatch.setitem(sys.modules, name, None)
+    with open_store(url, engine=engine, storage_options=S3 if url.startswith("s3") else GCS) as store:
+        assert store.url == url
 
 
 @pytest.mark.parametrize(
