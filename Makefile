@@ -9,10 +9,12 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 INSTALL := -m pip install --quiet --disable-pip-version-check
 # Many tests wait: for deadlines, for other processes. The workers share the servers; a file stays on one worker.
 WORKERS ?= 6
-# In the order of collection, which begins with what takes longest (`tests/effort.py`).
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# In the order of collection, which begins with what takes longest (`tests/effort.py`). Each worker imports all tests,
+# which takes it twice as long where what pytest makes of them is not kept.
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup setup-localstack dev demo test test-all test-lowest lint check format bench package servers-up servers-down constraints
+.PHONY: help setup setup-localstack dev demo test test-all test-lowest lint check format bench docs package
+.PHONY: servers-up servers-down constraints
 # Two installations into one environment must not meet.
 .NOTPARALLEL:
 
@@ -26,6 +28,7 @@ help:
 	@echo "make dev                           install what the targets below need, too"
 	@echo "make check                         format, lint, types and the default suite"
 	@echo "make format                        put the code in shape"
+	@echo "make docs                          build the site into site/, which any browser reads from the disk"
 	@echo "make package                       build wheel and sdist into dist/, and use the wheel as a stranger would"
 	@echo "make constraints                   write down what is installed as what CI installs"
 
@@ -86,6 +89,10 @@ format: dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# What the command line tells of its options needs the package itself; NO_MKDOCS_2_WARNING: an advertisement.
+docs: .venv/.ready-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+
 package: dev
 	rm -rf dist
 	$(PINNED) $(BIN)/python -m build
@@ -100,7 +107,7 @@ servers-down: setup
 
 # Up to its third comment the file is written by hand: `pip freeze` sees no environment in which something is built.
 # The local version (`+cpu`) is one index's own; the pin must hold on any.
-constraints: dev .venv/.ready-peers
+constraints: dev .venv/.ready-docs .venv/.ready-peers
 	@sed '/^# Seen/q' constraints.txt > constraints.txt.new
 	@$(BIN)/python -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$$//' >> constraints.txt.new
 	@mv constraints.txt.new constraints.txt

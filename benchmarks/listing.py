@@ -78,7 +78,7 @@ def measure(ground: Ground, count: int) -> Iterator[Cost]:
         "ls, nothing cached": ["ls", ground.url],
         "ls again": ["ls", ground.url],
         "ls again, --json": ["ls", ground.url, "--json"],
-        "ls --quick": ["ls", ground.url, "--quick"],
+        "ls again, --check": ["ls", ground.url, "--check"],
     }
     for what, command in commands.items():
         yield _cost(what, ground, lambda command=command: _run([*command, *words]))

@@ -26,6 +26,7 @@ from cloudckpt.errors import (
     ManifestError,
     MissingShardError,
     OptionsError,
+    PinnedError,
     RankLostError,
     RestoreFailedError,
     RetryExhaustedError,
@@ -39,17 +40,32 @@ from cloudckpt.errors import (
 from cloudckpt.options import Options, RetryPolicy
 
 if TYPE_CHECKING:
-    from cloudckpt.checkpoint import load, read, save
+    from cloudckpt.checkpoint import contents, load, read, save
     from cloudckpt.convert import Exported, export, import_
+    from cloudckpt.copying import Change, Copied, Damage, Difference, Verified, copy, diff, verify, verify_all
     from cloudckpt.dcp import CloudReader, CloudWriter
-    from cloudckpt.format import register
+    from cloudckpt.format import register, register_code
+    from cloudckpt.loading import Contents, TensorInfo
     from cloudckpt.manager import CheckpointManager
+    from cloudckpt.page import Prices, report_page
     from cloudckpt.preemption import Notice, Preemption
     from cloudckpt.qualifying import Probe, probe
-    from cloudckpt.report import Advice
-    from cloudckpt.root import Checkpoint, Fit, KeepBest, KeepEvery, KeepFor, KeepLast, RetentionRule
+    from cloudckpt.report import (
+        Advice,
+        Event,
+        OpenTelemetryEvents,
+        Preempted,
+        Pruned,
+        Restored,
+        SaveBegun,
+        SaveCommitted,
+        SaveFailed,
+        SaveStaged,
+        ScalarEvents,
+    )
+    from cloudckpt.root import Checkpoint, Fit, KeepAll, KeepBest, KeepEvery, KeepFor, KeepLast, Pin, RetentionRule
     from cloudckpt.saving import SaveHandle
-    from cloudckpt.state import AccumulationWindow, PerRank, ResumableSampler
+    from cloudckpt.state import AccumulationWindow, PerRank, RandomState, RankZero, ResumableSampler, Trainable
 
     __version__: str
 
@@ -58,6 +74,7 @@ __all__ = [
     "AccumulationWindow",
     "Advice",
     "BucketNotFoundError",
+    "Change",
     "Checkpoint",
     "CheckpointExistsError",
     "CheckpointManager",
@@ -68,14 +85,20 @@ __all__ = [
     "CloudWriter",
     "CommitUnknownError",
     "ConflictError",
+    "Contents",
+    "Copied",
     "CreateNotEnforcedError",
     "CredentialsExpiredError",
+    "Damage",
+    "Difference",
     "EarlierSaveFailedError",
+    "Event",
     "Exported",
     "FencedError",
     "Fit",
     "FormatVersionError",
     "IntegrityError",
+    "KeepAll",
     "KeepBest",
     "KeepEvery",
     "KeepFor",
@@ -83,46 +106,85 @@ __all__ = [
     "ManifestError",
     "MissingShardError",
     "Notice",
+    "OpenTelemetryEvents",
     "Options",
     "OptionsError",
     "PerRank",
+    "Pin",
+    "PinnedError",
+    "Preempted",
     "Preemption",
+    "Prices",
     "Probe",
+    "Pruned",
+    "RandomState",
     "RankLostError",
+    "RankZero",
     "RestoreFailedError",
+    "Restored",
     "ResumableSampler",
     "RetentionRule",
     "RetryExhaustedError",
     "RetryPolicy",
+    "SaveBegun",
+    "SaveCommitted",
+    "SaveFailed",
     "SaveFailedError",
     "SaveHandle",
+    "SaveStaged",
+    "ScalarEvents",
     "SourceError",
     "StalledError",
     "StateMismatchError",
     "StorageError",
+    "TensorInfo",
+    "Trainable",
     "UnsupportedValueError",
+    "Verified",
+    "contents",
+    "copy",
+    "diff",
     "export",
     "import_",
     "load",
     "probe",
     "read",
     "register",
+    "register_code",
+    "report_page",
     "save",
+    "verify",
+    "verify_all",
 ]
 
 # The imports above, for a running program: the room, and what comes from it.
 _LATE = {
-    "checkpoint": ("load", "read", "save"),
+    "checkpoint": ("contents", "load", "read", "save"),
     "convert": ("Exported", "export", "import_"),
+    "copying": ("Change", "Copied", "Damage", "Difference", "Verified", "copy", "diff", "verify", "verify_all"),
     "dcp": ("CloudReader", "CloudWriter"),
-    "format": ("register",),
+    "format": ("register", "register_code"),
+    "loading": ("Contents", "TensorInfo"),
     "manager": ("CheckpointManager",),
+    "page": ("Prices", "report_page"),
     "preemption": ("Notice", "Preemption"),
     "qualifying": ("Probe", "probe"),
-    "report": ("Advice",),
-    "root": ("Checkpoint", "Fit", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "RetentionRule"),
+    "report": (
+        "Advice",
+        "Event",
+        "OpenTelemetryEvents",
+        "Preempted",
+        "Pruned",
+        "Restored",
+        "SaveBegun",
+        "SaveCommitted",
+        "SaveFailed",
+        "SaveStaged",
+        "ScalarEvents",
+    ),
+    "root": ("Checkpoint", "Fit", "KeepAll", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "Pin", "RetentionRule"),
     "saving": ("SaveHandle",),
-    "state": ("AccumulationWindow", "PerRank", "ResumableSampler"),
+    "state": ("AccumulationWindow", "PerRank", "RandomState", "RankZero", "ResumableSampler", "Trainable"),
 }
 
 if not TYPE_CHECKING:  # a type checker that saw it would let every misspelt name pass

@@ -7,6 +7,7 @@ CloudCkptError
 ├── CheckpointNotFoundError (FileNotFoundError)     start fresh, or fix the step
 ├── ConflictError                                   someone else's commit stands
 │   ├── CheckpointExistsError (FileExistsError)
+│   ├── PinnedError                                 unpin it first, if it is to go
 │   └── FencedError                                 a newer job writes here: stop this one
 ├── StorageError                                    the store refused, or could not be reached
 │   ├── AccessDeniedError (PermissionError)
@@ -61,6 +62,7 @@ __all__ = [
     "ObjectExistsError",
     "ObjectNotFoundError",
     "OptionsError",
+    "PinnedError",
     "RankLostError",
     "RestoreFailedError",
     "RetryExhaustedError",
@@ -119,6 +121,18 @@ class ConflictError(CloudCkptError):
 
 class CheckpointExistsError(ConflictError, FileExistsError):
     """The step or URL already holds a committed checkpoint; it was not changed."""
+
+
+class PinnedError(ConflictError):
+    """The checkpoint is pinned, and stays until it is unpinned; it was not changed.
+
+    Attributes:
+        note: why it is pinned, as who did it says.
+    """
+
+    def __init__(self, message: str, *, note: str = "") -> None:
+        super().__init__(message)
+        self.note = note
 
 
 class FencedError(ConflictError):
@@ -228,7 +242,13 @@ class IntegrityError(CloudCkptError):
 
 
 class ChecksumError(IntegrityError):
-    """An object's bytes do not have the recorded digest or length."""
+    """An object's bytes do not have the recorded digest or length.
+
+    Attributes:
+        blocks: numbers of the blocks that differ in what was read of a shard; none where its length is what is wrong.
+    """
+
+    blocks: tuple[int, ...] = ()
 
 
 class MissingShardError(IntegrityError):

@@ -66,10 +66,16 @@ def pytest_configure_node(node: Any) -> None:
     node.workerinput["servers"] = node.config.stash[_ADDRESS]
 
 
-def pytest_collection_finish() -> None:
-    """Take thousands of tests and modules out of every later search for garbage."""
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Search for no garbage among thousands of modules and tests, neither while they are made nor ever after."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 @contextmanager

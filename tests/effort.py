@@ -2,18 +2,21 @@
 
 examples(300)                  of a property: a quarter of them, or all with `--hypothesis-profile=long`
 diagonal("a, b", [..], [..])   of a product: each value of each axis at least once; the rest of it is slow
+portion(values, 2, of=5)       of what five tests would each try: every fifth value, so that together they try all
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import settings
 
-__all__ = ["LONG", "LONGEST", "SHORT", "diagonal", "examples", "first"]
+__all__ = ["LONG", "LONGEST", "SHORT", "diagonal", "examples", "first", "portion"]
+
+T = TypeVar("T")
 
 SHORT, LONG = "short", "long"
 _ALL = 100  # of a property that does not say how many
@@ -80,6 +83,12 @@ def diagonal(names: str, *axes: Iterable[Any]) -> pytest.MarkDecorator:
 def first(values: Iterable[Any], chosen: Collection[Any]) -> list[Any]:
     """Return the values as parameters, of which those that are not chosen are slow."""
     return [value if value in chosen else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def portion(values: Sequence[T], place: int, *, of: int) -> Sequence[T]:
+    """Return what the test at `place` of so many tries: its share of the values by default, in a long run all."""
+    stride = examples(1, short=of)
+    return values[place % stride :: stride]
 
 
 def _is_param(value: object) -> bool:

@@ -6,7 +6,6 @@ import itertools
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import cloudckpt
 from tests.any_state.looking import lost
 from tests.any_state.sharded import SIZE, RankRecipe, build, look, make_differ, rank_recipes, train
 from tests.effort import examples
-from tests.ranks.processes import _CONTEXT, World
+from tests.ranks.processes import Crew
 
 # The long profile takes minutes where the machine is busy.
 pytestmark = pytest.mark.timeout(850)
@@ -78,47 +77,13 @@ def run(recipe: RankRecipe, url: str) -> Found:
     return Found(wanted, before, after, stepped, wanted_stepped, is_different, None, load_error, is_ours)
 
 
-def serve(pipes: list[Connection]) -> None:
-    """Run what comes until nothing does."""
-    torch.set_num_threads(1)
-    pipe = pipes[dist.get_rank()]
-    while (job := pipe.recv()) is not None:
-        try:
-            pipe.send(run(*job))
-        except Exception:  # noqa: BLE001 (told)
-            pipe.send(traceback.format_exc())
-
-
-class Pair:
-    """Two ranks for all examples."""
-
-    def __init__(self) -> None:
-        pipes = [_CONTEXT.Pipe() for _ in range(SIZE)]
-        self._ours = [ours for ours, _ in pipes]
-        self._world = World(SIZE, serve, [theirs for _, theirs in pipes])
-
-    def run(self, recipe: RankRecipe, url: str) -> list[Found]:
-        for pipe in self._ours:
-            pipe.send((recipe, url))
-        found = []
-        for rank, pipe in enumerate(self._ours):
-            assert pipe.poll(60), f"rank {rank} says nothing"
-            found.append(pipe.recv())
-        for each in found:
-            assert isinstance(each, Found), each
-        return found
-
-    def close(self) -> None:
-        for pipe in self._ours:
-            pipe.send(None)
-        self._world.outcomes(timeout_s=5)
-
-
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
-    made = Pair()
-    yield made
-    made.close()
+def pair() -> Iterator[Crew]:
+    """Two ranks for all examples."""
+    crew = Crew(SIZE)
+    crew.run(torch.set_num_threads, 1)
+    yield crew
+    crew.end()
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +91,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
-def check(recipe: RankRecipe, folder: Path, pair: Pair) -> None:
+def check(recipe: RankRecipe, folder: Path, pair: Crew) -> None:
     """Save, restore and compare on two ranks."""
-    found = pair.run(recipe, str(folder / str(next(_numbers))))
+    found = pair.run(run, recipe, str(folder / str(next(_numbers))))
     refusals = [each.save_error for each in found]
     is_refused = recipe.is_refused and any(each.is_different for each in found)
     assert all(each.is_ours for each in found), [each.save_error or each.load_error for each in found]
@@ -155,6 +120,6 @@ def check(recipe: RankRecipe, folder: Path, pair: Pair) -> None:
 )
 @given(recipe=rank_recipes())
 def test_any_state_of_two_ranks_is_restored_bit_for_bit_in_any_layout(
-    recipe: RankRecipe, folder: Path, pair: Pair
+    recipe: RankRecipe, folder: Path, pair: Crew
 ) -> None:
     check(recipe, folder, pair)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.effort import LONG, LONGEST, SHORT, diagonal, examples, first
+from tests.effort import LONG, LONGEST, SHORT, diagonal, examples, first, portion
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,13 @@ def test_the_profile_says_what_part_of_the_examples_is_tried(profile: str, tried
     assert examples(300, short=7) == (7 if profile == SHORT else 300)
     assert settings().deadline is None
     assert not settings().derandomize
+
+
+def test_tests_that_share_values_try_each_once_by_default_and_each_of_them_all_in_a_long_run() -> None:
+    settings.load_profile(SHORT)
+    assert sorted(value for place in range(5) for value in portion(range(13), place, of=5)) == list(range(13))
+    settings.load_profile(LONG)
+    assert [list(portion(range(13), place, of=5)) for place in range(5)] == [list(range(13))] * 5
 
 
 @pytest.mark.parametrize("sizes", [(1,), (5, 2), (4, 4), (8, 4, 2), (2, 3, 7)], ids=str)

@@ -32,6 +32,7 @@ TREE = {
     "CheckpointNotFoundError": "CloudCkptError FileNotFoundError",
     "ConflictError": "CloudCkptError",
     "CheckpointExistsError": "ConflictError FileExistsError",
+    "PinnedError": "ConflictError",
     "FencedError": "ConflictError",
     "StorageError": "CloudCkptError",
     "AccessDeniedError": "StorageError PermissionError",
@@ -63,6 +64,7 @@ STORAGE_FACTS = {"op": "put", "key": "step-1/a.safetensors", "attempts": 3, "ela
 FACTS: dict[str, dict[str, Any]] = {
     "StateMismatchError": {"missing": ("a",), "unexpected": ("b", "c"), "mismatched": {"d": ((2, 3), (3, 2))}},
     "StorageError": STORAGE_FACTS,
+    "PinnedError": {"note": "the paper"},
     "IntegrityError": {"key": "manifest.json"},
     "UnsupportedValueError": {"key": "scheduler.f", "type_name": "function"},
     "RankLostError": {"ranks": (1, 2), "phase": "commit"},

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import cloudckpt
+from tests.programs import run_to_end
 
 DCP = "torch.distributed.checkpoint"  # most of the time that an import takes
 AT_ONCE = {"cloudckpt.errors", "cloudckpt.options"}  # all other rooms are imported for a name of theirs
@@ -38,7 +39,7 @@ assert state["weights"].tolist() == [0.0, 1.0, 2.0, 3.0]
 def modules_after(source: str) -> set[str]:
     """Run `source` in a process of its own; return the names of all modules that are loaded there."""
     program = f"{source}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
+    done = run_to_end([sys.executable, "-c", program])
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
 

@@ -32,8 +32,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"preemption", "report", "state"},
             {"loading", "saving"},
             {"dcp"},
-            {"checkpoint", "manager"},
-            {"convert"},
+            {"checkpoint", "manager", "page"},
+            {"convert", "copying"},
             {"__init__"},
             {"cli"},
             {"__main__"},
@@ -104,14 +104,21 @@ def is_inside(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-NAMES = {module: imported_names(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
-IMPORTS = {module: own_modules(names, set(MODULES) | ROOMS) - {module} for module, names in NAMES.items()}
+@cache
+def _names() -> dict[str, set[str]]:
+    """Return the dotted names that each module imports."""
+    return {module: imported_names(path.read_text(encoding="utf-8")) for module, path in MODULES.items()}
+
+
+def _imports() -> dict[str, set[str]]:
+    """Return the modules of the package that each module imports."""
+    return {module: own_modules(names, set(MODULES) | ROOMS) - {module} for module, names in _names().items()}
 
 
 def _rooms_of(module: str) -> Iterator[tuple[str, str]]:
     """Yield each room of another name that a module imports from, and the dotted name that it asks for."""
     room = module.partition(".")[0]
-    for name in NAMES[module]:
+    for name in _names()[module]:
         root, _, rest = name.partition(".")
         target = rest.partition(".")[0]
         if root == "cloudckpt" and target != room:
@@ -170,7 +177,7 @@ def _faces() -> dict[str, tuple[str, ...]]:
 def test_no_modules_import_each_other_in_a_circle() -> None:
     # A face imports its own modules, and nobody imports a face from inside of its folder.
     try:
-        TopologicalSorter(IMPORTS).prepare()
+        TopologicalSorter(_imports()).prepare()
     except CycleError as exc:
         pytest.fail("a circle of imports: " + " → ".join(exc.args[1]))
 
@@ -178,7 +185,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 def _offenders(allowed: set[str] | frozenset[str], forbidden: set[str]) -> list[str]:
     return [
         f"{module} imports {name}"
-        for module, names in NAMES.items()
+        for module, names in _names().items()
         if module.split(".")[0] not in allowed
         for name in sorted(names)
         if any(is_inside(name, package) for package in forbidden)
@@ -204,7 +211,7 @@ def test_pure_values_import_no_io_no_threads_and_no_clock() -> None:
 
 
 def test_no_module_can_write_or_read_a_pickle_except_between_the_ranks_of_a_job_and_in_files_of_others() -> None:
-    assert [module for module in NAMES if module.startswith("convert.") and "pickle" in NAMES[module]] == [
+    assert [module for module in _names() if module.startswith("convert.") and "pickle" in _names()[module]] == [
         "convert.dcp_metadata"
     ]
     assert _offenders({"convert", "ranks"}, {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}) == []

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -36,6 +35,7 @@ from cloudckpt.ranks.group import Group
 from cloudckpt.saving.coordinator import Coordinator
 from cloudckpt.saving.source import Source
 from cloudckpt.saving.tally import Written
+from tests.programs import run_to_end
 from tests.ranks.processes import Outcome, World
 
 SIZE = 3
@@ -573,7 +573,5 @@ except CloudCkptError as exc:
 
 
 def test_a_process_ends_although_a_put_of_it_never_returns(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _HANGING, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run_to_end([sys.executable, "-c", _HANGING, str(tmp_path)])
     assert (done.returncode, done.stdout.split()) == (0, ["StalledError"]), done.stderr

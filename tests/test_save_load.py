@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import subprocess
 import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -33,6 +32,7 @@ from cloudckpt import (
 from cloudckpt.options import KIB, MIB
 from cloudckpt.store import RetryingStore, open_store
 from servers import FreshPrefix
+from tests.programs import run_to_end
 
 ONE_TRY = RetryPolicy(max_attempts=1)
 # Shards hold some tensors whole and parts of others; blocks and spans cut through them.
@@ -487,7 +487,7 @@ print(json.dumps({"save": save, "load": load}))
 
 def measured(url: str, storage_options: Mapping[str, object], engine: str, layout: str) -> dict[str, int]:
     command = [sys.executable, "-c", MEASURE, url, json.dumps(dict(storage_options)), engine, layout]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    ran = run_to_end(command)
     assert ran.returncode == 0, ran.stderr
     found: dict[str, int] = json.loads(ran.stdout.splitlines()[-1])
     return found
@@ -561,7 +561,7 @@ def test_what_the_library_keeps_beside_the_state_is_read_by_its_own_names_alone(
 def test_a_pattern_that_only_the_library_s_own_names_match_matches_nothing(tmp_path: Path) -> None:
     with cloudckpt.CheckpointManager(tmp_path, progress="off") as manager:
         url = manager.save(0, {"a": torch.ones(1)}).url
-    with pytest.raises(cloudckpt.CheckpointNotFoundError, match=r"'\*rng\*'; it holds a, …"):
+    with pytest.raises(cloudckpt.CheckpointNotFoundError, match=r"'\*rng\*'; it holds a$"):
         cloudckpt.read(url, "*rng*", progress="off")
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "AsJson",
     "Engine",
     "NoCache",
+    "Root",
     "StorageOptions",
     "TargetStorageOptions",
     "Url",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 Url = Annotated[str, typer.Argument(help="A root or a checkpoint: a directory, s3://…, gs://… or any fsspec URL.")]
+Root = Annotated[str, typer.Argument(help="A root: a directory, s3://…, gs://… or any fsspec URL.")]
 StorageOptions = Annotated[
     str | None,
     typer.Option(
@@ -51,6 +53,10 @@ Engine = Annotated[str, typer.Option(help="auto, local, obstore or fsspec.", ric
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Read all manifests, and keep none on this machine.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do it without asking.")]
+
+
+Side = tuple[dict[str, object] | None, str]
+"""How one of two URLs is reached: fsspec's options (None: those of the environment), and the engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +93,22 @@ class Access:
         if not added:
             return options
         return _joined(environment_options() if options is None else options, added)
+
+    def beside(self, source: str, target: str, target_options: str | None) -> tuple[Side, Side]:
+        """Return how each of two URLs is reached.
+
+        What the options say is for the source, unless that is a disk, and for the target, if it is of the same kind of
+        store or the source is a disk. Options of the target's own count alone.
+        """
+        kinds = [url.partition("://")[0].lower() if "://" in url else "file" for url in (source, target)]
+        nothing: Side = (None, "auto")
+        is_for_both = kinds[0] in ("file", kinds[1])
+        own = parsed(target_options, "--target-storage-options")
+        first = nothing if kinds[0] == "file" else (self.options_for(source), self.engine)
+        second = nothing if kinds[1] == "file" or not is_for_both else (self.options_for(target), self.engine)
+        if kinds == ["file", "file"]:
+            first = (self.options_for(source), self.engine)  # a disk has none, and says so
+        return first, second if own is None else (own, second[1])
 
     @contextmanager
     def opened(self, url: str) -> Iterator[Catalog]:

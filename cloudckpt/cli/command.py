@@ -17,8 +17,9 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Annotated
 
 import typer
@@ -86,13 +87,29 @@ def command(call: Callable[..., None], *, is_reading: bool = False) -> Callable[
                 given["access"] = _access(**{name: given.pop(name) for name in _ACCESS})  # type: ignore[arg-type]
             call(**given)
 
-    shared = [*(_ACCESS.values() if has_access else ()), _DEBUG]
+    taken = {name for parameter in own.values() for name in _declared(parameter)}
+    shared = [_without(parameter, taken) for parameter in (*(_ACCESS.values() if has_access else ()), _DEBUG)]
     options = [parameter for name, parameter in own.items() if name != "access"]
     signature = inspect.Signature([*options, *shared])
     run.__name__, run.__doc__ = call.__name__, call.__doc__
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     return run
+
+
+def _declared(parameter: inspect.Parameter) -> Sequence[str]:
+    """Return how an option is written, where its module says so."""
+    about = getattr(parameter.annotation, "__metadata__", ())
+    return [name for one in about for name in getattr(one, "param_decls", None) or ()]
+
+
+def _without(parameter: inspect.Parameter, taken: set[str]) -> inspect.Parameter:
+    """Return a shared option without those of its names that a command has for one of its own."""
+    if not taken.intersection(_declared(parameter)):
+        return parameter
+    told = copy(parameter.annotation.__metadata__[0])
+    told.param_decls = tuple(name for name in told.param_decls if name not in taken)
+    return parameter.replace(annotation=Annotated[parameter.annotation.__origin__, told])
 
 
 _DEBUG = inspect.Parameter("debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Debug)

@@ -18,6 +18,7 @@ from cloudckpt.root import Checkpoint, Overview, Roots, overview, why_kept
 __all__ = ["ls"]
 
 _Kept = Mapping[tuple[int, int], Sequence[str]]
+_Pins = Mapping[tuple[int, int], str]
 
 
 def ls(  # noqa: PLR0913 (each option of the command)
@@ -39,12 +40,15 @@ def ls(  # noqa: PLR0913 (each option of the command)
     keep_best: KeepBestOption = None,
     keep_every: KeepEveryOption = None,
     keep_for: KeepForOption = None,
-    quick: Annotated[
-        bool,
+    check: Annotated[
+        bool | None,
         typer.Option(
-            "--quick", help="Let what is in the cache count as there while its prefix is listed: fewest requests."
+            "--check/--quick",
+            help="Look whether what is in the cache still stands, or let it count while its prefix is listed: fewest "
+            "requests. Without either: look, unless that takes over ten requests one after the other; then say so.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     no_cache: NoCache = False,
     as_json: AsJson = False,
 ) -> None:
@@ -55,7 +59,7 @@ def ls(  # noqa: PLR0913 (each option of the command)
     """
     rules = rules_of(keep_last, keep_best, keep_every, keep_for)
     with access.opened(url) as catalog:
-        found = overview(catalog, cache_of(no_cache=no_cache), is_quick=quick)
+        found = overview(catalog, cache_of(no_cache=no_cache), is_quick=None if check is None else not check)
         checkpoints = found.checkpoints
         if not checkpoints and not found.unreadable:
             one = the_one_at(catalog)
@@ -64,13 +68,27 @@ def ls(  # noqa: PLR0913 (each option of the command)
             checkpoints = [one]
         elif not checkpoints:
             Roots([catalog]).refuse(found.unreadable)
-        kept = why_kept(checkpoints, rules)
+        pins = {one.order: one.note for one in catalog.pins.all()}
+        kept = why_kept(checkpoints, rules, pinned=pins)
         shown = _chosen(checkpoints, sort, limit)
         if as_json:
-            _print_json(shown, found, kept)
+            _print_json(shown, found, kept, pins)
         else:
             _print(catalog.store.url, shown, kept, is_utc=utc)
+            _print_pins(shown, pins)
             _print_others(found)
+        if found.unchecked and check is None:
+            _tell_unchecked(found)
+
+
+def _tell_unchecked(found: Overview) -> None:
+    requests = "request" if found.check_request_count == 1 else "requests"
+    typer.echo(
+        f"\n{found.unchecked:,} of these were read before and are still listed, which is all that was looked at; one "
+        f"whose removal has only begun may be among them: --check looks at each ({found.check_request_count:,} "
+        f"{requests})",
+        err=True,
+    )
 
 
 def _chosen(checkpoints: Sequence[Checkpoint], sort: str, limit: int | None) -> Sequence[Checkpoint]:
@@ -94,10 +112,11 @@ def _rank(value: float | None) -> tuple[int, float]:
     return (1, 0.0) if value != value else (0, value)  # noqa: PLR0124 (NaN)
 
 
-def _print_json(checkpoints: Sequence[Checkpoint], found: Overview, kept: _Kept) -> None:
+def _print_json(checkpoints: Sequence[Checkpoint], found: Overview, kept: _Kept, pins: _Pins) -> None:
     now_s = time.time()
     for one in checkpoints:
-        facts = {"age_s": round(now_s - one.created_at.timestamp(), 3), "kept": kept[one.order]}
+        age_s = round(now_s - one.created_at.timestamp(), 3)
+        facts = {"age_s": age_s, "kept": kept[one.order], "pin": pins.get(one.order)}
         typer.echo(json.dumps({**summary(one), **facts}))
     for other in found.unreadable:
         facts = {"step": other.step, "epoch": other.epoch, "url": other.url, "error": str(other.error)}
@@ -125,6 +144,13 @@ def _print(url: str, checkpoints: Sequence[Checkpoint], kept: _Kept, *, is_utc: 
     ]
     typer.echo(url)
     print_table(columns, rows, numbers=("step", "epoch", "age", "size", "ranks"))
+
+
+def _print_pins(checkpoints: Sequence[Checkpoint], pins: _Pins) -> None:
+    rows = [(str(one.step), str(one.epoch), pins[one.order] or "-") for one in checkpoints if one.order in pins]
+    if rows:
+        typer.echo("\npinned, until `unpin`")
+        print_table(("step", "epoch", "note"), rows, numbers=("step", "epoch"))
 
 
 def _print_others(found: Overview) -> None:

@@ -13,12 +13,20 @@ import typer
 
 import cloudckpt
 from cloudckpt.cli.command import answering, command
+from cloudckpt.cli.cp import cp
+from cloudckpt.cli.diff import diff
 from cloudckpt.cli.export import export
 from cloudckpt.cli.import_ import import_
 from cloudckpt.cli.latest import latest
 from cloudckpt.cli.ls import ls
+from cloudckpt.cli.pin import pin, unpin
 from cloudckpt.cli.probe import probe
+from cloudckpt.cli.prune import prune
+from cloudckpt.cli.report import report
+from cloudckpt.cli.rm import rm
 from cloudckpt.cli.show import show
+from cloudckpt.cli.sweep import sweep
+from cloudckpt.cli.verify import verify
 
 __all__ = ["app"]
 
@@ -66,6 +74,15 @@ def _main(
 app.command("ls")(command(ls, is_reading=True))
 app.command("latest")(command(latest, is_reading=True))
 app.command("probe")(command(probe))
+app.command("report")(command(report))
 app.command("show")(command(show, is_reading=True))
+app.command("pin")(command(pin))
+app.command("unpin")(command(unpin))
+app.command("rm")(command(rm))
+app.command("prune")(command(prune))
+app.command("sweep")(command(sweep))
+app.command("verify")(command(verify, is_reading=True))
+app.command("diff")(command(diff, is_reading=True))
+app.command("cp")(command(cp))
 app.command("export")(command(export))
 app.command("import")(command(import_))

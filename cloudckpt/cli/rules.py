@@ -23,7 +23,12 @@ KeepBestOption = Annotated[
     ),
 ]
 KeepEveryOption = Annotated[
-    list[int] | None, typer.Option("--keep-every", metavar="STEPS", help="Those whose step is a multiple.")
+    list[str] | None,
+    typer.Option(
+        "--keep-every",
+        metavar="STEPS|TIME",
+        help="Those whose step is a multiple; with a unit (6h), the oldest of each stretch of so much work.",
+    ),
 ]
 KeepForOption = Annotated[
     str | None,
@@ -35,14 +40,14 @@ _TIME = re.compile(r"\A([0-9]+(?:\.[0-9]+)?) ?(s|m|min|h|d|w)\Z")
 
 
 def rules_of(
-    keep_last: int | None, keep_best: list[str] | None, keep_every: list[int] | None, keep_for: str | None
+    keep_last: int | None, keep_best: list[str] | None, keep_every: list[str] | None, keep_for: str | None
 ) -> list[RetentionRule]:
     """Return the rules that the options name; what is none ends the command with 2."""
     try:
         return [
             *([] if keep_last is None else [KeepLast(keep_last)]),
             *map(_best, keep_best or ()),
-            *(KeepEvery(steps=steps) for steps in keep_every or ()),
+            *map(_every, keep_every or ()),
             *([] if keep_for is None else [KeepFor(seconds=seconds_of(keep_for, "--keep-for"))]),
         ]
     except OptionsError as exc:
@@ -55,6 +60,12 @@ def seconds_of(text: str, name: str) -> float:
     if found is None:
         raise ended(f"{name} is {text!r}; write a number and its unit: 3d, 12h, 90min or 45s", status=2)
     return float(found[1]) * _UNITS_S[found[2]]
+
+
+def _every(text: str) -> KeepEvery:
+    if text.strip().isdecimal():
+        return KeepEvery(steps=int(text))
+    return KeepEvery(seconds=seconds_of(text, "--keep-every"))
 
 
 def _best(text: str) -> KeepBest:

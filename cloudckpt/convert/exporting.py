@@ -1,6 +1,6 @@
 """Lead one export: open the checkpoint and the folder it goes to, refuse what stands in the way, write, say what went.
 
-    checkpoint ──Job──▶ to_safetensors │ to_torch │ to_dcp ──appended──▶ files of the folder, the deciding one last
+    checkpoint ──Job──▶ to_safetensors │ to_torch │ to_dcp ──Layouts──▶ files of the folder, the deciding one last
 
 Until that last file stands, no program takes the folder for a model or a checkpoint.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from cloudckpt.convert.opened import Exported, Job, Kind, Plan, lean
+from cloudckpt.convert.opened import Exported, Job, Kind, Plan, by_cores, lean
 from cloudckpt.convert.places import folder_and_name, objects_in
 from cloudckpt.convert.to_dcp import plan_dcp
 from cloudckpt.convert.to_safetensors import plan_huggingface, plan_safetensors
@@ -29,6 +29,8 @@ __all__ = ["export"]
 
 # A put takes its object whole, from memory or a file's pages: what goes to a bucket is cut where a reader allows it.
 _REMOTE_SHARD_BYTES = 64 * MIB
+# On a machine of few cores: one waits for a disk while the others work.
+_THREADS = 4
 # Weights are the checkpoint's; a folder of a model has what describes them, which is small.
 _CONFIG_BYTES = 64 * MIB
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|distcp|index\.json)\Z")
@@ -116,6 +118,8 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
         catalog = Catalog(source)
         checkpoint = _meant(catalog)
         index = read_index(catalog, checkpoint)
+        if options is None:
+            chosen = by_cores(chosen, source, folder, least=_THREADS)
         if max_shard_bytes is None and folder.engine != "local":
             max_shard_bytes = _REMOTE_SHARD_BYTES
         job = Job(

@@ -21,7 +21,7 @@ from torch import nn
 
 from cloudckpt.convert.blob import Blob, damaged
 from cloudckpt.convert.origin import Bytes, Origin, reader_of
-from cloudckpt.convert.to_torch import place_of
+from cloudckpt.convert.skeleton import place_of
 from cloudckpt.errors import CloudCkptError, SourceError
 from cloudckpt.format import DTYPE_NAMES, Box, flatten
 from cloudckpt.state import notes_of

@@ -19,7 +19,7 @@ from cloudckpt.convert.blob import Blob
 from cloudckpt.convert.from_dcp import METADATA, add_dcp
 from cloudckpt.convert.from_safetensors import add_safetensors, is_safetensors, names_in_index
 from cloudckpt.convert.from_torch import add_torch, is_archive, is_older
-from cloudckpt.convert.opened import lean
+from cloudckpt.convert.opened import by_cores, lean
 from cloudckpt.convert.origin import Bytes, Origin
 from cloudckpt.convert.places import folder_and_name, objects_in
 from cloudckpt.errors import CommitUnknownError, ManifestError, ObjectNotFoundError, OptionsError, SourceError
@@ -61,6 +61,8 @@ _HEAD_BYTES = 512
 # A shard in flight is in memory twice where the transport copies it.
 _SHARD_BYTES = 32 * MIB
 _BUDGET_BYTES = 192 * MIB
+# Each holds a shard, so that more than there are cores cost more than they help.
+_THREADS = 2
 _WEIGHTS: tuple[tuple[str, str, Callable[[Origin, Blob], None]], ...] = (
     ("model.safetensors.index.json", "model.safetensors", add_safetensors),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", add_torch),
@@ -123,6 +125,8 @@ def import_(  # noqa: PLR0913 (keyword-only, each of its own kind)
         opened = _Opening(source, source_storage_options, chosen, stack)
         origin = opened.origin(kind)
         store = stack.enter_context(open_store(url, storage_options=storage_options, engine=engine, options=chosen))
+        if options is None:
+            chosen = by_cores(chosen, store, *opened.stores, least=_THREADS)
         notes = {"imported_from": opened.url, **(metadata or {})}
         in_json, about = record_of_call(metrics, notes)
         record = Record(metrics=in_json, metadata=about, began_s=began_s, spent_before=stats_of(store))
@@ -148,11 +152,13 @@ class _Opening:
         self._storage_options = storage_options
         self._options = options
         self._stack = stack
+        self.stores: list[RetryingStore] = []
         self.url = self._text
 
     def _store(self, url: str) -> RetryingStore:
         opened = open_store(url, storage_options=self._storage_options, options=self._options)
-        return self._stack.enter_context(opened)
+        self.stores.append(self._stack.enter_context(opened))
+        return self.stores[-1]
 
     def origin(self, kind: Source) -> Origin:
         """Look at the source.

@@ -24,9 +24,9 @@ from cloudckpt.loading import RankInput, by_part_name, part_targets
 from cloudckpt.options import MIB, Options
 from cloudckpt.root import Checkpoint
 from cloudckpt.store import RetryingStore, Store
-from cloudckpt.transfer import Gauge
+from cloudckpt.transfer import Gauge, copying_threads
 
-__all__ = ["Exported", "Job", "Kind", "Part", "Plan", "Taken", "lean"]
+__all__ = ["Exported", "Job", "Kind", "Part", "Plan", "Taken", "by_cores", "lean"]
 
 Kind = Literal["safetensors", "huggingface", "torch", "dcp"]
 """What a checkpoint can be exported to."""
@@ -67,6 +67,16 @@ def lean(options: Options, least_bytes: int = _BUDGET_BYTES) -> Options:
     return replace(options, memory_budget_bytes=max(least_bytes, options.shard_bytes, options.span_bytes))
 
 
+def by_cores(options: Options, *stores: RetryingStore, least: int) -> Options:
+    """Return options with as many threads as there are cores, or `least`, where all that is moved stays on disks.
+
+    More of them wait for each other there, each with a buffer that the others drive out of the caches.
+    """
+    if any(store.engine != "local" for store in stores):
+        return options
+    return replace(options, concurrency=min(options.concurrency, max(least, copying_threads())))
+
+
 @dataclass(frozen=True, slots=True)
 class Taken:
     """What of a checkpoint goes into an export.
@@ -84,12 +94,13 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A box of a tensor that is contiguous in its row-major bytes."""
+    """A box of a tensor that is contiguous in its row-major bytes, of which `first` is its first one."""
 
     name: str
     dtype: str
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
+    first: int
     nbytes: int
 
 
@@ -204,7 +215,11 @@ class Job:
             return []
         itemsize = DTYPES[entry.dtype].itemsize
         boxes = split_box(entry.shape, limit=max(1, PART_BYTES // itemsize))
-        return [Part(name, entry.dtype, *box, math.prod(box[1]) * itemsize) for box in boxes]
+        parts, first = [], 0
+        for offsets, sizes in boxes:
+            parts.append(Part(name, entry.dtype, offsets, sizes, first, math.prod(sizes) * itemsize))
+            first += parts[-1].nbytes
+        return parts
 
     def stream(self, parts: Sequence[Part]) -> Iterator[tuple[Part, memoryview]]:
         """Yield the verified bytes of each part, in order, valid until the next one is asked for.
@@ -222,10 +237,7 @@ class Job:
             for number, batch in enumerate(batches[:2]):
                 fills.append(ahead.submit(_fill, reader, batch, memories[number]).result)
             for number in range(len(batches)):
-                for part, data in fills[number]():
-                    yield part, data
-                    if self.gauge is not None:
-                        self.gauge.move(part.nbytes)
+                yield from fills[number]()
                 if number + 2 < len(batches):
                     fills.append(ahead.submit(_fill, reader, batches[number + 2], memories[number % 2]).result)
 

@@ -1,7 +1,7 @@
 """Write a folder that `torch.distributed.checkpoint.load` reads: tensors as `.distcp` files, `.metadata` last.
 
     nested state, tensors without memory ──DCP's own planner──▶ names, values, Metadata
-    parts of tensors, values ──torch.save each──▶ __0_0.distcp, __0_1.distcp, … ──places──▶ .metadata
+    parts of tensors, values ──as torch.save writes each──▶ __0_0.distcp, __0_1.distcp, … ──places──▶ .metadata
 
 DCP's reader opens each stored part with `torch.load`, so that a part is what it costs in memory.
 """
@@ -14,9 +14,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import IO, TYPE_CHECKING, cast
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -27,13 +27,11 @@ from torch.distributed.checkpoint.metadata import (
 
 from cloudckpt.convert.dcp_metadata import Place, encode_metadata
 from cloudckpt.convert.opened import Job, Part, Plan
+from cloudckpt.convert.skeleton import Skeleton
 from cloudckpt.convert.to_torch import nested, unloadable
+from cloudckpt.convert.writing import Layout, Segment, write_files
 from cloudckpt.format import DTYPES
 from cloudckpt.options import MIB
-from cloudckpt.store import Append, appended
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 __all__ = ["plan_dcp"]
 
@@ -75,13 +73,17 @@ def plan_dcp(job: Job) -> Plan:
             pieces += [_Piece(fqn, part) for part in _parts(job, name)]
     files = {f"__0_{number}.distcp": group for number, group in enumerate(_groups(pieces))}
 
+    files_places: dict[MetadataIndex, Place] = {}
+    skeletons = _skeletons(piece.part for piece in pieces if piece.part is not None)
+
+    def layout(file: str) -> Layout:
+        made, places = _laid_out(file, files[file], skeletons)
+        files_places.update(places)
+        return made
+
     def write() -> None:
-        places: dict[MetadataIndex, Place] = {}
-        stream = job.stream([piece.part for piece in pieces if piece.part is not None and piece.part.nbytes])
-        for file, group in files.items():
-            with appended(job.folder, file) as append:
-                places |= _write_file(file, group, stream, append)
-        data = encode_metadata(_described(metadata, pieces), places)
+        write_files(job, taken.tensors.values(), [partial(layout, file) for file in files])
+        data = encode_metadata(_described(metadata, pieces), files_places)
         job.folder.put(_METADATA, [memoryview(data)])
 
     return Plan(
@@ -107,7 +109,7 @@ def _filled(value: object, job: Job, names: Mapping[int, str]) -> object:
 def _parts(job: Job, name: str) -> list[Part]:
     """Return the parts of a tensor; DCP stores an empty one, too."""
     entry = job.entry(name)
-    return job.parts(name) or [Part(name, entry.dtype, (0,) * len(entry.shape), entry.shape, 0)]
+    return job.parts(name) or [Part(name, entry.dtype, (0,) * len(entry.shape), entry.shape, 0, 0)]
 
 
 def _groups(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
@@ -124,42 +126,41 @@ def _groups(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield group
 
 
-def _write_file(
-    file: str, group: Iterable[_Piece], stream: Iterator[tuple[Part, memoryview]], append: Append
-) -> dict[MetadataIndex, Place]:
+def _skeletons(parts: Iterable[Part]) -> dict[tuple[str, tuple[int, ...]], Skeleton]:
+    """Return what torch.save writes around the bytes of each kind of part, by dtype and sizes."""
+    found: dict[tuple[str, tuple[int, ...]], Skeleton] = {}
+    for part in parts:
+        kind = part.dtype, part.sizes
+        if kind not in found:
+            with FakeTensorMode():
+                fake = torch.empty(part.sizes, dtype=DTYPES[part.dtype])
+            found[kind] = Skeleton.of(fake, "archive")
+    return found
+
+
+def _laid_out(
+    file: str, group: Iterable[_Piece], skeletons: Mapping[tuple[str, tuple[int, ...]], Skeleton]
+) -> tuple[Layout, dict[MetadataIndex, Place]]:
     places = {}
+    literals: list[tuple[int, bytes]] = []
+    segments, sums_at = [], []
     at = 0
     for piece in group:
-        out = _Out(append)
-        torch.save(piece.value() if piece.part is None else _tensor(piece.part, stream), cast("IO[bytes]", out))
-        offset = None if piece.part is None else piece.part.offsets
-        places[MetadataIndex(piece.fqn, offset)] = Place(file, at, out.size_bytes)
-        at += out.size_bytes
-    return places
-
-
-class _Out(io.RawIOBase):
-    """What torch.save writes to, and how much it wrote."""
-
-    def __init__(self, append: Append) -> None:
-        self._append = append
-        self.size_bytes = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Buffer) -> int:
-        view = memoryview(data).cast("B")
-        self._append(view)
-        self.size_bytes += view.nbytes
-        return view.nbytes
-
-
-def _tensor(part: Part, stream: Iterator[tuple[Part, memoryview]]) -> torch.Tensor:
-    if not part.nbytes:
-        return torch.empty(part.sizes, dtype=DTYPES[part.dtype])
-    _, data = next(stream)
-    return torch.frombuffer(data, dtype=torch.uint8).view(DTYPES[part.dtype]).view(part.sizes)
+        part = piece.part
+        if part is None:
+            data = io.BytesIO()
+            torch.save(piece.value(), data)
+            literals.append((at, data.getvalue()))
+            size_bytes = len(data.getvalue())
+        else:
+            skeleton = skeletons[part.dtype, part.sizes]
+            literals += [(at + start, text) for start, text in skeleton.literals]
+            segments += [Segment(part.name, part.first, part.first + part.nbytes, at + h.at) for h in skeleton.holes]
+            sums_at += [[at + place for place in hole.sums_at] for hole in skeleton.holes]
+            size_bytes = skeleton.size_bytes
+        places[MetadataIndex(piece.fqn, None if part is None else part.offsets)] = Place(file, at, size_bytes)
+        at += size_bytes
+    return Layout(name=file, size_bytes=at, literals=literals, segments=segments, sums_at=sums_at), places
 
 
 def _described(metadata: Metadata, pieces: Iterable[_Piece]) -> Metadata:

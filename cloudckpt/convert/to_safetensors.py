@@ -9,17 +9,19 @@ what comes out.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
 from cloudckpt.convert.opened import Job, Plan, Taken
+from cloudckpt.convert.writing import Layout, Segment, write_files
 from cloudckpt.errors import UnsupportedValueError
 from cloudckpt.format import DTYPES, SAFETENSORS_NAMES, lone_surrogates
-from cloudckpt.store import appended
 
 __all__ = ["NAMED", "plan_huggingface", "plan_safetensors"]
 
@@ -110,11 +112,8 @@ def _plan(
     def write() -> None:
         for name, text in job.config.items():
             job.folder.put(name, [memoryview(text)])
-        for file, head in zip(files, heads, strict=True):
-            with appended(job.folder, file.name) as append:
-                append(memoryview(head))
-                for _, data in job.stream([part for saved in file.tensors.values() for part in job.parts(saved)]):
-                    append(data)
+        layouts = [partial(_layout, job, file, head) for file, head in zip(files, heads, strict=True)]
+        write_files(job, taken.tensors.values(), layouts)
         if len(files) > 1:
             name = f"{stem}.safetensors.index.json"
             job.folder.put(name, [memoryview(extra[name])])
@@ -142,8 +141,18 @@ def _in_order(job: Job, group: Mapping[str, str]) -> dict[str, str]:
     return dict(sorted(group.items(), key=lambda item: (-DTYPES[job.entry(item[1]).dtype].itemsize, item[0])))
 
 
+def _layout(job: Job, file: _File, head: bytes) -> Layout:
+    at = len(head)
+    segments = []
+    for saved in file.tensors.values():
+        segments.append(Segment(saved, 0, _nbytes(job, saved), at))
+        at += _nbytes(job, saved)
+    return Layout(name=file.name, size_bytes=at, literals=[(0, head)], segments=segments)
+
+
 def _nbytes(job: Job, saved: str) -> int:
-    return sum(part.nbytes for part in job.parts(saved))
+    entry = job.entry(saved)
+    return int(math.prod(entry.shape)) * entry.itemsize_bytes
 
 
 def _header(job: Job, file: _File, metadata: Mapping[str, str]) -> bytes:

@@ -6,12 +6,13 @@ No input or output, no threads, no clock: bytes in, values out, or an error that
 from cloudckpt.format import codec
 from cloudckpt.format.boxes import Box, BoxTable, Column, ragged_places, row_products
 from cloudckpt.format.builder import IndexBuilder
-from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, JsonValue, register
+from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, JsonValue, register, register_code
 from cloudckpt.format.index import BoxPlace, Index, ShardEntry
 from cloudckpt.format.keys import (
     EPOCH_LIMIT,
     EPOCHS_PREFIX,
     MANIFEST_NAME,
+    PINS_PREFIX,
     SHARD_SUFFIX,
     EpochMark,
     checkpoint_prefix,
@@ -23,6 +24,8 @@ from cloudckpt.format.keys import (
     new_attempt,
     parse_checkpoint_prefix,
     parse_epoch_key,
+    parse_pin_key,
+    pin_key,
     shard_key,
     step_number,
 )
@@ -37,6 +40,8 @@ from cloudckpt.format.manifest import (
     digest_of,
     record_of_call,
 )
+from cloudckpt.format.near import told_near
+from cloudckpt.format.pin import PIN_LIMIT_BYTES, PinRecord
 from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
 from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, verify_blocks
@@ -52,6 +57,8 @@ __all__ = [
     "MANIFEST_LIMIT_BYTES",
     "MANIFEST_NAME",
     "NOTES",
+    "PINS_PREFIX",
+    "PIN_LIMIT_BYTES",
     "SAFETENSORS_NAMES",
     "SHARD_SUFFIX",
     "Box",
@@ -70,6 +77,7 @@ __all__ = [
     "Metric",
     "PathElement",
     "Piece",
+    "PinRecord",
     "Section",
     "ShardEntry",
     "ShardLayout",
@@ -93,14 +101,18 @@ __all__ = [
     "new_attempt",
     "parse_checkpoint_prefix",
     "parse_epoch_key",
+    "parse_pin_key",
+    "pin_key",
     "plan_spans",
     "ragged_places",
     "record_of_call",
     "register",
+    "register_code",
     "row_products",
     "shard_key",
     "split_box",
     "step_number",
+    "told_near",
     "unflatten",
     "untiled",
     "verify_blocks",

@@ -126,7 +126,7 @@ class Index:
         if size_bytes > len(data) - at:
             raise _inconsistent(key, f"its header would have {size_bytes} bytes")
         text = decompress(memoryview(data)[at : at + size_bytes], key=key)
-        header = decode_record(text, Header, key=key)
+        header = decode_record(text, Header, key=key, written=msgspec.json.encode)
         _refuse(header_problems(header), key)
         _refuse(table_problems(header.ranks, len(data) - at - size_bytes, len(data), len(text)), key)
         places = np.cumsum([at + size_bytes, *(record.size_bytes for record in header.ranks)]).tolist()
@@ -187,6 +187,14 @@ class Index:
         """Yield all shards, by rank and number."""
         for section in self._each_section():
             yield from _shards_of(section, self.block_bytes)
+
+    def tensors_in(self, entry: ShardEntry, start: int, stop: int) -> list[str]:
+        """Return the names of the tensors that have bytes in [start, stop) of a shard, in the order of these."""
+        section = self.section(entry.rank)
+        rows = np.flatnonzero(section.shard == entry.number)
+        firsts, stops = section.start[rows], (section.start + section.nbytes(self._columns))[rows]
+        found = section.tensor[rows[(firsts < stop) & (stops > start)]].tolist()
+        return [self._names[number] for number in dict.fromkeys(found)]
 
     def piece_counts(self) -> dict[str, int]:
         """Return how many pieces each tensor has."""

@@ -19,6 +19,7 @@ __all__ = [
     "EPOCHS_PREFIX",
     "EPOCH_LIMIT",
     "MANIFEST_NAME",
+    "PINS_PREFIX",
     "SHARD_SUFFIX",
     "EpochMark",
     "checkpoint_prefix",
@@ -30,11 +31,14 @@ __all__ = [
     "new_attempt",
     "parse_checkpoint_prefix",
     "parse_epoch_key",
+    "parse_pin_key",
+    "pin_key",
     "shard_key",
     "step_number",
 ]
 
 EPOCHS_PREFIX = "epochs/"
+PINS_PREFIX = "pins/"
 MANIFEST_NAME = "manifest.json"
 SHARD_SUFFIX = ".safetensors"
 
@@ -102,6 +106,21 @@ def marked_epoch(mark: EpochMark, keys: Iterable[str]) -> int:
     ending = f".{mark}"
     named = (key.removesuffix(ending) for key in keys if key.endswith(ending))
     return max((parse_epoch_key(f"{name}.json") or 0 for name in named), default=0)
+
+
+def pin_key(prefix: str) -> str:
+    """Return the key of the pin of the checkpoint under a prefix."""
+    if parse_checkpoint_prefix(prefix) is None:
+        raise OptionsError(f"{prefix!r} is no step of a root, and only these are pinned")
+    return f"{PINS_PREFIX}{prefix.removesuffix('/')}.json"
+
+
+def parse_pin_key(key: str) -> str | None:
+    """Return the prefix of the checkpoint of which `pin_key` wrote this key, else None."""
+    if not (key.startswith(PINS_PREFIX) and key.endswith(".json")):
+        return None
+    prefix = f"{key.removeprefix(PINS_PREFIX).removesuffix('.json')}/"
+    return None if parse_checkpoint_prefix(prefix) is None else prefix
 
 
 def new_attempt() -> str:

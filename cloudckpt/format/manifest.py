@@ -21,7 +21,7 @@ from cloudckpt.format import codec
 from cloudckpt.format.codec import JsonValue
 from cloudckpt.format.codec.walk import is_text
 from cloudckpt.format.keys import is_attempt
-from cloudckpt.format.record import INDEX_LIMIT_BYTES, NUMBER_LIMIT, decode_record, shown
+from cloudckpt.format.record import INDEX_LIMIT_BYTES, NUMBER_LIMIT, decode_record, encode_record, shown
 
 __all__ = [
     "MANIFEST_LIMIT_BYTES",
@@ -115,7 +115,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             OptionsError: metrics and metadata make it larger than a manifest may be; or it holds what no reader takes.
         """
         bare = msgspec.structs.replace(self, sha256="")
-        sealed = _bytes(msgspec.structs.replace(self, sha256=digest_of(_bytes(bare))))
+        sealed = encode_record(msgspec.structs.replace(self, sha256=digest_of(encode_record(bare))))
         if len(sealed) > MANIFEST_LIMIT_BYTES:
             raise OptionsError(
                 f"the manifest of step {self.step} has {len(sealed)} bytes, more than {MANIFEST_LIMIT_BYTES}; "
@@ -204,7 +204,7 @@ class EpochClaim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     def encode(self) -> bytes:
         """Return the object's bytes."""
-        return _bytes(self)
+        return encode_record(self)
 
 
 def decode_claim(data: bytes, *, key: str) -> EpochClaim:
@@ -227,7 +227,7 @@ def record_of_call(
         UnsupportedValueError: metadata that the codec refuses.
     """
     told = metrics_to_json(metrics), metadata_to_json(metadata)
-    size_bytes = len(_bytes(told))
+    size_bytes = len(encode_record(told))
     if size_bytes > MANIFEST_LIMIT_BYTES - _OWN_BYTES:
         raise OptionsError(
             f"metrics and metadata have {size_bytes} bytes, more than the {MANIFEST_LIMIT_BYTES - _OWN_BYTES} that a "
@@ -269,13 +269,6 @@ def metadata_to_json(metadata: Mapping[str, object] | None) -> dict[str, JsonVal
         if not isinstance(name, str) or not is_text(name):
             raise OptionsError(f"metadata key {name!r} is not a string of Unicode text")
     return {name: codec.encode(value, key=f"metadata.{name}") for name, value in (metadata or {}).items()}
-
-
-def _bytes(value: object) -> bytes:
-    try:
-        return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
-    except UnicodeEncodeError as exc:
-        raise OptionsError(f"{exc.object!r} has lone surrogates, which no manifest can hold") from exc
 
 
 def _is_sealed(data: bytes) -> bool:

@@ -6,12 +6,13 @@ What an index, a manifest and a claim have in common. Pure functions over bytes;
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import TypeVar
 
 import msgspec
 import zstandard
 
-from cloudckpt.errors import FormatVersionError, ManifestError, UnsupportedValueError
+from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError, UnsupportedValueError
 
 __all__ = [
     "FORMAT_VERSION",
@@ -20,6 +21,7 @@ __all__ = [
     "compress",
     "decode_record",
     "decompress",
+    "encode_record",
     "lone_surrogates",
     "may_decode",
     "shown",
@@ -49,8 +51,28 @@ class _Version(msgspec.Struct):
     format_version: int
 
 
-def decode_record(data: bytes, schema: type[_Record], *, key: str) -> _Record:
+def encode_record(value: object) -> bytes:
+    """Return the JSON of a manifest, a claim or a pin, indented for people.
+
+    Raises:
+        OptionsError: it holds a text with lone surrogates.
+    """
+    try:
+        return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
+    except UnicodeEncodeError as exc:
+        raise OptionsError(f"{exc.object!r} has lone surrogates, which no record can hold") from exc
+
+
+def decode_record(
+    data: bytes, schema: type[_Record], *, key: str, written: Callable[[_Record], bytes] = encode_record
+) -> _Record:
     """Decode the JSON of an index, a manifest or a claim, if this library knows its version.
+
+    Args:
+        data: the record.
+        schema: what it is to be.
+        key: names it in errors.
+        written: returns a record's bytes as this library writes them, which says that `data` needs no further look.
 
     Raises:
         FormatVersionError: a newer library wrote it.
@@ -65,7 +87,7 @@ def decode_record(data: bytes, schema: type[_Record], *, key: str) -> _Record:
                 key=key,
             )
         record = msgspec.json.decode(data, type=schema)
-        _refuse_double_names(data, msgspec.json.encode(record), key)
+        _refuse_double_names(data, written(record), key)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
         raise ManifestError(f"{key} cannot be decoded ({shown(exc)}); restore an older step", key=key) from exc
     if version < 1:
@@ -80,7 +102,7 @@ def _refuse_double_names(data: bytes, canonical: bytes, key: str) -> None:
         if len({name for name, _ in pairs}) != len(pairs):
             raise ManifestError(f"{key} has a name twice in one object; restore an older step", key=key)
 
-    # What encodes to the same bytes again has none; only other text, such as an indented manifest, is searched.
+    # What encodes to the same bytes again has none; only other text, such as another library's, is searched, in Python.
     if data != canonical:
         json.loads(data, object_pairs_hook=refuse)
 

@@ -56,7 +56,7 @@ from cloudckpt.format import (
     plan_spans,
     shard_key,
 )
-from cloudckpt.loading.landing import Landing, Taking, deliver
+from cloudckpt.loading.landing import Landing, Taker, Taking, deliver
 from cloudckpt.options import Options
 from cloudckpt.root import Catalog, Checkpoint
 from cloudckpt.state import collector_at_rest
@@ -204,13 +204,23 @@ class RankInput:
         budget = Budget(self.options.transfer_budget_bytes)
         with collector_at_rest():
             landings = self._landings(items, planner, pieces, budget)
-            fetches = [
-                fetch
-                for place in sorted(landings)
-                for fetch in self._fetches(self.index.shard(*place), landings[place])
-            ]
+            fetches = self._all_fetches(landings)
         concurrency = self.options.concurrency
         download(self.store, fetches, concurrency=concurrency, budget=budget, watch=self.watch)
+
+    def hand_on(self, takers: Mapping[tuple[int, int], Sequence[Taker]]) -> None:
+        """Read ranges of shards, and hand their verified bytes on as they come; raises as `read` does.
+
+        Args:
+            takers: who takes them, by rank and number of the shard.
+        """
+        with collector_at_rest():
+            fetches = self._all_fetches(takers)
+        budget = Budget(self.options.transfer_budget_bytes)
+        download(self.store, fetches, concurrency=self.options.concurrency, budget=budget, watch=self.watch)
+
+    def _all_fetches(self, takers: Mapping[tuple[int, int], Sequence[Taker]]) -> list[Fetch]:
+        return [fetch for place in sorted(takers) for fetch in self._fetches(self.index.shard(*place), takers[place])]
 
     def _landings(
         self, items: Sequence[ReadItem], planner: LoadPlanner, pieces: Pieces, budget: Budget
@@ -236,7 +246,7 @@ class RankInput:
             landings[piece.rank, piece.number].append(Landing(item, taking, self.index.tensors[name], piece))
         return landings
 
-    def _fetches(self, entry: ShardEntry, landings: list[Landing]) -> list[Fetch]:
+    def _fetches(self, entry: ShardEntry, landings: Sequence[Taker]) -> list[Fetch]:
         source = ShardSource(
             key=self.checkpoint.prefix + shard_key(entry.attempt, entry.rank, entry.number),
             size_bytes=entry.size_bytes,
@@ -251,7 +261,7 @@ class RankInput:
             span_bytes=max(1, self.options.span_bytes // self.index.block_bytes) * self.index.block_bytes,
         )
         starts = [span.start for span in spans]
-        takers: list[list[Landing]] = [[] for _ in spans]
+        takers: list[list[Taker]] = [[] for _ in spans]
         for landing in landings:
             if landing.start == landing.stop:
                 landing.finish()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,10 +23,28 @@ from cloudckpt.format import DTYPES, ChunkEntry, TensorEntry
 from cloudckpt.threads import new_lock
 from cloudckpt.transfer import Budget, Scratch, bytes_of
 
-__all__ = ["Landing", "Taking", "deliver"]
+__all__ = ["Landing", "Taker", "Taking", "deliver"]
 
 
-def deliver(landings: Sequence[Landing], start: int, data: memoryview) -> None:
+class Taker(Protocol):
+    """Who takes the bytes [start, stop) of a shard, verified, in parts and from several threads.
+
+    Attributes:
+        buffer_bytes: host memory that it holds, taken from the budget, from its first byte on.
+    """
+
+    start: int
+    stop: int
+    buffer_bytes: int
+
+    def accept(self, data: np.ndarray, at: int) -> None:
+        """Take what is wanted of bytes that start at byte `at` of the shard; they change once it has returned."""
+
+    def finish(self) -> None:
+        """Note that there is nothing to take; called for whom that is so."""
+
+
+def deliver(landings: Sequence[Taker], start: int, data: memoryview) -> None:
     """Hand the bytes of a span, which start at byte `start` of their shard, to all that take some of them."""
     array = np.frombuffer(data, dtype=np.uint8)
     for landing in landings:

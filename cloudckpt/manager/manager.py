@@ -20,25 +20,27 @@ import torch
 
 from cloudckpt.errors import CloudCkptError, OptionsError
 from cloudckpt.format import step_number
-from cloudckpt.loading import load_state
+from cloudckpt.loading import Contents, load_state, read_contents, read_state
 from cloudckpt.manager.saves import Exists, Home, Saves
 from cloudckpt.manager.tolerance import OnError, Tolerance
 from cloudckpt.options import Options, as_clock, as_flag, as_seconds
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
 from cloudckpt.ranks import Ranks, check_ranks, refuse_lonely_rank, taking_part
-from cloudckpt.report import Advice, Journal, Progress, Show, advise
+from cloudckpt.report import Advice, Journal, OnEvent, Progress, Show, advise
 from cloudckpt.root import (
     Catalog,
     Checkpoint,
     Choice,
     Cleaner,
     Orphan,
+    Pin,
     Pruner,
     Retention,
     RetentionScope,
     Unreadable,
     Wanted,
     checked_rules,
+    pins_of,
     sweep,
     watched_rules,
 )
@@ -113,6 +115,7 @@ class CheckpointManager:
         sweep_after_s: float | None = 3600.0,
         ranks: Ranks = "all",
         progress: Show = "auto",
+        on_event: OnEvent = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Open a root; nothing is written before the first save.
@@ -142,7 +145,8 @@ class CheckpointManager:
                 newer, so give the same fallback to the job that resumes; they raise if one of the two cannot be read.
                 With several ranks it must be one for all of them, as the first is. Nothing is copied back.
             fallback_storage_options: fsspec's own options for it.
-            save_rng: save and restore the random number generators of this process.
+            save_rng: save and restore the random number generators of this process, also of a state without a
+                `RandomState`; a checkpoint that lacks them is no error then.
             prune_grace_s: seconds between the end of a pruned checkpoint and that of its shards, for readers of it.
             sweep_after_s: seconds without a write after which what earlier jobs left (attempts that were never
                 committed, pruned shards) is removed in the background of saves; None leaves it to `sweep`.
@@ -151,6 +155,9 @@ class CheckpointManager:
                 helper process of a rank. A tensor of which it holds a part is refused.
             progress: what rank 0 shows on stderr: `auto` a bar on a terminal and a line for each save and restore that
                 is done, unless the log shows it; `bar` a bar in any case, `line` the line alone, `off` nothing.
+            on_event: is told, on rank 0, what happens to checkpoints: a callable, or several, that take an `Event`.
+                They are called in order, in a thread of their own, soon after; what they raise is noted for `report`,
+                and one that is slow delays nothing. `close` waits 5 s for them.
             clock: monotonic seconds, for the grace time, intervals and notices; the same as that of a `Preemption`.
 
         Raises:
@@ -175,7 +182,7 @@ class CheckpointManager:
             stores.append(open_store(fallback, storage_options=fallback_storage_options, options=chosen))
         _refuse_same(stores)
         self._store = stores[0]
-        self._journal = Journal(self._store, shown, clock=clock)
+        self._journal = Journal(self._store, shown, clock=clock, on_event=on_event)
 
         def pruner(catalog: Catalog) -> Pruner:
             cleaner = Cleaner(
@@ -186,7 +193,8 @@ class CheckpointManager:
                 is_held=lambda: schedule.end is not None,
                 note=self._journal.note,
             )
-            return Pruner(catalog, watched_rules(self._retention), cleaner, scope=retention_scope)
+            rules, told = watched_rules(self._retention), self._journal.pruned
+            return Pruner(catalog, rules, cleaner, scope=retention_scope, on_pruned=told)
 
         self._saves = Saves(
             [Home.of(store, pruner, chosen, clock) for store in stores],
@@ -375,6 +383,7 @@ class CheckpointManager:
         cast: bool = False,
         materialize: str | torch.device | None = None,
         resize: Resize | None = None,
+        only: str | Sequence[str] | None = None,
     ) -> Checkpoint | None:
         """Restore `state` in place; return the checkpoint that it came from.
 
@@ -388,6 +397,9 @@ class CheckpointManager:
             cast: as for `load`.
             materialize: as for `load`.
             resize: as for `load`.
+            only: as for `load`; the generators of this process stay as they are, too. Of the job's history this is
+                a restore like any other: it goes on from that checkpoint. To take a part of one and go on from where
+                it is, call `cloudckpt.load(state, checkpoint.url, only=…)`.
 
         Returns:
             The checkpoint, or None if nothing was ever committed (only for `latest` and `best`): a fresh start. Where a
@@ -406,7 +418,7 @@ class CheckpointManager:
         self._refuse_closed()
         self._saves.rest()
         choice = Choice(self._saves.roots, step, self._retention)
-        allowed = Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize)
+        allowed = Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize, only=only)
         with taking_part(self._ranks):
             return self._restored(state, choice, allowed)
 
@@ -421,10 +433,44 @@ class CheckpointManager:
             allowed=allowed,
             what=f"restore of {choice}",
             shown=f"restoring {choice}",
-            extra=self._saves.generators,
+            generators=self._saves.save_rng,
         )
         self._saves.resume(checkpoint)
         return checkpoint
+
+    def read(self, step: Wanted = "latest", keys: str | Sequence[str] | None = None) -> dict[str, object]:
+        """Read a checkpoint, or a part of it, without a state, as `cloudckpt.read` does; each process for itself.
+
+        The job goes on from where it is, and a save under way is not waited for.
+
+        Args:
+            step: as for `restore`.
+            keys: as for `cloudckpt.read`.
+
+        Raises:
+            CheckpointNotFoundError: nothing is committed, or no commit of that step; or a key matches nothing.
+            IntegrityError: the checkpoint (for `latest`: every checkpoint) is corrupt, or all manifests of the root
+                have been removed.
+            OptionsError: no checkpoint is the best, or one is of another root.
+            StorageError: the store could not be read.
+        """
+        self._refuse_closed()
+        roots = self._saves.roots
+        candidates = Choice(roots, step, self._retention).candidates()
+        with self._journal.begin(rank=0).bar("reading") as bar:
+            return read_state(candidates, keys, roots=roots, options=self._saves.options, gauge=bar)
+
+    def contents(self, step: Wanted = "latest") -> Contents:
+        """Return the names, shapes, dtypes and sizes of all that a checkpoint holds; its manifest and index are read.
+
+        Args:
+            step: as for `restore`.
+
+        Raises:
+            CloudCkptError: as `read` raises, but for keys.
+        """
+        self._refuse_closed()
+        return read_contents(Choice(self._saves.roots, step, self._retention).candidates(), self._saves.roots)
 
     def latest(self) -> Checkpoint | None:
         """Return the newest readable checkpoint by (epoch, step), or None when none was ever committed.
@@ -473,6 +519,64 @@ class CheckpointManager:
         newest = self.latest()
         return None if newest is None else newest.step
 
+    def pin(self, step: int, note: str = "") -> Pin:
+        """Keep the checkpoint that `restore(state, step)` would take, whatever the rules say, until `unpin`.
+
+        It holds for every job, for `delete`, and for the command line, from the moment that this returns: also if a
+        pass that removes it is under way at that time, here or elsewhere. One that is pinned already stays so, and
+        keeps its note. With a fallback the root that holds it is meant. With several ranks every rank calls it; rank 0
+        pins, and all have the answer.
+
+        Args:
+            step: of a checkpoint that is committed; one of a save under way is not.
+            note: why, for people: at most 1,000 characters.
+
+        Raises:
+            CheckpointNotFoundError: no commit of that step; or it was removed while it was being pinned.
+            ManifestError: its manifest cannot be read.
+            OptionsError: the note is no text, or too long.
+            StorageError: the store did not answer: it may be pinned, and asking again is safe.
+        """
+        self._refuse_forked()
+        with taking_part(self._ranks):
+            return self._saves.pin(step_number(step), note)
+
+    def unpin(self, step: int) -> Pin:
+        """Take the pin of a step away, and return it: the rules decide over the checkpoint from the next save on.
+
+        With several ranks every rank calls it, and rank 0 does it.
+
+        Raises:
+            CheckpointNotFoundError: no checkpoint of that step is pinned; says which are.
+            StorageError: the store did not answer.
+        """
+        self._refuse_forked()
+        with taking_part(self._ranks):
+            return self._saves.unpin(step_number(step))
+
+    def pins(self) -> list[Pin]:
+        """Return all pins of the root (and of the fallback), by (epoch, step).
+
+        Raises:
+            StorageError: the store cannot be listed or read.
+        """
+        self._refuse_closed()
+        return pins_of(self._saves.roots)
+
+    def why_kept(self, step: int) -> tuple[str, ...]:
+        """Say what keeps the checkpoint that `restore(state, step)` would take; () if the next save would prune it.
+
+        The words are `newest`, `pinned`, `in use` (this job went on from it, and has saved nothing since), `another
+        line of history` (the rules are not about it), and the rules that keep it, as their repr has them; without
+        rules that is `KeepAll()`.
+
+        Raises:
+            CheckpointNotFoundError: no commit of that step.
+            CloudCkptError: what `checkpoints` raises.
+        """
+        self._refuse_closed()
+        return self._saves.why_kept(step_number(step))
+
     def delete(self, step: int) -> None:
         """Delete the checkpoint that `restore(state, step)` would take: at once nobody finds it any more.
 
@@ -482,6 +586,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointNotFoundError: no commit of that step.
+            PinnedError: it is pinned; nothing was deleted.
             FencedError: a newer job has claimed the root; nothing was deleted.
             FormatVersionError: a newer release has saved it; nothing was deleted.
             StorageError: the store could not be asked; the checkpoint is whole or not there.
@@ -531,12 +636,14 @@ class CheckpointManager:
             return
         self._is_closed = True
         try:
-            self._saves.end(is_forked=os.getpid() != self._pid)
+            with taking_part(self._ranks):
+                self._saves.end(is_forked=os.getpid() != self._pid)
         finally:
             if self._preemption is not None and self._owns_preemption:
                 self._preemption.stop()
             for home in self._saves.homes:
                 home.store.close()
+            self._journal.end(is_interrupted=self._saves.is_interrupted)
         self._saves.background.settle()
 
     def __enter__(self) -> Self:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import permutations
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import xxhash
 
@@ -29,6 +29,7 @@ from cloudckpt.errors import (
     CloudCkptError,
     CommitUnknownError,
     FormatVersionError,
+    ManifestError,
     OptionsError,
     RankLostError,
     SaveFailedError,
@@ -37,11 +38,21 @@ from cloudckpt.errors import (
 from cloudckpt.manager.tolerance import Tolerance
 from cloudckpt.options import Options
 from cloudckpt.preemption import Schedule
-from cloudckpt.ranks import Accord, Group, Vote, refuse_lonely_rank
+from cloudckpt.ranks import Accord, Group, Vote, plain_errors, refuse_lonely_rank
 from cloudckpt.report import Entry, Journal
-from cloudckpt.root import Catalog, Checkpoint, Epoch, Pruner, Roots
+from cloudckpt.root import (
+    Catalog,
+    Checkpoint,
+    Epoch,
+    Pin,
+    Pruner,
+    Roots,
+    pin,
+    refuse_pinned,
+    unpin,
+)
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
-from cloudckpt.state import Generators, bind, capture, captured, collector_at_rest
+from cloudckpt.state import bind, capture, captured, collector_at_rest
 from cloudckpt.store import RetryingStore
 from cloudckpt.threads import new_lock
 from cloudckpt.transfer import Slabs
@@ -57,6 +68,8 @@ _PRUNING_S = 10.0
 _ENDING_S = 30.0
 # How much two ends may differ and be one: the clock moves while they are computed.
 _NOISE_S = 0.05
+
+_Result = TypeVar("_Result")
 
 Exists = Literal["raise", "skip"]
 """What a save does where this job has committed that step already."""
@@ -99,6 +112,7 @@ class Saves:
         homes: the root that saves go to, and perhaps one that takes them when the first is down.
         roots: the same, to be read as one.
         options: sizes, parallelism, patience; also of restores.
+        save_rng: whether the generators of this process go with every state.
         background: the save that may be under way.
         is_interrupted: whether a person has interrupted the job: its end waits for no removals then.
     """
@@ -122,7 +136,7 @@ class Saves:
         self.options = options
         self._schedule = schedule
         self._journal = journal
-        self._save_rng = save_rng
+        self.save_rng = save_rng
         self._plan = PlanMemory()
         self._slabs = Slabs()
         self._vote: Vote | None = None
@@ -142,27 +156,26 @@ class Saves:
         # Held by who prunes: the thread of the save before, or of one that has no room.
         self._pruning = new_lock()
         self._was_end_near = False
+        # The step of the newest `should_save`, and whether a notice is told.
+        self._asked_step, self._is_notice_told = -1, False
         # Removes what the newest save left on a root that was down.
         self._to_take_back: deque[Callable[[], None]] = deque(maxlen=1)
 
     def are_due(self, step: int) -> bool:
         """Tell whether to save after `step`, as the schedule and all ranks have it; asked at every step."""
         self._journal.meter.note_step(step)
+        self._asked_step = step
         if self._to_prepare is not None:
             # By now the optimizers have their state.
             state, self._to_prepare = self._to_prepare, None
             self._touch_ahead(state)
         self._compare("should_save", self._schedule.terms())
         is_due = self._schedule.ask(step, self._votes())
+        self._tell_notice()
         if self._was_end_near and self._may_prune():
             self.background.tidy_alone()  # what the notice had put off, which was false
         self._was_end_near = not self._may_prune()
         return is_due
-
-    @property
-    def generators(self) -> Generators | None:
-        """This process's generators, if they are saved and restored."""
-        return Generators(Group.of_world().rank) if self._save_rng else None
 
     def _votes(self) -> Vote:
         group = Group.of_world()
@@ -348,7 +361,16 @@ class Saves:
         """Whether notice was given; a lone process hears it at once."""
         if Group.of_world().size == 1:
             self._schedule.hear()
+            self._tell_notice()
         return self._schedule.is_preempted
+
+    def _tell_notice(self) -> None:
+        """Tell once, on rank 0, that notice was given; once more if it was false and another one comes."""
+        end = self._schedule.deadline
+        if end is not None and not self._is_notice_told and (group := Group.of_world()).rank == 0:
+            left_s = self._schedule.seconds_left()
+            self._journal.preempted(self._asked_step, reason=end.reason, left_s=left_s, world_size=group.size)
+        self._is_notice_told = end is not None
 
     def prepare(self, state: MutableMapping[str, object]) -> None:
         """Make memory ready for copies, now and once more when training has made a step."""
@@ -367,12 +389,37 @@ class Saves:
         self._slabs.touch_ahead(sizes, is_pinned=is_pinned)
 
     def delete(self, step: int) -> None:
-        """Delete the checkpoint of a step, on rank 0; raises as `CheckpointManager.delete` does."""
+        """Delete the checkpoint of a step, on rank 0; raises as `CheckpointManager.delete` does, on every rank."""
         self.background.wait()  # it may be pruning
-        if Group.of_world().rank == 0:
-            self._delete(step)
+        self._led(f"delete of step {step}", lambda: self._delete(step))
         for home in self.homes:
             home.epoch.forget(step)
+
+    def pin(self, step: int, note: str) -> Pin:
+        """Pin the checkpoint of a step; raises as `CheckpointManager.pin` does."""
+        return self._led(f"pin of step {step}", lambda: pin(self.roots, step, note))
+
+    def unpin(self, step: int) -> Pin:
+        """Take the pin of a step away; raises as `CheckpointManager.unpin` does."""
+        return self._led(f"unpin of step {step}", lambda: unpin(self.roots, step))
+
+    def why_kept(self, step: int) -> tuple[str, ...]:
+        """Say what keeps the checkpoint of a step; raises as `CheckpointManager.why_kept` does."""
+        found = self.roots.find(step)
+        home = self._home_of(found)
+        line = home.epoch.line_so_far([one.catalog.claims for one in self.homes])
+        in_use = home.epoch.resumed_from if home.epoch.newest is None else None
+        return home.pruner.why_kept(line, in_use).get(found.order, ())
+
+    def _led(self, what: str, call: Callable[[], _Result]) -> _Result:
+        """Let rank 0 do what every rank asks for, and every rank have what came of it, also an error."""
+        group = Group.of_world()
+        if group.size == 1:
+            return call()
+        self.background.wait()  # its session would be in the way
+        deadline_s = self.options.progress_timeout_s
+        with plain_errors(), group.session(what, deadline_s=deadline_s, check=self._check):
+            return group.agree(what, lambda: None, lambda _: call())
 
     def _delete(self, step: int) -> None:
         """Delete it wherever it stands; also what nobody can read, because it was asked for by name."""
@@ -381,6 +428,7 @@ class Saves:
         for home, (_, found) in zip(homes, holders, strict=True):
             if isinstance(found, FormatVersionError):
                 raise found
+            refuse_pinned(home.catalog, _prefix_of(found))
             if home.epoch.number:
                 home.catalog.claims.fence(home.epoch.number)
         if self.roots.leaves_nothing([found for _, found in holders]):
@@ -389,10 +437,11 @@ class Saves:
                 catalog.claims.mark_emptied()
         for home, (catalog, found) in zip(homes, holders, strict=True):
             if isinstance(found, Checkpoint):
-                home.pruner.uncommit(found)
+                home.pruner.delete(found)
+                self._journal.pruned(found, "delete")
             else:
                 logger.warning("deleting what cannot be read: %s", found)
-                catalog.remove_unreadable(f"{found.key.partition('/')[0]}/")
+                catalog.remove_unreadable(_prefix_of(found))
             logger.info("deleted step %d at %s", step, catalog.store.url)
 
     def end(self, *, is_forked: bool = False) -> None:
@@ -454,9 +503,25 @@ class Saves:
             raise OptionsError("this began in the middle of another save; let that one end first")
         refuse_lonely_rank()  # the group of before may have been destroyed
         group = Group.of_world()
-        entry = self._journal.begin(rank=group.rank)
+        entry = self._journal.begin(rank=group.rank, world_size=group.size)
+        try:
+            return entry, self._agreed(step, state, metrics, metadata, entry, group, slabs)
+        except BaseException as exc:
+            entry.failed(step, exc, is_forgiven=isinstance(exc, CloudCkptError) and self._tolerance.forgives(step, exc))
+            raise
+
+    def _agreed(
+        self,
+        step: int,
+        state: MutableMapping[str, object],
+        metrics: Mapping[str, float] | None,
+        metadata: Mapping[str, object] | None,
+        entry: Entry,
+        group: Group,
+        slabs: Slabs | None,
+    ) -> PendingSave:
         self._wait_for_turn(step)
-        entry.working()
+        entry.working(step, in_background=slabs is not None)
         end = self._schedule.end_of_saves()
         options = self.options if end is NEVER else self.options.within(end.left_s(time.monotonic()))
         destinations = [home.epoch.step(step) for home in self.homes]
@@ -468,7 +533,7 @@ class Saves:
             ):
                 pending = begin_save(
                     session,
-                    captured(state, self.generators),
+                    captured(state, generators=self.save_rng),
                     destinations[0],
                     fallback=destinations[1] if len(destinations) > 1 else None,
                     end=self._schedule.end_of_saves if self._schedule.may_end else None,
@@ -481,7 +546,7 @@ class Saves:
         finally:
             self._is_beginning = False
         self._schedule.begun(step, entry.work_began_s)
-        return entry, pending
+        return pending
 
     def _wait_for_turn(self, step: int) -> None:
         """Wait for the save under way, as long as there is time; an end may be announced meanwhile."""
@@ -515,7 +580,9 @@ class Saves:
         """
         if isinstance(outcome, BaseException):
             self._schedule.failed(step)
-            return self._tolerance.forgives(step, outcome)
+            is_forgiven = self._tolerance.forgives(step, outcome)
+            entry.failed(step, outcome, is_forgiven=is_forgiven)
+            return is_forgiven
         home, first = self._home_of(outcome), self.homes[0]
         for one in self.homes:
             one.epoch.note(outcome)
@@ -583,6 +650,11 @@ class Saves:
         while self._may_prune() and (left_s := stop_s - time.monotonic()) > 0:
             if self.background.wait_tidy(min(_LOOK_S, left_s)):
                 break
+
+
+def _prefix_of(found: Checkpoint | ManifestError) -> str:
+    """Return where a checkpoint stands, of one that cannot be read by its error."""
+    return found.prefix if isinstance(found, Checkpoint) else f"{found.key.partition('/')[0]}/"
 
 
 def _note_saved(step: int, error: BaseException) -> None:

@@ -1,7 +1,40 @@
-"""Say what saves and restores did and cost: to the log, to a person at a terminal, and as advice on the interval."""
+"""Say what saves and restores did and cost: to the log, a person, programs, and as advice on the interval."""
 
-from cloudckpt.report.advice import Advice, advise
+from cloudckpt.report.advice import Advice, Costs, advise
+from cloudckpt.report.events import (
+    Event,
+    OnEvent,
+    Preempted,
+    Pruned,
+    Restored,
+    SaveBegun,
+    SaveCommitted,
+    SaveFailed,
+    SaveStaged,
+)
 from cloudckpt.report.journal import Entry, Journal
+from cloudckpt.report.loggers import ScalarEvents
 from cloudckpt.report.progress import Progress, Show, as_bytes
+from cloudckpt.report.telemetry import OpenTelemetryEvents
 
-__all__ = ["Advice", "Entry", "Journal", "Progress", "Show", "advise", "as_bytes"]
+__all__ = [
+    "Advice",
+    "Costs",
+    "Entry",
+    "Event",
+    "Journal",
+    "OnEvent",
+    "OpenTelemetryEvents",
+    "Preempted",
+    "Progress",
+    "Pruned",
+    "Restored",
+    "SaveBegun",
+    "SaveCommitted",
+    "SaveFailed",
+    "SaveStaged",
+    "ScalarEvents",
+    "Show",
+    "advise",
+    "as_bytes",
+]

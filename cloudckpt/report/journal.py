@@ -1,9 +1,9 @@
-"""Say once what a job's saves and restores did: to the log, to a person at a terminal, and to the meter of its costs.
+"""Say once what a job's saves and restores did: to the log, a person at a terminal, the meter of costs, and programs.
 
-    begin ──▶ staged ──▶ committed │ restored        one `Entry` a save or restore
+    begin ──▶ working ──▶ unblocked ──▶ committed │ failed │ restored        one `Entry` a save or restore
 
 Knows checkpoints and the store's counts; decides nothing. The training's thread begins entries; that of a background
-save may end one.
+save may end one. Events are rank 0's to tell: a job is one thing to who watches it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Literal, TypedDict
 
 from cloudckpt.errors import CloudCkptError
+from cloudckpt.report.events import (
+    Event,
+    OnEvent,
+    Preempted,
+    Pruned,
+    Restored,
+    SaveBegun,
+    SaveCommitted,
+    SaveFailed,
+    SaveStaged,
+)
 from cloudckpt.report.meter import Meter
 from cloudckpt.report.progress import Bar, Progress, as_bytes
+from cloudckpt.report.telling import Teller
 from cloudckpt.root import Checkpoint
-from cloudckpt.store import RetryingStore
+from cloudckpt.store import RetryingStore, hide
 
 __all__ = ["Entry", "Journal"]
 
@@ -27,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 _TROUBLES = 8
 _PHASES = ("plan", "stage", "upload", "gather", "commit")
+# How long the end of a job waits for who is told of events.
+_TELLING_S = 5.0
 
 
 class Journal:
@@ -37,13 +53,19 @@ class Journal:
     """
 
     def __init__(
-        self, store: RetryingStore, progress: Progress, *, clock: Callable[[], float] = time.monotonic
+        self,
+        store: RetryingStore,
+        progress: Progress,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        on_event: OnEvent = None,
     ) -> None:
         self.store = store
         self.progress = progress
         self.meter = Meter(clock=clock)
         self.clock = clock
         self.troubles: deque[str] = deque(maxlen=_TROUBLES)
+        self.teller = Teller(on_event, self.note)
 
     def note(self, trouble: str) -> None:
         """Note what went wrong and fails no call: in the log, and for who asks later."""
@@ -64,9 +86,38 @@ class Journal:
             self.note(f"{what}: {exc!r}")
             raise
 
-    def begin(self, *, rank: int) -> Entry:
+    def begin(self, *, rank: int, world_size: int = 1) -> Entry:
         """Begin the entry of a save or restore, at this moment."""
-        return Entry(self, rank)
+        return Entry(self, rank, world_size)
+
+    def pruned(self, checkpoint: Checkpoint, why: Literal["rules", "delete"] = "rules") -> None:
+        """Tell that a checkpoint exists no more; on rank 0."""
+        if self.teller.is_asked:
+            total_bytes = checkpoint.total_bytes
+            event = Pruned(**_of_checkpoint(checkpoint), epoch=checkpoint.epoch, total_bytes=total_bytes, why=why)
+            self.teller.tell(event)
+
+    def preempted(self, step: int, *, reason: str, left_s: float, world_size: int) -> None:
+        """Tell that the machine goes, `left_s` from now (inf: that is not known); on rank 0."""
+        known_s = None if math.isinf(left_s) else left_s
+        about = _About(at=datetime.now(UTC), url=self.store.url, step=step, world_size=world_size)
+        self.teller.tell(Preempted(**about, reason=reason, left_s=known_s))
+
+    def end(self, *, is_interrupted: bool = False) -> None:
+        """Wait a moment until all events are told; not for who interrupts, who waits for checkpoints alone."""
+        self.teller.end(0.0 if is_interrupted else _TELLING_S)
+
+
+class _About(TypedDict):
+    at: datetime
+    url: str
+    step: int
+    world_size: int
+
+
+def _of_checkpoint(checkpoint: Checkpoint) -> _About:
+    """Return what an event says of the checkpoint that it is about, as of now."""
+    return _About(at=datetime.now(UTC), url=checkpoint.url, step=checkpoint.step, world_size=checkpoint.world_size)
 
 
 class Entry:
@@ -78,9 +129,11 @@ class Entry:
         work_began_s: when its own work began, after the wait for the save before; until `working` the same.
     """
 
-    def __init__(self, journal: Journal, rank: int) -> None:
+    def __init__(self, journal: Journal, rank: int, world_size: int) -> None:
         self.rank = rank
         self.began_s = self.work_began_s = journal.clock()
+        self._world_size = world_size
+        self._in_background = False
         self._journal = journal
         self._before = journal.store.stats()
 
@@ -88,15 +141,27 @@ class Entry:
         """Show how far it is while the block runs."""
         return self._journal.progress.bar(what, rank=self.rank)
 
-    def working(self) -> None:
-        """Note that nothing else is waited for any more: what it costs is counted from here on."""
+    def working(self, step: int, *, in_background: bool) -> None:
+        """Note that nothing else is waited for any more: what a save of `step` costs is counted from here on."""
         self.work_began_s = self._journal.clock()
+        self._in_background = in_background
+        waited_s = self.work_began_s - self.began_s
+        self._tell(lambda: SaveBegun(**self._about(step), in_background=in_background, waited_s=waited_s))
+
+    def _tell(self, event: Callable[[], Event]) -> None:
+        if self.rank == 0 and self._journal.teller.is_asked:
+            with self._journal.harmless("an event could not be told"):
+                self._journal.teller.tell(event())
+
+    def _about(self, step: int) -> _About:
+        return _About(at=datetime.now(UTC), url=self._journal.store.url, step=step, world_size=self._world_size)
 
     def unblocked(self, step: int, staged_bytes: int | None = None) -> None:
         """Note that training goes on; with the bytes that were copied, if the rest goes on in the background."""
         blocked_s = self._journal.clock() - self.began_s
         self._journal.meter.note_blocked(blocked_s)
         if staged_bytes is not None:
+            self._tell(lambda: SaveStaged(**self._about(step), staged_bytes=staged_bytes, blocked_s=blocked_s))
             with self._journal.harmless(f"step {step} is staged, but that could not be told"):
                 logger.info(
                     "rank %d: staged step %d: %d bytes, training was blocked for %.3f s",
@@ -110,10 +175,43 @@ class Entry:
         """Note a commit; with the seconds before the end (below 0: after it), if the job is about to be preempted."""
         elapsed_s = self._elapsed_s()
         self._journal.meter.note_commit(elapsed_s)
+        self._tell(lambda: self._committed(checkpoint, elapsed_s))
         with self._journal.harmless(f"step {checkpoint.step} is saved, but that could not be told"):
             self._say("saved", checkpoint, elapsed_s, phases=_phases(checkpoint))
             if left_s is not None:
                 logger.warning("rank %d: step %s is safe, %s", self.rank, checkpoint.step, _beside_the_end(left_s))
+
+    def _committed(self, checkpoint: Checkpoint, elapsed_s: float) -> SaveCommitted:
+        spent, summary = self._journal.store.stats() - self._before, checkpoint.manifest.summary
+        slowest = summary.get("slowest_rank")
+        return SaveCommitted(
+            **_of_checkpoint(checkpoint),
+            epoch=checkpoint.epoch,
+            total_bytes=checkpoint.total_bytes,
+            in_background=self._in_background,
+            seconds=elapsed_s,
+            phases=_phases_of(checkpoint),
+            slowest_rank=None if slowest is None else int(slowest),
+            requests=spent.requests,
+            retries=spent.retries,
+            metrics=dict(checkpoint.metrics),
+        )
+
+    def failed(self, step: int, error: BaseException, *, is_forgiven: bool = False) -> None:
+        """Note that a save has ended without a checkpoint; who raises the error says so to a person."""
+        spent = self._journal.store.stats() - self._before
+        self._tell(
+            lambda: SaveFailed(
+                **self._about(step),
+                in_background=self._in_background,
+                seconds=self._elapsed_s(),
+                requests=spent.requests,
+                retries=spent.retries,
+                kind=type(error).__name__,
+                error=hide(str(error)),
+                is_forgiven=is_forgiven,
+            )
+        )
 
     def restored(self, checkpoint: Checkpoint | None) -> None:
         """Note a restore, or that there was nothing to restore."""
@@ -124,6 +222,17 @@ class Entry:
             return
         elapsed_s = self._elapsed_s()
         self._journal.meter.note_restore(elapsed_s)
+        spent = self._journal.store.stats() - self._before
+        self._tell(
+            lambda: Restored(
+                **_of_checkpoint(checkpoint),
+                epoch=checkpoint.epoch,
+                total_bytes=checkpoint.total_bytes,
+                seconds=elapsed_s,
+                requests=spent.requests,
+                retries=spent.retries,
+            )
+        )
         self._say("restored", checkpoint, elapsed_s)
 
     def _elapsed_s(self) -> float:
@@ -162,6 +271,11 @@ def _beside_the_end(left_s: float) -> str:
 
 def _phases(checkpoint: Checkpoint) -> str:
     """Say how long each phase of a save took."""
-    summary = checkpoint.manifest.summary
-    phases = [f"{name} {summary[f'{name}_s']:.3f}" for name in _PHASES if f"{name}_s" in summary]
+    phases = [f"{name} {seconds:.3f}" for name, seconds in _phases_of(checkpoint).items()]
     return f" ({', '.join(phases)})" if phases else ""
+
+
+def _phases_of(checkpoint: Checkpoint) -> dict[str, float]:
+    """Return the seconds of each phase of a save that its manifest tells."""
+    summary = checkpoint.manifest.summary
+    return {name: summary[f"{name}_s"] for name in _PHASES if f"{name}_s" in summary}

@@ -7,12 +7,16 @@ from cloudckpt.root.absence import mistaken_for
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint, Fit, Unreadable
 from cloudckpt.root.choice import Candidate, Choice, Wanted
+from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.root.destination import Destination, Epoch, Target, own_url
 from cloudckpt.root.known import ManifestCache
 from cloudckpt.root.overview import Overview, overview
-from cloudckpt.root.pruning import Cleaner, Pruner, RetentionScope
-from cloudckpt.root.replacing import Exists, check_exists, check_place
+from cloudckpt.root.pinning import pin, pins_of, refuse_pinned, unpin
+from cloudckpt.root.pins import Pin
+from cloudckpt.root.pruning import Pruner, RetentionScope
+from cloudckpt.root.replacing import Exists, check_exists, check_place, refuse_nested
 from cloudckpt.root.retention import (
+    KeepAll,
     KeepBest,
     KeepEvery,
     KeepFor,
@@ -25,6 +29,7 @@ from cloudckpt.root.retention import (
 )
 from cloudckpt.root.roots import Roots
 from cloudckpt.root.sweep import Orphan, sweep
+from cloudckpt.root.thinning import Plan, Thinning
 from cloudckpt.root.waiting import wait_for_next
 
 __all__ = [
@@ -37,6 +42,7 @@ __all__ = [
     "Epoch",
     "Exists",
     "Fit",
+    "KeepAll",
     "KeepBest",
     "KeepEvery",
     "KeepFor",
@@ -44,12 +50,15 @@ __all__ = [
     "ManifestCache",
     "Orphan",
     "Overview",
+    "Pin",
+    "Plan",
     "Pruner",
     "Retention",
     "RetentionRule",
     "RetentionScope",
     "Roots",
     "Target",
+    "Thinning",
     "Unreadable",
     "Wanted",
     "check_exists",
@@ -58,7 +67,12 @@ __all__ = [
     "mistaken_for",
     "overview",
     "own_url",
+    "pin",
+    "pins_of",
+    "refuse_nested",
+    "refuse_pinned",
     "sweep",
+    "unpin",
     "wait_for_next",
     "watched_rules",
     "why_kept",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -46,12 +46,14 @@ from cloudckpt.format import (
     is_attempt,
     new_attempt,
     parse_checkpoint_prefix,
+    pin_key,
 )
 from cloudckpt.root.absence import lost, what_is_there
 from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable
 from cloudckpt.root.claims import Claims
 from cloudckpt.root.known import Known
 from cloudckpt.root.looking import Walk
+from cloudckpt.root.pins import Pins
 from cloudckpt.root.removal import delete_below, nested
 from cloudckpt.store import RetryingStore, Store, one_deadline
 from cloudckpt.threads import each, new_lock
@@ -96,12 +98,14 @@ class Catalog:
 
     Attributes:
         claims: the root's epochs.
+        pins: what keeps some of its checkpoints, whatever the rules say.
     """
 
     def __init__(self, store: Store) -> None:
         """Wrap `store`, which stays the caller's to close."""
         self.store = store
         self.claims = Claims(store)
+        self.pins = Pins(store)
         self._memory = _Memory()
 
     def with_store(self, store: Store) -> Catalog:
@@ -177,7 +181,14 @@ class Catalog:
             )
 
     def _remember(self, manifest: Manifest, data: bytes, prefix: str) -> Checkpoint:
-        checkpoint = Checkpoint(
+        checkpoint = self._described(manifest, data, prefix)
+        self._note(prefix, checkpoint)
+        if prefix:
+            self.claims.note([manifest.epoch])
+        return checkpoint
+
+    def _described(self, manifest: Manifest, data: bytes, prefix: str) -> Checkpoint:
+        return Checkpoint(
             step=-1 if manifest.step is None else manifest.step,
             epoch=manifest.epoch,
             attempt=manifest.attempt,
@@ -190,10 +201,6 @@ class Catalog:
             manifest=manifest,
             prefix=prefix,
         )
-        self._note(prefix, checkpoint)
-        if prefix:
-            self.claims.note([manifest.epoch])
-        return checkpoint
 
     def _note(self, prefix: str, found: _Found) -> None:
         with self._memory.lock:
@@ -331,13 +338,17 @@ class Catalog:
 
     def _lack(self, checkpoint: Checkpoint) -> str:
         """Say what of a checkpoint is not there, "" if nothing is missing. A request for each 1,000 objects."""
-        below = {
-            info.key.removeprefix(checkpoint.prefix): info.size_bytes
-            for info in self.store.list(checkpoint.prefix).objects
-        }
+        below = self._below(checkpoint)
+        return self._lack_of_objects(checkpoint, below) if MANIFEST_NAME in below else "its manifest"
+
+    def _below(self, checkpoint: Checkpoint) -> Mapping[str, int]:
+        """Return the sizes of what stands under its prefix, by their keys without that."""
+        listing = self.store.list(checkpoint.prefix)
+        return {info.key.removeprefix(checkpoint.prefix): info.size_bytes for info in listing.objects}
+
+    def _lack_of_objects(self, checkpoint: Checkpoint, below: Mapping[str, int]) -> str:
+        """Say what is not there of all that its manifest leads to."""
         manifest, key = checkpoint.manifest, index_key(checkpoint.attempt)
-        if MANIFEST_NAME not in below:
-            return "its manifest"
         if manifest.index is not None and below.get(key) != manifest.index.size_bytes:
             return f"its index {key}"
         shards = {name: size for name, size in below.items() if name.endswith(SHARD_SUFFIX)}
@@ -431,14 +442,19 @@ class Catalog:
     def what_is(self, step: int) -> Checkpoint | ManifestError:
         """Return the checkpoint of `step`, of the newest epoch that committed it, or why that cannot be read.
 
-        What was copied there from another place is passed over, if there is another one.
+        What was copied there from another place is passed over, if there is another one. A pinned one whose manifest
+        is gone is what its pin says, until somebody who writes here puts it back.
 
         Raises:
             CheckpointNotFoundError: as `find` does.
         """
         copied: list[ManifestError] = []
         for prefix, (_, found_step) in self.places().items():
-            found = self._tried(prefix) if found_step == step else None
+            if found_step != step:
+                continue
+            found = self._tried(prefix)
+            if found is None and (pinned := self._pinned(prefix)) is not None:
+                return pinned[0]
             if isinstance(found, _CopiedError):
                 logger.warning("passing over what is no checkpoint of its place: %s", found)
                 copied.append(found)
@@ -520,11 +536,101 @@ class Catalog:
         others = tuple(nested(prefix, keys))
         delete_below(self.store, [key for key in keys if not key.startswith(others)], below=[prefix])
 
-    def recommit(self, checkpoint: Checkpoint) -> None:
+    def recommit(self, data: bytes, *, prefix: str) -> Checkpoint:
         """Create the manifest of a checkpoint that `uncommit` took away again, byte for byte; raises as `commit`."""
+        self.store.create(prefix + MANIFEST_NAME, data)
+        return self.adopt(data, prefix=prefix)
+
+    def bytes_of(self, checkpoint: Checkpoint) -> bytes:
+        """Return the bytes of a checkpoint's manifest; what another release wrote is read once more for them.
+
+        Raises:
+            ObjectNotFoundError: it has gone meanwhile.
+        """
         data = checkpoint.manifest.encode()
-        self.store.create(checkpoint.prefix + MANIFEST_NAME, data)
-        self.adopt(data, prefix=checkpoint.prefix)
+        if digest_of(data) == checkpoint.digest:
+            return data
+        return self.store.read(checkpoint.prefix + MANIFEST_NAME, limit_bytes=MANIFEST_LIMIT_BYTES)
+
+    @one_deadline()
+    def put_back(self, prefix: str) -> Checkpoint | None:
+        """Commit a pinned checkpoint again whose manifest is gone, as its pin has it; call while nothing removes it.
+
+        Returns:
+            What stands there then; None, and the log says why, if that is not what is pinned: there is no such pin, or
+            none that can be read, its objects are not there, or something else stands there.
+        """
+        found = self._pinned(prefix)
+        if found is None:
+            return None
+        pinned, data = found
+        with suppress(ObjectExistsError):
+            self.recommit(data, prefix=prefix)
+            logger.warning("the manifest of %s was gone, which is pinned: it is put back", pinned.url)
+            return pinned
+        now = self._tried(prefix)
+        if isinstance(now, Checkpoint) and now.digest == pinned.digest:
+            return now
+        self._tell_pin(prefix, "another manifest stands there")
+        return None
+
+    def _pinned(self, prefix: str) -> tuple[Checkpoint, bytes] | None:
+        """Return what is pinned under a prefix, and its manifest, if all that leads to is there. Two requests."""
+        try:
+            pin = self.pins.read(prefix)
+        except ManifestError as exc:
+            self._tell_pin(prefix, str(exc))
+            return None
+        if pin is None:
+            return None
+        manifest, data = pin.checkpoint_manifest()
+        checkpoint = self._described(manifest, data, prefix)
+        lack = self._lack_of_objects(checkpoint, self._below(checkpoint))
+        if lack:
+            self._tell_pin(prefix, f"it lacks {lack}" if lack.startswith("its") else lack)
+            return None
+        return checkpoint, data
+
+    def _tell_pin(self, prefix: str, why: str) -> None:
+        with self._memory.lock:
+            is_told, key = pin_key(prefix) in self._memory.told, pin_key(prefix)
+            self._memory.told.add(key)
+        if not is_told:
+            logger.warning(
+                "%s is pinned by %s, but is not committed, and cannot be put back: %s. What is left of it stays until "
+                "it is unpinned",
+                *(self._url(prefix), key, why),
+            )
+
+    def manifest_bytes(self, checkpoint: Checkpoint) -> bytes:
+        """Return a manifest as it stands on the store; no request where it encodes to the same bytes.
+
+        Raises:
+            CheckpointNotFoundError: it is gone, or another one stands there by now.
+        """
+        data = checkpoint.manifest.encode()
+        if digest_of(data) != checkpoint.digest:  # of another version
+            data = self._read_manifest(checkpoint.prefix)[1]
+        if digest_of(data) != checkpoint.digest:
+            raise CheckpointNotFoundError(f"{checkpoint.url} was removed, and another checkpoint stands there by now")
+        return data
+
+    def commit_copy(self, data: bytes, *, prefix: str) -> Checkpoint:
+        """Create the manifest of a checkpoint that was copied, byte for byte; nothing where it is there already.
+
+        Call only when every object that the manifest leads to is durable here. Asks no fence: whose epoch it is stands
+        in the manifest.
+
+        Raises:
+            CheckpointExistsError: another manifest stands there; it was not changed.
+            CommitUnknownError: the manifest may exist; nothing was deleted.
+        """
+        try:
+            self.store.create(prefix + MANIFEST_NAME, data)
+        except ObjectExistsError as exc:
+            if self.store.read(prefix + MANIFEST_NAME, limit_bytes=MANIFEST_LIMIT_BYTES) != data:
+                raise self.exists_error(prefix) from exc
+        return self.adopt(data, prefix=prefix)
 
     @one_deadline()
     def made_by(self, attempts: Collection[str], *, prefix: str) -> Checkpoint | None:

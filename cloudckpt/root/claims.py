@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Self
+from typing import Self, get_args
 
 import msgspec
 
@@ -289,6 +289,48 @@ class Claims:
             claim = None if self.own_nonce(epoch) else self.read(epoch)
             self._known.nonces[epoch] = self.own_nonce(epoch) if claim is None else claim.nonce
         return self._known.nonces[epoch]
+
+    def copy_from(self, other: Claims) -> None:
+        """Create the claims and marks of another root here, byte for byte, the oldest first; what is here stays.
+
+        Its history is this one's from then on. Call when what it holds was copied here: a claim tells of checkpoints,
+        and where it is before them they count as lost.
+
+        Raises:
+            FencedError: an epoch is another job's here.
+        """
+        here, there = self._listed(), other._listed()
+        for epoch in sorted(filter(None, map(parse_epoch_key, there))):
+            key = epoch_key(epoch)
+            data = other._store.read(key, limit_bytes=_CLAIM_LIMIT_BYTES)
+            if key not in here:
+                with suppress(ObjectExistsError):
+                    self._store.create(key, data)
+                    self._known.nonces.pop(epoch, None)
+                    continue
+            self.refuse_conflict(epoch, [decode_claim(data, key=key).nonce])
+        for mark in get_args(EpochMark):
+            epoch = marked_epoch(mark, there)
+            if epoch and mark_key(mark, epoch) not in here:
+                self._mark(mark, epoch)
+        self._listed()
+
+    def refuse_conflict(self, epoch: int, nonces: Collection[str]) -> None:
+        """Refuse to take checkpoints in of an epoch that is another job's here. One request.
+
+        Args:
+            epoch: of the checkpoints.
+            nonces: of the claims by which they were written, where they come from.
+
+        Raises:
+            FencedError: it is: they would hide what that job saves, and nobody could tell the two histories apart.
+        """
+        claim = self.read(epoch)
+        if claim is not None and claim.nonce not in nonces:
+            raise FencedError(
+                f"epoch {epoch} of {self._store.url} is another job's{self._claimed_by(epoch)}, and checkpoints of the "
+                "same epoch of another root would be mixed with its own; copy them to another root"
+            )
 
     def read(self, epoch: int) -> EpochClaim | None:
         """Return the claim of an epoch; None if there is none, or none that can be read."""

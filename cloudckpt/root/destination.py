@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -211,6 +211,17 @@ class Epoch:
         """Return the newest checkpoint of this line if it is of this step; the same on every rank. No request."""
         is_there = self.newest is not None and self.newest.step == step and step not in self._deleted
         return self.newest if is_there else None
+
+    def line_so_far(self, claims: Sequence[Claims]) -> Line:
+        """Return the line; before the first save has found it, the one that leads to where the job went on from.
+
+        Args:
+            claims: of all roots that it may lead through; one of them is read.
+        """
+        base = self.newest or self.resumed_from
+        if base is None or self.line.holds(base.order):
+            return self.line
+        return self.line.joined(leading_to((base.step, base.epoch), claims, since=0))
 
     def is_there(self, checkpoint: Checkpoint) -> bool:
         """Ask this root whether a checkpoint of this job still stands there; if it does not answer, it is believed."""

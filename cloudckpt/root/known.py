@@ -44,6 +44,8 @@ _ROOT_BYTES = 256 << 20
 _LIMIT_BYTES = 256 << 20
 # A listing has pages of so many objects, one after the other; manifests are read by so many threads.
 _PAGE = 1_000
+# Requests one after the other that nobody has to be spared: a second where one takes a tenth of it.
+_FEW_ROUNDS = 10
 _READERS = 16
 
 Manifests = Mapping[str, tuple[Manifest, bytes]]
@@ -53,24 +55,30 @@ Manifests = Mapping[str, tuple[Manifest, bytes]]
 class Known:
     """What was read of a root before, and what the last listing says of it."""
 
-    def __init__(self, manifests: Manifests, *, is_quick: bool = False) -> None:
+    def __init__(self, manifests: Manifests, *, is_quick: bool | None = False) -> None:
         """Begin; no request.
 
         Args:
             manifests: what was read before.
             is_quick: take a manifest for standing wherever its prefix is listed, without looking at what is in it. A
-                checkpoint that was removed counts as one until its shards are gone as well.
+                checkpoint that was removed counts as one until its shards are gone as well. None: where to look at
+                each would take more than ten requests, one after the other.
+
+        Attributes:
+            look_count: requests that it takes to look at each.
         """
         self.manifests = manifests
         self.below: dict[str, list[ObjectInfo]] = {}
-        self._is_quick = is_quick
         object_count = sum(manifest.shard_count + 2 for manifest, _ in manifests.values())
-        self._is_flat = not is_quick and object_count * _READERS <= _PAGE * len(manifests)
+        self._is_flat = object_count * _READERS <= _PAGE * len(manifests)
+        self.look_count = -(-object_count // _PAGE) if self._is_flat else len(manifests)
+        rounds = self.look_count / (1 if self._is_flat else _READERS)
+        self.is_quick = rounds > _FEW_ROUNDS if is_quick is None else is_quick
 
     @property
     def is_flat(self) -> bool:
         """Whether all objects are listed: where that takes less time than to read again what is known."""
-        return self._is_flat and bool(self.manifests)
+        return self._is_flat and not self.is_quick and bool(self.manifests)
 
     def prefixes(self, store: Store) -> Iterable[str]:
         """List what stands at the top of a root."""
@@ -85,7 +93,7 @@ class Known:
     def recalled(self, prefix: str) -> tuple[Manifest, bytes] | None:
         """Return the manifest that stands under a prefix, as far as the last listing tells; None: it is to be read."""
         known = self.manifests.get(prefix)
-        if known is None or self._is_quick:
+        if known is None or self.is_quick:
             return known
         manifest, data = known
         sizes = {info.key.removeprefix(prefix): info.size_bytes for info in self.below.get(prefix, ())}

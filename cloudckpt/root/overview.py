@@ -30,18 +30,22 @@ class Overview:
         unreadable: what cannot be read, in the same order.
         unfinished: prefixes without a commit, by name: a save under way, one that was cut off, or what a removal has
             left. Their age is by this machine's clock.
+        unchecked: how many checkpoints were taken for standing because their prefixes are listed, and no more.
+        check_request_count: what a look at each of them would cost; 0 where there was one.
     """
 
     checkpoints: Sequence[Checkpoint]
     unreadable: Sequence[Unreadable]
     unfinished: Sequence[Orphan]
+    unchecked: int = 0
+    check_request_count: int = 0
 
 
 def overview(
     catalog: Catalog,
     cache: ManifestCache | None = None,
     *,
-    is_quick: bool = False,
+    is_quick: bool | None = False,
     clock: Callable[[], float] = time.time,
 ) -> Overview:
     """Look at a root: a listing, one request for each manifest that is not in `cache`, and for each unfinished prefix.
@@ -51,23 +55,30 @@ def overview(
     Args:
         catalog: the root's.
         cache: manifests of before; what is read now is kept there. Of a disk nothing is: it is read as fast.
-        is_quick: let what is known count as committed wherever its prefix is listed, in the fewest requests.
+        is_quick: let what is known count as committed wherever its prefix is listed, in the fewest requests; one whose
+            removal has only begun counts, too. None: where to look at each would take more than ten
+            requests, one after the other.
         clock: seconds since 1970, to tell ages.
 
     Raises:
         StorageError: the store cannot be listed or reached.
     """
-    store = catalog.store
+    store, unchecked, check_request_count = catalog.store, 0, 0
     if cache is None or store.engine == "local":
         survey, below = catalog.survey(), dict[str, list[ObjectInfo]]()
     else:
         known = Known(cache.manifests(store), is_quick=is_quick)
         survey, below = catalog.survey(known), known.below
         cache.keep(store, survey.checkpoints, known.manifests)
+        if known.is_quick:
+            unchecked = sum(one.prefix in known.manifests for one in survey.checkpoints)
+            check_request_count = known.look_count if unchecked else 0
     return Overview(
         checkpoints=survey.checkpoints,
         unreadable=survey.unreadable,
         unfinished=_unfinished(catalog, survey, below, clock()),
+        unchecked=unchecked,
+        check_request_count=check_request_count,
     )
 
 

@@ -1,47 +1,36 @@
 """Remove the checkpoints of one root that no retention rule keeps: manifests first, shards a grace time later.
 
     commit ──▶ what the rules let go, of this job's line ──what they keep is looked for──▶ uncommitted
-                 ╰─ `Cleaner`, in a thread of its own ──▶ their shards, once due; what other jobs left (`sweep`)
+                 ╰─ what is pinned stays                   what was pinned meanwhile ◀── put back ─╯
+    `Cleaner` ──▶ the shards, once due
 
-Called by whichever thread has committed a checkpoint, and by the manager's; never by two at once. Keeps FORMAT
-invariants 7 to 9.
+Pins are listed where something would go, and once more when it has gone: one that was set in between holds, too, and
+whoever comes after a pass that was cut off puts it back (FORMAT invariant 8). Called by whichever thread has committed
+a checkpoint, and by the manager's; never by two at once. Keeps FORMAT invariants 7 to 9.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import threading
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from typing import Literal, get_args
 
 from cloudckpt.deadline import NEVER, Deadline
-from cloudckpt.errors import CheckpointExistsError, CloudCkptError, OptionsError, RetryExhaustedError, StorageError
-from cloudckpt.options import as_seconds
+from cloudckpt.errors import OptionsError, PinnedError, RetryExhaustedError, StorageError
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.claims import Line
-from cloudckpt.root.removal import delete_below
-from cloudckpt.root.retention import RetentionRule, removable
-from cloudckpt.root.sweep import find_orphans, remove_orphan, remove_unfinished
-from cloudckpt.threads import new_lock, started
+from cloudckpt.root.cleaning import Cleaner
+from cloudckpt.root.pinning import refuse_pinned
+from cloudckpt.root.retention import KeepAll, RetentionRule, removable, why_kept
 
-__all__ = ["Cleaner", "Pruner", "RetentionScope"]
+__all__ = ["Pruner", "RetentionScope", "delete_unpinned", "keep_pinned", "uncommit_each", "what_goes"]
 
 logger = logging.getLogger(__name__)
 
 RetentionScope = Literal["line", "root"]
 """Whose checkpoints retention removes: those of the job's own line of history, or all below the root."""
 
-# How long the end of a job lets a sweep go on.
-_SWEEPING_S = 5.0
-# How often that wait looks whether it is held up.
-_LOOK_S = 0.1
-_AGAIN_S = 3_600.0
-# A save that has no room waits no longer for shards in their grace time.
-_GRACE_AT_MOST_S = 60.0
 _SHOWN = 5
 
 
@@ -49,9 +38,15 @@ class Pruner:
     """The retention rules of a root, and what they have left to be removed."""
 
     def __init__(
-        self, catalog: Catalog, rules: Sequence[RetentionRule], cleaner: Cleaner, *, scope: RetentionScope = "line"
+        self,
+        catalog: Catalog,
+        rules: Sequence[RetentionRule],
+        cleaner: Cleaner,
+        *,
+        scope: RetentionScope = "line",
+        on_pruned: Callable[[Checkpoint], None] = lambda _: None,
     ) -> None:
-        """Prune by `rules`; without any, nothing is pruned.
+        """Prune by `rules`; without any, nothing is pruned. `on_pruned` is told what they let go.
 
         Raises:
             OptionsError: an unknown scope.
@@ -63,10 +58,30 @@ class Pruner:
         self._rules = tuple(rules)
         self._cleaner = cleaner
         self._scope = scope
+        self._on_pruned = on_pruned
         self._has_named = False
         # What the store refuses to delete, and that was raised.
         self._told: set[str] = set()
         self._above: set[str] = set()
+
+    def why_kept(self, line: Line, in_use: Checkpoint | None) -> dict[tuple[int, int], tuple[str, ...]]:
+        """Say what keeps each checkpoint of the root, as the function of that name does; without rules all do.
+
+        Args:
+            line: this job's.
+            in_use: what it went on from, if it has saved nothing since.
+        """
+        found = self._catalog.survey().checkpoints
+        is_all = self._scope == "root"
+        mine = found if is_all else self._catalog.native([one for one in found if line.holds(one.order)])
+        pinned = self._catalog.pins.prefixes()
+        return why_kept(
+            found,
+            self._rules or (KeepAll(),),
+            pinned=[one.order for one in found if one.prefix in pinned],
+            in_use=[] if in_use is None else [in_use.order],
+            others={one.order for one in found} - {one.order for one in mine} if self._rules else (),
+        )
 
     @property
     def has_rules(self) -> bool:
@@ -105,18 +120,11 @@ class Pruner:
 
     def _prune_after(self, checkpoint: Checkpoint, line: Line, epoch: int, go_on: Callable[[], bool]) -> None:
         going = self._going(checkpoint, line, epoch)
-        refused: dict[str, StorageError] = {}
-        for old in going:
-            if not go_on():
-                return
-            try:
-                self.uncommit(old)
-            except RetryExhaustedError:
-                raise  # the store is away, for the next one, too
-            except StorageError as exc:
-                refused[old.prefix] = exc
-                continue
-            logger.info("pruned step %s of epoch %d", old.step, old.epoch)
+        gone, refused = uncommit_each(going, self.uncommit, go_on)
+        for old in keep_pinned(self._catalog, self._cleaner, gone):
+            self._on_pruned(old)
+        if len(gone) + len(refused) < len(going):
+            return
         self._told &= refused.keys()
         news = refused.keys() - self._told
         # Where nothing goes at all, each save has one more that does not: that is told already.
@@ -135,7 +143,8 @@ class Pruner:
         # Another root's checkpoint may have been copied here under an epoch's number of this line.
         mine = found if is_all else self._catalog.native(found)
         self._name_others(places.keys() - {one.prefix for one in mine})
-        going = self._removable(mine, newest)
+        # Our own newest is never in question, even when a newer epoch has checkpoints of its own by now.
+        going = what_goes(self._catalog, self._rules, mine, protected={newest.order}, put_back=self._put_back)
         if going:
             # A newer job may be restoring what we would remove.
             self._catalog.claims.fence(epoch)
@@ -153,23 +162,20 @@ class Pruner:
                 *(found[-1].url, newest.epoch),
             )
 
-    def _removable(self, checkpoints: Sequence[Checkpoint], newest: Checkpoint) -> list[Checkpoint]:
-        """Return what may go, once all that the rules keep instead was found to be there."""
-        seen: set[str] = set()
-        while True:
-            # Our own newest is never in question, even when a newer epoch has checkpoints of its own by now.
-            removed = removable(checkpoints, self._rules, protected={newest.order})
-            going = {one.prefix for one in removed}
-            unseen = [one for one in checkpoints if one.prefix not in going | seen]
-            if not removed or not unseen:
-                return removed
-            there = {one.prefix for one in self._catalog.standing(unseen)}
-            seen |= there
-            checkpoints = [one for one in checkpoints if one.prefix in going | seen]
+    def _put_back(self, prefix: str) -> bool:
+        return self._cleaner.put_back(prefix, by=self._catalog)
 
     def uncommit(self, checkpoint: Checkpoint) -> None:
         """Let a checkpoint exist no more; its shards go once readers had time to notice."""
         self._cleaner.uncommit(checkpoint, by=self._catalog)
+
+    def delete(self, checkpoint: Checkpoint) -> None:
+        """Let a checkpoint exist no more, unless it is pinned, or is while this is asked.
+
+        Raises:
+            PinnedError: it is; the checkpoint stands.
+        """
+        delete_unpinned(self._catalog, self._cleaner, checkpoint)
 
     def clean(self) -> None:
         """Have removed what is due, without waiting for that."""
@@ -207,216 +213,84 @@ class Pruner:
         self._cleaner.stop()
 
 
-class Cleaner:
-    """Removes objects that belong to no checkpoint, in a thread of its own and with one request at a time.
+def what_goes(
+    catalog: Catalog,
+    rules: Sequence[RetentionRule],
+    checkpoints: Sequence[Checkpoint],
+    *,
+    protected: Collection[tuple[int, int]],
+    put_back: Callable[[str], bool],
+) -> list[Checkpoint]:
+    """Return what may go of the committed `checkpoints`, once all that stays instead was found to be there.
 
-    What this job has pruned goes after its grace time. What other jobs left (attempts without a commit, pruned shards)
-    goes once nothing was written to it for a while; that is looked for at the job's first save, however short the job
-    is, and again as long as some of it is too young. Nothing is removed while the job is preempted.
+    Args:
+        catalog: the root's.
+        rules: what stays by them stays.
+        checkpoints: in whatever order they come.
+        protected: (epoch, step) of what stays beside the newest and the pinned ones.
+        put_back: commits again what is pinned under a prefix and has lost its manifest; tells whether it stands.
     """
+    seen: set[str] = set()
+    pinned: set[str] = set()
+    if removable(checkpoints, rules, protected=protected):
+        # Asked only now: most passes have nothing to remove, and cost no request for pins.
+        pinned = catalog.pins.prefixes()
+        known = {one.prefix for one in catalog.recall(pinned).checkpoints}
+        for prefix in sorted(pinned - known):
+            put_back(prefix)
+    while True:
+        stays = {*protected, *(one.order for one in checkpoints if one.prefix in pinned)}
+        removed = removable(checkpoints, rules, protected=stays)
+        going = {one.prefix for one in removed}
+        unseen = [one for one in checkpoints if one.prefix not in going | seen]
+        if not removed or not unseen:
+            return removed
+        there = {one.prefix for one in catalog.standing(unseen)}
+        seen |= there
+        seen |= {one.prefix for one in unseen if one.prefix in pinned - there and put_back(one.prefix)}
+        checkpoints = [one for one in checkpoints if one.prefix in going | seen]
 
-    def __init__(
-        self,
-        catalog: Catalog,
-        *,
-        grace_s: float,
-        sweep_after_s: float | None,
-        clock: Callable[[], float],
-        is_held: Callable[[], bool] = lambda: False,
-        note: Callable[[str], None] = logger.warning,
-    ) -> None:
-        """Clean below the root of `catalog`.
 
-        Args:
-            catalog: the root's.
-            grace_s: seconds between the end of a checkpoint and that of its shards.
-            sweep_after_s: how old what other jobs left must be; None leaves it to `sweep`.
-            clock: monotonic seconds.
-            is_held: whether nothing is to be removed now; asked between requests, in the thread.
-            note: is told what could not be removed.
+def uncommit_each(
+    going: Sequence[Checkpoint], uncommit: Callable[[Checkpoint], None], go_on: Callable[[], bool] = lambda: True
+) -> tuple[list[Checkpoint], dict[str, StorageError]]:
+    """Uncommit one after the other while it may go on; return those that are gone, and why the store refused others.
 
-        Raises:
-            OptionsError: a number of seconds that is none.
-        """
-        if sweep_after_s is not None:
-            sweep_after_s = as_seconds("sweep_after_s", sweep_after_s)
-        self._catalog = catalog.within(lambda: self._end)
-        self._grace_s = as_seconds("prune_grace_s", grace_s)
-        self._sweep_after_s = sweep_after_s
-        self._clock = clock
-        self._is_held = is_held
-        self._note = note
-        # What does not exist any more, by prefix and attempt, and since when: its shards go once readers had time to
-        # notice.
-        self._uncommitted_s: dict[tuple[str, str], float] = {}
-        self._removed_count = 0
-        self._next_sweep_s = clock()
-        self._lock = new_lock()
-        self._thread: threading.Thread | None = None
-        self._is_woken = False
-        self._is_ending = False
-        self._is_stopped = False
-        self._end = NEVER
-
-    def uncommit(self, checkpoint: Checkpoint, *, by: Catalog) -> None:
-        """Uncommit a checkpoint through a catalog of the root, and remove its shards after the grace time."""
-        # Whoever holds the lock knows of all that this job has uncommitted.
-        with self._lock:
-            by.uncommit(checkpoint)
-            self._uncommitted_s[checkpoint.prefix, checkpoint.attempt] = self._clock()
-
-    def wake(self) -> None:
-        """Have removed what is due, without waiting for that."""
-        with self._lock:
-            self._is_woken = True
-            if self._thread is None and self._may_remove() and self._has_work():
-                self._try(self._start)
-
-    def _start(self) -> None:
-        self._thread = started(self._run, name="cloudckpt-cleaner")
-
-    def settle(self) -> None:
-        """Wait until what was due is removed, and what others left."""
-        if (thread := self._thread) is not None:
-            thread.join()
-
-    def end(self, patience_s: float) -> None:
-        """Remove what is due, for a moment also of what others left, until that is held up.
-
-        A store that hangs holds up the end for no longer than `patience_s`: what is under way is given up then.
-        """
-        end = Deadline.after(patience_s, "the end of the job")
-        self._wait(min(_SWEEPING_S, patience_s))
-        self._is_ending = True
-        self._end = end
-        if self._wait(end.left_s(time.monotonic())):
-            self._try(partial(self._remove_due, self._may_remove))
-        self.stop()
-
-    def make_room(self, *, go_on: Callable[[], bool]) -> int:
-        """Remove in this thread what is due, and what others left: a save has no room, so that none after it has any.
-
-        Where that was nothing, the shards of what was pruned last are waited for, if their grace time is over soon.
-
-        Args:
-            go_on: asked between requests, and now and then while it waits.
-
-        Returns:
-            How many objects were removed; what writers that were killed did not finish is not counted.
-        """
-        before = self._removed_count
-        while (thread := self._thread) is not None and go_on():
-            thread.join(_LOOK_S)  # it is at the same work
-        self._try(partial(self._remove_due, go_on))
-        self._try(partial(self._sweep, go_on, is_asked=True))
-        if self._removed_count == before and self._wait_for_grace(go_on):
-            self._try(partial(self._remove_due, go_on))
-        return self._removed_count - before
-
-    def _wait_for_grace(self, go_on: Callable[[], bool]) -> bool:
-        """Wait until one more is due, if that is soon; tell whether it is."""
-        with self._lock:
-            due_s = min(self._uncommitted_s.values(), default=math.inf) + self._grace_s
-        left_s = due_s - self._clock()
-        if left_s > _GRACE_AT_MOST_S:
-            return False
-        stop_s = time.monotonic() + left_s
-        while go_on() and (left_s := stop_s - time.monotonic()) > 0:
-            time.sleep(min(left_s, _LOOK_S))
-        return bool(self._due())
-
-    def _wait(self, timeout_s: float) -> bool:
-        """Wait until nothing is removed any more; tell whether that is so."""
-        thread, stop_s = self._thread, time.monotonic() + timeout_s
-        while thread is not None and thread.is_alive() and self._may_remove() and time.monotonic() < stop_s:
-            thread.join(_LOOK_S)
-        return thread is None or not thread.is_alive()
-
-    def stop(self) -> None:
-        """Make no further request."""
-        self._is_stopped = True
-
-    def _may_remove(self) -> bool:
-        return not (self._is_stopped or self._is_held() or self._end.left_s(time.monotonic()) <= 0)
-
-    def _may_sweep(self) -> bool:
-        return not self._is_ending and self._may_remove()
-
-    def _has_work(self) -> bool:
-        return bool(self._due()) or (self._is_sweep_due() and not self._is_ending)
-
-    def _is_sweep_due(self) -> bool:
-        return self._sweep_after_s is not None and self._clock() >= self._next_sweep_s
-
-    def _run(self) -> None:
+    Raises:
+        RetryExhaustedError: the store is away, for the next one, too.
+    """
+    gone: list[Checkpoint] = []
+    refused: dict[str, StorageError] = {}
+    for old in going:
+        if not go_on():
+            break
         try:
-            while not self._is_done():
-                self._try(partial(self._remove_due, self._may_remove))
-                self._try(partial(self._sweep, self._may_sweep))
-        except BaseException:
-            # The end of a thread: nobody waits for it, and no checkpoint depends on it.
-            logger.exception("removing what no checkpoint needs any more failed")
-            self._thread = None
+            uncommit(old)
+        except RetryExhaustedError:
+            raise
+        except StorageError as exc:
+            refused[old.prefix] = exc
+            continue
+        gone.append(old)
+        logger.info("pruned step %s of epoch %d", old.step, old.epoch)
+    return gone, refused
 
-    def _is_done(self) -> bool:
-        """Tell whether nothing was asked for since it was looked for; from then on there is no thread."""
-        with self._lock:
-            is_woken, self._is_woken = self._is_woken, False
-            if is_woken and self._may_remove() and self._has_work():
-                return False
-            self._thread = None
-            return True
 
-    def _try(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except CloudCkptError as exc:
-            self._note(f"what no checkpoint needs any more could not be removed, and stays for a later try: {exc}")
+def keep_pinned(catalog: Catalog, cleaner: Cleaner, gone: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Put back what was pinned since the pins were listed; return what is gone all the same. One listing, if any is."""
+    pinned = catalog.pins.prefixes() if gone else set()
+    return [one for one in gone if one.prefix not in pinned or not cleaner.put_back(one.prefix, by=catalog)]
 
-    def _due(self) -> list[tuple[str, str]]:
-        now_s = self._clock()
-        return [place for place, at_s in self._uncommitted_s.items() if now_s - at_s >= self._grace_s]
 
-    def _remove_due(self, go_on: Callable[[], bool]) -> None:
-        """Remove the shards of what was uncommitted a grace time ago."""
-        with self._lock:
-            due = self._due()
-        for prefix, attempt in due:
-            if not go_on():
-                return
-            try:
-                keys = self._catalog.leftovers(prefix, attempt)
-                is_gone = delete_below(self._catalog.store, keys, below=[f"{prefix}{attempt}/"], go_on=go_on)
-                self._removed_count += len(keys) if is_gone else 0
-            except CheckpointExistsError:
-                logger.warning("%s stands there again, which was pruned; it stays", prefix)
-                is_gone = True
-            if is_gone:
-                with self._lock:
-                    self._uncommitted_s.pop((prefix, attempt), None)
+def delete_unpinned(catalog: Catalog, cleaner: Cleaner, checkpoint: Checkpoint) -> None:
+    """Uncommit one that was asked for by name, unless it is pinned, or is while this is asked.
 
-    def _sweep(self, go_on: Callable[[], bool], *, is_asked: bool = False) -> None:
-        """Remove what other jobs left, and note when to look again: never, if all of it is gone."""
-        if self._sweep_after_s is None or not (is_asked or self._is_sweep_due()) or not go_on():
-            return
-        # Should it fail, or be held up, it is not tried at every save.
-        self._next_sweep_s = self._clock() + _AGAIN_S
-        # First, because it needs no room: what marks an attempt as void does.
-        unfinished_left_s = remove_unfinished(self._catalog.store, older_than_s=self._sweep_after_s)
-        found = find_orphans(self._catalog, older_than_s=self._sweep_after_s)
-        with self._lock:
-            own = {prefix for prefix, _ in self._uncommitted_s}
-        orphans = [orphan for orphan in found if orphan.prefix not in own]
-        removed_bytes = 0
-        for orphan in orphans:
-            if not go_on():
-                return
-            is_due = orphan.is_due(self._sweep_after_s)
-            if is_due and remove_orphan(self._catalog, orphan, go_on=go_on):
-                removed_bytes += orphan.total_bytes
-                self._removed_count += orphan.object_count
-        young = [one for one in orphans if one.object_count and not one.is_due(self._sweep_after_s)]
-        left_s = max((self._sweep_after_s - one.age_s for one in young), default=math.inf)
-        self._next_sweep_s = self._clock() + min(left_s, unfinished_left_s)
-        if removed_bytes:
-            logger.info("removed %d bytes that earlier jobs left at %s", removed_bytes, self._catalog.store.url)
+    Raises:
+        PinnedError: it is; the checkpoint stands.
+    """
+    refuse_pinned(catalog, checkpoint.prefix)
+    cleaner.uncommit(checkpoint, by=catalog)
+    if not keep_pinned(catalog, cleaner, [checkpoint]):
+        raise PinnedError(
+            f"{checkpoint.url} was pinned while it was being deleted, and stands; unpin it first, if it is to go"
+        )

@@ -156,7 +156,7 @@ def _attempts_of(catalog: Catalog, checkpoint: Checkpoint) -> frozenset[str]:
 
 def _put_back(catalog: Catalog, old: Checkpoint) -> None:
     try:
-        catalog.recommit(old)
+        catalog.recommit(old.manifest.encode(), prefix=old.prefix)
     except CloudCkptError as exc:
         logger.error(  # noqa: TRY400 (what is raised is why the save failed)
             "%s is not committed any more and could not be put back (%s): copy %s/%s to %s/%s",

@@ -20,6 +20,7 @@ from cloudckpt.options import as_count, as_seconds
 from cloudckpt.root.checkpoint import Checkpoint, best_first, check_metric
 
 __all__ = [
+    "KeepAll",
     "KeepBest",
     "KeepEvery",
     "KeepFor",
@@ -52,6 +53,14 @@ class RetentionRule(Protocol):
 
 Retention = int | RetentionRule | Callable[[Sequence[Checkpoint]], object] | Sequence[RetentionRule]
 """What a caller may say of what stays: so many of the newest, a rule or a function like `keep`, or rules."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAll:
+    """Keep everything: what a job without rules does, said by name."""
+
+    def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
+        return {checkpoint.order for checkpoint in checkpoints}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +100,49 @@ class KeepBest:
         return f"no checkpoint has a number for the metric {self.metric!r}; the newest one's metrics: {found}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class KeepEvery:
-    """Keep each checkpoint whose step is a multiple of `steps` (0 is one), as `save_every_steps` counts them."""
+    """Keep one now and then, for ever: by steps, or by the time that was worked; give one of the two.
 
-    steps: int
+    Attributes:
+        steps: each checkpoint whose step is a multiple of it stays (0 is one), as `save_every_steps` counts them.
+        seconds: of each stretch of so many seconds of work (see `KeepFor`), counted from the begin of the line of
+            history, the oldest checkpoint stays; so what was kept once is kept from then on. Those that do not tell
+            how long was worked stay, too.
+    """
+
+    steps: int | None = None
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "steps", as_count("steps of KeepEvery", self.steps, least=1))
+        if (self.steps is None) == (self.seconds is None):
+            raise OptionsError("KeepEvery takes steps or seconds, one of the two; give two rules for both")
+        if self.steps is not None:
+            object.__setattr__(self, "steps", as_count("steps of KeepEvery", self.steps, least=1))
+            return
+        object.__setattr__(self, "seconds", as_seconds("seconds of KeepEvery", self.seconds))
+        if not 0 < (self.seconds or 0.0) < math.inf:
+            raise OptionsError(f"seconds of KeepEvery is {self.seconds}; give a number above 0")
+
+    def __repr__(self) -> str:
+        given = f"steps={self.steps}" if self.seconds is None else f"seconds={self.seconds}"
+        return f"KeepEvery({given})"
 
     def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
-        return {one.order for one in checkpoints if one.step % self.steps == 0}
+        if self.steps is not None:
+            return {one.order for one in checkpoints if one.step % self.steps == 0}
+        kept: set[tuple[int, int]] = set()
+        oldest: dict[float, tuple[int, int]] = {}
+        for one in checkpoints:
+            if one.worked_s is None:
+                kept.add(one.order)
+            else:
+                oldest.setdefault(one.worked_s // (self.seconds or 1.0), one.order)
+        return kept | set(oldest.values())
 
     def why_idle(self, first_step: int, newest: Checkpoint) -> str:
         """Say why it has kept nothing since `first_step`; "" while no two of its steps have passed."""
-        if newest.step // self.steps - first_step // self.steps < 2:
+        if self.steps is None or newest.step // self.steps - first_step // self.steps < 2:
             return ""
         return (
             f"steps {first_step} to {newest.step} were saved, and none of them is a multiple of {self.steps}; save at "
@@ -168,19 +205,39 @@ def removable(
 
 
 def why_kept(
-    checkpoints: Sequence[Checkpoint], rules: Sequence[RetentionRule]
+    checkpoints: Sequence[Checkpoint],
+    rules: Sequence[RetentionRule],
+    *,
+    pinned: Collection[tuple[int, int]] = (),
+    in_use: Collection[tuple[int, int]] = (),
+    others: Collection[tuple[int, int]] = (),
 ) -> dict[tuple[int, int], tuple[str, ...]]:
-    """Return what keeps each checkpoint, by its (epoch, step): `newest`, and the rules as their repr has them.
+    """Return what keeps each checkpoint, by its (epoch, step): the words below, and the rules as their repr has them.
 
-    What nothing keeps has no words: a pass by these rules would remove it.
+    `newest`; `pinned`; `in use` by a job that went on from it; `another line of history`, which the rules are not
+    about. What nothing keeps has no words: a pass by these rules would remove it.
+
+    Args:
+        checkpoints: all of the root, in whatever order they come.
+        rules: of retention.
+        pinned: (epoch, step) of what is pinned.
+        in_use: of what a job went on from that has not saved yet.
+        others: of what the rules leave alone and do not count.
     """
     oldest_first = sorted(checkpoints, key=lambda one: one.order)
     words: dict[tuple[int, int], tuple[str, ...]] = {one.order: () for one in oldest_first}
-    if oldest_first:
-        words[oldest_first[-1].order] = ("newest",)
-        for rule in rules:
-            for order in set(_kept(rule, oldest_first)):
-                words[order] += (repr(rule),)
+    mine = [one for one in oldest_first if one.order not in others]
+    said: list[tuple[str, Iterable[tuple[int, int]]]] = [
+        ("newest", [one.order for one in (mine or oldest_first)[-1:]]),
+        ("pinned", pinned),
+        ("in use", in_use),
+        ("another line of history", others),
+        *((repr(rule), set(_kept(rule, mine))) for rule in rules if mine),
+    ]
+    for word, orders in said:
+        for order in orders:
+            if order in words:
+                words[order] += (word,)
     return words
 
 

@@ -130,7 +130,10 @@ class Roots:
         """Tell whether nothing stands in any root once these are deleted."""
         survey = self.survey()
         left = {one.order for one in survey.checkpoints} | {one.order for one in survey.unreadable}
-        return left <= set(map(_order_of, gone))
+        if not left <= set(map(_order_of, gone)):
+            return False
+        # A pinned one without its manifest will be put back.
+        return not any(one.pins.prefixes() for one in self.catalogs)
 
     def survey(self) -> Survey:
         """Look at all that stands below all roots, as `Catalog.survey` does."""

@@ -1,7 +1,7 @@
 """Remove what killed jobs left behind: attempts of older epochs that never committed, and pruned leftovers.
 
     one flat listing ──▶ Orphan, of a prefix without a commit ──old enough──▶ void ──▶ listed again ──▶ objects deleted
-                                                                               ╰── nobody can be alive ──▶ void deleted
+                          ╰── pinned: put back, never removed                  ╰── nobody can be alive ──▶ void deleted
 
 An orphan is voided before its objects go, so that a zombie's late commit loses to the sweep, or the sweep to it, and
 never both succeed (FORMAT invariant 9). The void manifest stays as long as a zombie could be alive: it is what keeps
@@ -16,11 +16,12 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Self
 
 from cloudckpt.errors import StorageError
-from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, parse_checkpoint_prefix
+from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, PINS_PREFIX, parse_checkpoint_prefix, parse_pin_key
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.claims import highest_claim
 from cloudckpt.root.removal import delete_below, nested
@@ -75,52 +76,84 @@ def sweep(
     due = [orphan for orphan in found if orphan.is_due(older_than_s)]
     if dry_run:
         return due
-    removed = [orphan for orphan in due if remove_orphan(catalog, orphan)]
-    remove_unfinished(catalog.store, older_than_s=older_than_s)
+    removed: list[Orphan] = []
+    try:
+        removed.extend(orphan for orphan in due if remove_orphan(catalog, orphan))
+        remove_unfinished(catalog.store, older_than_s=older_than_s)
+    except KeyboardInterrupt as exc:
+        exc.add_note(f"{len(removed)} of {len(due)} were removed whole; the rest stays for another sweep")
+        raise
     return removed
 
 
 def find_orphans(catalog: Catalog, *, older_than_s: float, clock: Callable[[], float] | None = None) -> list[Orphan]:
     """Return what no checkpoint owns, whatever its age; of the highest epoch nothing, because that may be at work.
 
+    A pinned checkpoint whose manifest is gone is no orphan, but put back, unless `clock` says that nothing is written.
+
     Args:
         catalog: the root's.
         older_than_s: how old an object must be by which somebody read the store's clock, and was killed, to be removed.
         clock: is believed, so that nothing is written to the store to read its own.
     """
-    claims: list[str] = []
-    clocks: list[ObjectInfo] = []
-    below: dict[str, list[ObjectInfo]] = {}
-    newest_s = 0.0
-    for info in catalog.store.list("").objects:
-        newest_s = max(newest_s, info.modified_s)
-        top = info.key.partition("/")[0] + "/"
-        if _CLOCK.match(info.key):
-            clocks.append(info)
-        elif top == EPOCHS_PREFIX:
-            claims.append(info.key)
-        elif parse_checkpoint_prefix(top):
-            below.setdefault(top, []).append(info)
-    highest = highest_claim(claims)
+    listed = _Listed.of(catalog.store.list("").objects)
+    if clock is None:
+        for prefix in listed.uncommitted_pins():
+            catalog.put_back(prefix)
+    highest = highest_claim(listed.claims)
     left = {
         prefix: found
-        for prefix, found in below.items()
-        if _is_orphan(catalog, prefix, found, highest) and not _holds_another(catalog, prefix, found)
+        for prefix, found in listed.below.items()
+        if prefix not in listed.pinned
+        and _is_orphan(catalog, prefix, found, highest)
+        and not _holds_another(catalog, prefix, found)
     }
-    if not (left or clocks):
+    if not (left or listed.clocks):
         return []
     if clock is None:
         try:
-            now_s = _now_s(catalog.store, clocks, older_than_s)
+            now_s = _now_s(catalog.store, listed.clocks, older_than_s)
         except StorageError as exc:
             if not exc.is_full:
                 raise
             # What was written last may be old: so ages are only told too low, which spares.
-            now_s = min(newest_s, time.time())
+            now_s = min(listed.newest_s, time.time())
     else:
         # Whatever the local clock says, nothing was written in the future.
         now_s = max(clock(), *(info.modified_s for found in left.values() for info in found), 0.0)
     return [_orphan(prefix, found, now_s) for prefix, found in left.items()]
+
+
+@dataclass(slots=True)
+class _Listed:
+    """What one flat listing of a root shows, by what it is."""
+
+    claims: list[str] = field(default_factory=list)
+    clocks: list[ObjectInfo] = field(default_factory=list)
+    pinned: set[str] = field(default_factory=set)
+    below: dict[str, list[ObjectInfo]] = field(default_factory=dict)
+    newest_s: float = 0.0
+
+    @classmethod
+    def of(cls, objects: Iterable[ObjectInfo]) -> Self:
+        listed = cls()
+        for info in objects:
+            listed.newest_s = max(listed.newest_s, info.modified_s)
+            top = info.key.partition("/")[0] + "/"
+            if _CLOCK.match(info.key):
+                listed.clocks.append(info)
+            elif top == EPOCHS_PREFIX:
+                listed.claims.append(info.key)
+            elif top == PINS_PREFIX:
+                listed.pinned.update(filter(None, [parse_pin_key(info.key)]))
+            elif parse_checkpoint_prefix(top):
+                listed.below.setdefault(top, []).append(info)
+        return listed
+
+    def uncommitted_pins(self) -> list[str]:
+        """Return the prefixes that are pinned, and at which something stands, but no manifest."""
+        pinned = sorted(self.pinned & self.below.keys())
+        return [prefix for prefix in pinned if all(one.key != prefix + MANIFEST_NAME for one in self.below[prefix])]
 
 
 def _is_orphan(catalog: Catalog, prefix: str, found: Sequence[ObjectInfo], highest: int) -> bool:
@@ -172,7 +205,13 @@ def _now_s(store: Store, left: Sequence[ObjectInfo], older_than_s: float) -> flo
 
 
 def remove_orphan(catalog: Catalog, orphan: Orphan, *, go_on: Callable[[], bool] = lambda: True) -> bool:
-    """Void an orphan and delete its objects; of one that is a void manifest alone, that. False if one committed."""
+    """Void an orphan and delete its objects; of one that is a void manifest alone, that.
+
+    False if one committed; or if it is pinned by now, so that it is put back.
+    """
+    if catalog.pins.is_pinned(orphan.prefix):
+        catalog.put_back(orphan.prefix)
+        return False
     if not catalog.void(orphan.prefix):
         return False
     # Listed again: what a zombie has put since then goes, too.

@@ -4,7 +4,7 @@ A store moves bytes and knows nothing of tensors, steps or ranks. Each backend m
 errors; the one layer around it is the only place that tries again. No cloud library is imported before a URL asks.
 """
 
-from cloudckpt.store.appending import Append, appended
+from cloudckpt.store.assembling import Place, assembled
 from cloudckpt.store.base import Listing, ObjectInfo, Store
 from cloudckpt.store.limit import LeftBehindError, one_deadline, told_of_moves, watched
 from cloudckpt.store.local import scrub
@@ -17,14 +17,14 @@ from cloudckpt.store.stats import StoreStats
 
 __all__ = [
     "PROVEN_BYTES",
-    "Append",
     "LeftBehindError",
     "Listing",
     "ObjectInfo",
+    "Place",
     "RetryingStore",
     "Store",
     "StoreStats",
-    "appended",
+    "assembled",
     "environment_options",
     "hide",
     "one_deadline",

@@ -224,13 +224,13 @@ class LocalStore:
     # -- writing -------------------------------------------------------------------------------------------
 
     @contextmanager
-    def appended(self, key: str) -> Iterator[Callable[[memoryview], None]]:
-        """Yield what appends to a new object; it is published, as by `put`, once the block has ended without an error.
+    def assembled(self, key: str) -> Iterator[Callable[[int, memoryview], None]]:
+        """Yield what places bytes of a new object, from any thread; it is published, as by `put`, once the block ends.
 
         What the block itself raises passes as it is.
         """
         *parents, name = segments_of(key)
-        temp, offset = temp_name(), 0
+        temp = temp_name()
         with ExitStack() as stack:
             with self._our_errors("put", key):
                 fd = stack.enter_context(self._tree.directory(parents, make=True))
@@ -238,14 +238,13 @@ class LocalStore:
                 stack.callback(os.close, file)
                 try_lock(file)
 
-            def append(data: memoryview) -> None:
-                nonlocal offset
+            def place(at: int, data: memoryview) -> None:
                 with self._our_errors("put", key):
                     for batch in _batches([data]):
-                        offset = self._write_batch(file, batch, offset)
+                        at = self._write_batch(file, batch, at)
 
             try:
-                yield append
+                yield place
                 with self._our_errors("put", key):
                     self._disk.sync(file)
                     self._replace(fd, temp, name)
@@ -291,7 +290,8 @@ class LocalStore:
             note_move(offset)
             get_on()
             batch = _rest(batch, taken)
-        self._disk.start_writeback(file, offset=start, size_bytes=offset - start)
+        if offset - start >= MIB:  # small ones share pages, each of which would be written once for each of them
+            self._disk.start_writeback(file, offset=start, size_bytes=offset - start)
         return offset
 
     def _replace(self, fd: int, temp: str, name: str) -> None:

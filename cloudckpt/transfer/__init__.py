@@ -4,9 +4,9 @@ What is copied, and into which memory; who waits for whom, and for how long. Kno
 in them.
 """
 
-from cloudckpt.transfer.download import Fetch, ShardSource, download
+from cloudckpt.transfer.download import Fetch, ShardSource, download, read_verified
 from cloudckpt.transfer.memory import Scratch, Slabs, bytes_of, has_memory, inner_names
-from cloudckpt.transfer.pool import AbandonedError, Budget, Gauge, Watch
+from cloudckpt.transfer.pool import AbandonedError, Budget, Gauge, Watch, Work, run_all
 from cloudckpt.transfer.share import copying_threads, free_bytes, ranks_here
 from cloudckpt.transfer.staging import Copy, Stage, StageClosedError
 from cloudckpt.transfer.upload import Puts, ShardJob, upload
@@ -25,6 +25,7 @@ __all__ = [
     "Stage",
     "StageClosedError",
     "Watch",
+    "Work",
     "bytes_of",
     "copying_threads",
     "download",
@@ -32,5 +33,7 @@ __all__ = [
     "has_memory",
     "inner_names",
     "ranks_here",
+    "read_verified",
+    "run_all",
     "upload",
 ]

@@ -1,6 +1,7 @@
 """Fetch spans of shards in parallel, verify every block, and hand the verified bytes on.
 
     Fetch(shard, span) ──▶ store.get, one ranged read ──▶ digests compared ──▶ consume(view)
+    read_verified      ──▶ the same of one span, into the caller's memory
 
 Knows bytes, digests, budgets and threads; knows nothing of tensors. `consume` runs on the pool thread that read
 the span and sees its bytes only after they were verified; the view is valid only during the call. Keeps FORMAT
@@ -11,16 +12,24 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
-from cloudckpt.errors import BucketNotFoundError, ChecksumError, MissingShardError, ObjectNotFoundError, StorageError
+from cloudckpt.errors import (
+    BucketNotFoundError,
+    ChecksumError,
+    IntegrityError,
+    MissingShardError,
+    ObjectNotFoundError,
+    StorageError,
+)
 from cloudckpt.format import Span, verify_blocks
 from cloudckpt.store import Store, one_deadline
 from cloudckpt.transfer.pool import AbandonedError, Budget, Watch, Work, run_all
 
-__all__ = ["Fetch", "ShardSource", "download"]
+__all__ = ["Fetch", "ShardSource", "download", "read_verified"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +69,16 @@ class Fetch:
         return 2 * (self.span.stop - self.span.start)
 
 
+class _Memory(Protocol):
+    """Where a span may be read to."""
+
+    def take(self, size_bytes: int) -> memoryview | None:
+        """Return memory to be filled, or None: the engine is to answer with its own."""
+
+    def note(self, offered: memoryview | None, returned: memoryview) -> None:
+        """Note what was returned where that was offered."""
+
+
 class _ReadBuffer(threading.local):
     """A read buffer per pool thread, reused from span to span: fresh pages cost more than the copy.
 
@@ -83,10 +102,56 @@ class _ReadBuffer(threading.local):
             self._buffer = bytearray()
 
 
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Memory of the caller's, which takes a span from its first byte on."""
+
+    memory: memoryview
+
+    def take(self, size_bytes: int) -> memoryview:
+        return self.memory[:size_bytes]
+
+    def note(self, offered: memoryview | None, returned: memoryview) -> None:
+        # An engine that cannot fill what it is offered answers with memory of its own.
+        if offered is not None and returned.obj is not offered.obj:
+            offered[:] = returned
+
+
+def read_verified(store: Store, shard: ShardSource, span: Span, into: memoryview) -> None:
+    """Read one span into memory of the caller's; what stands there after an error means nothing.
+
+    Args:
+        store: where the shard is.
+        shard: the object.
+        span: whole blocks of it.
+        into: writable, as many bytes as the span has.
+
+    Raises:
+        MissingShardError, ChecksumError, StorageError: as `download`.
+    """
+    with one_deadline():
+        _verified(store, shard, span, _Given(into))
+
+
 def download(
-    store: Store, fetches: Sequence[Fetch], *, concurrency: int, budget: Budget, watch: Watch | None = None
+    store: Store,
+    fetches: Sequence[Fetch],
+    *,
+    concurrency: int,
+    budget: Budget,
+    watch: Watch | None = None,
+    on_damage: Callable[[Fetch, IntegrityError], None] | None = None,
 ) -> None:
     """Fetch, verify and hand on every span.
+
+    Args:
+        store: where the shards are.
+        fetches: what is read.
+        concurrency: reads at once.
+        budget: what they may hold.
+        watch: how they are watched over.
+        on_damage: is told, on any of the threads, of a span that is missing or differs; the others are read all the
+            same. None: that is raised.
 
     Raises:
         MissingShardError: an object that the index names is not there.
@@ -99,8 +164,14 @@ def download(
 
     def fetch(job: Fetch) -> None:
         try:
-            with one_deadline():
-                data = _verified(store, job, buffer)
+            try:
+                with one_deadline():
+                    data = _verified(store, job.shard, job.span, buffer)
+            except IntegrityError as exc:
+                if on_damage is None:
+                    raise
+                on_damage(job, exc)
+                return
             if is_left.is_set():
                 raise AbandonedError(f"nobody waits for {job.shard.key} any more, and its memory may be used otherwise")
             job.consume(data)
@@ -122,26 +193,38 @@ def download(
         is_left.set()
 
 
-def _verified(store: Store, job: Fetch, buffer: _ReadBuffer) -> memoryview:
-    shard, span = job.shard, job.span
-    bad = None
+def _verified(store: Store, shard: ShardSource, span: Span, buffer: _Memory) -> memoryview:
+    first_block = span.start // shard.block_bytes
+    bad = data = None
     for _ in range(_READS_PER_SPAN):
         data = _get(store, shard, span, buffer)
-        first_block = span.start // shard.block_bytes
         bad = verify_blocks(data, shard.digests, first_block=first_block, block_bytes=shard.block_bytes)
         if bad is None:
             return data
         logger.warning("block %d of %s differs from its digest; reading it again", bad, shard.key)
-    raise ChecksumError(
+    error = ChecksumError(
         f"block {bad} of shard {shard.key} (bytes from {(bad or 0) * shard.block_bytes}) differs from its digest in "
         f"{_READS_PER_SPAN} reads; restore an older step",
         key=shard.key,
     )
+    if data is not None:
+        error.blocks = tuple(_bad_blocks(data, shard, first_block))
+    raise error
 
 
-def _get(store: Store, shard: ShardSource, span: Span, buffer: _ReadBuffer) -> memoryview:
+def _bad_blocks(data: memoryview, shard: ShardSource, number: int) -> Iterator[int]:
+    """Yield the blocks that differ in what was read from block `number` on."""
+    first_block, bad = number, verify_blocks(data, shard.digests, first_block=number, block_bytes=shard.block_bytes)
+    while bad is not None:
+        yield bad
+        number = bad + 1
+        rest = data[(number - first_block) * shard.block_bytes :]
+        bad = verify_blocks(rest, shard.digests, first_block=number, block_bytes=shard.block_bytes)
+
+
+def _get(store: Store, shard: ShardSource, span: Span, buffer: _Memory) -> memoryview:
+    into = buffer.take(span.stop - span.start)
     try:
-        into = buffer.take(span.stop - span.start)
         data = store.get(shard.key, start=span.start, stop=span.stop, into=into)
     except BucketNotFoundError:
         raise  # no older step is there, either

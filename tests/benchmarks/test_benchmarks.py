@@ -24,13 +24,14 @@ from hypothesis import strategies as st
 
 from benchmarks import run
 from benchmarks.one_process.measure import Measurement, MeasurementError, Spec, measure
-from benchmarks.one_process.peers import PEERS
+from benchmarks.one_process.peers import PEERS, Peer, Place
 from benchmarks.shared.report import Results, Row, goals_table, is_met, table
 from benchmarks.shared.states import blank, differences, gpt, shapes_of, size_of
 from benchmarks.shared.targets import TARGETS
 from benchmarks.shared.units import parse_bytes
 from benchmarks.sink.arena import Arena, ArenaFullError, Extent
 from benchmarks.sink.process import SinkClient, running_sink
+from tests.programs import run_to_end
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -299,18 +300,43 @@ def test_a_measurement_counts_time_processor_memory_and_bytes(tmp_path: Path) ->
     assert 0.9 * found.state_bytes < found.extra_bytes < 2 * found.state_bytes
 
 
-def run_benchmark(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
+def restores_what_it_saved(peer: Peer, place: Place) -> bool:
+    state = gpt(MIB)
+    peer.save(state, place)
+    return differences(peer.load(blank(MIB), place), MIB) == []
+
+
+# DCP remarks on every single-process save.
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.is_for_local])
+def test_every_peer_for_a_directory_restores_there_what_it_saved(name: str, tmp_path: Path) -> None:
+    assert restores_what_it_saved(PEERS[name], Place(url=str(tmp_path / "checkpoint"), storage_options={}))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if peer.is_for_s3])
+def test_every_peer_for_s3_restores_there_what_it_saved(name: str, sink: SinkClient) -> None:
+    options = {"key": "any", "secret": "any", "endpoint_url": sink.endpoint_url}
+    place = Place(url="s3://bench/place", storage_options=options | {"client_kwargs": {"region_name": "us-east-1"}})
+    assert restores_what_it_saved(PEERS[name], place)
+    assert all(key.startswith("bench/place/") for key in sink.objects())
+
+
+def test_every_peer_is_measured_once_on_every_target_that_it_writes_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "measure", lambda spec: took(0.5))
     output = tmp_path / "out.json"
-    command = [sys.executable, str(ROOT / "benchmarks/run.py"), "--quick", "--size", "16MiB", "--json", str(output)]
-    done = subprocess.run(
-        [*command, "--directory", str(tmp_path), *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    results: list[dict[str, Any]] = json.loads(output.read_text())
-    for target in results:
-        assert f"### {target['target']}\n" in done.stdout
-        assert all(row["title"] in done.stdout for row in target["rows"])
-    return results
+    targets = ["local", "s3sink"]
+    words = ["--quick", "--size", "1MiB", "--directory", str(tmp_path), "--json", str(output)]
+    assert run.main([*words, "--targets", ",".join(targets)]) == 0
+    expected = {
+        (target, name)
+        for target in targets
+        for name, peer in PEERS.items()
+        if (peer.is_for_local if target == "local" else peer.is_for_s3)
+    }
+    assert counted(json.loads(output.read_text())) == dict.fromkeys(expected, (1, 1))
 
 
 def counted(results: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[int, int]]:
@@ -322,25 +348,20 @@ def counted(results: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[int, i
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_quick_benchmark_measures_each_chosen_peer_once(tmp_path: Path) -> None:
-    found = run_benchmark(tmp_path, "--targets", "s3sink", "--peers", "cloudckpt-obstore")
-    assert counted(found) == {("s3sink", "cloudckpt-obstore"): (1, 1)}
-    requests = found[0]["rows"][0]["runs"]["save"][0]["requests"]
-    assert requests["PutObject"] >= 3
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(850)
-def test_quick_benchmark_measures_every_peer_on_every_target(tmp_path: Path) -> None:
-    found = counted(run_benchmark(tmp_path, "--targets", ",".join(TARGETS)))
-    expected = {
-        (target, name)
-        for target in TARGETS
-        for name, peer in PEERS.items()
-        if (peer.is_for_local if target == "local" else peer.is_for_s3)
-    }
-    assert found == dict.fromkeys(expected, (1, 1))
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("target", TARGETS)
+def test_quick_benchmark_measures_the_chosen_peer_once_on_every_target(target: str, tmp_path: Path) -> None:
+    output, peer = tmp_path / "out.json", "cloudckpt" if target == "local" else "cloudckpt-obstore"
+    words = ["--quick", "--size", "16MiB", "--directory", str(tmp_path), "--json", str(output)]
+    done = run_to_end([sys.executable, ROOT / "benchmarks/run.py", *words, "--targets", target, "--peers", peer])
+    assert done.returncode == 0, done.stdout + done.stderr
+    (found,) = json.loads(output.read_text())
+    assert counted([found]) == {(target, peer): (1, 1)}
+    assert f"### {target}\n" in done.stdout
+    (row,) = found["rows"]
+    assert row["title"] in done.stdout
+    if target.startswith("s3"):
+        assert row["runs"]["save"][0]["requests"]["PutObject"] >= 3
 
 
 def test_an_unknown_peer_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import time
 from datetime import datetime, timedelta
@@ -21,6 +20,7 @@ from cloudckpt import CheckpointManager
 from cloudckpt.cli import app, asking
 from cloudckpt.store.redact import remember_secrets
 from servers import FreshPrefix
+from tests.programs import run_to_end
 
 
 def run(*arguments: str | Path) -> Result:
@@ -231,7 +231,7 @@ def test_ls_and_show_reach_an_object_store_with_options_from_the_environment(
 
 def test_the_installed_command_runs_and_its_status_is_the_answer(tmp_path: Path) -> None:
     command = str(Path(sys.executable).with_name("cloudckpt"))
-    bad = subprocess.run([command, "show", str(tmp_path / "x")], capture_output=True, text=True, check=False)
+    bad = run_to_end([command, "show", str(tmp_path / "x")])
     assert bad.returncode == 1
     assert bad.stdout == ""
     assert "Traceback" not in bad.stderr
@@ -239,9 +239,7 @@ def test_the_installed_command_runs_and_its_status_is_the_answer(tmp_path: Path)
 
 def test_a_warning_on_the_way_is_told_as_errors_are_and_the_rest_is_listed(root: Path) -> None:
     (root / "step-0000000100-e0001" / "manifest.json").write_text("{}")
-    done = subprocess.run(
-        [sys.executable, "-m", "cloudckpt", "ls", str(root), "--json"], capture_output=True, text=True, check=False
-    )
+    done = run_to_end([sys.executable, "-m", "cloudckpt", "ls", str(root), "--json"])
     *readable, unreadable = [json.loads(line) for line in done.stdout.splitlines()]
     assert [one["step"] for one in readable] == [9, 1000]
     assert (unreadable["step"], unreadable["epoch"]) == (100, 1)

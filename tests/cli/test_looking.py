@@ -16,6 +16,9 @@ from cloudckpt import CheckpointManager, KeepEvery
 from cloudckpt.cli import app, command
 from cloudckpt.cli.printing import as_age, plain
 from cloudckpt.cli.rules import rules_of, seconds_of
+from cloudckpt.root import known
+from cloudckpt.store import open_store
+from servers import FreshPrefix
 
 
 def run(*arguments: str | Path) -> Result:
@@ -87,6 +90,29 @@ def test_ls_tells_what_has_no_commit_apart_with_bytes_and_age(root: Path) -> Non
     assert (orphan["unfinished"], orphan["object_count"]) == ("step-0000000050-e0001/", 1)
     assert orphan["total_bytes"] == 2048
     assert "step-0000000050-e0001/        1  2.0 KiB" in run("ls", root).stdout
+
+
+def test_ls_says_what_it_has_not_looked_at_and_looks_when_told(
+    s3_url: FreshPrefix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CLOUDCKPT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(known, "_FEW_ROUNDS", 0)
+    words = [s3_url.url, "--json", "-o", json.dumps(dict(s3_url.storage_options))]
+    with CheckpointManager(s3_url.url, storage_options=s3_url.storage_options, progress="off") as manager:
+        for step in (1, 2):
+            manager.save(step, {"step": step})
+    assert "--check" not in run("ls", *words).stderr, "all was read"
+    with open_store(s3_url.url, storage_options=s3_url.storage_options) as store:
+        store.delete(["step-0000000001-e0001/manifest.json"])
+    found = run("ls", *words)
+    assert "2 of these were read before" in found.stderr
+    assert "--check looks at each (1 request)" in found.stderr
+    assert [json.loads(line).get("step") for line in found.stdout.splitlines()] == [1, 2]
+    looked = run("ls", *words, "--check")
+    assert looked.stderr == ""
+    assert [json.loads(line).get("step") for line in looked.stdout.splitlines()] == [2, None]
+    assert run("ls", *words, "--quick").stderr == "", "who asks for it knows"
 
 
 def test_an_age_is_told_in_its_two_largest_units() -> None:

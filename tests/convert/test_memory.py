@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 
 import cloudckpt
 from servers import FreshPrefix
+from tests.programs import run_to_end
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +34,7 @@ COUNT = 8
 def grown_bytes(call: dict[str, Any]) -> int:
     """Convert in a process of its own; return how much its memory grew beyond what the imports take."""
     command = [sys.executable, "-c", PROGRAM, json.dumps(call)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_to_end(command)
     assert done.returncode == 0, done.stderr
     return int(done.stdout)
 

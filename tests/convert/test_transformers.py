@@ -12,17 +12,22 @@ import torch
 import cloudckpt
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-transformers: Any = pytest.importorskip(
-    "transformers", reason="transformers comes with the extra `test`, and is not installed here"
-)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Any:
+    """The library, imported only where one of these tests runs: every worker collects them all."""
+    return pytest.importorskip(
+        "transformers", reason="transformers comes with the extra `test`, and is not installed here"
+    )
 
 
 @pytest.mark.parametrize("max_shard_bytes", [None, 20_000])
 @pytest.mark.parametrize("family", ["GPT2", "Llama"])
 def test_a_model_of_transformers_is_loaded_from_an_export(
-    family: str, max_shard_bytes: int | None, tmp_path: Path
+    family: str, max_shard_bytes: int | None, transformers: Any, tmp_path: Path
 ) -> None:
     if family == "GPT2":  # ties its head to its embedding
         config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=100, n_positions=32)
@@ -51,7 +56,7 @@ def test_a_model_of_transformers_is_loaded_from_an_export(
         assert torch.equal(model(tokens).logits, loaded(tokens).logits)
 
 
-def test_a_folder_of_save_pretrained_is_imported_and_loaded(tmp_path: Path) -> None:
+def test_a_folder_of_save_pretrained_is_imported_and_loaded(transformers: Any, tmp_path: Path) -> None:
     config = transformers.GPT2Config(n_layer=2, n_head=2, n_embd=32, vocab_size=100, n_positions=32)
     source, target = (transformers.AutoModelForCausalLM.from_config(config) for _ in range(2))
     source.save_pretrained(tmp_path / "hf", max_shard_size=20_000)

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError, UnsupportedValueError
+from cloudckpt.format import record
 from cloudckpt.format.manifest import (
     MANIFEST_LIMIT_BYTES,
     EpochClaim,
@@ -150,6 +151,12 @@ def test_encoding_is_canonical(manifest: Manifest) -> None:
         "sha256",
     ]
     assert data == json.dumps(json.loads(data), indent=1, ensure_ascii=False).encode() + b"\n"
+
+
+def test_what_this_library_wrote_is_not_searched_for_double_names_in_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = COMMITTED.encode()
+    monkeypatch.setattr(record, "json", None)
+    assert Manifest.decode(data, key=KEY) == msgspec.structs.replace(COMMITTED, sha256=json.loads(data)["sha256"])
 
 
 def test_the_seal_is_the_digest_of_the_bytes_with_the_seal_empty() -> None:

@@ -13,13 +13,12 @@ import struct
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 import cloudckpt
@@ -27,7 +26,7 @@ from cloudckpt import CheckpointManager
 from tests.effort import first
 from tests.ranks import models as rank_models
 from tests.ranks.models import Reference, Replica, blank, build, differences, is_same, reference
-from tests.ranks.processes import World
+from tests.ranks.processes import Crew
 
 State = dict[str, Any]
 Corner = tuple[str, int]  # a layout and how many ranks have it
@@ -100,25 +99,30 @@ SOURCES = [_corner(name) for name in DIAGONAL]
 # -- what the ranks do -------------------------------------------------------------------------------------------
 
 
-def on(corner: Corner, function: Callable[..., Any], *args: Any) -> list[Any]:
+_CREWS: dict[int, Crew] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _end_crews() -> Iterator[None]:
+    yield
+    for crew in _CREWS.values():
+        crew.end()
+
+
+def on(corner: Corner, function: Callable[..., Any], *args: Any, timeout_s: float = 90.0) -> list[Any]:
     """Call `function(layout, *args)` on every rank; the error raised is of the rank that failed first."""
     layout, size = corner
     if layout == "single":
         return [function(layout, *args)]
-    outcomes = World(size, _rank, function, layout, *args).outcomes(timeout_s=60.0)
-    failed = [outcome for outcome in outcomes if outcome.error is not None or not outcome.has_ended]
-    if failed:
-        first = min(failed, key=lambda outcome: (not outcome.has_ended, outcome.ended_s))
-        raise AssertionError(f"rank {first.rank} failed first:\n{first.trace}") from first.error
-    return [outcome.value for outcome in outcomes]
+    if size not in _CREWS or _CREWS[size].is_over:
+        _CREWS[size] = Crew(size)
+        _CREWS[size].run(_be_quiet)
+    return _CREWS[size].run(function, layout, *args, timeout_s=timeout_s)
 
 
-def _rank(function: Callable[..., Any], *args: Any) -> Any:
+def _be_quiet() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", module=r"torch\.")  # of FSDP1 as a whole, and of what it calls
-    value = function(*args)
-    dist.barrier()  # the store of the process group is in rank 0, and ends with it
-    return value
 
 
 def state_of(replica: Replica, values: State) -> State:
@@ -206,10 +210,11 @@ def test_a_state_is_restored_bit_for_bit(saved: Saved, source: Corner, target: C
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(800)
 @pytest.mark.parametrize("target", CORNERS, ids=map(_name, CORNERS))
 def test_a_state_is_restored_bit_for_bit_from_every_source(saved: Saved, target: Corner) -> None:
     urls = {_name(source): saved(source) for source in CORNERS}
-    assert on(target, restore_each, urls) == [{}] * target[1]
+    assert on(target, restore_each, urls, timeout_s=600) == [{}] * target[1]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=map(_name, SOURCES))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -13,6 +12,7 @@ import pytest
 
 from servers import ServerStartError
 from sharing import BUCKETS, Host, shared_server
+from tests.programs import run_to_end
 
 LOCALSTACK = Path(__file__).resolve().parents[2] / "localstack"
 ASK = "import sys, sharing; print(sharing.shared_server(sys.argv[1], 'fake-gcs').pid)"
@@ -23,10 +23,10 @@ def test_all_processes_have_the_same_server_with_its_buckets_until_the_host_ends
         asked = [pool.submit(shared_server, host.address, "fake-gcs") for _ in range(4)]
         servers = [future.result() for future in asked]
         command = [sys.executable, "-c", ASK, host.address]
-        elsewhere = subprocess.run(command, cwd=LOCALSTACK, check=True, capture_output=True, text=True).stdout
+        elsewhere = run_to_end(command, cwd=LOCALSTACK)
         with closing(servers[0]) as server:
             assert sorted(server.buckets()) == sorted(BUCKETS)
-    assert {server.pid for server in servers} == {int(elsewhere)}
+    assert {server.pid for server in servers} == {int(elsewhere.stdout)}, elsewhere.stderr
     assert not psutil.pid_exists(servers[0].pid)
 
 

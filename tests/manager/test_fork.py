@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
+
+from tests.programs import run_to_end
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _SCRIPT = """
@@ -61,6 +62,6 @@ manager.close()
 
 def test_a_forked_child_reads_and_ends_by_the_manager_of_its_parent_and_saves_by_its_own(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _SCRIPT, str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = run_to_end(command, cwd=REPOSITORY)
     found = [True] * 4 + [1, 1, False, 1, (2, 2)]
     assert done.stdout.splitlines() == [str(found), "7"], done.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cloudckpt.format import FORMAT_VERSION, IndexRef, Manifest, checkpoint_prefix, digest_of, index_key, shard_key
-from cloudckpt.root import Catalog, ManifestCache, overview
+from cloudckpt.root import Catalog, ManifestCache, known, overview
 from tests.store.fault_store import Bucket, FaultStore
 
 INDEX = b"index"
@@ -120,6 +120,24 @@ def test_a_quick_look_lists_prefixes_alone(bucket: Bucket, cache: ManifestCache)
     assert found[7] == attempt(7), "its prefix is listed still, which is all that is looked at"
     remove(bucket)
     assert 7 not in look(bucket, cache, is_quick=True)[0]
+
+
+def test_left_to_itself_a_look_is_quick_only_where_to_look_at_each_would_take_long(
+    bucket: Bucket, cache: ManifestCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look(bucket, cache)
+    delete_manifest(bucket)
+    found = overview(Catalog(FaultStore(bucket)), cache, is_quick=None)
+    assert (len(found.checkpoints), found.unchecked, found.check_request_count) == (39, 0, 0)
+    monkeypatch.setattr(known, "_PAGE", 10)
+    monkeypatch.setattr(known, "_READERS", 2)
+    commit(bucket, 7, attempt(7), metrics={"loss": 8.0})
+    look(bucket, cache)
+    delete_manifest(bucket)
+    commit(bucket, 50, attempt(50))
+    found = overview(Catalog(FaultStore(bucket)), cache, is_quick=None)
+    # One flat listing of 12 pages; the new one was read.
+    assert (len(found.checkpoints), found.unchecked, found.check_request_count) == (41, 40, 12)
 
 
 def test_what_is_new_is_read_and_known_from_then_on(bucket: Bucket, cache: ManifestCache) -> None:

@@ -21,6 +21,7 @@ from cloudckpt.preemption.schedule import Schedule
 from cloudckpt.ranks.vote import Vote
 from cloudckpt.root.checkpoint import Checkpoint, best_first
 from cloudckpt.root.retention import (
+    KeepAll,
     KeepBest,
     KeepEvery,
     KeepFor,
@@ -29,6 +30,7 @@ from cloudckpt.root.retention import (
     checked_rules,
     removable,
     watched_rules,
+    why_kept,
 )
 
 Order = tuple[int, int]
@@ -78,6 +80,8 @@ rules = st.one_of(
     st.builds(KeepBest, st.sampled_from(["loss", "acc"]), st.integers(1, 4), st.sampled_from(["min", "max"])),
     st.integers(1, 7).map(lambda steps: KeepEvery(steps=steps)),
     st.floats(1, 1e6).map(lambda seconds: KeepFor(seconds=seconds)),
+    st.floats(1, 1e6).map(lambda seconds: KeepEvery(seconds=seconds)),
+    st.just(KeepAll()),
 )
 rule_lists = st.lists(rules, max_size=4)
 orders = st.sets(st.tuples(st.integers(1, 3), st.integers(0, 12)), max_size=5)
@@ -385,3 +389,66 @@ def test_a_rule_whose_turn_has_not_come_is_not_told(caplog: pytest.LogCaptureFix
 def test_a_rule_that_makes_no_sense_is_refused_when_made(make: Callable[[], object]) -> None:
     with pytest.raises(OptionsError):
         make()
+
+
+# -- by time worked, and what keeps what ---------------------------------------------------------------------
+
+
+def line_of(*seconds: float | None) -> list[Checkpoint]:
+    """Steps 1, 2, 3… that were committed when so many seconds had been worked."""
+    return [worked(step, one) for step, one in enumerate(seconds, start=1)]
+
+
+def test_the_oldest_of_each_stretch_of_work_stays_and_what_tells_no_time() -> None:
+    history = line_of(0, 50, 100, 199, 250, None, 310, 320)
+    assert removed(history, [KeepEvery(seconds=100)]) == [(1, 2), (1, 4)]
+
+
+@given(st.lists(st.floats(0, 1e4), min_size=1, max_size=12).map(sorted), st.floats(1, 1e4))
+def test_what_was_kept_by_seconds_is_kept_when_the_rest_has_gone_and_more_has_come(
+    seconds: list[float], every_s: float
+) -> None:
+    rule = KeepEvery(seconds=every_s)
+    kept: list[Checkpoint] = []
+    held: set[Order] = set()
+    for one in line_of(*seconds):
+        kept = [*kept, one]
+        held |= rule.keep(kept)
+        kept = [one for one in kept if one not in removable(kept, [rule], protected=set())]
+        assert held <= set(orders_of(kept))
+
+
+@pytest.mark.parametrize("given", [{}, {"steps": 1, "seconds": 1.0}, {"seconds": 0}, {"seconds": -1}, {"steps": 0}])
+def test_every_is_by_steps_or_by_seconds(given: dict[str, Any]) -> None:
+    with pytest.raises(OptionsError, match=r"KeepEvery"):
+        KeepEvery(**given)
+
+
+def test_a_rule_by_seconds_is_never_said_to_be_idle(caplog: pytest.LogCaptureFixture) -> None:
+    (rule,) = watched_rules([KeepEvery(seconds=1e9)])
+    for _ in range(9):
+        rule.keep(line_of(1.0, 2.0))
+    assert caplog.text == ""
+    assert repr(rule) == "KeepEvery(seconds=1000000000.0)"
+
+
+@given(histories, rule_lists.filter(bool), orders)
+def test_what_no_word_keeps_is_what_would_go(
+    history: list[Checkpoint], chosen: list[RetentionRule], pinned: set[Order]
+) -> None:
+    words = why_kept(history, chosen, pinned=pinned)
+    assert sorted(order for order, said in words.items() if not said) == removed(history, chosen, pinned)
+
+
+def test_what_is_of_another_line_is_said_to_be_and_no_rule_counts_it() -> None:
+    words = why_kept(saved(1, 2, 3, 4), [KeepLast(2)], in_use={(1, 1)}, others={(1, 3)}, pinned={(1, 4)})
+    assert words == {
+        (1, 1): ("in use",),
+        (1, 2): ("KeepLast(n=2)",),
+        (1, 3): ("another line of history",),
+        (1, 4): ("newest", "pinned", "KeepLast(n=2)"),
+    }
+
+
+def test_to_keep_all_is_to_remove_nothing() -> None:
+    assert removed(saved(1, 2, 3), [KeepLast(1), KeepAll()]) == []

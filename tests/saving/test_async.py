@@ -77,9 +77,11 @@ def test_a_callback_is_called_once_when_its_save_has_ended_or_at_once(tmp_path: 
 
 def test_a_callback_is_called_of_a_failure_which_it_hides_from_nobody(tmp_path: Path) -> None:
     called: list[int] = []
-    with pytest.raises(StorageError), CheckpointManager(tmp_path) as manager:
-        Failure(manager, refused())
-        manager.async_save(1, state_of(1)).add_done_callback(lambda handle: called.append(handle.step))
+    manager = CheckpointManager(tmp_path)
+    Failure(manager, refused())
+    manager.async_save(1, state_of(1)).add_done_callback(lambda handle: called.append(handle.step))
+    with pytest.raises(StorageError):
+        manager.close()
     assert called == [1]
 
 

@@ -19,6 +19,7 @@ from cloudckpt import CheckpointManager
 from cloudckpt.options import MIB
 from raw_access import FreshPrefix
 from tests.effort import first
+from tests.programs import run_to_end
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,7 +144,7 @@ ENDINGS = {
 
 def run(script: str, url: str, where: str = "{}") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", _PREAMBLE + script, url, where]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    return run_to_end(command, cwd=ROOT)
 
 
 # A process that starts with torch takes seconds; the rest goes with the long ones.

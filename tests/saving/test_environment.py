@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 import sys
+
+from tests.programs import run_to_end
 
 # In a process of its own, because the record and what `platform` finds are kept for the life of one.
 WITHOUT_PROCESSES = """
@@ -20,7 +21,7 @@ print(environment("file:///root", "local")["platform"])
 
 
 def test_the_record_names_system_and_machine_without_starting_a_process() -> None:
-    done = subprocess.run([sys.executable, "-c", WITHOUT_PROCESSES], capture_output=True, text=True, check=False)
+    done = run_to_end([sys.executable, "-c", WITHOUT_PROCESSES])
 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{platform.system()}-{platform.release()}-{platform.machine()}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import cloudckpt
 from cloudckpt.errors import CheckpointNotFoundError, CloudCkptError, OptionsError, RetryExhaustedError, StorageError
 from cloudckpt.store import open_store
 from tests.effort import diagonal
+from tests.programs import run_to_end
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, VERBS, Engine
 from tests.store.handling import while_handling
 from tests.store.http_dialects import Request
@@ -344,8 +344,7 @@ atexit.register(last)
 )
 def test_the_first_use_of_a_store_at_exit_works_or_says_why(server: ObjectServer, engine: Engine, before: str) -> None:
     about = [f"{engine.scheme}://bucket/root", engine.kind.engine, f"http://localhost:{server.port}"]
-    found = subprocess.run(
-        [sys.executable, "-c", f"{before}\n{_LAST}", *about], capture_output=True, text=True, timeout=60, check=True
-    )
+    found = run_to_end([sys.executable, "-c", f"{before}\n{_LAST}", *about])
+    assert found.returncode == 0, found.stderr
     assert found.stdout.startswith(("done", "StorageError")), found.stdout + found.stderr
     assert found.stdout.startswith("done") or "shutting down" in found.stdout

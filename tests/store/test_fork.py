@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from tests.effort import first
+from tests.programs import run_to_end
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _SCRIPT = """
@@ -64,7 +64,5 @@ with ObjectServer() as server:
 
 @pytest.mark.parametrize("moment", first(["idle", "locks held"], ["locks held"]))
 def test_a_forked_child_uses_stores_as_its_parent_does(moment: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, moment], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    done = run_to_end([sys.executable, "-c", _SCRIPT, moment], cwd=REPOSITORY)
     assert done.stdout.strip() == "[7, 7, 7, 7]", done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from cloudckpt.options import RetryPolicy
 from cloudckpt.store.aside import begun
 from cloudckpt.store.probe import _proven, probe_create
 from cloudckpt.store.retrying import RetryingStore
+from tests.programs import run_to_end
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, VERBS
 from tests.store.fault_store import FaultStore
 from tests.store.http_dialects import Reply, Request
@@ -94,8 +94,8 @@ try:
 except StorageError:
     print("ended")
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
-    assert run.stdout == "ended\n"
+    run = run_to_end([sys.executable, "-c", program])
+    assert (run.returncode, run.stdout) == (0, "ended\n"), run.stderr
 
 
 def test_what_nobody_waits_for_any_more_ends_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +163,6 @@ with ObjectServer() as server:
 def test_the_first_interrupt_ends_a_save_whose_put_stands_still_and_the_manager_goes_on() -> None:
     """Far sooner than the store's patience ends, which the time limit here shows."""
     program = INTERRUPTED.replace("PATIENCE", '"request_timeout_s": 600.0, "deadline_s": 1200.0')
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    run = run_to_end([sys.executable, "-c", program])
     expected = ["interrupted interrupted 0", "then 2 2", "interrupted interrupted 2", "then 4 4"]
     assert run.stdout.splitlines() == expected * 2, run.stderr

@@ -20,10 +20,11 @@ from cloudckpt.options import KIB, MIB
 from cloudckpt.transfer.memory import Slabs
 from cloudckpt.transfer.staging import Copy, Stage, StageClosedError, copy_all
 from raw_access import FreshPrefix
+from tests.effort import examples
 from tests.store.gates import PATIENCE_S, Gate, before, slow, wait_for
 
 PAGE = 4 * KIB
-TRIALS = 200
+TRIALS = examples(200)
 MANY_SHARDS = Options(shard_bytes=8 * KIB, block_bytes=4 * KIB, span_bytes=8 * KIB)
 
 

@@ -1,0 +1,65 @@
+"""`cloudckpt report`: a run as one page to look at."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cloudckpt.cli.asking import Access, NoCache, Url, cache_of
+from cloudckpt.cli.rules import seconds_of
+from cloudckpt.page import page_of, prices_from
+
+__all__ = ["report"]
+
+
+def report(
+    url: Url,
+    *,
+    access: Access,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where the page goes; - prints it.")
+    ] = Path("report.html"),
+    prices: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help='The store\'s prices: {"storage_gib_month": 0.023, "writes_1000": 0.005, "currency": "USD", '
+            '"source": "…"}; else the usual ones of S3 and GCS.',
+        ),
+    ] = None,
+    mtbf: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Mean time between failures (90min, 12h, 3d); else interruptions count."),
+    ] = None,
+    no_cache: NoCache = False,
+) -> None:
+    """Write a page about a run: when its jobs saved and restored, what that took, its metrics, and what it costs.
+
+    One HTML file that needs no network. It tells what the store tells; a file of that name is overwritten.
+    """
+    mtbf_s = None if mtbf is None else seconds_of(mtbf, "--mtbf")
+    chosen = None if prices is None else prices_from(prices)
+    with access.opened(url) as catalog:
+        page = page_of(catalog, cache=cache_of(no_cache=no_cache), prices=chosen, mtbf_s=mtbf_s)
+    if str(output) == "-":
+        sys.stdout.write(page)
+        return
+    _write(output, page)
+    typer.echo(str(output))
+
+
+def _write(path: Path, page: str) -> None:
+    """Write a file whole or not at all: the one of before is there until then."""
+    new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        new.write_text(page, encoding="utf-8")
+        new.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            new.unlink()
+        raise

@@ -1,0 +1,265 @@
+"""Bring one checkpoint from one store to another: the same bytes, under the same attempt, the manifest last.
+
+    index ──▶ shards that the target lacks ──a few at a time──▶ ranged reads, digests compared ──▶ one put each
+                                                      ──▶ index ──▶ listed: all are there ──▶ manifest (create)
+
+Until the manifest stands the target holds nothing but objects that no checkpoint leads to, which a sweep removes. What
+stands there when a copy begins again is not sent again if it has its size: a put is whole or not there, and nobody else
+writes below an attempt's 64 random bits, so that size and name say which bytes these are. Who doubts the store has them
+read back. Holds a few whole shards (FORMAT invariants 1, 2, 4, 12 and 15).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from cloudckpt.copying.places import Onward, key_of, source_of, spans_of
+from cloudckpt.errors import (
+    AccessDeniedError,
+    CheckpointNotFoundError,
+    CredentialsExpiredError,
+    IntegrityError,
+    StorageError,
+)
+from cloudckpt.format import Index, ShardEntry, Span, index_key
+from cloudckpt.loading import decode_index, read_index_bytes
+from cloudckpt.options import Options
+from cloudckpt.root import Catalog, Checkpoint
+from cloudckpt.threads import each
+from cloudckpt.transfer import (
+    Budget,
+    Fetch,
+    Gauge,
+    Scratch,
+    Watch,
+    Work,
+    download,
+    read_verified,
+    run_all,
+)
+
+__all__ = ["Copied", "Copier"]
+
+logger = logging.getLogger(__name__)
+
+# Of one shard at once, where each request waits for a network.
+_READERS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copied:
+    """One checkpoint that stands in the target.
+
+    Attributes:
+        source: its URL where it was copied from.
+        url: its URL in the target.
+        step: training step, -1 for one outside of a root.
+        epoch: incarnation of the job that saved it, 0 outside of a root.
+        is_new: whether this copy has committed it; it stood there already otherwise.
+        total_bytes: bytes of its shards.
+        sent_count: objects that were sent, the manifest not counted.
+        sent_bytes: bytes of them.
+        kept_count: shards that stood there when the copy began, and were not sent.
+    """
+
+    source: str
+    url: str
+    step: int
+    epoch: int
+    is_new: bool
+    total_bytes: int
+    sent_count: int = 0
+    sent_bytes: int = 0
+    kept_count: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Copier:
+    """Copies checkpoints from one place to another.
+
+    Attributes:
+        source: where they are.
+        target: where they go.
+        options: sizes, parallelism, patience.
+        checks: whether what stands in the target is read back, also of a checkpoint that is committed there.
+        gauge: is told of bytes that have moved, or need not.
+    """
+
+    source: Catalog
+    target: Catalog
+    options: Options
+    checks: bool
+    gauge: Gauge
+
+    def copy(self, checkpoint: Checkpoint, prefix: str, *, is_there: bool) -> Copied:
+        """Copy one checkpoint; return once it is committed.
+
+        Args:
+            checkpoint: of the source.
+            prefix: where it is to stand in the target.
+            is_there: whether it is committed there: it is looked at only to be checked and mended.
+
+        Raises:
+            CheckpointNotFoundError: it was removed from the source meanwhile.
+            IntegrityError: it is not whole in the source.
+            CheckpointExistsError: another one was committed there meanwhile.
+            StorageError: a store could not be read or written. In each case the target has no more checkpoints than
+                before, and what was sent stays for another try.
+        """
+        if is_there and not self.checks:
+            self.gauge.move(checkpoint.total_bytes)
+            return _told(checkpoint, self._url(prefix), is_new=False)
+        try:
+            return self._copy(checkpoint, prefix, is_there=is_there)
+        except IntegrityError as exc:
+            if self.source.is_still(checkpoint):
+                exc.add_note(f"{checkpoint.url} is not copied; `cloudckpt verify` tells all that is wrong with it")
+                raise
+            raise CheckpointNotFoundError(
+                f"{checkpoint.url} was removed while it was copied (a retention rule of a job at work?), and is not in "
+                "the target; copy another step, or pin it first"
+            ) from exc
+
+    def _copy(self, checkpoint: Checkpoint, prefix: str, *, is_there: bool) -> Copied:
+        manifest = self.source.manifest_bytes(checkpoint)
+        data = read_index_bytes(self.source, checkpoint)
+        index = decode_index(checkpoint, data)
+        shards, sizes = list(index.shards()), self._sizes(prefix, index)
+        standing = [entry for entry in shards if sizes.get(key_of(prefix, entry)) == entry.size_bytes]
+        if self.checks:
+            standing = self._sound(standing, prefix, index)
+        kept = {(entry.rank, entry.number) for entry in standing}
+        lacking = [entry for entry in shards if (entry.rank, entry.number) not in kept]
+        self.gauge.move(sum(entry.size_bytes for entry in standing))
+        self._send(checkpoint, lacking, prefix, index)
+        sent_bytes, sent_count = sum(entry.size_bytes for entry in lacking), len(lacking)
+        key = prefix + index_key(index.attempt)
+        # On a disk a put also makes durable what a killed copy has put beside it.
+        is_sure = is_there or self.target.store.engine != "local"
+        if not (is_sure and self._is_index(key, sizes.get(key), data)):
+            self.target.store.put(key, [memoryview(data)])
+            sent_bytes, sent_count = sent_bytes + len(data), sent_count + 1
+        if lacking:
+            self._refuse_lost(shards, prefix, index)
+        if not is_there:
+            self.target.commit_copy(manifest, prefix=prefix)
+        logger.info(
+            "copied %s to %s: %d objects with %d bytes, %d stood there",
+            *(checkpoint.url, self._url(prefix), sent_count, sent_bytes, len(standing)),
+        )
+        return _told(
+            checkpoint,
+            self._url(prefix),
+            is_new=not is_there,
+            sent=(sent_count, sent_bytes),
+            kept_count=len(standing),
+        )
+
+    def _url(self, prefix: str) -> str:
+        return f"{self.target.store.url.removesuffix('/')}/{prefix}".rstrip("/") if prefix else self.target.store.url
+
+    def _sizes(self, prefix: str, index: Index) -> Mapping[str, int]:
+        """Return the sizes of what stands in the target under the attempts of a checkpoint; {} where nobody may see."""
+        below = f"{prefix}{index.attempt}/" if len(index.attempts) == 1 else prefix
+        try:
+            return {info.key: info.size_bytes for info in self.target.store.list(below).objects}
+        except CredentialsExpiredError:
+            raise
+        except AccessDeniedError as exc:
+            logger.warning("all is sent, because what stands at %s cannot be listed: %s", self._url(prefix), exc)
+            return {}
+
+    def _is_index(self, key: str, size_bytes: int | None, data: bytes) -> bool:
+        """Tell whether what stands there, of that size, is the index."""
+        if size_bytes != len(data):
+            return False
+        return not self.checks or self.target.store.read(key, limit_bytes=len(data)) == data
+
+    def _sound(self, shards: Sequence[ShardEntry], prefix: str, index: Index) -> list[ShardEntry]:
+        """Return which of these shards in the target have the bytes that they should have, by reading them."""
+        bad: set[str] = set()
+        store = self.target.store
+        fetches = [
+            Fetch(shard=shard, span=span, consume=lambda _: None)
+            for entry in shards
+            for shard in [source_of(prefix, entry, index.block_bytes)]
+            for span in spans_of(entry, index.block_bytes, self.options)
+        ]
+        download(
+            store,
+            fetches,
+            concurrency=self.options.concurrency,
+            budget=Budget(self.options.transfer_budget_bytes),
+            watch=self._watch(store.engine),
+            on_damage=lambda job, _: bad.add(job.shard.key),
+        )
+        for key in sorted(bad):
+            logger.warning("%s on %s is not what was sent, and is sent again", key, store.url)
+        return [entry for entry in shards if key_of(prefix, entry) not in bad]
+
+    def _send(self, checkpoint: Checkpoint, shards: Sequence[ShardEntry], prefix: str, index: Index) -> None:
+        budget, scratch = Budget(self.options.transfer_budget_bytes), Scratch()
+        source, target = self.source.store, self.target.store
+        readers = 1 if source.engine == "local" else _READERS
+
+        def send(entry: ShardEntry, cost_bytes: int) -> None:
+            shard = source_of(checkpoint.prefix, entry, index.block_bytes)
+            try:
+                with scratch.lend(entry.size_bytes) as memory:
+
+                    def read(span: Span) -> None:
+                        read_verified(source, shard, span, memory[span.start : span.stop])
+
+                    each(spans_of(entry, index.block_bytes, self.options), read, threads=readers, name="cloudckpt-copy")
+                    target.put(key_of(prefix, entry), [memory])
+            finally:
+                budget.free(cost_bytes)
+
+        work = []
+        for entry in shards:
+            # What engines read that fill no memory but their own.
+            own_bytes = 0 if source.engine == "local" else readers * min(self.options.span_bytes, entry.size_bytes)
+            cost_bytes = entry.size_bytes + own_bytes
+            call = partial(send, entry, cost_bytes)
+            work.append(Work(name=key_of(prefix, entry), size_bytes=entry.size_bytes, cost_bytes=cost_bytes, call=call))
+        engine = source.engine if target.engine == "local" else target.engine
+        watch = self._watch(engine, url=target.url)
+        run_all(work, concurrency=self.options.concurrency, budget=budget, watch=watch)
+
+    def _watch(self, engine: str, url: str = "") -> Watch:
+        still_s, limit = self.options.transfer_limit(engine)
+        return Watch(deadline_s=still_s, limit=limit, url=url, gauge=Onward(self.gauge if url else None))
+
+    def _refuse_lost(self, shards: Sequence[ShardEntry], prefix: str, index: Index) -> None:
+        """Refuse to commit what the target does not hold, whatever has answered the puts, or was swept meanwhile."""
+        sizes = self._sizes(prefix, index)
+        if not sizes:  # no right to list
+            return
+        for entry in shards:
+            key = key_of(prefix, entry)
+            if sizes.get(key) != entry.size_bytes and self.target.store.head(key).size_bytes != entry.size_bytes:
+                raise StorageError(
+                    f"{key} on {self.target.store.url} has not the {entry.size_bytes} bytes that were sent, and "
+                    "nothing was committed; see what else writes there, and copy again",
+                    op="head",
+                    key=key,
+                )
+
+
+def _told(
+    checkpoint: Checkpoint, url: str, *, is_new: bool, sent: tuple[int, int] = (0, 0), kept_count: int | None = None
+) -> Copied:
+    return Copied(
+        source=checkpoint.url,
+        url=url,
+        step=checkpoint.step,
+        epoch=checkpoint.epoch,
+        is_new=is_new,
+        total_bytes=checkpoint.total_bytes,
+        sent_count=sent[0],
+        sent_bytes=sent[1],
+        kept_count=checkpoint.manifest.shard_count if kept_count is None else kept_count,
+    )

@@ -1,0 +1,92 @@
+"""Write one large object of a known size in any order, so that it is there whole or not at all.
+
+    on a disk    temp name in its directory ▶ written in place … ▶ fsync ▶ rename      nothing is written twice
+    elsewhere    memory, or a file without a name here ▶ written … ▶ one put           a put takes its object whole
+
+For what other programs read, whose objects are as large as those want them: a shard is put from tensor memory. Knows
+keys and bytes. Any number of threads place bytes at once, each its own; who yields waits for none of them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from cloudckpt.errors import StorageError
+from cloudckpt.options import MIB
+from cloudckpt.store.base import Store
+from cloudckpt.store.local import local_below
+
+__all__ = ["Place", "assembled"]
+
+Place = Callable[[int, memoryview], None]
+"""Takes bytes of an object, and where in it they begin; they may change as soon as it has returned."""
+
+# What is larger is gathered on a disk: a put of it must not take its size in memory.
+_IN_MEMORY_BYTES = 64 * MIB
+
+
+@contextmanager
+def assembled(store: Store, key: str, *, size_bytes: int) -> Iterator[Place]:
+    """Yield what places bytes of a new object; it stands under its key, durable, once the block ends without an error.
+
+    All of its bytes are to be placed, each once or again.
+
+    Raises:
+        StorageError: it could not be written; what stood under the key stands there still.
+    """
+    local = local_below(store)
+    if local is not None:
+        with local.assembled(key) as place:
+            yield place
+    elif size_bytes <= _IN_MEMORY_BYTES:
+        with _in_memory(store, key, size_bytes) as place:
+            yield place
+    else:
+        with _in_file(store, key, size_bytes) as place:
+            yield place
+
+
+@contextmanager
+def _in_memory(store: Store, key: str, size_bytes: int) -> Iterator[Place]:
+    # From the kernel: what malloc had is kept in the arena of the thread that took it.
+    memory = memoryview(mmap.mmap(-1, max(1, size_bytes)))[:size_bytes]
+    array = np.frombuffer(memory, dtype=np.uint8)
+
+    def place(at: int, data: memoryview) -> None:
+        np.copyto(array[at : at + data.nbytes], np.frombuffer(data, dtype=np.uint8))
+
+    yield place
+    store.put(key, [memory] if size_bytes else [])
+
+
+@contextmanager
+def _in_file(store: Store, key: str, size_bytes: int) -> Iterator[Place]:
+    with tempfile.TemporaryFile(prefix="cloudckpt-") as file:
+
+        def place(at: int, data: memoryview) -> None:
+            try:
+                while data.nbytes:
+                    taken = os.pwrite(file.fileno(), data, at)
+                    at, data = at + taken, data[taken:]
+            except OSError as exc:
+                raise _no_room(key, exc) from exc
+
+        file.truncate(size_bytes)
+        yield place
+        with mmap.mmap(file.fileno(), size_bytes, access=mmap.ACCESS_READ) as pages, memoryview(pages) as view:
+            store.put(key, [view])
+
+
+def _no_room(key: str, cause: OSError) -> StorageError:
+    return StorageError(
+        f"{key!r} is gathered in a file below {tempfile.gettempdir()} before it is put, and that could not be written: "
+        f"{cause.strerror}; free space there, or name another directory in TMPDIR",
+        op="put",
+        key=key,
+    )
