@@ -40,11 +40,12 @@ from cloudckpt.errors import (
 from cloudckpt.options import Options, RetryPolicy
 
 if TYPE_CHECKING:
-    from cloudckpt.checkpoint import load, read, save
+    from cloudckpt.checkpoint import contents, load, read, save
     from cloudckpt.convert import Exported, export, import_
     from cloudckpt.copying import Change, Copied, Damage, Difference, Verified, copy, diff, verify, verify_all
     from cloudckpt.dcp import CloudReader, CloudWriter
-    from cloudckpt.format import register
+    from cloudckpt.format import register, register_code
+    from cloudckpt.loading import Contents, TensorInfo
     from cloudckpt.manager import CheckpointManager
     from cloudckpt.page import Prices, report_page
     from cloudckpt.preemption import Notice, Preemption
@@ -64,7 +65,7 @@ if TYPE_CHECKING:
     )
     from cloudckpt.root import Checkpoint, Fit, KeepAll, KeepBest, KeepEvery, KeepFor, KeepLast, Pin, RetentionRule
     from cloudckpt.saving import SaveHandle
-    from cloudckpt.state import AccumulationWindow, PerRank, ResumableSampler
+    from cloudckpt.state import AccumulationWindow, PerRank, RandomState, RankZero, ResumableSampler, Trainable
 
     __version__: str
 
@@ -84,6 +85,7 @@ __all__ = [
     "CloudWriter",
     "CommitUnknownError",
     "ConflictError",
+    "Contents",
     "Copied",
     "CreateNotEnforcedError",
     "CredentialsExpiredError",
@@ -115,7 +117,9 @@ __all__ = [
     "Prices",
     "Probe",
     "Pruned",
+    "RandomState",
     "RankLostError",
+    "RankZero",
     "RestoreFailedError",
     "Restored",
     "ResumableSampler",
@@ -133,8 +137,11 @@ __all__ = [
     "StalledError",
     "StateMismatchError",
     "StorageError",
+    "TensorInfo",
+    "Trainable",
     "UnsupportedValueError",
     "Verified",
+    "contents",
     "copy",
     "diff",
     "export",
@@ -143,6 +150,7 @@ __all__ = [
     "probe",
     "read",
     "register",
+    "register_code",
     "report_page",
     "save",
     "verify",
@@ -151,11 +159,12 @@ __all__ = [
 
 # The imports above, for a running program: the room, and what comes from it.
 _LATE = {
-    "checkpoint": ("load", "read", "save"),
+    "checkpoint": ("contents", "load", "read", "save"),
     "convert": ("Exported", "export", "import_"),
     "copying": ("Change", "Copied", "Damage", "Difference", "Verified", "copy", "diff", "verify", "verify_all"),
     "dcp": ("CloudReader", "CloudWriter"),
-    "format": ("register",),
+    "format": ("register", "register_code"),
+    "loading": ("Contents", "TensorInfo"),
     "manager": ("CheckpointManager",),
     "page": ("Prices", "report_page"),
     "preemption": ("Notice", "Preemption"),
@@ -175,7 +184,7 @@ _LATE = {
     ),
     "root": ("Checkpoint", "Fit", "KeepAll", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "Pin", "RetentionRule"),
     "saving": ("SaveHandle",),
-    "state": ("AccumulationWindow", "PerRank", "ResumableSampler"),
+    "state": ("AccumulationWindow", "PerRank", "RandomState", "RankZero", "ResumableSampler", "Trainable"),
 }
 
 if not TYPE_CHECKING:  # a type checker that saw it would let every misspelt name pass

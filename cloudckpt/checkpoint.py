@@ -6,30 +6,22 @@ two ways with a root.
 
 from __future__ import annotations
 
-import fnmatch
-import logging
 import os
 from collections.abc import Mapping, MutableMapping, Sequence
 
 import torch
 
 from cloudckpt.errors import CheckpointNotFoundError, OptionsError
-from cloudckpt.format import DTYPES, NOTES, Index, PathElement, codec, unflatten
-from cloudckpt.loading import RankInput, by_part_name, load_state, part_targets, read_index
+from cloudckpt.loading import Contents, load_state, read_contents, read_state
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, refuse_lonely_rank
 from cloudckpt.report import Journal, OnEvent, Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, Exists, Roots, check_exists, own_url
 from cloudckpt.saving import Session, begin_save
-from cloudckpt.state import Allowed, Resize, captured, collector_at_rest, with_attributes
+from cloudckpt.state import Allowed, Resize, captured, collector_at_rest
 from cloudckpt.store import open_store
-from cloudckpt.transfer import Watch
 
-__all__ = ["load", "read", "save"]
-
-logger = logging.getLogger(__name__)
-
-_OURS = "cloudckpt."
+__all__ = ["contents", "load", "read", "save"]
 
 
 def _refuse_swapped(call: str, state: object, url: object) -> None:
@@ -119,6 +111,7 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
     cast: bool = False,
     materialize: str | torch.device | None = None,
     resize: Resize | None = None,
+    only: str | Sequence[str] | None = None,
     progress: Show = "auto",
     on_event: OnEvent = None,
 ) -> Checkpoint:
@@ -144,6 +137,8 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
         resize: for a tensor of another shape than was saved: called with its name, the saved tensor and the live one,
             both on the live one's device (a copy of it; DTensors where it is one, of the same mesh and placements),
             returns a tensor of the live one's shape and dtype, which is copied into it.
+        only: names of what of `state` is restored, its keys or those of objects in its containers (`model`,
+            `optimizers.0`); all else of it stays as it is, and so does what else the checkpoint holds.
         progress: what is shown on stderr, as for `CheckpointManager`.
         on_event: is told what happens, as for `CheckpointManager`.
 
@@ -169,7 +164,7 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
             roots=Roots([catalog]),
             journal=journal,
             options=chosen,
-            allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize),
+            allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize, only=only),
             what="load",
             shown="loading",
         )
@@ -201,74 +196,38 @@ def read(
         progress: `bar` or `auto` show a bar on a terminal; there is no line.
 
     Raises:
-        CheckpointNotFoundError: nothing is committed at the URL, or a key matches nothing.
+        CheckpointNotFoundError: nothing is committed at the URL, or a key matches nothing; says what is near it.
         IntegrityError: an object is missing or differs from what was committed.
         StorageError: the store could not be read.
     """
     chosen = Options.of(options)
     with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
-        entry = Journal(store, Progress(progress)).begin(rank=0)
         catalog = Catalog(store)
-        checkpoint = catalog.open()
-        index = read_index(catalog, checkpoint)
-        names = _select(index, keys, checkpoint.url)
-        tensors = {
-            name: torch.empty(saved.shape, dtype=DTYPES[saved.dtype], device="cpu")
-            for name in names
-            if (saved := index.tensors.get(name)) is not None
-        }
-        stored = {name: index.values[name] for name in names if name in index.values}
-        parts = part_targets(index, stored)
-        with entry.bar("reading") as bar:
-            RankInput(store, checkpoint, index, chosen, Watch(gauge=bar)).fill({**tensors, **by_part_name(parts)})
-        values = {name: codec.decode(value, key=name, parts=parts.get(name)) for name, value in stored.items()}
-        leaves = {name: tensors[name] if name in tensors else values[name] for name in names}
-        notes = codec.decode_json(index.values.get(NOTES, {}), key=NOTES)
-        state = unflatten(leaves, _paths_of_some(index, names))
-        with_attributes(state, "", notes if isinstance(notes, dict) else {}, is_new=True)
-        return state
+        with Journal(store, Progress(progress)).begin(rank=0).bar("reading") as bar:
+            return read_state(map(catalog.open, [""]), keys, roots=Roots([catalog]), options=chosen, gauge=bar)
 
 
-def _paths_of_some(index: Index, names: Sequence[str]) -> dict[str, list[PathElement]]:
-    """Return the paths of some names; a list of which only a part was asked for becomes a dict by place."""
-    chosen = set(names)
-    left_out = [path for name, path in index.paths.items() if name not in chosen]
-    torn = {_key(path[:depth]) for path in left_out for depth in range(1, len(path))}
-    return {
-        name: [_keyed(step) if _key(path[:depth]) in torn else step for depth, step in enumerate(path)]
-        for name, path in index.paths.items()
-        if name in chosen
-    }
+def contents(
+    url: str | os.PathLike[str],
+    *,
+    storage_options: Mapping[str, object] | None = None,
+    engine: str = "auto",
+    options: Options | Mapping[str, object] | None = None,
+) -> Contents:
+    """Return the names, shapes, dtypes and sizes of all that a checkpoint holds; reads its manifest and index alone.
 
+    Args:
+        url: the checkpoint's prefix.
+        storage_options: fsspec's own options for the URL.
+        engine: what moves the bytes, as for `save`.
+        options: patience.
 
-def _key(path: Sequence[PathElement]) -> tuple[str, ...]:
-    return tuple(map(repr, path))
-
-
-def _keyed(step: PathElement) -> PathElement:
-    """Turn a place in a list or tuple into a dict's key."""
-    place = step.get("tuple") if isinstance(step, dict) else step
-    return {"key": place} if isinstance(place, int) else step
-
-
-def _select(index: Index, keys: str | Sequence[str] | None, url: str) -> list[str]:
-    all_names = [*index.tensors, *index.values]
-    names = [name for name in all_names if not name.startswith(_OURS)]
-    if keys is None:
-        if any(name.startswith("cloudckpt.per_rank.") for name in all_names):
-            logger.warning("%s: state that each rank has for itself is NOT read; restore it with as many ranks", url)
-        return names
-    wanted = [keys] if isinstance(keys, str) else list(keys)
-    chosen: dict[str, None] = {}
-    for pattern in wanted:
-        found = [
-            name
-            for name in (all_names if pattern.startswith(_OURS) else names)
-            if name == pattern or fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}.")
-        ]
-        if not found:
-            raise CheckpointNotFoundError(
-                f"nothing in {url} is named {pattern!r}; it holds {', '.join(sorted(names)[:8])}, …"
-            )
-        chosen.update(dict.fromkeys(found))
-    return list(chosen)
+    Raises:
+        CheckpointNotFoundError: nothing is committed at the URL.
+        IntegrityError: the manifest or the index is missing or differs from what was committed.
+        StorageError: the store could not be read.
+    """
+    chosen = Options.of(options)
+    with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
+        catalog = Catalog(store)
+        return read_contents(map(catalog.open, [""]), Roots([catalog]))

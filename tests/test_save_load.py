@@ -561,7 +561,7 @@ def test_what_the_library_keeps_beside_the_state_is_read_by_its_own_names_alone(
 def test_a_pattern_that_only_the_library_s_own_names_match_matches_nothing(tmp_path: Path) -> None:
     with cloudckpt.CheckpointManager(tmp_path, progress="off") as manager:
         url = manager.save(0, {"a": torch.ones(1)}).url
-    with pytest.raises(cloudckpt.CheckpointNotFoundError, match=r"'\*rng\*'; it holds a, …"):
+    with pytest.raises(cloudckpt.CheckpointNotFoundError, match=r"'\*rng\*'; it holds a$"):
         cloudckpt.read(url, "*rng*", progress="off")
 
 

@@ -6,7 +6,7 @@ No input or output, no threads, no clock: bytes in, values out, or an error that
 from cloudckpt.format import codec
 from cloudckpt.format.boxes import Box, BoxTable, Column, ragged_places, row_products
 from cloudckpt.format.builder import IndexBuilder
-from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, JsonValue, register
+from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, JsonValue, register, register_code
 from cloudckpt.format.index import BoxPlace, Index, ShardEntry
 from cloudckpt.format.keys import (
     EPOCH_LIMIT,
@@ -40,6 +40,7 @@ from cloudckpt.format.manifest import (
     digest_of,
     record_of_call,
 )
+from cloudckpt.format.near import told_near
 from cloudckpt.format.pin import PIN_LIMIT_BYTES, PinRecord
 from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
@@ -106,10 +107,12 @@ __all__ = [
     "ragged_places",
     "record_of_call",
     "register",
+    "register_code",
     "row_products",
     "shard_key",
     "split_box",
     "step_number",
+    "told_near",
     "unflatten",
     "untiled",
     "verify_blocks",

@@ -17,6 +17,7 @@ from typing import TypeAlias, cast
 from cloudckpt.errors import ManifestError, OptionsError, UnsupportedValueError
 from cloudckpt.format import codec
 from cloudckpt.format.codec import JsonValue
+from cloudckpt.format.codec.configs import config_kind
 from cloudckpt.format.codec.registry import registered
 from cloudckpt.format.codec.standard import FACTORIES, factory_name
 from cloudckpt.format.codec.walk import is_key, is_text
@@ -47,6 +48,7 @@ class Flat:
     Attributes:
         notes: what is kept about some names (of leaves, or of what stands above them) beside their bytes.
         of_others: names of leaves of which another rank's contents count, and not the ones here.
+        of_first_rank: names of leaves that the first rank alone has, of whom all ranks take them.
         alike: of an object whose names must be the same on all ranks, these names, sorted.
     """
 
@@ -54,6 +56,7 @@ class Flat:
     paths: dict[str, list[PathElement]] = field(default_factory=dict)
     notes: dict[str, JsonValue] = field(default_factory=dict)
     of_others: set[str] = field(default_factory=set)
+    of_first_rank: set[str] = field(default_factory=set)
     alike: dict[str, list[str]] = field(default_factory=dict)
 
 
@@ -129,8 +132,8 @@ def _too_deep(value: object) -> UnsupportedValueError:
 def _contents(value: object) -> Iterable[object] | None:
     if type(value) is dict:
         return value.values()
-    if registered(type(value)) is not None:
-        return None
+    if registered(type(value)) is not None or config_kind(type(value)) is not None:
+        return None  # (the values of a configuration would be resolved)
     if isinstance(value, Mapping):
         return value.values()
     return value if isinstance(value, list | tuple) else None

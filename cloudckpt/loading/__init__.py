@@ -13,19 +13,24 @@ from cloudckpt.loading.input import (
 from cloudckpt.loading.landing import Taker
 from cloudckpt.loading.lead import load_state
 from cloudckpt.loading.numbers import Group, groups_of, tensor_numbers
+from cloudckpt.loading.reading import Contents, TensorInfo, read_contents, read_state
 
 __all__ = [
+    "Contents",
     "Group",
     "Pieces",
     "RankInput",
     "Taker",
+    "TensorInfo",
     "by_part_name",
     "decode_index",
     "describe",
     "groups_of",
     "load_state",
     "part_targets",
+    "read_contents",
     "read_index",
     "read_index_bytes",
+    "read_state",
     "tensor_numbers",
 ]

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Protocol, TypeGuard, cast
+from typing import TypeGuard, cast
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -28,41 +28,21 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.tensor import DTensor, Replicate
 
-from cloudckpt.errors import IntegrityError, MissingShardError, OptionsError
+from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPE_NAMES, DTYPES, NOTES, Box, BoxPlace, BoxTable, Index, codec
-from cloudckpt.loading.input import RankInput, by_part_name, decode_index, describe, part_targets, read_index_bytes
+from cloudckpt.loading.input import RankInput, by_part_name, decode_index, describe, part_targets
 from cloudckpt.loading.passing import Step, plan_passing
+from cloudckpt.loading.search import Found, Search
 from cloudckpt.options import Options
-from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, own_failures, plain_errors
+from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, plain_errors
 from cloudckpt.report import Journal
 from cloudckpt.root import Candidate, Catalog, Checkpoint, Fit, Roots
 from cloudckpt.state import Allowed, Entry, Restoration, Saved, bind, collector_at_rest, plan_restore
 from cloudckpt.transfer import Gauge, inner_names
 
-__all__ = ["Extra", "load_state"]
+__all__ = ["load_state"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What rank 0 tells of the checkpoint that is tried next: its root, and whether values have parts to be read."""
-
-    manifest: bytes
-    prefix: str
-    index: bytes
-    has_parts: bool
-    root: int
-
-
-class Extra(Protocol):
-    """Tensors of this rank that are restored besides the state."""
-
-    def targets(self, index: Index) -> dict[str, torch.Tensor]:
-        """Return the tensors to be filled."""
-
-    def apply(self, filled: Mapping[str, torch.Tensor]) -> None:
-        """Take them, filled."""
 
 
 def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
@@ -75,7 +55,7 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     allowed: Allowed,
     what: str,
     shown: str,
-    extra: Extra | None = None,
+    generators: bool = False,
 ) -> Checkpoint | None:
     """Restore a state on all ranks from the first candidate that is whole.
 
@@ -89,7 +69,7 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
         allowed: what may be done where a checkpoint and `state` differ.
         what: what the ranks do; ranks that do different things are told so.
         shown: the same for a person who watches.
-        extra: what else is restored.
+        generators: whether the process's generators are restored, too, also into a state without a `RandomState`.
 
     Returns:
         The checkpoint, with what of it fits this rank's state, or None when there was no candidate.
@@ -105,17 +85,17 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     entry = journal.begin(rank=group.rank, world_size=group.size)
     # One process refuses a wrong call before anything is asked of the store; with several, all hear of it.
     with collector_at_rest():
-        entries = bind(state) if group.size == 1 else None
-    search = _Search(candidates, roots)
+        entries = allowed.checked(bind(state, generators=generators)) if group.size == 1 else None
+    search = Search(candidates, roots)
     checkpoint = None
     with entry.bar(shown) as bar, plain_errors(), group.session(what, deadline_s=options.progress_timeout_s):
         while (found := group.agree(f"{what}: finding", lambda: None, lambda _: search.next())) is not None:
             catalog = roots.catalogs[found.root]
             checkpoint = catalog.adopt(found.manifest, prefix=found.prefix)
-            loading = _Loading(checkpoint, found, catalog, group, options, bar, entries)
+            loading = _Loading(checkpoint, found, catalog, group, options, bar, entries, generators)
             entries = None  # they remember what they saw of one checkpoint
             try:
-                fit = loading.run(f"{what} of {checkpoint.url}", state, allowed, extra)
+                fit = loading.run(f"{what} of {checkpoint.url}", state, allowed)
             except RanksFailedError as exc:
                 if not search.may_go_on(checkpoint, exc.failures):
                     raise
@@ -124,60 +104,6 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
                 break
     entry.restored(checkpoint)
     return checkpoint
-
-
-class _Search:
-    """Which checkpoint is tried next, on rank 0."""
-
-    def __init__(self, candidates: Iterator[Candidate], roots: Roots) -> None:
-        self._candidates = candidates
-        self._roots = roots
-        self._failures: list[tuple[Checkpoint | None, IntegrityError]] = []
-
-    def next(self) -> _Found | None:
-        """Return the next candidate whose manifest and index can be read, None if there never was one.
-
-        Raises:
-            IntegrityError: there were some, and all are corrupt.
-        """
-        for candidate in self._candidates:
-            try:
-                if isinstance(candidate, IntegrityError):
-                    raise candidate
-                catalog = self._roots.catalog_of(candidate)
-                data = read_index_bytes(catalog, candidate)
-                index = decode_index(candidate, data)
-            except IntegrityError as exc:
-                self._note(candidate if isinstance(candidate, Checkpoint) else None, exc)
-                continue
-            logger.info("rank 0: read manifest and index of %s for all ranks: %d bytes", candidate.url, len(data))
-            has_parts = any(map(codec.is_part_name, index.tensors))
-            root = self._roots.catalogs.index(catalog)
-            return _Found(candidate.manifest.encode(), candidate.prefix, data, has_parts, root)
-        if self._failures:
-            raise self._explained(*self._failures[0])
-        return None
-
-    def _explained(self, checkpoint: Checkpoint | None, error: IntegrityError) -> IntegrityError:
-        """Tell a checkpoint that was removed while it was read from one that lost a shard."""
-        if checkpoint is None or not isinstance(error, MissingShardError):
-            return error
-        if self._roots.stands(checkpoint):
-            return error
-        return MissingShardError(f"{checkpoint.url} was pruned while it was read; restore a newer one", key=error.key)
-
-    def _note(self, checkpoint: Checkpoint | None, error: IntegrityError) -> None:
-        logger.warning("NOT restoring %s: %s", error.key if checkpoint is None else checkpoint.url, error)
-        self._failures.append((checkpoint, error))
-
-    def may_go_on(self, checkpoint: Checkpoint, failures: Mapping[int, BaseException]) -> bool:
-        """Tell whether the ranks failed because bytes are corrupt, so that the next candidate is worth a try."""
-        own = own_failures(failures)
-        corrupt = [error for _, error in sorted(own.items()) if isinstance(error, IntegrityError)]
-        if len(corrupt) < len(own):
-            return False
-        self._note(checkpoint, corrupt[0])
-        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,35 +129,35 @@ class _Loading:
     """The restore of one checkpoint, on one rank."""
 
     checkpoint: Checkpoint
-    found: _Found
+    found: Found
     catalog: Catalog
     group: Group
     options: Options
     gauge: Gauge | None
     entries: Sequence[Entry] | None
+    generators: bool
     # What this rank found on the way, for the steps after it.
     _parts: Mapping[str, Mapping[int, torch.Tensor]] = field(init=False, default_factory=dict)
     _saved: Saved = field(init=False)
     _restoration: Restoration = field(init=False)
-    _extra: dict[str, torch.Tensor] = field(init=False)
     _filling: _Filling = field(init=False)
 
-    def run(self, what: str, state: MutableMapping[str, object], allowed: Allowed, extra: Extra | None) -> Fit:
+    def run(self, what: str, state: MutableMapping[str, object], allowed: Allowed) -> Fit:
         """Go through the steps; raises as the group's exchanges do."""
         if self.found.has_parts:
-            self._fill(f"{what}: values", lambda: self._plan_parts(state))
+            self._fill(f"{what}: values", lambda: self._plan_parts(state, allowed))
         met = self.group.agree(f"{what}: match", lambda: self._match(state, allowed), _Met.of_all)
         try:
             self.group.agree(f"{what}: ask", lambda: self._ask(met.unexpected), lambda _: None)
             if met.needs_memory:
                 self.group.agree(f"{what}: memory", lambda: self._give_memory(state, allowed), lambda _: None)
-            steps = self._deal(what, lambda: self._targets(extra))
+            steps = self._deal(what, lambda: self._restoration.tensors)
             self.group.agree(f"{what}: read", lambda: self._read(steps), lambda _: None)
         except BaseException:
             # An object has its new state already, and what belongs to it does not come.
             self._restoration.undo()
             raise
-        self.group.agree(f"{what}: apply", lambda: self._apply(extra), lambda _: None)
+        self.group.agree(f"{what}: apply", self._restoration.apply, lambda _: None)
         return self._restoration.fit
 
     def _fill(self, what: str, plan: Callable[[], Mapping[str, object]]) -> None:
@@ -251,21 +177,23 @@ class _Loading:
     def _index(self) -> Index:
         return decode_index(self.checkpoint, self.found.index)
 
-    def _plan_parts(self, state: Mapping[str, object]) -> Mapping[str, object]:
+    def _plan_parts(self, state: Mapping[str, object], allowed: Allowed) -> Mapping[str, object]:
         """Return the parts of the values that the state asks for, to be filled."""
-        self._parts = part_targets(self._index, _wanted_values(self._index, state))
+        self._parts = part_targets(self._index, _wanted_values(self._index, state, allowed))
         return by_part_name(self._parts)
 
     def _match(self, state: MutableMapping[str, object], allowed: Allowed) -> _Met:
         with collector_at_rest():
-            self._saved = self._said(state)
-            self._restoration = plan_restore(self.entries or bind(state), self._saved, allowed)
+            self._saved = self._said(state, allowed)
+            self._restoration = plan_restore(
+                self.entries or bind(state, generators=self.generators), self._saved, allowed
+            )
         return _Met(set(self._restoration.unexpected), self._restoration.needs_memory)
 
-    def _said(self, state: Mapping[str, object]) -> Saved:
+    def _said(self, state: Mapping[str, object], allowed: Allowed) -> Saved:
         """Return what the index says that there is."""
         index = self._index
-        wanted = _wanted_values(index, state)
+        wanted = _wanted_values(index, state, allowed)
         values = {
             # What nobody asks for need not be there, nor be of a type that this program knows.
             name: codec.decode(value, key=name, parts=self._parts.get(name)) if name in wanted else None
@@ -284,13 +212,9 @@ class _Loading:
     def _give_memory(self, state: MutableMapping[str, object], allowed: Allowed) -> None:
         """Give modules memory, now that nothing refuses, and match again with what they have."""
         self._restoration.materialize()
-        again = plan_restore(bind(state), self._saved, replace(allowed, materialize=None))
+        again = plan_restore(bind(state, generators=self.generators), self._saved, replace(allowed, materialize=None))
         again.go_on_from(self._restoration)
         self._restoration = again
-
-    def _targets(self, extra: Extra | None) -> Mapping[str, object]:
-        self._extra = extra.targets(self._index) if extra is not None else {}
-        return {**self._restoration.tensors, **self._extra}
 
     def _shareable(self, tensors: Mapping[str, object]) -> BoxTable:
         with collector_at_rest():
@@ -324,15 +248,10 @@ class _Loading:
                 packet.give_up()
             self.group.end_passing(passing)
 
-    def _apply(self, extra: Extra | None) -> None:
-        self._restoration.apply()
-        if extra is not None:
-            extra.apply(self._extra)
 
-
-def _wanted_values(index: Index, state: Mapping[str, object]) -> set[str]:
-    """Return the names of the values that stand below a key of the state, and of the library's own."""
-    tops = set(state) if isinstance(state, Mapping) else set()
+def _wanted_values(index: Index, state: Mapping[str, object], allowed: Allowed) -> set[str]:
+    """Return the names of the values that stand below what is restored of the state, and of the library's own."""
+    tops = {top for top in state if allowed.may_hold(top)} if isinstance(state, Mapping) else set()
     return {
         name
         for name in index.values

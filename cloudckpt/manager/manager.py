@@ -20,7 +20,7 @@ import torch
 
 from cloudckpt.errors import CloudCkptError, OptionsError
 from cloudckpt.format import step_number
-from cloudckpt.loading import load_state
+from cloudckpt.loading import Contents, load_state, read_contents, read_state
 from cloudckpt.manager.saves import Exists, Home, Saves
 from cloudckpt.manager.tolerance import OnError, Tolerance
 from cloudckpt.options import Options, as_clock, as_flag, as_seconds
@@ -144,7 +144,8 @@ class CheckpointManager:
                 newer, so give the same fallback to the job that resumes; they raise if one of the two cannot be read.
                 With several ranks it must be one for all of them, as the first is. Nothing is copied back.
             fallback_storage_options: fsspec's own options for it.
-            save_rng: save and restore the random number generators of this process.
+            save_rng: save and restore the random number generators of this process, also of a state without a
+                `RandomState`; a checkpoint that lacks them is no error then.
             prune_grace_s: seconds between the end of a pruned checkpoint and that of its shards, for readers of it.
             sweep_after_s: seconds without a write after which what earlier jobs left (attempts that were never
                 committed, pruned shards) is removed in the background of saves; None leaves it to `sweep`.
@@ -371,6 +372,7 @@ class CheckpointManager:
         cast: bool = False,
         materialize: str | torch.device | None = None,
         resize: Resize | None = None,
+        only: str | Sequence[str] | None = None,
     ) -> Checkpoint | None:
         """Restore `state` in place; return the checkpoint that it came from.
 
@@ -384,6 +386,9 @@ class CheckpointManager:
             cast: as for `load`.
             materialize: as for `load`.
             resize: as for `load`.
+            only: as for `load`; the generators of this process stay as they are, too. Of the job's history this is
+                a restore like any other: it goes on from that checkpoint. To take a part of one and go on from where
+                it is, call `cloudckpt.load(state, checkpoint.url, only=…)`.
 
         Returns:
             The checkpoint, or None if nothing was ever committed (only for `latest` and `best`): a fresh start. Where a
@@ -409,13 +414,47 @@ class CheckpointManager:
             roots=self._saves.roots,
             journal=self._journal,
             options=self._saves.options,
-            allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize),
+            allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize, only=only),
             what=f"restore of {choice}",
             shown=f"restoring {choice}",
-            extra=self._saves.generators,
+            generators=self._saves.save_rng,
         )
         self._saves.resume(checkpoint)
         return checkpoint
+
+    def read(self, step: Wanted = "latest", keys: str | Sequence[str] | None = None) -> dict[str, object]:
+        """Read a checkpoint, or a part of it, without a state, as `cloudckpt.read` does; each process for itself.
+
+        The job goes on from where it is, and a save under way is not waited for.
+
+        Args:
+            step: as for `restore`.
+            keys: as for `cloudckpt.read`.
+
+        Raises:
+            CheckpointNotFoundError: nothing is committed, or no commit of that step; or a key matches nothing.
+            IntegrityError: the checkpoint (for `latest`: every checkpoint) is corrupt, or all manifests of the root
+                have been removed.
+            OptionsError: no checkpoint is the best, or one is of another root.
+            StorageError: the store could not be read.
+        """
+        self._refuse_closed()
+        roots = self._saves.roots
+        candidates = Choice(roots, step, self._retention).candidates()
+        with self._journal.begin(rank=0).bar("reading") as bar:
+            return read_state(candidates, keys, roots=roots, options=self._saves.options, gauge=bar)
+
+    def contents(self, step: Wanted = "latest") -> Contents:
+        """Return the names, shapes, dtypes and sizes of all that a checkpoint holds; its manifest and index are read.
+
+        Args:
+            step: as for `restore`.
+
+        Raises:
+            CloudCkptError: as `read` raises, but for keys.
+        """
+        self._refuse_closed()
+        return read_contents(Choice(self._saves.roots, step, self._retention).candidates(), self._saves.roots)
 
     def latest(self) -> Checkpoint | None:
         """Return the newest readable checkpoint by (epoch, step), or None when none was ever committed.
@@ -584,7 +623,7 @@ class CheckpointManager:
                 self._preemption.stop()
             for home in self._saves.homes:
                 home.store.close()
-            self._journal.end()
+            self._journal.end(is_interrupted=self._saves.is_interrupted)
         self._saves.background.settle()
 
     def __enter__(self) -> Self:

@@ -52,7 +52,7 @@ from cloudckpt.root import (
     unpin,
 )
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
-from cloudckpt.state import Generators, bind, capture, captured, collector_at_rest
+from cloudckpt.state import bind, capture, captured, collector_at_rest
 from cloudckpt.store import RetryingStore
 from cloudckpt.threads import new_lock
 from cloudckpt.transfer import Slabs
@@ -112,6 +112,7 @@ class Saves:
         homes: the root that saves go to, and perhaps one that takes them when the first is down.
         roots: the same, to be read as one.
         options: sizes, parallelism, patience; also of restores.
+        save_rng: whether the generators of this process go with every state.
         background: the save that may be under way.
         is_interrupted: whether a person has interrupted the job: its end waits for no removals then.
     """
@@ -135,7 +136,7 @@ class Saves:
         self.options = options
         self._schedule = schedule
         self._journal = journal
-        self._save_rng = save_rng
+        self.save_rng = save_rng
         self._plan = PlanMemory()
         self._slabs = Slabs()
         self._vote: Vote | None = None
@@ -175,11 +176,6 @@ class Saves:
             self.background.tidy_alone()  # what the notice had put off, which was false
         self._was_end_near = not self._may_prune()
         return is_due
-
-    @property
-    def generators(self) -> Generators | None:
-        """This process's generators, if they are saved and restored."""
-        return Generators(Group.of_world().rank) if self._save_rng else None
 
     def _votes(self) -> Vote:
         group = Group.of_world()
@@ -537,7 +533,7 @@ class Saves:
             ):
                 pending = begin_save(
                     session,
-                    captured(state, self.generators),
+                    captured(state, generators=self.save_rng),
                     destinations[0],
                     fallback=destinations[1] if len(destinations) > 1 else None,
                     end=self._schedule.end_of_saves if self._schedule.may_end else None,

@@ -23,6 +23,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64.0, 12.0, 12.0, 30.0
 PHASES = ("plan", "upload", "gather", "commit", "other")
 _TICKS = 4
 _LANE = 22.0
+# More in one lane only cover each other.
+_DOTS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,30 +37,31 @@ class _Scale:
     stop: float
 
     def __call__(self, value: float) -> float:
-        width = self.high - self.low
-        share = (value - self.low) / width if width > 0 else 0.5
+        # By halves: the whole may be more than a float holds.
+        width = self.high / 2 - self.low / 2
+        share = (value / 2 - self.low / 2) / width if width > 0 else 0.5
         return self.start + share * (self.stop - self.start)
 
 
-def lanes(facts: Facts) -> Html | None:
-    """Draw a lane for each job, a mark for each checkpoint that is there, and what lies between two jobs."""
-    jobs = [job for job in facts.jobs if job.last_at is not None]
-    if not jobs:
+def lanes(facts: Facts, jobs: Sequence[Job]) -> Html | None:
+    """Draw a lane for each of some jobs, a mark for each checkpoint that is there, and what lies between two jobs."""
+    seen = [(job, job.seen) for job in jobs]
+    at_work = [(job, when) for job, when in seen if when is not None]
+    if not at_work:
         return None
-    starts = [_start(job) for job in jobs]
-    first, last = min(starts), max(job.last_at for job in jobs if job.last_at is not None)
+    first, last = min(start for _, (start, _) in at_work), max(stop for _, (_, stop) in at_work)
     x = _Scale(0.0, max(1e-3, (last - first).total_seconds()), _LEFT, WIDTH - _RIGHT)
 
     def place(at: datetime) -> float:
         return x((at - first).total_seconds())
 
-    height = _TOP + _LANE * len(jobs) + _BOTTOM
+    height = _TOP + _LANE * len(at_work) + _BOTTOM
     drawn: list[Html] = []
-    for row, job in enumerate(jobs):
-        drawn += _lane(job, place, _TOP + _LANE * row)
-    rows = {job.epoch: row for row, job in enumerate(jobs)}
+    for row, (job, (start, stop)) in enumerate(at_work):
+        drawn += _lane(job, (place(start), place(stop)), place, _TOP + _LANE * row)
+    rows = {job.epoch: row for row, (job, _) in enumerate(at_work)}
     for one in facts.breaks:
-        if one.last_at is not None and one.until is not None and one.job.epoch in rows:
+        if one.last_at is not None and one.until is not None and one.job.epoch in rows and one.last_at >= first:
             y = _TOP + _LANE * rows[one.job.epoch] + _LANE / 2
             ends = sorted((place(one.last_at), place(one.until)))
             words = f"epoch {one.job.epoch} went on from step {one.resumed_from[1]} of epoch {one.resumed_from[0]}"
@@ -69,19 +72,14 @@ def lanes(facts: Facts) -> Html | None:
     return _drawing(height, "When jobs were at work", [*_time_axis(first, last, place, height), *drawn])
 
 
-def _start(job: Job) -> datetime:
-    return min(job.began_at or job.saves[0].checkpoint.created_at, job.saves[0].checkpoint.created_at)
-
-
-def _lane(job: Job, place: Callable[[datetime], float], y: float) -> list[Html]:
+def _lane(job: Job, ends: tuple[float, float], place: Callable[[datetime], float], y: float) -> list[Html]:
     middle = y + _LANE / 2
     label = tag("text", f"epoch {job.epoch}", x=_LEFT - 6, y=middle + 4, class_="label end")
-    left, right = place(_start(job)), place(job.last_at or _start(job))
     words = f"epoch {job.epoch}: {job.place or 'nobody knows where'}; {len(job.saves)} checkpoints are there"
     if job.began_at is None:
         words += "; when it began is not known"
-    box = tag("rect", x=left, y=middle - 6, width=max(2.0, right - left), height=12.0, rx=3.0)
-    dots = [_dot(save, place(save.checkpoint.created_at), middle) for save in job.saves]
+    box = tag("rect", x=ends[0], y=middle - 6, width=max(3.0, ends[1] - ends[0]), height=12.0, rx=3.0)
+    dots = [_dot(save, place(save.checkpoint.created_at), middle) for save in job.saves[-_DOTS:]]
     return [label, tag("g", tag("title", words), box, class_="mark job"), *dots]
 
 
@@ -164,7 +162,8 @@ def _places(count: int) -> list[int]:
 def _y_axis(y: _Scale, low: float, high: float, words: Callable[[float], str]) -> list[Html]:
     marks = []
     for number in range(_TICKS):
-        value = low + (high - low) * number / (_TICKS - 1)
+        share = number / (_TICKS - 1)
+        value = low * (1 - share) + high * share
         marks.append(tag("line", x1=_LEFT, x2=WIDTH - _RIGHT, y1=y(value), y2=y(value), class_="grid"))
         marks.append(tag("text", words(value), x=_LEFT - 6, y=y(value) + 4, class_="label end"))
     return marks

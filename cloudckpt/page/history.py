@@ -9,7 +9,8 @@ written down is None. When a job began is known from its first save that is ther
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -24,6 +25,8 @@ __all__ = ["Break", "Facts", "Job", "Save", "claimed_at", "facts_of"]
 
 Order = tuple[int, int]
 """(epoch, step)."""
+# No save takes so many seconds or requests.
+_MOST = 1e12
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +42,14 @@ class Save:
     pin: str | None = None
 
     def number(self, name: str) -> float | None:
-        """Return a number of its summary, None where it has none of that name."""
+        """Return a number of its summary; None where it has none of that name, or one that no save has written."""
         value = self.checkpoint.manifest.summary.get(name)
-        return None if value is None or value != value or value < 0 else value  # noqa: PLR0124 (NaN)
+        return value if value is not None and 0 <= value < _MOST else None
+
+    @property
+    def worked_s(self) -> float | None:
+        """How long its line of history had been at work."""
+        return self.number("worked_s")
 
     @property
     def seconds(self) -> float | None:
@@ -87,6 +95,14 @@ class Job:
     def last_at(self) -> datetime | None:
         """When its last checkpoint that is there was committed."""
         return max((save.checkpoint.created_at for save in self.saves), default=None)
+
+    @property
+    def seen(self) -> tuple[datetime, datetime] | None:
+        """From when to when it is known to have been at work; None if nothing tells it."""
+        told = [save.checkpoint.created_at for save in self.saves]
+        claimed = None if self.claim is None else claimed_at(self.claim)
+        told += [at for at in (self.began_at, claimed) if at is not None]
+        return (min(told), max(told)) if told else None
 
     @property
     def place(self) -> str:
@@ -161,6 +177,7 @@ def facts_of(
     claims: Mapping[int, EpochClaim],
     *,
     pins: Mapping[Order, str] | None = None,
+    unreadable: AbstractSet[Order] = frozenset(),
     mtbf_s: float | None = None,
 ) -> Facts:
     """Put together what checkpoints and claims (by epoch) tell.
@@ -169,6 +186,7 @@ def facts_of(
         checkpoints: those that are there, in any order.
         claims: those that can be read.
         pins: (epoch, step) → note.
+        unreadable: (epoch, step) of those that are there and cannot be read.
         mtbf_s: mean seconds between failures; None: they are counted.
 
     Raises:
@@ -177,16 +195,22 @@ def facts_of(
     pins = pins or {}
     saves = [Save(one, pins.get(one.order)) for one in sorted(checkpoints, key=lambda one: one.order)]
     by_order = {save.checkpoint.order: save for save in saves}
-    jobs = [_job(epoch, claims.get(epoch), by_order) for epoch in sorted({*claims, *(epoch for epoch, _ in by_order)})]
-    breaks = [one for job in jobs if (one := _break(job, jobs, by_order)) is not None]
+    by_epoch: dict[int, list[Save]] = {epoch: [] for epoch in claims}
+    for save in saves:
+        by_epoch.setdefault(save.checkpoint.epoch, []).append(save)
+    jobs = {
+        epoch: _job(epoch, claims.get(epoch), made, _worked_before(claims.get(epoch), by_order))
+        for epoch, made in sorted(by_epoch.items())
+    }
+    breaks = [one for job in jobs.values() if (one := _break(job, jobs, by_order, unreadable)) is not None]
     named = {(epoch, step) for claim in claims.values() for step, epoch in [*_resumed(claim), *(claim.line or [])]}
     wall_s, worked_s = _of_newest(saves, jobs, claims)
-    counted_s = _mtbf_s(jobs, breaks, worked_s) if mtbf_s is None else mtbf_s
+    counted_s = _mtbf_s(jobs.values(), breaks, worked_s) if mtbf_s is None else mtbf_s
     return Facts(
         saves=saves,
-        jobs=jobs,
+        jobs=list(jobs.values()),
         breaks=breaks,
-        gone=sorted(named - by_order.keys()),
+        gone=sorted(named - by_order.keys() - unreadable),
         wall_s=wall_s,
         worked_s=worked_s,
         advice=_advice(saves, counted_s, is_given=mtbf_s is not None),
@@ -207,14 +231,12 @@ def _worked_before(claim: EpochClaim | None, by_order: Mapping[Order, Save]) -> 
         return 0.0
     step, epoch = claim.resumed_from
     before = by_order.get((epoch, step))
-    return None if before is None else before.checkpoint.worked_s
+    return None if before is None else before.worked_s
 
 
-def _job(epoch: int, claim: EpochClaim | None, by_order: Mapping[Order, Save]) -> Job:
-    saves = [save for order, save in by_order.items() if order[0] == epoch]
-    before_s = _worked_before(claim, by_order)
+def _job(epoch: int, claim: EpochClaim | None, saves: Sequence[Save], before_s: float | None) -> Job:
     began_at = None
-    if saves and before_s is not None and (worked_s := saves[0].checkpoint.worked_s) is not None:
+    if saves and before_s is not None and (worked_s := saves[0].worked_s) is not None:
         began_at = _earlier(saves[0].checkpoint.created_at, worked_s - before_s)
     return Job(epoch=epoch, claim=claim, saves=saves, began_at=began_at)
 
@@ -234,24 +256,26 @@ def _earlier(at: datetime, seconds: float) -> datetime | None:
         return None  # a number that no job has written
 
 
-def _break(job: Job, jobs: Sequence[Job], by_order: Mapping[Order, Save]) -> Break | None:
+def _break(
+    job: Job, jobs: Mapping[int, Job], by_order: Mapping[Order, Save], unreadable: AbstractSet[Order]
+) -> Break | None:
     if job.claim is None or job.claim.resumed_from is None:
         return None
     step, epoch = job.claim.resumed_from
-    before = next((one for one in jobs if one.epoch == epoch), None)
+    before = jobs.get(epoch)
     last_at = None if before is None else before.last_at
     until = job.began_at or claimed_at(job.claim)
     gap_s = None if last_at is None or until is None else (until - last_at).total_seconds()
     resumed = by_order.get((epoch, step))
     redone_s = None
     if before is not None and resumed is not None and before.saves:
-        there, then = before.saves[-1].checkpoint.worked_s, resumed.checkpoint.worked_s
+        there, then = before.saves[-1].worked_s, resumed.worked_s
         redone_s = None if there is None or then is None else max(0.0, there - then)
     old = None if before is None else before.claim
     return Break(
         job=job,
         resumed_from=(epoch, step),
-        is_there=resumed is not None,
+        is_there=resumed is not None or (epoch, step) in unreadable,
         last_at=last_at,
         until=until,
         gap_s=None if gap_s is None else max(0.0, gap_s),
@@ -261,17 +285,17 @@ def _break(job: Job, jobs: Sequence[Job], by_order: Mapping[Order, Save]) -> Bre
 
 
 def _of_newest(
-    saves: Sequence[Save], jobs: Sequence[Job], claims: Mapping[int, EpochClaim]
+    saves: Sequence[Save], jobs: Mapping[int, Job], claims: Mapping[int, EpochClaim]
 ) -> tuple[float | None, float | None]:
     """Return the seconds since the newest checkpoint's line of history began, and the work that is in it."""
-    if not saves or (worked_s := saves[-1].checkpoint.worked_s) is None:
+    if not saves or (worked_s := saves[-1].worked_s) is None:
         return None, None
-    newest, by_epoch = saves[-1].checkpoint, {job.epoch: job for job in jobs}
+    newest = saves[-1].checkpoint
     epoch, seen = newest.epoch, set[int]()
     while (links := _resumed(claims.get(epoch))) and epoch not in seen:
         seen.add(epoch)
         epoch = links[0][1]
-    first = by_epoch.get(epoch)
+    first = jobs.get(epoch)
     if first is None or first.began_at is None:
         return None, worked_s
     wall_s = (newest.created_at - first.began_at).total_seconds()
@@ -279,7 +303,7 @@ def _of_newest(
     return (wall_s, worked_s) if wall_s > 0 else (None, worked_s)
 
 
-def _mtbf_s(jobs: Sequence[Job], breaks: Sequence[Break], in_newest_s: float | None) -> float | None:
+def _mtbf_s(jobs: Iterable[Job], breaks: Sequence[Break], in_newest_s: float | None) -> float | None:
     """Return the seconds of work per interruption, as far as checkpoints tell: in the newest, or job by job."""
     count = sum(not one.is_same_process for one in breaks)
     spans = [(job.began_at, job.last_at) for job in jobs]
@@ -317,7 +341,7 @@ def _intervals(saves: Sequence[Save]) -> tuple[list[float], list[float]]:
     intervals, steps = [], []
     for one, other in pairwise(saves):
         before, after = one.checkpoint, other.checkpoint
-        if before.epoch == after.epoch and before.worked_s is not None and after.worked_s is not None:
-            intervals.append(after.worked_s - before.worked_s)
-            steps.append((after.worked_s - before.worked_s) / max(1, after.step - before.step))
+        if before.epoch == after.epoch and one.worked_s is not None and other.worked_s is not None:
+            intervals.append(other.worked_s - one.worked_s)
+            steps.append((other.worked_s - one.worked_s) / max(1, after.step - before.step))
     return intervals, steps

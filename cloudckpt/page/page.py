@@ -1,6 +1,6 @@
 """Turn a root into one HTML page that needs nothing else: what is there, when it came, what it took and what it costs.
 
-    list, manifests, claims ──▶ `Facts` ──▶ sections ──▶ one page, with its style and its script inside
+    list, manifests, claims, pins ──▶ `Facts` ──▶ sections ──▶ one page, with its style and its script inside
 
 Writes nothing to the store. The page loads nothing from anywhere, and a policy in its head forbids it to: only this
 script, by its digest, may run. All text from the store goes through `markup`.
@@ -80,7 +80,9 @@ def page_of(
     checkpoints = list(found.checkpoints)
     if not checkpoints and not found.unreadable:
         checkpoints = [_the_one_at(catalog, len(found.unfinished))]
-    facts = facts_of(checkpoints, _claims(catalog), mtbf_s=mtbf_s)
+    unreadable = frozenset(one.order for one in found.unreadable)
+    pins = {pin.order: pin.note for pin in catalog.pins.all()}
+    facts = facts_of(checkpoints, _claims(catalog), pins=pins, unreadable=unreadable, mtbf_s=mtbf_s)
     store, at = catalog.store, now or datetime.now(UTC)
     return _document(Run(url=store.url, at=at, facts=facts, found=found, prices=prices or Prices.of(store)))
 

@@ -24,6 +24,7 @@ __all__ = ["SHOWN", "Run", "sections"]
 SHOWN = 1_000
 """What a browser draws at once on a phone, and a person looks at."""
 _METRICS = 24
+_LANES = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,11 +104,14 @@ def _cards(run: Run, facts: Facts) -> list[Html]:
 
 
 def _timeline(run: Run) -> Html | None:
-    drawn = lanes(run.facts) if len(run.facts.jobs) <= SHOWN // 5 and len(run.facts.saves) <= SHOWN else None
-    legend = _legend(("kept", "a checkpoint"), ("pin", "pinned"), ("gone", "between two jobs"))
+    jobs = run.facts.jobs
+    drawn = lanes(run.facts, jobs[-_LANES:])
     if drawn is None:
         return None
-    return _section("Jobs and their checkpoints", legend, drawn)
+    legend = _legend(("kept", "a checkpoint"), ("pin", "pinned"), ("gone", "between two jobs"))
+    older = len(jobs) - _LANES
+    note = _note(f"The newest {_LANES} jobs; {older:,} older ones are in the table.") if older > 0 else None
+    return _section("Jobs and their checkpoints", legend, drawn, note)
 
 
 def _legend(*entries: tuple[str, str]) -> Html:
@@ -356,8 +360,8 @@ def _knows(_: Run) -> Html:
     return tag(
         "footer",
         _note(
-            "This page holds what the store tells: manifests of checkpoints that are there, and claims of jobs. A "
-            "checkpoint that was removed took what it said with it; failed saves and restores leave nothing behind. "
+            "This page holds what the store tells: manifests of checkpoints that are there, claims of jobs, and pins. "
+            "A checkpoint that was removed took what it said with it; failed saves and restores leave nothing behind. "
             "Times are by the clocks of the machines that wrote them. `on_event=` tells a job's own loggers all of it."
         ),
     )

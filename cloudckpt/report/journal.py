@@ -103,9 +103,9 @@ class Journal:
         about = _About(at=datetime.now(UTC), url=self.store.url, step=step, world_size=world_size)
         self.teller.tell(Preempted(**about, reason=reason, left_s=known_s))
 
-    def end(self) -> None:
-        """Wait a moment until all events are told."""
-        self.teller.end(_TELLING_S)
+    def end(self, *, is_interrupted: bool = False) -> None:
+        """Wait a moment until all events are told; not for who interrupts, who waits for checkpoints alone."""
+        self.teller.end(0.0 if is_interrupted else _TELLING_S)
 
 
 class _About(TypedDict):

@@ -7,6 +7,7 @@ No lock is held while a callable runs. Any thread may tell; also one of a forked
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ class Teller:
         self._lock = new_lock()
         self._thread: threading.Thread | None = None
         self._noted: set[str] = set()
+        self._pid = os.getpid()
 
     @property
     def is_asked(self) -> bool:
@@ -53,6 +55,10 @@ class Teller:
         if not self._callables:
             return
         with self._lock:
+            if self._pid != os.getpid():
+                # What waited when this process was forked is the parent's to tell.
+                self._pid, self._thread = os.getpid(), None
+                self._queue.clear()
             self._queue.append(event)
             is_full = len(self._queue) > self._limit
             if is_full:
@@ -72,6 +78,8 @@ class Teller:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until all is told; whether it is. Called by a callable itself, it waits for nothing."""
+        if self._pid != os.getpid():
+            return True
         thread = self._thread
         if thread is None or thread is threading.current_thread():
             return not self._queue

@@ -315,13 +315,15 @@ class PendingSave:
 class _Opened:
     """What one rank brings: its boxes as DCP's planner has them, its values, and names, boxes and paths for rank 0.
 
-    `parts` are digests of what of the values is too large to stand among them, and is among the boxes.
+    `parts` are digests of what of the values is too large to stand among them, and is among the boxes. No other rank
+    has `of_first_rank`.
     """
 
     planner: DefaultSavePlanner
     items: list[WriteItem]
     values: dict[str, JsonValue]
     parts: dict[str, str]
+    of_first_rank: set[str]
     alike: dict[str, list[str]]
     boxes: BoxTable
     message: bytes
@@ -329,7 +331,11 @@ class _Opened:
 
     def told(self) -> dict[str, JsonValue]:
         """Return what is to be the same on all ranks: each value, and a digest of its parts if it has some."""
-        values = {name: [value, self.parts[name]] if self.parts[name] else value for name, value in self.values.items()}
+        values = {
+            name: [value, self.parts[name]] if self.parts[name] else value
+            for name, value in self.values.items()
+            if name not in self.of_first_rank
+        }
         return {**values, **{f"{name}: its names": list[JsonValue](names) for name, names in self.alike.items()}}
 
     def digests(self, memory: PlanMemory, turn: int, *, is_first: bool) -> dict[int, bytes]:
@@ -514,6 +520,7 @@ def _open(flat: Flat, group: Group) -> _Opened:
         items=items,
         values=values,
         parts=digests,
+        of_first_rank=flat.of_first_rank,
         alike=flat.alike if group.size > 1 else {},
         boxes=boxes,
         message=message,

@@ -5,27 +5,33 @@ rank.
 """
 
 from cloudckpt.state.accumulation import AccumulationWindow
-from cloudckpt.state.attributes import notes_of, with_attributes
+from cloudckpt.state.attributes import notes_of, stateless_module, with_attributes
 from cloudckpt.state.capture import bind, capture, captured
 from cloudckpt.state.collector import collector_at_rest, collector_awake
 from cloudckpt.state.entry import Entry, is_tensor
 from cloudckpt.state.matching import plan_restore
-from cloudckpt.state.per_rank import PerRank
+from cloudckpt.state.per_rank import PerRank, RankName
+from cloudckpt.state.rank_zero import RankZero
 from cloudckpt.state.restoration import Allowed, Resize, Restoration
-from cloudckpt.state.rng import Generators
+from cloudckpt.state.rng import RandomState
 from cloudckpt.state.sampler import ResumableSampler
-from cloudckpt.state.saved import Saved
+from cloudckpt.state.saved import OURS, Saved
+from cloudckpt.state.trainable import Trainable
 
 __all__ = [
+    "OURS",
     "AccumulationWindow",
     "Allowed",
     "Entry",
-    "Generators",
     "PerRank",
+    "RandomState",
+    "RankName",
+    "RankZero",
     "Resize",
     "Restoration",
     "ResumableSampler",
     "Saved",
+    "Trainable",
     "bind",
     "capture",
     "captured",
@@ -34,5 +40,6 @@ __all__ = [
     "is_tensor",
     "notes_of",
     "plan_restore",
+    "stateless_module",
     "with_attributes",
 ]

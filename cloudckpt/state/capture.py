@@ -2,11 +2,13 @@
 
 Everything in the caller's `state` dict is of one of five kinds; each kind has one adapter here:
 
-    nn.Module        its state_dict, without the names of wrappers; tensors restored in place (`modules`)
+    nn.Module        its state_dict, without the names of wrappers; tensors restored in place (`modules`); of
+                     `Trainable` without what is frozen
     Optimizer        state_dict by parameter names, so that it survives resharding (`optimizers`, `fsdp1`)
-    Stateful         state_dict / load_state_dict; those of `PerRank` are each rank's own
+    Stateful         state_dict / load_state_dict (`stateful`); those of `PerRank` are each rank's own, those of
+                     `RankZero` the first rank's
     Tensor           restored in place
-    anything else    containers and plain values, restored into the dict
+    anything else    containers and plain values, restored into the dict (`values`)
 
 A dict, list or tuple with modules, optimizers or other objects in it is taken apart, and each is an entry of its own.
 Knows PyTorch's objects; knows nothing of stores, steps or shards, nor of what a checkpoint holds (`matching` does).
@@ -14,9 +16,7 @@ Knows PyTorch's objects; knows nothing of stores, steps or shards, nor of what a
 
 from __future__ import annotations
 
-import logging
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import cast
 
 import torch
@@ -26,125 +26,44 @@ from torch.optim import Optimizer
 
 from cloudckpt.errors import OptionsError, UnsupportedValueError
 from cloudckpt.format import Flat, PathElement, codec
+from cloudckpt.ranks import Group
 from cloudckpt.state.accumulation import AccumulationWindow, WindowEntry
 from cloudckpt.state.attributes import is_foreign
-from cloudckpt.state.backup import backup_of
 from cloudckpt.state.beside import Beside
-from cloudckpt.state.collector import collector_awake
-from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, in_common_order, is_tensor, mapping_of, named_twice
+from cloudckpt.state.entry import Entry, Place, in_common_order, is_tensor, named_twice
 from cloudckpt.state.fsdp1 import flat_optimizer_entry
 from cloudckpt.state.modules import ModuleEntry
 from cloudckpt.state.optimizers import OptimizerEntry
 from cloudckpt.state.overlap import tied_names
 from cloudckpt.state.per_rank import PerRank, PerRankEntry, is_stateful_loader
 from cloudckpt.state.plain import PlainModules
-from cloudckpt.state.rng import Generators, set_generator
+from cloudckpt.state.rank_zero import RankZero, rank_zero_entry
+from cloudckpt.state.rng import RandomState, RandomStateEntry
+from cloudckpt.state.stateful import StatefulEntry
+from cloudckpt.state.trainable import Trainable, TrainableEntry
+from cloudckpt.state.values import ValueEntry
 
 __all__ = ["bind", "capture", "captured"]
-
-logger = logging.getLogger(__name__)
 
 _DEPTH_LIMIT = 64
 _VALUES = frozenset((dict, list, tuple, set, str, bytes, int, float, bool, type(None), torch.Tensor, nn.Parameter))
 """The usual types of what is no object with state."""
 
 
-_OBJECTS = (nn.Module, Optimizer)
+_OBJECTS = (nn.Module, Optimizer, RandomState, RankZero, Trainable)
 _CONTAINERS = (dict, list, tuple)
 
 
-class _StatefulEntry(Entry):
-    """An object with a state_dict, which is handed memory of its own: it may clear what it has before it copies."""
-
-    fills = False
-    is_asked = True
-    is_alike = True
-
-    def __init__(self, place: Place, stateful: Stateful, beside: Beside) -> None:
-        super().__init__(place)
-        self._stateful = stateful
-        self._beside = beside
-
-    def current(self) -> object:
-        with collector_awake():
-            return self._stateful.state_dict()
-
-    def fillable(self) -> object:
-        try:
-            return self.current()
-        except Exception as exc:  # noqa: BLE001 (of an object that has no state before it was given one)
-            logger.info("%s has no state yet (%s: %s); it takes what was saved", self.name, type(exc).__name__, exc)
-            return {}
-
-    def load(self, restored: object, live: object) -> None:
-        state = self._beside.in_group_order(self._stateful, restored) if isinstance(restored, dict) else restored
-        self._stateful.load_state_dict(cast("dict[str, object]", state))
-
-    def backup(self) -> Callable[[], None] | None:
-        return backup_of(self._stateful)
-
-    def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
-        """Ask an object that can tell before anything is changed."""
-        if not isinstance(self._stateful, Choosy):
-            return Misfit()
-        found = self._stateful.state_dict_misfits(mapping_of(restored, self.name))
-        return Misfit(reasons=[f"{self.name} {reason}" for reason in found])
-
-
-class _ValueEntry(Entry):
-    """A tensor, a container or a plain value: put back where it stands, in place where it can be."""
-
-    def __init__(self, place: Place, shared: Collection[int]) -> None:
-        """Restore the value at `place`; `shared` are ids of containers that stand in several places of the state."""
-        super().__init__(place)
-        self._shared = shared
-        self._holder = cast("MutableMapping[object, object]", place.holder)
-        self._key = place.key
-        self.is_bound = not isinstance(place.holder, MutableMapping | MutableSequence)
-
-    def current(self) -> object:
-        return self._holder[self._key]
-
-    def takes(self, name: str) -> bool:
-        return False
-
-    def load(self, restored: object, live: object) -> None:
-        if not self._put_into(live, restored) and restored is not live:
-            self._holder[self._key] = restored
-
-    def _put_into(self, live: object, restored: object) -> bool:
-        """Make what is live like what was restored, so that whoever holds it sees it; tell whether that was done."""
-        if type(live) is not type(restored) or id(live) in self._shared:
-            return False
-        if isinstance(live, dict) and isinstance(restored, dict):
-            merged = {key: self._merged(live.get(key), value) for key, value in restored.items()}
-            live.clear()
-            live.update(merged)
-            if isinstance(live, defaultdict) and isinstance(restored, defaultdict):
-                live.default_factory = restored.default_factory
-            vars_of(live).update(vars_of(restored))
-            return True
-        if isinstance(live, list) and isinstance(restored, list):
-            now = [*live, *[None] * len(restored)]
-            live[:] = [self._merged(now[place], value) for place, value in enumerate(restored)]
-            return True
-        return set_generator(live, restored)
-
-    def _merged(self, live: object, restored: object) -> object:
-        return live if self._put_into(live, restored) else restored
-
-
-def vars_of(value: object) -> dict[str, object]:
-    """Return the attributes of a container that may have some (`_metadata` of a state_dict)."""
-    found = getattr(value, "__dict__", None)
-    return found if isinstance(found, dict) else {}
-
-
-def bind(state: MutableMapping[str, object]) -> list[Entry]:
+def bind(state: MutableMapping[str, object], *, generators: bool = False) -> list[Entry]:
     """Choose the adapter of each object in the caller's state.
 
+    Args:
+        state: the caller's.
+        generators: whether the process's generators go with it, also where it holds no `RandomState`.
+
     Raises:
-        OptionsError: the state is no dict with string keys, is empty, or has a key that is not a plain name.
+        OptionsError: the state is no dict with string keys, is empty, or has a key that is not a plain name; or two
+            `RandomState`.
     """
     if not isinstance(state, MutableMapping) or not state:
         raise OptionsError(f"state is a {type(state).__name__}; give a non-empty dict such as {{'model': model}}")
@@ -156,10 +75,23 @@ def bind(state: MutableMapping[str, object]) -> list[Entry]:
             )
     places = [place for name, value in state.items() for place in _places(Place([name], name, value, state, name))]
     plain = PlainModules()
-    beside = Beside({place.name: place.value for place in places}, plain)
-    values = [place.value for place in places if isinstance(place.value, _CONTAINERS)]
-    shared = _held_twice(value for value in values if not _is_object(value))
-    return [_entry(place, beside, shared, plain) for place in places]
+    held = {place.name: _inside(place.value) for place in places}
+    beside, values = Beside(held, plain), list(held.values())
+    shared = _held_twice(value for value in values if isinstance(value, _CONTAINERS) and not _is_object(value))
+    entries = [_entry(place, beside, shared, plain) for place in places]
+    drawn = [entry.name for entry in entries if isinstance(entry, RandomStateEntry)]
+    if len(drawn) > 1:
+        raise OptionsError(
+            f"{' and '.join(drawn)} are both a RandomState, and a process has its generators once; give one of them"
+        )
+    return entries if drawn or not generators else [*entries, RandomStateEntry.beside()]
+
+
+def _inside(value: object) -> object:
+    """Return what a mark of ours is put around, if it stands for that to others."""
+    if isinstance(value, Trainable):
+        return value.module
+    return value.value if isinstance(value, RankZero) else value
 
 
 def _places(place: Place) -> Iterator[Place]:
@@ -237,20 +169,38 @@ def _entry(place: Place, beside: Beside, shared: Collection[int], plain: PlainMo
         return ModuleEntry(place, value, plain)
     if isinstance(value, Optimizer):
         return flat_optimizer_entry(place, value, beside) or OptimizerEntry(place, value, beside)
-    if isinstance(value, AccumulationWindow):
-        return WindowEntry(place, value)
-    if isinstance(value, PerRank) or is_stateful_loader(value):
-        return PerRankEntry(place, cast("Stateful", value.inner if isinstance(value, PerRank) else value))
+    if (marked := _marked(place, beside, shared, plain)) is not None:
+        return marked
     if _is_object(value):
-        return _StatefulEntry(place, cast("Stateful", value), beside)
-    return _ValueEntry(place, shared)
+        return StatefulEntry(place, cast("Stateful", value), beside)
+    return ValueEntry(place, shared)
+
+
+def _marked(place: Place, beside: Beside, shared: Collection[int], plain: PlainModules) -> Entry | None:
+    """Return the entry of an object of the library's own, or of a kind that it treats as one of these."""
+    value = place.value
+    found: Entry | None = None
+    if isinstance(value, RandomState):
+        found = RandomStateEntry(place, value)
+    elif isinstance(value, RankZero):
+        found = rank_zero_entry(place, value, beside, shared)
+    elif isinstance(value, Trainable):
+        found = TrainableEntry(place, value, plain)
+    elif isinstance(value, AccumulationWindow):
+        found = WindowEntry(place, value)
+    elif isinstance(value, PerRank) or is_stateful_loader(value):
+        found = PerRankEntry(place, cast("Stateful", value.inner if isinstance(value, PerRank) else value))
+    return found
 
 
 def capture(entries: Sequence[Entry]) -> Flat:
     """Return every tensor and value of the state by name; tensors are the live ones, not copies."""
     flat = Flat()
     talked = {id(entry): entry.flat(entry.current()) for entry in in_common_order(entries) if entry.talks}
-    for entry in entries:
+    is_first = Group.of_world().rank == 0
+    for entry in sorted(entries, key=lambda entry: entry.is_last):
+        if entry.is_of_first_rank and not is_first:
+            continue
         if entry.put_into(flat):
             continue
         own = talked.get(id(entry)) or entry.flat(entry.current())
@@ -263,6 +213,8 @@ def capture(entries: Sequence[Entry]) -> Flat:
         flat.notes.update(own.notes)
         if own.of_others:
             flat.of_others.update(own.of_others)
+        if entry.is_of_first_rank:
+            flat.of_first_rank.update(own.leaves)
         if entry.is_alike:
             flat.alike[entry.name] = sorted(own.leaves)
     for name, first in tied_names(flat.leaves).items():
@@ -283,15 +235,12 @@ def _refuse_subclasses(flat: Flat) -> None:
             )
 
 
-def captured(state: MutableMapping[str, object], generators: Generators | None = None) -> Flat | Exception:
-    """Return the leaves of a state, and the process's generators, or what an object raised when it was asked.
+def captured(state: MutableMapping[str, object], *, generators: bool = False) -> Flat | Exception:
+    """Return the leaves of a state, with the process's generators or without, or what an object raised at that.
 
     An error is a value here, so that all ranks can be told of it.
     """
     try:
-        flat = capture(bind(state))
-        if generators is not None:
-            flat.leaves[generators.name] = generators.pack()
+        return capture(bind(state, generators=generators))
     except Exception as exc:  # noqa: BLE001 (raised by whoever leads the ranks, on all of them)
         return exc
-    return flat

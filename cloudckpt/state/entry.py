@@ -110,23 +110,35 @@ class Entry(ABC):
 
     Attributes:
         fills: whether live tensors may be filled where they are, if nothing else in the state has their memory.
+        is_itself: whether its live tensors are state of the caller's own, and not what an object makes of its state.
         pins: whether the live tensors are what is restored, and none may be put in the place of one.
         is_bound: whether it stands where nothing can be put in its place.
         is_alike: whether it must have the same names on all ranks: parts of several would be one that nobody had.
+        is_of_first_rank: whether the first rank alone has something to say, and all ranks take that.
+        is_last: whether it is asked after all others, and given its state after them.
+        is_elastic: whether what ranks have for themselves is each rank's by its number, whatever their number was.
+        is_beside: whether it is the library's own, beside the caller's state: a checkpoint may lack it.
         talks: whether its ranks talk to each other when it is asked for its state, or given one.
         may_be_cast: whether tensors may get another dtype than they were saved in, if the caller says so.
         is_asked: whether the object may refuse a state, and is therefore handed all of it before anything is changed.
         other_world: what to do when another number of ranks saved for itself what is to be restored.
         subject: the object.
+        others: of an elastic one, how many ranks saved one for themselves.
         is_strict: whether the caller wants all names that both have.
         notes: what the checkpoint keeps about names at or below this entry's. They may come from anyone: what makes no
             sense is to be refused or left alone.
     """
 
     fills = True
+    is_itself = False
     pins = False
     is_bound = False
     talks = False
+    is_of_first_rank = False
+    is_last = False
+    is_elastic = False
+    is_beside = False
+    others = 0
     is_alike = False
     may_be_cast = False
     is_asked = False

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
@@ -25,6 +25,7 @@ from cloudckpt.errors import CloudCkptError
 from cloudckpt.format import Flat, PathElement, codec
 from cloudckpt.root import Fit
 from cloudckpt.state.attributes import names_above
+from cloudckpt.state.choosing import is_chosen, parted, shared_with
 from cloudckpt.state.entry import Entry, Misfit, dtype_of, in_common_order, is_tensor, shape_of
 from cloudckpt.state.overlap import identity, is_one_memory, overlapping, overlaps_itself, without_memory
 from cloudckpt.state.per_rank import RankName
@@ -47,11 +48,13 @@ def plan_restore(entries: Sequence[Entry], saved: Saved, allowed: Allowed) -> Re
         allowed: what may be done where they differ.
 
     Raises:
+        OptionsError: `only` names what the state has not.
         StateMismatchError: names are missing or unexpected, shapes or dtypes differ, or memory is shared by tensors
             that cannot all be filled; lists all of them. Nothing was changed.
     """
-    matching = _Matching(saved, allowed)
-    for entry in in_common_order(entries):
+    chosen, staying = parted(entries, allowed.chosen)
+    matching = _Matching(saved, allowed, staying)
+    for entry in in_common_order(chosen):
         matching.match(entry)
     return matching.settle()
 
@@ -68,9 +71,10 @@ class _Held:
 class _Matching:
     """Collects, entry by entry, what is restored from where, and everything that does not fit."""
 
-    def __init__(self, saved: Saved, allowed: Allowed) -> None:
+    def __init__(self, saved: Saved, allowed: Allowed, staying: Sequence[Entry]) -> None:
         self._saved = saved
         self._allowed = allowed
+        self._staying = staying
         self._misfit = Misfit()
         self._mismatched: dict[str, tuple[_Shape, _Shape]] = {}
         self._claimed: set[str] = set()
@@ -79,6 +83,8 @@ class _Matching:
         self._held: dict[str, _Held] = {}
         self._on_meta: list[_Held] = []
         self._cast: list[str] = []
+        self._lacking: list[str] = []
+        self._stateless: list[str] = []
         self._early: dict[str, object] = {}
         self._tensors: dict[str, object] = {}
         self._shared: list[list[_Held]] = []
@@ -95,17 +101,17 @@ class _Matching:
         owned = {name: found for name, found in self._saved.owned.items() if entry.holds_own(name)}
         self._claimed.update(in_checkpoint)
         self._claimed.update(owned)
-        if not in_checkpoint and not owned:
+        if not (in_checkpoint or owned or entry.is_beside):
             self._misfit.missing.append(entry.name)
             return
         sizes = {owner.size for found in owned.values() for owner in found}
-        if sizes and sizes != {RankName.here(entry.name).size}:
+        if sizes and not entry.is_elastic and sizes != {RankName.here(entry.name).size}:
             self._refuse_other_world(entry, sizes)
             return
         part = self._begin(Part(entry))
         if in_checkpoint:
             self._match_shared(part, in_checkpoint)
-        if owned:
+        if owned or entry.is_beside:
             self._match_own(part, owned)
 
     def _begin(self, part: Part) -> Part:
@@ -182,6 +188,8 @@ class _Matching:
         """Have a saved value or tensor taken as it is; the tensor into live memory only if that fits exactly."""
         if name in self._saved.values:
             part.leaves[name] = self._saved.values[name]
+            if part.entry.is_itself and not part.entry.pins and self._saved.is_stateless_module(name):
+                self._stateless.append(name)
             return
         current = part.live.leaves.get(name)
         shape = self._saved.shapes[name]
@@ -301,7 +309,14 @@ class _Matching:
         """Plan what this rank has saved for itself."""
         part.is_own = True
         for name, found in owned.items():
-            full = found.get(RankName.here(name))
+            mine = RankName.here(name)
+            if part.entry.is_elastic:
+                part.entry.others = len(found)
+                mine = replace(mine, size=max(owner.size for owner in found))
+            full = found.get(mine)
+            if full is None and part.entry.is_elastic:
+                self._lacking += [] if part.entry.is_beside else [part.entry.name]
+                continue  # who has nothing to take is told so when the rest is applied
             if full is None:
                 if name == part.entry.name:  # all that it has, and not one parameter's of many
                     self._misfit.missing.append(name)
@@ -338,11 +353,11 @@ class _Matching:
                 self._add(part.misfit(self._saved.dtypes))
         self._refuse_mismatch()
         self._tensors.update({name: held.tensor for name, held in self._held.items()})
-        fit = Fit(missing=tuple(dict.fromkeys(self._misfit.missing)), cast=tuple(self._cast))
+        fit = Fit(missing=tuple(dict.fromkeys([*self._misfit.missing, *self._lacking])), cast=tuple(self._cast))
         restoration = Restoration(self._parts, self._allowed, fit)
         restoration.unexpected = {name: self._shown(name) for name in self._misfit.unexpected}
         restoration.of_modules = {name for name in restoration.unexpected if self._saved.is_of_module(name)}
-        restoration.moved = self._moved
+        restoration.moved, restoration.stateless = self._moved, self._stateless
         restoration.early.update(self._early)
         restoration.tensors.update(self._tensors)
         for group in self._shared:
@@ -407,6 +422,8 @@ class _Matching:
             for name, leaf in part.live.leaves.items()
             if name in self._saved.shapes and is_tensor(leaf)
         }
+        if self._staying:
+            self._misfit.reasons += shared_with(self._staying, {name: held.tensor for name, held in live.items()})
         for names in overlapping((name, held.tensor) for name, held in live.items()):
             self._part_group([live[name] for name in names])
         for names in without_memory((held.name, held.tensor) for held in self._on_meta):
@@ -510,7 +527,9 @@ class _Matching:
         misfit = self._misfit
         misfit.unexpected += self._unclaimed()
         misfit.missing = [name for name in misfit.missing if not self._is_filled_by_another_name(name)]
-        if not any(part.is_own or _is_restored(part, self._saved) for part in self._parts):
+        if not any(
+            (part.is_own and not part.entry.is_beside) or _is_restored(part, self._saved) for part in self._parts
+        ):
             misfit.reasons.append("nothing of the checkpoint belongs to anything in the state")
         missing = list(dict.fromkeys(misfit.missing if self._allowed.strict else ()))
         if not (missing or self._mismatched or misfit.reasons):
@@ -535,13 +554,13 @@ class _Matching:
             if name not in self._claimed and not str(self._saved.path(name)[0]).startswith(OURS)
         ]
         for name in self._saved.owned:
-            if name not in self._claimed:
+            if name not in self._claimed and not name.startswith(OURS):
                 found.append(name)
                 if name in self._misfit.missing and self._allowed.strict:
                     self._misfit.reasons.append(
                         f"{name} is each rank's own there (give PerRank or a StatefulDataLoader)"
                     )
-        return found
+        return [name for name in found if is_chosen(name, self._allowed.chosen)]
 
     def _shown(self, name: str) -> str:
         """Return what is told of a name: an entry that is in the checkpoint alone counts as one."""

@@ -46,7 +46,7 @@ _ALL_USUAL = {"": _USUAL}
 class ModuleEntry(Entry):
     """A module with its parameters, buffers and extra state."""
 
-    pins = True
+    pins = is_itself = True
     may_be_cast = True
     # Of what the module said last; a state may have many thousands of modules.
     _raw_names: Mapping[str, str] = MappingProxyType({})
@@ -152,14 +152,14 @@ class ModuleEntry(Entry):
 
     def is_done(self, live: object) -> bool:
         """Tell whether the module still holds the memory that was filled: then its own loading has nothing to copy."""
-        found = self._plain.tensors_of(self._module)
+        found = self._tensors()
         if found is None:
             return False
         filled = mapping_of(live, self.name)
-        if found[0].keys() != filled.keys():
+        if found.keys() != filled.keys():
             return False
         try:
-            return all(tensor.is_set_to(cast("torch.Tensor", filled[name])) for name, tensor in found[0].items())
+            return all(tensor.is_set_to(cast("torch.Tensor", filled[name])) for name, tensor in found.items())
         except RuntimeError:  # on a device that cannot tell
             return False
 

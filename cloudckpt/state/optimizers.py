@@ -442,8 +442,8 @@ class OptimizerEntry(NamedEntry):
 
     def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
         """Compare also the dtypes and shapes of nameless parameters."""
-        if not self._is_plain and self._numbers(self._optimizer.state_dict()) is None:
-            return self._compare_unread(mapping_of(restored, self.name))
+        if not self._is_plain and self._numbers(now := self._optimizer.state_dict()) is None:
+            return self._compare_unread(mapping_of(restored, self.name), now)
         misfit = super().compare(restored, dtypes)
         for place, parameter in enumerate(self._nameless):
             there = self._noted(place)
@@ -456,8 +456,14 @@ class OptimizerEntry(NamedEntry):
         misfit.reasons += self._refused
         return misfit
 
-    def _compare_unread(self, restored: Mapping[str, object]) -> Misfit:
+    def _compare_unread(self, restored: Mapping[str, object], now: object) -> Misfit:
         """Compare what can be of an optimizer whose state_dict is of a kind of its own."""
+        here, there = _named_flat(now), _named_flat(restored)
+        if here is not None and there is not None:
+            return Misfit(
+                missing=[f"{self.name}.{name}" for name in here if name not in there],
+                unexpected=[f"{self.name}.{name}" for name in there if name not in here],
+            )
         groups = restored.get("param_groups")
         is_named = isinstance(groups, list) and any(
             isinstance(name, str) for group in groups if isinstance(group, dict) for name in group.get("params", ())
@@ -487,6 +493,22 @@ class OptimizerEntry(NamedEntry):
         for group, names in zip(groups, self._groups, strict=True):
             group["params"] = [numbers[name] for name in names]
         self.load_numbered(restored, state, groups)
+
+
+def _named_flat(state: object) -> dict[str, None] | None:
+    """Return the names of parameters in a state_dict of the flat kind that DCP makes; None of another kind.
+
+    Its keys are `state.<name>.<key>` and `param_groups.<name>.<key>`, so that no order counts.
+    """
+    if not isinstance(state, Mapping) or not state:
+        return None
+    names: dict[str, None] = {}
+    for key in state:
+        top, _, below = key.partition(".") if isinstance(key, str) else ("", "", "")
+        if top not in _OURS or not below:
+            return None
+        names[below.rpartition(".")[0]] = None
+    return names
 
 
 def _is_loaded_by_torch(optimizer: Optimizer) -> bool:

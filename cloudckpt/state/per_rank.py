@@ -26,8 +26,11 @@ from cloudckpt.state.backup import backup_of
 from cloudckpt.state.collector import collector_awake
 from cloudckpt.state.entry import Entry, Place
 
-__all__ = ["PerRank", "PerRankEntry", "RankName", "is_stateful_loader", "pack", "unpack"]
+__all__ = ["RNG", "PerRank", "PerRankEntry", "RankName", "is_stateful_loader", "pack", "unpack"]
 
+RNG = "cloudckpt.rng"
+"""What the generators of each rank are called."""
+_RNG = re.compile(r"cloudckpt\.rng\.r(\d{5,10})")
 _NAME = re.compile(r"cloudckpt\.per_rank\.(\d{5,10})-of-(\d{5,10})\.(.+)", re.DOTALL)
 _PAD_BYTES = 4096
 
@@ -52,7 +55,15 @@ class RankName:
         found = _NAME.fullmatch(text)
         return None if found is None else cls(found[3], int(found[1]), int(found[2]))
 
+    @staticmethod
+    def rank_of_generators(text: str) -> int | None:
+        """Return whose generators a tensor holds, None if it holds none."""
+        found = _RNG.fullmatch(text)
+        return None if found is None else int(found[1])
+
     def __str__(self) -> str:
+        if self.name == RNG:
+            return f"{RNG}.r{self.rank:05d}"
         return f"cloudckpt.per_rank.{self.rank:05d}-of-{self.size:05d}.{self.name}"
 
 

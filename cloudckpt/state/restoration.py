@@ -20,6 +20,7 @@ from cloudckpt.errors import OptionsError, RestoreFailedError, StateMismatchErro
 from cloudckpt.format import Flat, PathElement, unflatten
 from cloudckpt.root import Fit
 from cloudckpt.state.attributes import as_it_was, with_attributes
+from cloudckpt.state.choosing import is_chosen, parted
 from cloudckpt.state.entry import Entry, Left, Misfit
 from cloudckpt.state.overlap import bits_of, conflict, local_parts
 
@@ -47,12 +48,14 @@ class Allowed:
         cast: let parameters and buffers of modules be cast from one floating-point dtype to another.
         materialize: the device on which module tensors that are on the meta device get memory; None refuses them.
         resize: makes of a saved tensor what a live one of another shape is to hold; None refuses it.
+        only: names of what is restored of the state, all else of which stays as it is; None: all.
     """
 
     strict: bool = True
     cast: bool = False
     materialize: str | torch.device | None = None
     resize: Resize | None = None
+    only: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what means nothing, before anything is asked of a store.
@@ -72,6 +75,23 @@ class Allowed:
                 torch.empty(0, device=self.materialize)
             except (RuntimeError, AssertionError, TypeError) as exc:  # torch has no common one
                 raise OptionsError(f"materialize is {self.materialize!r}, which is no device here: {exc}") from exc
+        names = self.chosen
+        if names is not None and not (names and all(isinstance(name, str) for name in names)):
+            raise OptionsError(f"only is {self.only!r}; give one or more names of what the state holds")
+
+    @property
+    def chosen(self) -> Sequence[str] | None:
+        """The names in `only`; None: all."""
+        return [self.only] if isinstance(self.only, str) else self.only
+
+    def may_hold(self, top: object) -> bool:
+        """Tell whether what is restored may stand below a key of the state."""
+        return self.chosen is None or any(is_chosen(f"{one}.", [str(top)]) for one in self.chosen)
+
+    def checked(self, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """Return the entries of a state, if it has all that is to be restored; raises as `parted` does."""
+        parted(entries, self.chosen)
+        return entries
 
 
 _NOTHING = Flat()
@@ -178,6 +198,7 @@ class Restoration:
         self._undos: list[tuple[str, Callable[[], None] | None]] = []
         self._on_meta: dict[Entry, list[str]] = {}
         self.moved: dict[str, list[str]] = {}
+        self.stateless: list[str] = []
 
     @property
     def needs_memory(self) -> bool:
@@ -326,7 +347,7 @@ class Restoration:
         with torch.no_grad():
             for live, new in self._new:
                 live.copy_(new)
-        for part in self._parts:
+        for part in sorted(self._parts, key=lambda part: part.entry.is_last):
             if part.entry.is_asked:
                 continue
             try:
@@ -366,6 +387,12 @@ class Restoration:
         fit = self.fit
         for name, pairs in self.moved.items():
             logger.warning("%s shares memory and gets memory of its own: %s", name, some(pairs))
+        if self.stateless:
+            logger.warning(
+                "a module without any state was saved at %s; what is restored there is an empty dict, and NOT the "
+                "module: put one there before the restore, or keep it out of the values that you save",
+                some(self.stateless),
+            )
         if fit.missing:
             logger.warning("NOT in the checkpoint, and left as it is: %s", some(fit.missing))
         if fit.unexpected:

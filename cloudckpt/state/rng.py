@@ -12,51 +12,107 @@ import random
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any, Self
 
 import torch
 
-from cloudckpt.errors import CloudCkptError
-from cloudckpt.format import Index, codec
-from cloudckpt.state.per_rank import pack, unpack
+from cloudckpt.errors import CloudCkptError, OptionsError
+from cloudckpt.format import Flat, codec
+from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of
+from cloudckpt.state.per_rank import RNG, RankName, pack, unpack
 
-__all__ = ["Generators", "capture_rng", "restore_rng", "set_generator"]
+__all__ = ["RandomState", "RandomStateEntry", "capture_rng", "restore_rng", "set_generator"]
 
 logger = logging.getLogger(__name__)
 
-_NAME = "cloudckpt.rng"
+
+class RandomState:
+    """The random number generators of this process as one object of a state: python's, NumPy's, torch's, all devices'.
+
+    ```python
+    state = {"model": model, "rng": RandomState()}
+    ```
+
+    Each rank has its own. A restore gives the generators the saved states when all else is restored, and keeps these
+    for `apply`: what a framework does after it has loaded, as skipping batches, moves the generators again. A manager
+    with `save_rng` saves and restores the same, under the same names, also without this object in the state. On
+    another number of ranks each takes the generators of the rank of its number; one beyond those that saved keeps its
+    own, which the log and `Checkpoint.fit` say.
+    """
+
+    def __init__(self) -> None:
+        """Stand for the generators as they are when a save or a restore comes."""
+        self._kept: dict[str, object] | None = None
+
+    def state_dict(self) -> dict[str, object]:
+        """Return the states of all generators now; of a device, only if this process uses it."""
+        return capture_rng()
+
+    def load_state_dict(self, state_dict: Mapping[str, object]) -> None:
+        """Give the generators what `state_dict` returned, and keep it for one `apply`."""
+        self._kept = dict(state_dict)
+        restore_rng(self._kept)
+
+    def apply(self) -> bool:
+        """Give the generators what the last restore brought once more, and forget it; call it where training goes on.
+
+        Returns:
+            Whether there was something; False after a fresh start, and when it was applied before.
+        """
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            restore_rng(kept)
+        return kept is not None
 
 
-class Generators:
-    """The random number generators of one rank, as a tensor beside the state."""
+class RandomStateEntry(Entry):
+    """The generators of this rank, one tensor of a name that only this rank has."""
 
-    def __init__(self, rank: int) -> None:
-        """Those of this process, which is `rank`."""
-        self.name = f"{_NAME}.r{rank:05d}"
-        self._rank = rank
-        self._others = 0
+    is_last = True  # what other objects do may draw numbers
+    is_elastic = True
 
-    def pack(self) -> torch.Tensor:
-        """Return their states as bytes."""
-        return pack(capture_rng(), key=_NAME)
+    def __init__(self, place: Place, generators: RandomState) -> None:
+        super().__init__(place)
+        self._generators = generators
 
-    def targets(self, index: Index) -> dict[str, torch.Tensor]:
-        """Return the tensor that is to be filled with them, if a checkpoint has them."""
-        self._others = sum(name.startswith(f"{_NAME}.r") for name in index.tensors)
-        saved = index.tensors.get(self.name)
-        return {} if saved is None else {self.name: torch.empty(saved.shape, dtype=torch.uint8, device="cpu")}
+    @classmethod
+    def beside(cls) -> Self:
+        """Return that of a state which has no such object."""
+        made = cls(Place([RNG], RNG, None, {}, ""), RandomState())
+        made.is_beside = True
+        return made
 
-    def apply(self, filled: Mapping[str, torch.Tensor]) -> None:
-        """Put them back; a checkpoint that has none for this rank leaves them as they are, and the log says so."""
-        states = unpack(filled[self.name], key=_NAME) if self.name in filled else None
-        if isinstance(states, dict):
-            restore_rng(cast("dict[str, object]", states))
-        elif self._others:
+    def current(self) -> object:
+        return pack(self._generators.state_dict(), key=self.name)
+
+    def flat(self, nested: object) -> Flat:
+        return Flat({str(RankName.here(RNG)): nested}) if isinstance(nested, torch.Tensor) else super().flat(nested)
+
+    def fillable(self) -> object:
+        return {}
+
+    def holds_own(self, name: str) -> bool:
+        return name == RNG
+
+    def allocate_own(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor | None:
+        return torch.empty(shape, dtype=dtype, device="cpu") if dtype == torch.uint8 and len(shape) == 1 else None
+
+    def compare(self, restored: object, dtypes: Mapping[str, torch.dtype]) -> Misfit:
+        return Misfit(reasons=[f"{self.name} is a RandomState here and something else there"])
+
+    def load(self, restored: object, live: object) -> None:
+        raise OptionsError(f"{self.name!r} is no RandomState in the checkpoint")
+
+    def load_own(self, own: Mapping[str, torch.Tensor]) -> None:
+        """Give the generators their states; a checkpoint that has none here leaves them, and the log says so."""
+        if RNG in own:
+            self._generators.load_state_dict(mapping_of(unpack(own[RNG], key=self.name), self.name))
+        elif self.others:
             logger.warning(
                 "rank %d: the checkpoint holds random number generators of %d ranks and none of this one, which keeps "
                 "its own; seed it if runs are to be the same",
-                self._rank,
-                self._others,
+                RankName.here(RNG).rank,
+                self.others,
             )
         else:
             logger.warning("the checkpoint holds no random number generator state; this process keeps its own")
@@ -127,7 +183,7 @@ def _restore_numpy(saved: object) -> None:
     generators: Any = np.random
     if isinstance(saved, dict):
         # By the codec, which looks at the places in buffers that numpy trusts.
-        made: Any = codec.decode({"$numpy.RandomState": codec.encode(saved, key=_NAME)}, key=_NAME)
+        made: Any = codec.decode({"$numpy.RandomState": codec.encode(saved, key=RNG)}, key=RNG)
         source = made._bit_generator  # noqa: SLF001 (no other way to it)
     else:
         source = np.random.MT19937(0)

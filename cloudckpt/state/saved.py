@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 
 from cloudckpt.format import JsonValue, PathElement
-from cloudckpt.state.attributes import names_above, notes_by_prefix
-from cloudckpt.state.per_rank import RankName
+from cloudckpt.state.attributes import names_above, notes_by_prefix, stateless_module
+from cloudckpt.state.per_rank import RNG, RankName
 
 __all__ = ["OURS", "Saved"]
 
@@ -45,18 +45,25 @@ class Saved:
 
     @cached_property
     def owned(self) -> Mapping[str, Mapping[RankName, str]]:
-        """What each rank saved for itself: the name in the state → whose it is → the tensor's name."""
+        """What each rank saved for itself: the name in the state, or `RNG` → whose it is → the tensor's name."""
         found: dict[str, dict[RankName, str]] = {}
         for name in self.shapes:
             owner = RankName.parse(name)
             if owner is not None:
                 found.setdefault(owner.name, {})[owner] = name
+        drawn = {rank: name for name in self.shapes if (rank := RankName.rank_of_generators(name)) is not None}
+        if drawn:
+            found[RNG] = {RankName(RNG, rank, len(drawn)): name for rank, name in drawn.items()}
         return found
 
     def is_of_module(self, name: str) -> bool:
         """Tell whether a name is one of a module that was saved as such."""
         noted = (self.notes.get(above) for above in names_above(name))
         return any(isinstance(note, dict) and "metadata" in note for note in noted)
+
+    def is_stateless_module(self, name: str) -> bool:
+        """Tell whether a module stood below a container of which nothing was saved, because it has no state."""
+        return stateless_module(self.values.get(name), self.notes.get(name)) and len(self.path(name)) > 1
 
     def tied(self, name: str) -> str:
         """Return the first name of the memory that a tensor was in, which is its own if it had no other."""

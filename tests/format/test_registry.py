@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections import deque
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let each test register what it likes."""
     monkeypatch.setattr(registry, "_BY_KIND", dict(registry._BY_KIND))
     monkeypatch.setattr(registry, "_BY_NAME", dict(registry._BY_NAME))
+    monkeypatch.setattr(registry, "_BY_ID", dict(registry._BY_ID))
 
 
 class Colour(enum.Enum):
@@ -284,3 +285,84 @@ def test_a_class_that_was_made_anew_takes_the_name_over() -> None:
     assert type(codec.decode(data, key="v")) is second
     with pytest.raises(UnsupportedValueError):
         codec.encode(first(1), key="v")
+
+
+# -- functions and classes ----------------------------------------------------------------------------------
+
+
+def scaled(value: float, by: float = 1.0) -> float:
+    return value * by
+
+
+@pytest.mark.parametrize("code", [scaled, len, torch.nn.functional.gelu, torch.nn.GELU, Colour], ids=repr)
+def test_code_that_has_a_name_comes_back_as_itself(code: Any) -> None:
+    cloudckpt.register_code(code, name="test.code")
+    data = codec.encode({"act": [code]}, key="hparams")
+    assert data == {"act": [{"$registered": ["test.code", None]}]}
+    assert codec.decode(data, key="hparams")["act"][0] is code  # type: ignore[index]
+
+
+def test_a_partial_of_code_that_has_a_name_comes_back_with_all_of_its_arguments() -> None:
+    cloudckpt.register_code(scaled, name="test.scaled")
+    made = partial(scaled, 3.0, by=torch.tensor(2.0))
+    found = codec.decode(codec.encode(made, key="loss"), key="loss")
+    assert isinstance(found, partial)
+    assert (found.func, found.args, found()) == (scaled, (3.0,), torch.tensor(6.0))
+
+
+def test_a_partial_of_other_code_is_refused_with_the_way_to_it_and_the_way_out() -> None:
+    with pytest.raises(
+        UnsupportedValueError, match=r"^hparams\.loss\.function \(function\) .*register_code\(value, name"
+    ) as caught:
+        codec.encode({"loss": partial(scaled, 1.0)}, key="hparams")
+    assert caught.value.key == "hparams.loss.function"
+    with_attributes: Any = partial(len)
+    with_attributes.note = 1
+    with pytest.raises(UnsupportedValueError, match=r"^loss .*attributes, which would be lost"):
+        codec.encode(with_attributes, key="loss")
+
+
+def test_code_that_this_program_has_not_named_is_asked_for_by_name() -> None:
+    with pytest.raises(
+        UnsupportedValueError, match=r"registered as 'other\.code'; call .* or register_code, before the load"
+    ):
+        codec.decode({"$registered": ["other.code", None]}, key="act")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"function": 1, "args": {"$tuple": []}, "keywords": {}},
+        {"function": {"$registered": ["test.scaled", None]}, "args": [], "keywords": {}},
+        {"function": {"$registered": ["test.scaled", None]}, "args": {"$tuple": []}, "keywords": {"$dict": [[1, 2]]}},
+        {"function": {"$registered": ["test.scaled", None]}},
+        [],
+    ],
+)
+def test_a_partial_in_foreign_data_is_an_integrity_error_and_nothing_is_called(data: Any) -> None:
+    cloudckpt.register_code(scaled, name="test.scaled")
+    with pytest.raises(IntegrityError, match=r"is no functools\.partial"):
+        codec.decode({"$functools.partial": data}, key="loss")
+
+
+def test_one_name_is_one_thing_and_one_thing_has_one_name() -> None:
+    cloudckpt.register_code(scaled, name="a")
+    cloudckpt.register_code(scaled, name="a")  # again, as in a notebook
+    cloudckpt.register(Colour, name="b")
+    for code, name, told in [
+        (len, "a", "is the registered name of scaled"),
+        (scaled, "c", "scaled is registered as 'a'"),
+        (len, "b", "is the registered name of Colour"),
+        (Colour, "b", "is the registered name of values of Colour"),
+        (3, "d", "takes a function or a class"),
+        (len, "", "takes a function or a class"),
+    ]:
+        with pytest.raises(OptionsError, match=told):
+            cloudckpt.register_code(code, name=name)  # type: ignore[arg-type]
+    with pytest.raises(OptionsError, match="is the registered name of scaled"):
+        cloudckpt.register(Point, name="a")
+
+
+def test_a_tag_of_a_later_release_is_refused_by_name() -> None:
+    with pytest.raises(IntegrityError, match=r"^x\.y has the tag '\$later', which this release does not know"):
+        codec.decode({"y": {"$later": 1}}, key="x")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import cloudckpt
-from cloudckpt import CheckpointManager, CheckpointNotFoundError, ManifestError, Options
+from cloudckpt import CheckpointManager, CheckpointNotFoundError, IntegrityError, ManifestError, Options
 from cloudckpt.options import KIB
 from cloudckpt.store import RetryingStore, open_store
 
@@ -136,3 +136,99 @@ def test_a_manifest_of_another_place_is_refused(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path / "root") as manager, pytest.raises(ManifestError, match="it was copied there"):
         manager.restore({"t": torch.zeros(2)}, step=8)
     assert equal(cloudckpt.read(copied), {"t": torch.ones(2)}), "by its own URL a copied checkpoint is whole"
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        ("epohc", "epoch"),
+        ("modle.head.w", "model.head.w"),
+        ("model.haed.b", "model.head.b"),
+        ("model.head.bb", "model.head.b"),
+        ("confg", "config"),
+    ],
+)
+def test_an_error_names_what_is_near_a_mistyped_key(url: Path, key: str, near: str) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=rf"named '{key}'; near it: {near}"):
+        cloudckpt.read(url, key)
+
+
+def test_contents_are_names_shapes_dtypes_and_sizes_and_no_shard_is_read(url: Path, state: dict[str, object]) -> None:
+    for shard in url.rglob("*.safetensors"):
+        shard.unlink()
+    found = cloudckpt.contents(url)
+    assert found.tensors["model.embed.weight"] == cloudckpt.TensorInfo(shape=(3, 4), dtype=torch.float32, size_bytes=48)
+    assert found.tensors["list.0"].shape == ()
+    assert dict(found.values) == {"list.1": 5, "list.3.deep.1": 1, "config": 40, "epoch": 1}
+    assert found.names == [*found.tensors, *found.values]
+    assert found.total_bytes == sum(one.size_bytes for one in found.tensors.values()) + 47
+    assert found.select(["model.head", "epoch"]) == ["model.head.w", "model.head.b", "epoch"]
+    assert found.checkpoint.url == f"file://{url}"
+    with pytest.raises(CheckpointNotFoundError, match=r"near it: model\.head\.w"):
+        found.select("modl.head.w")
+
+
+def test_a_manager_reads_the_newest_checkpoint_that_is_whole_or_the_one_that_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state: dict[str, object] = {"w": torch.zeros(2), "step": 0}
+    with CheckpointManager(tmp_path, progress="off") as manager:
+        with pytest.raises(CheckpointNotFoundError, match="no committed checkpoint"):
+            manager.read()
+        for step in (1, 2):
+            state.update(w=torch.full((2,), float(step)), step=step)
+            manager.save(step, state, metrics={"loss": step})
+        assert equal(manager.read(), {"w": torch.full((2,), 2.0), "step": 2})
+        assert equal(manager.read(1, "step"), {"step": 1})
+        best = manager.best("loss")
+        assert best is not None
+        assert equal(manager.read(best, ["w"]), {"w": torch.ones(2)})
+        assert set(manager.contents(1).tensors) == {"w"}
+        with pytest.raises(CheckpointNotFoundError, match="near it: step"):
+            manager.read(2, "stpe")
+        newest = manager.latest()
+        assert newest is not None
+        for shard in (tmp_path / newest.prefix).rglob("*.safetensors"):
+            shard.write_bytes(bytes(shard.stat().st_size))
+        assert equal(manager.read(), {"w": torch.ones(2), "step": 1})
+        assert "NOT reading" in caplog.text
+        with pytest.raises(IntegrityError):
+            manager.read(2)
+
+
+def test_what_each_rank_has_for_itself_is_told_of_in_the_contents(tmp_path: Path) -> None:
+    class Stream:
+        def state_dict(self) -> dict[str, object]:
+            return {"place": 1}
+
+        def load_state_dict(self, state: dict[str, object]) -> None: ...
+
+    cloudckpt.save({"stream": cloudckpt.PerRank(Stream()), "step": 1}, tmp_path / "c")
+    found = cloudckpt.contents(tmp_path / "c")
+    assert (dict(found.per_rank), found.names) == ({"stream": 1}, ["step"])
+
+
+def test_a_module_without_state_among_values_is_told_not_to_be_what_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cloudckpt.save({"hparams": {"lr": 0.5, "act": nn.ReLU(), "net": nn.Linear(1, 1)}}, tmp_path / "c")
+    found = cloudckpt.read(tmp_path / "c", "hparams")
+    assert found["hparams"]["act"] == {}  # type: ignore[call-overload, index]
+    assert "a module without any state was saved at hparams.act;" in caplog.text
+
+
+@pytest.mark.parametrize("there", [None, {}, {"lr": 0.0, "act": None, "net": None}], ids=["none", "empty", "names"])
+def test_a_module_without_state_is_told_not_to_be_what_is_restored_into_a_value(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, there: object
+) -> None:
+    cloudckpt.save({"hparams": {"lr": 0.5, "act": nn.ReLU(), "net": nn.Linear(1, 1)}}, tmp_path / "c")
+    cloudckpt.load({"hparams": there}, tmp_path / "c")
+    assert "a module without any state was saved at hparams.act; what is restored there is an empty dict" in caplog.text
+
+
+def test_a_module_without_state_that_is_there_is_no_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cloudckpt.save({"hparams": {"lr": 0.5, "act": nn.ReLU()}}, tmp_path / "c")
+    state = {"hparams": {"lr": 0.0, "act": (act := nn.ReLU())}}
+    cloudckpt.load(state, tmp_path / "c")
+    assert state == {"hparams": {"lr": 0.5, "act": act}}
+    assert "without any state" not in caplog.text

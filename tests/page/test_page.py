@@ -74,8 +74,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("page") / "root"
     state: dict[str, Any] = {"w": torch.ones(100)}
     with CheckpointManager(base, progress="off", save_rng=False) as manager:
-        for step in (1, 2, 3):
-            manager.save(step, state, metrics={"loss": 1.0 / step, EVIL: math.nan if step == 1 else step})
+        for step, evil in ((1, math.nan), (2, -math.inf), (3, 3.0)):
+            manager.save(step, state, metrics={"loss": 1.0 / step, EVIL: evil})
         manager.restore(state, step=2)
         manager.async_save(3, state, metrics={"loss": 0.3}).result()
     return base
@@ -147,8 +147,19 @@ def test_a_save_in_the_background_has_kept_training_for_planning_and_staging_alo
 )
 def test_numbers_that_no_save_has_written_break_no_page(summary: dict[str, float]) -> None:
     one = checkpoint_of(1, 1, at_s=0, worked_s=1.0, summary=summary)
-    facts = facts_of([one, checkpoint_of(2, 1, at_s=9, worked_s=2.0)], {1: claim_of(1, at_s=0)}, mtbf_s=100.0)
-    assert "Checkpoints" in page_about(facts, prices=Prices(storage_gib_month=1.0, writes_1000=1.0))
+    metrics = [{"m": value} for value in (1.7e308, -1.7e308)]
+    others = [checkpoint_of(step, 1, at_s=9, worked_s=2.0, metrics=given) for step, given in enumerate(metrics, 2)]
+    facts = facts_of([one, *others], {1: claim_of(1, at_s=0)}, mtbf_s=100.0)
+    page = page_about(facts, prices=Prices(storage_gib_month=1.0, writes_1000=1.0))
+    assert re.findall(r'="[^"]*(?:nan|inf)[^"]*"', page) == []
+    assert not re.search(r"\d{40}", Seen(page).text)
+
+
+def test_what_cannot_be_read_is_not_called_gone() -> None:
+    checkpoints, claims = a_run()
+    facts = facts_of([one for one in checkpoints if one.order != (1, 300)], claims, unreadable={(1, 300)})
+    assert facts.gone == []
+    assert [one.is_there for one in facts.breaks] == [True, True]
 
 
 def test_a_manifest_of_before_that_tells_little_is_told_as_little() -> None:
@@ -172,11 +183,15 @@ def test_a_metric_that_is_no_number_draws_no_mark(root: Path) -> None:
     assert metric_curve("other", facts, facts.saves) is None
 
 
-def test_pinned_checkpoints_are_told_with_their_note() -> None:
-    checkpoints, claims = a_run()
-    page = page_about(facts_of(checkpoints, claims, pins={(1, 200): "for the paper"}))
-    assert "pinned: for the paper" in page
-    assert "<td>for the paper</td>" in page
+def test_pinned_checkpoints_are_told_with_their_note(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, progress="off", save_rng=False) as manager:
+        for step in (1, 2):
+            manager.save(step, {"w": torch.ones(3)}, metrics={"loss": 1.0 / step})
+        manager.pin(1, "for the <paper>")
+    page = cloudckpt.report_page(tmp_path)
+    assert page.count("pinned: for the &lt;paper&gt;") == 4, "in each drawing"
+    assert "<td>for the &lt;paper&gt;</td>" in page
+    assert page.count("mark save pinned") == 2
 
 
 def test_of_many_checkpoints_the_newest_are_drawn_and_the_page_says_so() -> None:
@@ -184,6 +199,11 @@ def test_of_many_checkpoints_the_newest_are_drawn_and_the_page_says_so() -> None
     page = page_about(facts_of(many, {}))
     assert "5 older ones are not drawn" in page
     assert len(page) < 4 << 20
+
+
+def test_of_many_jobs_the_newest_have_a_lane_and_the_page_says_so() -> None:
+    many = [checkpoint_of(1, epoch, at_s=epoch) for epoch in range(1, 51)]
+    assert "The newest 40 jobs; 10 older ones" in page_about(facts_of(many, {}))
 
 
 # -- the page -----------------------------------------------------------------------------------------------
@@ -248,6 +268,15 @@ def test_what_is_unreadable_or_unfinished_is_told(tmp_path: Path) -> None:
     assert "no commit: 1 objects, 2.0 KiB" in text
 
 
+def test_where_nothing_can_be_read_the_page_says_why(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, progress="off", save_rng=False) as manager:
+        manager.save(1, {"w": torch.ones(3)})
+    (tmp_path / "step-0000000001-e0001" / "manifest.json").write_bytes(b"{}")
+    seen = Seen(cloudckpt.report_page(tmp_path))
+    assert "was changed after it was written" in seen.text
+    assert "fresh start" in seen.text, "what its job's claim tells"
+
+
 def test_a_page_of_a_bucket_writes_nothing_there(s3_url: FreshPrefix) -> None:
     options = dict(s3_url.storage_options)
     with CheckpointManager(s3_url.url, storage_options=options, progress="off", save_rng=False) as manager:
@@ -295,6 +324,14 @@ def test_prices_of_one_s_own_are_said_with_their_source(tmp_path: Path, root: Pa
     assert f"1024 EUR for a GiB and month, 10 EUR for 1,000 writes: {path}" in page
     # 48 shards, an index and a manifest each, and 20 more requests of rank 0.
     assert "5.60 EUR" in page
+
+
+def test_the_prices_that_the_documentation_shows_can_be_read(tmp_path: Path) -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "report.md"
+    shown = re.search(r"^(\{.*storage_gib_month.*\})$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert shown is not None
+    (tmp_path / "prices.json").write_text(shown[1])
+    assert prices_from(tmp_path / "prices.json").source == "our contract, 2026-11"
 
 
 @pytest.mark.parametrize(
@@ -403,7 +440,7 @@ def test_in_a_browser_columns_sort_both_ways_and_what_is_not_known_comes_last(
     assert browser.run(f"({column})(0, 1)") == ["1", "2", "3", "3"]
     assert browser.run(f"({column})(0, 1)") == ["3", "3", "2", "1"]
     evil = browser.run(f"({column})(9, 2)")
-    assert evil == ["3.0", "2.0", "", ""]
+    assert evil == ["3.0", "-Infinity", "", ""]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import logging
+import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +37,7 @@ from cloudckpt import (
 )
 from cloudckpt.errors import TransientError
 from cloudckpt.report.telling import Teller
-from tests.ranks.processes import run
+from tests.ranks.processes import fork, run
 from tests.store.gates import before
 
 HASTY = Options(retry=RetryPolicy(max_attempts=2, backoff_base_s=0.001, deadline_s=5, request_timeout_s=5))
@@ -147,6 +150,18 @@ def test_a_notice_is_told_once(tmp_path: Path) -> None:
     assert "preemption" in notices[0].reason
 
 
+def test_a_pinned_checkpoint_is_not_told_as_pruned(tmp_path: Path) -> None:
+    told: list[Event] = []
+    with manager_of(tmp_path, told.append, retention=KeepLast(1)) as manager:
+        manager.save(1, state_of(1))
+        manager.pin(1, "stays")
+        for step in (2, 3):
+            manager.save(step, state_of(step))
+        with pytest.raises(cloudckpt.PinnedError):
+            manager.delete(1)
+    assert [event.step for event in told if isinstance(event, Pruned)] == [2]
+
+
 def test_what_a_callable_raises_is_noted_once_and_fails_neither_a_save_nor_the_other_callables(tmp_path: Path) -> None:
     def broken(event: Event) -> None:
         raise SystemExit("canary")
@@ -218,6 +233,38 @@ def test_a_callable_may_wait_for_its_own_thread_without_hanging() -> None:
     assert waited == [True]
 
 
+def saving_in_a_child(pipe: Any, root: str) -> None:
+    pipe.send(saving_and_forking(root))
+
+
+def saving_and_forking(root: str) -> list[tuple[str, int]]:
+    """Fork while events wait to be told; return what the child has told of a load of its own."""
+    gate, told = threading.Event(), list[Event]()
+    teller = Teller(lambda event: (gate.wait(), told.append(event)), print)
+    for step in range(3):
+        teller.tell(_event(step))
+    reading, writing = os.pipe()
+    if not os.fork():
+        gate.set()
+        teller.tell(_event(9))
+        is_told = teller.wait(30)
+        os.write(writing, repr((is_told, kinds(told))).encode())
+        os._exit(0)
+    gate.set()
+    assert teller.wait(30)
+    os.wait()
+    assert kinds(told) == [("Event", 0), ("Event", 1), ("Event", 2)]
+    is_told, found = ast.literal_eval(os.read(reading, 1 << 16).decode())
+    assert is_told
+    return list(found)
+
+
+def test_a_forked_child_tells_its_own_events_and_not_those_that_waited_in_its_parent(tmp_path: Path) -> None:
+    process, pipe = fork(saving_in_a_child, str(tmp_path), is_daemon=False)
+    assert pipe.recv() == [("Event", 9)]
+    process.join(30)
+
+
 @pytest.mark.parametrize("given", [3, "print", [None], SaveBegun], ids=repr)
 def test_what_cannot_be_told_anything_is_refused(tmp_path: Path, given: Any) -> None:
     with pytest.raises(OptionsError, match="on_event is"):
@@ -248,6 +295,15 @@ def test_of_several_ranks_the_first_alone_is_told(tmp_path: Path) -> None:
     first, second = run(2, telling, str(tmp_path))
     assert first == [("SaveBegun", 1, 2), ("SaveCommitted", 1, 2), ("Restored", 1, 2)]
     assert second == []
+
+
+def test_the_documentation_names_every_event_and_what_it_holds() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([A-Z]\w+)` \|.*\|(.*)\|$", page, re.MULTILINE)
+    told = {name: set(re.findall(r"`(\w+)`", fields)) for name, fields in rows}
+    common = {field.name for field in dataclasses.fields(Event)}
+    held = {one.__name__: {field.name for field in dataclasses.fields(one)} - common for one in Event.__subclasses__()}
+    assert told == held
 
 
 class Logged(list[tuple[dict[str, float], int]]):

@@ -1189,3 +1189,81 @@ def test_a_container_that_is_held_many_times_is_looked_at_once() -> None:
     assert Beside({"held": held, "o": torch.optim.SGD([weight], lr=0.1)}, PlainModules()).names_of(weight) == [
         "held" + ".0" * 61
     ]
+
+
+# -- a state_dict of its own kind ---------------------------------------------------------------------------
+
+
+class Flat(Optimizer):
+    """Several optimizers as one, whose state_dict has neither groups nor numbers, as torchtitan's."""
+
+    def __init__(self, model: nn.Module, order: list[str], lr: float) -> None:
+        named = dict(model.named_parameters())
+        self.parts = {name: torch.optim.Adam([named[name]], lr=lr) for name in order}
+        super().__init__([named[name] for name in order], {})
+
+    def step(self, closure: Any = None) -> None:
+        for part in self.parts.values():
+            part.step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for name, part in self.parts.items():
+            own = part.state_dict()
+            flat |= {f"state.{name}.{key}": value for key, value in own["state"].get(0, {}).items()}
+            options = {key: value for key, value in own["param_groups"][0].items() if key != "params"}
+            flat |= {f"param_groups.{name}.{key}": value for key, value in options.items()}
+        return flat
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            of = {
+                top: {
+                    key.rpartition(".")[2]: value
+                    for key, value in state_dict.items()
+                    if key.startswith(f"{top}.{name}.")
+                }
+                for top in ("state", "param_groups")
+            }
+            part.load_state_dict({"state": {0: of["state"]}, "param_groups": [{**of["param_groups"], "params": [0]}]})
+
+
+def _flat_state(seed: int, order: list[str], *, with_model: bool = True) -> tuple[dict[str, Any], nn.Module, Flat]:
+    torch.manual_seed(seed)
+    model = nn.Linear(3, 2)
+    optimizer = Flat(model, order, lr=0.1 * seed)
+    return {"optimizer": optimizer} | ({"model": model} if with_model else {}), model, optimizer
+
+
+def _steps(model: nn.Module, optimizer: Optimizer, count: int) -> None:
+    for step in range(count):
+        torch.manual_seed(step)
+        model.zero_grad()
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("with_model", [True, False])
+def test_a_flat_state_dict_by_names_is_handed_over_as_it_is_whatever_the_order(
+    tmp_path: Path, with_model: bool
+) -> None:
+    state, model, optimizer = _flat_state(1, ["weight", "bias"])
+    _steps(model, optimizer, 2)
+    cloudckpt.save(state, tmp_path / "c", progress="off")
+    twin_state, twin, other = _flat_state(2, ["bias", "weight"], with_model=with_model)
+    cloudckpt.load(twin_state, tmp_path / "c", strict=with_model, progress="off")
+    twin.load_state_dict(model.state_dict())
+    _steps(model, optimizer, 2)
+    _steps(twin, other, 2)
+    assert all(torch.equal(*pair) for pair in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_flat_state_dict_of_other_parameters_is_refused_by_their_names(tmp_path: Path) -> None:
+    cloudckpt.save({"optimizer": _flat_state(1, ["weight"])[2]}, tmp_path / "c", progress="off")
+    other = _flat_state(2, ["bias"])[2]
+    with pytest.raises(
+        StateMismatchError,
+        match=r"not in the checkpoint: optimizer\.bias; in the checkpoint and not in the state: optimizer\.weight",
+    ):
+        cloudckpt.load({"optimizer": other}, tmp_path / "c", progress="off")
+    assert other.parts["bias"].param_groups[0]["lr"] == 0.2

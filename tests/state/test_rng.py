@@ -7,18 +7,20 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import cloudckpt
-from cloudckpt import CheckpointManager
+from cloudckpt import CheckpointManager, PerRank
 from cloudckpt.errors import ManifestError
 from cloudckpt.format import codec
-from cloudckpt.state.rng import Generators, capture_rng, restore_rng
+from cloudckpt.root import Fit
+from cloudckpt.state.rng import RandomState, RandomStateEntry, capture_rng, restore_rng
+from tests.ranks.processes import run
 
 
 def draw() -> list[object]:
@@ -127,7 +129,7 @@ def test_a_gpu_s_generator_goes_on_through_a_checkpoint(tmp_path: Path) -> None:
 
 def test_generators_that_are_no_json_are_an_integrity_error() -> None:
     with pytest.raises(ManifestError, match="is no JSON"):
-        Generators(3).apply({"cloudckpt.rng.r00003": torch.zeros(4, dtype=torch.uint8)})
+        RandomStateEntry.beside().load_own({"cloudckpt.rng": torch.zeros(4, dtype=torch.uint8)})
 
 
 def test_all_generators_go_on_through_a_checkpoint(tmp_path: Path) -> None:
@@ -141,19 +143,114 @@ def test_all_generators_go_on_through_a_checkpoint(tmp_path: Path) -> None:
     assert [draw() for _ in range(2)] == expected
 
 
-def test_a_rank_beyond_those_that_saved_is_told_what_is_true(caplog: pytest.LogCaptureFixture) -> None:
-    saved = SimpleNamespace(tensors={f"cloudckpt.rng.r{rank:05d}": object() for rank in range(4)})
-    generators = Generators(5)
-    assert generators.targets(saved) == {}  # type: ignore[arg-type]
-    generators.apply({})
-    assert "rank 5: the checkpoint holds random number generators of 4 ranks and none of this one" in caplog.text
-
-
-def test_a_checkpoint_without_generators_is_said_to_have_none(caplog: pytest.LogCaptureFixture) -> None:
-    generators = Generators(0)
-    assert generators.targets(SimpleNamespace(tensors={})) == {}  # type: ignore[arg-type]
-    generators.apply({})
+def test_a_checkpoint_without_generators_is_said_to_have_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with CheckpointManager(tmp_path, save_rng=False, progress="off") as manager:
+        manager.save(1, {"step": 1})
+    state = {"step": 0}
+    with CheckpointManager(tmp_path, progress="off") as manager:
+        manager.restore(state)
+    assert state == {"step": 1}
     assert "the checkpoint holds no random number generator state" in caplog.text
+
+
+# -- an object of the state ---------------------------------------------------------------------------------
+
+
+class Drawer:
+    """An object that draws numbers whenever it is asked for its state, and when it gets one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        draw()
+        return {"x": 1}
+
+    def load_state_dict(self, _: dict[str, Any]) -> None:
+        draw()
+
+
+def test_generators_in_the_state_go_on_after_all_else_was_restored(tmp_path: Path) -> None:
+    seed(21)
+    state = {"rng": RandomState(), "drawer": Drawer(), "last": PerRank(Drawer())}
+    cloudckpt.save(state, tmp_path / "c", progress="off")
+    expected = [draw() for _ in range(2)]
+    seed(22)
+    found = cloudckpt.load(state, tmp_path / "c", progress="off")
+    assert [draw() for _ in range(2)] == expected
+    assert found.fit == Fit()
+
+
+def test_what_was_restored_is_applied_once_more_when_the_framework_is_ready(tmp_path: Path) -> None:
+    seed(23)
+    cloudckpt.save({"rng": RandomState()}, tmp_path / "c", progress="off")
+    expected = draw()
+    rng = RandomState()
+    assert not rng.apply()
+    assert draw() != expected
+    cloudckpt.load({"rng": rng}, tmp_path / "c", progress="off")
+    draw()  # as batches are skipped
+    assert rng.apply()
+    assert draw() == expected
+    assert not rng.apply()
+    assert draw() != expected
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["object-there", "manager-there"])
+def test_a_manager_and_an_object_of_the_state_are_one_and_the_same(tmp_path: Path, there: bool) -> None:
+    seed(24)
+    with CheckpointManager(tmp_path, progress="off", save_rng=not there) as manager:
+        saved = manager.save(1, {"step": 1} | ({"rng": RandomState()} if there else {}))
+        expected = draw()
+        assert saved is not None
+        assert list(cloudckpt.read(saved.url, "cloudckpt.rng*", progress="off")) == ["cloudckpt.rng.r00000"]
+    seed(25)
+    with CheckpointManager(tmp_path, progress="off", save_rng=there) as manager:
+        manager.restore({"step": 0} | ({} if there else {"rng": RandomState()}))
+    assert draw() == expected
+
+
+def test_generators_alone_are_restored_by_their_name(tmp_path: Path) -> None:
+    seed(26)
+    cloudckpt.save({"rng": RandomState(), "step": 1}, tmp_path / "c", progress="off")
+    expected = draw()
+    state: dict[str, Any] = {"rng": RandomState(), "step": 0}
+    cloudckpt.load(state, tmp_path / "c", only="rng", progress="off")
+    assert (draw(), state["step"]) == (expected, 0)
+
+
+def test_a_checkpoint_that_lacks_the_generators_of_the_state_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    cloudckpt.save({"step": 1}, tmp_path / "c", progress="off")
+    cloudckpt.save({"step": 1, "rng": 5}, tmp_path / "d", progress="off")
+    state: dict[str, Any] = {"rng": RandomState(), "step": 0}
+    with pytest.raises(cloudckpt.StateMismatchError, match="in the state and not in the checkpoint: rng"):
+        cloudckpt.load(state, tmp_path / "c", progress="off")
+    with pytest.raises(cloudckpt.StateMismatchError, match="rng is a RandomState here and something else there"):
+        cloudckpt.load(state, tmp_path / "d", progress="off")
+    assert state["step"] == 0
+
+
+def test_two_objects_for_one_process_s_generators_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(cloudckpt.OptionsError, match=r"a and b\.c are both a RandomState"):
+        cloudckpt.save({"a": RandomState(), "b": {"c": RandomState()}}, tmp_path / "c", progress="off")
+
+
+def _save_drawn(url: str) -> object:
+    seed(dist.get_rank() + 30)
+    cloudckpt.save({"rng": RandomState()}, url, progress="off")
+    return draw()
+
+
+def _load_drawn(url: str) -> object:
+    seed(dist.get_rank() + 40)
+    found = cloudckpt.load({"rng": RandomState(), "x": None}, url, progress="off", strict=False)
+    assert found.fit is not None
+    return draw(), found.fit.missing
+
+
+def test_each_rank_has_its_own_and_one_more_keeps_what_it_has_and_is_named(tmp_path: Path) -> None:
+    there = run(2, _save_drawn, f"file://{tmp_path}/c")
+    here = run(3, _load_drawn, f"file://{tmp_path}/c")
+    assert there[0] != there[1]
+    assert [drawn for drawn, _ in here[:2]] == there
+    assert [missing for _, missing in here] == [("x",), ("x",), ("x", "rng")]
 
 
 def test_a_generator_of_the_state_that_has_spawned_draws_on_and_spawns_on_where_it_is_held(tmp_path: Path) -> None:

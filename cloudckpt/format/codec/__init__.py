@@ -13,7 +13,8 @@ Pure values: no I/O, no clock, no threads of its own; both functions may be call
 
     encoding  decoding     the two directions
     standard  generators   types that are kept as the plain values that they are made of
-    registry               types of the program's own, by names that it chose
+    configs                configurations of OmegaConf, where a program has it
+    registry               types and functions of the program's own, by names that it chose
     parts                  payloads that are too large to stand among values
     dtypes  walk           names and bytes of elements; place, limits, keys
 """
@@ -29,7 +30,7 @@ from cloudckpt.format.codec.decoding import Decoder
 from cloudckpt.format.codec.dtypes import DTYPE_NAMES, DTYPES
 from cloudckpt.format.codec.encoding import Encoder
 from cloudckpt.format.codec.parts import Parts, is_part_name, part_name, part_names
-from cloudckpt.format.codec.registry import register
+from cloudckpt.format.codec.registry import register, register_code
 from cloudckpt.format.codec.walk import MAX_NODES, JsonValue
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "part_name",
     "part_names",
     "register",
+    "register_code",
 ]
 
 

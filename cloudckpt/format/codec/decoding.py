@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from cloudckpt.errors import ManifestError, UnsupportedValueError
+from cloudckpt.format.codec.configs import CONFIG_KINDS
 from cloudckpt.format.codec.dtypes import DTYPES, extent_bytes, numpy_dtype, tensor_from_bytes
 from cloudckpt.format.codec.encoding import KINDS, Encoder
 from cloudckpt.format.codec.registry import registered_as
@@ -200,7 +201,7 @@ def _decode_tagged(walk: Decoder, data: dict[str, Any]) -> object:
         raise walk.error("has a tag beside other keys")
     ((tag, payload),) = data.items()
     if tag not in _TAGS:
-        raise walk.error(f"has the unknown tag {reprlib.repr(tag)}")
+        raise walk.error(f"has the tag {reprlib.repr(tag)}, which this release does not know, but a later one may")
     return _TAGS[tag](walk, payload)
 
 
@@ -339,7 +340,8 @@ def _decode_registered(walk: Decoder, data: object) -> object:
     if known is None:
         shown = reprlib.repr(name)
         raise walk.not_here(
-            f"is of a type that was registered as {shown}; call cloudckpt.register(..., name={shown}) before the load",
+            f"is of a type (or is code) that was registered as {shown}; call cloudckpt.register(..., name={shown}), or "
+            "register_code, before the load",
             name,
         )
     plain = walk.child(plain_data, WITHIN)
@@ -409,5 +411,5 @@ _TAGS: dict[str, Callable[[Decoder, object], object]] = {
     "$torch.dtype": _decode_dtype,
     "$torch.device": _decode_device,
     "$registered": _decode_registered,
-    **{kind.tag: partial(_decode_kind, kind=kind) for kind in KINDS.values()},
+    **{kind.tag: partial(_decode_kind, kind=kind) for kind in (*KINDS.values(), *CONFIG_KINDS.values())},
 }

@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from cloudckpt.errors import UnsupportedValueError
+from cloudckpt.format.codec.configs import config_kind
 from cloudckpt.format.codec.dtypes import DTYPE_NAMES, extent_bytes, numpy_dtype, tensor_to_bytes
 from cloudckpt.format.codec.generators import generator_kinds
 from cloudckpt.format.codec.parts import Parts
-from cloudckpt.format.codec.registry import KEPT, Registered, registered
+from cloudckpt.format.codec.registry import KEPT, Registered, registered, registered_code
 from cloudckpt.format.codec.standard import Kind, standard_kinds
 from cloudckpt.format.codec.walk import (
     MAX_DEPTH,
@@ -80,8 +81,10 @@ class Encoder(Walk):
             return self.container(value, partial(_encode_kind, kind=KINDS[kind]))
         if kind in _NUMPY_SCALARS:
             return _encode_numpy_scalar(self, value)
-        if (known := registered(kind)) is not None:
+        if (known := registered(kind) or registered_code(value)) is not None:
             return self.container(value, partial(_encode_registered, known=known))
+        if (config := config_kind(kind)) is not None:
+            return self.container(value, partial(_encode_kind, kind=config))
         raise self.refusal(value, _advice(value))
 
     def child(self, value: object, segment: object) -> Any:  # noqa: ANN401  see `value`
@@ -310,8 +313,9 @@ def _is(*kinds: type) -> Callable[[object], bool]:
 
 
 _REGISTER = "call `cloudckpt.register(type(value), name=...)` where it is defined"
+_REGISTER_CODE = "call `cloudckpt.register_code(value, name=...)` to have it kept by a name"
 _ADVICE: tuple[tuple[Callable[[object], bool], str], ...] = (
-    (_is(type), "leave it out; a class is code, not state"),
+    (_is(type), f"leave it out, or {_REGISTER_CODE}; a class is code, not state"),
     (_is(Enum), f"{_REGISTER}, or store its `.name`"),
     (lambda value: isinstance(value, tuple) and hasattr(value, "_asdict"), f"{_REGISTER}, or store `value._asdict()`"),
     (dataclasses.is_dataclass, f"{_REGISTER}, or store `dataclasses.asdict(value)`"),
@@ -322,7 +326,7 @@ _ADVICE: tuple[tuple[Callable[[object], bool], str], ...] = (
     (_is(np.ndarray), "store `numpy.array(value)`, a plain array"),
     (_is(np.generic), "store `value.item()`"),
     (lambda value: hasattr(type(value), "state_dict"), "store its `state_dict()`"),
-    (callable, "leave it out, and give it again on restore; a function is code, not state"),
+    (callable, f"leave it out, and give it again on restore, or {_REGISTER_CODE}; a function is code, not state"),
 )
 
 

@@ -14,19 +14,25 @@ from typing import Any, TypeVar
 
 from cloudckpt.errors import OptionsError
 
-__all__ = ["KEPT", "Registered", "register", "registered", "registered_as"]
+__all__ = ["KEPT", "Registered", "register", "register_code", "registered", "registered_as", "registered_code"]
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A type, its name in stores, and the way to plain values and back."""
+    """A type, its name in stores, and the way to plain values and back; or the one value that has the name."""
 
     kind: type
     name: str
     encode: Callable[[Any], object]
     decode: Callable[[Any], object]
+    code: object = None
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Where it is defined."""
+        return _place_of(self.kind if self.code is None else self.code)
 
 
 KEPT: set[type] = set()
@@ -34,11 +40,18 @@ KEPT: set[type] = set()
 
 _BY_KIND: dict[type, Registered] = {}
 _BY_NAME: dict[str, Registered] = {}
+_BY_ID: dict[int, Registered] = {}
 
 
 def registered(kind: type) -> Registered | None:
     """Return what was registered for exactly this type."""
     return _BY_KIND.get(kind)
+
+
+def registered_code(value: object) -> Registered | None:
+    """Return what was registered for exactly this function or class."""
+    known = _BY_ID.get(id(value))
+    return known if known is not None and known.code is value else None
 
 
 def registered_as(name: str) -> Registered | None:
@@ -80,7 +93,7 @@ def register(
         OptionsError: the type is none that needs it, the name is another type's, or one of the two functions is missing
             where neither can be guessed.
     """
-    if not isinstance(kind, type) or not isinstance(name, str) or not name.isprintable() or not name:
+    if not isinstance(kind, type) or not _is_name(name):
         raise OptionsError(f"register takes a type and a printable name, not {kind!r} and {name!r}")
     if kind in KEPT:
         raise OptionsError(f"a {kind.__qualname__} is kept as it is, and needs no registration")
@@ -89,16 +102,60 @@ def register(
         raise OptionsError(
             f"{kind.__qualname__} is no Enum, NamedTuple or plain dataclass; pass both encode= and decode="
         )
-    other = _BY_NAME.get(name)
-    # A module that is loaded again, in a notebook, makes the class anew.
-    if other is not None and (other.kind.__module__, other.kind.__qualname__) != (kind.__module__, kind.__qualname__):
-        raise OptionsError(f"{name!r} is the registered name of {other.kind.__qualname__}; choose another one")
-    previous = _BY_KIND.get(kind)
-    if previous is not None and previous.name != name:
-        raise OptionsError(f"{kind.__qualname__} is registered as {previous.name!r}; one type has one name")
-    if other is not None:
-        del _BY_KIND[other.kind]
+    _free(Registered(kind, name, *guessed), _BY_KIND.get(kind))
     _BY_KIND[kind] = _BY_NAME[name] = Registered(kind, name, *guessed)
+
+
+def register_code(code: Callable[..., object], *, name: str) -> None:
+    """Let one function or class be among the values of a state, and come back as itself. Call it in every program.
+
+    ```python
+    from functools import partial
+    from torch.nn.functional import gelu
+
+    cloudckpt.register_code(gelu, name="gelu")
+    state = {"hparams": {"act": gelu, "approximate": partial(gelu, approximate="tanh")}}
+    ```
+
+    Its name is saved, and nothing of what it does: a program that gives the name to other code goes on with that.
+
+    Args:
+        code: a function, a built-in one, or a class (itself; for its instances there is `register`).
+        name: what stands in the store, for as long as checkpoints are to be read.
+
+    Raises:
+        OptionsError: it is no function or class, it has another name already, or the name is another one's.
+    """
+    if not callable(code) or not hasattr(code, "__qualname__") or not _is_name(name):
+        raise OptionsError(f"register_code takes a function or a class and a printable name, not {code!r} and {name!r}")
+    known = Registered(type(code), name, lambda _: None, lambda _: code, code)
+    _free(known, registered_code(code))
+    _BY_ID[id(code)] = _BY_NAME[name] = known
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and name.isprintable() and bool(name)
+
+
+def _free(known: Registered, previous: Registered | None) -> None:
+    """See to it that a name is free, and that what gets it has no other one."""
+    other = _BY_NAME.get(known.name)
+    what = known.place[1]
+    # A module that is loaded again, in a notebook, makes the class anew.
+    if other is not None and other.place != known.place:
+        raise OptionsError(f"{known.name!r} is the registered name of {other.place[1]}; choose another one")
+    if previous is not None and previous.name != known.name:
+        raise OptionsError(f"{what} is registered as {previous.name!r}; one type or function has one name")
+    if other is not None and (other.code is None) != (known.code is None):
+        raise OptionsError(f"{known.name!r} is the registered name of values of {what}; choose another one")
+    if other is not None and other.code is None:
+        del _BY_KIND[other.kind]
+    elif other is not None:
+        del _BY_ID[id(other.code)]
+
+
+def _place_of(code: object) -> tuple[str, str]:
+    return str(getattr(code, "__module__", None)), str(getattr(code, "__qualname__", code))
 
 
 def _guessed(kind: type) -> tuple[Callable[[Any], object], Callable[[Any], object]] | None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta, timezone, tzinfo
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from pathlib import PosixPath, PurePath, PurePosixPath, PureWindowsPath, WindowsPath
 from types import NoneType, SimpleNamespace
 from typing import Any
@@ -208,6 +209,24 @@ def _stream(plain: object) -> io.BytesIO:
     return made
 
 
+def _plain_partial(value: partial[object]) -> object:
+    if vars(value):
+        raise ValueError("it has attributes, which would be lost; store its `args` and `keywords`")
+    return {"function": value.func, "args": value.args, "keywords": value.keywords}
+
+
+def _partial(plain: object) -> object:
+    if type(plain) is not dict or plain.keys() != {"function", "args", "keywords"} or not callable(plain["function"]):
+        raise ValueError("has other fields")
+    function, args, keywords = plain["function"], plain["args"], plain["keywords"]
+    if type(args) is not tuple or type(keywords) is not dict or not all(type(name) is str for name in keywords):
+        raise TypeError("has a field of another type")
+    made = partial(function, *args, **keywords)  # which calls nothing
+    if made.func is not function:
+        raise ValueError("is a partial of a partial, in a spelling that is not written")
+    return made
+
+
 standard_kinds: Mapping[type, Kind] = {
     # A subclass before its base, which is what advice names.
     datetime: Kind("$datetime", _plain_clock, _clock(datetime)),
@@ -237,5 +256,6 @@ standard_kinds: Mapping[type, Kind] = {
     SimpleNamespace: Kind(
         "$SimpleNamespace", lambda value: dict(vars(value)), _attributes(SimpleNamespace), is_small=False
     ),
+    partial: Kind("$functools.partial", _plain_partial, _partial, is_small=False),
     io.BytesIO: Kind("$BytesIO", _plain_stream, _stream, is_small=False),
 }
