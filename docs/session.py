@@ -58,6 +58,29 @@ STEPS: Mapping[str, Sequence[Step]] = {
         Step("A page about the run, to be opened in a browser:", ("cloudckpt report s3://bucket/run-7 -o run-7.html",)),
         Step("The best by a metric:", ("cloudckpt latest s3://bucket/run-7 --best loss",)),
     ),
+    "Check, compare, copy": (
+        Step("Every byte compared with its digest:", ("cloudckpt verify s3://bucket/run-7 --deep",)),
+        Step(
+            "What changed between two steps; status 3 says that something did:",
+            (
+                "cloudckpt diff s3://bucket/run-7/step-0000000400-e0002 s3://bucket/run-7/step-0000000499-e0002 --limit 3",
+            ),
+            3,
+        ),
+        Step(
+            "The whole root into the other store, twice: what is there is not sent again.",
+            (
+                "cloudckpt cp s3://bucket/run-7 gs://bucket/run-7 --all",
+                "cloudckpt cp s3://bucket/run-7 gs://bucket/run-7 --all",
+            ),
+        ),
+        Step("A copy on a disk:", ("cloudckpt cp s3://bucket/run-7 ./copy --all",)),
+        Step(
+            "Which is then damaged: a shard of the newest is cut short.",
+            ("truncate --size 1000 copy/step-0000000499-e0002/*/*.safetensors && cloudckpt verify ./copy",),
+            3,
+        ),
+    ),
     "Convert": (
         Step(
             "The model alone, for another program; then the whole state, into the other store and back:",
