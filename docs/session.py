@@ -36,6 +36,7 @@ class Step:
     status: int = 0
 
 
+_RUN = "s3://bucket/run-7"
 # Heading → steps. The bucket is called `bucket` at both servers, and is empty.
 STEPS: Mapping[str, Sequence[Step]] = {
     "Train, and train on": (
@@ -62,9 +63,7 @@ STEPS: Mapping[str, Sequence[Step]] = {
         Step("Every byte compared with its digest:", ("cloudckpt verify s3://bucket/run-7 --deep",)),
         Step(
             "What changed between two steps; status 3 says that something did:",
-            (
-                "cloudckpt diff s3://bucket/run-7/step-0000000400-e0002 s3://bucket/run-7/step-0000000499-e0002 --limit 3",
-            ),
+            (f"cloudckpt diff {_RUN}/step-0000000400-e0002 {_RUN}/step-0000000499-e0002 --limit 3",),
             3,
         ),
         Step(
