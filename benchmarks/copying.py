@@ -11,8 +11,6 @@ in the page cache, as what was just saved is; a copy reads what a save has in me
 from __future__ import annotations
 
 import argparse
-import json
-import resource
 import sys
 import tempfile
 import time
@@ -25,7 +23,7 @@ if not __package__:
 import torch
 
 import cloudckpt
-from benchmarks.shared.targets import TARGETS, open_target
+from benchmarks.shared.targets import TARGETS, Ground, open_target
 
 __all__ = ["main", "measure"]
 
@@ -40,56 +38,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", choices=TARGETS, default="s3sink")
     parser.add_argument("--directory", type=Path, default=None, help="where the source is")
     parser.add_argument("--quick", action="store_true", help="smoke test: 16 MiB, 1 round")
-    parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     size_bytes = 16 << 20 if options.quick else int(options.gib * (1 << 30))
     with tempfile.TemporaryDirectory(prefix="cloudckpt-copying-", dir=options.directory) as name:
         found = measure(Path(name), options.target, size_bytes, 1 if options.quick else options.rounds)
-    if options.json:
-        print(json.dumps(found))
-        return 0
-    for what in ("save", "load", "cp", "verify --deep", "verify", "diff"):
-        print(f"{what:14} {size_bytes / 1e9 / found[what]:8.2f} GB/s {found[what]:8.3f} s")
+    for what, (took_s, cpu_s) in found.items():
+        print(f"{what:14} {size_bytes / 1e9 / took_s:8.2f} GB/s {took_s:8.3f} s, of processor {cpu_s:6.3f} s")
     for what, beside, goal in (("cp", "save", _CP_GOAL), ("verify --deep", "load", _VERIFY_GOAL)):
-        ratio = found[beside] / found[what]
+        ratio = found[beside][0] / found[what][0]
         print(f"{what} is {ratio:.2f} of the rate of a {beside}; the goal is {goal}: {'ok' if ratio >= goal else 'NO'}")
-    print(f"peak memory of the process beside the state: {found['extra_mib']:.0f} MiB")
     return 0
 
 
-def measure(folder: Path, target: str, size_bytes: int, rounds: int) -> dict[str, float]:
-    """Return the seconds of each call, the fastest of some rounds, and the memory that they took in MiB."""
+def measure(folder: Path, target: str, size_bytes: int, rounds: int) -> dict[str, tuple[float, float]]:
+    """Return the seconds of each call and of this process's processor time, each the least of some rounds."""
     state = {f"layer.{number}": torch.randn(size_bytes // 4 // _COUNT) for number in range(_COUNT)}
     blank = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    changed = {f"layer.{number}": state[f"layer.{number}"] + 1 for number in range(_COUNT // 10)}
     source, older = folder / "source", folder / "older"
-    for number in range(_COUNT // 10):
-        state[f"layer.{number}"] += 1
-    cloudckpt.save(dict(state), older, progress="off")
-    for number in range(_COUNT // 10):
-        state[f"layer.{number}"] -= 1
+    cloudckpt.save({**state, **changed}, older, progress="off")
     cloudckpt.save(dict(state), source, progress="off")
-    base_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
 
     def timed(what: str, call: Callable[[], object]) -> None:
-        began_s = time.monotonic()
+        began_s, cpu_s = time.monotonic(), time.process_time()
         call()
-        times.setdefault(what, []).append(time.monotonic() - began_s)
+        times.setdefault(what, []).append((time.monotonic() - began_s, time.process_time() - cpu_s))
+
+    def saved_and_looked_at(ground: Ground) -> None:
+        to = {"storage_options": ground.storage_options or None, "progress": "off"}
+        timed("save", lambda: cloudckpt.save(dict(state), ground.url, **to))
+        timed("load", lambda: cloudckpt.load(dict(blank), ground.url, **to))
+        timed("verify --deep", lambda: cloudckpt.verify(ground.url, deep=True, **to))
+        timed("verify", lambda: cloudckpt.verify(ground.url, **to))
+
+    def copied(ground: Ground) -> None:
+        to = ground.storage_options or None
+        timed("cp", lambda: cloudckpt.copy(source, ground.url, target_storage_options=to, progress="off"))
 
     with open_target(target, size_bytes=size_bytes, directory=folder) as there:
         # Connections and first pages are paid for by nobody.
         for _ in range(rounds + 1):
             with there.ground() as ground:
-                to = ground.storage_options or None
-                timed("save", lambda: cloudckpt.save(dict(state), ground.url, storage_options=to, progress="off"))
-                timed("load", lambda: cloudckpt.load(dict(blank), ground.url, storage_options=to, progress="off"))
-                timed("verify --deep", lambda: cloudckpt.verify(ground.url, deep=True, storage_options=to))
-                timed("verify", lambda: cloudckpt.verify(ground.url, storage_options=to))
+                saved_and_looked_at(ground)
             with there.ground() as ground:
-                timed("cp", lambda: cloudckpt.copy(source, ground.url, target_storage_options=to))
-            timed("diff", lambda: cloudckpt.diff(older, source))
-    extra_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base_kib) / 1024
-    return {**{what: min(found[1:]) for what, found in times.items()}, "extra_mib": extra_mib}
+                copied(ground)
+            timed("diff", lambda: cloudckpt.diff(older, source, progress="off"))
+    return {what: tuple(map(min, zip(*found[1:], strict=True))) for what, found in times.items()}
 
 
 if __name__ == "__main__":

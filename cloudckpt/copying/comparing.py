@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 __all__ = ["Sums"]
 
-# As many as stay in the cache while several passes go over them.
-_PART = 1 << 16
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+# As many as torch takes by one thread, and as stay in the cache while several passes go over them.
+_PART = 1 << 15
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+# Whose elements torch can only move.
 _OPAQUE = frozenset({getattr(torch, "float4_e2m1fn_x2", None)})
 
 
@@ -39,51 +43,62 @@ class Sums:
             a: flat, of the one.
             b: flat, of the other, as many elements; their dtypes may differ.
             tolerance: None: elements differ whose bits do, and of two dtypes, whose numbers do. Else: whose numbers
-                are further apart; two NaNs are none.
+                are further apart; two NaNs are not.
         """
         for one, other in zip(torch.split(a, _PART), torch.split(b, _PART), strict=True):
             self._add(one, other, tolerance)
 
     def _add(self, a: torch.Tensor, b: torch.Tensor, tolerance: float | None) -> None:
-        is_alike = a.dtype == b.dtype
-        if is_alike and torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
-            return
+        if a.dtype == b.dtype:
+            is_unlike = _is_unlike(a, b)
+            if not is_unlike.any():
+                return
+        else:
+            is_unlike = np.ones(len(a), dtype=bool)
         if {a.dtype, b.dtype} & _OPAQUE:
-            # Whose elements torch can only move.
-            same = torch.zeros(len(a), dtype=torch.bool) if not is_alike else _same_bits(a, b)
-            self.count += int((~same).sum())
+            self.count += int(is_unlike.sum())
             return
-        wide_a, wide_b = _wide(a), _wide(b)
-        apart = (wide_a - wide_b).abs()
+        wide_a, wide_b = _wide(a)[is_unlike], _wide(b)[is_unlike]
+        with np.errstate(invalid="ignore", over="ignore"):
+            apart = np.abs(wide_a - wide_b)
         apart[wide_a == wide_b] = 0  # two infinities
-        nan_a, nan_b = wide_a.isnan(), wide_b.isnan()
+        nan_a, nan_b = np.isnan(wide_a), np.isnan(wide_b)
+        if a.dtype == b.dtype and not _has_fraction(a):
+            apart = np.maximum(apart, 1.0)  # float64 does not tell all whole numbers of 64 bits apart
         if tolerance is not None:
             differs = (apart > tolerance) | (nan_a != nan_b)
-        elif is_alike:
-            differs = ~_same_bits(a, b)
+        elif a.dtype == b.dtype:
+            differs = np.ones(len(apart), dtype=bool)
         else:
             differs = (apart > 0) | (nan_a != nan_b)
-        if not bool(differs.any()):
-            return
         self.count += int(differs.sum())
         self.nan_a += int((nan_a & differs).sum())
         self.nan_b += int((nan_b & differs).sum())
         is_number = differs & ~(nan_a | nan_b)
-        if bool(is_number.any()):
-            apart = apart[is_number]
-            if not (a.is_floating_point() or a.is_complex() or b.is_floating_point() or b.is_complex()):
-                apart = apart.clamp(min=1)  # float64 does not tell all whole numbers of 64 bits apart
-            size = torch.maximum(wide_a.abs(), wide_b.abs())[is_number]
-            self.largest = max(self.largest, float(apart.max()))
-            relative = torch.where(apart.isinf(), 1.0, apart / size.clamp(min=torch.finfo(torch.float64).tiny))
-            self.largest_relative = max(self.largest_relative, float(relative.max()))
+        self._note(apart[is_number], np.maximum(np.abs(wide_a), np.abs(wide_b))[is_number])
+
+    def _note(self, apart: NDArray[np.float64], sizes: NDArray[np.float64]) -> None:
+        if not apart.size:
+            return
+        self.largest = max(self.largest, float(apart.max()))
+        # Of infinities the difference is all there is.
+        relative = np.divide(apart, sizes, out=np.zeros_like(apart), where=np.isfinite(sizes) & (sizes > 0))
+        relative[np.isinf(sizes) & (apart > 0)] = 1.0
+        self.largest_relative = max(self.largest_relative, float(relative.max()))
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    word = _WORDS[a.dtype.itemsize]
-    same = a.view(word) == b.view(word)
-    return same.view(len(a), -1).all(dim=1)
+def _is_unlike(a: torch.Tensor, b: torch.Tensor) -> NDArray[np.bool_]:
+    """Tell which elements of two tensors of one dtype have other bits."""
+    bits_a, bits_b = (part.view(_WORDS[part.dtype.itemsize]).numpy() for part in (a, b))
+    if a.dtype.itemsize > np.dtype(np.int64).itemsize:
+        pairs = np.not_equal(bits_a.view(np.int64), bits_b.view(np.int64)).reshape(-1, 2)
+        return np.asarray(pairs.any(axis=1), dtype=bool)
+    return np.asarray(np.not_equal(bits_a, bits_b), dtype=bool)
 
 
-def _wide(part: torch.Tensor) -> torch.Tensor:
-    return part.to(torch.complex128 if part.is_complex() else torch.float64)
+def _has_fraction(part: torch.Tensor) -> bool:
+    return part.is_floating_point() or part.is_complex()
+
+
+def _wide(part: torch.Tensor) -> NDArray[Any]:
+    return part.to(torch.complex128 if part.is_complex() else torch.float64).numpy()

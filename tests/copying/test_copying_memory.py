@@ -1,0 +1,54 @@
+"""What reads whole checkpoints holds less than 256 MiB, however large they are."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cloudckpt
+from servers import FreshPrefix
+
+pytestmark = pytest.mark.slow
+
+PROGRAM = """
+import json, resource, sys
+import cloudckpt.copying
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+name, given, named = json.loads(sys.argv[1])
+getattr(cloudckpt.copying, name)(*given, **named, progress="off")
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+LIMIT_BYTES = 256 << 20
+
+
+def grown_bytes(name: str, *given: str, **named: Any) -> int:
+    command = [sys.executable, "-c", PROGRAM, json.dumps([name, given, named])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_a_copy_a_look_and_a_comparison_hold_little(is_remote: bool, s3_url: FreshPrefix, tmp_path: Path) -> None:
+    state = {f"w{number}": torch.randn(24 << 20) for number in range(6)}
+    cloudckpt.save(state, tmp_path / "a", progress="off")
+    options = s3_url.storage_options if is_remote else None
+    base = s3_url.url if is_remote else str(tmp_path)
+    other, back = f"{base}/b", str(tmp_path / "back")
+    assert grown_bytes("copy", str(tmp_path / "a"), other, target_storage_options=options) < LIMIT_BYTES
+    assert grown_bytes("copy", other, back, storage_options=options) < LIMIT_BYTES
+    assert grown_bytes("verify", other, deep=True, storage_options=options) < LIMIT_BYTES
+    changed = {name: tensor + 1 for name, tensor in state.items()}
+    cloudckpt.save(changed, tmp_path / "c", progress="off")
+    cloudckpt.save(changed, tmp_path / "d", options={"shard_bytes": 16 << 20}, progress="off")
+    for second in ("c", "d"):
+        grown = grown_bytes("diff", other, str(tmp_path / second), storage_options=options)
+        assert grown < LIMIT_BYTES, second
