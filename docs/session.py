@@ -132,12 +132,12 @@ _DIFFERING = [
     re.compile(pattern)
     for pattern in (
         r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|\+00:00)?",  # a time
-        r"\b[0-9a-f]{32,64}\b",  # a digest, an attempt
+        r"\b(?:[0-9a-f]{16}|[0-9a-f]{32,64})\b",  # a digest, an attempt
         r"\b\d+(?:\.\d+)? (?:B|KiB|MiB|GiB)/s",  # a rate
         r"\b\d+(?:\.\d+)? (?:ms|s|min|h)\b(?: \d+ (?:s|min)\b)?",  # how long
         r'"(?:age_s|loss|created_at|digest|attempt)": ("[^"]*"|[0-9.e-]+)',
         r'"object_count": \d+, "total_bytes": (\d+)',  # an index is compressed, and names what differs
-        r"\bloss (\d\S*)",
+        r"\bloss +(\d\S*)",
         # what is said of the job that saved, and what a tensor holds
         r"^(?:attempt|package\.\w+|python|platform|machine|device|data_path|minimum|maximum|mean|std) +(\S.*)$",
     )
