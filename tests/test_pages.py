@@ -119,6 +119,8 @@ NOT_IN_THE_TREE = {
     "epochs/N.json": "a key",
     "epochs/NNNNNNNNNN.json": "a key",
     "pins/": "a key",
+    "site/": "made by `make docs`",
+    "site/index.html": "made by `make docs`",
     "step-SSSSSSSSSS-eEEEE/": "a key",
     "autoscaling/target-lifecycle-state": "asked of EC2",
     "instance/maintenance-event": "asked of Compute Engine",

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -23,6 +22,7 @@ import cloudckpt
 from cloudckpt.cli import app
 from cloudckpt.preemption import EXIT_PREEMPTED
 from docs import hooks, session
+from tests.programs import run_to_end
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -227,9 +227,7 @@ def test_the_program_of_many_ranks_runs_and_resumes(ranks: int, tmp_path: Path) 
         command = [sys.executable, "-m", "torch.distributed.run", f"--master-port={free_port()}"]
         command += [f"--nproc-per-node={count}", "train_ranks.py"]
         environment = {**os.environ, "STEPS": str(steps), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
-        )
+        done = run_to_end(command, cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
         said += done.stderr
     assert "saved step 20" in said
@@ -247,7 +245,7 @@ def free_port() -> int:
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra `docs`: make docs")
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_to_end(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     pages = {path.name for path in (tmp_path / "site").glob("*.html")}
     assert {page.replace(".md", ".html") for page in PAGES} <= pages

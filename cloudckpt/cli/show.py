@@ -13,10 +13,11 @@ import typer
 from cloudckpt.cli.asking import Access, AsJson, Url, newest_or_the_one
 from cloudckpt.cli.printing import LINE_S, in_zone, print_facts, print_table, short, summary, zone_name
 from cloudckpt.errors import CheckpointNotFoundError
-from cloudckpt.format import Index
+from cloudckpt.format import Index, told_near
 from cloudckpt.loading import Group, groups_of, read_index, tensor_numbers
 from cloudckpt.report import Progress, as_bytes
 from cloudckpt.root import Checkpoint
+from cloudckpt.state import OURS
 
 __all__ = ["show"]
 
@@ -48,8 +49,9 @@ def show(  # noqa: PLR0913 (each option of the command)
             else:
                 print_facts((name, _shown(fact)) for name, fact in facts.items())
         elif value is not None:
+            names = [name for name in index.values if not name.startswith(OURS)]
             if value not in index.values:
-                raise CheckpointNotFoundError(f"{checkpoint.url} has no value {value!r}; `--values` lists them")
+                raise CheckpointNotFoundError(f"{checkpoint.url} has no value {value!r}{told_near(value, names)}")
             typer.echo(json.dumps(index.values[value], ensure_ascii=True))
         elif as_json:
             found = {**summary(checkpoint), "tensors": _tensors(index), "values": index.values}

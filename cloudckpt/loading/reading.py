@@ -24,7 +24,7 @@ from cloudckpt.loading.input import RankInput, by_part_name, decode_index, part_
 from cloudckpt.loading.search import Search
 from cloudckpt.options import Options
 from cloudckpt.root import Candidate, Catalog, Checkpoint, Roots
-from cloudckpt.state import OURS, RankName, with_attributes
+from cloudckpt.state import OURS, RankName, stateless_module, with_attributes
 from cloudckpt.transfer import Gauge, Watch
 
 __all__ = ["Contents", "TensorInfo", "contents_of", "read_contents", "read_state"]
@@ -191,22 +191,16 @@ def _read(
 
 def _tell_stateless(values: Mapping[str, object], notes: Mapping[str, object], url: str) -> None:
     """Say where a module stood of which nothing was saved, because it has no state: what is read is no module."""
-    found = [
-        name for name, value in values.items() if isinstance(value, dict) and not value and _is_module(notes.get(name))
-    ]
+    found = [name for name, value in values.items() if "." in name and stateless_module(value, notes.get(name))]
     if found:
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
         logger.warning(
-            "%s: a module without any state stood at %s%s; what is read there is an empty dict, and NOT the module: "
-            "restore into a state that has one, or keep it out of the values that you save",
+            "%s: a module without any state was saved at %s%s; what is read there is an empty dict, and NOT the "
+            "module: restore into a state that has one, or keep it out of the values that you save",
             url,
             ", ".join(found[:_SHOWN]),
             more,
         )
-
-
-def _is_module(note: object) -> bool:
-    return isinstance(note, dict) and "metadata" in note
 
 
 # -- names ----------------------------------------------------------------------------------------------------

@@ -47,7 +47,9 @@ def long_cell(text: str, *, class_: str = "") -> Html:
 
 def number_cell(value: float | None, words: str) -> Html:
     """Return a cell to be sorted by a number; one that is not known comes last."""
-    return tag("td", words, class_="number", data_value="" if value is None else repr(value))
+    # As the script reads numbers.
+    shown = "" if value is None else repr(value).replace("inf", "Infinity")
+    return tag("td", words, class_="number", data_value=shown)
 
 
 def seconds_cell(value: float | None) -> Html:

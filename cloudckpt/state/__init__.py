@@ -5,7 +5,7 @@ rank.
 """
 
 from cloudckpt.state.accumulation import AccumulationWindow
-from cloudckpt.state.attributes import notes_of, with_attributes
+from cloudckpt.state.attributes import notes_of, stateless_module, with_attributes
 from cloudckpt.state.capture import bind, capture, captured
 from cloudckpt.state.collector import collector_at_rest, collector_awake
 from cloudckpt.state.entry import Entry, is_tensor
@@ -40,5 +40,6 @@ __all__ = [
     "is_tensor",
     "notes_of",
     "plan_restore",
+    "stateless_module",
     "with_attributes",
 ]

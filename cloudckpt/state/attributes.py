@@ -18,7 +18,16 @@ from torch.distributed.tensor import DTensor
 
 from cloudckpt.format import JsonValue, codec
 
-__all__ = ["as_it_was", "is_foreign", "metadata_of", "names_above", "notes_by_prefix", "notes_of", "with_attributes"]
+__all__ = [
+    "as_it_was",
+    "is_foreign",
+    "metadata_of",
+    "names_above",
+    "notes_by_prefix",
+    "notes_of",
+    "stateless_module",
+    "with_attributes",
+]
 
 _CONTAINERS = (dict, list, tuple)
 _NOTED = (torch.Tensor, *_CONTAINERS)
@@ -54,6 +63,11 @@ def is_foreign(leaf: object) -> bool:
     if type(leaf) in (torch.Tensor, nn.Parameter):
         return False
     return isinstance(leaf, torch.Tensor) and type(leaf).__module__.partition(".")[0] != "torch"
+
+
+def stateless_module(value: object, note: object) -> bool:
+    """Tell whether a saved value stands for a module that has no state, of which nothing is saved."""
+    return isinstance(value, dict) and not value and isinstance(note, dict) and "metadata" in note
 
 
 def as_it_was(leaf: object, note: JsonValue) -> object:

@@ -84,6 +84,7 @@ class _Matching:
         self._on_meta: list[_Held] = []
         self._cast: list[str] = []
         self._lacking: list[str] = []
+        self._stateless: list[str] = []
         self._early: dict[str, object] = {}
         self._tensors: dict[str, object] = {}
         self._shared: list[list[_Held]] = []
@@ -187,6 +188,8 @@ class _Matching:
         """Have a saved value or tensor taken as it is; the tensor into live memory only if that fits exactly."""
         if name in self._saved.values:
             part.leaves[name] = self._saved.values[name]
+            if part.entry.is_itself and not part.entry.pins and self._saved.is_stateless_module(name):
+                self._stateless.append(name)
             return
         current = part.live.leaves.get(name)
         shape = self._saved.shapes[name]
@@ -354,7 +357,7 @@ class _Matching:
         restoration = Restoration(self._parts, self._allowed, fit)
         restoration.unexpected = {name: self._shown(name) for name in self._misfit.unexpected}
         restoration.of_modules = {name for name in restoration.unexpected if self._saved.is_of_module(name)}
-        restoration.moved = self._moved
+        restoration.moved, restoration.stateless = self._moved, self._stateless
         restoration.early.update(self._early)
         restoration.tensors.update(self._tensors)
         for group in self._shared:

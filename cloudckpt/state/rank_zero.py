@@ -37,7 +37,8 @@ class RankZero:
     """A value, or an object with state_dict, that differs between ranks and of which the first rank's is saved.
 
     ```python
-    state = {"model": model, "trainer": RankZero(trainer_state, own=["is_world_process_zero"])}
+    history = {"best_loss": 0.3, "is_world_process_zero": True}  # which is False on the other ranks
+    state = {"model": model, "history": RankZero(history, own=["is_world_process_zero"])}
     ```
 
     Other ranks' may differ, and are not asked: what they have is lost. After a restore every rank has what rank 0 had,

@@ -198,6 +198,7 @@ class Restoration:
         self._undos: list[tuple[str, Callable[[], None] | None]] = []
         self._on_meta: dict[Entry, list[str]] = {}
         self.moved: dict[str, list[str]] = {}
+        self.stateless: list[str] = []
 
     @property
     def needs_memory(self) -> bool:
@@ -386,6 +387,12 @@ class Restoration:
         fit = self.fit
         for name, pairs in self.moved.items():
             logger.warning("%s shares memory and gets memory of its own: %s", name, some(pairs))
+        if self.stateless:
+            logger.warning(
+                "a module without any state was saved at %s; what is restored there is an empty dict, and NOT the "
+                "module: put one there before the restore, or keep it out of the values that you save",
+                some(self.stateless),
+            )
         if fit.missing:
             logger.warning("NOT in the checkpoint, and left as it is: %s", some(fit.missing))
         if fit.unexpected:

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from cloudckpt.format import JsonValue, PathElement
-from cloudckpt.state.attributes import names_above, notes_by_prefix
+from cloudckpt.state.attributes import names_above, notes_by_prefix, stateless_module
 from cloudckpt.state.per_rank import RNG, RankName
 
 __all__ = ["OURS", "Saved"]
@@ -60,6 +60,10 @@ class Saved:
         """Tell whether a name is one of a module that was saved as such."""
         noted = (self.notes.get(above) for above in names_above(name))
         return any(isinstance(note, dict) and "metadata" in note for note in noted)
+
+    def is_stateless_module(self, name: str) -> bool:
+        """Tell whether a module stood below a container of which nothing was saved, because it has no state."""
+        return stateless_module(self.values.get(name), self.notes.get(name)) and len(self.path(name)) > 1
 
     def tied(self, name: str) -> str:
         """Return the first name of the memory that a tensor was in, which is its own if it had no other."""

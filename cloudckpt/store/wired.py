@@ -2,17 +2,16 @@
 
     verb ──▶ ask (our errors, a limit) ──▶ lease ──▶ wire (fsspec's or obstore's)
 
-Owns the wire's life: it is connected at the first verb, replaced by `refresh`, and closed by its last user. Knows
-keys and bytes. Keeps FORMAT 14 and 16. Any thread may enter, and so may a forked child: it gets a wire of its own.
+The wire is connected at the first verb, replaced by `refresh`, and shared with other stores of the bucket (`kept`).
+Knows keys and bytes. Keeps FORMAT 14 and 16. Any thread may enter, and so may a forked child: it gets its own wire.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NoReturn, TypeVar
@@ -24,6 +23,7 @@ from cloudckpt.store.buffers import check_destination, flat
 from cloudckpt.store.classify import CredentialKind, ask, deletion_error
 from cloudckpt.store.credentials import check_texts
 from cloudckpt.store.facts import before_sending
+from cloudckpt.store.kept import Lease, key_of, leave, left_when_dropped, retire, take, use
 from cloudckpt.store.limit import Errand, is_limited, limited
 from cloudckpt.store.location import check_endpoint, named_endpoint, parse_location
 from cloudckpt.store.proof import check_listed
@@ -36,30 +36,11 @@ __all__ = ["WiredStore"]
 
 T = TypeVar("T")
 
-logger = logging.getLogger(__name__)
-
 # Where the options travel in headers and URLs; those of other filesystems may hold keys of several lines.
 _SENT_IN_HEADERS = frozenset({"s3", "gs"})
 
 # A forked child must not close, not even by collecting garbage, what its parent still uses.
 _inherited: list[object] = []
-
-
-class _Lease:
-    """A wire, and how many verbs are on it: one that was replaced is closed by its last user."""
-
-    def __init__(self, wire: Wire) -> None:
-        self.wire = wire
-        self.users = 0
-        self.is_retired = False
-
-
-def _close(wire: Wire) -> None:
-    """Close a wire that nobody uses any more; that it fails must not hide what the last verb brought."""
-    try:
-        wire.close()
-    except Exception as exc:  # noqa: BLE001 - the peer may be gone, and there is nothing left to save
-        logger.debug("closing a connection failed: %s", type(exc).__name__)
 
 
 class WiredStore(ABC):
@@ -83,8 +64,8 @@ class WiredStore(ABC):
         self._retry = retry or RetryPolicy()
         self._terms = terms or PutTerms()
         self._lock = new_lock()
-        self._connecting: Errand[_Lease] = Errand()
-        self._lease: _Lease | None = None
+        self._connecting: Errand[None] = Errand()
+        self._lease: Lease | None = None
         self._is_closed = False
         self._pid = os.getpid()
         remember_secrets(self._options)
@@ -158,18 +139,22 @@ class WiredStore(ABC):
             )
 
     def refresh(self) -> None:
-        self._notice_fork()
-        with self._lock:
-            lease, self._lease = self._lease, None
-            is_idle = lease is not None and not lease.users
-            if lease is not None:
-                lease.is_retired = True
-        if lease is not None and is_idle:
-            _close(lease.wire)
+        if (lease := self._let_go()) is not None:
+            retire(lease)
+            leave(lease)
 
     def close(self) -> None:
         self._is_closed = True
-        self.refresh()
+        if (lease := self._let_go()) is not None:
+            leave(lease)
+
+    def _let_go(self) -> Lease | None:
+        self._notice_fork()
+        with self._lock:
+            lease, self._lease = self._lease, None
+            if lease is not None:
+                self._finalizer.detach()
+        return lease
 
     # ---- connections
 
@@ -193,29 +178,36 @@ class WiredStore(ABC):
         try:
             yield lease.wire
         finally:
-            with self._lock:
-                lease.users -= 1
-                is_last = lease.is_retired and not lease.users
-            if is_last:
-                _close(lease.wire)
+            leave(lease)
 
-    def _take(self) -> _Lease:
-        if self._is_closed:
-            raise OptionsError(f"the store of {self.url} is closed; open another")
-        self._notice_fork()
+    def _take(self) -> Lease:
         while True:
+            if self._is_closed:
+                raise OptionsError(f"the store of {self.url} is closed; open another")
+            self._notice_fork()
             with self._lock:
                 if self._lease is not None:
-                    self._lease.users += 1
-                    return self._lease
+                    return use(self._lease)
             # Not under the lock: some libraries ask for credentials now, and others wait for theirs to end a request.
             with before_sending():
-                made = self._connecting.run(lambda: _Lease(self._connect()))
+                self._connecting.run(self._settle)
             hide_in_logs()
-            with self._lock:
-                # Others who waited for the same one may have used, retired and closed it by now.
-                if self._lease is None and not made.is_retired:
-                    self._lease = made
+
+    def _settle(self) -> None:
+        """Connect, or come to what another store has connected."""
+        lease = take(self._key(), self._connect)
+        with self._lock:
+            if self._lease is None and not self._is_closed:
+                self._lease, self._finalizer = lease, left_when_dropped(self, lease)
+                return
+        leave(lease)
+
+    def _key(self) -> Hashable | None:
+        """Return what tells this store's wire from others; None for filesystems that are not ours to share."""
+        where = self._location
+        if where.scheme not in _SENT_IN_HEADERS:
+            return None
+        return key_of(type(self).__name__, where.scheme, where.bucket, self._options, self._retry, self._terms)
 
     def _notice_fork(self) -> None:
         """In a forked child, forget the parent's wire; its sockets are not ours, and its lock may have been held."""

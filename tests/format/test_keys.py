@@ -19,6 +19,8 @@ from cloudckpt.format.keys import (
     new_attempt,
     parse_checkpoint_prefix,
     parse_epoch_key,
+    parse_pin_key,
+    pin_key,
     shard_key,
 )
 from cloudckpt.store.base import check_key
@@ -54,6 +56,25 @@ def test_no_other_text_reads_as_a_checkpoint_prefix(text: str) -> None:
     place = parse_checkpoint_prefix(text)
 
     assert place is None or checkpoint_prefix(*place) == text
+
+
+@given(steps, epochs)
+def test_a_pin_key_reads_back_as_the_prefix_that_it_pins(step: int, epoch: int) -> None:
+    prefix = checkpoint_prefix(step, epoch)
+    assert parse_pin_key(pin_key(prefix)) == prefix
+
+
+@settings(max_examples=examples(300))
+@given(near(st.builds("pins/step-{}-e{}.json".format, digits(9, 11), digits(3, 11))))
+def test_no_other_text_reads_as_a_pin_key(text: str) -> None:
+    prefix = parse_pin_key(text)
+
+    assert prefix is None or pin_key(prefix) == text
+
+
+def test_only_a_step_of_a_root_has_a_pin_key() -> None:
+    with pytest.raises(OptionsError, match="no step of a root"):
+        pin_key("")
 
 
 @given(epochs)

@@ -214,4 +214,21 @@ def test_a_module_without_state_among_values_is_told_not_to_be_what_is_read(
     cloudckpt.save({"hparams": {"lr": 0.5, "act": nn.ReLU(), "net": nn.Linear(1, 1)}}, tmp_path / "c")
     found = cloudckpt.read(tmp_path / "c", "hparams")
     assert found["hparams"]["act"] == {}  # type: ignore[call-overload, index]
-    assert "a module without any state stood at hparams.act;" in caplog.text
+    assert "a module without any state was saved at hparams.act;" in caplog.text
+
+
+@pytest.mark.parametrize("there", [None, {}, {"lr": 0.0, "act": None, "net": None}], ids=["none", "empty", "names"])
+def test_a_module_without_state_is_told_not_to_be_what_is_restored_into_a_value(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, there: object
+) -> None:
+    cloudckpt.save({"hparams": {"lr": 0.5, "act": nn.ReLU(), "net": nn.Linear(1, 1)}}, tmp_path / "c")
+    cloudckpt.load({"hparams": there}, tmp_path / "c")
+    assert "a module without any state was saved at hparams.act; what is restored there is an empty dict" in caplog.text
+
+
+def test_a_module_without_state_that_is_there_is_no_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cloudckpt.save({"hparams": {"lr": 0.5, "act": nn.ReLU()}}, tmp_path / "c")
+    state = {"hparams": {"lr": 0.0, "act": (act := nn.ReLU())}}
+    cloudckpt.load(state, tmp_path / "c")
+    assert state == {"hparams": {"lr": 0.5, "act": act}}
+    assert "without any state" not in caplog.text

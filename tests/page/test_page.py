@@ -74,8 +74,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("page") / "root"
     state: dict[str, Any] = {"w": torch.ones(100)}
     with CheckpointManager(base, progress="off", save_rng=False) as manager:
-        for step in (1, 2, 3):
-            manager.save(step, state, metrics={"loss": 1.0 / step, EVIL: math.nan if step == 1 else step})
+        for step, evil in ((1, math.nan), (2, -math.inf), (3, 3.0)):
+            manager.save(step, state, metrics={"loss": 1.0 / step, EVIL: evil})
         manager.restore(state, step=2)
         manager.async_save(3, state, metrics={"loss": 0.3}).result()
     return base
@@ -268,6 +268,15 @@ def test_what_is_unreadable_or_unfinished_is_told(tmp_path: Path) -> None:
     assert "no commit: 1 objects, 2.0 KiB" in text
 
 
+def test_where_nothing_can_be_read_the_page_says_why(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path, progress="off", save_rng=False) as manager:
+        manager.save(1, {"w": torch.ones(3)})
+    (tmp_path / "step-0000000001-e0001" / "manifest.json").write_bytes(b"{}")
+    seen = Seen(cloudckpt.report_page(tmp_path))
+    assert "was changed after it was written" in seen.text
+    assert "fresh start" in seen.text, "what its job's claim tells"
+
+
 def test_a_page_of_a_bucket_writes_nothing_there(s3_url: FreshPrefix) -> None:
     options = dict(s3_url.storage_options)
     with CheckpointManager(s3_url.url, storage_options=options, progress="off", save_rng=False) as manager:
@@ -431,7 +440,7 @@ def test_in_a_browser_columns_sort_both_ways_and_what_is_not_known_comes_last(
     assert browser.run(f"({column})(0, 1)") == ["1", "2", "3", "3"]
     assert browser.run(f"({column})(0, 1)") == ["3", "3", "2", "1"]
     evil = browser.run(f"({column})(9, 2)")
-    assert evil == ["3.0", "2.0", "", ""]
+    assert evil == ["3.0", "-Infinity", "", ""]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

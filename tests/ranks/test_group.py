@@ -387,7 +387,11 @@ def test_processes_end_well_and_without_a_thread_of_ours_whatever_became_of_thei
         )
         for rank in range(2)
     ]
-    ended = [(process.communicate(timeout=60)[1], process.returncode) for process in processes]
+    try:
+        ended = [(process.communicate()[1], process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
 
     # A daemon thread that is left may hold the gloo group when the interpreter goes, and the process aborts.
     assert ended == [("[]\n", 0)] * 2

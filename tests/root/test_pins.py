@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from itertools import count
+from itertools import accumulate, count, cycle, product
 
 import msgspec
 import pytest
@@ -24,6 +24,7 @@ from cloudckpt.errors import (
     ManifestError,
     OptionsError,
     PinnedError,
+    TransientError,
 )
 from cloudckpt.format import FORMAT_VERSION, MANIFEST_NAME, IndexRef, Manifest, checkpoint_prefix, pin_key
 from cloudckpt.root import (
@@ -227,6 +228,23 @@ def test_a_pass_that_removes_lists_the_pins_twice(bucket: Bucket) -> None:
     assert [(op.verb, op.key) for op in client.trace if "pins/" in op.key] == [("list", "pins/")] * 2
 
 
+def test_what_a_pass_could_not_put_back_is_put_back_instead_of_its_shards_going(bucket: Bucket) -> None:
+    def hook(op: Op) -> None:
+        if op.verb == "delete" and checkpoint_prefix(3, 1) in op.key:
+            pin(roots_of(bucket), 3)
+
+    client = FaultStore(bucket, hook=hook)
+    client.inject(verbs=["list"], key="pins/", skip=1)
+    pruner = pruner_of(Catalog(client), [KeepLast(1)])
+    with pytest.raises(TransientError):
+        pruner.prune_after(standing(bucket)[-1], Line())
+    assert steps(bucket) == [5]
+    pruner.make_room(go_on=lambda: True)
+    assert steps(bucket) == [3, 5]
+    assert [one for one in standing(bucket) if not is_whole(bucket, one)] == []
+    assert len([key for key in bucket.objects if key.startswith("step-")]) == 6
+
+
 def test_delete_of_a_pinned_one_is_refused_with_its_note(bucket: Bucket) -> None:
     pin(roots_of(bucket), 3, "for the paper")
     with pytest.raises(PinnedError, match=r"step 3 of epoch 1 .* is pinned: for the paper.*unpin it first") as caught:
@@ -325,8 +343,8 @@ class Pinner:
         acknowledged: the steps of which it was told that they are pinned, and that it has not asked to unpin since.
     """
 
-    def __init__(self, bucket: Bucket, calls: Sequence[tuple[str, int]], pinned: Collection[int] = ()) -> None:
-        self.acknowledged = set(pinned)
+    def __init__(self, bucket: Bucket, calls: Sequence[tuple[str, int]]) -> None:
+        self.acknowledged: set[int] = set()
         self._calls = calls
         self._client = FaultStore(bucket, hook=self._ask)
         self._turn = threading.Condition()
@@ -392,51 +410,45 @@ rules = st.one_of(
     st.integers(1, 2).map(lambda n: KeepBest("loss", n)),
     st.integers(2, 4).map(lambda n: KeepEvery(steps=n)),
 )
-calls = st.lists(st.tuples(st.sampled_from(["pin", "pin", "unpin"]), st.integers(1, 7)), min_size=1, max_size=4)
 crashes = st.sampled_from([FaultKind.CRASH_BEFORE, FaultKind.CRASH_HALFWAY, FaultKind.CRASH_AFTER])
+# What is asked, of which of the steps that go (0: of any), between which requests of the pass it begins, and how many
+# requests of the pass are between two of its own.
+askers = st.tuples(
+    st.sampled_from(["pin", "pin", "pin", "unpin"]),
+    st.integers(0, 6),
+    st.integers(0, 30),
+    st.lists(st.integers(0, 3), max_size=5),
+)
 
 
-@settings(max_examples=examples(600, short=60))
+@settings(max_examples=examples(1200, short=120))
 @given(
     losses=st.lists(st.sampled_from([1.0, 2.0, 3.0]), min_size=2, max_size=7),
     change_at=st.integers(1, 8),
     chosen=st.lists(rules, min_size=1, max_size=2),
-    before=st.sets(st.integers(1, 7), max_size=2),
-    asked=st.tuples(calls, calls),
-    pace=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=40),
-    crash=st.tuples(st.integers(1, 45), crashes),
+    before=st.sets(st.integers(1, 7), max_size=1),
+    asked=st.lists(askers, min_size=1, max_size=2),
+    crash=st.one_of(st.none(), st.tuples(st.integers(0, 30), crashes)),
 )
 def test_at_every_crash_point_the_newest_the_best_and_the_pinned_ones_restore(
     losses: list[float],
     change_at: int,
     chosen: list[RetentionRule],
     before: set[int],
-    asked: tuple[list[tuple[str, int]], list[tuple[str, int]]],
-    pace: list[tuple[int, int]],
-    crash: tuple[int, FaultKind],
+    asked: list[tuple[str, int, int, list[int]]],
+    crash: tuple[int, FaultKind] | None,
 ) -> None:
     bucket = history_of(*losses, epoch_of=lambda step: 1 + (step >= change_at))
     history = standing(bucket)
     pinned_before = {step for step in before if step <= len(losses)}
     for step in pinned_before:
         pin(roots_of(bucket), step)
-    kept = {one.order for one in history} - {one.order for one in removable(history, chosen, protected=set())}
-    pinners = [Pinner(bucket, calls, set(pinned_before)) for calls in asked]
-    paces = iter(pace)
-
-    def hook(_: Op) -> None:
-        for pinner, requests in zip(pinners, next(paces, (1, 1)), strict=True):
-            for _ in range(requests):
-                pinner.go_on()
-
-    client = FaultStore(bucket, hook=hook)
-    client.crash_at(*crash)
-    with suppress(Crash):
-        prune(client, chosen)
-    for pinner in pinners:
-        pinner.end()
-    unpinned = {step for calls in asked for what, step in calls if what == "unpin"}
-    held = set.union(*(pinner.acknowledged for pinner in pinners)) - unpinned
+    going = [one.step for one in removable(history, chosen, protected=set()) if one.step not in pinned_before]
+    if not going:
+        return
+    kept = {one.order for one in history if one.step not in going}
+    held = pruned_while_asked(bucket, chosen, going, asked, crash) | pinned_before
+    held -= {going[which % len(going)] for what, which, _, _ in asked if what == "unpin"}
 
     def check() -> None:
         there = {one.order: one for one in standing(bucket)}
@@ -448,12 +460,99 @@ def test_at_every_crash_point_the_newest_the_best_and_the_pinned_ones_restore(
             assert is_whole(bucket, found)
 
     check()
-    # The next job of that root, with a newer epoch; its sweep, too.
+    # The next job of that root: its pass, and in a newer epoch its sweep.
+    prune(FaultStore(bucket), [KeepLast(1)])
+    kept = {history[-1].order}
+    check()
     Catalog(FaultStore(bucket)).claims.claim()
     bucket.advance(1e6)
     sweep(Catalog(FaultStore(bucket)), older_than_s=60, dry_run=False)
     check()
     assert held <= set(steps(bucket)), "what was cut off is put back"
+
+
+def pruned_while_asked(
+    bucket: Bucket,
+    chosen: Sequence[RetentionRule],
+    going: Sequence[int],
+    asked: Sequence[tuple[str, int, int, list[int]]],
+    crash: tuple[int, FaultKind] | None,
+) -> set[int]:
+    """Prune while others ask for pins; return the steps that are pinned, as far as those were told."""
+    first, end = asking(bucket, chosen)
+
+    def place_of(drawn: int) -> int:
+        return first + drawn % (end - first + 1)
+
+    pinners, due = [], dict[int, list[Pinner]]()
+    for what, which, begin, gaps in asked:
+        pinner = Pinner(bucket, [(what, going[which % len(going)])])
+        # It knows of the checkpoint when the pass begins.
+        pinner.go_on()
+        pinner.go_on()
+        pinners.append(pinner)
+        for place in accumulate([place_of(begin), *gaps]):
+            due.setdefault(place, []).append(pinner)
+
+    def hook(op: Op) -> None:
+        for pinner in due.get(op.number, ()):
+            pinner.go_on()
+
+    client = FaultStore(bucket, hook=hook)
+    if crash is not None:
+        client.crash_at(place_of(crash[0]), crash[1])
+    with suppress(Crash):
+        prune(client, chosen)
+    for pinner in pinners:
+        pinner.end()
+    return set.union(*(pinner.acknowledged for pinner in pinners))
+
+
+def asking(bucket: Bucket, chosen: Sequence[RetentionRule]) -> tuple[int, int]:
+    """Return the number of the request by which a pass asks for pins, and of its last one."""
+    client = FaultStore(bucket.copy())
+    prune(client, chosen)
+    return next(op.number for op in client.trace if op.key == "pins/"), client.op_count
+
+
+def test_a_pin_that_is_set_within_a_pass_holds_wherever_that_is_cut_off(bucket: Bucket) -> None:
+    first, end = asking(bucket, [KeepLast(2)])
+    kinds = cycle([FaultKind.CRASH_BEFORE, FaultKind.CRASH_AFTER])
+    held_count = 0
+    for moment, number in product(range(first, end + 1), range(first, end + 1)):
+        own = bucket.copy()
+        pinner = Pinner(own, [("pin", 3)])
+        client = FaultStore(own, hook=lambda op, at=moment, who=pinner: who.end() if op.number == at else None)
+        client.crash_at(number, next(kinds))
+        with suppress(Crash):
+            prune(client, [KeepLast(2)])
+        pinner.end()
+        if pinner.acknowledged:
+            held_count += 1
+            assert is_whole(own, Catalog(FaultStore(own)).find(3))
+            # What the next job does first is to sweep.
+            Catalog(FaultStore(own)).claims.claim()
+            own.advance(1e6)
+            sweep(Catalog(FaultStore(own)), older_than_s=60, dry_run=False)
+            assert 3 in steps(own)
+    assert held_count > (end - first) * 2
+
+
+def test_a_pin_that_came_too_late_is_not_taken_away_from_who_was_told_that_it_holds(bucket: Bucket) -> None:
+    first, second = Pinner(bucket, [("pin", 3)]), Pinner(bucket, [("pin", 3)])
+    for _ in range(3):
+        first.go_on()  # it has made the pin, and has not looked again
+    second.end()
+
+    def hook(op: Op) -> None:
+        # The manifest is gone, and nothing is put back yet.
+        if op.verb == "list" and op.key == "pins/" and checkpoint_prefix(3, 1) + MANIFEST_NAME not in bucket.objects:
+            first.end()
+
+    del bucket.objects[checkpoint_prefix(3, 1) + MANIFEST_NAME]
+    prune(FaultStore(bucket, hook=hook), [KeepLast(1)])
+    assert (first.acknowledged, second.acknowledged) == (set(), {3})
+    assert steps(bucket) == [3, 5]
 
 
 def test_while_one_manager_pins_and_another_prunes_each_pin_is_refused_or_holds() -> None:

@@ -669,14 +669,12 @@ class EngineLaws:
         server.put_object("root/there", b"12345")
         errand, is_first = own_store._connecting, [True]
 
-        def run(connect: Callable[[], object]) -> object:
-            lease = errand.run(connect)
+        def run(connect: Callable[[], object]) -> None:
+            errand.run(connect)
             if is_first:
                 is_first.clear()
-                own_store._lease = lease
                 own_store.get("there", start=0, stop=5)
                 own_store.refresh()
-            return lease
 
         own_store._connecting = SimpleNamespace(run=run)
         assert bytes(own_store.get("there", start=0, stop=5)) == b"12345"

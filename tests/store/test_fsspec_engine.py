@@ -25,6 +25,7 @@ from cloudckpt.errors import (
 )
 from cloudckpt.options import Options
 from cloudckpt.store.fsspec import FsspecStore
+from cloudckpt.store.kept import release_idle
 from cloudckpt.store.wire import GatherBody
 from tests.store.engine_laws import EngineLaws, RefusesSingleDeletes
 from tests.store.engines import GCSFS, OBSTORE_S3, S3FS, Engine
@@ -82,11 +83,12 @@ def test_a_verb_on_fsspecs_own_loop_fails_and_does_not_wait_for_itself(server: O
 
 
 @pytest.mark.parametrize("engine", ON_LOOP)
-def test_a_closed_store_leaves_no_connection(server: ObjectServer, engine: Engine) -> None:
+def test_what_is_kept_for_the_next_store_can_be_hung_up(server: ObjectServer, engine: Engine) -> None:
     store = engine.open(server)
     store.head("there")
     assert len(server._connections) == 1
     store.close()
+    release_idle()
     assert _hangs_up(server)
 
 
@@ -99,8 +101,29 @@ def test_a_store_that_is_dropped_unclosed_hangs_up_without_a_word(
     store.list()
     del store
     gc.collect()
+    release_idle()
     assert _hangs_up(server)
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("engine", [S3FS, GCSFS, OBSTORE_S3], ids=str)
+def test_stores_of_one_bucket_share_a_connection_and_close_it_for_nobody_else(
+    server: ObjectServer, engine: Engine
+) -> None:
+    first, second = engine.open(server), engine.open(server, root="bucket/other")
+    first.put("k", [memoryview(b"x")])
+    second.put("k", [memoryview(b"y")])
+    assert first._lease is second._lease is not None
+    first.close()
+    assert second.read("k", limit_bytes=1) == b"y"
+    second.close()
+    third = engine.open(server)
+    assert third.read("k", limit_bytes=1) == b"x"
+    kept = third._lease
+    third.refresh()
+    assert third.read("k", limit_bytes=1) == b"x"
+    assert third._lease is not kept
+    third.close()
 
 
 def _hangs_up(server: ObjectServer) -> bool:
