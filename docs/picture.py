@@ -15,14 +15,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = ROOT / "docs" / "report.png"
 WIDTH, HEIGHT = 1000, 1290
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests" / "page")]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT)]
 
-import browser  # noqa: E402 (their folders are put on the path above)
-from demo import SCRIPT, Size, interruptions_for, job_for  # noqa: E402
+from demo import SCRIPT, Size, interruptions_for, job_for  # noqa: E402 (their folders are put on the path above)
 from runs import run  # noqa: E402
 from target import seaweedfs_target  # noqa: E402
 
 import cloudckpt  # noqa: E402
+from tests.page import browser  # noqa: E402
 
 
 def main() -> int:
