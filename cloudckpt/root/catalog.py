@@ -453,7 +453,7 @@ class Catalog:
             if found_step != step:
                 continue
             found = self._tried(prefix)
-            if found is None and (pinned := self._pinned(prefix)) is not None:
+            if found is None and (pinned := self.pinned(prefix)) is not None:
                 return pinned[0]
             if isinstance(found, _CopiedError):
                 logger.warning("passing over what is no checkpoint of its place: %s", found)
@@ -541,17 +541,6 @@ class Catalog:
         self.store.create(prefix + MANIFEST_NAME, data)
         return self.adopt(data, prefix=prefix)
 
-    def bytes_of(self, checkpoint: Checkpoint) -> bytes:
-        """Return the bytes of a checkpoint's manifest; what another release wrote is read once more for them.
-
-        Raises:
-            ObjectNotFoundError: it has gone meanwhile.
-        """
-        data = checkpoint.manifest.encode()
-        if digest_of(data) == checkpoint.digest:
-            return data
-        return self.store.read(checkpoint.prefix + MANIFEST_NAME, limit_bytes=MANIFEST_LIMIT_BYTES)
-
     @one_deadline()
     def put_back(self, prefix: str) -> Checkpoint | None:
         """Commit a pinned checkpoint again whose manifest is gone, as its pin has it; call while nothing removes it.
@@ -560,7 +549,7 @@ class Catalog:
             What stands there then; None, and the log says why, if that is not what is pinned: there is no such pin, or
             none that can be read, its objects are not there, or something else stands there.
         """
-        found = self._pinned(prefix)
+        found = self.pinned(prefix)
         if found is None:
             return None
         pinned, data = found
@@ -574,8 +563,11 @@ class Catalog:
         self._tell_pin(prefix, "another manifest stands there")
         return None
 
-    def _pinned(self, prefix: str) -> tuple[Checkpoint, bytes] | None:
-        """Return what is pinned under a prefix, and its manifest, if all that leads to is there. Two requests."""
+    def pinned(self, prefix: str) -> tuple[Checkpoint, bytes] | None:
+        """Return what is pinned under a prefix, and its manifest, if all that leads to is there. Two requests.
+
+        None, and the log says why, if a pin there stands for nothing.
+        """
         try:
             pin = self.pins.read(prefix)
         except ManifestError as exc:
@@ -603,17 +595,25 @@ class Catalog:
             )
 
     def manifest_bytes(self, checkpoint: Checkpoint) -> bytes:
-        """Return a manifest as it stands on the store; no request where it encodes to the same bytes.
+        """Return a manifest as it stands on the store, or in a pin; no request where it encodes to the same bytes.
 
         Raises:
             CheckpointNotFoundError: it is gone, or another one stands there by now.
         """
         data = checkpoint.manifest.encode()
         if digest_of(data) != checkpoint.digest:  # of another version
-            data = self._read_manifest(checkpoint.prefix)[1]
+            data = self._stored_manifest(checkpoint.prefix)
         if digest_of(data) != checkpoint.digest:
             raise CheckpointNotFoundError(f"{checkpoint.url} was removed, and another checkpoint stands there by now")
         return data
+
+    def _stored_manifest(self, prefix: str) -> bytes:
+        try:
+            return self._read_manifest(prefix)[1]
+        except CheckpointNotFoundError:
+            if (pinned := self.pinned(prefix)) is None:
+                raise
+            return pinned[1]
 
     def commit_copy(self, data: bytes, *, prefix: str) -> Checkpoint:
         """Create the manifest of a checkpoint that was copied, byte for byte; nothing where it is there already.
