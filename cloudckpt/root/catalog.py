@@ -39,6 +39,7 @@ from cloudckpt.format import (
     FORMAT_VERSION,
     MANIFEST_LIMIT_BYTES,
     MANIFEST_NAME,
+    PINS_PREFIX,
     SHARD_SUFFIX,
     Manifest,
     digest_of,
@@ -53,7 +54,7 @@ from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable
 from cloudckpt.root.claims import Claims
 from cloudckpt.root.known import Known
 from cloudckpt.root.looking import Walk
-from cloudckpt.root.pins import Pins
+from cloudckpt.root.pins import Pin, Pins
 from cloudckpt.root.removal import delete_below, nested
 from cloudckpt.store import RetryingStore, Store, one_deadline
 from cloudckpt.threads import each, new_lock
@@ -83,6 +84,7 @@ class _Memory:
         stamps: under which digest, time and size the manifest of a prefix was read, or seen to be that one.
         voids: prefixes that are decided for ever.
         deleted: prefixes whose manifest was asked to be deleted.
+        shows_pins: whether the last listing of the root had pins in it.
     """
 
     found: dict[str, _Found] = field(default_factory=dict)
@@ -90,6 +92,7 @@ class _Memory:
     stamps: dict[str, _Stamp] = field(default_factory=dict)
     voids: set[str] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
+    shows_pins: bool = True
     lock: threading.Lock = field(default_factory=new_lock)
 
 
@@ -217,7 +220,15 @@ class Catalog:
         """Return (epoch, step) of all attempts below the root, committed or not, by their prefix; newest first."""
         return self._placed(self.store.list("", delimiter="/").prefixes)
 
-    def _placed(self, prefixes: Iterable[str]) -> dict[str, tuple[int, int]]:
+    def pins_seen(self) -> list[Pin]:
+        """Return all pins, for people, as `Pins.all` does; no request where the last listing of the root shows none.
+
+        Nothing may be removed by that: what was pinned since that listing is not seen.
+        """
+        return self.pins.all() if self._memory.shows_pins else []
+
+    def _placed(self, prefixes: Collection[str]) -> dict[str, tuple[int, int]]:
+        self._memory.shows_pins = PINS_PREFIX in prefixes
         found = {prefix: place[::-1] for prefix in prefixes if (place := parse_checkpoint_prefix(prefix))}
         self.claims.note([epoch for epoch, _ in found.values()], are_all=True)
         return dict(sorted(found.items(), key=lambda item: item[1], reverse=True))
