@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import pytest
 import cloudckpt
 from cloudckpt import CheckpointExistsError, CheckpointManager, Copied, IntegrityError, OptionsError
 from cloudckpt.copying.lead import Selection, copy_places
-from cloudckpt.format import MANIFEST_NAME, pin_key
-from cloudckpt.root import Catalog
+from cloudckpt.format import MANIFEST_NAME, digest_of, pin_key
+from cloudckpt.root import Catalog, Roots, pin
 from cloudckpt.store.probe import _proven
 from tests.copying.roots import (
     OPTIONS,
@@ -112,6 +113,25 @@ def test_what_stands_by_its_pin_alone_is_copied_from_it(made: Path, how: str) ->
     assert [one.step for one in found] == ([1, 2, 3] if how == "all" else [2])
     assert target.raw_get(f"{prefix_of(2)}/{MANIFEST_NAME}") == manifest
     assert list(pins(target)) == ([key_of(2)] if how == "all" else [])
+
+
+def written_otherwise(data: bytes) -> bytes:
+    """Return a manifest as another library would write it: no line breaks, and sealed by its own bytes."""
+    seal = b'"sha256": "%s"'
+    bare = re.sub(rb'"sha256": "[0-9a-f]{64}"\n}', b'"sha256": ""\n}', data).replace(b"\n ", b" ")
+    return bare.replace(seal % b"", seal % digest_of(bare).encode())
+
+
+def test_what_stands_by_its_pin_alone_is_copied_and_pinned_as_another_library_wrote_it(made: Path) -> None:
+    source, target = bucket_of(made), Bucket()
+    key = f"{prefix_of(2)}/{MANIFEST_NAME}"
+    source.raw_put(key, written_otherwise(source.raw_get(key)))
+    root = Roots([Catalog(FaultStore(source))])
+    made_pin, manifest = pin(root, 2), source.raw_get(key)
+    run(without_manifest(source, 2), target)
+    assert target.raw_get(key) == manifest
+    assert pin(Roots([Catalog(FaultStore(source))]), 2) == made_pin
+    assert source.raw_get(key) == manifest
 
 
 def test_one_that_stands_by_its_pin_alone_and_is_damaged_is_told_as_such(made: Path) -> None:
