@@ -110,7 +110,7 @@ NOT_RUN = {
 # By tests/test_site.py.
 HELD_ELSEWHERE = ("yaml", "console")
 # Of programs that are not ours only the name is looked at.
-FOREIGN = {"[", "echo", "exit", "srun"}
+FOREIGN = {"[", "echo", "exit", "srun", "truncate"}
 # What a page names that is not in the repository → why.
 NOT_IN_THE_TREE = {
     ".servers/": "made by `make servers-up`",
