@@ -15,6 +15,9 @@ Run with peft 0.21.2 and torch 2.13.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import cast
+
 from torch import nn
 
 from cloudckpt.errors import OptionsError
@@ -44,12 +47,12 @@ class Adapter:
         Raises:
             OptionsError: it is no PEFT model, or has no adapter of that name.
         """
-        while not hasattr(model, "peft_config"):
-            inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
-            if not isinstance(inner, nn.Module):
-                raise OptionsError(f"a {type(model).__name__} has no adapters; give what peft.get_peft_model returned")
+        # What wraps a model may answer for it, and has other names.
+        while isinstance(inner := model._modules.get("_orig_mod") or model._modules.get("module"), nn.Module):
             model = inner
-        known = list(getattr(model, "peft_config"))  # noqa: B009 (no attribute that types know of)
+        if not hasattr(model, "peft_config"):
+            raise OptionsError(f"a {type(model).__name__} has no adapters; give what peft.get_peft_model returned")
+        known = list(cast("Mapping[str, object]", model.peft_config))
         if name not in known:
             raise OptionsError(f"the model has no adapter {name!r}; it has {', '.join(map(repr, known))}")
         self.model = model
