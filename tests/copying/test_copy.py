@@ -43,7 +43,7 @@ from tests.copying.roots import (
     state_of,
 )
 from tests.ranks.processes import run as run_ranks
-from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, Op
+from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, Op, denied
 
 ALL = Selection(is_all=True, takes_pins=True)
 TARGET = "memory://other/root"
@@ -374,14 +374,24 @@ def test_a_target_that_fails_half_way_is_told_and_gone_on_from(made: Path) -> No
     assert len(run(FaultStore(bucket_of(made)), target_of(target))) == 3
 
 
-def test_what_the_target_loses_is_not_committed(made: Path) -> None:
-    class Forgetful(FaultStore):
-        def put(self, key: str, buffers: Sequence[memoryview]) -> None:
-            if not key.endswith("0001.safetensors"):
-                super().put(key, buffers)
+class Forgetful(FaultStore):
+    """Acknowledges puts of keys that end so, and keeps nothing of them."""
 
+    forgotten = ""
+
+    def put(self, key: str, buffers: Sequence[memoryview]) -> None:
+        if not key.endswith(self.forgotten):
+            super().put(key, buffers)
+
+
+@pytest.mark.parametrize("may_list", [True, False])
+@pytest.mark.parametrize("name", ["0001.safetensors", "index.bin", ""])
+def test_what_the_target_loses_is_not_committed(made: Path, name: str, may_list: bool) -> None:
     target = Forgetful(Bucket(), url=TARGET)
-    with pytest.raises(StorageError, match=r"0001\.safetensors"):
+    target.forgotten = name
+    if not may_list:
+        target.inject(verbs=("list",), key=prefix_of(3), error=denied, times=None)
+    with pytest.raises(StorageError, match=rf"{name} on .* nothing was committed"):
         run(FaultStore(bucket_of(made)), target, Selection())
     assert not [key for key in target.bucket.raw_list() if key.endswith(MANIFEST_NAME)]
 
