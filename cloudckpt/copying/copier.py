@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from cloudckpt.copying.places import Onward, key_of, source_of, spans_of
+from cloudckpt.copying.places import Onward, key_of, source_of, spans_of, stands
 from cloudckpt.errors import (
     AccessDeniedError,
     CheckpointNotFoundError,
@@ -118,20 +118,13 @@ class Copier:
         try:
             return self._copy(checkpoint, prefix, is_there=is_there)
         except IntegrityError as exc:
-            if self._stands(checkpoint):
+            if stands(self.source, checkpoint):
                 exc.add_note(f"{checkpoint.url} is not copied; `cloudckpt verify` tells all that is wrong with it")
                 raise
             raise CheckpointNotFoundError(
                 f"{checkpoint.url} was removed while it was copied (a retention rule of a job at work?), and is not in "
                 "the target; copy another step, or pin it first"
             ) from exc
-
-    def _stands(self, checkpoint: Checkpoint) -> bool:
-        """Tell whether a checkpoint is what the source has at its place, if only by its pin."""
-        if self.source.is_still(checkpoint):
-            return True
-        pinned = self.source.pinned(checkpoint.prefix)
-        return pinned is not None and pinned[0].digest == checkpoint.digest
 
     def _copy(self, checkpoint: Checkpoint, prefix: str, *, is_there: bool) -> Copied:
         manifest = self.source.manifest_bytes(checkpoint)

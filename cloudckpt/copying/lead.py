@@ -257,24 +257,16 @@ def _found(places: Sequence[Place], selection: Selection) -> _Sources:
 
 
 def _add_all(place: Place, chosen: _Sources) -> None:
-    catalog, found, errors = place.catalog, list[Checkpoint](), list[IntegrityError | StorageError]()
-    if not place.prefix:
-        survey = catalog.survey()
-        # After the survey: what stood by its pin alone then was pinned before.
-        pinned = chosen.pinned[catalog] = catalog.pins.prefixes()
-        seen = {one.prefix for one in survey.checkpoints}
-        seen |= {checkpoint_prefix(one.step, one.epoch) for one in survey.unreadable}
-        by_pin = [one[0] for prefix in sorted(pinned - seen) if (one := catalog.pinned(prefix)) is not None]
-        found = sorted([*survey.checkpoints, *by_pin], key=lambda one: one.order)
-        errors = [one.error for one in survey.unreadable]
-    if not (found or errors):
+    catalog, there = place.catalog, place.all()
+    if not (there.checkpoints or there.unreadable):
         lost = None if place.prefix else catalog.lost()
         raise lost or OptionsError(
             f"{catalog.store.url.removesuffix('/')}/{place.prefix} is no root with checkpoints, so that there is no "
             "whole of it to copy; give the URL of a root, or leave that out"
         )
-    chosen.found.extend((catalog, one) for one in found)
-    chosen.errors.extend(errors)
+    chosen.pinned[catalog] = set(there.pinned)
+    chosen.found.extend((catalog, one) for one in there.checkpoints)
+    chosen.errors.extend(one.error for one in there.unreadable)
 
 
 def _planned(chosen: _Sources, target: Place, selection: Selection) -> list[_Job]:
