@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,10 @@ def test_a_root_is_no_url_of_its_own_and_the_other_way_round(made: Path, tmp_pat
     _refused(made, tmp_path / "root", CheckpointExistsError, "is a root with steps", own_url=True)
     _refused(made, tmp_path / "one", CheckpointExistsError, "another checkpoint is committed at", own_url=True)
     _refused(tmp_path / "one", tmp_path / "root", CheckpointExistsError, "is a root with steps")
+    shutil.copytree(tmp_path / "one", tmp_path / "root", dirs_exist_ok=True)
+    for own_url in (False, True):
+        words = "a checkpoint itself, and a root with steps as well"
+        _refused(made, tmp_path / "root", CheckpointExistsError, words, own_url=own_url)
 
 
 def test_another_step_than_its_own_is_refused(made: Path, tmp_path: Path) -> None:
@@ -322,7 +327,43 @@ def test_what_a_sweep_has_decided_is_named(made: Path, tmp_path: Path) -> None:
 def test_an_unreadable_checkpoint_in_its_place_is_not_changed(made: Path, tmp_path: Path) -> None:
     cloudckpt.copy(made, tmp_path / "to")
     flip(tmp_path / "to" / prefix_of(3) / MANIFEST_NAME, 60)
-    _refused(made, tmp_path / "to", ManifestError, "was changed after it was written")
+    told = f"what stands at file://{tmp_path}/to/{prefix_of(3)}, in the target, .*`cloudckpt rm file://{tmp_path}/to 3`"
+    _refused(made, tmp_path / "to", ManifestError, told)
+    cloudckpt.copy(made, tmp_path / "own", own_url=True)
+    flip(tmp_path / "own" / MANIFEST_NAME, 60)
+    _refused(made, tmp_path / "own", ManifestError, "at file://.*own, in the target, .* give another URL", own_url=True)
+
+
+def _damage(target: Path) -> type[Exception]:
+    flip(target / prefix_of(2) / MANIFEST_NAME, 60)
+    return IntegrityError
+
+
+def _decide(target: Path) -> type[Exception]:
+    (target / prefix_of(2) / MANIFEST_NAME).unlink()
+    with open_store(target) as store:
+        assert Catalog(store).void(f"{prefix_of(2)}/")
+    return CheckpointExistsError
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize("change", [_damage, _decide])
+def test_what_stands_in_the_way_of_one_keeps_no_other_one_from_its_copy(
+    root: Path, tmp_path: Path, change: Callable[[Path], type[Exception]], check: bool
+) -> None:
+    target = tmp_path / "to"
+    cloudckpt.copy(root, target, steps=[1, 2])
+    kind = change(target)
+    before = files_of(target)
+    told: list[Copied] = []
+    with pytest.raises(kind, match=r"2 checkpoints are in the target; 1 are not, because of .*remove "):
+        cloudckpt.copy(root, target, every=True, check=check, on_copied=told.append)
+    assert [(one.step, one.is_new) for one in told] == [(1, False), (3, True)]
+    there = files_of(target)
+    assert {name: there[name] for name in before} == before
+    for path in (target / prefix_of(2)).rglob("*.json"):
+        path.unlink()
+    assert [one.is_new for one in cloudckpt.copy(root, target, every=True)] == [False, True, False]
 
 
 # -- a source that is not whole, or goes ---------------------------------------------------------------------------
