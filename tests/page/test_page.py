@@ -379,6 +379,39 @@ def test_the_command_writes_to_a_pipe_or_a_device_and_puts_no_file_in_its_place(
     assert pipe.is_fifo()
 
 
+def test_the_command_writes_through_a_link(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "link.html", tmp_path / "there" / "page.html"
+    link.symlink_to("there/page.html")
+    for _ in ("a link to nothing yet", "to a file"):
+        result = CliRunner().invoke(app, ["report", str(root), "-o", str(link)])
+        assert result.exit_code == 0, result.stderr
+        assert (link.is_symlink(), list(target.parent.iterdir())) == (True, [target])
+        assert target.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (".", "-o . is a directory; name a file in it, such as report.html"),
+        ("", "-o . is a directory"),
+        ("/", "such as /report.html"),
+        ("nodir/x.html", "there is no directory"),
+        ("circle", "leads in a circle"),
+    ],
+)
+def test_where_no_page_can_go_is_said_in_one_line_before_anything_is_read(
+    tmp_path: Path, output: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle").symlink_to("circle")
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing"), "-o", output])
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 1
+    assert words in line
+    assert [one.name for one in tmp_path.iterdir()] == ["circle"]
+
+
 def test_the_command_prints_the_page_where_that_is_wanted(root: Path) -> None:
     result = CliRunner().invoke(app, ["report", str(root), "-o", "-"])
     assert result.stdout.startswith("<!doctype html>")
