@@ -8,7 +8,9 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +271,43 @@ def test_a_forked_child_tells_its_own_events_and_not_those_that_waited_in_its_pa
 def test_what_cannot_be_told_anything_is_refused(tmp_path: Path, given: Any) -> None:
     with pytest.raises(OptionsError, match="on_event is"):
         CheckpointManager(tmp_path, on_event=given)
+
+
+async def coroutine(_: Event) -> None: ...
+
+
+def generator(_: Event) -> Iterator[None]:
+    yield
+
+
+async def stream(_: Event) -> AsyncIterator[None]:
+    yield
+
+
+class AsyncCall:
+    async def __call__(self, _: Event) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "given",
+    [coroutine, generator, stream, AsyncCall(), partial(coroutine), [print, coroutine]],
+    ids=["coroutine", "generator", "stream", "call", "partial", "list"],
+)
+def test_a_callable_whose_call_runs_nothing_is_refused(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(OptionsError, match="runs nothing; give a plain function"):
+        CheckpointManager(tmp_path, on_event=given)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("call", "what"), [(coroutine, "coroutine"), (generator, "generator")])
+def test_a_result_that_nobody_runs_is_noted_once(call: Callable[[Any], Any], what: str) -> None:
+    noted: list[str] = []
+    teller = Teller(lambda event, /: call(event), noted.append)
+    for _ in range(2):
+        teller.tell(Event(at=datetime.now(UTC), url="", step=1, world_size=1))
+    teller.end(30)
+    (note,) = noted
+    assert f"returns a {what}, which nobody runs" in note
 
 
 def test_an_event_is_a_value_that_holds_no_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
