@@ -255,7 +255,7 @@ def _cost(run: Run) -> Html:
     rows = [
         ("Bytes there", as_bytes(run.total_bytes)),
         ("Objects of the checkpoints that are there", f"{objects:,}"),
-        ("Requests of rank 0 for them", f"{requests:,}, {retries:,} of them retries"),
+        ("Requests of rank 0 for them, up to each commit", f"{requests:,}, {retries:,} of them retries"),
     ]
     if prices is None:
         rows.append(("Prices", "none are known for this store; give --prices FILE.json"))

@@ -324,8 +324,8 @@ def test_prices_of_one_s_own_are_said_with_their_source(tmp_path: Path, root: Pa
     page = page_about(facts_of(checkpoints, claims), prices=prices_from(path))
     assert "24,576.00 EUR" in page, "3 GiB of 8 checkpoints"
     assert f"1024 EUR for a GiB and month, 10 EUR for 1,000 writes: {path}" in page
-    # 48 shards, an index and a manifest each, and 20 more requests of rank 0.
-    assert "5.60 EUR" in page
+    # 70 requests of rank 0 each, and a put for each of the 42 shards of the other 7 ranks.
+    assert "8.96 EUR" in page
 
 
 def test_the_prices_that_the_documentation_shows_can_be_read(tmp_path: Path) -> None:
