@@ -185,6 +185,12 @@ def test_a_metric_that_is_no_number_draws_no_mark(root: Path) -> None:
     assert metric_curve("other", facts, facts.saves) is None
 
 
+def test_a_metric_of_an_older_save_whose_name_is_blank_can_be_seen() -> None:
+    saves = [checkpoint_of(step, 1, at_s=step, metrics={" ": 1.0, "loss": 0.5}) for step in (1, 2)]
+    page = page_about(facts_of(saves, {}))
+    assert page.count("&quot; &quot;</button>") == page.count("&quot; &quot; by step") == 1
+
+
 def test_pinned_checkpoints_are_told_with_their_note(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path, progress="off", save_rng=False) as manager:
         for step in (1, 2):
