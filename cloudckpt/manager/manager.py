@@ -19,9 +19,9 @@ from typing import Literal, Self
 import torch
 
 from cloudckpt.errors import CloudCkptError, OptionsError
-from cloudckpt.format import step_number
+from cloudckpt.format import check_name, step_number
 from cloudckpt.loading import Contents, load_state, read_contents, read_state
-from cloudckpt.manager.saves import Exists, Home, Saves
+from cloudckpt.manager.saves import Asked, Exists, Home, Saves
 from cloudckpt.manager.tolerance import OnError, Tolerance
 from cloudckpt.options import Options, as_clock, as_flag, as_seconds
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
@@ -40,6 +40,8 @@ from cloudckpt.root import (
     Unreadable,
     Wanted,
     checked_rules,
+    named,
+    names_of,
     pins_of,
     sweep,
     watched_rules,
@@ -71,6 +73,12 @@ def _step_before(step: object, state: object) -> int:
     if isinstance(step, Mapping) and not isinstance(state, Mapping):
         raise OptionsError("the state stands where the step belongs; call save(step, state)")
     return step_number(step)
+
+
+def _asked(
+    metrics: Mapping[str, float] | None, metadata: Mapping[str, object] | None, name: str | None, exists: Exists
+) -> Asked:
+    return Asked(metrics=metrics, metadata=metadata, name="" if name is None else check_name(name), exists=exists)
 
 
 class CheckpointManager:
@@ -256,6 +264,7 @@ class CheckpointManager:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, object] | None = None,
         *,
+        name: str | None = None,
         exists: Exists = "raise",
     ) -> Checkpoint | None:
         """Save `state` as the checkpoint of `step`; return once it is committed, then prune.
@@ -272,8 +281,14 @@ class CheckpointManager:
             state: name → nn.Module, Optimizer, object with state_dict/load_state_dict, tensor, container, value.
             metrics: numbers to choose the best by, non-finite ones allowed.
             metadata: values to be kept with the checkpoint.
-            exists: where the newest that this job has saved is that step: `raise`, or `skip` this one and return that,
-                if it is still there (for a last save after the loop, whose step an interval may have saved).
+            name: that the checkpoint gets, such as `last` or `epoch=3`, for `restore(state, name)`. The name moves here
+                in the moment in which this is committed. A checkpoint that has a name stays, whatever the rules say;
+                one that the name has moved on from is the rules', and without rules goes, unless it has another name
+                or is pinned.
+            exists: where the newest that this job has saved is that step: `raise`; `skip` this one and return that,
+                if it is still there (for a last save after the loop, whose step an interval may have saved), which gets
+                the name, too; or `replace` it, which begins a new epoch: the old one goes once the new one is
+                committed, unless it is pinned or has another name.
 
         Returns:
             The checkpoint; None only with `on_error="warn"`, if it was not saved.
@@ -291,7 +306,8 @@ class CheckpointManager:
                 while it came, the next call for that step asks.
         """
         self._refuse_forked()
-        return self._saves.save(_step_before(step, state), state, metrics, metadata, exists=exists)
+        number = _step_before(step, state)
+        return self._saves.save(number, state, _asked(metrics, metadata, name, exists))
 
     def async_save(
         self,
@@ -301,6 +317,7 @@ class CheckpointManager:
         metadata: Mapping[str, object] | None = None,
         *,
         on_busy: Literal["wait", "skip"] = "wait",
+        name: str | None = None,
         exists: Exists = "raise",
     ) -> SaveHandle:
         """Copy `state`, return, and save the copy as the checkpoint of `step` in the background.
@@ -316,6 +333,7 @@ class CheckpointManager:
             metrics: as for `save`.
             metadata: as for `save`.
             on_busy: what to do while another save is under way on any rank: `wait` for it, or `skip` this one.
+            name: as for `save`.
             exists: as for `save`; one of that step that is under way is waited for.
 
         Raises:
@@ -326,7 +344,7 @@ class CheckpointManager:
         """
         self._refuse_forked()
         number = _step_before(step, state)
-        return self._saves.async_save(number, state, metrics, metadata, on_busy=on_busy, exists=exists)
+        return self._saves.async_save(number, state, _asked(metrics, metadata, name, exists), on_busy=on_busy)
 
     def prepare(self, state: MutableMapping[str, object]) -> None:
         """Make the memory ready that `async_save` will need, in the background, so that the first one is fast, too.
@@ -381,7 +399,7 @@ class CheckpointManager:
         Args:
             state: as for `save`.
             step: `latest` (the newest good one; a corrupt one is skipped with a warning that says why), `best` (by the
-                first `KeepBest` rule of this manager), a step, or a checkpoint of this root.
+                first `KeepBest` rule of this manager), a name that `save` gave, a step, or a checkpoint of this root.
             strict: as for `load`.
             cast: as for `load`.
             materialize: as for `load`.
@@ -391,11 +409,11 @@ class CheckpointManager:
                 it is, call `cloudckpt.load(state, checkpoint.url, only=…)`.
 
         Returns:
-            The checkpoint, or None if nothing was ever committed (only for `latest` and `best`): a fresh start. Where a
-            job at work prunes what is being read, it is the newest of now.
+            The checkpoint, or None if nothing was ever committed (for a step: never): a fresh start. Where a job at
+            work prunes what is being read, it is the newest of now.
 
         Raises:
-            CheckpointNotFoundError: no commit of that step.
+            CheckpointNotFoundError: no commit of that step; or none has that name, and there are some.
             StateMismatchError: names, shapes or dtypes differ, or an object refuses its state; nothing was changed.
             RestoreFailedError: an object did not take its state after others had; says what was changed.
             IntegrityError: the checkpoint (for `latest`: every checkpoint) is corrupt, or all manifests of the root
@@ -548,9 +566,9 @@ class CheckpointManager:
     def why_kept(self, step: int) -> tuple[str, ...]:
         """Say what keeps the checkpoint that `restore(state, step)` would take; () if the next save would prune it.
 
-        The words are `newest`, `pinned`, `in use` (this job went on from it, and has saved nothing since), `another
-        line of history` (the rules are not about it), and the rules that keep it, as their repr has them; without
-        rules that is `KeepAll()`.
+        The words are `newest`, `pinned`, `named NAME`, `in use` (this job went on from it, and has saved nothing
+        since), `another line of history` (the rules are not about it), and the rules that keep it, as their repr has
+        them; without rules that is `KeepAll()`.
 
         Raises:
             CheckpointNotFoundError: no commit of that step.
@@ -575,6 +593,49 @@ class CheckpointManager:
         """
         self._refuse_forked()
         self._saves.delete(step_number(step))
+
+    def named(self, name: str) -> Checkpoint | None:
+        """Return the checkpoint that has a name, None if none has.
+
+        Raises:
+            OptionsError: it can be no name.
+            ManifestError: the newest that was given it cannot be read.
+            StorageError: the store cannot be listed or read.
+        """
+        self._refuse_closed()
+        return named(self._saves.roots, check_name(name))
+
+    def names(self) -> dict[str, Checkpoint]:
+        """Return all names, and the checkpoint that has each; raises as `named` does."""
+        self._refuse_closed()
+        return names_of(self._saves.roots)
+
+    def remove(self, checkpoint: Checkpoint | str) -> None:
+        """Remove just this checkpoint, with all its names; or take a name away, with what nothing else keeps.
+
+        What a name alone has kept is the rules' then, and without rules goes with it; what is pinned, or has another
+        name, stays. Else as for `delete`: at once nobody finds it any more, and its shards go `prune_grace_s` later.
+        With several ranks every rank calls it, and rank 0 removes.
+
+        Args:
+            checkpoint: one of this root; or a name that `save` gave.
+
+        Raises:
+            CheckpointNotFoundError: it is not there; or nothing has that name.
+            PinnedError: the checkpoint is pinned; nothing was removed.
+            FencedError: a newer job has claimed the root; nothing was removed.
+            OptionsError: it is neither, or of another root.
+            StorageError: the store could not be asked; the checkpoint is whole or not there, and asking again is safe.
+        """
+        self._refuse_forked()
+        if isinstance(checkpoint, Checkpoint):
+            if not any(one.holds(checkpoint) for one in self._saves.roots.catalogs):
+                raise OptionsError(
+                    f"{checkpoint.url} is no checkpoint of {self.url}; remove it with a manager of its root"
+                )
+            self._saves.remove(checkpoint)
+        else:
+            self._saves.remove(check_name(checkpoint))
 
     def unreadable(self) -> list[Unreadable]:
         """Return what stands in either root and cannot be read, oldest first by (epoch, step), with its error.
