@@ -40,7 +40,7 @@ from cloudckpt.errors import (
 from cloudckpt.options import Options, RetryPolicy
 
 if TYPE_CHECKING:
-    from cloudckpt.checkpoint import contents, load, read, save
+    from cloudckpt.checkpoint import contents, load, read, restore_files, save
     from cloudckpt.convert import Exported, export, import_
     from cloudckpt.copying import Change, Copied, Damage, Difference, Verified, copy, diff, verify, verify_all
     from cloudckpt.dcp import CloudReader, CloudWriter
@@ -152,6 +152,7 @@ __all__ = [
     "register",
     "register_code",
     "report_page",
+    "restore_files",
     "save",
     "verify",
     "verify_all",
@@ -159,7 +160,7 @@ __all__ = [
 
 # The imports above, for a running program: the room, and what comes from it.
 _LATE = {
-    "checkpoint": ("contents", "load", "read", "save"),
+    "checkpoint": ("contents", "load", "read", "restore_files", "save"),
     "convert": ("Exported", "export", "import_"),
     "copying": ("Change", "Copied", "Damage", "Difference", "Verified", "copy", "diff", "verify", "verify_all"),
     "dcp": ("CloudReader", "CloudWriter"),

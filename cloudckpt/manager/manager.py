@@ -20,7 +20,7 @@ import torch
 
 from cloudckpt.errors import CloudCkptError, OptionsError
 from cloudckpt.format import check_name, step_number
-from cloudckpt.loading import Contents, load_state, read_contents, read_state
+from cloudckpt.loading import Contents, load_state, read_contents, read_files, read_state
 from cloudckpt.manager.saves import Asked, Exists, Home, Saves
 from cloudckpt.manager.tolerance import OnError, Tolerance
 from cloudckpt.options import Options, as_clock, as_flag, as_seconds
@@ -47,7 +47,7 @@ from cloudckpt.root import (
     watched_rules,
 )
 from cloudckpt.saving import SaveHandle
-from cloudckpt.state import Allowed, Resize
+from cloudckpt.state import Allowed, Files, Resize
 from cloudckpt.store import RetryingStore, open_store
 
 __all__ = ["CheckpointManager"]
@@ -76,9 +76,14 @@ def _step_before(step: object, state: object) -> int:
 
 
 def _asked(
-    metrics: Mapping[str, float] | None, metadata: Mapping[str, object] | None, name: str | None, exists: Exists
+    metrics: Mapping[str, float] | None,
+    metadata: Mapping[str, object] | None,
+    files: Files | None,
+    name: str | None,
+    exists: Exists,
 ) -> Asked:
-    return Asked(metrics=metrics, metadata=metadata, name="" if name is None else check_name(name), exists=exists)
+    given = "" if name is None else check_name(name)
+    return Asked(metrics=metrics, metadata=metadata, files=files, name=given, exists=exists)
 
 
 class CheckpointManager:
@@ -264,6 +269,7 @@ class CheckpointManager:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, object] | None = None,
         *,
+        files: Files | None = None,
         name: str | None = None,
         exists: Exists = "raise",
     ) -> Checkpoint | None:
@@ -281,6 +287,11 @@ class CheckpointManager:
             state: name → nn.Module, Optimizer, object with state_dict/load_state_dict, tensor, container, value.
             metrics: numbers to choose the best by, non-finite ones allowed.
             metadata: values to be kept with the checkpoint.
+            files: whole files to go with the state, streamed, verified and committed with it: path in the checkpoint →
+                a file here, or its bytes; a path that ends in a slash → a directory, with all that is below it:
+                `{"tokenizer/": "out/tokenizer", "config.json": "out/config.json"}`. `restore_files` writes them
+                back. Rank 0's are taken. What they hold goes, and neither their modes nor empty directories. One of
+                more than 64 MiB is not read at once: do not cut it short before this returns.
             name: that the checkpoint gets, such as `last` or `epoch=3`, for `restore(state, name)`. The name moves here
                 in the moment in which this is committed. A checkpoint that has a name stays, whatever the rules say;
                 one that the name has moved on from is the rules', and without rules goes, unless it has another name
@@ -307,7 +318,7 @@ class CheckpointManager:
         """
         self._refuse_forked()
         number = _step_before(step, state)
-        return self._saves.save(number, state, _asked(metrics, metadata, name, exists))
+        return self._saves.save(number, state, _asked(metrics, metadata, files, name, exists))
 
     def async_save(
         self,
@@ -317,6 +328,7 @@ class CheckpointManager:
         metadata: Mapping[str, object] | None = None,
         *,
         on_busy: Literal["wait", "skip"] = "wait",
+        files: Files | None = None,
         name: str | None = None,
         exists: Exists = "raise",
     ) -> SaveHandle:
@@ -333,6 +345,7 @@ class CheckpointManager:
             metrics: as for `save`.
             metadata: as for `save`.
             on_busy: what to do while another save is under way on any rank: `wait` for it, or `skip` this one.
+            files: as for `save`; they are copied as the state is.
             name: as for `save`.
             exists: as for `save`; one of that step that is under way is waited for.
 
@@ -344,7 +357,7 @@ class CheckpointManager:
         """
         self._refuse_forked()
         number = _step_before(step, state)
-        return self._saves.async_save(number, state, _asked(metrics, metadata, name, exists), on_busy=on_busy)
+        return self._saves.async_save(number, state, _asked(metrics, metadata, files, name, exists), on_busy=on_busy)
 
     def prepare(self, state: MutableMapping[str, object]) -> None:
         """Make the memory ready that `async_save` will need, in the background, so that the first one is fast, too.
@@ -461,6 +474,37 @@ class CheckpointManager:
         candidates = Choice(roots, step, self._retention).candidates()
         with self._journal.begin(rank=0).bar("reading") as bar:
             return read_state(candidates, keys, roots=roots, options=self._saves.options, gauge=bar)
+
+    def restore_files(
+        self,
+        directory: str | os.PathLike[str],
+        step: Wanted = "latest",
+        names: str | Sequence[str] | None = None,
+    ) -> list[str]:
+        """Write the files that were saved with a checkpoint into a directory, as `cloudckpt.restore_files` does.
+
+        Each process for itself: with several ranks on one machine let one of them call it.
+
+        Args:
+            directory: where they go, on a disk or at any URL; it need not exist.
+            step: as for `restore`.
+            names: as for `cloudckpt.restore_files`.
+
+        Returns:
+            Their paths below it.
+
+        Raises:
+            CheckpointNotFoundError: nothing is committed, or not that; or it holds no files, or none of a name.
+            CloudCkptError: as `read` raises. Each file is whole, or not changed.
+        """
+        self._refuse_closed()
+        roots = self._saves.roots
+        candidates = Choice(roots, step, self._retention).candidates()
+        with (
+            open_store(directory, options=self._saves.options) as folder,
+            self._journal.begin(rank=0).bar("reading files") as bar,
+        ):
+            return read_files(candidates, folder, names, roots=roots, options=self._saves.options, gauge=bar)
 
     def contents(self, step: Wanted = "latest") -> Contents:
         """Return the names, shapes, dtypes and sizes of all that a checkpoint holds; its manifest and index are read.

@@ -56,7 +56,7 @@ from cloudckpt.root import (
     unpin,
 )
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
-from cloudckpt.state import bind, capture, captured, collector_at_rest
+from cloudckpt.state import Files, bind, capture, captured, collector_at_rest
 from cloudckpt.store import RetryingStore
 from cloudckpt.threads import new_lock
 from cloudckpt.transfer import Slabs
@@ -86,12 +86,14 @@ class Asked:
     Attributes:
         metrics: numbers to be kept.
         metadata: values to be kept.
+        files: to go beside the state.
         name: that the checkpoint gets; "" for none.
         exists: what to do where the step is saved.
     """
 
     metrics: Mapping[str, float] | None = None
     metadata: Mapping[str, object] | None = None
+    files: Files | None = None
     name: str = ""
     exists: Exists = "raise"
 
@@ -596,7 +598,7 @@ class Saves:
             ):
                 pending = begin_save(
                     session,
-                    captured(state, generators=self.save_rng),
+                    captured(state, generators=self.save_rng, files=asked.files),
                     destinations[0],
                     fallback=destinations[1] if len(destinations) > 1 else None,
                     end=self._schedule.end_of_saves if self._schedule.may_end else None,

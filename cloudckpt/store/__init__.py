@@ -5,7 +5,7 @@ errors; the one layer around it is the only place that tries again. No cloud lib
 """
 
 from cloudckpt.store.assembling import Place, assembled
-from cloudckpt.store.base import Listing, ObjectInfo, Store
+from cloudckpt.store.base import Listing, ObjectInfo, Store, is_key
 from cloudckpt.store.limit import LeftBehindError, one_deadline, told_of_moves, watched
 from cloudckpt.store.local import scrub
 from cloudckpt.store.opening import environment_options, open_store
@@ -27,6 +27,7 @@ __all__ = [
     "assembled",
     "environment_options",
     "hide",
+    "is_key",
     "one_deadline",
     "open_store",
     "probe_create",
