@@ -41,7 +41,7 @@ from cloudckpt.options import Options, RetryPolicy
 
 if TYPE_CHECKING:
     from cloudckpt.checkpoint import contents, load, read, restore_files, save
-    from cloudckpt.convert import Exported, export, import_
+    from cloudckpt.convert import Exported, FileWriter, export, import_, open  # noqa: A004 (as gzip has it)
     from cloudckpt.copying import Change, Copied, Damage, Difference, Verified, copy, diff, verify, verify_all
     from cloudckpt.dcp import CloudReader, CloudWriter
     from cloudckpt.format import register, register_code
@@ -95,6 +95,7 @@ __all__ = [
     "Event",
     "Exported",
     "FencedError",
+    "FileWriter",
     "Fit",
     "FormatVersionError",
     "IntegrityError",
@@ -147,6 +148,7 @@ __all__ = [
     "export",
     "import_",
     "load",
+    "open",
     "probe",
     "read",
     "register",
@@ -161,7 +163,7 @@ __all__ = [
 # The imports above, for a running program: the room, and what comes from it.
 _LATE = {
     "checkpoint": ("contents", "load", "read", "restore_files", "save"),
-    "convert": ("Exported", "export", "import_"),
+    "convert": ("Exported", "FileWriter", "export", "import_", "open"),
     "copying": ("Change", "Copied", "Damage", "Difference", "Verified", "copy", "diff", "verify", "verify_all"),
     "dcp": ("CloudReader", "CloudWriter"),
     "format": ("register", "register_code"),

@@ -48,6 +48,7 @@ from cloudckpt.format.pin import PIN_LIMIT_BYTES, PinRecord
 from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
 from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, verify_blocks
+from cloudckpt.format.sums import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
 from cloudckpt.format.tiling import untiled
 from cloudckpt.format.tree import NOTES, Flat, PathElement, flatten, flatten_at, unflatten
 
@@ -64,6 +65,8 @@ __all__ = [
     "PIN_LIMIT_BYTES",
     "SAFETENSORS_NAMES",
     "SHARD_SUFFIX",
+    "SUMS_LIMIT_BYTES",
+    "SUMS_SUFFIX",
     "Box",
     "BoxPlace",
     "BoxTable",
@@ -71,6 +74,7 @@ __all__ = [
     "Column",
     "EpochClaim",
     "EpochMark",
+    "FileSums",
     "Flat",
     "Index",
     "IndexBuilder",
@@ -85,6 +89,7 @@ __all__ = [
     "ShardEntry",
     "ShardLayout",
     "Span",
+    "SumsRecord",
     "TensorEntry",
     "Tensors",
     "block_digests",
