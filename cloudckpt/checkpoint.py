@@ -14,7 +14,7 @@ import torch
 from cloudckpt.errors import CheckpointNotFoundError, OptionsError
 from cloudckpt.loading import Contents, load_state, read_contents, read_files, read_state
 from cloudckpt.options import Options
-from cloudckpt.ranks import Group, refuse_lonely_rank
+from cloudckpt.ranks import Group, Ranks, check_ranks, refuse_lonely_rank, taking_part
 from cloudckpt.report import Journal, OnEvent, Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, Exists, Roots, check_exists, own_url
 from cloudckpt.saving import Session, begin_save
@@ -41,6 +41,7 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
     metadata: Mapping[str, object] | None = None,
     files: Files | None = None,
     exists: Exists = "raise",
+    ranks: Ranks = "all",
     progress: Show = "auto",
     on_event: OnEvent = None,
 ) -> Checkpoint:
@@ -63,6 +64,8 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
         exists: where the URL holds a checkpoint: `raise`, or `replace` it as soon as the new one is complete. Between
             two requests at the end there is none; if the process dies just there, an error at the URL says how to have
             the old one back.
+        ranks: `all`: every rank of the process group calls it; or `self`: this process saves what it holds by itself,
+            and waits for nobody, such as rank 0 for all of a DDP job. A tensor of which it holds a part is refused.
         progress: what is shown on stderr, as for `CheckpointManager`.
         on_event: is told what happens, as for `CheckpointManager`.
 
@@ -76,12 +79,15 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
         StorageError: the store refused or could not be reached; nothing is visible at the URL
             (after `CommitUnknownError`: the whole checkpoint, or nothing).
     """
-    refuse_lonely_rank()
     _refuse_swapped("save", state, url)
     chosen = Options.of(options)
     destined = check_exists(exists)
-    group = Group.of_world()
-    with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
+    with (
+        taking_part(check_ranks(ranks)),
+        open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store,
+    ):
+        refuse_lonely_rank()
+        group = Group.of_world()
         journal = Journal(store, Progress(progress), on_event=on_event)
         entry = journal.begin(rank=group.rank, world_size=group.size)
         entry.working(-1, in_background=False)
@@ -118,6 +124,7 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
     materialize: str | torch.device | None = None,
     resize: Resize | None = None,
     only: str | Sequence[str] | None = None,
+    ranks: Ranks = "all",
     progress: Show = "auto",
     on_event: OnEvent = None,
 ) -> Checkpoint:
@@ -145,6 +152,7 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
             returns a tensor of the live one's shape and dtype, which is copied into it.
         only: names of what of `state` is restored, its keys or those of objects in its containers (`model`,
             `optimizers.0`); all else of it stays as it is, and so does what else the checkpoint holds.
+        ranks: `all`: every rank of the process group calls it; or `self`: this process restores by itself.
         progress: what is shown on stderr, as for `CheckpointManager`.
         on_event: is told what happens, as for `CheckpointManager`.
 
@@ -162,7 +170,10 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
     """
     _refuse_swapped("load", state, url)
     chosen = Options.of(options)
-    with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
+    with (
+        taking_part(check_ranks(ranks)),
+        open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store,
+    ):
         catalog, journal = Catalog(store), Journal(store, Progress(progress), on_event=on_event)
         found = load_state(
             state,

@@ -36,6 +36,7 @@ class Step:
     status: int = 0
 
 
+_RUN = "s3://bucket/run-7"
 # Heading → steps. The bucket is called `bucket` at both servers, and is empty.
 STEPS: Mapping[str, Sequence[Step]] = {
     "Train, and train on": (
@@ -57,6 +58,27 @@ STEPS: Mapping[str, Sequence[Step]] = {
         Step("The newest, for a script:", ("cloudckpt latest s3://bucket/run-7",)),
         Step("A page about the run, to be opened in a browser:", ("cloudckpt report s3://bucket/run-7 -o run-7.html",)),
         Step("The best by a metric:", ("cloudckpt latest s3://bucket/run-7 --best loss",)),
+    ),
+    "Check, compare, copy": (
+        Step("Every byte compared with its digest:", ("cloudckpt verify s3://bucket/run-7 --deep",)),
+        Step(
+            "What changed between two steps; status 3 says that something did:",
+            (f"cloudckpt diff {_RUN}/step-0000000400-e0002 {_RUN}/step-0000000499-e0002 --limit 3",),
+            3,
+        ),
+        Step(
+            "The whole root into the other store, twice: what is there is not sent again.",
+            (
+                "cloudckpt cp s3://bucket/run-7 gs://bucket/run-7 --all",
+                "cloudckpt cp s3://bucket/run-7 gs://bucket/run-7 --all",
+            ),
+        ),
+        Step("A copy on a disk:", ("cloudckpt cp s3://bucket/run-7 ./copy --all",)),
+        Step(
+            "Which is then damaged: a shard of the newest is cut short.",
+            ("truncate --size 1000 copy/step-0000000499-e0002/*/*.safetensors",),
+        ),
+        Step("", ("cloudckpt verify ./copy",), 3),
     ),
     "Convert": (
         Step(
@@ -110,12 +132,12 @@ _DIFFERING = [
     re.compile(pattern)
     for pattern in (
         r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:\.\d+)?(?:Z|\+00:00)?",  # a time
-        r"\b[0-9a-f]{32,64}\b",  # a digest, an attempt
+        r"\b(?:[0-9a-f]{16}|[0-9a-f]{32,64})\b",  # a digest, an attempt
         r"\b\d+(?:\.\d+)? (?:B|KiB|MiB|GiB)/s",  # a rate
         r"\b\d+(?:\.\d+)? (?:ms|s|min|h)\b(?: \d+ (?:s|min)\b)?",  # how long
         r'"(?:age_s|loss|created_at|digest|attempt)": ("[^"]*"|[0-9.e-]+)',
         r'"object_count": \d+, "total_bytes": (\d+)',  # an index is compressed, and names what differs
-        r"\bloss (\d\S*)",
+        r"\bloss +(\d\S*)",
         # what is said of the job that saved, and what a tensor holds
         r"^(?:attempt|package\.\w+|python|platform|machine|device|data_path|minimum|maximum|mean|std) +(\S.*)$",
     )

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Of a few packages the name that one imports is another; those of Google's come with gcsfs.
 IMPORTED_AS = {"google-crc32c": "google_crc32c"}
 COME_ALONG = {"botocore": "aiobotocore", "yarl": "aiohttp", "google": "gcsfs", "click": "typer"}
-# For type checkers alone; and what an error asks for, where it is wanted and missing.
-NOT_NEEDED = {"_typeshed", "typing_extensions", "awscrt"}
+# For type checkers alone; and what is asked for by name where it is wanted and missing.
+NOT_NEEDED = {"_typeshed", "typing_extensions", "awscrt", "opentelemetry"}
 
 
 def bounds() -> dict[str, str]:

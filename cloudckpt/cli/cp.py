@@ -19,9 +19,9 @@ __all__ = ["cp"]
 
 def cp(  # noqa: PLR0913 (each option of the command)
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE…", help="Checkpoints, or roots: of each its newest one.")
+        list[str], typer.Argument(metavar="SOURCE", help="Checkpoints, or roots: of each its newest one.")
     ],
-    target: Annotated[str, typer.Argument(help="A root, in which each keeps its place.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A root, in which each keeps its place.")],
     *,
     access: Access,
     step: Annotated[
@@ -42,8 +42,9 @@ def cp(  # noqa: PLR0913 (each option of the command)
 ) -> None:
     """Copy checkpoints: the same bytes, verified on the way, the manifest last.
 
-    Repeated after a kill it sends what is missing; repeated with --all, what is new. Options for the store are for both
-    sides where these are stores of one kind.
+    Repeated after a kill it sends what is missing; repeated with --all, what is new. Without --all the claims of the
+    source stay behind, so that the rules of jobs in the target remove nothing of what was copied; pins always do.
+    Options for the store are for both sides where these are stores of one kind.
     """
     if len({url.partition("://")[0] if "://" in url else "" for url in sources}) > 1:
         raise ended("the sources are on stores of several kinds; copy from one after the other", status=2)

@@ -22,8 +22,8 @@ __all__ = ["diff"]
 
 
 def diff(
-    a: Annotated[str, typer.Argument(help="A checkpoint, or a root: its newest one.")],
-    b: Annotated[str, typer.Argument(help="The other one.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint, or a root: its newest one.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other one.")],
     *,
     access: Access,
     tolerance: Annotated[

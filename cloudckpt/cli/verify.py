@@ -23,7 +23,7 @@ _SHOWN = 4
 
 
 def verify(
-    urls: Annotated[list[str], typer.Argument(metavar="URL…", help="Checkpoints, or roots: of each its newest one.")],
+    urls: Annotated[list[str], typer.Argument(metavar="URL", help="Checkpoints, or roots: of each its newest one.")],
     *,
     access: Access,
     deep: Annotated[

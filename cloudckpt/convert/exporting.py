@@ -27,7 +27,8 @@ from cloudckpt.store import RetryingStore, open_store
 
 __all__ = ["export"]
 
-# A put takes its object whole, from memory or a file's pages: what goes to a bucket is cut where a reader allows it.
+# A put takes its object whole, from memory or a file's pages: what goes to a bucket is cut where a reader allows it, so
+# that one file is filled while another is put. A file of torch.save cannot be cut: it is gathered on a disk here.
 _REMOTE_SHARD_BYTES = 64 * MIB
 # On a machine of few cores: one waits for a disk while the others work.
 _THREADS = 4

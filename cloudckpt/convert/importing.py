@@ -87,6 +87,9 @@ def import_(  # noqa: PLR0913 (keyword-only, each of its own kind)
 ) -> Checkpoint:
     """Make a checkpoint of files that another program wrote, and commit it like any save. Nothing in them is run.
 
+    DCP's and PyTorch's files have sums, the CRC-32 of each record. They are not compared, as PyTorch compares none: a
+    tensor may be a part of a record, and it would take a fifth more time. `unzip -t` compares a file's.
+
     Args:
         source: a file of `torch.save` (Lightning's `.ckpt`), a safetensors file or the index of several, a folder of
             Hugging Face's (safetensors preferred), or one of `torch.distributed.checkpoint`; on a disk or at any URL.

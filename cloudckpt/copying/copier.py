@@ -33,7 +33,7 @@ from cloudckpt.transfer import (
     Budget,
     Fetch,
     Gauge,
-    Scratch,
+    Slabs,
     Watch,
     Work,
     download,
@@ -201,21 +201,25 @@ class Copier:
         return [entry for entry in shards if key_of(prefix, entry) not in bad]
 
     def _send(self, checkpoint: Checkpoint, shards: Sequence[ShardEntry], prefix: str, index: Index) -> None:
-        budget, scratch = Budget(self.options.transfer_budget_bytes), Scratch()
+        budget_bytes = self.options.transfer_budget_bytes
+        # Kept from shard to shard, in huge pages: fresh memory costs more than what is copied into it.
+        budget, slabs = Budget(budget_bytes), Slabs()
         source, target = self.source.store, self.target.store
         readers = 1 if source.engine == "local" else _READERS
 
         def send(entry: ShardEntry, cost_bytes: int) -> None:
             shard = source_of(checkpoint.prefix, entry, index.block_bytes)
+            slab = slabs.take(entry.size_bytes, limit_bytes=budget_bytes, most_bytes=budget_bytes)
+            memory = slab.memory[: entry.size_bytes]
+
+            def read(span: Span) -> None:
+                read_verified(source, shard, span, memory[span.start : span.stop])
+
             try:
-                with scratch.lend(entry.size_bytes) as memory:
-
-                    def read(span: Span) -> None:
-                        read_verified(source, shard, span, memory[span.start : span.stop])
-
-                    each(spans_of(entry, index.block_bytes, self.options), read, threads=readers, name="cloudckpt-copy")
-                    target.put(key_of(prefix, entry), [memory])
+                each(spans_of(entry, index.block_bytes, self.options), read, threads=readers, name="cloudckpt-copy")
+                target.put(key_of(prefix, entry), [memory])
             finally:
+                slabs.give(slab)
                 budget.free(cost_bytes)
 
         work = []

@@ -25,7 +25,7 @@ from cloudckpt.manager.saves import Asked, Exists, Home, Saves
 from cloudckpt.manager.tolerance import OnError, Tolerance
 from cloudckpt.options import Options, as_clock, as_flag, as_seconds
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
-from cloudckpt.ranks import refuse_lonely_rank
+from cloudckpt.ranks import Ranks, check_ranks, refuse_lonely_rank, taking_part
 from cloudckpt.report import Advice, Journal, OnEvent, Progress, Show, advise
 from cloudckpt.root import (
     Catalog,
@@ -126,6 +126,7 @@ class CheckpointManager:
         save_rng: bool = True,
         prune_grace_s: float = 60.0,
         sweep_after_s: float | None = 3600.0,
+        ranks: Ranks = "all",
         progress: Show = "auto",
         on_event: OnEvent = None,
         clock: Callable[[], float] = time.monotonic,
@@ -162,6 +163,9 @@ class CheckpointManager:
             prune_grace_s: seconds between the end of a pruned checkpoint and that of its shards, for readers of it.
             sweep_after_s: seconds without a write after which what earlier jobs left (attempts that were never
                 committed, pruned shards) is removed in the background of saves; None leaves it to `sweep`.
+            ranks: `all`: every rank of the process group has a manager and calls the same of it; or `self`: this
+                process saves and restores by itself, and waits for nobody, such as rank 0 for all of a DDP job, or a
+                helper process of a rank. A tensor of which it holds a part is refused.
             progress: what rank 0 shows on stderr: `auto` a bar on a terminal and a line for each save and restore that
                 is done, unless the log shows it; `bar` a bar in any case, `line` the line alone, `off` nothing.
             on_event: is told, on rank 0, what happens to checkpoints: a callable, or several, that take an `Event`.
@@ -176,7 +180,9 @@ class CheckpointManager:
         if fallback is None and fallback_storage_options is not None:
             raise OptionsError("fallback_storage_options are given without a fallback; give both, or none of them")
         as_seconds("prune_grace_s", prune_grace_s)
-        refuse_lonely_rank()
+        self._ranks = check_ranks(ranks)
+        with taking_part(self._ranks):
+            refuse_lonely_rank()
         shown, self._retention = Progress(progress), checked_rules(retention)
         self._owns_preemption = preemption is True or preemption == "auto"
         self._preemption = _preemption(preemption)
@@ -236,7 +242,8 @@ class CheckpointManager:
             RankLostError: another rank did not come to ask.
         """
         self._refuse_closed()
-        return self._saves.are_due(step_number(step))
+        with taking_part(self._ranks):
+            return self._saves.are_due(step_number(step))
 
     @property
     def preempted(self) -> bool:
@@ -244,7 +251,8 @@ class CheckpointManager:
 
         No longer once the end that was announced has passed: the notice was false then, and all is as before.
         """
-        return self._saves.is_preempted
+        with taking_part(self._ranks):
+            return self._saves.is_preempted
 
     @property
     def exit_code(self) -> int:
@@ -317,8 +325,9 @@ class CheckpointManager:
                 while it came, the next call for that step asks.
         """
         self._refuse_forked()
-        number = _step_before(step, state)
-        return self._saves.save(number, state, _asked(metrics, metadata, files, name, exists))
+        asked = _asked(metrics, metadata, files, name, exists)
+        with taking_part(self._ranks):
+            return self._saves.save(_step_before(step, state), state, asked)
 
     def async_save(
         self,
@@ -357,7 +366,9 @@ class CheckpointManager:
         """
         self._refuse_forked()
         number = _step_before(step, state)
-        return self._saves.async_save(number, state, _asked(metrics, metadata, files, name, exists), on_busy=on_busy)
+        asked = _asked(metrics, metadata, files, name, exists)
+        with taking_part(self._ranks):
+            return self._saves.async_save(number, state, asked, on_busy=on_busy)
 
     def prepare(self, state: MutableMapping[str, object]) -> None:
         """Make the memory ready that `async_save` will need, in the background, so that the first one is fast, too.
@@ -366,7 +377,8 @@ class CheckpointManager:
         make in their first step is added at the first `should_save`. Saves nothing, asks nobody.
         """
         self._refuse_forked()
-        self._saves.prepare(state)
+        with taking_part(self._ranks):
+            self._saves.prepare(state)
 
     def wait(self, timeout: float | None = None) -> None:
         """Wait for a save under way, and for what is pruned after it, unless the end of a preemption is near.
@@ -438,6 +450,11 @@ class CheckpointManager:
         self._refuse_closed()
         self._saves.rest()
         choice = Choice(self._saves.roots, step, self._retention)
+        allowed = Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize, only=only)
+        with taking_part(self._ranks):
+            return self._restored(state, choice, allowed)
+
+    def _restored(self, state: MutableMapping[str, object], choice: Choice, allowed: Allowed) -> Checkpoint | None:
         refuse_lonely_rank()
         checkpoint = load_state(
             state,
@@ -445,7 +462,7 @@ class CheckpointManager:
             roots=self._saves.roots,
             journal=self._journal,
             options=self._saves.options,
-            allowed=Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize, only=only),
+            allowed=allowed,
             what=f"restore of {choice}",
             shown=f"restoring {choice}",
             generators=self._saves.save_rng,
@@ -584,7 +601,8 @@ class CheckpointManager:
             StorageError: the store did not answer: it may be pinned, and asking again is safe.
         """
         self._refuse_forked()
-        return self._saves.pin(step_number(step), note)
+        with taking_part(self._ranks):
+            return self._saves.pin(step_number(step), note)
 
     def unpin(self, step: int) -> Pin:
         """Take the pin of a step away, and return it: the rules decide over the checkpoint from the next save on.
@@ -596,7 +614,8 @@ class CheckpointManager:
             StorageError: the store did not answer.
         """
         self._refuse_forked()
-        return self._saves.unpin(step_number(step))
+        with taking_part(self._ranks):
+            return self._saves.unpin(step_number(step))
 
     def pins(self) -> list[Pin]:
         """Return all pins of the root (and of the fallback), by (epoch, step).
@@ -636,7 +655,8 @@ class CheckpointManager:
             StorageError: the store could not be asked; the checkpoint is whole or not there.
         """
         self._refuse_forked()
-        self._saves.delete(step_number(step))
+        with taking_part(self._ranks):
+            self._saves.delete(step_number(step))
 
     def named(self, name: str) -> Checkpoint | None:
         """Return the checkpoint that has a name, None if none has.
@@ -677,9 +697,10 @@ class CheckpointManager:
                 raise OptionsError(
                     f"{checkpoint.url} is no checkpoint of {self.url}; remove it with a manager of its root"
                 )
-            self._saves.remove(checkpoint)
         else:
-            self._saves.remove(check_name(checkpoint))
+            check_name(checkpoint)
+        with taking_part(self._ranks):
+            self._saves.remove(checkpoint)
 
     def unreadable(self) -> list[Unreadable]:
         """Return what stands in either root and cannot be read, oldest first by (epoch, step), with its error.
@@ -722,7 +743,8 @@ class CheckpointManager:
             return
         self._is_closed = True
         try:
-            self._saves.end(is_forked=os.getpid() != self._pid)
+            with taking_part(self._ranks):
+                self._saves.end(is_forked=os.getpid() != self._pid)
         finally:
             if self._preemption is not None and self._owns_preemption:
                 self._preemption.stop()

@@ -8,17 +8,20 @@ from cloudckpt.ranks.group import Group
 from cloudckpt.ranks.outcome import RanksFailedError, named_ranks, own_failures, plain_errors
 from cloudckpt.ranks.packet import Countdown, Packet
 from cloudckpt.ranks.vote import Vote
-from cloudckpt.ranks.world import refuse_lonely_rank
+from cloudckpt.ranks.world import Ranks, check_ranks, refuse_lonely_rank, taking_part
 
 __all__ = [
     "Accord",
     "Countdown",
     "Group",
     "Packet",
+    "Ranks",
     "RanksFailedError",
     "Vote",
+    "check_ranks",
     "named_ranks",
     "own_failures",
     "plain_errors",
     "refuse_lonely_rank",
+    "taking_part",
 ]

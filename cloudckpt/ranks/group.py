@@ -43,7 +43,7 @@ from cloudckpt.ranks.outcome import (
 )
 from cloudckpt.ranks.packet import Packet
 from cloudckpt.ranks.pulse import Pulse
-from cloudckpt.ranks.world import BrokenError, has_world, new_gloo_group
+from cloudckpt.ranks.world import BrokenError, has_world, is_alone, new_gloo_group
 from cloudckpt.threads import new_lock
 from cloudckpt.transfer import Watch
 
@@ -74,8 +74,11 @@ class Group:
 
     @classmethod
     def of_world(cls) -> Group:
-        """Return the group of the default process group, the same one as long as that exists; else a lone one."""
-        if not has_world() or dist.get_world_size() == 1:
+        """Return the group of the default process group, the same one as long as that exists; else a lone one.
+
+        A lone one, too, for a thread that takes part by itself (`taking_part`).
+        """
+        if is_alone() or not has_world() or dist.get_world_size() == 1:
             return cls()
         world = dist.group.WORLD
         with _LOCK:

@@ -1,6 +1,7 @@
 """Take from torch's default process group what the ranks of a job need to speak beside it.
 
     has_world, refuse_lonely_rank   is there one?
+    taking_part                     does this rank save and restore with the others, or alone?
     store_of_our_own                a connection to its key-value store
     new_gloo_group, let_go          a group of our own
     breaking                        what gloo raises ──▶ `BrokenError`
@@ -10,11 +11,13 @@ What asks rank 0's store may not return, so it is called on a thread that nobody
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import timedelta
-from typing import TypeAlias, cast
+from typing import Literal, TypeAlias, cast, get_args
 
 import torch.distributed as dist
 
@@ -23,12 +26,16 @@ from cloudckpt.errors import OptionsError
 __all__ = [
     "BrokenError",
     "KeyValueStore",
+    "Ranks",
     "breaking",
+    "check_ranks",
     "has_world",
+    "is_alone",
     "let_go",
     "new_gloo_group",
     "refuse_lonely_rank",
     "store_of_our_own",
+    "taking_part",
 ]
 
 # Only a backstop: the pulse finds who is late long before. A gloo group that times out is lost as a whole.
@@ -37,6 +44,13 @@ _GLOO_TIMEOUT = timedelta(hours=24)
 _LAZY = "TORCH_GLOO_LAZY_INIT"
 
 KeyValueStore: TypeAlias = "dist.distributed_c10d.Store"
+
+Ranks = Literal["all", "self"]
+"""Who saves or restores together: all ranks of the default process group, or the calling process alone."""
+
+# Processes in which the default process group was seen: they are ranks, also when it is gone.
+_seen_in: set[int] = set()
+_alone: ContextVar[bool] = ContextVar("cloudckpt_alone", default=False)
 
 
 class BrokenError(Exception):
@@ -60,9 +74,38 @@ def breaking(rank: int | None) -> Iterator[None]:
         raise BrokenError(f"a connection broke ({exc})", rank) from exc
 
 
+def check_ranks(ranks: object) -> Ranks:
+    """Return who takes part; raises `OptionsError` if it is neither `all` nor `self`."""
+    for known in get_args(Ranks):
+        if ranks == known:
+            return cast("Ranks", known)
+    raise OptionsError(
+        f"ranks is {ranks!r}; give 'all', if every rank makes this call, or 'self', if this process saves or restores "
+        "by itself"
+    )
+
+
+@contextmanager
+def taking_part(ranks: Ranks) -> Iterator[None]:
+    """Let what this thread does in the block be done with the other ranks, or as if there were none."""
+    token = _alone.set(ranks == "self")
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def is_alone() -> bool:
+    """Tell whether this thread acts for its process alone, whatever process group there is."""
+    return _alone.get()
+
+
 def has_world() -> bool:
     """Tell whether the default process group exists."""
-    return dist.is_available() and dist.is_initialized()
+    found = dist.is_available() and dist.is_initialized()
+    if found:
+        _seen_in.add(os.getpid())
+    return found
 
 
 def refuse_lonely_rank(otherwise: str = "") -> None:
@@ -71,10 +114,14 @@ def refuse_lonely_rank(otherwise: str = "") -> None:
     DCP would silently treat each process as the coordinator of a save of its own. `otherwise` ends the message.
     """
     world_size = os.environ.get("WORLD_SIZE", "1")
-    if world_size.isdigit() and int(world_size) > 1 and not has_world():
+    # A helper of a rank (a loader's worker) has that rank's environment; what launches ranks makes no daemons of them.
+    is_helper = multiprocessing.current_process().daemon and os.getpid() not in _seen_in
+    if is_alone() or has_world() or is_helper:
+        return
+    if world_size.isdigit() and int(world_size) > 1:
         raise OptionsError(
             f"WORLD_SIZE is {world_size} and no process group exists; call torch.distributed.init_process_group() "
-            f"before saving or restoring{otherwise}"
+            f'before saving or restoring, or give ranks="self" if this process is to do it by itself{otherwise}'
         )
 
 

@@ -23,7 +23,7 @@ from functools import partial
 from cloudckpt.errors import CloudCkptError, CommitUnknownError, EarlierSaveFailedError, SaveFailedError
 from cloudckpt.root import Checkpoint
 from cloudckpt.saving.lead import PendingSave
-from cloudckpt.threads import begin, revoke, started, worker
+from cloudckpt.threads import begin, new_lock, revoke, started, worker
 from cloudckpt.transfer import StageClosedError
 
 __all__ = ["Background", "SaveHandle"]
@@ -60,6 +60,9 @@ class SaveHandle:
         self._is_told = False
         self._is_abandoned = False
         self._ended = threading.Event()
+        # Held while the end is noted, and while a call for it is.
+        self._lock = new_lock()
+        self._calls: list[Callable[[SaveHandle], object]] = []
         if self.is_skipped:
             self._ended.set()
 
@@ -110,6 +113,39 @@ class SaveHandle:
             raise self._error
         return self._checkpoint
 
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait for the end; return what the save has failed with, None if it has not. Whoever asks was told.
+
+        Args:
+            timeout: seconds to wait; None waits as long as the save's own deadlines let it live.
+
+        Raises:
+            TimeoutError: it goes on.
+        """
+        if not self._ended.wait(timeout):
+            raise TimeoutError(f"the save of step {self.step} goes on after {timeout} s")
+        self._is_told = True
+        return self._error
+
+    def add_done_callback(self, call: Callable[[SaveHandle], object]) -> None:
+        """Have `call(handle)` called once, when the save has ended, in the thread that ends it; at once if it has.
+
+        What it raises goes to the log, and to nobody else. That it was called tells nobody of a failure: `result` and
+        `exception` do. It keeps what comes after the save from beginning, so it should be short, and it may not wait
+        for the manager. In a process that is forked meanwhile it is not called.
+        """
+        with self._lock:
+            if not self.done():
+                self._calls.append(call)
+                return
+        self._called(call)
+
+    def _called(self, call: Callable[[SaveHandle], object]) -> None:
+        try:
+            call(self)
+        except Exception:
+            logger.exception("a callback of the save of step %d has raised", self.step)
+
     # -- ending --------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -129,9 +165,13 @@ class SaveHandle:
 
     def _end(self) -> None:
         self._pending = None
-        self._ended.set()
+        with self._lock:
+            self._ended.set()
+            calls, self._calls = self._calls, []
         if self in _UNDER_WAY:
             _UNDER_WAY.remove(self)
+        for call in calls:
+            self._called(call)
 
     def _abandon(self, why: str) -> None:
         """Begin nothing more, and wait a moment for that to be noticed."""
@@ -174,6 +214,7 @@ class SaveHandle:
         # The old one's lock may have been held when the process was forked.
         self._ended = threading.Event()
         self._ended.set()
+        self._calls = []
 
 
 class Background:

@@ -20,7 +20,7 @@ import torch
 from cloudckpt.format import DTYPE_NAMES, Box, ShardLayout, lay_out
 from cloudckpt.options import Options
 from cloudckpt.saving.source import Source, Staging
-from cloudckpt.transfer import Copy, Slabs, Stage, copying_threads, free_bytes, ranks_here
+from cloudckpt.transfer import Copy, Slabs, Stage, copying_threads, free_bytes, ranks_here, slab_bytes
 
 __all__ = ["Staged", "expected_shards", "staging_limits", "take_snapshot"]
 
@@ -63,11 +63,12 @@ class Staged:
         with `is_kept`.
         """
         sizes = [shard.size_bytes - len(shard.header) for shard in source.shards]
+        whole_bytes = sum(map(slab_bytes, sizes))
         is_sent_in_place = _SENDS_IN_PLACE.issuperset(engines)
         staging_bytes, transfer_bytes = staging_limits(
-            sum(sizes), options, is_sent_in_place=is_sent_in_place, held_bytes=slabs.held_bytes
+            whole_bytes, options, is_sent_in_place=is_sent_in_place, held_bytes=slabs.held_bytes
         )
-        if staging_bytes < sum(sizes) and not slabs.is_short:
+        if staging_bytes < whole_bytes and not slabs.is_short:
             slabs.is_short = True  # told once: the saves that follow will do the same
             logger.warning(
                 "rank %d: %d MiB are to be saved and there is room for copies of %d MiB, so async_save waits for "
@@ -126,7 +127,7 @@ def expected_shards(
         if tensor.dtype in DTYPE_NAMES
     ]
     shards = lay_out(chunks, shard_bytes=options.shard_bytes, metadata={})
-    sizes = [shard.size_bytes - len(shard.header) for shard in shards]
+    sizes = [slab_bytes(shard.size_bytes - len(shard.header)) for shard in shards]
     limit_bytes, _ = staging_limits(sum(sizes), options, is_sent_in_place=engine in _SENDS_IN_PLACE)
     is_pinned = torch.cuda.is_available() and any(tensor.device.type == "cuda" for tensor in own)
     return _within(sizes, limit_bytes), is_pinned

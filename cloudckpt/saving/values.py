@@ -125,7 +125,8 @@ def refuse_values(differences: Sequence[Difference], found: Sequence[Mapping[str
     shown = "; ".join([*parts, *([f"and {left} more"] if left > 0 else [])])
     raise SaveFailedError(
         f"the ranks hold different states, and nothing was written: {shown}. Give every rank the same values; hold an "
-        "object whose state is each rank's own in cloudckpt.PerRank, or keep what belongs to one rank out of the state"
+        "object whose state is each rank's own in cloudckpt.PerRank, a value of which the first rank's counts for all "
+        "in cloudckpt.RankZero, or keep what belongs to one rank out of the state"
     )
 
 

@@ -17,13 +17,13 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed import get_world_size, is_initialized
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import empty as empty_distributed
 from torch.optim import LBFGS, Optimizer
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPES, Flat, JsonValue, PathElement
+from cloudckpt.ranks import Group
 from cloudckpt.state.beside import Beside, wrapped_in
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of
 from cloudckpt.state.groups import GroupFit, Name, group_of, match_groups, names_in, saved_groups
@@ -422,7 +422,7 @@ class OptimizerEntry(NamedEntry):
                 *shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements
             )
             return made
-        if has_note and is_initialized() and get_world_size() > 1:
+        if has_note and Group.of_world().size > 1:
             self._refused.append(
                 f"{name} was a DTensor, and its parameter is none here (shard the module first, as when it was saved)"
             )

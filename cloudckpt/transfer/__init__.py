@@ -5,7 +5,7 @@ in them.
 """
 
 from cloudckpt.transfer.download import Fetch, ShardSource, download, read_verified
-from cloudckpt.transfer.memory import Scratch, Slabs, bytes_of, has_memory, inner_names
+from cloudckpt.transfer.memory import Scratch, Slabs, bytes_of, has_memory, inner_names, slab_bytes
 from cloudckpt.transfer.pool import AbandonedError, Budget, Gauge, Watch, Work, run_all
 from cloudckpt.transfer.share import copying_threads, free_bytes, ranks_here
 from cloudckpt.transfer.staging import Copy, Stage, StageClosedError
@@ -35,5 +35,6 @@ __all__ = [
     "ranks_here",
     "read_verified",
     "run_all",
+    "slab_bytes",
     "upload",
 ]

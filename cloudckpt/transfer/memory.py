@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from cloudckpt.errors import CloudCkptError
 from cloudckpt.threads import new_lock, started
 
-__all__ = ["Scratch", "Slab", "Slabs", "address_of", "bytes_of"]
+__all__ = ["Scratch", "Slab", "Slabs", "address_of", "bytes_of", "slab_bytes"]
 
 _HUGE_BYTES = 2 << 20
 # Between two touches of huge pages: training gets the core.
@@ -117,7 +117,7 @@ class Slab:
 
     def is_exact(self, size_bytes: int) -> bool:
         """Tell whether a new slab for so many bytes would be as large."""
-        return self.size_bytes == _rounded(size_bytes)
+        return self.size_bytes == slab_bytes(size_bytes)
 
 
 class Slabs:
@@ -165,7 +165,7 @@ class Slabs:
                 slab = min(fitting, key=lambda slab: slab.size_bytes)
                 self._idle.remove(slab)
                 return slab
-            while self._idle and self._held_bytes + size_bytes > limit_bytes:
+            while self._idle and self._held_bytes + slab_bytes(size_bytes) > limit_bytes:
                 smallest = min(self._idle, key=lambda slab: slab.size_bytes)
                 self._idle.remove(smallest)
                 self._held_bytes -= smallest.size_bytes
@@ -196,8 +196,8 @@ class Slabs:
             idle = Counter(slab.size_bytes for slab in self._idle if slab.is_pinned >= is_pinned)
         missing = []
         for size_bytes in sorted(sizes_bytes):
-            if idle[_rounded(size_bytes)]:
-                idle[_rounded(size_bytes)] -= 1
+            if idle[slab_bytes(size_bytes)]:
+                idle[slab_bytes(size_bytes)] -= 1
             else:
                 missing.append(size_bytes)
         return missing
@@ -241,16 +241,16 @@ class Slabs:
 
 def _new_slab(size_bytes: int, *, is_pinned: bool) -> Slab:
     if is_pinned:
-        array: np.ndarray = torch.empty(_rounded(size_bytes), dtype=torch.uint8, device="cpu", pin_memory=True).numpy()
-        return Slab(memory=array.data, is_pinned=True)
-    memory = mmap.mmap(-1, _rounded(size_bytes))
+        pinned = torch.empty(slab_bytes(size_bytes), dtype=torch.uint8, device="cpu", pin_memory=True)
+        return Slab(memory=pinned.numpy().data, is_pinned=True)
+    memory = mmap.mmap(-1, slab_bytes(size_bytes))
     if size_bytes >= _HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return Slab(memory=memoryview(memory), is_pinned=False)
 
 
-def _rounded(size_bytes: int) -> int:
+def slab_bytes(size_bytes: int) -> int:
     """Return the bytes of a slab for so many; a shard of empty tensors has a page, too."""
     rounding = _HUGE_BYTES if size_bytes >= _HUGE_BYTES else mmap.PAGESIZE
     return max(1, -(-size_bytes // rounding)) * rounding

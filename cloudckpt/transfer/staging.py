@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from cloudckpt.errors import CloudCkptError
 from cloudckpt.threads import new_lock, started
-from cloudckpt.transfer.memory import Slab, Slabs, address_of
+from cloudckpt.transfer.memory import Slab, Slabs, address_of, slab_bytes
 
 __all__ = ["Copy", "Stage", "StageClosedError", "copy_all"]
 
@@ -62,11 +62,10 @@ class Stage:
         self._limit_bytes = limit_bytes
         self._is_pinned = is_pinned
         # What is left when all shards lie side by side; negative if they cannot.
-        self._spare_bytes = limit_bytes - sum(sizes_bytes)
+        self._spare_bytes = limit_bytes - sum(map(slab_bytes, sizes_bytes))
         self._is_kept = is_kept and self._spare_bytes >= 0
         self._is_whole = True
         self._lent: dict[int, Slab] = {}
-        self._charged: dict[int, int] = {}
         self._staged: set[int] = set()
         self._opened: set[int] = set()
         # How many more times: a put that was given up goes on while the same bytes go to another root.
@@ -120,7 +119,7 @@ class Stage:
             yield wave
 
     def _has_room(self, size_bytes: int) -> bool:
-        return self._used_bytes + size_bytes <= self._limit_bytes or not self._lent
+        return self._used_bytes + slab_bytes(size_bytes) <= self._limit_bytes or not self._lent
 
     def _take(self, number: int, size_bytes: int) -> None:
         with self._changed:
@@ -129,20 +128,19 @@ class Stage:
                 raise StageClosedError("the upload has ended before everything was staged")
             slab = self._slabs.take(
                 size_bytes,
-                limit_bytes=max(self._limit_bytes, size_bytes),
+                limit_bytes=max(self._limit_bytes, slab_bytes(size_bytes)),
                 most_bytes=self._most_bytes(size_bytes),
                 is_pinned=self._is_pinned,
             )
             self._lent[number] = slab
             # What a slab is larger than need be is taken from the others' room.
-            self._charged[number] = size_bytes if slab.is_exact(size_bytes) else slab.size_bytes
-            self._used_bytes += self._charged[number]
-            self._spare_bytes -= self._charged[number] - size_bytes
+            self._used_bytes += slab.size_bytes
+            self._spare_bytes -= slab.size_bytes - slab_bytes(size_bytes)
 
     def _most_bytes(self, size_bytes: int) -> int:
         """Return how large the slab for a shard may be, so that no other one has to wait where all have room."""
         if self._spare_bytes >= 0:
-            return size_bytes + self._spare_bytes
+            return slab_bytes(size_bytes) + self._spare_bytes
         return self._limit_bytes - self._used_bytes
 
     def _memory(self, number: int) -> memoryview:
@@ -198,7 +196,7 @@ class Stage:
             self._is_whole = False
             slab = self._lent.pop(number, None)
             if slab is not None:
-                self._used_bytes -= self._charged.pop(number)
+                self._used_bytes -= slab.size_bytes
                 self._slabs.give(slab)
             self._changed.notify_all()
 

@@ -142,7 +142,7 @@ def test_a_time_has_a_unit() -> None:
     ]
     assert run("ls", ".", "--keep-for", "3").exit_code == 2
     assert run("ls", ".", "--keep-last", "0").exit_code == 2
-    assert rules_of(None, None, [7], None) == [KeepEvery(steps=7)]
+    assert rules_of(None, None, ["7", "6h"], None) == [KeepEvery(steps=7), KeepEvery(seconds=21_600)]
 
 
 def test_show_groups_tensors_by_prefix_with_their_share(root: Path) -> None:

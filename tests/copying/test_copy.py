@@ -27,7 +27,7 @@ from cloudckpt import (
 )
 from cloudckpt.copying.lead import Selection, copy_places
 from cloudckpt.format import MANIFEST_NAME
-from cloudckpt.root import Catalog
+from cloudckpt.root import Catalog, sweep
 from cloudckpt.store import open_store
 from cloudckpt.store.probe import _proven
 from servers import FreshPrefix
@@ -372,6 +372,33 @@ def test_what_the_target_loses_is_not_committed(made: Path) -> None:
     with pytest.raises(StorageError, match=r"0001\.safetensors"):
         run(FaultStore(bucket_of(made)), target, Selection())
     assert not [key for key in target.bucket.raw_list() if key.endswith(MANIFEST_NAME)]
+
+
+def test_an_interrupt_says_what_was_done(made: Path) -> None:
+    def interrupt(op: Op) -> None:
+        if op.verb == "put" and op.key.startswith(prefix_of(2)):
+            raise KeyboardInterrupt
+
+    target = FaultStore(Bucket(), url=TARGET, hook=interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(FaultStore(bucket_of(made)), target)
+    assert "1 of 3 checkpoints are in the target" in "".join(caught.value.__notes__)
+
+
+def test_half_a_copy_goes_with_the_usual_sweep_of_the_target(made: Path) -> None:
+    target = Bucket()
+    target.raw_put("epochs/0000000005.json", b"{}")
+    client = target_of(target)
+    client.inject(kind=FaultKind.CRASH_BEFORE, verbs=("create",), key=MANIFEST_NAME)
+    with pytest.raises(Crash):
+        run(FaultStore(bucket_of(made)), client, Selection())
+    assert [key for key in target.raw_list() if key.startswith(prefix_of(3))]
+    target.advance(7_200)
+    (gone,) = sweep(place_of(target_of(target)).catalog, older_than_s=3_600, dry_run=False)
+    assert gone.prefix == f"{prefix_of(3)}/"
+    assert [key for key in target.raw_list() if key.startswith(prefix_of(3))] == [f"{prefix_of(3)}/{MANIFEST_NAME}"]
+    with pytest.raises(CheckpointExistsError, match=r"a sweep of .* has decided"):
+        run(FaultStore(bucket_of(made)), target_of(target), Selection())
 
 
 # -- real stores ---------------------------------------------------------------------------------------------------

@@ -294,7 +294,11 @@ def scaled(value: float, by: float = 1.0) -> float:
     return value * by
 
 
-@pytest.mark.parametrize("code", [scaled, len, torch.nn.functional.gelu, torch.nn.GELU, Colour], ids=repr)
+@pytest.mark.parametrize(
+    "code",
+    [scaled, len, torch.nn.functional.gelu, torch.nn.GELU, Colour],
+    ids=["python", "built-in", "torch", "class", "enum"],
+)
 def test_code_that_has_a_name_comes_back_as_itself(code: Any) -> None:
     cloudckpt.register_code(code, name="test.code")
     data = codec.encode({"act": [code]}, key="hparams")

@@ -44,6 +44,61 @@ def steps_of(manager: CheckpointManager) -> list[int | None]:
 # -- the handle --------------------------------------------------------------------------------------------
 
 
+def test_a_handle_tells_what_its_save_has_failed_with_and_who_asks_was_told(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager:
+        failure = Failure(manager, refused())
+        handle = manager.async_save(1, state_of(1))
+        assert isinstance(handle.exception(), StorageError)
+        failure.is_on = False
+        manager.wait()
+        done = manager.async_save(2, state_of(2))
+        assert done.exception() is None
+    with CheckpointManager(tmp_path) as manager, Gate(manager) as gate:
+        handle = manager.async_save(3, state_of(3))
+        gate.await_request()
+        with pytest.raises(TimeoutError, match="step 3 goes on"):
+            handle.exception(0.01)
+        gate.open()
+
+
+def test_a_callback_is_called_once_when_its_save_has_ended_or_at_once(tmp_path: Path) -> None:
+    called: list[tuple[str, bool]] = []
+    with CheckpointManager(tmp_path) as manager, Gate(manager) as gate:
+        handle = manager.async_save(1, state_of(1))
+        handle.add_done_callback(lambda one: called.append(("first", one.done())))
+        handle.add_done_callback(lambda one: called.append(("second", one is handle)))
+        gate.await_request()
+        assert called == []
+        gate.open()
+        manager.wait()
+        handle.add_done_callback(lambda one: called.append(("late", one.done())))
+    assert called == [("first", True), ("second", True), ("late", True)]
+
+
+def test_a_callback_is_called_of_a_failure_which_it_hides_from_nobody(tmp_path: Path) -> None:
+    called: list[int] = []
+    manager = CheckpointManager(tmp_path)
+    Failure(manager, refused())
+    manager.async_save(1, state_of(1)).add_done_callback(lambda handle: called.append(handle.step))
+    with pytest.raises(StorageError):
+        manager.close()
+    assert called == [1]
+
+
+def test_what_a_callback_raises_goes_to_the_log_and_harms_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    called: list[int] = []
+    with CheckpointManager(tmp_path) as manager:
+        handle = manager.async_save(1, state_of(1))
+        handle.add_done_callback(lambda _: 1 / 0)
+        handle.add_done_callback(lambda one: called.append(one.step))
+        assert handle.result() is not None
+        manager.wait()
+        assert (called, steps_of(manager)) == ([1], [1])
+    assert "a callback of the save of step 1 has raised" in caplog.text
+
+
 def test_a_handle_is_staged_at_once_and_done_when_the_checkpoint_is_committed(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as manager, Gate(manager) as gate:
         handle = manager.async_save(7, state_of(7), metrics={"loss": 0.5}, metadata={"run": "a"})

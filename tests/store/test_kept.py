@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Iterator
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,9 @@ class FakeWire:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_kept() -> Iterator[None]:
-    release_idle()
-    yield
-    release_idle()
+def _nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "_shared", {})
+    monkeypatch.setattr(kept, "_dropped", deque())
 
 
 def opened(key: object) -> tuple[Any, Any]:

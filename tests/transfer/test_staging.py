@@ -237,6 +237,20 @@ def test_held_memory_stays_within_the_budget_whatever_becomes_of_the_structure(t
         assert lent_bytes(manager._saves._slabs) == 0
 
 
+def test_shards_that_fill_no_page_hold_no_more_than_the_limit() -> None:
+    slabs = Slabs()
+    stage = Stage(slabs, [PAGE * 5 // 2] * 8, limit_bytes=20 * PAGE)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(stage.run, lambda number, memory: [], threads=1)
+        most = 0
+        for number in range(8):
+            stage.open(number)
+            most = max(most, slabs.held_bytes)
+            stage.release(number)
+        running.result()
+    assert most == 18 * PAGE
+
+
 # -- slabs -------------------------------------------------------------------------------------------------
 
 
