@@ -41,7 +41,15 @@ from cloudckpt.options import Options, RetryPolicy
 
 if TYPE_CHECKING:
     from cloudckpt.checkpoint import contents, load, read, restore_files, save
-    from cloudckpt.convert import Exported, FileWriter, export, import_, open  # noqa: A004 (as gzip has it)
+    from cloudckpt.convert import (
+        CloudHFReader,
+        CloudHFWriter,
+        Exported,
+        FileWriter,
+        export,
+        import_,
+        open,  # noqa: A004 (as gzip has it)
+    )
     from cloudckpt.copying import Change, Copied, Damage, Difference, Verified, copy, diff, verify, verify_all
     from cloudckpt.dcp import CloudReader, CloudWriter
     from cloudckpt.format import register, register_code
@@ -81,6 +89,8 @@ __all__ = [
     "CheckpointNotFoundError",
     "ChecksumError",
     "CloudCkptError",
+    "CloudHFReader",
+    "CloudHFWriter",
     "CloudReader",
     "CloudWriter",
     "CommitUnknownError",
@@ -163,7 +173,7 @@ __all__ = [
 # The imports above, for a running program: the room, and what comes from it.
 _LATE = {
     "checkpoint": ("contents", "load", "read", "restore_files", "save"),
-    "convert": ("Exported", "FileWriter", "export", "import_", "open"),
+    "convert": ("CloudHFReader", "CloudHFWriter", "Exported", "FileWriter", "export", "import_", "open"),
     "copying": ("Change", "Copied", "Damage", "Difference", "Verified", "copy", "diff", "verify", "verify_all"),
     "dcp": ("CloudReader", "CloudWriter"),
     "format": ("register", "register_code"),
