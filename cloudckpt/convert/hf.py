@@ -64,7 +64,7 @@ class CloudHFWriter(CloudWriter):
     """Save a sharded model with `torch.distributed.checkpoint` as `from_pretrained` reads it, straight to a URL.
 
     ```python
-    writer = CloudHFWriter("s3://bucket/llama-sft", config=[model.config, tokenizer])
+    writer = CloudHFWriter("s3://bucket/llama-sft")  # config=[model.config, tokenizer]
     dcp.save(model.state_dict(), storage_writer=writer)  # every rank
     ```
 
@@ -183,8 +183,9 @@ class CloudHFReader(StorageReader):
     """Load a model in Hugging Face's layout with `torch.distributed.checkpoint`, each rank its part, from a URL.
 
     ```python
+    dcp.save(model.state_dict(), storage_writer=CloudHFWriter("s3://bucket/llama-base"))
     state = model.state_dict()  # sharded as it is, on any number of ranks
-    dcp.load(state, storage_reader=CloudHFReader("s3://bucket/llama-sft"))
+    dcp.load(state, storage_reader=CloudHFReader("s3://bucket/llama-base"))
     ```
 
     It reads what `CloudHFWriter`, `cloudckpt.export` and `save_pretrained` write, and what is on the Hub once it is at

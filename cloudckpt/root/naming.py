@@ -101,13 +101,12 @@ def give_name(catalog: Catalog, checkpoint: Checkpoint, name: str, *, epoch: int
         )
 
 
-def superseded(catalog: Catalog, held: Held, newest: Checkpoint) -> list[Named]:
+def superseded(catalog: Catalog, held: Held) -> list[Named]:
     """Return what is of no name any more, because something newer has it: also attempts that never committed.
 
     Args:
         catalog: the root's.
         held: its names.
-        newest: just committed there: nobody need be asked whether it stands.
     """
     stale: list[Named] = []
     for _, group in groupby(sorted(held.names, key=lambda one: one.name), key=lambda one: one.name):
@@ -118,7 +117,8 @@ def superseded(catalog: Catalog, held: Held, newest: Checkpoint) -> list[Named]:
         if live is None:
             continue
         found = committed_as(catalog, live)
-        if found == newest or (found is not None and catalog.is_still(found)):
+        # It is only remembered; what it has taken the name from may have it again.
+        if found is not None and catalog.is_still(found):
             stale += [one for one in oldest_first if one.order <= live.order and one != live]
     return stale
 

@@ -142,7 +142,7 @@ class Pruner:
     def _let_go_of_names(self, newest: Checkpoint, line: Line, epoch: int, go_on: Callable[[], bool]) -> None:
         """Uncommit, without rules, what no name keeps any more; then let go of what said that one does."""
         held = self._catalog.pins.held()
-        stale = superseded(self._catalog, held, newest)
+        stale = superseded(self._catalog, held)
         if not stale:
             return
         kept = {one.prefix for one in held.names if one not in stale} | held.pinned | {newest.prefix}
