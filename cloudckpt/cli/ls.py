@@ -13,7 +13,7 @@ from cloudckpt.cli.asking import Access, AsJson, NoCache, Url, cache_of, ended, 
 from cloudckpt.cli.printing import as_age, in_zone, print_table, summary, zone_name
 from cloudckpt.cli.rules import KeepBestOption, KeepEveryOption, KeepForOption, KeepLastOption, rules_of
 from cloudckpt.report import as_bytes
-from cloudckpt.root import Checkpoint, Overview, Roots, names_given, overview, why_kept
+from cloudckpt.root import Checkpoint, Overview, Roots, overview, why_kept
 
 __all__ = ["ls"]
 
@@ -68,9 +68,8 @@ def ls(  # noqa: PLR0913 (each option of the command)
             checkpoints = [one]
         elif not checkpoints:
             Roots([catalog]).refuse(found.unreadable)
-        held = catalog.pins.held()
-        pins = {one.order: one.note for one in catalog.pins.all(held)}
-        kept = why_kept(checkpoints, rules, pinned=pins, names=names_given(held, checkpoints))
+        pins = {one.order: one.note for one in found.pins}
+        kept = why_kept(checkpoints, rules, pinned=pins, names=found.names)
         shown = _chosen(checkpoints, sort, limit)
         if as_json:
             _print_json(shown, found, kept, pins)

@@ -503,8 +503,7 @@ class Saves:
                 catalog.claims.mark_emptied()
         for home, (catalog, found) in zip(homes, holders, strict=True):
             if isinstance(found, Checkpoint):
-                home.pruner.delete(found)
-                self._journal.pruned(found, "delete")
+                home.pruner.delete(found, lambda gone: self._journal.pruned(gone, "delete"))
             else:
                 logger.warning("deleting what cannot be read: %s", found)
                 catalog.remove_unreadable(_prefix_of(found))
@@ -703,8 +702,7 @@ class Saves:
             logger.warning("%s was to be replaced, and stays, because it is pinned or has another name", old.url)
         else:
             home.catalog.claims.fence(home.epoch.number)
-            home.pruner.delete(old)
-            self._journal.pruned(old, "delete")
+            home.pruner.delete(old, lambda gone: self._journal.pruned(gone, "delete"))
 
     def _make_room(self, catalog: Catalog, go_on: Callable[[], bool]) -> int:
         """Remove at a root that has no room for a save what no checkpoint needs; return how many objects. On rank 0.

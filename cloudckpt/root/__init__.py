@@ -12,7 +12,7 @@ from cloudckpt.root.destination import Destination, Epoch, Target, own_url
 from cloudckpt.root.known import ManifestCache
 from cloudckpt.root.naming import committed_as, give_name, named, named_candidates, names_given, names_of, no_name
 from cloudckpt.root.overview import Overview, overview
-from cloudckpt.root.pinning import pin, pins_of, refuse_pinned, unpin
+from cloudckpt.root.pinning import copy_pin, pin, pins_of, refuse_pinned, unpin
 from cloudckpt.root.pins import Pin
 from cloudckpt.root.pruning import Pruner, RetentionScope
 from cloudckpt.root.replacing import Exists, check_exists, check_place, refuse_nested
@@ -66,6 +66,7 @@ __all__ = [
     "check_place",
     "checked_rules",
     "committed_as",
+    "copy_pin",
     "give_name",
     "mistaken_for",
     "named",

@@ -165,6 +165,18 @@ class Pins:
         found = each(prefixes, self.describe, threads=_READERS, name="cloudckpt-pins")
         return sorted((pin for pin in found if pin is not None), key=lambda pin: pin.order)
 
+    def copy_from(self, other: Pins, prefix: str) -> bool:
+        """Create the pin that another root has of a prefix here, byte for byte, also one that cannot be read.
+
+        Returns:
+            Whether it was created; not where one is here, which stays, or none is there any more.
+        """
+        key = pin_key(prefix)
+        with suppress(ObjectExistsError, ObjectNotFoundError):
+            self._store.create(key, other._store.read(key, limit_bytes=PIN_LIMIT_BYTES))
+            return True
+        return False
+
     def create(self, manifest: Manifest, data: bytes, *, note: str) -> Pin:
         """Pin a checkpoint whose manifest has these bytes.
 
