@@ -7,6 +7,7 @@ Needs a browser; what it shows is of the run that has just been, on the store th
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +27,7 @@ from tests.page import browser  # noqa: E402
 
 def main() -> int:
     """Take the picture, and return the status to exit with."""
+    argparse.ArgumentParser(description="Write docs/report.png, the page of the demo's run.").parse_args()
     program = browser.found()
     if program is None:
         print(f"no browser is on the path: one of {', '.join(browser.NAMES)}", file=sys.stderr)

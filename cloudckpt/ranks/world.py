@@ -48,6 +48,8 @@ KeyValueStore: TypeAlias = "dist.distributed_c10d.Store"
 Ranks = Literal["all", "self"]
 """Who saves or restores together: all ranks of the default process group, or the calling process alone."""
 
+# Processes in which the default process group was seen: they are ranks, also when it is gone.
+_seen_in: set[int] = set()
 _alone: ContextVar[bool] = ContextVar("cloudckpt_alone", default=False)
 
 
@@ -100,7 +102,10 @@ def is_alone() -> bool:
 
 def has_world() -> bool:
     """Tell whether the default process group exists."""
-    return dist.is_available() and dist.is_initialized()
+    found = dist.is_available() and dist.is_initialized()
+    if found:
+        _seen_in.add(os.getpid())
+    return found
 
 
 def refuse_lonely_rank(otherwise: str = "") -> None:
@@ -110,9 +115,10 @@ def refuse_lonely_rank(otherwise: str = "") -> None:
     """
     world_size = os.environ.get("WORLD_SIZE", "1")
     # A helper of a rank (a loader's worker) has that rank's environment; what launches ranks makes no daemons of them.
-    if is_alone() or multiprocessing.current_process().daemon:
+    is_helper = multiprocessing.current_process().daemon and os.getpid() not in _seen_in
+    if is_alone() or has_world() or is_helper:
         return
-    if world_size.isdigit() and int(world_size) > 1 and not has_world():
+    if world_size.isdigit() and int(world_size) > 1:
         raise OptionsError(
             f"WORLD_SIZE is {world_size} and no process group exists; call torch.distributed.init_process_group() "
             f'before saving or restoring, or give ranks="self" if this process is to do it by itself{otherwise}'
