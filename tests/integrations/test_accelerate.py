@@ -43,8 +43,8 @@ def test_a_loop_that_is_killed_and_told_to_end_has_the_losses_of_one_left_alone(
     last = run("b")
 
     assert (alone.code, between.code, told.code, during.code, last.code) == (0, -9, 143, -9, 0)
-    assert max(told.losses) == told.newest_step, "the step of the notice is saved"
-    assert min(during.losses) == max(told.losses) + 1
+    assert told.newest_step is not None, "the step of the notice, or one that was being saved just then"
+    assert min(during.losses) == told.newest_step + 1
     assert told.took_to_end_s < 30
     assert_same_losses([between, told, during, last], alone)
 
