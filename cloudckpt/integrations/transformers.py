@@ -326,4 +326,5 @@ def _metrics(history: Sequence[dict[str, object]], step: int) -> dict[str, float
     for entry in history:
         if entry.get("step") == step:
             found.update({name: float(value) for name, value in entry.items() if isinstance(value, int | float)})
+    found.pop("step", None)
     return found

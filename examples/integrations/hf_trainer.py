@@ -61,7 +61,7 @@ def main() -> None:
             report_to=[],
             use_cpu=not torch.cuda.is_available(),
             seed=3,
-            **({"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}} if chosen.fsdp else {}),
+            **({"fsdp": True, "fsdp_config": {"fsdp_version": 2}} if chosen.fsdp else {}),
         )
         trainer = CloudTrainer(
             model=model, args=args, train_dataset=data, callbacks=[PrintLosses()], checkpoints=chosen.url
