@@ -35,7 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"checkpoint", "manager", "page"},
             {"convert", "copying"},
             {"__init__"},
-            {"cli"},
+            {"cli", "integrations"},
             {"__main__"},
         ),
     )
