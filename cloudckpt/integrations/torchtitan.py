@@ -106,20 +106,23 @@ class CloudCheckpointManager(TorchtitanManager):
             return False
         # At each step, since the ranks vote on notices.
         is_told = self.manager.should_save(curr_step)
-        if not (is_told or self._should_save(curr_step, last_step)):
-            return False
-        self.maybe_wait_for_saving()
-        if last_step and self.last_save_model_only:
-            self.manager.save(curr_step, {MODEL: self._exported()}, metadata={_MODEL_ONLY: True})
-        elif self._is_async and not last_step:
-            self.save_future = self.manager.async_save(curr_step, self._state())
-        else:
-            self.manager.save(curr_step, self._state())
+        is_due = is_told or self._should_save(curr_step, last_step)
+        if is_due:
+            self.maybe_wait_for_saving()
+            self._save_now(curr_step, is_last=last_step)
         if self.manager.preempted and not last_step:  # after the last step all is done
             self.maybe_wait_for_saving()
             self.close()
             raise SystemExit(self.manager.exit_code)
-        return True
+        return is_due
+
+    def _save_now(self, step: int, *, is_last: bool) -> None:
+        if is_last and self.last_save_model_only:
+            self.manager.save(step, {MODEL: self._exported()}, metadata={_MODEL_ONLY: True})
+        elif self._is_async and not is_last:
+            self.save_future = self.manager.async_save(step, self._state())
+        else:
+            self.manager.save(step, self._state())
 
     def _state(self) -> dict[str, Any]:
         # The flat dicts, not their owners: each pipeline stage has other names, and what is loaded fills these tensors.

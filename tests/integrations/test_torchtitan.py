@@ -27,7 +27,9 @@ def test_a_training_that_is_killed_and_told_to_end_has_the_losses_of_one_left_al
     last = run("b")
 
     assert (alone.code, between.code, during.code, told.code, last.code) == (0, -9, -9, 143, 0)
-    assert max(told.losses) == told.newest_step, "the step of the notice is saved"
-    assert min(last.losses) == max(told.losses) + 1
+    # What it was told in a save that is under way, that save answers.
+    assert told.newest_step is not None
+    assert max(told.losses) - told.newest_step < 4
+    assert min(last.losses) == told.newest_step + 1
     assert told.took_to_end_s < 30
     assert_same_losses([between, during, told, last], alone)
