@@ -10,7 +10,7 @@ from cloudckpt.root.choice import Candidate, Choice, Wanted
 from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.root.destination import Destination, Epoch, Target, own_url
 from cloudckpt.root.known import ManifestCache
-from cloudckpt.root.naming import committed_as, give_name, named, named_candidates, names_given, names_of, no_name
+from cloudckpt.root.naming import committed_as, give_name, named, named_candidates, names_of, no_name
 from cloudckpt.root.overview import Overview, overview
 from cloudckpt.root.pinning import copy_pin, pin, pins_of, refuse_pinned, unpin
 from cloudckpt.root.pins import Pin
@@ -71,7 +71,6 @@ __all__ = [
     "mistaken_for",
     "named",
     "named_candidates",
-    "names_given",
     "names_of",
     "no_name",
     "overview",
