@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,12 @@ lightning = pytest.importorskip("lightning", reason="the frameworks are in an en
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.demos.boring_classes import BoringModel  # noqa: E402
 
-from cloudckpt.integrations.lightning import CloudCheckpointIO, CloudRandomState, _is_stub  # noqa: E402
+from cloudckpt.integrations.lightning import (  # noqa: E402
+    CloudCheckpointIO,
+    CloudModelParallelStrategy,
+    CloudRandomState,
+    _is_stub,
+)
 
 # Lightning warns of many things, such as few workers.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
@@ -158,6 +164,22 @@ def test_a_run_that_is_told_to_end_saves_where_it_is_and_ends_in_time(
     assert code == 0
     assert min(step for _, step in after) == max(step for _, step in before) + 1, "steps were lost"
     assert before | after == alone(*arguments)
+
+
+@pytest.mark.slow
+def test_what_two_ranks_have_sharded_goes_on_with_one_and_is_read_whole(tmp_path: Path, s3_url: FreshPrefix) -> None:
+    of_two, options = (*TWO, "--shard", "--epochs", "1"), s3_url.storage_options
+    before, code = Training(tmp_path, s3_url.url, options, *of_two).run()
+    assert code == 0
+    io = CloudCheckpointIO(s3_url.url, local=tmp_path, storage_options=options)
+    read = torch.load(tmp_path / "checkpoints" / "last.ckpt")
+    assert read["state_dict"]["net.0.weight"].shape == (32, 16)
+    assert read["hyper_parameters"] == {"width": 32}
+    io.teardown()
+    (tmp_path / "one").mkdir()
+    after, code = Training(tmp_path / "one", s3_url.url, options, "--ranks", "1", "--shard").run()
+    assert code == 0
+    assert min(step for _, step in after) == max(step for _, step in before) + 1
 
 
 # -- in this process ---------------------------------------------------------------------------------------------
@@ -353,6 +375,18 @@ def test_it_goes_to_another_process_without_its_manager(here: Path, root: str) -
     io = CloudCheckpointIO(root)
     io.save_checkpoint({"a": 1}, "x.ckpt")
     assert pickle.loads(pickle.dumps(io)).load_checkpoint("x.ckpt") == {"a": 1}
+
+
+def test_a_strategy_that_saves_past_the_plugin_is_refused_before_training(here: Path, root: str) -> None:
+    strategy = lightning.pytorch.strategies.ModelParallelStrategy()
+    strategy.checkpoint_io = CloudCheckpointIO(root)
+    with pytest.raises(OptionsError, match="take CloudModelParallelStrategy"):
+        CloudRandomState().setup(SimpleNamespace(strategy=strategy), None, "fit")
+
+
+def test_a_strategy_of_ours_wants_the_plugin_before_training(here: Path) -> None:
+    with pytest.raises(OptionsError, match=r"call Trainer\(plugins=\[CloudCheckpointIO\(url\)\]"):
+        CloudModelParallelStrategy().setup(None)
 
 
 def test_fabric_saves_and_loads_a_state(here: Path, root: str) -> None:
