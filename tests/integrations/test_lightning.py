@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from raw_access import FreshPrefix
 
 lightning = pytest.importorskip("lightning", reason="the frameworks are in an environment of their own")
 
+from lightning.fabric.plugins import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.demos.boring_classes import BoringModel  # noqa: E402
 
@@ -210,7 +212,7 @@ def root(tmp_path: Path) -> str:
     return str(tmp_path / "root")
 
 
-def trainer_of(io: CloudCheckpointIO, epochs: int, **more: Any) -> Any:
+def trainer_of(io: Any, epochs: int, **more: Any) -> Any:
     arguments: dict[str, Any] = {"monitor": "loss", "save_top_k": 2, "save_last": True} | more
     return lightning.Trainer(
         plugins=[io],
@@ -232,6 +234,48 @@ def test_the_root_holds_what_lightning_keeps_and_no_more(here: Path, root: str) 
     assert len(kept) == 3
     assert names_in(root) == kept
     assert all(_is_stub(here / name) for name in kept)
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other) and one.dtype == other.dtype
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and one == other
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"save_top_k": -1, "save_last": None},
+        {"save_top_k": 0, "save_last": True},
+        {"save_top_k": 1, "mode": "max", "filename": "best"},
+        {"monitor": None, "every_n_train_steps": 1, "save_top_k": 1},
+        {"monitor": None, "filename": "same", "save_top_k": -1, "every_n_epochs": 1},
+        {"enable_version_counter": False, "filename": "same", "save_top_k": 2},
+        {"save_top_k": 2, "save_last": "link"},
+        {"save_weights_only": True},
+        {"every_n_epochs": 2, "filename": "deep/{epoch}-{loss:.3f}"},
+    ],
+    ids=str,
+)
+def test_names_and_contents_are_those_of_files(here: Path, root: str, arguments: dict[str, Any]) -> None:
+    kept: list[dict[str, Any]] = []
+    for make in (TorchCheckpointIO, lambda: CloudCheckpointIO(root)):
+        can_resume = "save_weights_only" not in arguments  # Lightning itself refuses to go on from these
+        for epochs, start in ((2, None), (4, "last" if can_resume else None)):
+            lightning.seed_everything(1)
+            trainer = trainer_of(make(), epochs, **arguments)
+            trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, CloudRandomState)]
+            trainer.fit(Model(), ckpt_path=start)
+        folder = here / "checkpoints"
+        kept.append({str(one): torch.load(one) for one in sorted(folder.rglob("*.ckpt"))})
+        shutil.rmtree(folder)
+    stock, ours = kept
+    assert list(stock) == list(ours)
+    assert all(same(stock[name], ours[name]) for name in stock)
 
 
 def test_last_is_found_where_no_file_is(here: Path, root: str) -> None:
