@@ -30,10 +30,12 @@ def lowest() -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
-def imported() -> set[str]:
-    """Return the packages that the library imports, now or when they are needed."""
+def imported(*, by_adapters: bool = False) -> set[str]:
+    """Return the packages that the library imports, now or when they are needed; or those that its adapters do."""
     found: set[str] = set()
     for path in (ROOT / "cloudckpt").rglob("*.py"):
+        if (path.parent.name == "integrations") != by_adapters:
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 found.update(alias.name.partition(".")[0] for alias in node.names)
@@ -58,3 +60,12 @@ def test_what_is_tested_as_the_lowest_is_what_is_promised() -> None:
 def test_what_is_imported_is_depended_on(name: str) -> None:
     owners = {IMPORTED_AS.get(one, one): one for one in bounds()} | COME_ALONG
     assert owners.get(name) in bounds()
+
+
+def test_what_an_adapter_imports_an_extra_brings() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = {
+        text.split(">=")[0].replace("-", "_") for named in project["optional-dependencies"].values() for text in named
+    }
+    known = {IMPORTED_AS.get(one, one) for one in bounds()}
+    assert imported(by_adapters=True) - known <= extras

@@ -110,7 +110,7 @@ class RayCheckpoints:
             self.manager = CheckpointManager(checkpoints, retention=_rules_of(keep))
         self._is_noticed = False
 
-    def restore(self, state: MutableMapping[str, object], **how: Any) -> Checkpoint | None:  # noqa: ANN401
+    def restore(self, state: MutableMapping[str, object], **how: Any) -> Checkpoint | None:
         """Restore the newest good checkpoint of the root into a state; None where nothing was ever saved.
 
         Args:

@@ -70,7 +70,7 @@ class CloudCheckpointManager(TorchtitanManager):
     folder: str
     save_future: SaveHandle | None
 
-    def __init__(self, config: Config, *, base_folder: str = "", **kwargs: Any) -> None:  # noqa: ANN401
+    def __init__(self, config: Config, *, base_folder: str = "", **kwargs: Any) -> None:
         """Open the root; made by `Config.build`, after the process group.
 
         Args:

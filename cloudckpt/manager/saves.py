@@ -437,8 +437,7 @@ class Saves:
                 catalog.claims.mark_emptied()
         for home, (catalog, found) in zip(homes, holders, strict=True):
             if isinstance(found, Checkpoint):
-                home.pruner.delete(found)
-                self._journal.pruned(found, "delete")
+                home.pruner.delete(found, lambda gone: self._journal.pruned(gone, "delete"))
             else:
                 logger.warning("deleting what cannot be read: %s", found)
                 catalog.remove_unreadable(_prefix_of(found))

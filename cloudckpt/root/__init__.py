@@ -11,7 +11,7 @@ from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.root.destination import Destination, Epoch, Target, own_url
 from cloudckpt.root.known import ManifestCache
 from cloudckpt.root.overview import Overview, overview
-from cloudckpt.root.pinning import pin, pins_of, refuse_pinned, unpin
+from cloudckpt.root.pinning import copy_pin, pin, pins_of, refuse_pinned, unpin
 from cloudckpt.root.pins import Pin
 from cloudckpt.root.pruning import Pruner, RetentionScope
 from cloudckpt.root.replacing import Exists, check_exists, check_place, refuse_nested
@@ -64,6 +64,7 @@ __all__ = [
     "check_exists",
     "check_place",
     "checked_rules",
+    "copy_pin",
     "mistaken_for",
     "overview",
     "own_url",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable
 from cloudckpt.root.known import Known, ManifestCache
+from cloudckpt.root.pins import Pin
 from cloudckpt.root.sweep import Orphan
 from cloudckpt.store import ObjectInfo
 from cloudckpt.threads import each
@@ -30,6 +31,7 @@ class Overview:
         unreadable: what cannot be read, in the same order.
         unfinished: prefixes without a commit, by name: a save under way, one that was cut off, or what a removal has
             left. Their age is by this machine's clock.
+        pins: of the root, also of what is not committed.
         unchecked: how many checkpoints were taken for standing because their prefixes are listed, and no more.
         check_request_count: what a look at each of them would cost; 0 where there was one.
     """
@@ -37,6 +39,7 @@ class Overview:
     checkpoints: Sequence[Checkpoint]
     unreadable: Sequence[Unreadable]
     unfinished: Sequence[Orphan]
+    pins: Sequence[Pin] = ()
     unchecked: int = 0
     check_request_count: int = 0
 
@@ -48,7 +51,7 @@ def overview(
     is_quick: bool | None = False,
     clock: Callable[[], float] = time.time,
 ) -> Overview:
-    """Look at a root: a listing, one request for each manifest that is not in `cache`, and for each unfinished prefix.
+    """Look at a root: a listing, one request for each manifest that is not in `cache`, each unfinished prefix and pin.
 
     With a cache that knows most of it, one flat listing tells which of them stand, and nothing more is asked.
 
@@ -77,6 +80,7 @@ def overview(
         checkpoints=survey.checkpoints,
         unreadable=survey.unreadable,
         unfinished=_unfinished(catalog, survey, below, clock()),
+        pins=catalog.pins_seen(),
         unchecked=unchecked,
         check_request_count=check_request_count,
     )

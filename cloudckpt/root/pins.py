@@ -8,10 +8,11 @@ cannot be read pins all the same: its key says of what. Any thread may enter.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from cloudckpt.errors import ManifestError, ObjectNotFoundError
+from cloudckpt.errors import ManifestError, ObjectExistsError, ObjectNotFoundError
 from cloudckpt.format import (
     PIN_LIMIT_BYTES,
     PINS_PREFIX,
@@ -98,6 +99,18 @@ class Pins:
         prefixes = sorted(self.prefixes())
         found = each(prefixes, self.describe, threads=_READERS, name="cloudckpt-pins")
         return sorted((pin for pin in found if pin is not None), key=lambda pin: pin.order)
+
+    def copy_from(self, other: Pins, prefix: str) -> bool:
+        """Create the pin that another root has of a prefix here, byte for byte, also one that cannot be read.
+
+        Returns:
+            Whether it was created; not where one is here, which stays, or none is there any more.
+        """
+        key = pin_key(prefix)
+        with suppress(ObjectExistsError, ObjectNotFoundError):
+            self._store.create(key, other._store.read(key, limit_bytes=PIN_LIMIT_BYTES))
+            return True
+        return False
 
     def create(self, manifest: Manifest, data: bytes, *, note: str) -> Pin:
         """Pin a checkpoint whose manifest has these bytes.

@@ -12,7 +12,8 @@ a checkpoint, and by the manager's; never by two at once. Keeps FORMAT invariant
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 from cloudckpt.deadline import NEVER, Deadline
@@ -24,7 +25,7 @@ from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.root.pinning import refuse_pinned
 from cloudckpt.root.retention import KeepAll, RetentionRule, removable, why_kept
 
-__all__ = ["Pruner", "RetentionScope", "delete_unpinned", "keep_pinned", "uncommit_each", "what_goes"]
+__all__ = ["Pruner", "RetentionScope", "delete_unpinned", "uncommit_each", "what_goes"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +121,8 @@ class Pruner:
 
     def _prune_after(self, checkpoint: Checkpoint, line: Line, epoch: int, go_on: Callable[[], bool]) -> None:
         going = self._going(checkpoint, line, epoch)
-        gone, refused = uncommit_each(going, self.uncommit, go_on)
-        for old in keep_pinned(self._catalog, self._cleaner, gone):
-            self._on_pruned(old)
-        if len(gone) + len(refused) < len(going):
+        is_through, refused = uncommit_each(self._catalog, self._cleaner, going, self._on_pruned, go_on)
+        if not is_through:
             return
         self._told &= refused.keys()
         news = refused.keys() - self._told
@@ -165,17 +164,9 @@ class Pruner:
     def _put_back(self, prefix: str) -> bool:
         return self._cleaner.put_back(prefix, by=self._catalog)
 
-    def uncommit(self, checkpoint: Checkpoint) -> None:
-        """Let a checkpoint exist no more; its shards go once readers had time to notice."""
-        self._cleaner.uncommit(checkpoint, by=self._catalog)
-
-    def delete(self, checkpoint: Checkpoint) -> None:
-        """Let a checkpoint exist no more, unless it is pinned, or is while this is asked.
-
-        Raises:
-            PinnedError: it is; the checkpoint stands.
-        """
-        delete_unpinned(self._catalog, self._cleaner, checkpoint)
+    def delete(self, checkpoint: Checkpoint, on_gone: Callable[[Checkpoint], None]) -> None:
+        """Let a checkpoint exist no more, as `delete_unpinned` does."""
+        delete_unpinned(self._catalog, self._cleaner, checkpoint, on_gone)
 
     def clean(self) -> None:
         """Have removed what is due, without waiting for that."""
@@ -252,45 +243,75 @@ def what_goes(
 
 
 def uncommit_each(
-    going: Sequence[Checkpoint], uncommit: Callable[[Checkpoint], None], go_on: Callable[[], bool] = lambda: True
-) -> tuple[list[Checkpoint], dict[str, StorageError]]:
-    """Uncommit one after the other while it may go on; return those that are gone, and why the store refused others.
+    catalog: Catalog,
+    cleaner: Cleaner,
+    going: Sequence[Checkpoint],
+    on_gone: Callable[[Checkpoint], None],
+    go_on: Callable[[], bool] = lambda: True,
+) -> tuple[bool, dict[str, StorageError]]:
+    """Uncommit one after the other while it may go on, and put back what was pinned meanwhile.
+
+    Args:
+        catalog: the root's.
+        cleaner: removes the shards later.
+        going: what is to go.
+        on_gone: is told, at the end, of each that is gone and stays so; whatever ends this, of those until then.
+        go_on: whether there is time for the next one.
+
+    Returns:
+        Whether there was time for all of them; and by prefix why the store refused some.
 
     Raises:
         RetryExhaustedError: the store is away, for the next one, too.
     """
-    gone: list[Checkpoint] = []
     refused: dict[str, StorageError] = {}
-    for old in going:
-        if not go_on():
-            break
-        try:
-            uncommit(old)
-        except RetryExhaustedError:
-            raise
-        except StorageError as exc:
-            refused[old.prefix] = exc
-            continue
-        gone.append(old)
-        logger.info("pruned step %s of epoch %d", old.step, old.epoch)
-    return gone, refused
+    with _telling(catalog, cleaner, on_gone) as gone:
+        for old in going:
+            if not go_on():
+                return False, refused
+            try:
+                cleaner.uncommit(old, by=catalog)
+            except RetryExhaustedError:
+                raise
+            except StorageError as exc:
+                refused[old.prefix] = exc
+                continue
+            gone.append(old)
+            logger.info("pruned step %s of epoch %d", old.step, old.epoch)
+    return True, refused
 
 
-def keep_pinned(catalog: Catalog, cleaner: Cleaner, gone: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Put back what was pinned since the pins were listed; return what is gone all the same. One listing, if any is."""
-    pinned = catalog.pins.prefixes() if gone else set()
-    return [one for one in gone if one.prefix not in pinned or not cleaner.put_back(one.prefix, by=catalog)]
+@contextmanager
+def _telling(catalog: Catalog, cleaner: Cleaner, on_gone: Callable[[Checkpoint], None]) -> Iterator[list[Checkpoint]]:
+    """Tell of each that the block puts into a list once it is uncommitted, and stays so.
+
+    What was pinned since the pins were listed is put back, and taken from the list; one listing, if that has any. Of a
+    block that fails, or where nobody can say what is pinned, all are told: they are gone until whoever removes
+    their shards asks for pins, which the store may not answer now.
+    """
+    gone: list[Checkpoint] = []
+    try:
+        yield gone
+        pinned = catalog.pins.prefixes() if gone else set()
+        gone[:] = [one for one in gone if one.prefix not in pinned or not cleaner.put_back(one.prefix, by=catalog)]
+    finally:
+        for old in gone:
+            on_gone(old)
 
 
-def delete_unpinned(catalog: Catalog, cleaner: Cleaner, checkpoint: Checkpoint) -> None:
-    """Uncommit one that was asked for by name, unless it is pinned, or is while this is asked.
+def delete_unpinned(
+    catalog: Catalog, cleaner: Cleaner, checkpoint: Checkpoint, on_gone: Callable[[Checkpoint], None]
+) -> None:
+    """Uncommit one that was asked for by name, and tell of it, unless it is pinned, or is while this is asked.
 
     Raises:
         PinnedError: it is; the checkpoint stands.
     """
     refuse_pinned(catalog, checkpoint.prefix)
-    cleaner.uncommit(checkpoint, by=catalog)
-    if not keep_pinned(catalog, cleaner, [checkpoint]):
+    with _telling(catalog, cleaner, on_gone) as gone:
+        cleaner.uncommit(checkpoint, by=catalog)
+        gone.append(checkpoint)
+    if not gone:
         raise PinnedError(
             f"{checkpoint.url} was pinned while it was being deleted, and stands; unpin it first, if it is to go"
         )

@@ -21,7 +21,7 @@ from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.root.pinning import refuse_pinned
-from cloudckpt.root.pruning import delete_unpinned, keep_pinned, uncommit_each, what_goes
+from cloudckpt.root.pruning import delete_unpinned, uncommit_each, what_goes
 from cloudckpt.root.retention import RetentionRule, why_kept
 from cloudckpt.root.roots import Roots
 
@@ -169,13 +169,8 @@ class Thinning:
         planned = {one.digest for one in plan.going}
         found = Roots([self._catalog]).all()
         going = what_goes(self._catalog, rules, found, protected=self._in_use(found), put_back=self._put_back)
-
-        def uncommit(checkpoint: Checkpoint) -> None:
-            self._cleaner.uncommit(checkpoint, by=self._catalog)
-            gone.append(checkpoint)
-
-        done, refused = uncommit_each([one for one in going if one.digest in planned], uncommit)
-        gone[:] = keep_pinned(self._catalog, self._cleaner, done)
+        due = [one for one in going if one.digest in planned]
+        _, refused = uncommit_each(self._catalog, self._cleaner, due, gone.append)
         if refused:
             raise next(iter(refused.values()))
 
@@ -187,8 +182,7 @@ class Thinning:
             # Before they go: else the next job would take their absence for a loss, and not start.
             self._catalog.claims.mark_emptied()
         for one in plan.going:
-            delete_unpinned(self._catalog, self._cleaner, one)
-            gone.append(one)
+            delete_unpinned(self._catalog, self._cleaner, one, gone.append)
         for error in plan.unreadable:
             self._catalog.remove_unreadable(_prefix_of(error))
 
