@@ -54,7 +54,10 @@ def report(
 
 
 def _write(path: Path, page: str) -> None:
-    """Write a file whole or not at all: the one of before is there until then."""
+    """Write a file whole or not at all: the one of before is there until then. A device or a pipe is written to."""
+    if path.exists() and not path.is_file():
+        path.write_text(page, encoding="utf-8")
+        return
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         new.write_text(page, encoding="utf-8")

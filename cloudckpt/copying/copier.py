@@ -63,6 +63,7 @@ class Copied:
         sent_count: objects that were sent, the manifest not counted.
         sent_bytes: bytes of them.
         kept_count: shards that stood there when the copy began, and were not sent.
+        is_pinned: whether this copy has pinned it there, as it is in the source.
     """
 
     source: str
@@ -74,6 +75,7 @@ class Copied:
     sent_count: int = 0
     sent_bytes: int = 0
     kept_count: int = 0
+    is_pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,13 +117,20 @@ class Copier:
         try:
             return self._copy(checkpoint, prefix, is_there=is_there)
         except IntegrityError as exc:
-            if self.source.is_still(checkpoint):
+            if self._stands(checkpoint):
                 exc.add_note(f"{checkpoint.url} is not copied; `cloudckpt verify` tells all that is wrong with it")
                 raise
             raise CheckpointNotFoundError(
                 f"{checkpoint.url} was removed while it was copied (a retention rule of a job at work?), and is not in "
                 "the target; copy another step, or pin it first"
             ) from exc
+
+    def _stands(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether a checkpoint is what the source has at its place, if only by its pin."""
+        if self.source.is_still(checkpoint):
+            return True
+        pinned = self.source.pinned(checkpoint.prefix)
+        return pinned is not None and pinned[0].digest == checkpoint.digest
 
     def _copy(self, checkpoint: Checkpoint, prefix: str, *, is_there: bool) -> Copied:
         manifest = self.source.manifest_bytes(checkpoint)

@@ -19,7 +19,7 @@ import logging
 import os
 import secrets
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -80,7 +80,7 @@ class Known:
         """Whether all objects are listed: where that takes less time than to read again what is known."""
         return self._is_flat and not self.is_quick and bool(self.manifests)
 
-    def prefixes(self, store: Store) -> Iterable[str]:
+    def prefixes(self, store: Store) -> Collection[str]:
         """List what stands at the top of a root."""
         if not self.is_flat:
             return store.list("", delimiter="/").prefixes

@@ -6,8 +6,10 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from html.parser import HTMLParser
@@ -364,6 +366,17 @@ def test_the_command_writes_the_page_whole_or_not_at_all(root: Path, tmp_path: P
     no_folder = CliRunner().invoke(app, ["report", str(root), "-o", str(tmp_path / "a" / "b.html")])
     assert no_folder.exit_code == 1
     assert "b.html" in no_folder.stderr
+
+
+def test_the_command_writes_to_a_pipe_or_a_device_and_puts_no_file_in_its_place(root: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(pipe.read_text)
+        result = CliRunner().invoke(app, ["report", str(root), "-o", str(pipe)])
+        assert result.exit_code == 0, result.stderr
+        assert read.result().startswith("<!doctype html>")
+    assert pipe.is_fifo()
 
 
 def test_the_command_prints_the_page_where_that_is_wanted(root: Path) -> None:
