@@ -3,7 +3,7 @@
     Trainer(plugins=[CloudCheckpointIO("s3://bucket/run-7")])                           single device, DDP
     Trainer(plugins=[…], strategy=CloudModelParallelStrategy())                         FSDP2, tensor parallel
     Trainer(plugins=[…], callbacks=[CloudRandomState()])                                resumed with the same numbers
-    Trainer(plugins=[…], callbacks=[CloudPreemption()])                                 all ranks end together, and saved
+    Trainer(plugins=[…], callbacks=[CloudPreemption()])                                 all ranks end as one, saved
     Fabric(plugins=[CloudCheckpointIO("s3://bucket/run-7")])                            save and load
 
     path "checkpoints/last.ckpt" ──save──▶ one checkpoint of the root, its metadata has the path ──▶ a stub at the path
