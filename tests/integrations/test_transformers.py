@@ -113,6 +113,14 @@ def test_no_checkpoint_is_written_into_output_dir(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out/*"))
 
 
+def test_a_checkpoint_has_the_files_that_make_its_weights_a_model(tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    trainer.checkpoints.restore_files(tmp_path / "files")
+    twin = GPT2LMHeadModel(GPT2Config.from_pretrained(tmp_path / "files/model"))
+    cloudckpt.load({"model": twin}, trainer.checkpoints.latest().url, only="model")
+    assert torch.equal(twin.transformer.wte.weight, trainer.model.transformer.wte.weight)
+
+
 def test_a_checkpoint_has_what_was_logged_at_its_step(tmp_path: Path) -> None:
     trainer = trained(tmp_path, eval_strategy="steps", eval_steps=2)
     for checkpoint in trainer.checkpoints.checkpoints()[:-1]:
@@ -332,3 +340,7 @@ def test_a_trainer_of_trl_goes_on_with_the_same_losses(tmp_path: Path, *, is_lor
 
     alone = tuned(None)
     assert tuned(4) == {step: alone[step] for step in (5, 6)}
+    with cloudckpt.CheckpointManager(tmp_path / "root") as manager:
+        files = manager.restore_files(tmp_path / "files")
+    assert {"model/config.json", "model/tokenizer.json"} <= set(files)
+    assert ("model/adapter_config.json" in files) == is_lora
