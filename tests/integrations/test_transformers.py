@@ -116,9 +116,16 @@ def test_no_checkpoint_is_written_into_output_dir(tmp_path: Path) -> None:
 def test_a_checkpoint_has_the_files_that_make_its_weights_a_model(tmp_path: Path) -> None:
     trainer = trained(tmp_path)
     trainer.checkpoints.restore_files(tmp_path / "files")
-    twin = GPT2LMHeadModel(GPT2Config.from_pretrained(tmp_path / "files/model"))
-    cloudckpt.load({"model": twin}, trainer.checkpoints.latest().url, only="model")
-    assert torch.equal(twin.transformer.wte.weight, trainer.model.transformer.wte.weight)
+    cloudckpt.export(
+        trainer.checkpoints.url,
+        tmp_path / "hf",
+        to="huggingface",
+        prefix="model.",
+        config=tmp_path / "files/model",
+    )
+    twin = GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
+    tokens = rows(4, 2)[0]["input_ids"][None]
+    assert torch.equal(twin.eval()(tokens).logits, trainer.model.eval()(tokens).logits)
 
 
 def test_a_checkpoint_has_what_was_logged_at_its_step(tmp_path: Path) -> None:
