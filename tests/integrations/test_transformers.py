@@ -29,7 +29,11 @@ from tests.integrations.interrupted import Run, assert_same_losses, run_program
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.mark.parametrize(("ranks", "arguments"), [(1, ()), (2, ()), (2, ("--fsdp",)), (1, ("--lora",))])
+@pytest.mark.parametrize(
+    ("ranks", "arguments"),
+    [(1, ()), (2, ()), (2, ("--fsdp",)), (1, ("--lora",))],
+    ids=["alone", "ddp", "fsdp2", "lora"],
+)
 def test_a_trainer_that_is_killed_and_told_to_end_has_the_losses_of_one_left_alone(
     s3_url: FreshPrefix, ranks: int, arguments: tuple[str, ...]
 ) -> None:
