@@ -26,6 +26,7 @@ import logging
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,10 @@ class CloudCheckpoints(Trainer):
             self.checkpoints = checkpoints
         else:
             rule = self._kept if (self.args.save_total_limit or 0) > 0 else ()
-            self.checkpoints = CheckpointManager(checkpoints, retention=rule, preemption=True)
+            can_hear = threading.current_thread() is threading.main_thread()
+            if not can_hear:
+                logger.warning("SIGTERM gives no notice in a thread; give a manager with a Preemption(check=…)")
+            self.checkpoints = CheckpointManager(checkpoints, retention=rule, preemption=can_hear)
         self._generators = RandomState()
         self._resumed: tuple[str, Checkpoint] | None = None
         self._best: SaveHandle | None = None
@@ -112,7 +116,8 @@ class CloudCheckpoints(Trainer):
         from cloudckpt.integrations.peft import Adapter
 
         # Adapters that are not trained may have been made at random; a new process would make others.
-        idle = [name for name in inner.peft_config if name not in inner.active_adapters]
+        active = inner.active_adapters  # a method, where a model of transformers itself has adapters
+        idle = [name for name in inner.peft_config if name not in (active() if callable(active) else active)]
         return {"model": Trainable(model), **{f"adapter {name}": Adapter(inner, name) for name in idle}}
 
     def checkpoint_state(self) -> dict[str, object]:
@@ -177,9 +182,9 @@ class CloudCheckpoints(Trainer):
         """Train, from where a checkpoint stands.
 
         Args:
-            resume_from_checkpoint: True for the newest good checkpoint, or a fresh start where there never was one; a
-                step; the URL of a checkpoint of this root; or a local folder of the Trainer's own, to go on from what
-                was saved before.
+            resume_from_checkpoint: True or `latest` for the newest good checkpoint, or a fresh start where there never
+                was one; `best`, by the manager's first `KeepBest` rule; a step; the URL of a checkpoint of this root;
+                or a local folder of the Trainer's own, to go on from what was saved before.
             trial: as for the Trainer.
             ignore_keys_for_eval: as for the Trainer.
 
@@ -211,6 +216,8 @@ class CloudCheckpoints(Trainer):
                 if not older:
                     raise
                 logger.warning("%s is corrupt (%s); the next older one is taken", bad.url, exc)
+                if getattr(self, "neftune_hook_handle", None) is not None:
+                    self.neftune_hook_handle.remove()  # which `train` adds once more
                 resume = self._staged(older[-1], folder)
 
     def _staged(self, wanted: Any, folder: str) -> str | None:
@@ -218,7 +225,7 @@ class CloudCheckpoints(Trainer):
         self._resumed = None
         if wanted is None or wanted is False:
             return None
-        if isinstance(wanted, str | os.PathLike):
+        if isinstance(wanted, str | os.PathLike) and wanted not in ("latest", "best"):
             if Path(wanted).is_dir():
                 return os.fspath(wanted)
             wanted = self._at(os.fspath(wanted))
@@ -321,4 +328,5 @@ def _metrics(history: Sequence[dict[str, object]], step: int) -> dict[str, float
     for entry in history:
         if entry.get("step") == step:
             found.update({name: float(value) for name, value in entry.items() if isinstance(value, int | float)})
+    found.pop("step", None)
     return found

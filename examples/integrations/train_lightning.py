@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,7 +77,8 @@ class Model(lightning.LightningModule):
         loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
         self.log("loss", loss, sync_dist=True)
         line = {"rank": self.global_rank, "step": self.trainer.global_step, "loss": float(loss).hex()}
-        print(json.dumps(line), flush=True)
+        sys.stdout.write(json.dumps(line) + "\n")  # at once: ranks share it
+        sys.stdout.flush()
         return loss
 
     def train_dataloader(self) -> Batches:
