@@ -15,10 +15,11 @@ the number after a name, `save_last="link"`) stays as it is; `torch.load` of it 
 there ends it, by `FencedError`.
 
 What Lightning still does itself: when to save, what to keep, what is the best. Files that `torch.save` has left are
-loaded and removed as ever. Not done: paths that are URLs (give `ModelCheckpoint` a local `dirpath`), a link
-(`save_last="link"`) on another machine, Fabric's own FSDP and model-parallel strategies, which take no plugin.
+loaded and removed as ever. Not done: paths that are URLs (give `ModelCheckpoint` a local `dirpath`); a link
+(`save_last="link"`) on another machine; Lightning's own strategies that shard, which save past any plugin, to a folder
+of this machine (take those below; `CloudRandomState` refuses the others); Fabric's, which take no plugin.
 
-Run with lightning 2.6.6 and pytorch_lightning 2.6.6 (whichever the program has imported), torch 2.13.
+Run with lightning 2.6.6 and pytorch_lightning 2.6.6 (whichever the program has imported first), torch 2.13, on CPU.
 """
 
 from __future__ import annotations
@@ -520,8 +521,8 @@ def _refuse_objects(checkpoint: Mapping[str, Any]) -> None:
 
 def _moved(value: Any, where: Any) -> Any:
     """Return a value with its tensors on another device."""
-    if where is None or isinstance(where, type(lambda: 0)):
-        return value  # Lightning's own callables say: the CPU
+    if where is None:
+        return value
     if not isinstance(where, str | int | torch.device):
         raise OptionsError(f"map_location is {where!r}; give a device")
     if isinstance(value, torch.Tensor):
@@ -559,6 +560,11 @@ class _Together:
                 f"{type(self).__name__} saves by CloudCheckpointIO; call Trainer(plugins=[CloudCheckpointIO(url)], …)"
             )
         return self.checkpoint_io
+
+    def setup(self, trainer: Any) -> None:
+        """Refuse to begin without a `CloudCheckpointIO`; else do as Lightning's strategy does."""
+        self._io()
+        super().setup(trainer)  # type: ignore[misc]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save on every rank, each its own part; as `CloudCheckpointIO.save_checkpoint` does for the rest.
@@ -617,7 +623,8 @@ class _Together:
 
     def teardown(self) -> None:
         """Wait for what is under way, as long as there are ranks to speak to."""
-        self._io().teardown()
+        if isinstance(self.checkpoint_io, CloudCheckpointIO):
+            self.checkpoint_io.teardown()
         super().teardown()  # type: ignore[misc]
 
 
@@ -648,6 +655,25 @@ class CloudRandomState(_pytorch.Callback):  # type: ignore[misc,unused-ignore]
         """Stand for the generators of this process."""
         self._kept: dict[str, Any] | None = None
         self._is_within = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse a strategy that would save past the plugin, to a folder of this machine.
+
+        Raises:
+            OptionsError: one of Lightning's that shards; says which to take.
+        """
+        del pl_module, stage
+        strategy = type(trainer.strategy)
+        is_past_it = strategy.save_checkpoint is not _strategies.Strategy.save_checkpoint
+        if (
+            is_past_it
+            and not issubclass(strategy, _Together)
+            and isinstance(trainer.strategy.checkpoint_io, CloudCheckpointIO)
+        ):
+            raise OptionsError(
+                f"{strategy.__name__} does not save by a CheckpointIO; take CloudModelParallelStrategy or "
+                "CloudFSDPStrategy of cloudckpt.integrations.lightning"
+            )
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put the generators of every rank into the checkpoint; every rank is asked."""

@@ -216,6 +216,8 @@ class CloudCheckpoints(Trainer):
                 if not older:
                     raise
                 logger.warning("%s is corrupt (%s); the next older one is taken", bad.url, exc)
+                if getattr(self, "neftune_hook_handle", None) is not None:
+                    self.neftune_hook_handle.remove()  # which `train` adds once more
                 resume = self._staged(older[-1], folder)
 
     def _staged(self, wanted: Any, folder: str) -> str | None:
