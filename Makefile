@@ -74,7 +74,7 @@ test-lowest: .venv-lowest/.ready setup-localstack
 	$(subst $(BIN),.venv-lowest/bin,$(PYTEST)) tests/format tests/store tests/cli tests/test_save_load.py $(ARGS)
 
 # The frameworks that adapters are for, in an environment of their own: some hold others' versions back.
-FRAMEWORKS := lightning,transformers,accelerate,peft
+FRAMEWORKS := accelerate,lightning,peft,ray,torch-checkpointing,torchtitan,transformers
 .venv-integrations/.ready: pyproject.toml constraints-integrations.txt
 	@test -x .venv-integrations/bin/pip || $(PYTHON) -m venv .venv-integrations
 	PIP_CONSTRAINT=constraints-integrations.txt .venv-integrations/bin/python $(INSTALL) -e '.[test,$(FRAMEWORKS)]' trl

@@ -40,8 +40,15 @@ from cloudckpt.errors import (
 from cloudckpt.options import Options, RetryPolicy
 
 if TYPE_CHECKING:
-    from cloudckpt.checkpoint import contents, load, read, save
-    from cloudckpt.convert import Exported, export, import_
+    from cloudckpt.checkpoint import contents, load, read, restore_files, save
+    from cloudckpt.convert import (
+        CloudHFReader,
+        CloudHFWriter,
+        Exported,
+        export,
+        import_,
+        open,  # noqa: A004 (as gzip has it)
+    )
     from cloudckpt.copying import Change, Copied, Damage, Difference, Verified, copy, diff, verify, verify_all
     from cloudckpt.dcp import CloudReader, CloudWriter
     from cloudckpt.format import register, register_code
@@ -81,6 +88,8 @@ __all__ = [
     "CheckpointNotFoundError",
     "ChecksumError",
     "CloudCkptError",
+    "CloudHFReader",
+    "CloudHFWriter",
     "CloudReader",
     "CloudWriter",
     "CommitUnknownError",
@@ -147,11 +156,13 @@ __all__ = [
     "export",
     "import_",
     "load",
+    "open",
     "probe",
     "read",
     "register",
     "register_code",
     "report_page",
+    "restore_files",
     "save",
     "verify",
     "verify_all",
@@ -159,8 +170,8 @@ __all__ = [
 
 # The imports above, for a running program: the room, and what comes from it.
 _LATE = {
-    "checkpoint": ("contents", "load", "read", "save"),
-    "convert": ("Exported", "export", "import_"),
+    "checkpoint": ("contents", "load", "read", "restore_files", "save"),
+    "convert": ("CloudHFReader", "CloudHFWriter", "Exported", "export", "import_", "open"),
     "copying": ("Change", "Copied", "Damage", "Difference", "Verified", "copy", "diff", "verify", "verify_all"),
     "dcp": ("CloudReader", "CloudWriter"),
     "format": ("register", "register_code"),

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of a few packages the name that one imports is another; those of Google's come with gcsfs.
-IMPORTED_AS = {"google-crc32c": "google_crc32c"}
+IMPORTED_AS = {"google-crc32c": "google_crc32c", "megatron-core": "megatron"}
 COME_ALONG = {"botocore": "aiobotocore", "yarl": "aiohttp", "google": "gcsfs", "click": "typer"}
 # For type checkers alone; and what is asked for by name where it is wanted and missing.
 NOT_NEEDED = {"_typeshed", "typing_extensions", "awscrt", "opentelemetry"}
@@ -64,8 +64,7 @@ def test_what_is_imported_is_depended_on(name: str) -> None:
 
 def test_what_an_adapter_imports_an_extra_brings() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = {
-        text.split(">=")[0].replace("-", "_") for named in project["optional-dependencies"].values() for text in named
-    }
+    named = {re.split(r"[\[>]", text)[0] for texts in project["optional-dependencies"].values() for text in texts}
+    extras = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in named}
     known = {IMPORTED_AS.get(one, one) for one in bounds()}
     assert imported(by_adapters=True) - known <= extras

@@ -69,7 +69,7 @@ def ls(  # noqa: PLR0913 (each option of the command)
         elif not checkpoints:
             Roots([catalog]).refuse(found.unreadable)
         pins = {one.order: one.note for one in found.pins}
-        kept = why_kept(checkpoints, rules, pinned=pins)
+        kept = why_kept(checkpoints, rules, pinned=pins, names=found.names)
         shown = _chosen(checkpoints, sort, limit)
         if as_json:
             _print_json(shown, found, kept, pins)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from urllib.parse import unquote_to_bytes
@@ -89,10 +89,10 @@ def copy(  # noqa: PLR0913 (keyword-only, each of its own kind)
         target: a root: each checkpoint keeps its prefix there. What was saved outside of a root has none, and goes to
             the URL itself.
         steps: these steps of the source, which is a root.
-        every: all that is committed in the source, oldest first, and its claims, so that its history is the target's:
-            there jobs go on, and rules count, as they would in the source. Without claims the target's jobs take what
-            was copied for another line, of which their rules remove nothing. Repeated, it brings what is new. What
-            stands there by its pin alone is committed there. One that is damaged is passed over, and raised at the
+        every: all that is committed in the source, oldest first, its names, and its claims, so that its history is the
+            target's: there jobs go on, and rules count, as they would in the source. Without claims the target's jobs
+            take what was copied for another line, of which their rules remove nothing. Repeated, it brings what is new.
+            What stands there by its pin alone is committed there. One that is damaged is passed over, and raised at the
             end; so is one in whose place in the target stands what nobody can read, or what a sweep has decided.
         pins: pin in the target what is pinned in the source, by the same note and time; a pin that is there stays.
             None: where `every` is given, since what is pinned is a matter of a root, as claims are.
@@ -202,6 +202,7 @@ def copy_places(
         if selection.is_all and done:
             for place in places:
                 target.catalog.claims.copy_from(place.catalog.claims)
+                _copy_names(place.catalog, target.catalog, {job.prefix for job in jobs})
     except (CloudCkptError, KeyboardInterrupt) as exc:
         exc.add_note(
             f"{len(done)} of {len(jobs)} checkpoints are in the target; what else was sent stays there, and the same "
@@ -225,6 +226,13 @@ def _lacking(done: int, damaged: Sequence[CloudCkptError], blocked: Sequence[Clo
     error = CheckpointExistsError(text) if is_taken else IntegrityError(text, key=getattr(first, "key", ""))
     error.__cause__ = first
     return error
+
+
+def _copy_names(source: Catalog, target: Catalog, prefixes: Collection[str]) -> None:
+    """Give the names in the target that checkpoints have in the source; of one that is not there it says nothing."""
+    for one in source.pins.held().names:
+        if one.prefix in prefixes:
+            target.pins.give(one)
 
 
 def _copied(copier: Copier, job: _Job) -> Copied:

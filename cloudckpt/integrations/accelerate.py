@@ -15,18 +15,21 @@ for epoch in range(resumed.step // len(loader), epochs):
 accelerator's `step` and `iteration`, and the generators of every rank.
 **What accelerate still does itself**: preparing, skipping batches, `save_model`.
 **Limits**: DeepSpeed, Megatron-LM and XLA, which save by themselves, and hooks that write into a folder, are refused.
-Without a stateful loader the order of the data is a sampler's with a seed (accelerate's default) and `set_epoch`.
+An epoch has its order again with `DataLoaderConfiguration(use_seedable_sampler=True)` and `set_epoch`; else the log
+warns. Data that draws numbers while it is read is one batch ahead.
 
 Run with accelerate 1.15.0 and torch 2.13.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import RandomSampler
 
 from cloudckpt import Checkpoint, CheckpointManager, PerRank, RandomState, RankZero
 from cloudckpt.errors import OptionsError
@@ -35,9 +38,12 @@ from cloudckpt.root import Wanted
 
 with framework("accelerate", lowest="1.15", extra="accelerate"):
     from accelerate import Accelerator
+    from accelerate.data_loader import get_sampler
     from accelerate.utils import DistributedType
 
 __all__ = ["Resumed", "load_state", "save_state", "state_of"]
+
+logger = logging.getLogger(__name__)
 
 _SAVES_ITSELF = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA)
 
@@ -136,11 +142,13 @@ class Resumed:
     def batches(self, loader: Iterable[Any], *, skip: int = 0) -> Iterator[Any]:
         """Go through a loader without its first `skip` batches, which were trained before.
 
-        Skipping moves the random number generators: they are what they were at the save when the first batch comes out.
-        Later calls, of later epochs, only go through the loader.
+        A stateful loader knows where it stands, and skips nothing. Skipping moves the random number generators: they
+        are what they were at the save when the first batch comes out. Later calls, of later epochs, only go through
+        the loader.
         """
-        iterator = iter(self._accelerator.skip_first_batches(loader, skip) if skip else loader)
-        for batch in iterator:
+        if skip and not getattr(loader, "use_stateful_dataloader", False):
+            loader = self._accelerator.skip_first_batches(loader, skip)
+        for batch in loader:
             self._generators.apply()
             yield batch
 
@@ -167,6 +175,11 @@ def load_state(accelerator: Accelerator, manager: CheckpointManager, step: Wante
         )
     generators = RandomState()
     checkpoint = manager.restore({**state_of(accelerator), "generators": generators}, step)
+    if checkpoint is not None and any(type(get_sampler(one)) is RandomSampler for one in accelerator._dataloaders):
+        logger.warning(
+            "a loader shuffles without a seed of its own: the rest of an epoch is drawn anew, so that samples come "
+            "twice or not at all; give DataLoaderConfiguration(use_seedable_sampler=True)"
+        )
     return Resumed(accelerator, checkpoint, generators)
 
 

@@ -54,7 +54,7 @@ from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable
 from cloudckpt.root.claims import Claims
 from cloudckpt.root.known import Known
 from cloudckpt.root.looking import Walk
-from cloudckpt.root.pins import Pin, Pins
+from cloudckpt.root.pins import Held, Pins
 from cloudckpt.root.removal import delete_below, nested
 from cloudckpt.store import RetryingStore, Store, one_deadline
 from cloudckpt.threads import each, new_lock
@@ -220,12 +220,12 @@ class Catalog:
         """Return (epoch, step) of all attempts below the root, committed or not, by their prefix; newest first."""
         return self._placed(self.store.list("", delimiter="/").prefixes)
 
-    def pins_seen(self) -> list[Pin]:
-        """Return all pins, for people, as `Pins.all` does; no request where the last listing of the root shows none.
+    def held_seen(self) -> Held:
+        """Return what is pinned, and what has names, for people; no request where the last listing shows none.
 
         Nothing may be removed by that: what was pinned since that listing is not seen.
         """
-        return self.pins.all() if self._memory.shows_pins else []
+        return self.pins.held() if self._memory.shows_pins else Held(frozenset(), ())
 
     def _placed(self, prefixes: Collection[str]) -> dict[str, tuple[int, int]]:
         self._memory.shows_pins = PINS_PREFIX in prefixes

@@ -6,12 +6,13 @@ Knows the catalog, and what was read before; writes nothing to the store.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable
 from cloudckpt.root.known import Known, ManifestCache
+from cloudckpt.root.naming import names_given
 from cloudckpt.root.pins import Pin
 from cloudckpt.root.sweep import Orphan
 from cloudckpt.store import ObjectInfo
@@ -32,6 +33,7 @@ class Overview:
         unfinished: prefixes without a commit, by name: a save under way, one that was cut off, or what a removal has
             left. Their age is by this machine's clock.
         pins: of the root, also of what is not committed.
+        names: (epoch, step) → the names of the checkpoint.
         unchecked: how many checkpoints were taken for standing because their prefixes are listed, and no more.
         check_request_count: what a look at each of them would cost; 0 where there was one.
     """
@@ -40,6 +42,7 @@ class Overview:
     unreadable: Sequence[Unreadable]
     unfinished: Sequence[Orphan]
     pins: Sequence[Pin] = ()
+    names: Mapping[tuple[int, int], Sequence[str]] = field(default_factory=dict)
     unchecked: int = 0
     check_request_count: int = 0
 
@@ -76,11 +79,13 @@ def overview(
         if known.is_quick:
             unchecked = sum(one.prefix in known.manifests for one in survey.checkpoints)
             check_request_count = known.look_count if unchecked else 0
+    held = catalog.held_seen()
     return Overview(
         checkpoints=survey.checkpoints,
         unreadable=survey.unreadable,
         unfinished=_unfinished(catalog, survey, below, clock()),
-        pins=catalog.pins_seen(),
+        pins=catalog.pins.all(held),
+        names=names_given(held, survey.checkpoints),
         unchecked=unchecked,
         check_request_count=check_request_count,
     )

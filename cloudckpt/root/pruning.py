@@ -1,7 +1,8 @@
 """Remove the checkpoints of one root that no retention rule keeps: manifests first, shards a grace time later.
 
     commit ──▶ what the rules let go, of this job's line ──what they keep is looked for──▶ uncommitted
-                 ╰─ what is pinned stays                   what was pinned meanwhile ◀── put back ─╯
+                 ╰─ what is pinned or has a name stays     what was pinned meanwhile ◀── put back ─╯
+           ──▶ what a name has moved on from: by the rules; without any it goes
     `Cleaner` ──▶ the shards, once due
 
 Pins are listed where something would go, and once more when it has gone: one that was set in between holds, too, and
@@ -22,6 +23,7 @@ from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.claims import Line
 from cloudckpt.root.cleaning import Cleaner
+from cloudckpt.root.naming import committed_as, forget_names, names_given, superseded
 from cloudckpt.root.pinning import refuse_pinned
 from cloudckpt.root.retention import KeepAll, RetentionRule, removable, why_kept
 
@@ -61,6 +63,8 @@ class Pruner:
         self._scope = scope
         self._on_pruned = on_pruned
         self._has_named = False
+        # Whether this job gives names: without, no pass looks for what they have moved on from.
+        self.gives_names = False
         # What the store refuses to delete, and that was raised.
         self._told: set[str] = set()
         self._above: set[str] = set()
@@ -75,11 +79,12 @@ class Pruner:
         found = self._catalog.survey().checkpoints
         is_all = self._scope == "root"
         mine = found if is_all else self._catalog.native([one for one in found if line.holds(one.order)])
-        pinned = self._catalog.pins.prefixes()
+        held = self._catalog.pins.held()
         return why_kept(
             found,
             self._rules or (KeepAll(),),
-            pinned=[one.order for one in found if one.prefix in pinned],
+            pinned=[one.order for one in found if one.prefix in held.pinned],
+            names=names_given(held, found),
             in_use=[] if in_use is None else [in_use.order],
             others={one.order for one in found} - {one.order for one in mine} if self._rules else (),
         )
@@ -98,7 +103,7 @@ class Pruner:
         go_on: Callable[[], bool] = lambda: True,
         until: Deadline = NEVER,
     ) -> None:
-        """Uncommit what no rule keeps; never the checkpoint that was just committed.
+        """Uncommit what no rule keeps, and what names have moved on from; never the checkpoint just committed.
 
         It ends early, between two of them, when `go_on` says so; the rest is left to the next time. One that the store
         refuses to delete keeps no other one from going; it is tried again each time, and raised once. Whatever it
@@ -120,6 +125,8 @@ class Pruner:
             self._until = NEVER
 
     def _prune_after(self, checkpoint: Checkpoint, line: Line, epoch: int, go_on: Callable[[], bool]) -> None:
+        if self.gives_names:
+            self._let_go_of_names(checkpoint, line, epoch, go_on)
         going = self._going(checkpoint, line, epoch)
         is_through, refused = uncommit_each(self._catalog, self._cleaner, going, self._on_pruned, go_on)
         if not is_through:
@@ -130,6 +137,34 @@ class Pruner:
         if news and (not self._told or len(refused) < len(going)):
             self._told |= news
             raise next(refused[prefix] for prefix in refused if prefix in news)
+
+    def _let_go_of_names(self, newest: Checkpoint, line: Line, epoch: int, go_on: Callable[[], bool]) -> None:
+        """Uncommit, without rules, what no name keeps any more; then let go of what said that one does."""
+        held = self._catalog.pins.held()
+        stale = superseded(self._catalog, held)
+        if not stale:
+            return
+        kept = {one.prefix for one in held.names if one not in stale} | held.pinned | {newest.prefix}
+        found = [committed_as(self._catalog, one) for one in stale if one.prefix not in kept]
+        unnamed = list({one.prefix: one for one in found if one is not None}.values())
+        if self._scope == "line":
+            unnamed = self._catalog.native([one for one in unnamed if line.holds(one.order)])
+        going = [] if self._rules else unnamed
+        if going:
+            if not self._catalog.standing([newest]):
+                return
+            self._catalog.claims.fence(epoch)
+        gone: set[str] = set()
+
+        def tell(old: Checkpoint) -> None:
+            gone.add(old.prefix)
+            self._on_pruned(old)
+
+        _, refused = uncommit_each(self._catalog, self._cleaner, going, tell, go_on)
+        left = {one.prefix for one in going} - gone
+        self._catalog.pins.take([one for one in stale if one.prefix not in left])
+        for error in refused.values():
+            raise error
 
     def _going(self, newest: Checkpoint, line: Line, epoch: int) -> list[Checkpoint]:
         places = self._catalog.places()
@@ -222,15 +257,16 @@ def what_goes(
         put_back: commits again what is pinned under a prefix and has lost its manifest; tells whether it stands.
     """
     seen: set[str] = set()
-    pinned: set[str] = set()
+    pinned, held = frozenset[str](), frozenset[str]()
     if removable(checkpoints, rules, protected=protected):
         # Asked only now: most passes have nothing to remove, and cost no request for pins.
-        pinned = catalog.pins.prefixes()
+        found = catalog.pins.held()
+        pinned, held = found.pinned, found.prefixes
         known = {one.prefix for one in catalog.recall(pinned).checkpoints}
         for prefix in sorted(pinned - known):
             put_back(prefix)
     while True:
-        stays = {*protected, *(one.order for one in checkpoints if one.prefix in pinned)}
+        stays = {*protected, *(one.order for one in checkpoints if one.prefix in held)}
         removed = removable(checkpoints, rules, protected=stays)
         going = {one.prefix for one in removed}
         unseen = [one for one in checkpoints if one.prefix not in going | seen]
@@ -315,3 +351,4 @@ def delete_unpinned(
         raise PinnedError(
             f"{checkpoint.url} was pinned while it was being deleted, and stands; unpin it first, if it is to go"
         )
+    forget_names(catalog, [checkpoint])

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, Protocol, cast, runtime_checkable
 
 from cloudckpt.errors import OptionsError
@@ -209,18 +210,20 @@ def why_kept(
     rules: Sequence[RetentionRule],
     *,
     pinned: Collection[tuple[int, int]] = (),
+    names: Mapping[tuple[int, int], Sequence[str]] = MappingProxyType({}),
     in_use: Collection[tuple[int, int]] = (),
     others: Collection[tuple[int, int]] = (),
 ) -> dict[tuple[int, int], tuple[str, ...]]:
     """Return what keeps each checkpoint, by its (epoch, step): the words below, and the rules as their repr has them.
 
-    `newest`; `pinned`; `in use` by a job that went on from it; `another line of history`, which the rules are not
-    about. What nothing keeps has no words: a pass by these rules would remove it.
+    `newest`; `pinned`; `named NAME`; `in use` by a job that went on from it; `another line of history`, which the
+    rules are not about. What nothing keeps has no words: a pass by these rules would remove it.
 
     Args:
         checkpoints: all of the root, in whatever order they come.
         rules: of retention.
         pinned: (epoch, step) of what is pinned.
+        names: (epoch, step) → the names of what has some.
         in_use: of what a job went on from that has not saved yet.
         others: of what the rules leave alone and do not count.
     """
@@ -230,6 +233,7 @@ def why_kept(
     said: list[tuple[str, Iterable[tuple[int, int]]]] = [
         ("newest", [one.order for one in (mine or oldest_first)[-1:]]),
         ("pinned", pinned),
+        *((f"named {name}", [order]) for order, given in names.items() for name in given),
         ("in use", in_use),
         ("another line of history", others),
         *((repr(rule), set(_kept(rule, mine))) for rule in rules if mine),

@@ -20,6 +20,7 @@ from cloudckpt.errors import (
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.cleaning import Cleaner
+from cloudckpt.root.naming import names_given
 from cloudckpt.root.pinning import refuse_pinned
 from cloudckpt.root.pruning import delete_unpinned, uncommit_each, what_goes
 from cloudckpt.root.retention import RetentionRule, why_kept
@@ -101,9 +102,9 @@ class Thinning:
                 f"{metrics}), so nothing is removed; leave it out, or mend it"
             )
         self._rules = rules
-        pinned, in_use = self._catalog.pins.prefixes(), self._in_use(found)
-        pinned_orders = {one.order for one in found if one.prefix in pinned}
-        kept = why_kept(found, rules, pinned=pinned_orders, in_use=in_use)
+        held, in_use = self._catalog.pins.held(), self._in_use(found)
+        pinned_orders = {one.order for one in found if one.prefix in held.pinned}
+        kept = why_kept(found, rules, pinned=pinned_orders, names=names_given(held, found), in_use=in_use)
         going = what_goes(self._catalog, rules, found, protected=in_use, put_back=lambda _: True)
         return Plan(going=going, staying=_others(found, going), kept=kept)
 
@@ -125,10 +126,14 @@ class Thinning:
         survey = self._catalog.survey()
         going = sorted((one for one in asked if isinstance(one, Checkpoint)), key=lambda one: one.order)
         staying = _others(survey.checkpoints, going)
-        pinned = self._catalog.pins.prefixes()
+        held = self._catalog.pins.held()
         in_use = self._in_use(survey.checkpoints)
         kept = why_kept(
-            survey.checkpoints, (), in_use=in_use, pinned=[one.order for one in staying if one.prefix in pinned]
+            survey.checkpoints,
+            (),
+            in_use=in_use,
+            pinned=[one.order for one in staying if one.prefix in held.pinned],
+            names=names_given(held, staying),
         )
         return Plan(
             going=going,

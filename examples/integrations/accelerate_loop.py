@@ -30,7 +30,10 @@ def main() -> None:
     chosen = parser.parse_args()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        dataloader_config=DataLoaderConfiguration(use_stateful_dataloader=chosen.stateful),
+        dataloader_config=DataLoaderConfiguration(
+            use_stateful_dataloader=chosen.stateful,
+            use_seedable_sampler=True,  # so that an epoch has its order again
+        ),
         fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2) if chosen.fsdp else None,
     )
     set_seed(1)

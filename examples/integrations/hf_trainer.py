@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--save-steps", type=int, default=4)
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--fsdp", action="store_true", help="shard the model (FSDP2)")
     parser.add_argument("--lora", action="store_true", help="train a LoRA adapter alone")
     chosen = parser.parse_args()
     torch.manual_seed(1)
@@ -60,6 +61,7 @@ def main() -> None:
             report_to=[],
             use_cpu=not torch.cuda.is_available(),
             seed=3,
+            **({"fsdp": True, "fsdp_config": {"fsdp_version": 2}} if chosen.fsdp else {}),
         )
         trainer = CloudTrainer(
             model=model, args=args, train_dataset=data, callbacks=[PrintLosses()], checkpoints=chosen.url

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from cloudckpt import ResumableSampler
-from cloudckpt.integrations.lightning import CloudCheckpointIO, CloudModelParallelStrategy, CloudRandomState
+from cloudckpt.integrations.lightning import (
+    CloudCheckpointIO,
+    CloudModelParallelStrategy,
+    CloudPreemption,
+    CloudRandomState,
+)
 
 
 class Batches:
@@ -76,7 +82,8 @@ class Model(lightning.LightningModule):
         loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
         self.log("loss", loss, sync_dist=True)
         line = {"rank": self.global_rank, "step": self.trainer.global_step, "loss": float(loss).hex()}
-        print(json.dumps(line), flush=True)
+        sys.stdout.write(json.dumps(line) + "\n")  # at once: ranks share it
+        sys.stdout.flush()
         return loss
 
     def train_dataloader(self) -> Batches:
@@ -109,6 +116,7 @@ def main() -> None:
                 save_on_exception=True,
             ),
             CloudRandomState(),
+            CloudPreemption(),
         ],
         strategy=sharded if args.shard else "ddp" if args.ranks > 1 else "auto",
         accelerator="cpu", devices=args.ranks, max_epochs=args.epochs, use_distributed_sampler=False, logger=False,

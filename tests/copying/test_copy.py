@@ -169,6 +169,17 @@ def test_a_repeated_copy_sends_nothing(made: Path) -> None:
     assert {op.verb for op in again.trace} <= {"list", "read", "head"}
 
 
+def test_names_go_with_a_whole_root(tmp_path: Path) -> None:
+    for step in (1, 2):
+        with CheckpointManager(tmp_path / "root", progress="off") as manager:
+            manager.restore({"w": torch.zeros(2)}) if step > 1 else None
+            manager.save(step, {"w": torch.ones(2) * step}, name="last")
+            manager.save(step + 10, {"w": torch.ones(2)}, name=f"epoch={step}")
+    cloudckpt.copy(tmp_path / "root", tmp_path / "there", every=True, progress="off")
+    with CheckpointManager(tmp_path / "there", progress="off") as manager:
+        assert {name: one.step for name, one in manager.names().items()} == {"last": 2, "epoch=1": 11, "epoch=2": 12}
+
+
 def test_a_repeated_copy_of_a_root_brings_what_is_new(root: Path, tmp_path: Path) -> None:
     cloudckpt.copy(root, tmp_path / "to", every=True)
     save_steps(root, [4])
