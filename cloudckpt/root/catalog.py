@@ -81,7 +81,8 @@ class _Memory:
 
     Attributes:
         stamps: under which digest, time and size the manifest of a prefix was read, or seen to be that one.
-        voids: prefixes that are decided for ever.
+        voids: prefixes at which a void manifest stands.
+        own_voids: those of them that were made here.
         deleted: prefixes whose manifest was asked to be deleted.
     """
 
@@ -89,6 +90,7 @@ class _Memory:
     told: set[str] = field(default_factory=set)
     stamps: dict[str, _Stamp] = field(default_factory=dict)
     voids: set[str] = field(default_factory=set)
+    own_voids: set[str] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
     lock: threading.Lock = field(default_factory=new_lock)
 
@@ -554,7 +556,7 @@ class Catalog:
 
     @one_deadline()
     def put_back(self, prefix: str) -> Checkpoint | None:
-        """Commit a pinned checkpoint again whose manifest is gone, as its pin has it; call while nothing removes it.
+        """Commit a pinned checkpoint again whose manifest is gone, as its pin has it; not while it is being removed.
 
         Returns:
             What stands there then; None, and the log says why, if that is not what is pinned: there is no such pin, or
@@ -566,12 +568,17 @@ class Catalog:
         pinned, data = found
         with suppress(ObjectExistsError):
             self.recommit(data, prefix=prefix)
+            # What was removed meanwhile had the key void for that time alone, in which this may have been on its way.
+            if lack := self._lack_of_objects(pinned, self._below(pinned)):
+                self.uncommit(pinned)
+                self._tell_pin(prefix, lack)
+                return None
             logger.warning("the manifest of %s was gone, which is pinned: it is put back", pinned.url)
             return pinned
         now = self._tried(prefix)
         if isinstance(now, Checkpoint) and now.digest == pinned.digest:
             return now
-        self._tell_pin(prefix, "another manifest stands there")
+        self._tell_pin(prefix, "it is being removed" if self._is_decided(prefix) else "another manifest stands there")
         return None
 
     def _pinned(self, prefix: str) -> tuple[Checkpoint, bytes] | None:
@@ -666,7 +673,7 @@ class Catalog:
             ManifestError: a manifest stands there, and nobody can say whose.
         """
         keys = [info.key for info in self.store.list(prefix).objects]
-        found = self._tried(prefix) if prefix + MANIFEST_NAME in keys else None
+        found = self._tried(prefix) if prefix + MANIFEST_NAME in keys and not self._is_decided(prefix) else None
         if isinstance(found, ManifestError):
             raise found
         if found is not None and found.attempt == attempt:
@@ -689,13 +696,17 @@ class Catalog:
         try:
             self.store.create(prefix + MANIFEST_NAME, manifest.encode())
         except ObjectExistsError:
+            # What was seen to be void may have been removed since, and copied there again.
+            with self._memory.lock:
+                self._memory.voids.discard(prefix)
             return self.is_void(prefix)
         with self._memory.lock:
             self._memory.voids.add(prefix)
+            self._memory.own_voids.add(prefix)
         return True
 
     def is_void(self, prefix: str) -> bool:
-        """Tell whether a readable `void` manifest stands under `prefix`, which never changes; read once."""
+        """Tell whether a readable `void` manifest stands under `prefix`; read once."""
         if prefix in self._memory.voids:
             return True
         with self._memory.lock:
@@ -708,9 +719,20 @@ class Catalog:
     def unvoid(self, prefix: str) -> None:
         """Delete a void manifest, when nobody can be alive any more whom it keeps from committing there."""
         if self.is_void(prefix):
-            self.store.delete([prefix + MANIFEST_NAME])
-            with self._memory.lock:
-                self._memory.voids.discard(prefix)
+            self._delete_void(prefix)
+
+    def withdraw_void(self, prefix: str) -> None:
+        """Delete the void manifest that this catalog has made, if it has; what it was to keep from going is gone."""
+        if prefix in self._memory.own_voids:
+            self._delete_void(prefix)
+
+    def _delete_void(self, prefix: str) -> None:
+        with self._memory.lock:
+            self._memory.deleted.add(prefix)
+        self.store.delete([prefix + MANIFEST_NAME])
+        with self._memory.lock:
+            self._memory.voids.discard(prefix)
+            self._memory.own_voids.discard(prefix)
 
 
 def _now() -> str:

@@ -24,6 +24,7 @@ from cloudckpt.errors import (
     ManifestError,
     OptionsError,
     PinnedError,
+    StorageError,
     TransientError,
 )
 from cloudckpt.format import FORMAT_VERSION, MANIFEST_NAME, IndexRef, Manifest, checkpoint_prefix, pin_key
@@ -86,6 +87,12 @@ def history_of(*losses: float, epoch_of: Callable[[int], int] = lambda _: 1) -> 
 
 def roots_of(bucket: Bucket) -> Roots:
     return Roots([Catalog(FaultStore(bucket))])
+
+
+def full(op: Op) -> StorageError:
+    error = StorageError(f"injected into {op.verb} of {op.key!r}", op=op.verb, key=op.key)
+    error.is_full = True
+    return error
 
 
 def pruner_of(catalog: Catalog, rules: Sequence[RetentionRule], grace_s: float = 0.0) -> Pruner:
@@ -381,12 +388,15 @@ class Pinner:
         if what == "unpin":
             # From when it is asked for, nobody can rely on the pin.
             self.acknowledged.discard(step)
-        with suppress(CheckpointNotFoundError):
-            if what == "pin":
-                pin(roots, step)
-                self.acknowledged.add(step)
-            else:
-                unpin(roots, step)
+        # Who is told that it came too late asks again.
+        for _ in range(2 if what == "insist" else 1):
+            with suppress(CheckpointNotFoundError):
+                if what == "unpin":
+                    unpin(roots, step)
+                else:
+                    pin(roots, step)
+                    self.acknowledged.add(step)
+                return
 
     def go_on(self) -> None:
         """Make the next request, up to before the one that follows."""
@@ -414,7 +424,7 @@ crashes = st.sampled_from([FaultKind.CRASH_BEFORE, FaultKind.CRASH_HALFWAY, Faul
 # What is asked, of which of the steps that go (0: of any), between which requests of the pass it begins, and how many
 # requests of the pass are between two of its own.
 askers = st.tuples(
-    st.sampled_from(["pin", "pin", "pin", "unpin"]),
+    st.sampled_from(["pin", "pin", "insist", "unpin"]),
     st.integers(0, 6),
     st.integers(0, 30),
     st.lists(st.integers(0, 3), max_size=5),
@@ -536,6 +546,58 @@ def test_a_pin_that_is_set_within_a_pass_holds_wherever_that_is_cut_off(bucket: 
             sweep(Catalog(FaultStore(own)), older_than_s=60, dry_run=False)
             assert 3 in steps(own)
     assert held_count > (end - first) * 2
+
+
+def test_a_pin_that_came_too_late_and_is_asked_for_again_holds_or_is_refused(bucket: Bucket) -> None:
+    first, end = asking(bucket, [KeepLast(2)])
+    told = list[bool]()
+    for moment in range(first, end + 1):
+        own = bucket.copy()
+        pinner = Pinner(own, [("insist", 3)])
+        for _ in range(2):
+            pinner.go_on()  # it has read the manifest
+        prune(
+            FaultStore(own, hook=lambda op, at=moment, who=pinner: who.end() if op.number == at else None),
+            [KeepLast(2)],
+        )
+        assert [one for one in standing(own) if not is_whole(own, one)] == []
+        assert (3 in steps(own)) >= (3 in pinner.acknowledged), f"request {moment}"
+        told.append(3 in pinner.acknowledged)
+    assert True in told
+    assert False in told
+
+
+def test_who_removes_shards_has_made_their_manifest_void_and_asked_for_pins_after_that(bucket: Bucket) -> None:
+    client = FaultStore(bucket)
+    prune(client, [KeepLast(4)])
+    prefix = checkpoint_prefix(1, 1)
+    asked = [(op.verb, op.key) for op in client.trace if op.key == "pins/" or op.key.startswith(prefix)]
+    after = asked[asked.index(("create", prefix + MANIFEST_NAME)) :]
+    assert [verb for verb, _ in after] == ["create", "list", "list", "delete", "delete"]
+    assert after[1] == ("list", "pins/")
+    assert [key for key in bucket.objects if key.startswith(prefix)] == []
+
+
+def test_one_that_is_put_back_while_it_is_removed_is_never_committed_without_its_shards(bucket: Bucket) -> None:
+    pin(roots_of(bucket), 3)
+    prefix = checkpoint_prefix(3, 1)
+    del bucket.objects[prefix + MANIFEST_NAME]
+
+    def hook(op: Op) -> None:
+        if op.verb == "create":
+            # All of a removal passes by while this create is on its way.
+            for key in [key for key in bucket.objects if key.startswith(prefix)]:
+                del bucket.objects[key]
+
+    assert Catalog(FaultStore(bucket, hook=hook)).put_back(prefix) is None
+    assert prefix + MANIFEST_NAME not in bucket.objects
+
+
+def test_where_there_is_no_room_for_a_void_manifest_shards_go_all_the_same(bucket: Bucket) -> None:
+    client = FaultStore(bucket)
+    client.inject(verbs=["create"], key=checkpoint_prefix(1, 1), error=full, times=None)
+    prune(client, [KeepLast(4)])
+    assert [key for key in bucket.objects if key.startswith(checkpoint_prefix(1, 1))] == []
 
 
 def test_a_pin_that_came_too_late_is_not_taken_away_from_who_was_told_that_it_holds(bucket: Bucket) -> None:
