@@ -29,7 +29,6 @@ from cloudckpt.errors import (
     CloudCkptError,
     CommitUnknownError,
     FormatVersionError,
-    ManifestError,
     OptionsError,
     RankLostError,
     SaveFailedError,
@@ -48,6 +47,7 @@ from cloudckpt.root import (
     Pruner,
     Roots,
     pin,
+    prefix_of,
     refuse_pinned,
     unpin,
 )
@@ -428,21 +428,17 @@ class Saves:
         for home, (_, found) in zip(homes, holders, strict=True):
             if isinstance(found, FormatVersionError):
                 raise found
-            refuse_pinned(home.catalog, _prefix_of(found))
+            refuse_pinned(home.catalog, prefix_of(found))
             if home.epoch.number:
                 home.catalog.claims.fence(home.epoch.number)
-        if self.roots.leaves_nothing([found for _, found in holders]):
-            # Before they go: else the next job would take their absence for a loss, and not start.
-            for catalog in self.roots.catalogs:
-                catalog.claims.mark_emptied()
         for home, (catalog, found) in zip(homes, holders, strict=True):
+            home.pruner.delete(found)
             if isinstance(found, Checkpoint):
-                home.pruner.delete(found)
                 self._journal.pruned(found, "delete")
             else:
                 logger.warning("deleting what cannot be read: %s", found)
-                catalog.remove_unreadable(_prefix_of(found))
             logger.info("deleted step %d at %s", step, catalog.store.url)
+        self.roots.mark_if_emptied()
 
     def end(self, *, is_forked: bool = False) -> None:
         """Wait for the save under way, or abandon it; then release the memory. What it raises is `Background.end`'s.
@@ -650,11 +646,6 @@ class Saves:
         while self._may_prune() and (left_s := stop_s - time.monotonic()) > 0:
             if self.background.wait_tidy(min(_LOOK_S, left_s)):
                 break
-
-
-def _prefix_of(found: Checkpoint | ManifestError) -> str:
-    """Return where a checkpoint stands, of one that cannot be read by its error."""
-    return found.prefix if isinstance(found, Checkpoint) else f"{found.key.partition('/')[0]}/"
 
 
 def _note_saved(step: int, error: BaseException) -> None:

@@ -518,25 +518,12 @@ class Catalog:
         with self._memory.lock:
             return isinstance(self._memory.found.get(prefix), Checkpoint) or prefix in self._memory.deleted
 
-    def uncommit(self, checkpoint: Checkpoint) -> None:
-        """Delete the manifest, so that the checkpoint no longer exists; its shards stay for `remove_objects`."""
-        self._delete_manifest(checkpoint.prefix)
-
-    def _delete_manifest(self, prefix: str) -> None:
+    def uncommit(self, prefix: str) -> None:
+        """Delete the manifest under a prefix, also one that nobody can read; what it led to stays for a later pass."""
         with self._memory.lock:
             self._memory.deleted.add(prefix)
         self.store.delete([prefix + MANIFEST_NAME])
         self._note(prefix, None)
-
-    def remove_unreadable(self, prefix: str) -> None:
-        """Delete what stands under a prefix whose manifest cannot be read: that first, then all else there.
-
-        Checkpoints that somebody has saved below it stay.
-        """
-        self._delete_manifest(prefix)
-        keys = [info.key for info in self.store.list(prefix).objects if info.key != prefix + MANIFEST_NAME]
-        others = tuple(nested(prefix, keys))
-        delete_below(self.store, [key for key in keys if not key.startswith(others)], below=[prefix])
 
     def recommit(self, data: bytes, *, prefix: str) -> Checkpoint:
         """Create the manifest of a checkpoint that `uncommit` took away again, byte for byte; raises as `commit`."""
@@ -570,7 +557,7 @@ class Catalog:
             self.recommit(data, prefix=prefix)
             # What was removed meanwhile had the key void for that time alone, in which this may have been on its way.
             if lack := self._lack_of_objects(pinned, self._below(pinned)):
-                self.uncommit(pinned)
+                self.uncommit(prefix)
                 self._tell_pin(prefix, lack)
                 return None
             logger.warning("the manifest of %s was gone, which is pinned: it is put back", pinned.url)
@@ -668,6 +655,9 @@ class Catalog:
     def leftovers(self, prefix: str, attempt: str) -> list[str]:
         """Return the keys of what an attempt still holds that was uncommitted; not those of another one there.
 
+        Where the attempt is "", because nobody could read which it was, all that stands there but checkpoints that
+        somebody has saved below it.
+
         Raises:
             CheckpointExistsError: it is committed again.
             ManifestError: a manifest stands there, and nobody can say whose.
@@ -676,8 +666,11 @@ class Catalog:
         found = self._tried(prefix) if prefix + MANIFEST_NAME in keys and not self._is_decided(prefix) else None
         if isinstance(found, ManifestError):
             raise found
-        if found is not None and found.attempt == attempt:
+        if found is not None and attempt in ("", found.attempt):
             raise self.exists_error(prefix)
+        if not attempt:
+            others = (prefix + MANIFEST_NAME, *nested(prefix, keys))
+            return [key for key in keys if not key.startswith(others)]
         return [key for key in keys if key.startswith(f"{prefix}{attempt}/")]
 
     def void(self, prefix: str) -> bool:

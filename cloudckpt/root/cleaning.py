@@ -19,10 +19,10 @@ from collections.abc import Callable
 from functools import partial
 
 from cloudckpt.deadline import NEVER, Deadline
-from cloudckpt.errors import CheckpointExistsError, CloudCkptError, StorageError
+from cloudckpt.errors import CheckpointExistsError, CloudCkptError, ManifestError, StorageError
 from cloudckpt.options import as_seconds
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.checkpoint import Checkpoint, prefix_of
 from cloudckpt.root.removal import delete_below
 from cloudckpt.root.sweep import find_orphans, remove_orphan, remove_unfinished
 from cloudckpt.threads import new_lock, started
@@ -91,12 +91,16 @@ class Cleaner:
         self._is_stopped = False
         self._end = NEVER
 
-    def uncommit(self, checkpoint: Checkpoint, *, by: Catalog) -> None:
-        """Uncommit a checkpoint through a catalog of the root, and remove its shards after the grace time."""
+    def uncommit(self, found: Checkpoint | ManifestError, *, by: Catalog) -> None:
+        """Uncommit a checkpoint through a catalog of the root, and remove its shards after the grace time.
+
+        Of one that nobody can read, all that stands there.
+        """
+        place = prefix_of(found), found.attempt if isinstance(found, Checkpoint) else ""
         # Whoever holds the lock knows of all that this job has uncommitted.
         with self._lock:
-            by.uncommit(checkpoint)
-            self._uncommitted_s[checkpoint.prefix, checkpoint.attempt] = self._clock()
+            by.uncommit(place[0])
+            self._uncommitted_s[place] = self._clock()
 
     def put_back(self, prefix: str, *, by: Catalog) -> bool:
         """Commit a pinned checkpoint again whose manifest is gone, through a catalog of the root; tell whether it is.
@@ -280,7 +284,8 @@ class Cleaner:
         prefix, attempt = place
         try:
             keys = self._catalog.leftovers(prefix, attempt)
-            is_gone = delete_below(self._catalog.store, keys, below=[f"{prefix}{attempt}/"], go_on=go_on)
+            below = f"{prefix}{attempt}/" if attempt else prefix
+            is_gone = delete_below(self._catalog.store, keys, below=[below], go_on=go_on)
             self._removed_count += len(keys) if is_gone else 0
             if is_gone:
                 self._catalog.withdraw_void(prefix)

@@ -16,9 +16,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, get_args
 
 from cloudckpt.deadline import NEVER, Deadline
-from cloudckpt.errors import OptionsError, PinnedError, RetryExhaustedError, StorageError
+from cloudckpt.errors import ManifestError, OptionsError, PinnedError, RetryExhaustedError, StorageError
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.checkpoint import Checkpoint, prefix_of
 from cloudckpt.root.claims import Line
 from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.root.pinning import refuse_pinned
@@ -169,13 +169,9 @@ class Pruner:
         """Let a checkpoint exist no more; its shards go once readers had time to notice."""
         self._cleaner.uncommit(checkpoint, by=self._catalog)
 
-    def delete(self, checkpoint: Checkpoint) -> None:
-        """Let a checkpoint exist no more, unless it is pinned, or is while this is asked.
-
-        Raises:
-            PinnedError: it is; the checkpoint stands.
-        """
-        delete_unpinned(self._catalog, self._cleaner, checkpoint)
+    def delete(self, found: Checkpoint | ManifestError) -> None:
+        """Let a checkpoint exist no more, also what nobody can read; raises as `delete_unpinned`."""
+        delete_unpinned(self._catalog, self._cleaner, found)
 
     def clean(self) -> None:
         """Have removed what is due, without waiting for that."""
@@ -282,15 +278,17 @@ def keep_pinned(catalog: Catalog, cleaner: Cleaner, gone: Sequence[Checkpoint]) 
     return [one for one in gone if one.prefix not in pinned or not cleaner.put_back(one.prefix, by=catalog)]
 
 
-def delete_unpinned(catalog: Catalog, cleaner: Cleaner, checkpoint: Checkpoint) -> None:
+def delete_unpinned(catalog: Catalog, cleaner: Cleaner, found: Checkpoint | ManifestError) -> None:
     """Uncommit one that was asked for by name, unless it is pinned, or is while this is asked.
 
     Raises:
         PinnedError: it is; the checkpoint stands.
     """
-    refuse_pinned(catalog, checkpoint.prefix)
-    cleaner.uncommit(checkpoint, by=catalog)
-    if not keep_pinned(catalog, cleaner, [checkpoint]):
+    prefix = prefix_of(found)
+    refuse_pinned(catalog, prefix)
+    cleaner.uncommit(found, by=catalog)
+    if prefix in catalog.pins.prefixes() and cleaner.put_back(prefix, by=catalog):
         raise PinnedError(
-            f"{checkpoint.url} was pinned while it was being deleted, and stands; unpin it first, if it is to go"
+            f"{catalog.store.url.removesuffix('/')}/{prefix.rstrip('/')} was pinned while it was being deleted, and "
+            "stands; unpin it first, if it is to go"
         )

@@ -126,14 +126,17 @@ class Roots:
                 raise lost
         return list(survey.checkpoints)
 
-    def leaves_nothing(self, gone: Sequence[Checkpoint | ManifestError]) -> bool:
-        """Tell whether nothing stands in any root once these are deleted."""
+    def mark_if_emptied(self) -> None:
+        """Mark all roots as emptied on purpose, if nothing stands in any of them; call when something was deleted.
+
+        Only then: who is cut off before is told that the history of that root is gone, which is no loss.
+        """
         survey = self.survey()
-        left = {one.order for one in survey.checkpoints} | {one.order for one in survey.unreadable}
-        if not left <= set(map(_order_of, gone)):
-            return False
         # A pinned one without its manifest will be put back.
-        return not any(one.pins.prefixes() for one in self.catalogs)
+        if survey.checkpoints or survey.unreadable or any(one.pins.prefixes() for one in self.catalogs):
+            return
+        for catalog in self.catalogs:
+            catalog.claims.mark_emptied()
 
     def survey(self) -> Survey:
         """Look at all that stands below all roots, as `Catalog.survey` does."""
