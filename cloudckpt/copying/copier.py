@@ -115,7 +115,7 @@ class Copier:
         try:
             return self._copy(checkpoint, prefix, is_there=is_there)
         except IntegrityError as exc:
-            if self.source.is_still(checkpoint):
+            if self.source.stands(checkpoint):
                 exc.add_note(f"{checkpoint.url} is not copied; `cloudckpt verify` tells all that is wrong with it")
                 raise
             raise CheckpointNotFoundError(

@@ -259,7 +259,7 @@ class _Look:
             if not is_of_one_object(exc):
                 raise
             reason = str(exc)
-        if (damages or reason) and not self._catalog.is_still(checkpoint):
+        if (damages or reason) and not self._catalog.stands(checkpoint):
             raise CheckpointNotFoundError(
                 f"{checkpoint.url} was removed while it was looked at (a retention rule?); look again"
             )

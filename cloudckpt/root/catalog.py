@@ -39,6 +39,7 @@ from cloudckpt.format import (
     FORMAT_VERSION,
     MANIFEST_LIMIT_BYTES,
     MANIFEST_NAME,
+    PINS_PREFIX,
     SHARD_SUFFIX,
     Manifest,
     digest_of,
@@ -84,6 +85,7 @@ class _Memory:
         voids: prefixes at which a void manifest stands.
         own_voids: those of them that were made here.
         deleted: prefixes whose manifest was asked to be deleted.
+        has_pins: whether the last listing of the root has shown any.
     """
 
     found: dict[str, _Found] = field(default_factory=dict)
@@ -92,6 +94,7 @@ class _Memory:
     voids: set[str] = field(default_factory=set)
     own_voids: set[str] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
+    has_pins: bool = False
     lock: threading.Lock = field(default_factory=new_lock)
 
 
@@ -220,6 +223,8 @@ class Catalog:
         return self._placed(self.store.list("", delimiter="/").prefixes)
 
     def _placed(self, prefixes: Iterable[str]) -> dict[str, tuple[int, int]]:
+        prefixes = list(prefixes)
+        self._memory.has_pins = PINS_PREFIX in prefixes
         found = {prefix: place[::-1] for prefix in prefixes if (place := parse_checkpoint_prefix(prefix))}
         self.claims.note([epoch for epoch, _ in found.values()], are_all=True)
         return dict(sorted(found.items(), key=lambda item: item[1], reverse=True))
@@ -230,7 +235,7 @@ class Catalog:
         One that has gone when the next one is asked for is followed by what is newer by now. One that cannot be read is
         yielded as its error, so that the caller decides; a store that cannot be reached raises.
         """
-        walk: Walk[Checkpoint | ManifestError] = self._walk(self._tried)
+        walk: Walk[Checkpoint | ManifestError] = self._walk(self._found)
         return walk.newest_first(self._again)
 
     def _walk(
@@ -247,12 +252,26 @@ class Catalog:
     def _again(self, prefix: str, found: Checkpoint | ManifestError) -> Checkpoint | ManifestError | None:
         if isinstance(found, ManifestError):
             return found
-        now = self._tried(prefix)
+        now = self._found(prefix)
         return found if isinstance(now, Checkpoint) and now.digest == found.digest else now
+
+    def stands(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether a reader still finds a checkpoint at its place, by another look."""
+        return self._again(checkpoint.prefix, checkpoint) is checkpoint
 
     def is_still(self, checkpoint: Checkpoint) -> bool:
         """Tell whether a checkpoint is what is committed at its place, by another look. One request."""
-        return self._again(checkpoint.prefix, checkpoint) is checkpoint
+        now = self._tried(checkpoint.prefix)
+        return isinstance(now, Checkpoint) and now.digest == checkpoint.digest
+
+    def _found(self, prefix: str) -> Checkpoint | ManifestError | None:
+        """Return what is committed under a prefix, else what is pinned there: that exists for every reader."""
+        return self._tried(prefix) or self._pinned_at(prefix)
+
+    def _pinned_at(self, prefix: str) -> Checkpoint | None:
+        """Return what is pinned under a prefix without a manifest, if it is whole; whoever writes puts it back."""
+        found = self._pinned(prefix) if self._memory.has_pins else None
+        return None if found is None else found[0]
 
     def _tried(self, prefix: str) -> Checkpoint | ManifestError | None:
         try:
@@ -382,6 +401,9 @@ class Catalog:
 
     def _see(self, prefix: str) -> _Found:
         """Return what stands under a prefix; what was read before is read again only if it is another one by now."""
+        return self._see_committed(prefix) or self._pinned_at(prefix)
+
+    def _see_committed(self, prefix: str) -> _Found:
         with self._memory.lock:
             known, stamp = self._memory.found.get(prefix), self._memory.stamps.get(prefix)
         if not isinstance(known, Checkpoint):
@@ -454,9 +476,7 @@ class Catalog:
         for prefix, (_, found_step) in self.places().items():
             if found_step != step:
                 continue
-            found = self._tried(prefix)
-            if found is None and (pinned := self._pinned(prefix)) is not None:
-                return pinned[0]
+            found = self._found(prefix)
             if isinstance(found, _CopiedError):
                 logger.warning("passing over what is no checkpoint of its place: %s", found)
                 copied.append(found)

@@ -92,6 +92,9 @@ def unpin(roots: Roots, step: int) -> Pin:
     for epoch, catalog, prefix in of_step:
         if epoch == newest:
             taken += [one for one in [catalog.pins.describe(prefix)] if one is not None]
+            if not catalog.is_taken(prefix):
+                # Else the last copy of its manifest went with the pin.
+                catalog.put_back(prefix)
             catalog.pins.remove(prefix)
     if not taken:
         raise CheckpointNotFoundError(f"step {step} is not pinned at {roots.url} any more")

@@ -232,8 +232,7 @@ def what_goes(
         # Asked only now: most passes have nothing to remove, and cost no request for pins.
         pinned = catalog.pins.prefixes()
         known = {one.prefix for one in catalog.recall(pinned).checkpoints}
-        for prefix in sorted(pinned - known):
-            put_back(prefix)
+        seen |= {prefix for prefix in sorted(pinned - known) if put_back(prefix)}
     while True:
         stays = {*protected, *(one.order for one in checkpoints if one.prefix in pinned)}
         removed = removable(checkpoints, rules, protected=stays)

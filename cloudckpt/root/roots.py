@@ -45,7 +45,7 @@ class Roots:
 
     def stands(self, checkpoint: Checkpoint) -> bool:
         """Tell whether a checkpoint is still the one that is committed there; it may have been pruned meanwhile."""
-        return self.catalog_of(checkpoint).is_still(checkpoint)
+        return self.catalog_of(checkpoint).stands(checkpoint)
 
     def newest_first(self) -> Iterator[Checkpoint | ManifestError]:
         """Yield what all roots hold from the newest down, as `Catalog.newest_first` does.

@@ -66,6 +66,20 @@ def test_what_is_pinned_is_shown_kept_and_let_go(root: Path) -> None:
     fails(run("pin", root, "41"), 1, "no committed checkpoint of step 41", "nearest")
 
 
+def test_pins_are_listed_also_of_what_is_not_there(root: Path) -> None:
+    assert run("pin", root).stdout == "nothing is pinned\n"
+    run("pin", root, "30", "--note", "a")
+    run("pin", root, "20", "--note", "b")
+    shutil.rmtree(root / "step-0000000020-e0001")
+    (root / "step-0000000030-e0001" / "manifest.json").unlink()
+    assert run("pin", root).stdout == "step 20 of epoch 1 is pinned (b)\nstep 30 of epoch 1 is pinned (a)\n"
+    assert [json.loads(line)["step"] for line in run("pin", root, "--json").stdout.splitlines()] == [20, 30]
+    assert steps(root) == [10, 30, 40]
+    listed = run("ls", root).stdout.split("pinned, until `unpin`")[1].splitlines()
+    assert "not there any more" in listed[2]
+    assert "not there" not in listed[3]
+
+
 def test_prune_removes_what_no_rule_keeps_and_says_what_stays_and_why(root: Path) -> None:
     result = run("prune", root, "--keep-last", "1", "--keep-best", "loss:min", "--yes", "--grace", "0")
     assert result.exit_code == 0

@@ -39,6 +39,7 @@ from cloudckpt.root import (
     Pruner,
     RetentionRule,
     Roots,
+    overview,
     pin,
     pins_of,
     sweep,
@@ -117,6 +118,11 @@ def standing(bucket: Bucket) -> list[Checkpoint]:
 
 def steps(bucket: Bucket) -> list[int]:
     return [one.step for one in standing(bucket)]
+
+
+def committed(bucket: Bucket) -> list[int]:
+    """Return the steps of which a manifest stands, whatever is pinned."""
+    return [one.step for one in standing(bucket) if one.prefix + MANIFEST_NAME in bucket.objects]
 
 
 def is_whole(bucket: Bucket, found: Checkpoint) -> bool:
@@ -245,9 +251,9 @@ def test_what_a_pass_could_not_put_back_is_put_back_instead_of_its_shards_going(
     pruner = pruner_of(Catalog(client), [KeepLast(1)])
     with pytest.raises(TransientError):
         pruner.prune_after(standing(bucket)[-1], Line())
-    assert steps(bucket) == [5]
+    assert committed(bucket) == [5]
     pruner.make_room(go_on=lambda: True)
-    assert steps(bucket) == [3, 5]
+    assert committed(bucket) == [3, 5]
     assert [one for one in standing(bucket) if not is_whole(bucket, one)] == []
     assert len([key for key in bucket.objects if key.startswith("step-")]) == 6
 
@@ -285,7 +291,7 @@ def test_a_sweep_puts_a_pinned_one_back_whose_manifest_is_gone(
     assert bucket.objects == before
     with caplog.at_level(logging.WARNING):
         assert [one.prefix for one in sweep(catalog, older_than_s=60, dry_run=False)] == [checkpoint_prefix(4, 1)]
-    assert steps(bucket) == [1, 2, 3, 5]
+    assert committed(bucket) == [1, 2, 3, 5]
     assert "which is pinned: it is put back" in caplog.text
 
 
@@ -330,6 +336,43 @@ def test_a_pinned_one_without_its_manifest_is_found_and_nothing_is_written(bucke
     before = dict(bucket.objects)
     assert Catalog(FaultStore(bucket)).find(3) == expected
     assert bucket.objects == before
+
+
+def test_a_pinned_one_without_its_manifest_is_there_for_every_reader(bucket: Bucket) -> None:
+    pin(roots_of(bucket), 5)
+    expected = standing(bucket)
+    del bucket.objects[checkpoint_prefix(5, 1) + MANIFEST_NAME]
+    before = dict(bucket.objects)
+    roots = roots_of(bucket)
+    assert roots.newest() == expected[-1]
+    assert roots.all() == expected
+    assert roots.stands(expected[-1])
+    assert overview(roots.catalogs[0]).checkpoints == tuple(expected)
+    assert [one.step for one in roots.newest_first() if isinstance(one, Checkpoint)] == [5, 4, 3, 2, 1]
+    assert bucket.objects == before
+
+
+def test_where_only_a_pinned_one_is_left_without_its_manifest_nothing_is_lost() -> None:
+    bucket = history_of(1.0)
+    pin(roots_of(bucket), 1)
+    Catalog(FaultStore(bucket)).claims.mark_committed(1)
+    (expected,) = standing(bucket)
+    del bucket.objects[expected.prefix + MANIFEST_NAME]
+    assert roots_of(bucket).newest() == expected
+
+
+def test_a_root_without_pins_is_asked_for_none(bucket: Bucket) -> None:
+    del bucket.objects[checkpoint_prefix(5, 1) + MANIFEST_NAME]
+    client = FaultStore(bucket)
+    Roots([Catalog(client)]).all()
+    assert [op for op in client.trace if "pins/" in op.key] == []
+
+
+def test_a_pinned_one_without_its_manifest_is_put_back_before_it_is_let_go(bucket: Bucket) -> None:
+    pin(roots_of(bucket), 3)
+    del bucket.objects[checkpoint_prefix(3, 1) + MANIFEST_NAME]
+    unpin(roots_of(bucket), 3)
+    assert committed(bucket) == [1, 2, 3, 4, 5]
 
 
 def test_without_the_right_to_list_pins_nothing_is_removed(bucket: Bucket) -> None:
@@ -478,7 +521,7 @@ def test_at_every_crash_point_the_newest_the_best_and_the_pinned_ones_restore(
     bucket.advance(1e6)
     sweep(Catalog(FaultStore(bucket)), older_than_s=60, dry_run=False)
     check()
-    assert held <= set(steps(bucket)), "what was cut off is put back"
+    assert held <= set(committed(bucket)), "what was cut off is put back"
 
 
 def pruned_while_asked(
@@ -544,7 +587,7 @@ def test_a_pin_that_is_set_within_a_pass_holds_wherever_that_is_cut_off(bucket: 
             Catalog(FaultStore(own)).claims.claim()
             own.advance(1e6)
             sweep(Catalog(FaultStore(own)), older_than_s=60, dry_run=False)
-            assert 3 in steps(own)
+            assert 3 in committed(own)
     assert held_count > (end - first) * 2
 
 
