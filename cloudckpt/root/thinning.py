@@ -23,7 +23,7 @@ from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable, prefix_of
 from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.root.pinning import refuse_pinned
 from cloudckpt.root.pruning import delete_unpinned, keep_pinned, uncommit_each, what_goes
-from cloudckpt.root.retention import RetentionRule, why_kept
+from cloudckpt.root.retention import RetentionRule, kept_by, why_kept
 from cloudckpt.root.roots import Roots
 
 __all__ = ["Plan", "Thinning"]
@@ -94,7 +94,7 @@ class Thinning:
         if not rules:
             raise OptionsError("no rule says what is to stay, so nothing is removed; give one, such as --keep-last 3")
         found = Roots([self._catalog]).all()
-        idle = next((rule for rule in rules if found and not rule.keep(list(found))), None)
+        idle = next((rule for rule in rules if found and not kept_by(rule, found)), None)
         if idle is not None:
             metrics = ", ".join(sorted({name for one in found for name in one.metrics})) or "none"
             raise OptionsError(
