@@ -17,6 +17,7 @@ from cloudckpt.format import (
     PINS_PREFIX,
     Manifest,
     PinRecord,
+    moment_of,
     parse_checkpoint_prefix,
     parse_pin_key,
     pin_key,
@@ -141,5 +142,5 @@ class Pins:
             epoch=epoch,
             url=f"{self._store.url.removesuffix('/')}/{prefix.rstrip('/')}",
             note=str(error),
-            created_at=datetime.fromtimestamp(info.modified_s, UTC),
+            created_at=moment_of(info.modified_s),
         )
