@@ -27,8 +27,10 @@ Grace = Annotated[
 
 def carry_out(thinning: Thinning, plan: Plan, *, is_yes: bool, is_dry: bool, as_json: bool) -> None:
     """Show a plan, ask, and remove what it names."""
-    if not as_json:
-        _show(plan)
+    is_asked = not (is_yes or is_dry)
+    if is_asked or not as_json:
+        # Whoever is asked sees it, also where the answer is for a program.
+        _show(plan, is_aside=as_json)
     if is_dry or not (plan.going or plan.unreadable):
         if as_json:
             _print_json([*plan.going, *plan.unreadable], is_removed=False)
@@ -38,10 +40,14 @@ def carry_out(thinning: Thinning, plan: Plan, *, is_yes: bool, is_dry: bool, as_
     question = f"Remove {count} checkpoints, {size}?"
     ensure(" ".join([*map(_sentence, plan.warnings), question]), is_yes=is_yes)
     gone = thinning.uncommit(plan)
-    if as_json:
-        _print_json(gone, is_removed=True)
-    else:
-        typer.echo(f"removed: {len(gone)} checkpoints")
+    try:
+        if as_json:
+            _print_json(gone, is_removed=True)
+        else:
+            typer.echo(f"removed: {len(gone)} checkpoints")
+    except OSError as exc:
+        exc.add_note(thinning.left(gone))
+        raise
     object_count = thinning.finish(_Countdown())
     if not as_json and gone:
         size = as_bytes(sum(one.total_bytes for one in gone if isinstance(one, Checkpoint)))
@@ -63,7 +69,7 @@ def _print_json(found: Sequence[Checkpoint | Unreadable], *, is_removed: bool) -
         typer.echo(json.dumps({**facts, "removed": is_removed}))
 
 
-def _show(plan: Plan) -> None:
+def _show(plan: Plan, *, is_aside: bool) -> None:
     rows = [(one.order, _row(one, "goes", "")) for one in plan.going]
     rows += [
         (one.order, _row(one, "stays", ", ".join(plan.kept.get(one.order, ())) or "not asked for"))
@@ -74,12 +80,21 @@ def _show(plan: Plan) -> None:
         for one in plan.unreadable
     ]
     cells = [cells for _, cells in sorted(rows)]
-    print_table(("step", "epoch", "age", "size", "", "why"), cells, numbers=("step", "epoch", "age", "size"))
+    print_table(
+        ("step", "epoch", "age", "size", "", "why"), cells, numbers=("step", "epoch", "age", "size"), is_aside=is_aside
+    )
     size = as_bytes(plan.total_bytes) + (" and what cannot be read" if plan.unreadable else "")
     typer.echo(
         f"{len(plan.going) + len(plan.unreadable)} go ({size}), {len(plan.staying)} stay "
-        f"({as_bytes(sum(one.total_bytes for one in plan.staying))})"
+        f"({as_bytes(sum(one.total_bytes for one in plan.staying))})",
+        err=is_aside,
     )
+    if plan.going:
+        typer.echo(
+            "a job that has restored one of these, and has not begun its first save since, is not known here: stopped "
+            "before that, it cannot go on from there again",
+            err=is_aside,
+        )
 
 
 def _row(one: Checkpoint, what: str, why: str) -> tuple[str, ...]:

@@ -485,6 +485,8 @@ class Catalog:
         if copied:
             return copied[0]
         steps = sorted({one.step for one in self.survey().checkpoints}, key=lambda there: abs(there - step))
+        if not steps and (above := self.root_above()):
+            raise CheckpointNotFoundError(above)
         shown = ", ".join(map(str, sorted(steps[:_NEAREST]))) or "none"
         raise CheckpointNotFoundError(
             f"no committed checkpoint of step {step} at {self.store.url}; the nearest of {len(steps)} there: {shown}"
@@ -528,6 +530,14 @@ class Catalog:
         except ObjectNotFoundError:
             return False
         return True
+
+    def root_above(self) -> str:
+        """Say that the URL is that of one checkpoint, and which root to give; "" if it is not. One request."""
+        if not self.is_taken(""):
+            return ""
+        above, _, name = self.store.url.rstrip("/").rpartition("/")
+        what = f"give its root, {above}" if parse_checkpoint_prefix(f"{name}/") else "it has no root"
+        return f"{self.store.url} is one checkpoint, not a root of checkpoints; {what}"
 
     def is_used(self, prefix: str) -> bool:
         """Tell whether this catalog has read, made or deleted a commit under `prefix`. No request.

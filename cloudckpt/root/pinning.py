@@ -84,6 +84,8 @@ def unpin(roots: Roots, step: int) -> Pin:
     pinned = [(catalog, prefix) for catalog in roots.catalogs for prefix in catalog.pins.prefixes()]
     of_step = [(place[1], catalog, prefix) for catalog, prefix in pinned if (place := _place(prefix))[0] == step]
     if not of_step:
+        if not pinned and (above := roots.catalogs[0].root_above()):
+            raise CheckpointNotFoundError(above)
         steps = sorted({_place(prefix)[0] for _, prefix in pinned})
         shown = ", ".join(map(str, steps[-_SHOWN:])) or "none"
         raise CheckpointNotFoundError(f"step {step} is not pinned at {roots.url}; pinned are: {shown}")
