@@ -13,8 +13,8 @@ WORKERS ?= 6
 # which takes it twice as long where what pytest makes of them is not kept.
 PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup setup-localstack dev demo test test-all test-lowest lint check format bench docs package
-.PHONY: servers-up servers-down constraints
+.PHONY: help setup setup-localstack dev demo test test-all test-lowest integrations lint check format bench docs
+.PHONY: package servers-up servers-down constraints
 # Two installations into one environment must not meet.
 .NOTPARALLEL:
 
@@ -22,6 +22,7 @@ help:
 	@echo "make demo [URL=s3://…|gs://…|DIR]  train, kill, resume, compare (SeaweedFS on loopback unless URL is given)"
 	@echo "make test | test-all               the default suite | the slow tests too; ARGS='-k name' narrows either"
 	@echo "make test-lowest                   formats, stores and saves with the oldest libraries that a user may have"
+	@echo "make integrations                  the adapters, with the frameworks that they are for"
 	@echo "make bench [ARGS='--quick']        measure against other ways to save"
 	@echo "make servers-up | servers-down     SeaweedFS, LocalStack and fake-gcs-server in the background"
 	@echo "make setup | setup-localstack      the environments of the tests; the other targets call them"
@@ -71,6 +72,16 @@ test-all: setup setup-localstack .venv/.ready-peers
 
 test-lowest: .venv-lowest/.ready setup-localstack
 	$(subst $(BIN),.venv-lowest/bin,$(PYTEST)) tests/format tests/store tests/cli tests/test_save_load.py $(ARGS)
+
+# The frameworks that adapters are for, in an environment of their own: some hold others' versions back.
+FRAMEWORKS := accelerate,lightning,peft,ray,torch-checkpointing,torchtitan,transformers
+.venv-integrations/.ready: pyproject.toml constraints-integrations.txt
+	@test -x .venv-integrations/bin/pip || $(PYTHON) -m venv .venv-integrations
+	PIP_CONSTRAINT=constraints-integrations.txt .venv-integrations/bin/python $(INSTALL) -e '.[test,$(FRAMEWORKS)]' trl
+	@touch $@
+
+integrations: .venv-integrations/.ready
+	$(subst $(BIN),.venv-integrations/bin,$(PYTEST)) tests/integrations -m 'slow or not slow' $(ARGS)
 
 bench: .venv/.ready-bench .venv/.ready-peers
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -2,7 +2,8 @@
 
 Rates are bytes of tensors. Each of some rounds loads, and then converts once in each way; a ratio is that of a
 conversion to the load of its own round, and the median of the rounds is printed. So whoever else uses the machine slows
-both. All in one process, whose memory is given beside; processor time is that of all its threads.
+both. All in one process; its peak of memory in each call, above that in a load, is given beside; processor time is that
+of all its threads.
 A conversion reads and writes; a load only reads, into memory that is there. Half of its rate is the goal.
 """
 
@@ -10,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
 import tempfile
 import time
@@ -24,6 +24,7 @@ from statistics import median
 import torch
 
 import cloudckpt
+from benchmarks.one_process.measure import _peak_bytes, _reset_peak
 from cloudckpt.convert import Kind, export, import_
 
 KINDS: dict[Kind, str] = {"safetensors": "x.safetensors", "huggingface": "hf", "torch": "x.pt", "dcp": "dcp"}
@@ -31,23 +32,21 @@ KINDS: dict[Kind, str] = {"safetensors": "x.safetensors", "huggingface": "hf", "
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """Seconds of one call, by the clock and of all processors."""
+    """Seconds of one call, by the clock and of all processors; and the most that was resident in it."""
 
     wall_s: float
     cpu_s: float
+    peak_bytes: int
 
 
 def took(call: Callable[[], object], made: Path | None = None) -> Took:
     """Call something; what it makes is removed before."""
     if made is not None and made.exists():
         shutil.rmtree(made) if made.is_dir() else made.unlink()
+    _reset_peak()
     began_s, began_cpu_s = time.monotonic(), time.process_time()
     call()
-    return Took(time.monotonic() - began_s, time.process_time() - began_cpu_s)
-
-
-def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return Took(time.monotonic() - began_s, time.process_time() - began_cpu_s, _peak_bytes())
 
 
 def main() -> None:
@@ -75,11 +74,9 @@ def run(folder: Path, size_bytes: int, rounds: int, count: int) -> None:
         calls[f"export {kind}"] = partial(took, out, place)
         calls[f"import {kind}"] = partial(took, into, back)
     found: dict[str, list[Took]] = defaultdict(list)
-    peaks_mib: dict[str, float] = {}
     for _ in range(rounds):
         for what, call in calls.items():
             found[what].append(call())
-            peaks_mib.setdefault(what, peak_mib())
     load = os.getloadavg()[0]
     print(f"{size_bytes / 1e9:.2f} GB, {rounds} rounds, load average {load:.1f}, {os.cpu_count()} cores\n")
     print("| what | GB/s | x load | processor s | x load's | MiB more |\n|---|---|---|---|---|---|")
@@ -89,7 +86,7 @@ def run(folder: Path, size_bytes: int, rounds: int, count: int) -> None:
         ratio = median(loaded.wall_s / one.wall_s for loaded, one in pairs)
         spent_s = median(one.cpu_s for one in each)
         spent = median(one.cpu_s / loaded.cpu_s for loaded, one in pairs)
-        more_mib = peaks_mib[what] - peaks_mib["load"]
+        more_mib = (max(one.peak_bytes for one in each) - max(one.peak_bytes for one in found["load"])) / (1 << 20)
         print(f"| {what} | {rate:.2f} | {ratio:.2f} | {spent_s:.2f} | {spent:.2f} | {max(0.0, more_mib):.0f} |")
 
 

@@ -40,8 +40,16 @@ from cloudckpt.errors import (
 from cloudckpt.options import Options, RetryPolicy
 
 if TYPE_CHECKING:
-    from cloudckpt.checkpoint import contents, load, read, save
-    from cloudckpt.convert import Exported, export, import_
+    from cloudckpt.checkpoint import contents, load, read, restore_files, save
+    from cloudckpt.convert import (
+        CloudHFReader,
+        CloudHFWriter,
+        Exported,
+        FileWriter,
+        export,
+        import_,
+        open,  # noqa: A004 (as gzip has it)
+    )
     from cloudckpt.copying import Change, Copied, Damage, Difference, Verified, copy, diff, verify, verify_all
     from cloudckpt.dcp import CloudReader, CloudWriter
     from cloudckpt.format import register, register_code
@@ -81,6 +89,8 @@ __all__ = [
     "CheckpointNotFoundError",
     "ChecksumError",
     "CloudCkptError",
+    "CloudHFReader",
+    "CloudHFWriter",
     "CloudReader",
     "CloudWriter",
     "CommitUnknownError",
@@ -95,6 +105,7 @@ __all__ = [
     "Event",
     "Exported",
     "FencedError",
+    "FileWriter",
     "Fit",
     "FormatVersionError",
     "IntegrityError",
@@ -147,11 +158,13 @@ __all__ = [
     "export",
     "import_",
     "load",
+    "open",
     "probe",
     "read",
     "register",
     "register_code",
     "report_page",
+    "restore_files",
     "save",
     "verify",
     "verify_all",
@@ -159,8 +172,8 @@ __all__ = [
 
 # The imports above, for a running program: the room, and what comes from it.
 _LATE = {
-    "checkpoint": ("contents", "load", "read", "save"),
-    "convert": ("Exported", "export", "import_"),
+    "checkpoint": ("contents", "load", "read", "restore_files", "save"),
+    "convert": ("CloudHFReader", "CloudHFWriter", "Exported", "FileWriter", "export", "import_", "open"),
     "copying": ("Change", "Copied", "Damage", "Difference", "Verified", "copy", "diff", "verify", "verify_all"),
     "dcp": ("CloudReader", "CloudWriter"),
     "format": ("register", "register_code"),

@@ -12,16 +12,16 @@ from collections.abc import Mapping, MutableMapping, Sequence
 import torch
 
 from cloudckpt.errors import CheckpointNotFoundError, OptionsError
-from cloudckpt.loading import Contents, load_state, read_contents, read_state
+from cloudckpt.loading import Contents, load_state, read_contents, read_files, read_state
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, Ranks, check_ranks, refuse_lonely_rank, taking_part
 from cloudckpt.report import Journal, OnEvent, Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, Exists, Roots, check_exists, own_url
 from cloudckpt.saving import Session, begin_save
-from cloudckpt.state import Allowed, Resize, captured, collector_at_rest
+from cloudckpt.state import Allowed, Files, Resize, captured, collector_at_rest
 from cloudckpt.store import open_store
 
-__all__ = ["contents", "load", "read", "save"]
+__all__ = ["contents", "load", "read", "restore_files", "save"]
 
 
 def _refuse_swapped(call: str, state: object, url: object) -> None:
@@ -39,6 +39,7 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
     options: Options | Mapping[str, object] | None = None,
     metrics: Mapping[str, float] | None = None,
     metadata: Mapping[str, object] | None = None,
+    files: Files | None = None,
     exists: Exists = "raise",
     ranks: Ranks = "all",
     progress: Show = "auto",
@@ -55,6 +56,11 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
         options: sizes, parallelism, patience.
         metrics: numbers to be kept with the checkpoint.
         metadata: values to be kept with the checkpoint.
+        files: whole files to go with the state, streamed, verified and committed with it: path in the checkpoint → a
+            file here, or its bytes; a path that ends in a slash → a directory, with all that is below it:
+            `{"tokenizer/": "out/tokenizer", "config.json": "out/config.json"}`. `cloudckpt.restore_files` writes them
+            back. Rank 0's are taken. What they hold goes, and neither their modes nor empty directories. One of
+            more than 64 MiB is not read at once: do not cut it short before this returns.
         exists: where the URL holds a checkpoint: `raise`, or `replace` it as soon as the new one is complete. Between
             two requests at the end there is none; if the process dies just there, an error at the URL says how to have
             the old one back.
@@ -89,7 +95,7 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
             with Session.of(group, "save", chosen) as session, collector_at_rest():
                 pending = begin_save(
                     session,
-                    captured(state),
+                    captured(state, files=files),
                     own_url(Catalog(store), is_single_writer=chosen.single_writer, exists=destined),
                     metrics=metrics,
                     metadata=metadata,
@@ -216,6 +222,50 @@ def read(
         catalog = Catalog(store)
         with Journal(store, Progress(progress)).begin(rank=0).bar("reading") as bar:
             return read_state(map(catalog.open, [""]), keys, roots=Roots([catalog]), options=chosen, gauge=bar)
+
+
+def restore_files(
+    url: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    names: str | Sequence[str] | None = None,
+    *,
+    storage_options: Mapping[str, object] | None = None,
+    directory_storage_options: Mapping[str, object] | None = None,
+    engine: str = "auto",
+    options: Options | Mapping[str, object] | None = None,
+    progress: Show = "auto",
+) -> list[str]:
+    """Write the files that were saved with a checkpoint into a directory. Each process for itself.
+
+    Every byte is verified before it is written. A file there of the same path is replaced as a whole; others stay.
+
+    Args:
+        url: the checkpoint's prefix.
+        directory: where they go, on a disk or at any URL; it need not exist.
+        names: paths in the checkpoint, `config.json`, or `tokenizer/` for all that is below; None: all.
+        storage_options: fsspec's own options for `url`.
+        directory_storage_options: those for `directory`.
+        engine: what moves the bytes, as for `save`.
+        options: sizes, parallelism, patience.
+        progress: `bar` or `auto` show a bar on a terminal.
+
+    Returns:
+        Their paths below the directory.
+
+    Raises:
+        CheckpointNotFoundError: nothing is committed at the URL; or it holds no files, or none of a name.
+        IntegrityError: an object is missing or differs from what was committed. Each file is whole, or not changed.
+        StorageError: a store could not be read or written; likewise.
+    """
+    chosen = Options.of(options)
+    with (
+        open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store,
+        open_store(directory, storage_options=directory_storage_options, options=chosen) as folder,
+    ):
+        catalog = Catalog(store)
+        with Journal(store, Progress(progress)).begin(rank=0).bar("reading files") as bar:
+            candidates = map(catalog.open, [""])
+            return read_files(candidates, folder, names, roots=Roots([catalog]), options=chosen, gauge=bar)
 
 
 def contents(

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # Of a few packages the name that one imports is another; those of Google's come with gcsfs.
-IMPORTED_AS = {"google-crc32c": "google_crc32c"}
+IMPORTED_AS = {"google-crc32c": "google_crc32c", "megatron-core": "megatron"}
 COME_ALONG = {"botocore": "aiobotocore", "yarl": "aiohttp", "google": "gcsfs", "click": "typer"}
 # For type checkers alone; and what is asked for by name where it is wanted and missing.
 NOT_NEEDED = {"_typeshed", "typing_extensions", "awscrt", "opentelemetry"}
@@ -30,10 +30,12 @@ def lowest() -> dict[str, str]:
     return dict(line.split("==") for line in lines if line and not line.startswith("#"))
 
 
-def imported() -> set[str]:
-    """Return the packages that the library imports, now or when they are needed."""
+def imported(*, by_adapters: bool = False) -> set[str]:
+    """Return the packages that the library imports, now or when they are needed; or those that its adapters do."""
     found: set[str] = set()
     for path in (ROOT / "cloudckpt").rglob("*.py"):
+        if (path.parent.name == "integrations") != by_adapters:
+            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 found.update(alias.name.partition(".")[0] for alias in node.names)
@@ -58,3 +60,11 @@ def test_what_is_tested_as_the_lowest_is_what_is_promised() -> None:
 def test_what_is_imported_is_depended_on(name: str) -> None:
     owners = {IMPORTED_AS.get(one, one): one for one in bounds()} | COME_ALONG
     assert owners.get(name) in bounds()
+
+
+def test_what_an_adapter_imports_an_extra_brings() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = {re.split(r"[\[>]", text)[0] for texts in project["optional-dependencies"].values() for text in texts}
+    extras = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in named}
+    known = {IMPORTED_AS.get(one, one) for one in bounds()}
+    assert imported(by_adapters=True) - known <= extras

@@ -35,7 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"checkpoint", "manager", "page"},
             {"convert", "copying"},
             {"__init__"},
-            {"cli"},
+            {"cli", "integrations"},
             {"__main__"},
         ),
     )
@@ -43,7 +43,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 ROOMS = frozenset().union(*LAYERS)
 PURE = frozenset().union(*LAYERS[:3])
 FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-KNOWS_RANKS = {"convert", "dcp", "loading", "ranks", "saving", "state"}
+KNOWS_RANKS = {"convert", "dcp", "integrations", "loading", "ranks", "saving", "state"}
 ENGINES = {"aiobotocore", "boto3", "botocore", "fsspec", "gcsfs", "google", "obstore", "s3fs"}
 IO_THREADS_CLOCK = {"asyncio", "concurrent", "multiprocessing", "queue", "requests", "shutil", "socket"} | {
     "subprocess",

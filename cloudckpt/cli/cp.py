@@ -28,8 +28,16 @@ def cp(  # noqa: PLR0913 (each option of the command)
         list[int] | None, typer.Option("--step", metavar="N", help="This step of the source; as often as needed.")
     ] = None,
     every: Annotated[
-        bool, typer.Option("--all", help="All checkpoints of the source, and its claims: the whole root.")
+        bool, typer.Option("--all", help="All checkpoints of the source, its pins and claims: the whole root.")
     ] = False,
+    pins: Annotated[
+        bool | None,
+        typer.Option(
+            "--pins/--no-pins",
+            help="Pin in the target what is pinned in the source, with its note. Without either: with --all.",
+            show_default=False,
+        ),
+    ] = None,
     own_url: Annotated[
         bool, typer.Option("--own-url", help="Make TARGET the checkpoint itself, in place of a root.")
     ] = False,
@@ -43,13 +51,16 @@ def cp(  # noqa: PLR0913 (each option of the command)
     """Copy checkpoints: the same bytes, verified on the way, the manifest last.
 
     Repeated after a kill it sends what is missing; repeated with --all, what is new. Without --all the claims of the
-    source stay behind, so that the rules of jobs in the target remove nothing of what was copied; pins always do.
+    source stay behind, so that the rules of jobs in the target remove nothing of what was copied; and its pins, unless
+    --pins brings them. A pin that is in the target stays as it is, and none is taken away there.
     Options for the store are for both sides where these are stores of one kind.
     """
     if len({url.partition("://")[0] if "://" in url else "" for url in sources}) > 1:
         raise ended("the sources are on stores of several kinds; copy from one after the other", status=2)
     if step and every:
         raise ended("--step and --all are both given; give one of them", status=2)
+    if pins and own_url:
+        raise ended("--pins and --own-url are both given, and a checkpoint at a URL of its own has no pin", status=2)
 
     def tell(copied: Copied) -> None:
         if as_json:
@@ -65,6 +76,7 @@ def cp(  # noqa: PLR0913 (each option of the command)
         target,
         steps=step or (),
         every=every,
+        pins=pins,
         own_url=own_url,
         check=check,
         storage_options=storage_options,
@@ -85,4 +97,4 @@ def _print(copied: Copied) -> None:
         what = f"mended: {copied.sent_count} objects, {as_bytes(copied.sent_bytes)}"
     else:
         what = "there already"
-    typer.echo(plain(f"{copied.url}: {what}"))
+    typer.echo(plain(f"{copied.url}: {what}{'; pinned' if copied.is_pinned else ''}"))

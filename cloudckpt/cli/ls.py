@@ -68,8 +68,8 @@ def ls(  # noqa: PLR0913 (each option of the command)
             checkpoints = [one]
         elif not checkpoints:
             Roots([catalog]).refuse(found.unreadable)
-        pins = {one.order: one.note for one in catalog.pins.all()}
-        kept = why_kept(checkpoints, rules, pinned=pins)
+        pins = {one.order: one.note for one in found.pins}
+        kept = why_kept(checkpoints, rules, pinned=pins, names=found.names)
         shown = _chosen(checkpoints, sort, limit)
         if as_json:
             _print_json(shown, found, kept, pins)

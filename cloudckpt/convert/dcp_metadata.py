@@ -1,7 +1,9 @@
 """Read and write `.metadata`, the pickle in which DCP says what its folder holds, without running what is in it.
 
     Metadata, places ──encode──▶ a pickle as DCP's own writer makes it
-    a pickle ──decode: its types, and no other name──▶ checked names, shapes, dtypes, chunks, places, paths
+    a pickle ──decode: records of its types, and no other name──▶ checked names, shapes, dtypes, chunks, places, paths
+
+No class or function of this process is ever in the hands of a pickle that is read, which could change it.
 
 The only module that knows pickle beside what ranks send each other. Pure values over bytes.
 """
@@ -11,15 +13,12 @@ from __future__ import annotations
 import io
 import math
 import pickle
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from pathlib import PurePosixPath, PureWindowsPath
-from typing import cast
+from typing import Any, ClassVar, Self, TypeGuard, cast
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -79,59 +78,121 @@ def encode_metadata(described: Metadata, places: Mapping[MetadataIndex, Place]) 
 # -- reading ------------------------------------------------------------------------------------------------
 
 
-def _layout(name: object) -> torch.layout:
-    """Return a layout by the name that torch pickles it by."""
-    if name != "torch.strided":
-        raise pickle.UnpicklingError(f"layout {str(name)[:_SHOWN]!r}")
-    return torch.strided
+class _Record:
+    """What a `.metadata` says of one object: of which type, made of what, with which fields. It is never that object.
+
+    Each decoding has classes of its own, one for each name that is admitted: whatever is done to one of them is gone
+    with it.
+    """
+
+    __slots__ = ("arguments", "state")
+    named = ("", "")
+    arguments: tuple[object, ...]
+    state: object
+
+    def __new__(cls, *arguments: object) -> Self:
+        record = object.__new__(cls)
+        record.arguments, record.state = arguments, {}
+        return record
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+    def get(self, name: str) -> object:
+        """Return a field, None if there is no such."""
+        return self.state.get(name) if type(self.state) is dict else None
 
 
 _DCP = "torch.distributed.checkpoint"
-_KNOWN: dict[tuple[str, str], object] = {
-    **{
-        (f"{_DCP}.metadata", kind.__name__): kind
-        for kind in (
-            *(BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex, StorageMeta),
-            *(TensorProperties, TensorStorageMetadata, metadata._MEM_FORMAT_ENCODING),  # noqa: SLF001 (part of its files)
-        )
-    },
-    (f"{_DCP}.filesystem", "_StorageInfo"): _StorageInfo,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): _layout,
-    ("collections", "OrderedDict"): OrderedDict,
-    # Of the folder itself, as DCP was told it; in Python 3.13 the module is another one.
-    **{
-        (module, f"{pure}PosixPath"): PurePosixPath for module in ("pathlib", "pathlib._local") for pure in ("", "Pure")
-    },
-    **{
-        (module, f"{pure}WindowsPath"): PureWindowsPath
-        for module in ("pathlib", "pathlib._local")
-        for pure in ("", "Pure")
-    },
-    **{
-        ("torch", str(dtype).removeprefix("torch.")): dtype
-        for dtype in vars(torch).values()
-        if type(dtype) is torch.dtype
-    },
+_METADATA, _TENSOR, _BYTES, _CHUNK, _INDEX, _PROPERTIES = (
+    (f"{_DCP}.metadata", kind.__name__)
+    for kind in (
+        *(Metadata, TensorStorageMetadata, BytesStorageMetadata),
+        *(ChunkStorageMetadata, MetadataIndex, TensorProperties),
+    )
+)
+_INFO = (f"{_DCP}.filesystem", _StorageInfo.__name__)
+_SIZE, _LAYOUT = ("torch", "Size"), ("torch.serialization", "_get_layout")
+_DTYPES = {
+    ("torch", str(dtype).removeprefix("torch.")): dtype for dtype in vars(torch).values() if type(dtype) is torch.dtype
 }
+_ADMITTED = frozenset(
+    (
+        *(_METADATA, _TENSOR, _BYTES, _CHUNK, _INDEX, _PROPERTIES, _INFO, _SIZE, _LAYOUT, *_DTYPES),
+        *((f"{_DCP}.metadata", name) for name in ("StorageMeta", "_MEM_FORMAT_ENCODING")),
+        ("collections", "OrderedDict"),
+        # Of the folder itself, as DCP was told it; in Python 3.13 the module is another one.
+        *(
+            (module, f"{kind}Path")
+            for module in ("pathlib", "pathlib._local")
+            for kind in ("Posix", "PurePosix", "Windows", "PureWindows")
+        ),
+    )
+)
+# No other operations are in what DCP writes. Of those that are left out some take memory by a number alone.
+_OPERATIONS = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.BINPERSID),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1),
+    *(pickle.BINFLOAT, pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.SHORT_BINBYTES, pickle.BINBYTES),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.EMPTY_LIST, pickle.APPEND, pickle.APPENDS, pickle.EMPTY_DICT, pickle.SETITEM, pickle.SETITEMS),
+    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.NEWOBJ, pickle.REDUCE, pickle.BUILD),
+    *(pickle.MEMOIZE, pickle.BINGET, pickle.LONG_BINGET, pickle.BINPUT, pickle.LONG_BINPUT),
+)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows DCP's own types, and no other name of anything."""
+# Of C's machine, the public one, no operation can be taken away.
+_Machine: Any = pickle._Unpickler  # type: ignore[attr-defined,unused-ignore] # noqa: SLF001
+
+
+class _Unpickler(_Machine):  # type: ignore[misc]
+    """Makes records of what DCP's own types would be, and knows no other name of anything."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {op[0]: _Machine.dispatch[op[0]] for op in _OPERATIONS}
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self._kinds: dict[tuple[str, str], type[_Record]] = {}
 
     def find_class(self, module: str, name: str) -> object:
-        found = _KNOWN.get((module, name))
-        if found is None:
+        named = module, name
+        if named not in _ADMITTED:
             raise SourceError(
                 f".metadata names {module[:_SHOWN]}.{name[:_SHOWN]}, which is none of DCP's own types, so that reading "
                 "it could run code, and nothing was read; load it with torch.distributed.checkpoint where you trust it "
                 "and save the state with cloudckpt",
                 key=".metadata",
             )
-        return found
+        if named not in self._kinds:
+            self._kinds[named] = type(name, (_Record,), {"__slots__": (), "named": named})
+        return self._kinds[named]
 
     def persistent_load(self, pid: object) -> object:
         raise SourceError(".metadata refers to objects outside of it; it is damaged or foreign", key=".metadata")
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def _set(self, items: list[object]) -> None:
+        # What has a hash is not computed: that of a tuple of tuples may take for ever.
+        if not all(type(key) is str or isinstance(key, _Record) for key in items[::2]):
+            raise _damaged("it has a table by other keys than names")
+        if isinstance(self.stack[-1], _Record):  # an OrderedDict, of which DCP itself makes none
+            return
+        if type(self.stack[-1]) is not dict:
+            raise _damaged("it fills a table that is none")
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+
+def _is(value: object, named: tuple[str, str]) -> TypeGuard[_Record]:
+    return isinstance(value, _Record) and value.named == named
 
 
 def decode_metadata(data: bytes) -> Described:
@@ -164,39 +225,46 @@ def _expect(is_right: object, why: str) -> None:
 
 
 def _described(found: object) -> Described:
-    _expect(type(found) is Metadata, f"it holds a {type(found).__name__}")
-    assert_dicts = (found.state_dict_metadata, found.storage_data)  # type: ignore[attr-defined]
-    _expect(all(type(one) is dict for one in assert_dicts), "it has no tables of names and places")
-    entries, stored = assert_dicts
+    if not _is(found, _METADATA):
+        raise _damaged(f"it holds a {type(found).__name__}")
+    entries, stored = _table(found.get("state_dict_metadata")), _table(found.get("storage_data"))
     places = {}
     for index, info in stored.items():
-        _expect(type(index) is MetadataIndex and type(info) is _StorageInfo, "its table of places has other entries")
-        places[_text(index.fqn), None if index.offset is None else _sizes(index.offset)] = _place(info)
+        if not _is(index, _INDEX) or not _is(info, _INFO):
+            raise _damaged("its table of places has other entries")
+        offset = index.get("offset")
+        places[_text(index.get("fqn")), None if offset is None else _sizes(offset)] = _place(info)
     chunks: list[tuple[Box, Place]] = []
     values: dict[str, Place] = {}
-    for fqn, entry in entries.items():
-        if type(entry) is BytesStorageMetadata:
-            _expect((_text(fqn), None) in places, f"it does not say where {fqn!r} is")
+    for key, entry in entries.items():
+        fqn = _text(key)
+        if _is(entry, _BYTES):
+            _expect((fqn, None) in places, f"it does not say where {fqn!r} is")
             values[fqn] = places[fqn, None]
+        elif _is(entry, _TENSOR):
+            chunks += _chunks(fqn, entry, places)
         else:
-            _expect(type(entry) is TensorStorageMetadata, f"{str(fqn)[:_SHOWN]!r} is neither a tensor nor a value")
-            chunks += _chunks(_text(fqn), entry, places)
-    return Described(chunks, values, _paths(getattr(found, "planner_data", None), [*entries]))
+            raise _damaged(f"{fqn[:_SHOWN]!r} is neither a tensor nor a value")
+    return Described(chunks, values, _paths(found.get("planner_data"), [_text(name) for name in entries]))
+
+
+def _table(value: object) -> dict[object, object]:
+    if type(value) is not dict:
+        raise _damaged("it has no tables of names and places")
+    return value
 
 
 def _chunks(
-    fqn: str, entry: TensorStorageMetadata, places: Mapping[tuple[str, tuple[int, ...] | None], Place]
+    fqn: str, entry: _Record, places: Mapping[tuple[str, tuple[int, ...] | None], Place]
 ) -> list[tuple[Box, Place]]:
-    properties, shape = entry.properties, _sizes(entry.size)
-    _expect(type(properties) is TensorProperties, f"{fqn!r} has no properties")
-    dtype = DTYPE_NAMES.get(properties.dtype)
-    if dtype is None or properties.layout is not torch.strided:
-        raise SourceError(f"{fqn!r} is {properties.dtype} {properties.layout}, which cloudckpt does not hold", key=fqn)
+    shape, dtype, chunks = _sizes(entry.get("size")), _dtype(fqn, entry.get("properties")), entry.get("chunks")
+    if type(chunks) is not list or not chunks:
+        raise _damaged(f"{fqn!r} has no chunks")
     found = []
-    _expect(type(entry.chunks) is list and entry.chunks, f"{fqn!r} has no chunks")
-    for chunk in entry.chunks:
-        _expect(type(chunk) is ChunkStorageMetadata, f"{fqn!r} has chunks that are none")
-        offsets, sizes = _sizes(chunk.offsets), _sizes(chunk.sizes)
+    for chunk in chunks:
+        if not _is(chunk, _CHUNK):
+            raise _damaged(f"{fqn!r} has chunks that are none")
+        offsets, sizes = _sizes(chunk.get("offsets")), _sizes(chunk.get("sizes"))
         _expect(len(offsets) == len(sizes) == len(shape), f"a chunk of {fqn!r} has other dimensions")
         fits = all(at + size <= extent for at, size, extent in zip(offsets, sizes, shape, strict=True))
         _expect(fits, f"a chunk of {fqn!r} leaves the tensor")
@@ -212,16 +280,30 @@ def _chunks(
     return found
 
 
-def _place(info: _StorageInfo) -> Place:
-    offset, length = info.offset, info.length
-    _expect(type(offset) is int and type(length) is int and offset >= 0 and length >= 0, "it has a place of no bytes")
-    if getattr(info, "transform_descriptors", None):
+def _dtype(fqn: str, properties: object) -> str:
+    """Return the name of the dtype in what DCP notes of a tensor: dtype, layout, and what it does not use itself."""
+    if not _is(properties, _PROPERTIES) or type(properties.state) is not tuple or len(properties.state) < 2:
+        raise _damaged(f"{fqn!r} has no properties")
+    kind, layout = properties.state[:2]
+    dtype = _DTYPES.get(kind.named) if isinstance(kind, type) and issubclass(kind, _Record) else None
+    known = None if dtype is None else DTYPE_NAMES.get(dtype)
+    if known is None or not _is(layout, _LAYOUT) or layout.arguments != ("torch.strided",):
+        what = f"{dtype or 'of no dtype'}{'' if known is None else ', and not strided'}"
+        raise SourceError(f"{fqn[:_SHOWN]!r} is {what}, which cloudckpt does not hold", key=fqn)
+    return known
+
+
+def _place(info: _Record) -> Place:
+    file, offset, length = _text(info.get("relative_path")), info.get("offset"), info.get("length")
+    if type(offset) is not int or type(length) is not int or offset < 0 or length < 0:
+        raise _damaged("it has a place of no bytes")
+    if info.get("transform_descriptors"):
         raise SourceError(
-            f"{_text(info.relative_path)!r} was stored through extensions ({info.transform_descriptors!r}"[:_SHOWN]
-            + "), which are not read; save the folder again without them",
-            key=_text(info.relative_path),
+            f"{file[:_SHOWN]!r} was stored through extensions (transform_descriptors), which are not read; save the "
+            "folder again without them",
+            key=file,
         )
-    return Place(_text(info.relative_path), offset, length)
+    return Place(file, offset, length)
 
 
 def _text(value: object) -> str:
@@ -230,6 +312,8 @@ def _text(value: object) -> str:
 
 
 def _sizes(value: object) -> tuple[int, ...]:
+    if _is(value, _SIZE) and len(value.arguments) == 1:
+        value = value.arguments[0]
     _expect(isinstance(value, tuple | list), "it has sizes that are none")
     numbers = tuple(cast("Sequence[int]", value))
     _expect(all(type(number) is int and 0 <= number < 2**53 for number in numbers), "it has sizes that are none")
@@ -241,11 +325,12 @@ def _paths(planner_data: object, names: list[str]) -> dict[str, list[str | int]]
     """Return the paths that DCP's planner noted; without notes a name is a key of the state itself."""
     if planner_data is None:
         return {name: [name] for name in names}
-    _expect(type(planner_data) is dict, "its paths are none")
+    if type(planner_data) is not dict:
+        raise _damaged("its paths are none")
     paths: dict[str, list[str | int]] = {}
     for name in names:
-        path = planner_data.get(name, (name,))  # type: ignore[attr-defined]
-        _expect(type(path) in (tuple, list) and path, f"{name!r} has no path")
-        _expect(all(type(step) in (str, int) for step in chain(path)), f"{name!r} has a path of other steps")
+        path = planner_data.get(name, (name,))
+        _expect(type(path) in (tuple, list) and path, f"{name[:_SHOWN]!r} has no path")
+        _expect(all(type(step) in (str, int) for step in path), f"{name[:_SHOWN]!r} has a path of other steps")
         paths[name] = [step if index or isinstance(step, str) else str(step) for index, step in enumerate(path)]
     return paths

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
 from cloudckpt.convert.opened import Exported, Job, Kind, Plan, by_cores, lean
 from cloudckpt.convert.places import folder_and_name, objects_in
 from cloudckpt.convert.to_dcp import plan_dcp
-from cloudckpt.convert.to_safetensors import plan_huggingface, plan_safetensors
+from cloudckpt.convert.to_safetensors import HF_DECIDING, plan_huggingface, plan_safetensors
 from cloudckpt.convert.to_torch import plan_torch
 from cloudckpt.errors import CheckpointNotFoundError, OptionsError
 from cloudckpt.loading import read_index
@@ -25,7 +25,7 @@ from cloudckpt.report import Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, Roots
 from cloudckpt.store import RetryingStore, open_store
 
-__all__ = ["export"]
+__all__ = ["export", "refuse_model"]
 
 # A put takes its object whole, from memory or a file's pages: what goes to a bucket is cut where a reader allows it, so
 # that one file is filled while another is put. A file of torch.save cannot be cut: it is gathered on a disk here.
@@ -197,16 +197,27 @@ def _config_files(config: str | os.PathLike[str]) -> dict[str, bytes]:
         return {name: store.read(name, limit_bytes=_CONFIG_BYTES) for name in sizes}
 
 
+def refuse_model(folder: RetryingStore) -> None:
+    """Refuse a folder early that holds a model of Hugging Face's; raises `OptionsError`."""
+    there = sorted(HF_DECIDING & objects_in(folder).keys())
+    if there:
+        raise _taken(folder, there)
+
+
+def _taken(folder: RetryingStore, names: Sequence[str]) -> OptionsError:
+    return OptionsError(
+        f"{folder.url} holds {', '.join(names[:4])} already, and nothing was written; choose another target, or "
+        'replace them (overwrite=True, --force, exists="replace" of a CloudHFWriter)'
+    )
+
+
 def _make_way(folder: RetryingStore, plan: Plan, *, overwrite: bool) -> None:
     """Remove an export that stands in the folder, if that was asked for, the files first that make it one."""
     in_the_way = [name for name in objects_in(folder) if name in plan.files or plan.ours.fullmatch(name)]
     if not in_the_way:
         return
     if not overwrite:
-        raise OptionsError(
-            f"{folder.url} holds {', '.join(in_the_way[:4])} already, and nothing was written; choose another target, "
-            "or replace them (overwrite=True, --force)"
-        )
+        raise _taken(folder, in_the_way)
     if len(plan.files) > 1 or in_the_way != list(plan.files):  # one file is replaced at once
         deciding = [name for name in in_the_way if name in plan.deciding]
         folder.delete(deciding)

@@ -52,7 +52,7 @@ from cloudckpt.saving import (
 from cloudckpt.store import RetryingStore, Store, open_store
 from cloudckpt.transfer import Gauge, Watch
 
-__all__ = ["Source", "import_"]
+__all__ = ["Source", "import_", "looked_at"]
 
 Source = Literal["auto", "safetensors", "huggingface", "torch", "dcp"]
 """What can be imported; Lightning's `.ckpt` is a file of `torch.save`."""
@@ -139,6 +139,23 @@ def import_(  # noqa: PLR0913 (keyword-only, each of its own kind)
 
 
 # -- what the source is -------------------------------------------------------------------------------------
+
+
+def looked_at(
+    source: str | os.PathLike[str],
+    kind: Source,
+    *,
+    storage_options: Mapping[str, object] | None,
+    options: Options,
+    stack: ExitStack,
+) -> Origin:
+    """Return what a source is, to be read until the stack ends.
+
+    Raises:
+        SourceError: it is damaged, or of no kind that is read.
+        StorageError: it could not be read.
+    """
+    return _Opening(source, storage_options, options, stack).origin(kind)
 
 
 class _Opening:

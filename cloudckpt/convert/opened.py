@@ -148,7 +148,7 @@ class Job:
             if name == NOTES or codec.is_part_name(name):
                 continue
             if name.startswith(_OURS):
-                taken.left_out[name] = "it is what cloudckpt keeps beside a state: generators, state of one rank"
+                taken.left_out[name] = "it is what cloudckpt keeps beside a state: generators, files, state of one rank"
             elif not name.startswith(self.prefix) or name == self.prefix:
                 taken.left_out[name] = f"it is not below the prefix {self.prefix!r}"
             elif name in self.index.tensors:

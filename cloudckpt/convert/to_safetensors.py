@@ -23,7 +23,7 @@ from cloudckpt.convert.writing import Layout, Segment, write_files
 from cloudckpt.errors import UnsupportedValueError
 from cloudckpt.format import DTYPES, SAFETENSORS_NAMES, lone_surrogates
 
-__all__ = ["NAMED", "plan_huggingface", "plan_safetensors"]
+__all__ = ["HF_DECIDING", "NAMED", "plan_huggingface", "plan_safetensors"]
 
 NAMED: Mapping[str, str] = {
     **SAFETENSORS_NAMES,
@@ -38,7 +38,7 @@ _METADATA = "__metadata__"
 _HEADER_LIMIT_BYTES = 100_000_000
 _ALIGNMENT_BYTES = 8
 _HF_FILES = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
-_HF_DECIDING = frozenset(
+HF_DECIDING = frozenset(
     f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
 )
 
@@ -74,7 +74,7 @@ def plan_huggingface(job: Job) -> Plan:
     ties = job.tied(taken.tensors)
     for name, first in ties.items():
         taken.left_out[taken.tensors.pop(name)] = f"it is the same memory as {first!r}, which a model ties again"
-    return _plan(job, taken, "model", dropped=ties, ours=_HF_FILES, deciding=_HF_DECIDING)
+    return _plan(job, taken, "model", dropped=ties, ours=_HF_FILES, deciding=HF_DECIDING)
 
 
 def _problems(job: Job, taken: Taken) -> dict[str, str]:

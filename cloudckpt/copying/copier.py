@@ -63,6 +63,7 @@ class Copied:
         sent_count: objects that were sent, the manifest not counted.
         sent_bytes: bytes of them.
         kept_count: shards that stood there when the copy began, and were not sent.
+        is_pinned: whether this copy has pinned it there, as it is in the source.
     """
 
     source: str
@@ -74,6 +75,7 @@ class Copied:
     sent_count: int = 0
     sent_bytes: int = 0
     kept_count: int = 0
+    is_pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Lead a copy: which checkpoints, to which places, what stands in the way; one after the other, the oldest first.
 
-    sources ──▶ checkpoints, their places in the target ──▶ all refusals, before the first byte ──▶ `Copier`, each
-                                         of a whole root, once something stands there: ──▶ claims and marks
+    sources ──▶ checkpoints, their places in the target ──▶ all refusals, before the first byte
+            ──▶ each: `Copier` ──▶ its pin            of a whole root, once something stands there: ──▶ claims and marks
 
 A checkpoint keeps its bytes, its attempt, and below a root its prefix; so it is the same checkpoint in the target, and
 has one place there. Knows catalogs; that one checkpoint is damaged keeps no other one of a root from its copy.
@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import unquote_to_bytes
 
 from cloudckpt.copying.copier import Copied, Copier
@@ -30,7 +30,7 @@ from cloudckpt.errors import (
 from cloudckpt.format import checkpoint_prefix, step_number
 from cloudckpt.options import Options
 from cloudckpt.report import Progress, Show
-from cloudckpt.root import Catalog, Checkpoint, refuse_nested
+from cloudckpt.root import Catalog, Checkpoint, copy_pin, refuse_nested
 from cloudckpt.store import open_store, probe_create
 from cloudckpt.transfer import Gauge
 
@@ -46,12 +46,14 @@ class Selection:
     Attributes:
         steps: of a root; none: its newest.
         is_all: all that is committed in a root, and its claims.
+        takes_pins: what is pinned in the source is pinned in the target, too.
         is_own_url: the target becomes the one checkpoint itself.
         checks: what stands in the target is read back.
     """
 
     steps: tuple[int, ...] = ()
     is_all: bool = False
+    takes_pins: bool = False
     is_own_url: bool = False
     checks: bool = False
 
@@ -62,6 +64,7 @@ def copy(  # noqa: PLR0913 (keyword-only, each of its own kind)
     *,
     steps: Sequence[int] = (),
     every: bool = False,
+    pins: bool | None = None,
     own_url: bool = False,
     check: bool = False,
     storage_options: Mapping[str, object] | None = None,
@@ -84,10 +87,13 @@ def copy(  # noqa: PLR0913 (keyword-only, each of its own kind)
         target: a root: each checkpoint keeps its prefix there. What was saved outside of a root has none, and goes to
             the URL itself.
         steps: these steps of the source, which is a root.
-        every: all that is committed in the source, oldest first, and its claims, so that its history is the target's:
-            there jobs go on, and rules count, as they would in the source. Without claims the target's jobs take what
-            was copied for another line, of which their rules remove nothing. One that is damaged is passed over, and
-            raised at the end. Repeated, it brings what is new.
+        every: all that is committed in the source, oldest first, its names, and its claims, so that its history is the
+            target's: there jobs go on, and rules count, as they would in the source. Without claims the target's jobs
+            take what was copied for another line, of which their rules remove nothing. One that is damaged is passed
+            over, and raised at the end. Repeated, it brings what is new. What stands there by its pin alone is
+            committed there.
+        pins: pin in the target what is pinned in the source, by the same note and time; a pin that is there stays.
+            None: where `every` is given, since what is pinned is a matter of a root, as claims are.
         own_url: make the target the checkpoint itself; it keeps step and epoch, which say where it was saved.
         check: read back what stands in the target, also of committed ones, and send what differs.
         storage_options: fsspec's own options for the sources.
@@ -112,12 +118,20 @@ def copy(  # noqa: PLR0913 (keyword-only, each of its own kind)
         StorageError: a store could not be read or written. In each case what is committed in the target is whole.
     """
     chosen = lean(options)
-    selection = Selection(steps=tuple(map(step_number, steps)), is_all=every, is_own_url=own_url, checks=check)
+    selection = Selection(
+        steps=tuple(map(step_number, steps)),
+        is_all=every,
+        takes_pins=every if pins is None else pins,
+        is_own_url=own_url,
+        checks=check,
+    )
     many = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
     if not many:
         raise OptionsError("no source is given; give the URL of a checkpoint or of a root")
     if steps and every:
         raise OptionsError("steps and every are both given; give one of them")
+    if pins and own_url:
+        raise OptionsError("pins and own_url are both given, and a checkpoint at a URL of its own has no pin")
     root, prefix = split_step(target)
     with ExitStack() as stack:
         places = [
@@ -140,12 +154,14 @@ class _Job:
         checkpoint: which.
         prefix: where it goes in the target.
         is_there: whether it is committed there already.
+        is_pinned: whether its pin goes there, too, and is not there already.
     """
 
     source: Catalog
     checkpoint: Checkpoint
     prefix: str
     is_there: bool
+    is_pinned: bool
 
 
 def copy_places(
@@ -157,8 +173,9 @@ def copy_places(
     on_copied: Callable[[Copied], None] = lambda _: None,
 ) -> tuple[Copied, ...]:
     """Copy from places that are open to one that is; as `copy`, which opens them."""
-    found, damaged = _found(places, selection)
-    jobs = _planned(found, target, selection)
+    chosen = _found(places, selection)
+    damaged = chosen.errors
+    jobs = _planned(chosen, target, selection)
     gauge.begin(sum(job.checkpoint.total_bytes for job in jobs))
     done: list[Copied] = []
     try:
@@ -169,7 +186,7 @@ def copy_places(
                 source=job.source, target=target.catalog, options=options, checks=selection.checks, gauge=gauge
             )
             try:
-                copied = copier.copy(job.checkpoint, job.prefix, is_there=job.is_there)
+                copied = _copied(copier, job)
             except (IntegrityError, CheckpointNotFoundError) as exc:
                 if not selection.is_all:
                     raise
@@ -182,6 +199,7 @@ def copy_places(
         if selection.is_all and done:
             for place in places:
                 target.catalog.claims.copy_from(place.catalog.claims)
+                _copy_names(place.catalog, target.catalog, {job.prefix for job in jobs})
     except (CloudCkptError, KeyboardInterrupt) as exc:
         exc.add_note(
             f"{len(done)} of {len(jobs)} checkpoints are in the target; what else was sent stays there, and the same "
@@ -197,39 +215,88 @@ def copy_places(
     return tuple(done)
 
 
+def _copy_names(source: Catalog, target: Catalog, prefixes: Collection[str]) -> None:
+    """Give the names in the target that checkpoints have in the source; of one that is not there it says nothing."""
+    for one in source.pins.held().names:
+        if one.prefix in prefixes:
+            target.pins.give(one)
+
+
+def _copied(copier: Copier, job: _Job) -> Copied:
+    copied = copier.copy(job.checkpoint, job.prefix, is_there=job.is_there)
+    if not job.is_pinned:
+        return copied
+    # Beside its checkpoint, and not after all of them: from now on rules of a job at work there may see it.
+    return replace(copied, is_pinned=copy_pin(job.source, copier.target, job.checkpoint))
+
+
 # -- what goes where, and what stands in the way --------------------------------------------------------------------
 
 
-_Found = list[tuple[Catalog, Checkpoint]]
+_Goals = list[tuple[Catalog, Checkpoint]]
 
 
-def _found(places: Sequence[Place], selection: Selection) -> tuple[_Found, list[IntegrityError | StorageError]]:
-    """Return what is to be copied, and why what should be cannot."""
-    found: _Found = []
-    errors: list[IntegrityError | StorageError] = []
+@dataclass(frozen=True, slots=True)
+class _Sources:
+    """What the sources have.
+
+    Attributes:
+        found: what is to be copied.
+        errors: why what should be cannot.
+        pinned: the prefixes of all that is pinned, of each source, where that matters.
+    """
+
+    found: _Goals
+    errors: list[IntegrityError | StorageError]
+    pinned: dict[Catalog, set[str]]
+
+
+def _found(places: Sequence[Place], selection: Selection) -> _Sources:
+    chosen = _Sources([], [], {})
     for place in places:
-        if not selection.is_all:
-            chosen = place.steps(selection.steps) if selection.steps else [place.one()]
-            found += [(place.catalog, one) for one in chosen]
+        catalog = place.catalog
+        if selection.is_all:
+            _add_all(place, chosen)
             continue
-        survey = None if place.prefix else place.catalog.survey()
-        if survey is None or not (survey.checkpoints or survey.unreadable):
-            lost = None if survey is None else place.catalog.lost()
-            raise lost or OptionsError(
-                f"{place.catalog.store.url.removesuffix('/')}/{place.prefix} is no root with checkpoints, so that "
-                "there is no whole of it to copy; give the URL of a root, or leave that out"
-            )
-        found += [(place.catalog, one) for one in survey.checkpoints]
-        errors += [one.error for one in survey.unreadable]
-    return found, errors
+        several = place.steps(selection.steps) if selection.steps else [place.one()]
+        chosen.found.extend((catalog, one) for one in several)
+        if selection.takes_pins:
+            chosen.pinned[catalog] = catalog.pins.prefixes()
+    return chosen
 
 
-def _planned(found: _Found, target: Place, selection: Selection) -> list[_Job]:
+def _add_all(place: Place, chosen: _Sources) -> None:
+    catalog, found, errors = place.catalog, list[Checkpoint](), list[IntegrityError | StorageError]()
+    if not place.prefix:
+        survey = catalog.survey()
+        # After the survey: what stood by its pin alone then was pinned before.
+        pinned = chosen.pinned[catalog] = catalog.pins.prefixes()
+        seen = {one.prefix for one in survey.checkpoints}
+        seen |= {checkpoint_prefix(one.step, one.epoch) for one in survey.unreadable}
+        by_pin = [one[0] for prefix in sorted(pinned - seen) if (one := catalog.pinned(prefix)) is not None]
+        found = sorted([*survey.checkpoints, *by_pin], key=lambda one: one.order)
+        errors = [one.error for one in survey.unreadable]
+    if not (found or errors):
+        lost = None if place.prefix else catalog.lost()
+        raise lost or OptionsError(
+            f"{catalog.store.url.removesuffix('/')}/{place.prefix} is no root with checkpoints, so that there is no "
+            "whole of it to copy; give the URL of a root, or leave that out"
+        )
+    chosen.found.extend((catalog, one) for one in found)
+    chosen.errors.extend(errors)
+
+
+def _planned(chosen: _Sources, target: Place, selection: Selection) -> list[_Job]:
     """Return what goes where; every refusal comes from here, before anything is written."""
-    goals = [(source, one, _place_of(one, target, selection, is_alone=len(found) == 1)) for source, one in found]
+    is_alone = len(chosen.found) == 1
+    goals = [(source, one, _place_of(one, target, selection, is_alone=is_alone)) for source, one in chosen.found]
     _refuse_target(target, {goal for _, _, goal in goals})
     known = {one.prefix: one for one in target.catalog.survey().checkpoints} if len(goals) > 1 else {}
     listed = {"", *target.catalog.places()}
+    pinned = chosen.pinned if selection.takes_pins else {}
+    if any(pinned.values()):
+        pinned_there = target.catalog.pins.prefixes()
+        pinned = {source: prefixes - pinned_there for source, prefixes in pinned.items()}
     jobs: dict[str, _Job] = {}
     for source, checkpoint, goal in goals:
         _refuse_itself(source, checkpoint, target.catalog, goal)
@@ -238,14 +305,20 @@ def _planned(found: _Found, target: Place, selection: Selection) -> list[_Job]:
             raise OptionsError(
                 f"{before.checkpoint.url} and {checkpoint.url} are two checkpoints of one place; copy them to two roots"
             )
+        if before is not None and before.is_pinned:
+            continue
         there = known.get(goal) or (_standing(target.catalog, goal) if goal in listed else None)
+        is_there = there is not None
+        if there is None and goal and goal in listed and (by_pin := target.catalog.pinned(goal)) is not None:
+            # It has lost its manifest; the copy of another one would take its place.
+            there = by_pin[0]
         if there is not None and there.digest != checkpoint.digest:
             raise CheckpointExistsError(
                 f"another checkpoint is committed at {there.url} (attempt {there.attempt}, {there.created_at:%F %T} "
                 f"UTC), and nothing was copied; it was not changed. Copy {checkpoint.url} to another place, or remove "
                 "that one first"
             )
-        jobs[goal] = _Job(source, checkpoint, goal, there is not None)
+        jobs[goal] = _Job(source, checkpoint, goal, is_there, goal in pinned.get(source, ()))
     _refuse_conflicts([job for job in jobs.values() if job.prefix and not job.is_there], target.catalog)
     return list(jobs.values())
 

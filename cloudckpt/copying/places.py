@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from cloudckpt.errors import (
     BucketNotFoundError,
+    CheckpointNotFoundError,
     CredentialsExpiredError,
     ManifestError,
     OptionsError,
@@ -96,9 +97,18 @@ class Place:
     def one(self) -> Checkpoint:
         """Return the checkpoint there, or the newest one of the root that can be read; raises as `newest` does."""
         if self.prefix:
-            return self.catalog.open(self.prefix)
+            return self._open()
         found = Roots([self.catalog]).newest() if self.catalog.places() else None
         return found or self.catalog.open()
+
+    def _open(self) -> Checkpoint:
+        """Return the checkpoint there, also one that stands by its pin alone."""
+        try:
+            return self.catalog.open(self.prefix)
+        except CheckpointNotFoundError:
+            if (pinned := self.catalog.pinned(self.prefix)) is None:
+                raise
+            return pinned[0]
 
     def steps(self, steps: Sequence[int]) -> list[Checkpoint]:
         """Return the checkpoints of some steps of a root, oldest first; raises as `Catalog.find` does."""

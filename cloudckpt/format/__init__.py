@@ -15,15 +15,18 @@ from cloudckpt.format.keys import (
     PINS_PREFIX,
     SHARD_SUFFIX,
     EpochMark,
+    check_name,
     checkpoint_prefix,
     epoch_key,
     index_key,
     is_attempt,
     mark_key,
     marked_epoch,
+    name_key,
     new_attempt,
     parse_checkpoint_prefix,
     parse_epoch_key,
+    parse_name_key,
     parse_pin_key,
     pin_key,
     shard_key,
@@ -45,6 +48,7 @@ from cloudckpt.format.pin import PIN_LIMIT_BYTES, PinRecord
 from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates, moment_of
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
 from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, verify_blocks
+from cloudckpt.format.sums import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
 from cloudckpt.format.tiling import untiled
 from cloudckpt.format.tree import NOTES, Flat, PathElement, flatten, flatten_at, unflatten
 
@@ -61,6 +65,8 @@ __all__ = [
     "PIN_LIMIT_BYTES",
     "SAFETENSORS_NAMES",
     "SHARD_SUFFIX",
+    "SUMS_LIMIT_BYTES",
+    "SUMS_SUFFIX",
     "Box",
     "BoxPlace",
     "BoxTable",
@@ -68,6 +74,7 @@ __all__ = [
     "Column",
     "EpochClaim",
     "EpochMark",
+    "FileSums",
     "Flat",
     "Index",
     "IndexBuilder",
@@ -82,9 +89,11 @@ __all__ = [
     "ShardEntry",
     "ShardLayout",
     "Span",
+    "SumsRecord",
     "TensorEntry",
     "Tensors",
     "block_digests",
+    "check_name",
     "checkpoint_prefix",
     "codec",
     "decode_claim",
@@ -99,9 +108,11 @@ __all__ = [
     "mark_key",
     "marked_epoch",
     "moment_of",
+    "name_key",
     "new_attempt",
     "parse_checkpoint_prefix",
     "parse_epoch_key",
+    "parse_name_key",
     "parse_pin_key",
     "pin_key",
     "plan_spans",

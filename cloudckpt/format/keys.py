@@ -22,15 +22,18 @@ __all__ = [
     "PINS_PREFIX",
     "SHARD_SUFFIX",
     "EpochMark",
+    "check_name",
     "checkpoint_prefix",
     "epoch_key",
     "index_key",
     "is_attempt",
     "mark_key",
     "marked_epoch",
+    "name_key",
     "new_attempt",
     "parse_checkpoint_prefix",
     "parse_epoch_key",
+    "parse_name_key",
     "parse_pin_key",
     "pin_key",
     "shard_key",
@@ -49,6 +52,10 @@ EpochMark = Literal["committed", "emptied"]
 _CHECKPOINT = re.compile(r"\Astep-([0-9]{10})-e([0-9]{4,10})/\Z")
 _EPOCH = re.compile(r"\Aepochs/([0-9]{10})\.json\Z")
 _ATTEMPT = re.compile(r"\A[0-9a-f]{16}\Z")
+# What every store, shell and URL takes as it is.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*(/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*")
+_NAME_LIMIT = 200
+_NOT_NAMES = ("latest", "best")
 
 
 def step_number(step: object) -> int:
@@ -121,6 +128,37 @@ def parse_pin_key(key: str) -> str | None:
         return None
     prefix = f"{key.removeprefix(PINS_PREFIX).removesuffix('.json')}/"
     return None if parse_checkpoint_prefix(prefix) is None else prefix
+
+
+def check_name(name: object) -> str:
+    """Return a name that a checkpoint may be given.
+
+    Raises:
+        OptionsError: it is none.
+    """
+    if isinstance(name, str) and len(name) <= _NAME_LIMIT and _NAME.fullmatch(name) and name not in _NOT_NAMES:
+        return name
+    raise OptionsError(
+        f"name is {shown(name)}; give letters, digits and _.=- (and / between parts that begin with a letter, a digit "
+        f"or _), {_NAME_LIMIT} at most, and neither 'latest' nor 'best', which mean something else"
+    )
+
+
+def name_key(name: str, prefix: str, attempt: str) -> str:
+    """Return the key that gives a name to what an attempt commits under a prefix."""
+    if parse_checkpoint_prefix(prefix) is None:
+        raise OptionsError(f"{prefix!r} is no step of a root, and only these have names")
+    return f"{PINS_PREFIX}{check_name(name)}/{prefix.removesuffix('/')}.{attempt}"
+
+
+def parse_name_key(key: str) -> tuple[str, str, str] | None:
+    """Return (name, prefix, attempt) of a key that `name_key` wrote, else None."""
+    above, _, last = key.rpartition("/")
+    step, _, attempt = last.partition(".")
+    name = above.removeprefix(PINS_PREFIX)
+    if above == name or parse_checkpoint_prefix(f"{step}/") is None or not is_attempt(attempt):
+        return None
+    return (name, f"{step}/", attempt) if _NAME.fullmatch(name) else None
 
 
 def new_attempt() -> str:

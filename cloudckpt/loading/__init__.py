@@ -1,5 +1,6 @@
 """Lead all ranks through one restore: who reads what for whom, verified bytes into tensors, then the values."""
 
+from cloudckpt.loading.files import read_files
 from cloudckpt.loading.input import (
     Pieces,
     RankInput,
@@ -29,6 +30,7 @@ __all__ = [
     "load_state",
     "part_targets",
     "read_contents",
+    "read_files",
     "read_index",
     "read_index_bytes",
     "read_state",

@@ -24,10 +24,10 @@ from cloudckpt.loading.input import RankInput, by_part_name, decode_index, part_
 from cloudckpt.loading.search import Search
 from cloudckpt.options import Options
 from cloudckpt.root import Candidate, Catalog, Checkpoint, Roots
-from cloudckpt.state import OURS, RankName, stateless_module, with_attributes
+from cloudckpt.state import FILES, OURS, RankName, stateless_module, with_attributes
 from cloudckpt.transfer import Gauge, Watch
 
-__all__ = ["Contents", "TensorInfo", "contents_of", "read_contents", "read_state"]
+__all__ = ["Contents", "TensorInfo", "candidates_in", "contents_of", "nothing_at", "read_contents", "read_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ class Contents:
         checkpoint: which one.
         tensors: name → shape, dtype and size, in the order in which they were saved.
         values: name → bytes that the value takes in the checkpoint.
+        files: path → bytes of each file that was saved beside the state.
         per_rank: name → how many ranks saved a state of their own under it, which `read` leaves out.
     """
 
@@ -65,6 +66,7 @@ class Contents:
     tensors: Mapping[str, TensorInfo]
     values: Mapping[str, int]
     per_rank: Mapping[str, int] = field(default_factory=dict)
+    files: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:
@@ -108,6 +110,11 @@ def contents_of(checkpoint: Checkpoint, index: Index) -> Contents:
             if not name.startswith(OURS)
         },
         per_rank=dict(owners),
+        files={
+            name.removeprefix(FILES): math.prod(entry.shape)
+            for name, entry in index.tensors.items()
+            if name.startswith(FILES)
+        },
     )
 
 
@@ -119,9 +126,9 @@ def read_contents(candidates: Iterator[Candidate], roots: Roots) -> Contents:
         IntegrityError: every candidate is corrupt; the first one's error.
     """
     search = Search(candidates, roots, "reading")
-    for _, checkpoint, index in _found(search, roots):
+    for _, checkpoint, index in candidates_in(search, roots):
         return contents_of(checkpoint, index)
-    raise _nothing(roots)
+    raise nothing_at(roots)
 
 
 def read_state(
@@ -148,23 +155,25 @@ def read_state(
         StorageError: the store could not be read.
     """
     search = Search(candidates, roots, "reading")
-    for catalog, checkpoint, index in _found(search, roots):
+    for catalog, checkpoint, index in candidates_in(search, roots):
         names = _names_of(index, keys, checkpoint.url)
         try:
             return _read(catalog, checkpoint, index, names, options, gauge)
         except IntegrityError as exc:
             search.may_go_on(checkpoint, {0: exc})
-    raise _nothing(roots)
+    raise nothing_at(roots)
 
 
-def _found(search: Search, roots: Roots) -> Iterator[tuple[Catalog, Checkpoint, Index]]:
+def candidates_in(search: Search, roots: Roots) -> Iterator[tuple[Catalog, Checkpoint, Index]]:
+    """Yield the candidates of a search, each with its index, until its caller has had enough."""
     while (found := search.next()) is not None:
         catalog = roots.catalogs[found.root]
         checkpoint = catalog.adopt(found.manifest, prefix=found.prefix)
         yield catalog, checkpoint, decode_index(checkpoint, found.index)
 
 
-def _nothing(roots: Roots) -> CheckpointNotFoundError:
+def nothing_at(roots: Roots) -> CheckpointNotFoundError:
+    """Return the error that says that nothing is committed there."""
     return CheckpointNotFoundError(f"no committed checkpoint at {roots.url}")
 
 

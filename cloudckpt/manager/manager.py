@@ -19,9 +19,9 @@ from typing import Literal, Self
 import torch
 
 from cloudckpt.errors import CloudCkptError, OptionsError
-from cloudckpt.format import step_number
-from cloudckpt.loading import Contents, load_state, read_contents, read_state
-from cloudckpt.manager.saves import Exists, Home, Saves
+from cloudckpt.format import check_name, step_number
+from cloudckpt.loading import Contents, load_state, read_contents, read_files, read_state
+from cloudckpt.manager.saves import Asked, Exists, Home, Saves
 from cloudckpt.manager.tolerance import OnError, Tolerance
 from cloudckpt.options import Options, as_clock, as_flag, as_seconds
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
@@ -40,12 +40,14 @@ from cloudckpt.root import (
     Unreadable,
     Wanted,
     checked_rules,
+    named,
+    names_of,
     pins_of,
     sweep,
     watched_rules,
 )
 from cloudckpt.saving import SaveHandle
-from cloudckpt.state import Allowed, Resize
+from cloudckpt.state import Allowed, Files, Resize
 from cloudckpt.store import RetryingStore, open_store
 
 __all__ = ["CheckpointManager"]
@@ -71,6 +73,17 @@ def _step_before(step: object, state: object) -> int:
     if isinstance(step, Mapping) and not isinstance(state, Mapping):
         raise OptionsError("the state stands where the step belongs; call save(step, state)")
     return step_number(step)
+
+
+def _asked(
+    metrics: Mapping[str, float] | None,
+    metadata: Mapping[str, object] | None,
+    files: Files | None,
+    name: str | None,
+    exists: Exists,
+) -> Asked:
+    given = "" if name is None else check_name(name)
+    return Asked(metrics=metrics, metadata=metadata, files=files, name=given, exists=exists)
 
 
 class CheckpointManager:
@@ -264,6 +277,8 @@ class CheckpointManager:
         metrics: Mapping[str, float] | None = None,
         metadata: Mapping[str, object] | None = None,
         *,
+        files: Files | None = None,
+        name: str | None = None,
         exists: Exists = "raise",
     ) -> Checkpoint | None:
         """Save `state` as the checkpoint of `step`; return once it is committed, then prune.
@@ -280,8 +295,19 @@ class CheckpointManager:
             state: name → nn.Module, Optimizer, object with state_dict/load_state_dict, tensor, container, value.
             metrics: numbers to choose the best by, non-finite ones allowed.
             metadata: values to be kept with the checkpoint.
-            exists: where the newest that this job has saved is that step: `raise`, or `skip` this one and return that,
-                if it is still there (for a last save after the loop, whose step an interval may have saved).
+            files: whole files to go with the state, streamed, verified and committed with it: path in the checkpoint →
+                a file here, or its bytes; a path that ends in a slash → a directory, with all that is below it:
+                `{"tokenizer/": "out/tokenizer", "config.json": "out/config.json"}`. `restore_files` writes them
+                back. Rank 0's are taken. What they hold goes, and neither their modes nor empty directories. One of
+                more than 64 MiB is not read at once: do not cut it short before this returns.
+            name: that the checkpoint gets, such as `last` or `epoch=3`, for `restore(state, name)`. The name moves here
+                in the moment in which this is committed. A checkpoint that has a name stays, whatever the rules say;
+                one that the name has moved on from is the rules', and without rules goes, unless it has another name
+                or is pinned.
+            exists: where the newest that this job has saved is that step: `raise`; `skip` this one and return that,
+                if it is still there (for a last save after the loop, whose step an interval may have saved), which gets
+                the name, too; or `replace` it, which begins a new epoch: the old one goes once the new one is
+                committed, unless it is pinned or has another name.
 
         Returns:
             The checkpoint; None only with `on_error="warn"`, if it was not saved.
@@ -299,8 +325,9 @@ class CheckpointManager:
                 while it came, the next call for that step asks.
         """
         self._refuse_forked()
+        asked = _asked(metrics, metadata, files, name, exists)
         with taking_part(self._ranks):
-            return self._saves.save(_step_before(step, state), state, metrics, metadata, exists=exists)
+            return self._saves.save(_step_before(step, state), state, asked)
 
     def async_save(
         self,
@@ -310,6 +337,8 @@ class CheckpointManager:
         metadata: Mapping[str, object] | None = None,
         *,
         on_busy: Literal["wait", "skip"] = "wait",
+        files: Files | None = None,
+        name: str | None = None,
         exists: Exists = "raise",
     ) -> SaveHandle:
         """Copy `state`, return, and save the copy as the checkpoint of `step` in the background.
@@ -325,6 +354,8 @@ class CheckpointManager:
             metrics: as for `save`.
             metadata: as for `save`.
             on_busy: what to do while another save is under way on any rank: `wait` for it, or `skip` this one.
+            files: as for `save`; they are copied as the state is.
+            name: as for `save`.
             exists: as for `save`; one of that step that is under way is waited for.
 
         Raises:
@@ -335,8 +366,9 @@ class CheckpointManager:
         """
         self._refuse_forked()
         number = _step_before(step, state)
+        asked = _asked(metrics, metadata, files, name, exists)
         with taking_part(self._ranks):
-            return self._saves.async_save(number, state, metrics, metadata, on_busy=on_busy, exists=exists)
+            return self._saves.async_save(number, state, asked, on_busy=on_busy)
 
     def prepare(self, state: MutableMapping[str, object]) -> None:
         """Make the memory ready that `async_save` will need, in the background, so that the first one is fast, too.
@@ -392,7 +424,7 @@ class CheckpointManager:
         Args:
             state: as for `save`.
             step: `latest` (the newest good one; a corrupt one is skipped with a warning that says why), `best` (by the
-                first `KeepBest` rule of this manager), a step, or a checkpoint of this root.
+                first `KeepBest` rule of this manager), a name that `save` gave, a step, or a checkpoint of this root.
             strict: as for `load`.
             cast: as for `load`.
             materialize: as for `load`.
@@ -402,11 +434,11 @@ class CheckpointManager:
                 it is, call `cloudckpt.load(state, checkpoint.url, only=…)`.
 
         Returns:
-            The checkpoint, or None if nothing was ever committed (only for `latest` and `best`): a fresh start. Where a
-            job at work prunes what is being read, it is the newest of now.
+            The checkpoint, or None if nothing was ever committed (for a step: never): a fresh start. Where a job at
+            work prunes what is being read, it is the newest of now.
 
         Raises:
-            CheckpointNotFoundError: no commit of that step.
+            CheckpointNotFoundError: no commit of that step; or none has that name, and there are some.
             StateMismatchError: names, shapes or dtypes differ, or an object refuses its state; nothing was changed.
             RestoreFailedError: an object did not take its state after others had; says what was changed.
             IntegrityError: the checkpoint (for `latest`: every checkpoint) is corrupt, or all manifests of the root
@@ -459,6 +491,37 @@ class CheckpointManager:
         candidates = Choice(roots, step, self._retention).candidates()
         with self._journal.begin(rank=0).bar("reading") as bar:
             return read_state(candidates, keys, roots=roots, options=self._saves.options, gauge=bar)
+
+    def restore_files(
+        self,
+        directory: str | os.PathLike[str],
+        step: Wanted = "latest",
+        names: str | Sequence[str] | None = None,
+    ) -> list[str]:
+        """Write the files that were saved with a checkpoint into a directory, as `cloudckpt.restore_files` does.
+
+        Each process for itself: with several ranks on one machine let one of them call it.
+
+        Args:
+            directory: where they go, on a disk or at any URL; it need not exist.
+            step: as for `restore`.
+            names: as for `cloudckpt.restore_files`.
+
+        Returns:
+            Their paths below it.
+
+        Raises:
+            CheckpointNotFoundError: nothing is committed, or not that; or it holds no files, or none of a name.
+            CloudCkptError: as `read` raises. Each file is whole, or not changed.
+        """
+        self._refuse_closed()
+        roots = self._saves.roots
+        candidates = Choice(roots, step, self._retention).candidates()
+        with (
+            open_store(directory, options=self._saves.options) as folder,
+            self._journal.begin(rank=0).bar("reading files") as bar,
+        ):
+            return read_files(candidates, folder, names, roots=roots, options=self._saves.options, gauge=bar)
 
     def contents(self, step: Wanted = "latest") -> Contents:
         """Return the names, shapes, dtypes and sizes of all that a checkpoint holds; its manifest and index are read.
@@ -566,9 +629,9 @@ class CheckpointManager:
     def why_kept(self, step: int) -> tuple[str, ...]:
         """Say what keeps the checkpoint that `restore(state, step)` would take; () if the next save would prune it.
 
-        The words are `newest`, `pinned`, `in use` (this job went on from it, and has saved nothing since), `another
-        line of history` (the rules are not about it), and the rules that keep it, as their repr has them; without
-        rules that is `KeepAll()`.
+        The words are `newest`, `pinned`, `named NAME`, `in use` (this job went on from it, and has saved nothing
+        since), `another line of history` (the rules are not about it), and the rules that keep it, as their repr has
+        them; without rules that is `KeepAll()`.
 
         Raises:
             CheckpointNotFoundError: no commit of that step.
@@ -594,6 +657,50 @@ class CheckpointManager:
         self._refuse_forked()
         with taking_part(self._ranks):
             self._saves.delete(step_number(step))
+
+    def named(self, name: str) -> Checkpoint | None:
+        """Return the checkpoint that has a name, None if none has.
+
+        Raises:
+            OptionsError: it can be no name.
+            ManifestError: the newest that was given it cannot be read.
+            StorageError: the store cannot be listed or read.
+        """
+        self._refuse_closed()
+        return named(self._saves.roots, check_name(name))
+
+    def names(self) -> dict[str, Checkpoint]:
+        """Return all names, and the checkpoint that has each; raises as `named` does."""
+        self._refuse_closed()
+        return names_of(self._saves.roots)
+
+    def remove(self, checkpoint: Checkpoint | str) -> None:
+        """Remove just this checkpoint, with all its names; or take a name away, with what nothing else keeps.
+
+        What a name alone has kept is the rules' then, and without rules goes with it; what is pinned, or has another
+        name, stays. Else as for `delete`: at once nobody finds it any more, and its shards go `prune_grace_s` later.
+        With several ranks every rank calls it, and rank 0 removes.
+
+        Args:
+            checkpoint: one of this root; or a name that `save` gave.
+
+        Raises:
+            CheckpointNotFoundError: it is not there; or nothing has that name.
+            PinnedError: the checkpoint is pinned; nothing was removed.
+            FencedError: a newer job has claimed the root; nothing was removed.
+            OptionsError: it is neither, or of another root.
+            StorageError: the store could not be asked; the checkpoint is whole or not there, and asking again is safe.
+        """
+        self._refuse_forked()
+        if isinstance(checkpoint, Checkpoint):
+            if not any(one.holds(checkpoint) for one in self._saves.roots.catalogs):
+                raise OptionsError(
+                    f"{checkpoint.url} is no checkpoint of {self.url}; remove it with a manager of its root"
+                )
+        else:
+            check_name(checkpoint)
+        with taking_part(self._ranks):
+            self._saves.remove(checkpoint)
 
     def unreadable(self) -> list[Unreadable]:
         """Return what stands in either root and cannot be read, oldest first by (epoch, step), with its error.

@@ -29,6 +29,7 @@ from cloudckpt.errors import (
     CloudCkptError,
     CommitUnknownError,
     FormatVersionError,
+    ManifestError,
     OptionsError,
     RankLostError,
     SaveFailedError,
@@ -46,18 +47,22 @@ from cloudckpt.root import (
     Pin,
     Pruner,
     Roots,
+    committed_as,
+    give_name,
+    named_candidates,
+    no_name,
     pin,
     prefix_of,
     refuse_pinned,
     unpin,
 )
 from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
-from cloudckpt.state import bind, capture, captured, collector_at_rest
+from cloudckpt.state import Files, bind, capture, captured, collector_at_rest
 from cloudckpt.store import RetryingStore
 from cloudckpt.threads import new_lock
 from cloudckpt.transfer import Slabs
 
-__all__ = ["Exists", "Home", "Saves"]
+__all__ = ["Asked", "Exists", "Home", "Saves"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +76,31 @@ _NOISE_S = 0.05
 
 _Result = TypeVar("_Result")
 
-Exists = Literal["raise", "skip"]
+Exists = Literal["raise", "skip", "replace"]
 """What a save does where this job has committed that step already."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a caller asks of one save, beside its step and its state.
+
+    Attributes:
+        metrics: numbers to be kept.
+        metadata: values to be kept.
+        files: to go beside the state.
+        name: that the checkpoint gets; "" for none.
+        exists: what to do where the step is saved.
+    """
+
+    metrics: Mapping[str, float] | None = None
+    metadata: Mapping[str, object] | None = None
+    files: Files | None = None
+    name: str = ""
+    exists: Exists = "raise"
+
+    def __post_init__(self) -> None:
+        if self.exists not in get_args(Exists):
+            raise OptionsError(f"exists is {self.exists!r}; give {' or '.join(map(repr, get_args(Exists)))}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +179,8 @@ class Saves:
         # The step of a save of which nothing is known, and what asks the store.
         self._doubted: tuple[int, Callable[[], Checkpoint | None]] | None = None
         self.is_interrupted = False
+        # What the save under way replaces.
+        self._to_replace: Checkpoint | None = None
         # The newest commit after which nothing was pruned yet.
         self._to_prune: deque[Checkpoint] = deque(maxlen=1)
         # Held by who prunes: the thread of the save before, or of one that has no room.
@@ -197,7 +227,7 @@ class Saves:
             self._accord.compare(name, mine)
             self._compared.add(name)
 
-    def _compare_call(self, step: int, exists: Exists, on_busy: str) -> None:
+    def _compare_call(self, step: int, asked: Asked, on_busy: str) -> None:
         """Compare what the ranks give to a save: some of it decides whether a rank comes to meet the others."""
         group = Group.of_world()
         if group.size == 1:
@@ -208,7 +238,9 @@ class Saves:
             self._compare("retention", {"retention": "given" if self.homes[0].pruner.has_rules else "not given"})
         mine: dict[str, str | int | None] = {} if self._schedule.is_preempted else {"on_busy": on_busy}
         if self.background.step == step or self.homes[0].epoch.newest_of(step) is not None:
-            mine["exists"] = exists
+            mine["exists"] = asked.exists
+        if asked.name:
+            mine["name"] = asked.name
         before, self._call_count = self._call, self._call_count + 1
         self._call = f"save {self._call_count} of step {step}"
         self._compare(self._call, mine)
@@ -229,16 +261,13 @@ class Saves:
         self,
         step: int,
         state: MutableMapping[str, object],
-        metrics: Mapping[str, float] | None,
-        metadata: Mapping[str, object] | None,
-        *,
-        exists: Exists,
+        asked: Asked,
     ) -> Checkpoint | None:
         """Save, and return once it is committed; raises as `CheckpointManager.save` does."""
-        if (found := self._already(step, exists, "wait")) is not None:
+        if (found := self._already(step, asked, "wait")) is not None:
             return found
         try:
-            return self._save(step, state, metrics, metadata)
+            return self._save(step, state, asked)
         except CloudCkptError as exc:
             if not self._tolerance.forgives(step, exc):
                 raise
@@ -248,10 +277,9 @@ class Saves:
         self,
         step: int,
         state: MutableMapping[str, object],
-        metrics: Mapping[str, float] | None,
-        metadata: Mapping[str, object] | None,
+        asked: Asked,
     ) -> Checkpoint:
-        entry, pending = self._begin(step, state, metrics, metadata, slabs=None)
+        entry, pending = self._begin(step, state, asked, slabs=None)
         self._doubted = step, pending.look
         try:
             with entry.bar(f"saving step {step}") as bar:
@@ -304,22 +332,20 @@ class Saves:
         self,
         step: int,
         state: MutableMapping[str, object],
-        metrics: Mapping[str, float] | None,
-        metadata: Mapping[str, object] | None,
+        asked: Asked,
         *,
         on_busy: Literal["wait", "skip"],
-        exists: Exists,
     ) -> SaveHandle:
         """Copy, and return while the copy is saved; raises as `CheckpointManager.async_save` does."""
         if on_busy not in ("wait", "skip"):
             raise OptionsError(f"on_busy is {on_busy!r}; give 'wait' or 'skip'")
-        if (found := self._already(step, exists, on_busy)) is not None:
+        if (found := self._already(step, asked, on_busy)) is not None:
             return SaveHandle.ended(step, found)
         if on_busy == "skip" and not self.is_preempted and self._is_busy(step):
             logger.info("rank %d: step %d is skipped: another save is under way", Group.of_world().rank, step)
             return SaveHandle(step)
         try:
-            entry, pending = self._begin(step, state, metrics, metadata, slabs=self._slabs)
+            entry, pending = self._begin(step, state, asked, slabs=self._slabs)
             handle = self.background.begin(step, pending, partial(self._ended, step, entry, pending.take_back))
         except CloudCkptError as exc:
             if not self._tolerance.forgives(step, exc):
@@ -333,20 +359,18 @@ class Saves:
         self.background.tell_earlier(handle)
         return handle
 
-    def _already(self, step: int, exists: Exists, on_busy: str) -> Checkpoint | None:
+    def _already(self, step: int, asked: Asked, on_busy: str) -> Checkpoint | None:
         """Return what this job has saved of a step already, if that is to do; the same on every rank."""
-        if exists not in get_args(Exists):
-            raise OptionsError(f"exists is {exists!r}; give {' or '.join(map(repr, get_args(Exists)))}")
-        self._compare_call(step, exists, on_busy)
+        self._compare_call(step, asked, on_busy)
         if Group.of_world().size == 1 and (late := self._doubtful(step)) is not None:
             logger.warning("step %d was saved, though its save was interrupted", step)
             for home in self.homes:
                 home.epoch.note(late)
-        if exists == "raise":
+        if asked.exists == "raise":
             return None
         if self.background.step == step:
             self.background.wait()
-        if (found := self.homes[0].epoch.newest_of(step)) is None:
+        if asked.exists == "replace" or (found := self.homes[0].epoch.newest_of(step)) is None:
             return None
         rank = Group.of_world().rank
         is_gone = rank == 0 and not self._home_of(found).epoch.is_there(found)
@@ -354,6 +378,10 @@ class Saves:
             logger.warning("rank %d: step %d was saved already, and is gone: it is saved again", rank, step)
             return None
         logger.info("rank %d: step %d is saved already", rank, step)
+        if asked.name:
+            home = self._home_of(found)
+            give = partial(give_name, home.catalog, found, asked.name, epoch=home.epoch.number)
+            self._led(f"name of step {step}", give)
         return found
 
     @property
@@ -421,9 +449,48 @@ class Saves:
         with plain_errors(), group.session(what, deadline_s=deadline_s, check=self._check):
             return group.agree(what, lambda: None, lambda _: call())
 
+    def remove(self, what: Checkpoint | str) -> None:
+        """Remove a checkpoint, or a name with what nothing else keeps; raises as `CheckpointManager.remove` does."""
+        self.background.wait()  # it may be pruning
+        said = what if isinstance(what, str) else what.url
+        call = partial(self._remove_name, what) if isinstance(what, str) else partial(self._remove_one, what)
+        gone = self._led(f"removal of {said}", call)
+        for home in self.homes:
+            if home.epoch.newest is not None and home.epoch.newest.order in gone:
+                home.epoch.forget(home.epoch.newest.step)
+
+    def _remove_one(self, checkpoint: Checkpoint) -> list[tuple[int, int]]:
+        self._delete_these(self.roots.holders_of(checkpoint))
+        return [checkpoint.order]
+
+    def _remove_name(self, name: str) -> list[tuple[int, int]]:
+        """Take a name away, and let go of what only that has kept: without rules it goes, before its name does."""
+        places = named_candidates(self.roots).get(name)
+        if not places:
+            raise no_name(self.roots, name)
+        going: list[tuple[Catalog, Checkpoint | ManifestError]] = []
+        taken = []
+        for home in self.homes:
+            mine = [one for catalog, one in places if catalog is home.catalog]
+            held = home.catalog.pins.held() if mine else None
+            if held is None:
+                continue
+            taken.append((home.catalog, mine))
+            kept = held.pinned.union(one.prefix for one in held.names if one.name != name)
+            found = [committed_as(home.catalog, one) for one in mine if one.prefix not in kept]
+            unnamed = [] if home.pruner.has_rules else [one for one in found if one is not None]
+            going += [(home.catalog, one) for one in unnamed if home.catalog.is_still(one)]
+        if going:
+            self._delete_these(going)
+        for catalog, mine in taken:
+            catalog.pins.take(mine)
+        return [one.order for _, one in going if isinstance(one, Checkpoint)]
+
     def _delete(self, step: int) -> None:
         """Delete it wherever it stands; also what nobody can read, because it was asked for by name."""
-        holders = self.roots.holders(step)
+        self._delete_these(self.roots.holders(step))
+
+    def _delete_these(self, holders: Sequence[tuple[Catalog, Checkpoint | ManifestError]]) -> None:
         homes = [next(home for home in self.homes if home.catalog is catalog) for catalog, _ in holders]
         for home, (_, found) in zip(homes, holders, strict=True):
             if isinstance(found, FormatVersionError):
@@ -432,13 +499,15 @@ class Saves:
             if home.epoch.number:
                 home.catalog.claims.fence(home.epoch.number)
         for home, (catalog, found) in zip(homes, holders, strict=True):
-            home.pruner.delete(found)
-            if isinstance(found, Checkpoint):
-                self._journal.pruned(found, "delete")
-            else:
+            if not isinstance(found, Checkpoint):
                 logger.warning("deleting what cannot be read: %s", found)
-            logger.info("deleted step %d at %s", step, catalog.store.url)
+            home.pruner.delete(found, self._note_deleted)
+            logger.info("deleted %s at %s", prefix_of(found).rstrip("/"), catalog.store.url)
         self.roots.mark_if_emptied()
+
+    def _note_deleted(self, found: Checkpoint | ManifestError) -> None:
+        if isinstance(found, Checkpoint):
+            self._journal.pruned(found, "delete")
 
     def end(self, *, is_forked: bool = False) -> None:
         """Wait for the save under way, or abandon it; then release the memory. What it raises is `Background.end`'s.
@@ -488,8 +557,7 @@ class Saves:
         self,
         step: int,
         state: MutableMapping[str, object],
-        metrics: Mapping[str, float] | None,
-        metadata: Mapping[str, object] | None,
+        asked: Asked,
         *,
         slabs: Slabs | None,
     ) -> tuple[Entry, PendingSave]:
@@ -501,7 +569,7 @@ class Saves:
         group = Group.of_world()
         entry = self._journal.begin(rank=group.rank, world_size=group.size)
         try:
-            return entry, self._agreed(step, state, metrics, metadata, entry, group, slabs)
+            return entry, self._agreed(step, state, asked, entry, group, slabs)
         except BaseException as exc:
             entry.failed(step, exc, is_forgiven=isinstance(exc, CloudCkptError) and self._tolerance.forgives(step, exc))
             raise
@@ -510,8 +578,7 @@ class Saves:
         self,
         step: int,
         state: MutableMapping[str, object],
-        metrics: Mapping[str, float] | None,
-        metadata: Mapping[str, object] | None,
+        asked: Asked,
         entry: Entry,
         group: Group,
         slabs: Slabs | None,
@@ -520,7 +587,8 @@ class Saves:
         entry.working(step, in_background=slabs is not None)
         end = self._schedule.end_of_saves()
         options = self.options if end is NEVER else self.options.within(end.left_s(time.monotonic()))
-        destinations = [home.epoch.step(step) for home in self.homes]
+        before = self.homes[0].epoch.newest_of(step) if asked.exists == "replace" else None
+        destinations = [home.epoch.step(step, name=asked.name, is_again=before is not None) for home in self.homes]
         self._is_beginning = True
         try:
             with (
@@ -529,18 +597,22 @@ class Saves:
             ):
                 pending = begin_save(
                     session,
-                    captured(state, generators=self.save_rng),
+                    captured(state, generators=self.save_rng, files=asked.files),
                     destinations[0],
                     fallback=destinations[1] if len(destinations) > 1 else None,
                     end=self._schedule.end_of_saves if self._schedule.may_end else None,
                     memory=self._plan,
-                    metrics=metrics,
-                    metadata=metadata,
+                    metrics=asked.metrics,
+                    metadata=asked.metadata,
                     slabs=slabs,
                     room=self._make_room,
                 )
         finally:
             self._is_beginning = False
+        if asked.name:
+            for home in self.homes:
+                home.pruner.gives_names = True
+        self._to_replace = before
         self._schedule.begun(step, entry.work_began_s)
         return pending
 
@@ -608,12 +680,29 @@ class Saves:
             ):
                 home = self._home_of(newest)
                 try:
+                    self._remove_replaced(newest)
                     home.pruner.prune_after(newest, home.epoch.line, go_on=self._may_prune, until=end)
                 finally:
                     for one in self.homes:
                         one.pruner.clean()
         while self._may_prune() and self._to_take_back:
             self._to_take_back.pop()()
+
+    def _remove_replaced(self, newest: Checkpoint) -> None:
+        """Uncommit what the newest commit was to replace, unless a pin or another name than its own keeps it."""
+        old = self._to_replace
+        if old is None or old.step != newest.step or old.order >= newest.order:
+            return  # it is of the save after that, which is under way
+        self._to_replace = None
+        home = self._home_of(old)
+        held = home.catalog.pins.held()
+        mine = {one.name for one in held.names if (one.prefix, one.attempt) == (newest.prefix, newest.attempt)}
+        kept = {one.prefix for one in held.names if one.name not in mine} | held.pinned
+        if old.prefix in kept:
+            logger.warning("%s was to be replaced, and stays, because it is pinned or has another name", old.url)
+        else:
+            home.catalog.claims.fence(home.epoch.number)
+            home.pruner.delete(old, self._note_deleted)
 
     def _make_room(self, catalog: Catalog, go_on: Callable[[], bool]) -> int:
         """Remove at a root that has no room for a save what no checkpoint needs; return how many objects. On rank 0.

@@ -81,7 +81,7 @@ def page_of(
     if not checkpoints and not found.unreadable:
         checkpoints = [_the_one_at(catalog, len(found.unfinished))]
     unreadable = frozenset(one.order for one in found.unreadable)
-    pins = {pin.order: pin.note for pin in catalog.pins.all()}
+    pins = {pin.order: pin.note for pin in found.pins}
     facts = facts_of(checkpoints, _claims(catalog), pins=pins, unreadable=unreadable, mtbf_s=mtbf_s)
     store, at = catalog.store, now or datetime.now(UTC)
     return _document(Run(url=store.url, at=at, facts=facts, found=found, prices=prices or Prices.of(store)))

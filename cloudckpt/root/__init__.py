@@ -10,8 +10,9 @@ from cloudckpt.root.choice import Candidate, Choice, Wanted
 from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.root.destination import Destination, Epoch, Target, own_url
 from cloudckpt.root.known import ManifestCache
+from cloudckpt.root.naming import committed_as, give_name, named, named_candidates, names_of, no_name
 from cloudckpt.root.overview import Overview, overview
-from cloudckpt.root.pinning import pin, pins_of, refuse_pinned, unpin
+from cloudckpt.root.pinning import copy_pin, pin, pins_of, refuse_pinned, unpin
 from cloudckpt.root.pins import Pin
 from cloudckpt.root.pruning import Pruner, RetentionScope
 from cloudckpt.root.replacing import Exists, check_exists, check_place, refuse_nested
@@ -64,7 +65,14 @@ __all__ = [
     "check_exists",
     "check_place",
     "checked_rules",
+    "committed_as",
+    "copy_pin",
+    "give_name",
     "mistaken_for",
+    "named",
+    "named_candidates",
+    "names_of",
+    "no_name",
     "overview",
     "own_url",
     "pin",

@@ -54,7 +54,7 @@ from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable
 from cloudckpt.root.claims import Claims
 from cloudckpt.root.known import Known
 from cloudckpt.root.looking import Walk
-from cloudckpt.root.pins import Pins
+from cloudckpt.root.pins import Held, Pins
 from cloudckpt.root.removal import delete_below, nested
 from cloudckpt.store import RetryingStore, Store, one_deadline
 from cloudckpt.threads import each, new_lock
@@ -85,7 +85,7 @@ class _Memory:
         voids: prefixes at which a void manifest stands.
         own_voids: those of them that were made here.
         deleted: prefixes whose manifest was asked to be deleted.
-        has_pins: whether the last listing of the root has shown any.
+        shows_pins: whether the last listing of the root had pins in it.
     """
 
     found: dict[str, _Found] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class _Memory:
     voids: set[str] = field(default_factory=set)
     own_voids: set[str] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
-    has_pins: bool = False
+    shows_pins: bool = True
     lock: threading.Lock = field(default_factory=new_lock)
 
 
@@ -222,9 +222,15 @@ class Catalog:
         """Return (epoch, step) of all attempts below the root, committed or not, by their prefix; newest first."""
         return self._placed(self.store.list("", delimiter="/").prefixes)
 
-    def _placed(self, prefixes: Iterable[str]) -> dict[str, tuple[int, int]]:
-        prefixes = list(prefixes)
-        self._memory.has_pins = PINS_PREFIX in prefixes
+    def held_seen(self) -> Held:
+        """Return what is pinned, and what has names, for people; no request where the last listing shows none.
+
+        Nothing may be removed by that: what was pinned since that listing is not seen.
+        """
+        return self.pins.held() if self._memory.shows_pins else Held(frozenset(), ())
+
+    def _placed(self, prefixes: Collection[str]) -> dict[str, tuple[int, int]]:
+        self._memory.shows_pins = PINS_PREFIX in prefixes
         found = {prefix: place[::-1] for prefix in prefixes if (place := parse_checkpoint_prefix(prefix))}
         self.claims.note([epoch for epoch, _ in found.values()], are_all=True)
         return dict(sorted(found.items(), key=lambda item: item[1], reverse=True))
@@ -270,7 +276,7 @@ class Catalog:
 
     def _pinned_at(self, prefix: str) -> Checkpoint | None:
         """Return what is pinned under a prefix without a manifest, if it is whole; whoever writes puts it back."""
-        found = self._pinned(prefix) if self._memory.has_pins else None
+        found = self.pinned(prefix) if self._memory.shows_pins else None
         return None if found is None else found[0]
 
     def _tried(self, prefix: str) -> Checkpoint | ManifestError | None:
@@ -560,17 +566,6 @@ class Catalog:
         self.store.create(prefix + MANIFEST_NAME, data)
         return self.adopt(data, prefix=prefix)
 
-    def bytes_of(self, checkpoint: Checkpoint) -> bytes:
-        """Return the bytes of a checkpoint's manifest; what another release wrote is read once more for them.
-
-        Raises:
-            ObjectNotFoundError: it has gone meanwhile.
-        """
-        data = checkpoint.manifest.encode()
-        if digest_of(data) == checkpoint.digest:
-            return data
-        return self.store.read(checkpoint.prefix + MANIFEST_NAME, limit_bytes=MANIFEST_LIMIT_BYTES)
-
     @one_deadline()
     def put_back(self, prefix: str) -> Checkpoint | None:
         """Commit a pinned checkpoint again whose manifest is gone, as its pin has it; not while it is being removed.
@@ -579,7 +574,7 @@ class Catalog:
             What stands there then; None, and the log says why, if that is not what is pinned: there is no such pin, or
             none that can be read, its objects are not there, or something else stands there.
         """
-        found = self._pinned(prefix)
+        found = self.pinned(prefix)
         if found is None:
             return None
         pinned, data = found
@@ -598,8 +593,11 @@ class Catalog:
         self._tell_pin(prefix, "it is being removed" if self._is_decided(prefix) else "another manifest stands there")
         return None
 
-    def _pinned(self, prefix: str) -> tuple[Checkpoint, bytes] | None:
-        """Return what is pinned under a prefix, and its manifest, if all that leads to is there. Two requests."""
+    def pinned(self, prefix: str) -> tuple[Checkpoint, bytes] | None:
+        """Return what is pinned under a prefix, and its manifest, if all that leads to is there. Two requests.
+
+        None, and the log says why, if a pin there stands for nothing.
+        """
         try:
             pin = self.pins.read(prefix)
         except ManifestError as exc:
@@ -627,17 +625,25 @@ class Catalog:
             )
 
     def manifest_bytes(self, checkpoint: Checkpoint) -> bytes:
-        """Return a manifest as it stands on the store; no request where it encodes to the same bytes.
+        """Return a manifest as it stands on the store, or in a pin; no request where it encodes to the same bytes.
 
         Raises:
             CheckpointNotFoundError: it is gone, or another one stands there by now.
         """
         data = checkpoint.manifest.encode()
         if digest_of(data) != checkpoint.digest:  # of another version
-            data = self._read_manifest(checkpoint.prefix)[1]
+            data = self._stored_manifest(checkpoint.prefix)
         if digest_of(data) != checkpoint.digest:
             raise CheckpointNotFoundError(f"{checkpoint.url} was removed, and another checkpoint stands there by now")
         return data
+
+    def _stored_manifest(self, prefix: str) -> bytes:
+        try:
+            return self._read_manifest(prefix)[1]
+        except CheckpointNotFoundError:
+            if (pinned := self.pinned(prefix)) is None:
+                raise
+            return pinned[1]
 
     def commit_copy(self, data: bytes, *, prefix: str) -> Checkpoint:
         """Create the manifest of a checkpoint that was copied, byte for byte; nothing where it is there already.

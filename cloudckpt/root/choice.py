@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from cloudckpt.errors import IntegrityError, OptionsError
-from cloudckpt.format import step_number
+from cloudckpt.format import check_name, step_number
 from cloudckpt.root.checkpoint import Checkpoint, best_first
 from cloudckpt.root.looking import LISTINGS
+from cloudckpt.root.naming import named, no_name
 from cloudckpt.root.retention import KeepBest, RetentionRule
 from cloudckpt.root.roots import Roots
 
@@ -21,8 +21,8 @@ __all__ = ["Candidate", "Choice", "Wanted"]
 Candidate = Checkpoint | IntegrityError
 """A checkpoint to be tried, or why one that is there cannot be."""
 
-Wanted = int | Literal["latest", "best"] | Checkpoint
-"""What a caller may ask for."""
+Wanted = int | str | Checkpoint
+"""What a caller may ask for: a step, `latest`, `best`, a name, or a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Choice:
 
     Attributes:
         roots: where it may be.
-        wanted: `latest`, `best` by the first `KeepBest` of `rules`, a step, or a checkpoint.
+        wanted: `latest`, `best` by the first `KeepBest` of `rules`, a name, a step, or a checkpoint.
         rules: the root's retention rules.
     """
 
@@ -46,7 +46,7 @@ class Choice:
         """Yield what may be restored, best first: for `latest` one after another, else the one that is meant.
 
         Raises:
-            CheckpointNotFoundError: no commit of that step.
+            CheckpointNotFoundError: no commit of that step; or none has that name, and there are some.
             ManifestError: nothing is committed, but something was.
             OptionsError: what is asked for says nothing here.
             StorageError: the store cannot be read.
@@ -65,17 +65,19 @@ class Choice:
                     "cloudckpt.load(state, checkpoint.url), or restore it with a manager of its own root"
                 )
             yield self.wanted
-        elif isinstance(self.wanted, str):
+        elif self.wanted == "best":
             yield from self._best()
+        elif isinstance(self.wanted, str):
+            yield from self._named(check_name(self.wanted))
         else:
             yield self.roots.find(step_number(self.wanted))
 
     def _best(self) -> Iterator[Checkpoint]:
         rule = next((rule for rule in self.rules if isinstance(rule, KeepBest)), None)
-        if self.wanted != "best" or rule is None:
+        if rule is None:
             raise OptionsError(
-                f"step {self.wanted!r} says nothing here; give 'latest', a step, manager.best('name'), or 'best' with "
-                "a KeepBest rule in retention"
+                "step 'best' says nothing here; give 'latest', a step, manager.best('name'), or 'best' with a KeepBest "
+                "rule in retention"
             )
         for _ in range(LISTINGS):
             found = self.roots.all()
@@ -87,6 +89,18 @@ class Choice:
                 raise OptionsError(_no_best(found, rule.metric))
             yield best
             if self.roots.stands(best):
+                return
+
+    def _named(self, name: str) -> Iterator[Checkpoint]:
+        for _ in range(LISTINGS):
+            found = named(self.roots, name)
+            if found is None:
+                if self.roots.newest() is not None:
+                    raise no_name(self.roots, name)
+                self._refuse_checkpoint()
+                return
+            yield found
+            if self.roots.stands(found):
                 return
 
     def _refuse_checkpoint(self) -> None:

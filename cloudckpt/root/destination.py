@@ -21,6 +21,7 @@ from cloudckpt.format import Manifest, checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import WORKED, Checkpoint
 from cloudckpt.root.claims import Claims, Line, leading_to
+from cloudckpt.root.pins import Named
 from cloudckpt.root.replacing import Exists, check_place, refuse_nested, replace
 from cloudckpt.store import RetryingStore, probe_create, probe_write
 
@@ -41,6 +42,7 @@ class Target:
     Attributes:
         exists: what becomes of a checkpoint at the URL itself.
         worked_s: returns how long the line of history has been at work; None outside a root.
+        name: that the checkpoint gets; "" for none.
     """
 
     catalog: Catalog
@@ -49,6 +51,7 @@ class Target:
     epoch: int = 0
     exists: Exists = "raise"
     worked_s: Callable[[], float] | None = None
+    name: str = ""
 
     def commit(self, manifest: Manifest) -> Checkpoint:
         """Make a finished attempt the checkpoint there; raises what `Catalog.commit` or `replace` raises."""
@@ -56,6 +59,9 @@ class Target:
             return replace(self.catalog, manifest)
         if self.worked_s is not None:
             manifest = structs.replace(manifest, summary={**manifest.summary, WORKED: round(self.worked_s(), 3)})
+        if self.name:
+            # First: it says nothing while nothing is committed, and so moves in the very request that commits.
+            self.catalog.pins.give(Named(self.name, self.prefix, manifest.attempt))
         return self.catalog.commit(manifest, prefix=self.prefix)
 
 
@@ -145,15 +151,20 @@ class Epoch:
         self._deleted: set[int] = set()
         self._has_gone_back = False
 
-    def step(self, step: int) -> Destination:
+    def step(self, step: int, *, name: str = "", is_again: bool = False) -> Destination:
         """Return where a step goes. No request.
+
+        Args:
+            step: of the training.
+            name: that its checkpoint gets; "" for none.
+            is_again: save it in a new epoch, where this one has committed it.
 
         Raises:
             OptionsError: a step that is negative, or larger than keys hold.
         """
         checkpoint_prefix(step, self.number or 1)
-        is_claimed = self._is_high_enough and not self._goes_back(step) and not self.is_doubted
-        return Destination(self._catalog, partial(self._take, step), is_claimed=is_claimed)
+        is_claimed = self._is_high_enough and not self._goes_back(step) and not self.is_doubted and not is_again
+        return Destination(self._catalog, partial(self._take, step, name, is_again), is_claimed=is_claimed)
 
     @property
     def _is_high_enough(self) -> bool:
@@ -231,18 +242,18 @@ class Epoch:
             logger.warning("whether %s is still there is not known: %s", checkpoint.url, exc)
             return True
 
-    def _take(self, step: int, catalog: Catalog) -> Target:
+    def _take(self, step: int, name: str, is_again: bool, catalog: Catalog) -> Target:  # noqa: FBT001 (a `partial`)
         if self.is_doubted:
             probe_write(self._hurried(catalog).store)
             self.is_doubted = False
         is_used = self._is_used(step)
-        if is_used and catalog.is_taken(taken := checkpoint_prefix(step, self.number)):
+        if is_used and not is_again and catalog.is_taken(taken := checkpoint_prefix(step, self.number)):
             raise catalog.exists_error(taken)
         if self._goes_back(step):
             self._tell_back(step)
             self._claim(catalog)
         elif is_used:
-            logger.info("step %d of epoch %d was deleted, and is saved again in a new epoch", step, self.number)
+            logger.info("step %d of epoch %d is saved again, in a new epoch", step, self.number)
             self._claim(catalog)
         elif not self._is_high_enough:
             if self.number == 0:
@@ -250,7 +261,7 @@ class Epoch:
                 probe_create(catalog.store, single_writer=self._is_single_writer)
             self._claim(catalog)
         prefix = checkpoint_prefix(step, self.number)
-        return Target(catalog=catalog, prefix=prefix, step=step, epoch=self.number, worked_s=self._worked_s)
+        return Target(catalog=catalog, prefix=prefix, step=step, epoch=self.number, worked_s=self._worked_s, name=name)
 
     def _tell_back(self, step: int) -> None:
         if self.newest is not None and not self._has_gone_back:

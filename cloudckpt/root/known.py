@@ -21,7 +21,7 @@ import re
 import secrets
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -83,7 +83,7 @@ class Known:
         """Whether all objects are listed: where that takes less time than to read again what is known."""
         return self._is_flat and not self.is_quick and bool(self.manifests)
 
-    def prefixes(self, store: Store) -> Iterable[str]:
+    def prefixes(self, store: Store) -> Collection[str]:
         """List what stands at the top of a root."""
         if not self.is_flat:
             return store.list("", delimiter="/").prefixes

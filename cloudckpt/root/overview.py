@@ -6,12 +6,14 @@ Knows the catalog, and what was read before; writes nothing to the store.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable
 from cloudckpt.root.known import Known, ManifestCache
+from cloudckpt.root.naming import names_given
+from cloudckpt.root.pins import Pin
 from cloudckpt.root.sweep import Orphan
 from cloudckpt.store import ObjectInfo
 from cloudckpt.threads import each
@@ -30,6 +32,8 @@ class Overview:
         unreadable: what cannot be read, in the same order.
         unfinished: prefixes without a commit, by name: a save under way, one that was cut off, or what a removal has
             left. Their age is by this machine's clock.
+        pins: of the root, also of what is not committed.
+        names: (epoch, step) → the names of the checkpoint.
         unchecked: how many checkpoints were taken for standing because their prefixes are listed, and no more.
         check_request_count: what a look at each of them would cost; 0 where there was one.
     """
@@ -37,6 +41,8 @@ class Overview:
     checkpoints: Sequence[Checkpoint]
     unreadable: Sequence[Unreadable]
     unfinished: Sequence[Orphan]
+    pins: Sequence[Pin] = ()
+    names: Mapping[tuple[int, int], Sequence[str]] = field(default_factory=dict)
     unchecked: int = 0
     check_request_count: int = 0
 
@@ -48,7 +54,7 @@ def overview(
     is_quick: bool | None = False,
     clock: Callable[[], float] = time.time,
 ) -> Overview:
-    """Look at a root: a listing, one request for each manifest that is not in `cache`, and for each unfinished prefix.
+    """Look at a root: a listing, one request for each manifest that is not in `cache`, each unfinished prefix and pin.
 
     With a cache that knows most of it, one flat listing tells which of them stand, and nothing more is asked.
 
@@ -73,10 +79,13 @@ def overview(
         if known.is_quick:
             unchecked = sum(one.prefix in known.manifests for one in survey.checkpoints)
             check_request_count = known.look_count if unchecked else 0
+    held = catalog.held_seen()
     return Overview(
         checkpoints=survey.checkpoints,
         unreadable=survey.unreadable,
         unfinished=_unfinished(catalog, survey, below, clock()),
+        pins=catalog.pins.all(held),
+        names=names_given(held, survey.checkpoints),
         unchecked=unchecked,
         check_request_count=check_request_count,
     )

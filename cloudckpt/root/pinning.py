@@ -10,14 +10,14 @@ that it holds. It stays without effect, or its checkpoint is put back if that is
 
 from __future__ import annotations
 
-from cloudckpt.errors import CheckpointNotFoundError, ObjectExistsError, ObjectNotFoundError, PinnedError
+from cloudckpt.errors import CheckpointNotFoundError, ObjectExistsError, PinnedError
 from cloudckpt.format import parse_checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.pins import Pin
 from cloudckpt.root.roots import Roots
 
-__all__ = ["pin", "pins_of", "refuse_pinned", "unpin"]
+__all__ = ["copy_pin", "pin", "pins_of", "refuse_pinned", "unpin"]
 
 _SHOWN = 8
 
@@ -44,10 +44,10 @@ def pin(roots: Roots, step: int, note: str = "") -> Pin:
 def _create(catalog: Catalog, found: Checkpoint, note: str) -> Pin | None:
     """Create the pin; None if there is one."""
     try:
-        return catalog.pins.create(found.manifest, catalog.bytes_of(found), note=note)
+        return catalog.pins.create(found.manifest, catalog.manifest_bytes(found), note=note)
     except ObjectExistsError:
         return None
-    except ObjectNotFoundError as exc:
+    except CheckpointNotFoundError as exc:
         raise _too_late(found) from exc
 
 
@@ -70,6 +70,24 @@ def _too_late(found: Checkpoint) -> CheckpointNotFoundError:
         f"step {found.step} of epoch {found.epoch} was removed while it was being pinned ({found.url}); see whether it "
         "stands with `cloudckpt ls`, and pin another step if not"
     )
+
+
+def copy_pin(source: Catalog, target: Catalog, checkpoint: Checkpoint) -> bool:
+    """Pin in one root a checkpoint that was copied there, as it is pinned in another one; the root's own pin stays.
+
+    Returns:
+        Whether it was pinned by that.
+
+    Raises:
+        CheckpointNotFoundError: it was removed there meanwhile.
+    """
+    prefix = checkpoint.prefix
+    is_made = target.pins.copy_from(source.pins, prefix)
+    if is_made and not target.is_still(checkpoint) and target.put_back(prefix) is None:
+        raise CheckpointNotFoundError(
+            f"{prefix.rstrip('/')} was removed from {target.store.url} while it was copied there; copy it once more"
+        )
+    return is_made
 
 
 def unpin(roots: Roots, step: int) -> Pin:

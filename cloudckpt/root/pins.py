@@ -1,6 +1,7 @@
-"""Say which checkpoints of a root are pinned: objects of which each keeps one, whatever the rules say.
+"""Say which checkpoints of a root are pinned or have a name: objects of which each keeps one, whatever the rules say.
 
-    pins/step-…-e….json    created once, never changed; holds the manifest of its checkpoint, byte for byte
+    pins/step-…-e….json               created once, never changed; holds the manifest of its checkpoint, byte for byte
+    pins/NAME/step-…-e….ATTEMPT       created before that attempt commits; its key says all
 
 Knows pins and one store, and nothing of what stands under their prefixes; what holds them is in `pinning`. A pin that
 cannot be read pins all the same: its key says of what. Any thread may enter.
@@ -8,24 +9,28 @@ cannot be read pins all the same: its key says of what. Any thread may enter.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from cloudckpt.errors import ManifestError, ObjectNotFoundError
+from cloudckpt.errors import ManifestError, ObjectExistsError, ObjectNotFoundError
 from cloudckpt.format import (
     PIN_LIMIT_BYTES,
     PINS_PREFIX,
     Manifest,
     PinRecord,
     moment_of,
+    name_key,
     parse_checkpoint_prefix,
+    parse_name_key,
     parse_pin_key,
     pin_key,
 )
 from cloudckpt.store import Store
 from cloudckpt.threads import each
 
-__all__ = ["Pin", "Pins"]
+__all__ = ["Held", "Named", "Pin", "Pins"]
 
 _READERS = 16
 
@@ -54,8 +59,47 @@ class Pin:
         return self.epoch, self.step
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    """That an attempt, if it is what is committed under a prefix, has a name."""
+
+    name: str
+    prefix: str
+    attempt: str
+
+    @property
+    def key(self) -> str:
+        """Of the object that says so."""
+        return name_key(self.name, self.prefix, self.attempt)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """(epoch, step) of the checkpoint: of those of one name the highest that is committed has it."""
+        step, epoch = parse_checkpoint_prefix(self.prefix) or (-1, 0)
+        return epoch, step
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What one listing tells of all that is kept whatever the rules say.
+
+    Attributes:
+        pinned: prefixes, also of what nobody can read.
+        names: the names given, the oldest checkpoint's first; of each name also those that it has moved on from, and
+            those of attempts that never committed.
+    """
+
+    pinned: frozenset[str]
+    names: tuple[Named, ...]
+
+    @property
+    def prefixes(self) -> frozenset[str]:
+        """All of them."""
+        return self.pinned.union(one.prefix for one in self.names)
+
+
 class Pins:
-    """The pins of one root."""
+    """The pins and names of one root."""
 
     def __init__(self, store: Store) -> None:
         """Wrap `store`, which stays the caller's to close."""
@@ -63,8 +107,26 @@ class Pins:
 
     def prefixes(self) -> set[str]:
         """Return the prefixes of all that is pinned, also of what nobody can read. One listing."""
+        return set(self.held().pinned)
+
+    def held(self) -> Held:
+        """Return what is pinned, and what has names. One listing."""
         keys = [info.key for info in self._store.list(PINS_PREFIX).objects]
-        return {prefix for key in keys if (prefix := parse_pin_key(key)) is not None}
+        names = [Named(*found) for key in keys if (found := parse_name_key(key)) is not None]
+        return Held(
+            pinned=frozenset(prefix for key in keys if (prefix := parse_pin_key(key)) is not None),
+            names=tuple(sorted(names, key=lambda one: (one.order, one.key))),
+        )
+
+    def give(self, named: Named) -> None:
+        """Give a name; nothing is said where it is given already. One request."""
+        with suppress(ObjectExistsError):
+            self._store.create(named.key, b"\n")
+
+    def take(self, names: Sequence[Named]) -> None:
+        """Take these away."""
+        if names:
+            self._store.delete([one.key for one in names])
 
     def is_pinned(self, prefix: str) -> bool:
         """Tell whether the checkpoint under a prefix is pinned. One request."""
@@ -94,11 +156,27 @@ class Pins:
             return str(exc)
         return None if found is None else found.note
 
-    def all(self) -> list[Pin]:
-        """Return all pins, by (epoch, step); of one that cannot be read its note says so. A request for each."""
-        prefixes = sorted(self.prefixes())
+    def all(self, held: Held | None = None) -> list[Pin]:
+        """Return all pins, by (epoch, step); of one that cannot be read its note says so. A request for each.
+
+        Args:
+            held: what a listing has just told; None asks for one.
+        """
+        prefixes = sorted((held or self.held()).pinned)
         found = each(prefixes, self.describe, threads=_READERS, name="cloudckpt-pins")
         return sorted((pin for pin in found if pin is not None), key=lambda pin: pin.order)
+
+    def copy_from(self, other: Pins, prefix: str) -> bool:
+        """Create the pin that another root has of a prefix here, byte for byte, also one that cannot be read.
+
+        Returns:
+            Whether it was created; not where one is here, which stays, or none is there any more.
+        """
+        key = pin_key(prefix)
+        with suppress(ObjectExistsError, ObjectNotFoundError):
+            self._store.create(key, other._store.read(key, limit_bytes=PIN_LIMIT_BYTES))
+            return True
+        return False
 
     def create(self, manifest: Manifest, data: bytes, *, note: str) -> Pin:
         """Pin a checkpoint whose manifest has these bytes.

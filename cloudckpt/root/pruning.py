@@ -1,7 +1,8 @@
 """Remove the checkpoints of one root that no retention rule keeps: manifests first, shards a grace time later.
 
     commit ──▶ what the rules let go, of this job's line ──what they keep is looked for──▶ uncommitted
-                 ╰─ what is pinned stays                   what was pinned meanwhile ◀── put back ─╯
+                 ╰─ what is pinned or has a name stays     what was pinned meanwhile ◀── put back ─╯
+           ──▶ what a name has moved on from: by the rules; without any it goes
     `Cleaner` ──▶ the shards, once due
 
 Pins are listed where something would go, and once more when it has gone: one that was set in between holds, too, and
@@ -12,8 +13,9 @@ a checkpoint, and by the manager's; never by two at once. Keeps FORMAT invariant
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, TypeVar, get_args
 
 from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import ManifestError, OptionsError, PinnedError, RetryExhaustedError, StorageError
@@ -21,10 +23,11 @@ from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint, prefix_of
 from cloudckpt.root.claims import Line
 from cloudckpt.root.cleaning import Cleaner
+from cloudckpt.root.naming import committed_as, forget_names, names_given, superseded
 from cloudckpt.root.pinning import refuse_pinned
 from cloudckpt.root.retention import KeepAll, RetentionRule, removable, why_kept
 
-__all__ = ["Pruner", "RetentionScope", "delete_unpinned", "keep_pinned", "uncommit_each", "what_goes"]
+__all__ = ["Pruner", "RetentionScope", "delete_unpinned", "uncommit_each", "what_goes"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,9 @@ RetentionScope = Literal["line", "root"]
 """Whose checkpoints retention removes: those of the job's own line of history, or all below the root."""
 
 _SHOWN = 5
+
+_Any = Checkpoint | ManifestError
+_Gone = TypeVar("_Gone", Checkpoint, _Any)
 
 
 class Pruner:
@@ -60,6 +66,8 @@ class Pruner:
         self._scope = scope
         self._on_pruned = on_pruned
         self._has_named = False
+        # Whether this job gives names: without, no pass looks for what they have moved on from.
+        self.gives_names = False
         # What the store refuses to delete, and that was raised.
         self._told: set[str] = set()
         self._above: set[str] = set()
@@ -74,11 +82,12 @@ class Pruner:
         found = self._catalog.survey().checkpoints
         is_all = self._scope == "root"
         mine = found if is_all else self._catalog.native([one for one in found if line.holds(one.order)])
-        pinned = self._catalog.pins.prefixes()
+        held = self._catalog.pins.held()
         return why_kept(
             found,
             self._rules or (KeepAll(),),
-            pinned=[one.order for one in found if one.prefix in pinned],
+            pinned=[one.order for one in found if one.prefix in held.pinned],
+            names=names_given(held, found),
             in_use=[] if in_use is None else [in_use.order],
             others={one.order for one in found} - {one.order for one in mine} if self._rules else (),
         )
@@ -97,7 +106,7 @@ class Pruner:
         go_on: Callable[[], bool] = lambda: True,
         until: Deadline = NEVER,
     ) -> None:
-        """Uncommit what no rule keeps; never the checkpoint that was just committed.
+        """Uncommit what no rule keeps, and what names have moved on from; never the checkpoint just committed.
 
         It ends early, between two of them, when `go_on` says so; the rest is left to the next time. One that the store
         refuses to delete keeps no other one from going; it is tried again each time, and raised once. Whatever it
@@ -119,11 +128,11 @@ class Pruner:
             self._until = NEVER
 
     def _prune_after(self, checkpoint: Checkpoint, line: Line, epoch: int, go_on: Callable[[], bool]) -> None:
+        if self.gives_names:
+            self._let_go_of_names(checkpoint, line, epoch, go_on)
         going = self._going(checkpoint, line, epoch)
-        gone, refused = uncommit_each(going, self.uncommit, go_on)
-        for old in keep_pinned(self._catalog, self._cleaner, gone):
-            self._on_pruned(old)
-        if len(gone) + len(refused) < len(going):
+        is_through, refused = uncommit_each(self._catalog, self._cleaner, going, self._on_pruned, go_on)
+        if not is_through:
             return
         self._told &= refused.keys()
         news = refused.keys() - self._told
@@ -131,6 +140,34 @@ class Pruner:
         if news and (not self._told or len(refused) < len(going)):
             self._told |= news
             raise next(refused[prefix] for prefix in refused if prefix in news)
+
+    def _let_go_of_names(self, newest: Checkpoint, line: Line, epoch: int, go_on: Callable[[], bool]) -> None:
+        """Uncommit, without rules, what no name keeps any more; then let go of what said that one does."""
+        held = self._catalog.pins.held()
+        stale = superseded(self._catalog, held)
+        if not stale:
+            return
+        kept = {one.prefix for one in held.names if one not in stale} | held.pinned | {newest.prefix}
+        found = [committed_as(self._catalog, one) for one in stale if one.prefix not in kept]
+        unnamed = list({one.prefix: one for one in found if one is not None}.values())
+        if self._scope == "line":
+            unnamed = self._catalog.native([one for one in unnamed if line.holds(one.order)])
+        going = [] if self._rules else unnamed
+        if going:
+            if not self._catalog.standing([newest]):
+                return
+            self._catalog.claims.fence(epoch)
+        gone: set[str] = set()
+
+        def tell(old: Checkpoint) -> None:
+            gone.add(old.prefix)
+            self._on_pruned(old)
+
+        _, refused = uncommit_each(self._catalog, self._cleaner, going, tell, go_on)
+        left = {one.prefix for one in going} - gone
+        self._catalog.pins.take([one for one in stale if one.prefix not in left])
+        for error in refused.values():
+            raise error
 
     def _going(self, newest: Checkpoint, line: Line, epoch: int) -> list[Checkpoint]:
         places = self._catalog.places()
@@ -165,13 +202,9 @@ class Pruner:
     def _put_back(self, prefix: str) -> bool:
         return self._cleaner.put_back(prefix, by=self._catalog)
 
-    def uncommit(self, checkpoint: Checkpoint) -> None:
-        """Let a checkpoint exist no more; its shards go once readers had time to notice."""
-        self._cleaner.uncommit(checkpoint, by=self._catalog)
-
-    def delete(self, found: Checkpoint | ManifestError) -> None:
-        """Let a checkpoint exist no more, also what nobody can read; raises as `delete_unpinned`."""
-        delete_unpinned(self._catalog, self._cleaner, found)
+    def delete(self, found: Checkpoint | ManifestError, on_gone: Callable[[_Any], None]) -> None:
+        """Let a checkpoint exist no more, also what nobody can read; as `delete_unpinned` does."""
+        delete_unpinned(self._catalog, self._cleaner, found, on_gone)
 
     def clean(self) -> None:
         """Have removed what is due, without waiting for that."""
@@ -227,14 +260,15 @@ def what_goes(
         put_back: commits again what is pinned under a prefix and has lost its manifest; tells whether it stands.
     """
     seen: set[str] = set()
-    pinned: set[str] = set()
+    pinned, held = frozenset[str](), frozenset[str]()
     if removable(checkpoints, rules, protected=protected):
         # Asked only now: most passes have nothing to remove, and cost no request for pins.
-        pinned = catalog.pins.prefixes()
+        found = catalog.pins.held()
+        pinned, held = found.pinned, found.prefixes
         known = {one.prefix for one in catalog.recall(pinned).checkpoints}
         seen |= {prefix for prefix in sorted(pinned - known) if put_back(prefix)}
     while True:
-        stays = {*protected, *(one.order for one in checkpoints if one.prefix in pinned)}
+        stays = {*protected, *(one.order for one in checkpoints if one.prefix in held)}
         removed = removable(checkpoints, rules, protected=stays)
         going = {one.prefix for one in removed}
         unseen = [one for one in checkpoints if one.prefix not in going | seen]
@@ -247,47 +281,81 @@ def what_goes(
 
 
 def uncommit_each(
-    going: Sequence[Checkpoint], uncommit: Callable[[Checkpoint], None], go_on: Callable[[], bool] = lambda: True
-) -> tuple[list[Checkpoint], dict[str, StorageError]]:
-    """Uncommit one after the other while it may go on; return those that are gone, and why the store refused others.
+    catalog: Catalog,
+    cleaner: Cleaner,
+    going: Sequence[Checkpoint],
+    on_gone: Callable[[Checkpoint], None],
+    go_on: Callable[[], bool] = lambda: True,
+) -> tuple[bool, dict[str, StorageError]]:
+    """Uncommit one after the other while it may go on, and put back what was pinned meanwhile.
+
+    Args:
+        catalog: the root's.
+        cleaner: removes the shards later.
+        going: what is to go.
+        on_gone: is told, at the end, of each that is gone and stays so; whatever ends this, of those until then.
+        go_on: whether there is time for the next one.
+
+    Returns:
+        Whether there was time for all of them; and by prefix why the store refused some.
 
     Raises:
         RetryExhaustedError: the store is away, for the next one, too.
     """
-    gone: list[Checkpoint] = []
     refused: dict[str, StorageError] = {}
-    for old in going:
-        if not go_on():
-            break
-        try:
-            uncommit(old)
-        except RetryExhaustedError:
-            raise
-        except StorageError as exc:
-            refused[old.prefix] = exc
-            continue
-        gone.append(old)
-        logger.info("pruned step %s of epoch %d", old.step, old.epoch)
-    return gone, refused
+    with _telling(catalog, cleaner, on_gone) as gone:
+        for old in going:
+            if not go_on():
+                return False, refused
+            try:
+                cleaner.uncommit(old, by=catalog)
+            except RetryExhaustedError:
+                raise
+            except StorageError as exc:
+                refused[old.prefix] = exc
+                continue
+            gone.append(old)
+            logger.info("pruned step %s of epoch %d", old.step, old.epoch)
+    return True, refused
 
 
-def keep_pinned(catalog: Catalog, cleaner: Cleaner, gone: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Put back what was pinned since the pins were listed; return what is gone all the same. One listing, if any is."""
-    pinned = catalog.pins.prefixes() if gone else set()
-    return [one for one in gone if one.prefix not in pinned or not cleaner.put_back(one.prefix, by=catalog)]
+@contextmanager
+def _telling(catalog: Catalog, cleaner: Cleaner, on_gone: Callable[[_Gone], None]) -> Iterator[list[_Gone]]:
+    """Tell of each that the block puts into a list once it is uncommitted, and stays so.
+
+    What was pinned since the pins were listed is put back, and taken from the list; one listing, if that has any. Of a
+    block that fails, or where nobody can say what is pinned, all are told: they are gone until whoever removes
+    their shards asks for pins, which the store may not answer now.
+    """
+    gone: list[_Gone] = []
+    try:
+        yield gone
+        pinned = catalog.pins.prefixes() if gone else set()
+        gone[:] = [
+            one for one in gone if prefix_of(one) not in pinned or not cleaner.put_back(prefix_of(one), by=catalog)
+        ]
+    finally:
+        for old in gone:
+            on_gone(old)
 
 
-def delete_unpinned(catalog: Catalog, cleaner: Cleaner, found: Checkpoint | ManifestError) -> None:
-    """Uncommit one that was asked for by name, unless it is pinned, or is while this is asked.
+def delete_unpinned(
+    catalog: Catalog, cleaner: Cleaner, found: Checkpoint | ManifestError, on_gone: Callable[[_Any], None]
+) -> None:
+    """Uncommit one that was asked for by name, and tell of it, unless it is pinned, or is while this is asked.
 
     Raises:
         PinnedError: it is; the checkpoint stands.
     """
     prefix = prefix_of(found)
     refuse_pinned(catalog, prefix)
-    cleaner.uncommit(found, by=catalog)
-    if prefix in catalog.pins.prefixes() and cleaner.put_back(prefix, by=catalog):
+    with _telling(catalog, cleaner, on_gone) as gone:
+        cleaner.uncommit(found, by=catalog)
+        gone.append(found)
+    if not gone:
         raise PinnedError(
             f"{catalog.store.url.removesuffix('/')}/{prefix.rstrip('/')} was pinned while it was being deleted, and "
             "stands; unpin it first, if it is to go"
         )
+    if isinstance(found, Checkpoint):
+        forget_names(catalog, [found])

@@ -211,19 +211,21 @@ def why_kept(
     rules: Sequence[RetentionRule],
     *,
     pinned: Collection[tuple[int, int]] = (),
+    names: Mapping[tuple[int, int], Sequence[str]] = MappingProxyType({}),
     in_use: Collection[tuple[int, int]] = (),
     others: Collection[tuple[int, int]] = (),
 ) -> dict[tuple[int, int], tuple[str, ...]]:
     """Return what keeps each checkpoint, by its (epoch, step): the words below, and the rules.
 
-    Rules are told as their repr has them, a function by its name. `newest`; `pinned`; `in use` by a job that went on
-    from it; `another line of history`, which the rules are not about. What nothing keeps has no words: a pass by these
-    rules would remove it.
+    Rules are told as their repr has them, a function by its name. `newest`; `pinned`; `named NAME`; `in use` by a job
+    that went on from it; `another line of history`, which the rules are not about. What nothing keeps has no words: a
+    pass by these rules would remove it.
 
     Args:
         checkpoints: all of the root, in whatever order they come.
         rules: of retention.
         pinned: (epoch, step) of what is pinned.
+        names: (epoch, step) → the names of what has some.
         in_use: of what a job went on from that has not saved yet.
         others: of what the rules leave alone and do not count.
     """
@@ -233,6 +235,7 @@ def why_kept(
     said: list[tuple[str, Iterable[tuple[int, int]]]] = [
         ("newest", [one.order for one in (mine or oldest_first)[-1:]]),
         ("pinned", pinned),
+        *((f"named {name}", [order]) for order, given in names.items() for name in given),
         ("in use", in_use),
         ("another line of history", others),
         *((_name_of(rule), set(kept_by(rule, mine))) for rule in rules if mine),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Literal
 
 from cloudckpt.errors import CheckpointNotFoundError, FormatVersionError, ManifestError, StorageError
@@ -166,6 +167,21 @@ class Roots:
         found = self.holders(step)[0][1]
         if isinstance(found, ManifestError):
             raise found
+        return found
+
+    def holders_of(self, checkpoint: Checkpoint) -> list[tuple[Catalog, Checkpoint | ManifestError]]:
+        """Return the catalogs that hold just this checkpoint.
+
+        Raises:
+            CheckpointNotFoundError: none does.
+        """
+        found: list[tuple[Catalog, Checkpoint | ManifestError]] = []
+        for catalog in self.catalogs:
+            with suppress(CheckpointNotFoundError, ManifestError):
+                there = catalog.open(checkpoint.prefix)
+                found += [(catalog, there)] if there.digest == checkpoint.digest else []
+        if not found:
+            raise CheckpointNotFoundError(f"{checkpoint.url} is not committed at {self.url}, or not any more")
         return found
 
     def holders(self, step: int) -> list[tuple[Catalog, Checkpoint | ManifestError]]:

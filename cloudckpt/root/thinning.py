@@ -21,8 +21,9 @@ from cloudckpt.format import parse_checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable, prefix_of
 from cloudckpt.root.cleaning import Cleaner
+from cloudckpt.root.naming import names_given
 from cloudckpt.root.pinning import refuse_pinned
-from cloudckpt.root.pruning import delete_unpinned, keep_pinned, uncommit_each, what_goes
+from cloudckpt.root.pruning import delete_unpinned, uncommit_each, what_goes
 from cloudckpt.root.retention import RetentionRule, kept_by, why_kept
 from cloudckpt.root.roots import Roots
 
@@ -102,9 +103,9 @@ class Thinning:
                 f"{metrics}), so nothing is removed; leave it out, or mend it"
             )
         self._rules = rules
-        pinned, in_use = self._catalog.pins.prefixes(), self._in_use(found)
-        pinned_orders = {one.order for one in found if one.prefix in pinned}
-        kept = why_kept(found, rules, pinned=pinned_orders, in_use=in_use)
+        held, in_use = self._catalog.pins.held(), self._in_use(found)
+        pinned_orders = {one.order for one in found if one.prefix in held.pinned}
+        kept = why_kept(found, rules, pinned=pinned_orders, names=names_given(held, found), in_use=in_use)
         going = what_goes(self._catalog, rules, found, protected=in_use, put_back=lambda _: True)
         return Plan(going=going, staying=_others(found, going), kept=kept)
 
@@ -127,10 +128,14 @@ class Thinning:
         unreadable = sorted((self._unreadable(one) for one in asked if isinstance(one, ManifestError)), key=_order_of)
         going = sorted((one for one in asked if isinstance(one, Checkpoint)), key=lambda one: one.order)
         staying = _others(survey.checkpoints, going)
-        pinned = self._catalog.pins.prefixes()
+        held = self._catalog.pins.held()
         in_use = self._in_use(survey.checkpoints)
         kept = why_kept(
-            survey.checkpoints, (), in_use=in_use, pinned=[one.order for one in staying if one.prefix in pinned]
+            survey.checkpoints,
+            (),
+            in_use=in_use,
+            pinned=[one.order for one in staying if one.prefix in held.pinned],
+            names=names_given(held, staying),
         )
         return Plan(
             going=going,
@@ -177,13 +182,8 @@ class Thinning:
         planned = {one.digest for one in plan.going}
         found = Roots([self._catalog]).all()
         going = what_goes(self._catalog, rules, found, protected=self._in_use(found), put_back=self._put_back)
-
-        def uncommit(checkpoint: Checkpoint) -> None:
-            self._cleaner.uncommit(checkpoint, by=self._catalog)
-            gone.append(checkpoint)
-
-        done, refused = uncommit_each([one for one in going if one.digest in planned], uncommit)
-        gone[:] = keep_pinned(self._catalog, self._cleaner, done)
+        due = [one for one in going if one.digest in planned]
+        _, refused = uncommit_each(self._catalog, self._cleaner, due, gone.append)
         if refused:
             raise next(iter(refused.values()))
 
@@ -191,13 +191,17 @@ class Thinning:
         return self._cleaner.put_back(prefix, by=self._catalog)
 
     def _delete(self, plan: Plan, gone: list[Checkpoint | Unreadable]) -> None:
+        def delete(one: Checkpoint | Unreadable, found: Checkpoint | ManifestError) -> None:
+            def tell(_: Checkpoint | ManifestError) -> None:
+                gone.append(one)
+
+            delete_unpinned(self._catalog, self._cleaner, found, tell)
+
         for one in plan.going:
-            delete_unpinned(self._catalog, self._cleaner, one)
-            gone.append(one)
+            delete(one, one)
         for other in plan.unreadable:
             if isinstance(other.error, ManifestError):
-                delete_unpinned(self._catalog, self._cleaner, other.error)
-                gone.append(other)
+                delete(other, other.error)
         Roots([self._catalog]).mark_if_emptied()
 
     def finish(self, told: Callable[[float], None] = lambda _: None) -> int:

@@ -9,6 +9,7 @@ from cloudckpt.state.attributes import notes_of, stateless_module, with_attribut
 from cloudckpt.state.capture import bind, capture, captured
 from cloudckpt.state.collector import collector_at_rest, collector_awake
 from cloudckpt.state.entry import Entry, is_tensor
+from cloudckpt.state.files import FILES, Files
 from cloudckpt.state.matching import plan_restore
 from cloudckpt.state.per_rank import PerRank, RankName
 from cloudckpt.state.rank_zero import RankZero
@@ -19,10 +20,12 @@ from cloudckpt.state.saved import OURS, Saved
 from cloudckpt.state.trainable import Trainable
 
 __all__ = [
+    "FILES",
     "OURS",
     "AccumulationWindow",
     "Allowed",
     "Entry",
+    "Files",
     "PerRank",
     "RandomState",
     "RankName",

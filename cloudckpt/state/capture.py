@@ -31,6 +31,7 @@ from cloudckpt.state.accumulation import AccumulationWindow, WindowEntry
 from cloudckpt.state.attributes import is_foreign
 from cloudckpt.state.beside import Beside
 from cloudckpt.state.entry import Entry, Place, in_common_order, is_tensor, named_twice
+from cloudckpt.state.files import Files, files_of
 from cloudckpt.state.fsdp1 import flat_optimizer_entry
 from cloudckpt.state.modules import ModuleEntry
 from cloudckpt.state.optimizers import OptimizerEntry
@@ -235,12 +236,21 @@ def _refuse_subclasses(flat: Flat) -> None:
             )
 
 
-def captured(state: MutableMapping[str, object], *, generators: bool = False) -> Flat | Exception:
+def captured(
+    state: MutableMapping[str, object], *, generators: bool = False, files: Files | None = None
+) -> Flat | Exception:
     """Return the leaves of a state, with the process's generators or without, or what an object raised at that.
+
+    With them go files, on the first rank.
 
     An error is a value here, so that all ranks can be told of it.
     """
     try:
-        return capture(bind(state, generators=generators))
+        flat = capture(bind(state, generators=generators))
+        if files is not None and Group.of_world().rank == 0:
+            flat.leaves.update(found := files_of(files))
+            flat.of_first_rank.update(found)
     except Exception as exc:  # noqa: BLE001 (raised by whoever leads the ranks, on all of them)
         return exc
+    else:
+        return flat

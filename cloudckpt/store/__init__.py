@@ -4,8 +4,8 @@ A store moves bytes and knows nothing of tensors, steps or ranks. Each backend m
 errors; the one layer around it is the only place that tries again. No cloud library is imported before a URL asks.
 """
 
-from cloudckpt.store.assembling import Place, assembled
-from cloudckpt.store.base import Listing, ObjectInfo, Store
+from cloudckpt.store.assembling import Place, appended, assembled
+from cloudckpt.store.base import Listing, ObjectInfo, Store, is_key
 from cloudckpt.store.limit import LeftBehindError, one_deadline, told_of_moves, watched
 from cloudckpt.store.local import scrub
 from cloudckpt.store.opening import environment_options, open_store
@@ -24,9 +24,11 @@ __all__ = [
     "RetryingStore",
     "Store",
     "StoreStats",
+    "appended",
     "assembled",
     "environment_options",
     "hide",
+    "is_key",
     "one_deadline",
     "open_store",
     "probe_create",

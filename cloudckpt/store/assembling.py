@@ -22,10 +22,13 @@ from cloudckpt.options import MIB
 from cloudckpt.store.base import Store
 from cloudckpt.store.local import local_below
 
-__all__ = ["Place", "assembled"]
+__all__ = ["Append", "Place", "appended", "assembled"]
 
 Place = Callable[[int, memoryview], None]
 """Takes bytes of an object, and where in it they begin; they may change as soon as it has returned."""
+
+Append = Callable[[memoryview], None]
+"""Takes the next bytes of an object; they may change as soon as it has returned."""
 
 # What is larger is gathered on a disk: a put of it must not take its size in memory.
 _IN_MEMORY_BYTES = 64 * MIB
@@ -50,6 +53,52 @@ def assembled(store: Store, key: str, *, size_bytes: int) -> Iterator[Place]:
     else:
         with _in_file(store, key, size_bytes) as place:
             yield place
+
+
+@contextmanager
+def appended(store: Store, key: str) -> Iterator[Append]:
+    """Yield what takes a new object from its first byte to its last, of a size that nobody knows before.
+
+    For one thread. Else as `assembled`.
+    """
+    local = local_below(store)
+    if local is None:
+        with _in_spool(store, key) as append:
+            yield append
+        return
+    with local.assembled(key) as place:
+        end = 0
+
+        def append(data: memoryview) -> None:
+            nonlocal end
+            place(end, data)
+            end += data.nbytes
+
+        yield append
+
+
+@contextmanager
+def _in_spool(store: Store, key: str) -> Iterator[Append]:
+    with tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES, prefix="cloudckpt-") as file:
+        size_bytes = 0
+
+        def append(data: memoryview) -> None:
+            nonlocal size_bytes
+            try:
+                file.write(data)
+            except OSError as exc:
+                raise _no_room(key, exc) from exc
+            size_bytes += data.nbytes
+
+        yield append
+        if size_bytes <= _IN_MEMORY_BYTES:
+            file.seek(0)
+            store.put(key, [memoryview(file.read())] if size_bytes else [])
+            return
+        file.rollover()
+        file.flush()
+        with mmap.mmap(file.fileno(), size_bytes, access=mmap.ACCESS_READ) as pages, memoryview(pages) as view:
+            store.put(key, [view])
 
 
 @contextmanager

@@ -87,6 +87,15 @@ def test_steps_and_a_url_of_its_own_and_json(root: Path, tmp_path: Path) -> None
     assert cloudckpt.verify(tmp_path / "own").step == 2
 
 
+def test_pins_come_with_all_and_where_they_are_asked_for(root: Path, tmp_path: Path) -> None:
+    assert called("pin", root, 2, "--note", "good").exit_code == 0
+    for more, is_pinned in ((("--all",), True), (("--all", "--no-pins"), False), ((), False), (("--pins",), True)):
+        target = tmp_path / "-".join(["to", *more])
+        done = called("cp", root, target, *more)
+        assert done.exit_code == 0
+        assert ("; pinned" in done.stdout, (target / "pins").exists()) == (is_pinned, is_pinned)
+
+
 def test_a_copy_that_is_refused_is_one_line(root: Path, tmp_path: Path) -> None:
     save_steps(tmp_path / "to", [2])
     done = called("cp", root, tmp_path / "to")
@@ -94,7 +103,7 @@ def test_a_copy_that_is_refused_is_one_line(root: Path, tmp_path: Path) -> None:
     assert "another checkpoint is committed at" in done.stderr
 
 
-@pytest.mark.parametrize("more", [("--step", "1", "--all"), ("--memory", "1")])
+@pytest.mark.parametrize("more", [("--step", "1", "--all"), ("--memory", "1"), ("--pins", "--own-url")])
 def test_a_wrong_command_line_ends_with_2(root: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     done = called("cp", root, tmp_path / "to", *more)
     assert done.exit_code == 2

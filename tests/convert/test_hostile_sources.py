@@ -10,7 +10,7 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 import cloudckpt
 from cloudckpt import CloudCkptError, SourceError
-from cloudckpt.convert.dcp_metadata import decode_metadata
+from cloudckpt.convert.dcp_metadata import _Unpickler, decode_metadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
@@ -315,6 +315,49 @@ def test_a_part_that_holds_code_is_refused(folder: Path, tmp_path: Path) -> None
 
     change_metadata(folder, change)
     refused(folder, tmp_path, "does not admit")
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<L", len(value)) + value.encode()
+
+
+# Each would set an attribute of a class of this process, by the slots of pickle's BUILD.
+CHANGES = {
+    "pathlib's": b"cpathlib\nPurePosixPath\nN}" + text("name") + text("evil") + b"s\x86b0",
+    "DCP's": b"ctorch.distributed.checkpoint.metadata\nMetadata\nN}" + text("__init__") + b"Ns\x86b0",
+    "the fields of DCP's": b"ctorch.distributed.checkpoint.metadata\nMetadata\n}" + text("version") + b"Nsb0",
+    "a file's record": b"ctorch.distributed.checkpoint.filesystem\n_StorageInfo\nN}" + text("length") + b"Ns\x86b0",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_metadata_changes_no_class_of_this_process(change: str, folder: Path, tmp_path: Path) -> None:
+    kinds = (PurePosixPath, Metadata, _StorageInfo)
+    before = [dict(vars(kind)) for kind in kinds]
+    data = pickle.dumps(pickle.loads((folder / ".metadata").read_bytes()), protocol=2)
+    (folder / ".metadata").write_bytes(data[:2] + CHANGES[change] + data[2:])
+    refused(folder, tmp_path, "cannot be read")
+    assert [dict(vars(kind)) for kind in kinds] == before
+
+
+def test_no_type_of_this_process_is_handed_to_metadata() -> None:
+    for name in (b"pathlib\nPosixPath", b"torch\nSize", b"torch\nfloat32", b"collections\nOrderedDict"):
+        kind = _Unpickler(io.BytesIO(b"\x80\x02c" + name + b"\n.")).load()
+        assert kind.__mro__[1].__module__ == "cloudckpt.convert.dcp_metadata"
+        assert kind is not _Unpickler(io.BytesIO(b"\x80\x02c" + name + b"\n.")).load()
+
+
+@pytest.mark.parametrize(
+    "data",
+    {
+        "a memory of gigabytes": b"\x80\x04\x96" + struct.pack("<Q", 1 << 40) + b".",
+        "an extension of this process": b"\x80\x02\x82\x01.",
+        "a key whose hash takes for ever": b"\x80\x02}" + b")" + b"2\x86" * 64 + b"Ns.",
+    }.values(),
+)
+def test_what_dcp_never_writes_costs_nothing(data: bytes) -> None:
+    with pytest.raises(SourceError, match="damaged or foreign"):
+        decode_metadata(data)
 
 
 def test_a_pickle_that_is_no_pickle_is_refused() -> None:

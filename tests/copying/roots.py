@@ -9,7 +9,7 @@ import torch
 from cloudckpt import CheckpointManager, Options, RetryPolicy
 from cloudckpt.copying.places import Place
 from cloudckpt.options import KIB
-from cloudckpt.root import Catalog
+from cloudckpt.root import Catalog, Roots, pin
 from cloudckpt.store import RetryingStore
 from tests.store.fault_store import Bucket, FaultStore
 
@@ -44,6 +44,14 @@ def bucket_of(folder: Path) -> Bucket:
     bucket = Bucket()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         bucket.raw_put(path.relative_to(folder).as_posix(), path.read_bytes())
+    return bucket
+
+
+def pinned_bucket(folder: Path, *steps: int) -> Bucket:
+    """Return a simulated store that holds what a folder does, these steps of it pinned; else 1 and 2."""
+    bucket = bucket_of(folder)
+    for step in steps or (1, 2):
+        pin(Roots([Catalog(FaultStore(bucket))]), step, f"note {step}")
     return bucket
 
 

@@ -26,16 +26,26 @@ from cloudckpt import (
     StorageError,
 )
 from cloudckpt.copying.lead import Selection, copy_places
-from cloudckpt.format import MANIFEST_NAME
+from cloudckpt.format import MANIFEST_NAME, parse_pin_key
 from cloudckpt.root import Catalog, sweep
 from cloudckpt.store import open_store
 from cloudckpt.store.probe import _proven
 from servers import FreshPrefix
-from tests.copying.roots import OPTIONS, bucket_of, files_of, place_of, prefix_of, save_steps, shards_of, state_of
+from tests.copying.roots import (
+    OPTIONS,
+    bucket_of,
+    files_of,
+    pinned_bucket,
+    place_of,
+    prefix_of,
+    save_steps,
+    shards_of,
+    state_of,
+)
 from tests.ranks.processes import run as run_ranks
 from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, Op
 
-ALL = Selection(is_all=True)
+ALL = Selection(is_all=True, takes_pins=True)
 TARGET = "memory://other/root"
 
 
@@ -158,6 +168,17 @@ def test_a_repeated_copy_sends_nothing(made: Path) -> None:
     assert {op.verb for op in again.trace} <= {"list", "read", "head"}
 
 
+def test_names_go_with_a_whole_root(tmp_path: Path) -> None:
+    for step in (1, 2):
+        with CheckpointManager(tmp_path / "root", progress="off") as manager:
+            manager.restore({"w": torch.zeros(2)}) if step > 1 else None
+            manager.save(step, {"w": torch.ones(2) * step}, name="last")
+            manager.save(step + 10, {"w": torch.ones(2)}, name=f"epoch={step}")
+    cloudckpt.copy(tmp_path / "root", tmp_path / "there", every=True, progress="off")
+    with CheckpointManager(tmp_path / "there", progress="off") as manager:
+        assert {name: one.step for name, one in manager.names().items()} == {"last": 2, "epoch=1": 11, "epoch=2": 12}
+
+
 def test_a_repeated_copy_of_a_root_brings_what_is_new(root: Path, tmp_path: Path) -> None:
     cloudckpt.copy(root, tmp_path / "to", every=True)
     save_steps(root, [4])
@@ -195,9 +216,9 @@ def test_what_stands_there_in_another_size_is_sent_again(made: Path) -> None:
 CRASHES = [FaultKind.CRASH_BEFORE, FaultKind.CRASH_AFTER]
 
 
-def _count(made: Path) -> int:
+def _count(source: Bucket) -> int:
     client = target_of(Bucket())
-    run(FaultStore(bucket_of(made)), client)
+    run(FaultStore(source), client)
     return client.op_count
 
 
@@ -205,9 +226,9 @@ def _count(made: Path) -> int:
 def test_at_every_request_of_a_copy_that_ends_there_the_target_has_no_broken_checkpoint(
     made: Path, kind: FaultKind
 ) -> None:
-    source = bucket_of(made)
+    source = pinned_bucket(made)
     whole = {key for key in source.raw_list() if not key.startswith("epochs/")}
-    for number in range(1, _count(made) + 1):
+    for number in range(1, _count(source) + 1):
         target = Bucket()
         client = target_of(target)
         client.crash_at(number, kind)
@@ -216,12 +237,14 @@ def test_at_every_request_of_a_copy_that_ends_there_the_target_has_no_broken_che
         there = {key for key in target.raw_list() if key in whole}
         for prefix in {key.partition("/")[0] for key in there if key.endswith(MANIFEST_NAME)}:
             assert {key for key in whole if key.startswith(prefix)} <= there, "a manifest stands before its objects"
+        pinned = {key for key in there if key.startswith("pins/")}
+        assert {f"{parse_pin_key(key)}{MANIFEST_NAME}" for key in pinned} <= there, "a pin is without its checkpoint"
         claims = [key for key in target.raw_list() if key.startswith("epochs/")]
         assert not claims or whole <= there, "a claim tells of checkpoints that are not there"
         again = target_of(target)
         run(FaultStore(source), again)
         assert {key: target.raw_get(key) for key in whole} == {key: source.raw_get(key) for key in whole}
-        lacking = {key for key in whole - there if not key.endswith(MANIFEST_NAME)}
+        lacking = {key for key in whole - there if key.startswith("step-") and not key.endswith(MANIFEST_NAME)}
         assert sorted(puts(again)) == sorted(lacking), "what stood there was sent again"
 
 

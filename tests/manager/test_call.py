@@ -112,7 +112,7 @@ def test_wrong_arguments_are_named_with_what_to_give(tmp_path: Path, arguments: 
             lambda ask: ask(5, state_of(5), None, {"log": "x" * (5 << 20)}),
             "metrics and metadata have .* bytes, more than",
         ),
-        (lambda ask: ask(5, state_of(5), exists="replace"), "exists is 'replace'; give 'raise' or 'skip'"),
+        (lambda ask: ask(5, state_of(5), exists="again"), "exists is 'again'; give 'raise' or 'skip' or 'replace'"),
     ],
     ids=["swapped", "no state", "metrics", "metric", "metadata", "metadata key", "large metadata", "exists"],
 )

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from cloudckpt.format import FORMAT_VERSION, IndexRef, Manifest, checkpoint_prefix, digest_of, index_key, shard_key
-from cloudckpt.root import Catalog, ManifestCache, known, overview
+from cloudckpt.root import Catalog, ManifestCache, Roots, known, overview, pin, unpin
 from tests.store.fault_store import Bucket, FaultStore
 
 INDEX = b"index"
@@ -68,6 +68,22 @@ def test_the_second_look_costs_a_listing_and_finds_the_same(bucket: Bucket, cach
     assert second == first == {step: attempt(step) for step in range(40)}
     assert (first_count, second_count) == (41, 1)
     assert look(bucket, None)[1] == 41
+
+
+@pytest.mark.parametrize("is_quick", [False, True])
+def test_pins_are_seen_in_either_listing_and_cost_requests_only_where_there_are_any(
+    bucket: Bucket, cache: ManifestCache, *, is_quick: bool
+) -> None:
+    look(bucket, cache)
+    pin(Roots([Catalog(FaultStore(bucket))]), 7, "good")
+    for known_before in (cache, None):
+        client = FaultStore(bucket)
+        found = overview(Catalog(client), known_before, is_quick=is_quick)
+        assert [(one.step, one.note) for one in found.pins] == [(7, "good")]
+    unpin(Roots([Catalog(FaultStore(bucket))]), 7)
+    client = FaultStore(bucket)
+    assert overview(Catalog(client), cache, is_quick=is_quick).pins == []
+    assert client.op_count == 1
 
 
 def remake(bucket: Bucket, *, keeps_old: bool) -> None:

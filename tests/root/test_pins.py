@@ -24,6 +24,7 @@ from cloudckpt.errors import (
     ManifestError,
     OptionsError,
     PinnedError,
+    RetryExhaustedError,
     StorageError,
     TransientError,
 )
@@ -49,6 +50,14 @@ from cloudckpt.root.claims import Line
 from cloudckpt.root.retention import removable
 from tests.effort import examples
 from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, Op, denied
+
+
+def away(op: Op) -> StorageError:
+    """What is raised where no answer has come for as long as anybody waits."""
+    return RetryExhaustedError(
+        f"injected: {op.verb} of {op.key} was tried for as long as it may", op=op.verb, key=op.key
+    )
+
 
 Order = tuple[int, int]
 ATTEMPT = "0123456789abcdef"
@@ -258,10 +267,35 @@ def test_what_a_pass_could_not_put_back_is_put_back_instead_of_its_shards_going(
     assert len([key for key in bucket.objects if key.startswith("step-")]) == 6
 
 
+@pytest.mark.parametrize(("verb", "key"), [("delete", checkpoint_prefix(2, 1)), ("list", "pins/")])
+def test_what_went_before_the_store_went_away_is_told(bucket: Bucket, verb: str, key: str) -> None:
+    gone: list[Checkpoint] = []
+    client = FaultStore(bucket)
+    newest = standing(bucket)[-1]
+    catalog = Catalog(client)
+    cleaner = Cleaner(catalog, grace_s=0.0, sweep_after_s=0.0, clock=count().__next__)
+    pruner = Pruner(catalog, [KeepLast(3)], cleaner, scope="root", on_pruned=gone.append)
+    # The pins are listed once before anything goes.
+    client.inject(verbs=[verb], key=key, error=away, times=None, skip=int(verb == "list"))
+    with pytest.raises(RetryExhaustedError):
+        pruner.prune_after(newest, Line())
+    assert [one.step for one in gone] == ([1] if verb == "delete" else [1, 2])
+    assert steps(bucket) == [step for step in (1, 2, 3, 4, 5) if step not in {one.step for one in gone}]
+
+
+def test_what_is_deleted_is_told_though_nobody_can_say_then_what_is_pinned(bucket: Bucket) -> None:
+    gone: list[Checkpoint] = []
+    client = FaultStore(bucket)
+    client.inject(verbs=["list"], key="pins/", error=denied, times=None)
+    with pytest.raises(AccessDeniedError):
+        pruner_of(Catalog(client), []).delete(standing(bucket)[2], gone.append)
+    assert ([one.step for one in gone], steps(bucket)) == ([3], [1, 2, 4, 5])
+
+
 def test_delete_of_a_pinned_one_is_refused_with_its_note(bucket: Bucket) -> None:
     pin(roots_of(bucket), 3, "for the paper")
     with pytest.raises(PinnedError, match=r"step 3 of epoch 1 .* is pinned: for the paper.*unpin it first") as caught:
-        pruner_of(Catalog(FaultStore(bucket)), []).delete(standing(bucket)[2])
+        pruner_of(Catalog(FaultStore(bucket)), []).delete(standing(bucket)[2], pytest.fail)
     assert caught.value.note == "for the paper"
     assert steps(bucket) == [1, 2, 3, 4, 5]
 
@@ -273,7 +307,7 @@ def test_one_that_is_pinned_while_it_is_deleted_stands(bucket: Bucket) -> None:
 
     client = FaultStore(bucket, hook=hook)
     with pytest.raises(PinnedError, match="was pinned while it was being deleted, and stands"):
-        pruner_of(Catalog(client), []).delete(standing(bucket)[2])
+        pruner_of(Catalog(client), []).delete(standing(bucket)[2], pytest.fail)
     assert steps(bucket) == [1, 2, 3, 4, 5]
 
 

@@ -110,7 +110,8 @@ def test_a_store_that_is_dropped_unclosed_hangs_up_without_a_word(
 def test_stores_of_one_bucket_share_a_connection_and_close_it_for_nobody_else(
     server: ObjectServer, engine: Engine
 ) -> None:
-    first, second = engine.open(server), engine.open(server, root="bucket/other")
+    same = engine.options(server)  # credentials of Google are the same where they are one object
+    first, second = engine.open(server, **same), engine.open(server, root="bucket/other", **same)
     first.put("k", [memoryview(b"x")])
     second.put("k", [memoryview(b"y")])
     assert first._lease is second._lease is not None

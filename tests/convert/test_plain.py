@@ -1,0 +1,182 @@
+"""A file at a URL is there whole or not at all, is what it was written as, and every program reads it."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cloudckpt
+from cloudckpt import ChecksumError, CloudCkptError, OptionsError, RetryPolicy
+from cloudckpt.convert import plain
+from cloudckpt.errors import ObjectNotFoundError
+from cloudckpt.format import SUMS_SUFFIX
+from cloudckpt.store import RetryingStore
+from servers import FreshPrefix
+from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore
+
+
+def state_of(value: float) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((1000,), value), "n": torch.arange(7)}
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "_BLOCK_BYTES", 1000)
+
+
+def test_what_torch_saves_torch_loads_from_a_bucket_and_other_programs_too(s3_url: FreshPrefix) -> None:
+    url, options = f"{s3_url.url}/a b/model.pt", s3_url.storage_options
+    for value in (1.0, 2.0):
+        with cloudckpt.open(url, "wb", storage_options=options) as file:
+            torch.save(state_of(value), file)
+    with cloudckpt.open(url, storage_options=options) as file:
+        assert torch.equal(torch.load(file)["w"], state_of(2.0)["w"])
+    whole = io.BytesIO()
+    torch.save(state_of(2.0), whole)
+    with cloudckpt.open(url, storage_options=options) as file:
+        assert len(file.read()) == len(whole.getvalue())
+
+
+def test_all_that_writes_and_reads_files_can(tmp_path: Path) -> None:
+    data = os.urandom(54_321)
+    with cloudckpt.open(tmp_path / "new" / "f", "wb") as file:
+        for start in range(0, len(data), 777):
+            file.write(data[start : start + 777])
+        assert (file.tell(), file.closed, file.seekable()) == (len(data), False, False)
+    assert file.closed
+    assert (tmp_path / "new" / "f").read_bytes() == data
+    with cloudckpt.open(tmp_path / "new" / "f") as reader:
+        assert reader.seek(-5, io.SEEK_END) == len(data) - 5
+        assert reader.read() == data[-5:]
+        assert (reader.seek(2500), reader.read(3), reader.tell()) == (2500, data[2500:2503], 2503)
+        assert (reader.seek(10**9), reader.read()) == (10**9, b"")
+        reader.seek(0)
+        assert reader.read() == data
+    with cloudckpt.open(tmp_path / "array", "wb") as file:
+        np.save(file, np.arange(5000))  # type: ignore[arg-type]
+    with cloudckpt.open(tmp_path / "array") as reader:
+        assert np.array_equal(np.load(reader), np.arange(5000))
+
+
+@pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 2000])
+def test_every_size_comes_back(tmp_path: Path, size: int) -> None:
+    data = os.urandom(size)
+    with cloudckpt.open(tmp_path / "f", "wb") as file:
+        file.write(data)
+    with cloudckpt.open(tmp_path / "f") as reader:
+        assert reader.read() == data
+
+
+def test_a_file_that_is_left_by_an_error_or_forgotten_never_was(tmp_path: Path) -> None:
+    with cloudckpt.open(tmp_path / "f", "wb") as file:
+        file.write(b"before")
+    with suppress(KeyError), cloudckpt.open(tmp_path / "f", "wb") as file:
+        file.write(b"half of")
+        raise KeyError
+    with pytest.raises(ValueError, match="is closed"):
+        file.write(b"more")
+    forgotten = cloudckpt.open(tmp_path / "f", "wb")
+    forgotten.write(b"lost")
+    del forgotten
+    gc.collect()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f", f"f{SUMS_SUFFIX}"]
+    assert (tmp_path / "f").read_bytes() == b"before"
+
+
+def test_one_wrong_bit_is_an_error_before_the_bytes_are_handed_out(tmp_path: Path) -> None:
+    with cloudckpt.open(tmp_path / "f", "wb") as file:
+        file.write(bytes(5000))
+    damaged = bytearray(5000)
+    damaged[4321] = 1
+    (tmp_path / "f").write_bytes(damaged)
+    with cloudckpt.open(tmp_path / "f") as reader:
+        assert reader.read(4000) == bytes(4000)
+        with pytest.raises(ChecksumError, match="block 4 differs"):
+            reader.read()
+    (tmp_path / "f").write_bytes(bytes(4999))
+    with pytest.raises(ChecksumError, match="4999 bytes, and 5000 were written"):
+        cloudckpt.open(tmp_path / "f")
+
+
+def test_a_file_of_another_program_is_read_only_if_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"theirs")
+    with pytest.raises(ObjectNotFoundError, match="unverified=True"):
+        cloudckpt.open(tmp_path / "f")
+    with cloudckpt.open(tmp_path / "f", unverified=True) as reader:
+        assert reader.read() == b"theirs"
+    with pytest.raises(FileNotFoundError):
+        cloudckpt.open(tmp_path / "none")
+    with pytest.raises(OptionsError, match="give 'rb' or 'wb'"):
+        cloudckpt.open(tmp_path / "f", "w")  # type: ignore[call-overload]
+    with pytest.raises(OptionsError, match="names no file"):
+        cloudckpt.open("s3://bucket/", "wb")
+
+
+@pytest.fixture
+def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FaultStore]]:
+    """Let files be on the store that was pushed last."""
+    pushed: list[FaultStore] = []
+    patience = RetryPolicy(max_attempts=3, deadline_s=60, request_timeout_s=1)
+
+    def open_pushed(*_: object, **__: object) -> RetryingStore:
+        return RetryingStore(pushed[-1], patience, sleep=lambda _: None)
+
+    monkeypatch.setattr("cloudckpt.convert.plain.open_store", open_pushed)
+    return pushed
+
+
+def write(clients: list[FaultStore], client: FaultStore, *contents: bytes) -> None:
+    clients.append(client)
+    for data in contents:
+        with cloudckpt.open("memory://bucket/f", "wb") as file:
+            file.write(data)
+
+
+# Of one size, so that only bytes tell them apart.
+CONTENTS = [bytes([number]) * 1500 + bytes(1500) for number in range(3)]
+
+
+@pytest.mark.parametrize("crash", [FaultKind.CRASH_BEFORE, FaultKind.CRASH_AFTER])
+@pytest.mark.parametrize("before", range(3))
+def test_a_crash_at_any_request_leaves_the_old_file_or_the_new_one_verified(
+    clients: list[FaultStore], crash: FaultKind, before: int
+) -> None:
+    counting = FaultStore(Bucket())
+    write(clients, counting, *CONTENTS[:before])
+    base = counting.bucket
+    counting = FaultStore(base.copy())
+    write(clients, counting, b"new" * 1000)
+    for number in range(1, counting.op_count + 1):
+        bucket = base.copy()
+        for data in (b"new" * 1000, b"NEW" * 1000):  # also one cut off after the other
+            client = FaultStore(bucket)
+            client.crash_at(number, crash)
+            with suppress(Crash, CloudCkptError):
+                write(clients, client, data)
+            clients.append(FaultStore(bucket))
+            with suppress(FileNotFoundError), cloudckpt.open("memory://bucket/f") as reader:
+                assert reader.read() in (*CONTENTS[max(0, before - 1) : before], b"new" * 1000, b"NEW" * 1000)
+            assert before == 0 or "f" in bucket.objects
+
+
+def test_of_many_writes_cut_off_one_after_the_other_none_hides_the_file_that_is_there(
+    clients: list[FaultStore],
+) -> None:
+    bucket = Bucket()
+    write(clients, FaultStore(bucket), b"first")
+    for number in range(20):
+        client = FaultStore(bucket)
+        client.crash_at(3, FaultKind.CRASH_BEFORE)
+        with suppress(Crash, CloudCkptError):
+            write(clients, client, b"%5d" % number)
+    clients.append(FaultStore(bucket))
+    with cloudckpt.open("memory://bucket/f") as reader:
+        assert reader.read() == bucket.raw_get("f") == b"first"

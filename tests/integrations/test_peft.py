@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("peft", minversion="0.21", reason="make integrations installs the frameworks")
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+import cloudckpt
+from cloudckpt.errors import OptionsError, StateMismatchError
+from cloudckpt.integrations.peft import Adapter
+from raw_access import FreshPrefix
+from tests.integrations.interrupted import assert_same_losses, run_program
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(self.inner(x))
+        return out
+
+
+def adapted(seed: int, *, rank: int = 4) -> PeftModel:
+    torch.manual_seed(0)
+    base = Base()
+    torch.manual_seed(seed)
+    return get_peft_model(base, LoraConfig(r=rank, target_modules=["inner"], init_lora_weights=False))
+
+
+def test_a_checkpoint_of_an_adapter_gives_it_back_and_holds_nothing_of_the_model(tmp_path: Path) -> None:
+    model, twin = adapted(1), adapted(2)
+    x = torch.randn(3, 32)
+    cloudckpt.save({"adapter": Adapter(model)}, tmp_path / "c")
+    cloudckpt.load({"adapter": Adapter(twin)}, tmp_path / "c")
+    assert torch.equal(model(x), twin(x))
+    held = cloudckpt.contents(tmp_path / "c")
+    assert sum(one.size_bytes for one in held.tensors.values()) == 2 * 4 * 32 * 4
+
+
+def test_what_is_saved_is_what_peft_keeps_in_a_file(tmp_path: Path) -> None:
+    model = adapted(1)
+    cloudckpt.save({"adapter": Adapter(model)}, tmp_path / "c")
+    model.save_pretrained(tmp_path / "p")
+    ours = cloudckpt.read(tmp_path / "c")["adapter"]
+    theirs = load_file(tmp_path / "p/adapter_model.safetensors")
+    assert isinstance(ours, dict)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_adapter_of_another_rank_is_refused_by_name_and_nothing_is_changed(tmp_path: Path) -> None:
+    cloudckpt.save({"adapter": Adapter(adapted(1))}, tmp_path / "c")
+    wide = adapted(2, rank=8)
+    before = {name: value.clone() for name, value in wide.state_dict().items()}
+    with pytest.raises(StateMismatchError, match="lora_A"):
+        cloudckpt.load({"adapter": Adapter(wide)}, tmp_path / "c")
+    assert all(torch.equal(value, before[name]) for name, value in wide.state_dict().items())
+
+
+def test_a_model_without_adapters_and_an_unknown_adapter_are_refused_by_name() -> None:
+    with pytest.raises(OptionsError, match="get_peft_model"):
+        Adapter(Base())
+    with pytest.raises(OptionsError, match="no adapter 'other'; it has 'default'"):
+        Adapter(adapted(1), "other")
+
+
+def test_an_adapter_is_found_inside_of_a_wrapper() -> None:
+    model = adapted(1)
+    assert Adapter(torch.compile(model, backend="eager")).model is model
+
+
+@pytest.mark.timeout(300)
+def test_an_adapter_that_is_killed_and_told_to_end_has_the_losses_of_one_left_alone(s3_url: FreshPrefix) -> None:
+    alone, root = (FreshPrefix(url=f"{s3_url.url}/{name}", server=s3_url.server) for name in "ab")
+    runs = [
+        run_program("peft_lora.py", root, strike=signal.SIGKILL, after=7),
+        run_program("peft_lora.py", root, strike=signal.SIGTERM, after=14),
+        run_program("peft_lora.py", root),
+    ]
+    assert [run.code for run in runs] == [-9, 143, 0]
+    assert_same_losses(runs, run_program("peft_lora.py", alone))

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+
+pytest.importorskip("ray", reason="make integrations installs the frameworks")
+
+from bucket import Bucket
+
+from raw_access import FreshPrefix
+from tests.integrations.interrupted import REPOSITORY
+
+pytestmark = pytest.mark.timeout(600)
+
+_LINE = re.compile(r"rank (\d+) (\d+) step (\d+) (\S+)")
+Strike = Callable[[Bucket, list[int]], None]
+
+
+def _run(root: FreshPrefix, workers: int, *strikes: tuple[int, Strike]) -> dict[tuple[int, int], set[tuple[int, str]]]:
+    """Return rank and step → the processes that have trained that step, and the bits of their losses.
+
+    Args:
+        root: where to save.
+        workers: how many.
+        strikes: after which step of rank 0 to call what with the bucket and the workers' process ids, in order.
+    """
+    program = [sys.executable, str(REPOSITORY / "examples/integrations/ray_train.py"), "--url", root.url]
+    with subprocess.Popen(
+        [*program, "--workers", str(workers), "--width", "100000", "--step-s", "0.3", "--steps", "24"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(REPOSITORY),
+            "CLOUDCKPT_STORAGE_OPTIONS": json.dumps(dict(root.storage_options)),
+            "RAY_DEDUP_LOGS": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
+        },
+        start_new_session=True,
+    ) as job:
+        assert job.stdout is not None
+        losses: dict[tuple[int, int], set[tuple[int, str]]] = {}
+        left, of_rank = list(strikes), dict[int, int]()
+        try:
+            for line in job.stdout:
+                for rank, pid, step, loss in _LINE.findall(line):
+                    of_rank[int(rank)] = int(pid)
+                    losses.setdefault((int(rank), int(step)), set()).add((int(pid), loss))
+                    if left and rank == "0" and int(step) >= left[0][0] and len(of_rank) == workers:
+                        left.pop(0)[1](Bucket(root.url, root.storage_options), [of_rank[one] for one in range(workers)])
+                        of_rank.clear()
+            assert job.wait(60) == 0
+        finally:
+            job.terminate()  # so that Ray ends what it has started, which is in sessions of its own
+            with suppress(subprocess.TimeoutExpired):
+                job.wait(60)
+            with suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+    assert not left
+    return losses
+
+
+def _kill_last(_: Bucket, pids: list[int]) -> None:
+    os.kill(pids[-1], signal.SIGKILL)
+
+
+def _kill_last_in_save(bucket: Bucket, pids: list[int]) -> None:
+    earlier = {attempt.name for attempt in bucket.attempts()}
+    end_s = time.monotonic() + 120
+    while time.monotonic() < end_s:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.02)
+        is_in_save = any(not one.is_committed and one.name not in earlier for one in bucket.attempts())
+        if is_in_save:
+            os.kill(pids[-1], signal.SIGKILL)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        if is_in_save:
+            return
+        time.sleep(0.01)
+    raise AssertionError("no save could be struck")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_that_are_killed_are_replaced_and_have_the_losses_of_a_run_left_alone(
+    s3_url: FreshPrefix, workers: int
+) -> None:
+    alone = _run(FreshPrefix(url=f"{s3_url.url}/a", server=s3_url.server), workers)
+    struck = FreshPrefix(url=f"{s3_url.url}/b", server=s3_url.server)
+
+    found = _run(struck, workers, (6, _kill_last), (9, _kill_last_in_save))
+
+    assert {place: {loss for _, loss in trained} for place, trained in found.items()} == {
+        place: {loss for _, loss in trained} for place, trained in alone.items()
+    }
+    assert len(found[0, 6]) == 2, "a step after the newest checkpoint is trained again, by another process"
+    kept = [attempt for attempt in Bucket(struck.url, struck.storage_options).attempts() if attempt.is_committed]
+    assert [attempt.step for attempt in kept] == [16, 20, 24]
