@@ -291,7 +291,8 @@ def _planned(chosen: _Sources, target: Place, selection: Selection) -> list[_Job
     is_alone = len(chosen.found) == 1
     goals = [(source, one, _place_of(one, target, selection, is_alone=is_alone)) for source, one in chosen.found]
     _refuse_target(target, {goal for _, _, goal in goals})
-    known = {one.prefix: one for one in target.catalog.survey().checkpoints} if len(goals) > 1 else {}
+    survey = target.catalog.survey().checkpoints if len(goals) > 1 else ()
+    known = {one.prefix: one for one in survey if not target.catalog.stands_by_pin(one.prefix)}
     listed = {"", *target.catalog.places()}
     pinned = chosen.pinned if selection.takes_pins else {}
     if any(pinned.values()):

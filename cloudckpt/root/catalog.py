@@ -85,6 +85,7 @@ class _Memory:
         voids: prefixes at which a void manifest stands.
         own_voids: those of them that were made here.
         deleted: prefixes whose manifest was asked to be deleted.
+        by_pin: prefixes at which the last look found what is pinned, and no manifest.
         shows_pins: whether the last listing of the root had pins in it.
     """
 
@@ -94,6 +95,7 @@ class _Memory:
     voids: set[str] = field(default_factory=set)
     own_voids: set[str] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
+    by_pin: set[str] = field(default_factory=set)
     shows_pins: bool = True
     lock: threading.Lock = field(default_factory=new_lock)
 
@@ -210,6 +212,8 @@ class Catalog:
     def _note(self, prefix: str, found: _Found) -> None:
         with self._memory.lock:
             self._memory.found[prefix] = found
+            if found is not None:
+                self._memory.by_pin.discard(prefix)
 
     def holds(self, checkpoint: Checkpoint) -> bool:
         """Tell whether a checkpoint is one of this root, by its URL. No request."""
@@ -277,7 +281,15 @@ class Catalog:
     def _pinned_at(self, prefix: str) -> Checkpoint | None:
         """Return what is pinned under a prefix without a manifest, if it is whole; whoever writes puts it back."""
         found = self.pinned(prefix) if self._memory.shows_pins else None
-        return None if found is None else found[0]
+        if found is None:
+            return None
+        with self._memory.lock:
+            self._memory.by_pin.add(prefix)
+        return found[0]
+
+    def stands_by_pin(self, prefix: str) -> bool:
+        """Tell whether the last look found a checkpoint there by its pin alone: its manifest is gone. No request."""
+        return prefix in self._memory.by_pin
 
     def _tried(self, prefix: str) -> Checkpoint | ManifestError | None:
         try:
