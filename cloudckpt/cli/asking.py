@@ -189,7 +189,11 @@ def ensure(question: str, *, is_yes: bool) -> None:
         raise ended(f"{question} Nobody can be asked here, and nothing was changed: pass --yes", status=2)
     try:
         is_yes = typer.confirm(question, err=True)
-    except typer.Abort:  # Ctrl-C, or the end of the input
+    except typer.Abort as exc:  # Ctrl-C, or the end of the input
+        if isinstance(exc.__context__, KeyboardInterrupt):
+            interrupt = KeyboardInterrupt()
+            interrupt.add_note("nothing was changed")
+            raise interrupt from None
         is_yes = False
     if not is_yes:
         raise ended("nothing was changed", status=1)
@@ -230,6 +234,8 @@ def nothing_at(catalog: Catalog, *, undecided: int | None = None) -> CheckpointN
         undecided: attempts without a commit; None: they are counted by a listing.
     """
     undecided = len(catalog.places()) if undecided is None else undecided
+    if above := catalog.root_above():
+        return CheckpointNotFoundError(above)
     if undecided:
         why = f"attempts without a commit: {undecided}; ask again when a save has ended"
     else:

@@ -5,7 +5,7 @@
                                                    ├─ no such option, or no such value ──▶ 2
                                                    ├─ a check that found something     ──▶ 3 (`FOUND`)
                                                    ├─ Ctrl-C    ──▶ 130, one line that says what was done
-                                                   ╰─ nobody reads the answer any more ──▶ 141, nothing
+                                                   ╰─ nobody reads the answer any more ──▶ 141, what was done, if any
 
 A command that changes something tells what it has done in a note of the KeyboardInterrupt that it lets pass
 (`add_note`). No traceback unless `--debug` asks for it, and no secret in either.
@@ -145,9 +145,11 @@ def _end_of(exc: BaseException, *, is_reading: bool) -> typer.Exit:
         # Nobody takes the answer: what a store or a file refuses has a name, or is an error of ours. What is left in
         # its buffer goes nowhere, or the end of the interpreter would complain once more.
         _give_up_stdout()
-        if isinstance(exc, BrokenPipeError):
+        done = getattr(exc, "__notes__", [])
+        if isinstance(exc, BrokenPipeError) and not done:
             return typer.Exit(_UNREAD)
-        return ended(f"the answer could not be written: {exc.strerror}", status=1)
+        why = "; ".join([f"the answer could not be written: {exc.strerror}", *done])
+        return ended(why, status=_UNREAD if isinstance(exc, BrokenPipeError) else 1)
     if isinstance(exc, OSError):
         return ended(str(exc), status=1)
     fault = f"{type(exc).__name__}: {exc}".rstrip(": ")

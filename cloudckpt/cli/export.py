@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Annotated
@@ -70,10 +71,13 @@ _UNITS = {"": 1, "b": 1} | {
 }
 
 
+_NUMBER = re.compile(r"\A(?:[0-9]{1,19}(?:\.[0-9]{0,19})?|\.[0-9]{1,19})\Z")
+
+
 def _bytes_of(text: str) -> int:
     number = text.strip().rstrip("BbKkMmGgTtIi").strip()
     unit = text.strip()[len(number) :].strip().lower()
-    if not number.replace(".", "", 1).isdigit() or unit not in _UNITS:
+    if not _NUMBER.match(number) or unit not in _UNITS:
         raise typer.BadParameter(
             f"{text!r} is no size; write 5GB, 512MiB or a number of bytes", param_hint="--max-shard-size"
         )

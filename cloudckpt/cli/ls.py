@@ -75,7 +75,7 @@ def ls(  # noqa: PLR0913 (each option of the command)
             _print_json(shown, found, kept, pins)
         else:
             _print(catalog.store.url, shown, kept, is_utc=utc)
-            _print_pins(shown, pins)
+            _print_pins(checkpoints, pins)
             _print_others(found)
         if found.unchecked and check is None:
             _tell_unchecked(found)
@@ -147,7 +147,12 @@ def _print(url: str, checkpoints: Sequence[Checkpoint], kept: _Kept, *, is_utc: 
 
 
 def _print_pins(checkpoints: Sequence[Checkpoint], pins: _Pins) -> None:
-    rows = [(str(one.step), str(one.epoch), pins[one.order] or "-") for one in checkpoints if one.order in pins]
+    there = {one.order for one in checkpoints}
+    lost = "it is not there any more, or not whole; `unpin` lets go of it"
+    rows = [
+        (str(step), str(epoch), "  ".join(filter(None, [note, "" if (epoch, step) in there else lost])) or "-")
+        for (epoch, step), note in sorted(pins.items())
+    ]
     if rows:
         typer.echo("\npinned, until `unpin`")
         print_table(("step", "epoch", "note"), rows, numbers=("step", "epoch"))

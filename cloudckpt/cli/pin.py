@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from cloudckpt.cli.asking import Access, AsJson, Root
+from cloudckpt.cli.asking import Access, AsJson, Root, nothing_at
 from cloudckpt.cli.printing import plain
-from cloudckpt.root import Pin, Roots
+from cloudckpt.root import Pin, Roots, pins_of
 from cloudckpt.root import pin as pin_step
 from cloudckpt.root import unpin as unpin_step
 
@@ -20,7 +20,7 @@ _Step = Annotated[int, typer.Argument(help="Of the checkpoint.")]
 
 def pin(
     url: Root,
-    step: _Step,
+    step: Annotated[int | None, typer.Argument(help="Of the checkpoint; without it, what is pinned is listed.")] = None,
     *,
     access: Access,
     note: Annotated[str, typer.Option(help="Why, for those who come after you.")] = "",
@@ -28,8 +28,14 @@ def pin(
 ) -> None:
     """Keep a checkpoint, whatever rules and jobs do, until it is unpinned; one that is pinned keeps its note."""
     with access.opened(url) as catalog:
-        made = pin_step(Roots([catalog]), step, note)
-    _print(made, "is pinned", as_json=as_json)
+        roots = Roots([catalog])
+        found = pins_of(roots) if step is None else [pin_step(roots, step, note)]
+        if not (found or catalog.places()):
+            raise nothing_at(catalog)
+    for one in found:
+        _print(one, "is pinned", as_json=as_json)
+    if not found and not as_json:
+        typer.echo("nothing is pinned")
 
 
 def unpin(url: Root, step: _Step, *, access: Access, as_json: AsJson = False) -> None:

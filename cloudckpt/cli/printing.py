@@ -63,18 +63,21 @@ def as_age(seconds: float) -> str:
     return " ".join(parts[:2])
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[str] = ()) -> None:
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[str] = (), is_aside: bool = False
+) -> None:
     """Print rows below each other; none is cut.
 
     Args:
         columns: their names; the last one is as wide as each row needs.
         rows: the cells, as they are to be read.
         numbers: columns that are set to the right.
+        is_aside: it is not the answer, and goes to stderr.
     """
     lines = [tuple(columns), *(tuple(map(plain, row)) for row in rows)]
     widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
     is_right = [name in numbers for name in columns]
-    typer.echo("\n".join("  ".join(map(_padded, line, widths, is_right)).rstrip() for line in lines))
+    typer.echo("\n".join("  ".join(map(_padded, line, widths, is_right)).rstrip() for line in lines), err=is_aside)
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:

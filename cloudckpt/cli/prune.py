@@ -25,8 +25,9 @@ def prune(  # noqa: PLR0913 (each option of the command)
 ) -> None:
     """Remove every checkpoint below a root that no rule keeps; the newest and the pinned ones always stay.
 
-    Of all lines of history, whatever job saved them; what a running job went on from stays until it has saved. The
-    manifests go first, and the objects after the grace time, so that whoever reads one can end that.
+    Of all lines of history, whatever job saved them. What a running job went on from stays from the begin of its first
+    save to the end of that; before, nobody can see which it is. The manifests go first, and the objects after the grace
+    time, so that whoever reads one can end that.
     """
     rules = rules_of(keep_last, keep_best, keep_every, keep_for)
     if not rules:

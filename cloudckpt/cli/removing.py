@@ -14,7 +14,7 @@ import typer
 from cloudckpt.cli.asking import ensure
 from cloudckpt.cli.printing import LINE_S, as_age, print_table, summary
 from cloudckpt.report import as_bytes
-from cloudckpt.root import Checkpoint, Plan, Thinning
+from cloudckpt.root import Checkpoint, Plan, Thinning, Unreadable
 
 __all__ = ["DryRun", "Grace", "carry_out"]
 
@@ -27,24 +27,32 @@ Grace = Annotated[
 
 def carry_out(thinning: Thinning, plan: Plan, *, is_yes: bool, is_dry: bool, as_json: bool) -> None:
     """Show a plan, ask, and remove what it names."""
-    if not as_json:
-        _show(plan)
+    is_asked = not (is_yes or is_dry)
+    if is_asked or not as_json:
+        # Whoever is asked sees it, also where the answer is for a program.
+        _show(plan, is_aside=as_json)
     if is_dry or not (plan.going or plan.unreadable):
         if as_json:
-            _print_json(plan, plan.going, is_removed=False)
+            _print_json([*plan.going, *plan.unreadable], is_removed=False)
         return
     count = len(plan.going) + len(plan.unreadable)
-    question = f"Remove {count} checkpoints, {as_bytes(plan.total_bytes)}?"
+    size = as_bytes(plan.total_bytes) + (" and what cannot be read" if plan.unreadable else "")
+    question = f"Remove {count} checkpoints, {size}?"
     ensure(" ".join([*map(_sentence, plan.warnings), question]), is_yes=is_yes)
     gone = thinning.uncommit(plan)
-    if as_json:
-        _print_json(plan, gone, is_removed=True)
-    else:
-        typer.echo(f"removed: {len(gone) + len(plan.unreadable)} checkpoints")
+    try:
+        if as_json:
+            _print_json(gone, is_removed=True)
+        else:
+            typer.echo(f"removed: {len(gone)} checkpoints")
+    except OSError as exc:
+        exc.add_note(thinning.left(gone))
+        raise
     object_count = thinning.finish(_Countdown())
     if not as_json and gone:
-        typer.echo(f"and {object_count:,} objects of theirs, {as_bytes(sum(one.total_bytes for one in gone))}")
-    if spared := len(plan.going) - len(gone):
+        size = as_bytes(sum(one.total_bytes for one in gone if isinstance(one, Checkpoint)))
+        typer.echo(f"and {object_count:,} objects of theirs, {size}")
+    if spared := count - len(gone):
         typer.echo(f"cloudckpt: {spared} stay, which were pinned, kept or removed by others meanwhile", err=True)
 
 
@@ -52,26 +60,41 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _print_json(plan: Plan, checkpoints: Sequence[Checkpoint], *, is_removed: bool) -> None:
-    for one in checkpoints:
-        typer.echo(json.dumps({**summary(one), "removed": is_removed}))
-    for other in plan.unreadable:
-        typer.echo(json.dumps({"unreadable": other.key, "error": str(other), "removed": is_removed}))
+def _print_json(found: Sequence[Checkpoint | Unreadable], *, is_removed: bool) -> None:
+    for one in found:
+        if isinstance(one, Checkpoint):
+            facts = summary(one)
+        else:
+            facts = {"unreadable": one.error.key, "step": one.step, "epoch": one.epoch, "error": str(one.error)}
+        typer.echo(json.dumps({**facts, "removed": is_removed}))
 
 
-def _show(plan: Plan) -> None:
+def _show(plan: Plan, *, is_aside: bool) -> None:
     rows = [(one.order, _row(one, "goes", "")) for one in plan.going]
     rows += [
         (one.order, _row(one, "stays", ", ".join(plan.kept.get(one.order, ())) or "not asked for"))
         for one in plan.staying
     ]
+    rows += [
+        (one.order, (str(one.step), str(one.epoch), "?", "?", "goes", "its manifest cannot be read"))
+        for one in plan.unreadable
+    ]
     cells = [cells for _, cells in sorted(rows)]
-    cells += [("-", "-", "-", "-", "goes", str(other)) for other in plan.unreadable]
-    print_table(("step", "epoch", "age", "size", "", "why"), cells, numbers=("step", "epoch", "age", "size"))
-    typer.echo(
-        f"{len(plan.going) + len(plan.unreadable)} go ({as_bytes(plan.total_bytes)}), {len(plan.staying)} stay "
-        f"({as_bytes(sum(one.total_bytes for one in plan.staying))})"
+    print_table(
+        ("step", "epoch", "age", "size", "", "why"), cells, numbers=("step", "epoch", "age", "size"), is_aside=is_aside
     )
+    size = as_bytes(plan.total_bytes) + (" and what cannot be read" if plan.unreadable else "")
+    typer.echo(
+        f"{len(plan.going) + len(plan.unreadable)} go ({size}), {len(plan.staying)} stay "
+        f"({as_bytes(sum(one.total_bytes for one in plan.staying))})",
+        err=is_aside,
+    )
+    if plan.going:
+        typer.echo(
+            "a job that has restored one of these, and has not begun its first save since, is not known here: stopped "
+            "before that, it cannot go on from there again",
+            err=is_aside,
+        )
 
 
 def _row(one: Checkpoint, what: str, why: str) -> tuple[str, ...]:

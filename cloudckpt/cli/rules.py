@@ -36,7 +36,9 @@ KeepForOption = Annotated[
 ]
 
 _UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3_600, "d": 86_400, "w": 604_800}
-_TIME = re.compile(r"\A([0-9]+(?:\.[0-9]+)?) ?(s|m|min|h|d|w)\Z")
+# No more digits than a step or a count has; Python refuses to read thousands of them.
+_COUNT = re.compile(r"\A[0-9]{1,19}\Z")
+_TIME = re.compile(r"\A([0-9]{1,19}(?:\.[0-9]{1,19})?) ?(s|m|min|h|d|w)\Z")
 
 
 def rules_of(
@@ -63,7 +65,7 @@ def seconds_of(text: str, name: str) -> float:
 
 
 def _every(text: str) -> KeepEvery:
-    if text.strip().isdecimal():
+    if _COUNT.match(text.strip()):
         return KeepEvery(steps=int(text))
     return KeepEvery(seconds=seconds_of(text, "--keep-every"))
 
@@ -72,7 +74,7 @@ def _best(text: str) -> KeepBest:
     """Read `loss`, `loss:min`, `acc:max:3`; a metric may have colons of its own."""
     metric, mode, count = text, "min", "1"
     name, colon, last = text.rpartition(":")
-    if colon and last.isdigit() and name.rpartition(":")[2] in ("min", "max"):
+    if colon and _COUNT.match(last) and name.rpartition(":")[2] in ("min", "max"):
         text, count = name, last
         name, colon, last = text.rpartition(":")
     if colon and last in ("min", "max"):

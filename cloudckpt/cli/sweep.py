@@ -40,8 +40,8 @@ def sweep(
         due = sweep_root(catalog, older_than_s=older_than_s, dry_run=True)
         if not due and not catalog.places():
             raise nothing_at(catalog)
-        if not as_json:
-            _print(due)
+        if not (as_json and (yes or dry_run)):
+            _print(due, is_aside=as_json)
         if not dry_run:
             if due:
                 size = as_bytes(sum(one.total_bytes for one in due))
@@ -54,12 +54,12 @@ def sweep(
         typer.echo(f"removed: {len(due)} attempts, {as_bytes(sum(one.total_bytes for one in due))}")
 
 
-def _print(orphans: Sequence[Orphan]) -> None:
+def _print(orphans: Sequence[Orphan], *, is_aside: bool) -> None:
     if not orphans:
-        typer.echo("earlier jobs have left nothing that is old enough")
+        typer.echo("earlier jobs have left nothing that is old enough", err=is_aside)
         return
     rows = [(one.prefix, f"{one.object_count:,}", as_bytes(one.total_bytes), as_age(one.age_s)) for one in orphans]
-    print_table(("prefix", "objects", "size", "age"), rows, numbers=("objects", "size", "age"))
+    print_table(("prefix", "objects", "size", "age"), rows, numbers=("objects", "size", "age"), is_aside=is_aside)
 
 
 def _print_json(orphans: Sequence[Orphan], *, is_removed: bool) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from cloudckpt.copying.places import Onward, key_of, source_of, spans_of, stands
+from cloudckpt.copying.places import Onward, key_of, source_of, spans_of
 from cloudckpt.errors import (
     AccessDeniedError,
     CheckpointNotFoundError,
@@ -118,7 +118,7 @@ class Copier:
         try:
             return self._copy(checkpoint, prefix, is_there=is_there)
         except IntegrityError as exc:
-            if stands(self.source, checkpoint):
+            if self.source.stands(checkpoint):
                 exc.add_note(f"{checkpoint.url} is not copied; `cloudckpt verify` tells all that is wrong with it")
                 raise
             raise CheckpointNotFoundError(

@@ -300,7 +300,8 @@ def _planned(chosen: _Sources, target: Place, selection: Selection) -> tuple[lis
     goals = [(source, one, _place_of(one, target, selection, is_alone=is_alone)) for source, one in chosen.found]
     listed = {"", *target.catalog.places()}
     _refuse_target(target, {goal for _, _, goal in goals}, has_steps=len(listed) > 1)
-    known = {one.prefix: one for one in target.catalog.survey().checkpoints} if len(goals) > 1 else {}
+    survey = target.catalog.survey().checkpoints if len(goals) > 1 else ()
+    known = {one.prefix: one for one in survey if not target.catalog.stands_by_pin(one.prefix)}
     pinned = chosen.pinned if selection.takes_pins else {}
     if any(pinned.values()):
         pinned_there = target.catalog.pins.prefixes()

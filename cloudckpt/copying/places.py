@@ -22,7 +22,7 @@ from cloudckpt.errors import (
     StorageError,
     is_transient,
 )
-from cloudckpt.format import ShardEntry, Span, checkpoint_prefix, parse_checkpoint_prefix, plan_spans, shard_key
+from cloudckpt.format import ShardEntry, Span, parse_checkpoint_prefix, plan_spans, shard_key
 from cloudckpt.options import MIB, Options
 from cloudckpt.root import Catalog, Checkpoint, Roots, Unreadable
 from cloudckpt.store import open_store
@@ -134,11 +134,7 @@ class Place:
         survey = self.catalog.survey()
         # After the survey: what stood by its pin alone then was pinned before.
         pinned = self.catalog.pins.prefixes()
-        seen = {one.prefix for one in survey.checkpoints}
-        seen |= {checkpoint_prefix(one.step, one.epoch) for one in survey.unreadable}
-        by_pin = [one[0] for prefix in sorted(pinned - seen) if (one := self.catalog.pinned(prefix)) is not None]
-        found = sorted([*survey.checkpoints, *by_pin], key=lambda one: one.order)
-        return All(tuple(found), tuple(survey.unreadable), frozenset(pinned))
+        return All(tuple(survey.checkpoints), tuple(survey.unreadable), frozenset(pinned))
 
     def steps(self, steps: Sequence[int]) -> list[Checkpoint]:
         """Return the checkpoints of some steps of a root, oldest first; raises as `Catalog.find` does."""
@@ -158,14 +154,6 @@ def opened(
     root, prefix = split_step(url)
     with open_store(root, storage_options=storage_options, engine=engine, options=options) as store:
         yield Place(Catalog(store), prefix)
-
-
-def stands(catalog: Catalog, checkpoint: Checkpoint) -> bool:
-    """Tell whether a checkpoint is what a root has at its place, if only by its pin."""
-    if catalog.is_still(checkpoint):
-        return True
-    pinned = catalog.pinned(checkpoint.prefix) if checkpoint.prefix else None
-    return pinned is not None and pinned[0].digest == checkpoint.digest
 
 
 def key_of(prefix: str, entry: ShardEntry) -> str:

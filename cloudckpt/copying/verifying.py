@@ -27,7 +27,6 @@ from cloudckpt.copying.places import (
     runs_of,
     source_of,
     spans_of,
-    stands,
 )
 from cloudckpt.errors import (
     AccessDeniedError,
@@ -270,7 +269,7 @@ class _Look:
             if not is_of_one_object(exc):
                 raise
             reason = str(exc)
-        if (damages or reason) and not stands(self._catalog, checkpoint):
+        if (damages or reason) and not self._catalog.stands(checkpoint):
             raise CheckpointNotFoundError(
                 f"{checkpoint.url} was removed while it was looked at (a retention rule?); look again"
             )

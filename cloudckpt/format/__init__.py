@@ -45,7 +45,7 @@ from cloudckpt.format.manifest import (
 )
 from cloudckpt.format.near import told_near
 from cloudckpt.format.pin import PIN_LIMIT_BYTES, PinRecord
-from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates
+from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates, moment_of
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
 from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, verify_blocks
 from cloudckpt.format.sums import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
@@ -107,6 +107,7 @@ __all__ = [
     "lone_surrogates",
     "mark_key",
     "marked_epoch",
+    "moment_of",
     "name_key",
     "new_attempt",
     "parse_checkpoint_prefix",

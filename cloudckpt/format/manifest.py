@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Literal, cast
 
 import msgspec
@@ -21,7 +21,7 @@ from cloudckpt.format import codec
 from cloudckpt.format.codec import JsonValue
 from cloudckpt.format.codec.walk import is_text
 from cloudckpt.format.keys import is_attempt
-from cloudckpt.format.record import INDEX_LIMIT_BYTES, NUMBER_LIMIT, decode_record, encode_record, shown
+from cloudckpt.format.record import INDEX_LIMIT_BYTES, NUMBER_LIMIT, decode_record, encode_record, moment_of, shown
 
 __all__ = [
     "MANIFEST_LIMIT_BYTES",
@@ -161,9 +161,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def _has_time(self) -> bool:
         try:
-            return datetime.fromisoformat(self.created_at).utcoffset() is not None and bool(self.created())
-        except (ValueError, OverflowError):
+            self.created()
+        except ValueError:
             return False
+        return True
 
     def metric_values(self) -> dict[str, float]:
         """Return the metrics as numbers."""
@@ -175,7 +176,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def created(self) -> datetime:
         """Return when the coordinator wrote it, by its own clock."""
-        return datetime.fromisoformat(self.created_at).astimezone(UTC)
+        return moment_of(self.created_at)
 
 
 class EpochClaim(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,7 +6,7 @@ a checkpoint whose manifest was deleted can be committed again as what it was. N
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Self
 
 import msgspec
@@ -15,7 +15,7 @@ from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError
 from cloudckpt.format.codec.walk import is_text
 from cloudckpt.format.keys import checkpoint_prefix, parse_pin_key, pin_key
 from cloudckpt.format.manifest import MANIFEST_LIMIT_BYTES, Manifest
-from cloudckpt.format.record import FORMAT_VERSION, decode_record, encode_record, shown
+from cloudckpt.format.record import FORMAT_VERSION, decode_record, encode_record, moment_of, shown
 
 __all__ = ["PIN_LIMIT_BYTES", "PinRecord"]
 
@@ -88,7 +88,7 @@ class PinRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def created(self) -> datetime:
         """Return when it was pinned, by the clock of who did."""
-        return datetime.fromisoformat(self.created_at).astimezone(UTC)
+        return moment_of(self.created_at)
 
     def checkpoint_manifest(self) -> tuple[Manifest, bytes]:
         """Return the manifest that it holds, decoded and as it stood; raises `ManifestError` if that is damaged."""
@@ -107,7 +107,7 @@ class PinRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             problem = _problem(pin, key)
         except FormatVersionError:
             raise
-        except (ManifestError, OptionsError, ValueError, OverflowError) as exc:
+        except (ManifestError, OptionsError, ValueError) as exc:
             raise _unreadable(key, exc) from exc
         if problem:
             raise _unreadable(key, problem)
@@ -120,7 +120,8 @@ def _problem(pin: PinRecord, key: str) -> str:
     own = (manifest.step, manifest.epoch, manifest.attempt, manifest.state)
     if own != (pin.step, pin.epoch, pin.attempt, "committed") or parse_pin_key(key) != pin.prefix:
         return "it is of another checkpoint"
-    return "" if datetime.fromisoformat(pin.created_at).utcoffset() is not None else "its time has no offset"
+    pin.created()
+    return ""
 
 
 def _unreadable(key: str, why: object) -> ManifestError:

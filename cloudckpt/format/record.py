@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
 import msgspec
@@ -24,10 +25,16 @@ __all__ = [
     "encode_record",
     "lone_surrogates",
     "may_decode",
+    "moment_of",
     "shown",
 ]
 
 FORMAT_VERSION = 1
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# A day off the ends of what a datetime holds, for the zone of whoever shows it.
+_FIRST_S = (datetime(1, 1, 2, tzinfo=UTC) - _EPOCH) / timedelta(seconds=1)
+_LAST_S = (datetime(9999, 12, 30, tzinfo=UTC) - _EPOCH) / timedelta(seconds=1)
 
 # Every count, size and coordinate is below this: exact in any JSON reader, and sums of a few fit 64 bits.
 NUMBER_LIMIT = 1 << 53
@@ -120,6 +127,27 @@ def lone_surrogates(name: str) -> UnsupportedValueError:
         key=name,
         type_name="str",
     )
+
+
+def moment_of(told: str | float) -> datetime:
+    """Return a time in UTC that a record or a store tells: as RFC 3339 with an offset, or seconds since 1970.
+
+    What is beyond the years 1 to 9999, in whatever zone it is shown, is the first or the last that is not.
+
+    Raises:
+        ValueError: it is no time, or has no offset.
+    """
+    if isinstance(told, str):
+        moment = datetime.fromisoformat(told)
+        offset = moment.utcoffset()
+        if offset is None:
+            raise ValueError(f"{told!r} has no offset")
+        since_s = (moment.replace(tzinfo=UTC) - _EPOCH - offset) / timedelta(seconds=1)
+        if _FIRST_S <= since_s <= _LAST_S:
+            return moment.astimezone(UTC)
+    else:
+        since_s = told
+    return _EPOCH + timedelta(seconds=min(max(since_s, _FIRST_S), _LAST_S))
 
 
 def may_decode(size_bytes: int, decoded_bytes: int) -> bool:

@@ -52,6 +52,7 @@ from cloudckpt.root import (
     named_candidates,
     no_name,
     pin,
+    prefix_of,
     refuse_pinned,
     unpin,
 )
@@ -494,20 +495,19 @@ class Saves:
         for home, (_, found) in zip(homes, holders, strict=True):
             if isinstance(found, FormatVersionError):
                 raise found
-            refuse_pinned(home.catalog, _prefix_of(found))
+            refuse_pinned(home.catalog, prefix_of(found))
             if home.epoch.number:
                 home.catalog.claims.fence(home.epoch.number)
-        if self.roots.leaves_nothing([found for _, found in holders]):
-            # Before they go: else the next job would take their absence for a loss, and not start.
-            for catalog in self.roots.catalogs:
-                catalog.claims.mark_emptied()
         for home, (catalog, found) in zip(homes, holders, strict=True):
-            if isinstance(found, Checkpoint):
-                home.pruner.delete(found, lambda gone: self._journal.pruned(gone, "delete"))
-            else:
+            if not isinstance(found, Checkpoint):
                 logger.warning("deleting what cannot be read: %s", found)
-                catalog.remove_unreadable(_prefix_of(found))
-            logger.info("deleted %s at %s", _prefix_of(found).rstrip("/"), catalog.store.url)
+            home.pruner.delete(found, self._note_deleted)
+            logger.info("deleted %s at %s", prefix_of(found).rstrip("/"), catalog.store.url)
+        self.roots.mark_if_emptied()
+
+    def _note_deleted(self, found: Checkpoint | ManifestError) -> None:
+        if isinstance(found, Checkpoint):
+            self._journal.pruned(found, "delete")
 
     def end(self, *, is_forked: bool = False) -> None:
         """Wait for the save under way, or abandon it; then release the memory. What it raises is `Background.end`'s.
@@ -702,7 +702,7 @@ class Saves:
             logger.warning("%s was to be replaced, and stays, because it is pinned or has another name", old.url)
         else:
             home.catalog.claims.fence(home.epoch.number)
-            home.pruner.delete(old, lambda gone: self._journal.pruned(gone, "delete"))
+            home.pruner.delete(old, self._note_deleted)
 
     def _make_room(self, catalog: Catalog, go_on: Callable[[], bool]) -> int:
         """Remove at a root that has no room for a save what no checkpoint needs; return how many objects. On rank 0.
@@ -735,11 +735,6 @@ class Saves:
         while self._may_prune() and (left_s := stop_s - time.monotonic()) > 0:
             if self.background.wait_tidy(min(_LOOK_S, left_s)):
                 break
-
-
-def _prefix_of(found: Checkpoint | ManifestError) -> str:
-    """Return where a checkpoint stands, of one that cannot be read by its error."""
-    return found.prefix if isinstance(found, Checkpoint) else f"{found.key.partition('/')[0]}/"
 
 
 def _note_saved(step: int, error: BaseException) -> None:

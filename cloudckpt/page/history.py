@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from itertools import pairwise
 from statistics import fmean, median
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.format import EpochClaim
+from cloudckpt.format import EpochClaim, moment_of
 from cloudckpt.report import Advice, Costs, advise
 from cloudckpt.root import Checkpoint
 
@@ -244,8 +244,8 @@ def _job(epoch: int, claim: EpochClaim | None, saves: Sequence[Save], before_s: 
 def claimed_at(claim: EpochClaim) -> datetime | None:
     """Return when a claim was written, by the clock of its job; None where it says nothing that is a time."""
     try:
-        return datetime.fromisoformat(claim.created_at).astimezone(UTC)
-    except (ValueError, OverflowError):
+        return moment_of(claim.created_at)
+    except ValueError:
         return None
 
 

@@ -5,7 +5,7 @@ The catalog is the only room that creates or deletes a manifest.
 
 from cloudckpt.root.absence import mistaken_for
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.root.checkpoint import Checkpoint, Fit, Unreadable
+from cloudckpt.root.checkpoint import Checkpoint, Fit, Unreadable, prefix_of
 from cloudckpt.root.choice import Candidate, Choice, Wanted
 from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.root.destination import Destination, Epoch, Target, own_url
@@ -77,6 +77,7 @@ __all__ = [
     "own_url",
     "pin",
     "pins_of",
+    "prefix_of",
     "refuse_nested",
     "refuse_pinned",
     "sweep",

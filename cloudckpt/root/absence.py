@@ -123,4 +123,7 @@ def _unfinished(store: Store, top: Listing) -> str:
             f"out a delete of it late: copy {root}/{newest.key} to {root}/{MANIFEST_NAME} to have the checkpoint back, "
             "or save again"
         )
-    return f"{len(attempts)} attempts to save there are under way, or were cut off before they committed"
+    return (
+        f"{len(attempts)} attempts to save there are under way, or were cut off before they committed; what is pinned "
+        "its root still finds, and `cloudckpt sweep` of that puts it back"
+    )

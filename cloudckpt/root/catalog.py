@@ -82,8 +82,10 @@ class _Memory:
 
     Attributes:
         stamps: under which digest, time and size the manifest of a prefix was read, or seen to be that one.
-        voids: prefixes that are decided for ever.
+        voids: prefixes at which a void manifest stands.
+        own_voids: those of them that were made here.
         deleted: prefixes whose manifest was asked to be deleted.
+        by_pin: prefixes at which the last look found what is pinned, and no manifest.
         shows_pins: whether the last listing of the root had pins in it.
     """
 
@@ -91,7 +93,9 @@ class _Memory:
     told: set[str] = field(default_factory=set)
     stamps: dict[str, _Stamp] = field(default_factory=dict)
     voids: set[str] = field(default_factory=set)
+    own_voids: set[str] = field(default_factory=set)
     deleted: set[str] = field(default_factory=set)
+    by_pin: set[str] = field(default_factory=set)
     shows_pins: bool = True
     lock: threading.Lock = field(default_factory=new_lock)
 
@@ -208,6 +212,8 @@ class Catalog:
     def _note(self, prefix: str, found: _Found) -> None:
         with self._memory.lock:
             self._memory.found[prefix] = found
+            if found is not None:
+                self._memory.by_pin.discard(prefix)
 
     def holds(self, checkpoint: Checkpoint) -> bool:
         """Tell whether a checkpoint is one of this root, by its URL. No request."""
@@ -239,7 +245,7 @@ class Catalog:
         One that has gone when the next one is asked for is followed by what is newer by now. One that cannot be read is
         yielded as its error, so that the caller decides; a store that cannot be reached raises.
         """
-        walk: Walk[Checkpoint | ManifestError] = self._walk(self._tried)
+        walk: Walk[Checkpoint | ManifestError] = self._walk(self._found)
         return walk.newest_first(self._again)
 
     def _walk(
@@ -256,12 +262,34 @@ class Catalog:
     def _again(self, prefix: str, found: Checkpoint | ManifestError) -> Checkpoint | ManifestError | None:
         if isinstance(found, ManifestError):
             return found
-        now = self._tried(prefix)
+        now = self._found(prefix)
         return found if isinstance(now, Checkpoint) and now.digest == found.digest else now
+
+    def stands(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether a reader still finds a checkpoint at its place, by another look."""
+        return self._again(checkpoint.prefix, checkpoint) is checkpoint
 
     def is_still(self, checkpoint: Checkpoint) -> bool:
         """Tell whether a checkpoint is what is committed at its place, by another look. One request."""
-        return self._again(checkpoint.prefix, checkpoint) is checkpoint
+        now = self._tried(checkpoint.prefix)
+        return isinstance(now, Checkpoint) and now.digest == checkpoint.digest
+
+    def _found(self, prefix: str) -> Checkpoint | ManifestError | None:
+        """Return what is committed under a prefix, else what is pinned there: that exists for every reader."""
+        return self._tried(prefix) or self._pinned_at(prefix)
+
+    def _pinned_at(self, prefix: str) -> Checkpoint | None:
+        """Return what is pinned under a prefix without a manifest, if it is whole; whoever writes puts it back."""
+        found = self.pinned(prefix) if self._memory.shows_pins else None
+        if found is None:
+            return None
+        with self._memory.lock:
+            self._memory.by_pin.add(prefix)
+        return found[0]
+
+    def stands_by_pin(self, prefix: str) -> bool:
+        """Tell whether the last look found a checkpoint there by its pin alone: its manifest is gone. No request."""
+        return prefix in self._memory.by_pin
 
     def _tried(self, prefix: str) -> Checkpoint | ManifestError | None:
         try:
@@ -391,6 +419,9 @@ class Catalog:
 
     def _see(self, prefix: str) -> _Found:
         """Return what stands under a prefix; what was read before is read again only if it is another one by now."""
+        return self._see_committed(prefix) or self._pinned_at(prefix)
+
+    def _see_committed(self, prefix: str) -> _Found:
         with self._memory.lock:
             known, stamp = self._memory.found.get(prefix), self._memory.stamps.get(prefix)
         if not isinstance(known, Checkpoint):
@@ -463,9 +494,7 @@ class Catalog:
         for prefix, (_, found_step) in self.places().items():
             if found_step != step:
                 continue
-            found = self._tried(prefix)
-            if found is None and (pinned := self.pinned(prefix)) is not None:
-                return pinned[0]
+            found = self._found(prefix)
             if isinstance(found, _CopiedError):
                 logger.warning("passing over what is no checkpoint of its place: %s", found)
                 copied.append(found)
@@ -474,6 +503,8 @@ class Catalog:
         if copied:
             return copied[0]
         steps = sorted({one.step for one in self.survey().checkpoints}, key=lambda there: abs(there - step))
+        if not steps and (above := self.root_above()):
+            raise CheckpointNotFoundError(above)
         shown = ", ".join(map(str, sorted(steps[:_NEAREST]))) or "none"
         raise CheckpointNotFoundError(
             f"no committed checkpoint of step {step} at {self.store.url}; the nearest of {len(steps)} there: {shown}"
@@ -518,6 +549,14 @@ class Catalog:
             return False
         return True
 
+    def root_above(self) -> str:
+        """Say that the URL is that of one checkpoint, and which root to give; "" if it is not. One request."""
+        if not self.is_taken(""):
+            return ""
+        above, _, name = self.store.url.rstrip("/").rpartition("/")
+        what = f"give its root, {above}" if parse_checkpoint_prefix(f"{name}/") else "it has no root"
+        return f"{self.store.url} is one checkpoint, not a root of checkpoints; {what}"
+
     def is_used(self, prefix: str) -> bool:
         """Tell whether this catalog has read, made or deleted a commit under `prefix`. No request.
 
@@ -527,25 +566,12 @@ class Catalog:
         with self._memory.lock:
             return isinstance(self._memory.found.get(prefix), Checkpoint) or prefix in self._memory.deleted
 
-    def uncommit(self, checkpoint: Checkpoint) -> None:
-        """Delete the manifest, so that the checkpoint no longer exists; its shards stay for `remove_objects`."""
-        self._delete_manifest(checkpoint.prefix)
-
-    def _delete_manifest(self, prefix: str) -> None:
+    def uncommit(self, prefix: str) -> None:
+        """Delete the manifest under a prefix, also one that nobody can read; what it led to stays for a later pass."""
         with self._memory.lock:
             self._memory.deleted.add(prefix)
         self.store.delete([prefix + MANIFEST_NAME])
         self._note(prefix, None)
-
-    def remove_unreadable(self, prefix: str) -> None:
-        """Delete what stands under a prefix whose manifest cannot be read: that first, then all else there.
-
-        Checkpoints that somebody has saved below it stay.
-        """
-        self._delete_manifest(prefix)
-        keys = [info.key for info in self.store.list(prefix).objects if info.key != prefix + MANIFEST_NAME]
-        others = tuple(nested(prefix, keys))
-        delete_below(self.store, [key for key in keys if not key.startswith(others)], below=[prefix])
 
     def recommit(self, data: bytes, *, prefix: str) -> Checkpoint:
         """Create the manifest of a checkpoint that `uncommit` took away again, byte for byte; raises as `commit`."""
@@ -554,7 +580,7 @@ class Catalog:
 
     @one_deadline()
     def put_back(self, prefix: str) -> Checkpoint | None:
-        """Commit a pinned checkpoint again whose manifest is gone, as its pin has it; call while nothing removes it.
+        """Commit a pinned checkpoint again whose manifest is gone, as its pin has it; not while it is being removed.
 
         Returns:
             What stands there then; None, and the log says why, if that is not what is pinned: there is no such pin, or
@@ -566,12 +592,17 @@ class Catalog:
         pinned, data = found
         with suppress(ObjectExistsError):
             self.recommit(data, prefix=prefix)
+            # What was removed meanwhile had the key void for that time alone, in which this may have been on its way.
+            if lack := self._lack_of_objects(pinned, self._below(pinned)):
+                self.uncommit(prefix)
+                self._tell_pin(prefix, lack)
+                return None
             logger.warning("the manifest of %s was gone, which is pinned: it is put back", pinned.url)
             return pinned
         now = self._tried(prefix)
         if isinstance(now, Checkpoint) and now.digest == pinned.digest:
             return now
-        self._tell_pin(prefix, "another manifest stands there")
+        self._tell_pin(prefix, "it is being removed" if self._is_decided(prefix) else "another manifest stands there")
         return None
 
     def pinned(self, prefix: str) -> tuple[Checkpoint, bytes] | None:
@@ -672,16 +703,22 @@ class Catalog:
     def leftovers(self, prefix: str, attempt: str) -> list[str]:
         """Return the keys of what an attempt still holds that was uncommitted; not those of another one there.
 
+        Where the attempt is "", because nobody could read which it was, all that stands there but checkpoints that
+        somebody has saved below it.
+
         Raises:
             CheckpointExistsError: it is committed again.
             ManifestError: a manifest stands there, and nobody can say whose.
         """
         keys = [info.key for info in self.store.list(prefix).objects]
-        found = self._tried(prefix) if prefix + MANIFEST_NAME in keys else None
+        found = self._tried(prefix) if prefix + MANIFEST_NAME in keys and not self._is_decided(prefix) else None
         if isinstance(found, ManifestError):
             raise found
-        if found is not None and found.attempt == attempt:
+        if found is not None and attempt in ("", found.attempt):
             raise self.exists_error(prefix)
+        if not attempt:
+            others = (prefix + MANIFEST_NAME, *nested(prefix, keys))
+            return [key for key in keys if not key.startswith(others)]
         return [key for key in keys if key.startswith(f"{prefix}{attempt}/")]
 
     def void(self, prefix: str) -> bool:
@@ -700,13 +737,17 @@ class Catalog:
         try:
             self.store.create(prefix + MANIFEST_NAME, manifest.encode())
         except ObjectExistsError:
+            # What was seen to be void may have been removed since, and copied there again.
+            with self._memory.lock:
+                self._memory.voids.discard(prefix)
             return self.is_void(prefix)
         with self._memory.lock:
             self._memory.voids.add(prefix)
+            self._memory.own_voids.add(prefix)
         return True
 
     def is_void(self, prefix: str) -> bool:
-        """Tell whether a readable `void` manifest stands under `prefix`, which never changes; read once."""
+        """Tell whether a readable `void` manifest stands under `prefix`; read once."""
         if prefix in self._memory.voids:
             return True
         with self._memory.lock:
@@ -719,9 +760,20 @@ class Catalog:
     def unvoid(self, prefix: str) -> None:
         """Delete a void manifest, when nobody can be alive any more whom it keeps from committing there."""
         if self.is_void(prefix):
-            self.store.delete([prefix + MANIFEST_NAME])
-            with self._memory.lock:
-                self._memory.voids.discard(prefix)
+            self._delete_void(prefix)
+
+    def withdraw_void(self, prefix: str) -> None:
+        """Delete the void manifest that this catalog has made, if it has; what it was to keep from going is gone."""
+        if prefix in self._memory.own_voids:
+            self._delete_void(prefix)
+
+    def _delete_void(self, prefix: str) -> None:
+        with self._memory.lock:
+            self._memory.deleted.add(prefix)
+        self.store.delete([prefix + MANIFEST_NAME])
+        with self._memory.lock:
+            self._memory.voids.discard(prefix)
+            self._memory.own_voids.discard(prefix)
 
 
 def _now() -> str:

@@ -11,7 +11,7 @@ from typing import Literal, Self
 from cloudckpt.errors import ManifestError, OptionsError, StorageError
 from cloudckpt.format import Manifest
 
-__all__ = ["WORKED", "Checkpoint", "Fit", "Survey", "Unreadable", "best_first", "check_metric"]
+__all__ = ["WORKED", "Checkpoint", "Fit", "Survey", "Unreadable", "best_first", "check_metric", "prefix_of"]
 
 
 WORKED = "worked_s"
@@ -135,6 +135,11 @@ class Survey:
             unreadable=tuple(one for one in there if isinstance(one, Unreadable)),
             undecided=tuple(undecided),
         )
+
+
+def prefix_of(found: Checkpoint | ManifestError) -> str:
+    """Return where a checkpoint stands below its root, of one that cannot be read by its error."""
+    return found.prefix if isinstance(found, Checkpoint) else f"{found.key.partition('/')[0]}/"
 
 
 def best_first(checkpoints: Sequence[Checkpoint], metric: str, mode: Literal["min", "max"]) -> list[Checkpoint]:

@@ -1,10 +1,11 @@
 """Remove objects that belong to no checkpoint any more, in a thread of its own, once readers had time to notice.
 
-    uncommitted by this job ──grace time──▶ pinned meanwhile? ─▶ put back
-                                                ╰──▶ shards deleted
+    uncommitted by this job ──grace time──▶ pinned meanwhile? ──▶ put back
+                                             ╰──▶ void ──still not pinned──▶ shards deleted ──▶ void deleted
     left by other jobs      ──▶ `sweep`
 
-Whoever takes a checkpoint away does it through here, so that what is being removed is never put back at the same time.
+Who puts a pinned checkpoint back creates its manifest; who removes its shards creates it, too, as `void`: the store
+lets one of the two, also between processes. Whoever takes a checkpoint away does it through here.
 Keeps FORMAT invariants 7 to 9.
 """
 
@@ -18,10 +19,10 @@ from collections.abc import Callable
 from functools import partial
 
 from cloudckpt.deadline import NEVER, Deadline
-from cloudckpt.errors import CheckpointExistsError, CloudCkptError
+from cloudckpt.errors import CheckpointExistsError, CloudCkptError, ManifestError, StorageError
 from cloudckpt.options import as_seconds
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.checkpoint import Checkpoint, prefix_of
 from cloudckpt.root.removal import delete_below
 from cloudckpt.root.sweep import find_orphans, remove_orphan, remove_unfinished
 from cloudckpt.threads import new_lock, started
@@ -81,8 +82,6 @@ class Cleaner:
         # What does not exist any more, by prefix and attempt, and since when: its shards go once readers had time to
         # notice.
         self._uncommitted_s: dict[tuple[str, str], float] = {}
-        # The one whose shards are being deleted.
-        self._removing: tuple[str, str] | None = None
         self._removed_count = 0
         self._next_sweep_s = clock()
         self._lock = new_lock()
@@ -92,12 +91,16 @@ class Cleaner:
         self._is_stopped = False
         self._end = NEVER
 
-    def uncommit(self, checkpoint: Checkpoint, *, by: Catalog) -> None:
-        """Uncommit a checkpoint through a catalog of the root, and remove its shards after the grace time."""
+    def uncommit(self, found: Checkpoint | ManifestError, *, by: Catalog) -> None:
+        """Uncommit a checkpoint through a catalog of the root, and remove its shards after the grace time.
+
+        Of one that nobody can read, all that stands there.
+        """
+        place = prefix_of(found), found.attempt if isinstance(found, Checkpoint) else ""
         # Whoever holds the lock knows of all that this job has uncommitted.
         with self._lock:
-            by.uncommit(checkpoint)
-            self._uncommitted_s[checkpoint.prefix, checkpoint.attempt] = self._clock()
+            by.uncommit(place[0])
+            self._uncommitted_s[place] = self._clock()
 
     def put_back(self, prefix: str, *, by: Catalog) -> bool:
         """Commit a pinned checkpoint again whose manifest is gone, through a catalog of the root; tell whether it is.
@@ -105,9 +108,7 @@ class Cleaner:
         Its shards are not removed then.
         """
         with self._lock:
-            # Nobody was told that it is pinned who asked so late: its manifest was gone for the whole grace time.
-            is_going = self._removing is not None and self._removing[0] == prefix
-            if is_going or by.put_back(prefix) is None:
+            if by.put_back(prefix) is None:
                 return False
             for place in [place for place in self._uncommitted_s if place[0] == prefix]:
                 del self._uncommitted_s[place]
@@ -252,29 +253,42 @@ class Cleaner:
             due = self._due()
         pinned = self._catalog.pins.prefixes() if due else set()
         for place in due:
+            if place[0] in pinned and go_on():
+                self.put_back(place[0], by=self._catalog)
+                self._forget(place)
+        closed = [place for place in due if place[0] not in pinned and go_on() and self._close(place)]
+        # A pin of which anybody was told that it holds was there before: none is put back where a void one stands.
+        pinned = self._catalog.pins.prefixes() if closed else set()
+        for place in closed:
             if not go_on():
                 return
             if place[0] in pinned:
-                self.put_back(place[0], by=self._catalog)
                 self._forget(place)
-            elif self._begin_removing(place):
-                try:
-                    self._remove(place, go_on)
-                finally:
-                    self._removing = None
+            else:
+                self._remove(place, go_on)
 
-    def _begin_removing(self, place: tuple[str, str]) -> bool:
-        """Note what is removed from now on; False if it was put back meanwhile."""
+    def _close(self, place: tuple[str, str]) -> bool:
+        """Keep what is to go from being put back; False if it was put back meanwhile."""
         with self._lock:
-            self._removing = place if place in self._uncommitted_s else None
-            return self._removing is not None
+            if place not in self._uncommitted_s:
+                return False
+            try:
+                self._catalog.void(place[0])
+            except StorageError as exc:
+                # Where there is no room for a void manifest, there is none for a whole one, nor for a pin.
+                if not exc.is_full:
+                    raise
+            return True
 
     def _remove(self, place: tuple[str, str], go_on: Callable[[], bool]) -> None:
         prefix, attempt = place
         try:
             keys = self._catalog.leftovers(prefix, attempt)
-            is_gone = delete_below(self._catalog.store, keys, below=[f"{prefix}{attempt}/"], go_on=go_on)
+            below = f"{prefix}{attempt}/" if attempt else prefix
+            is_gone = delete_below(self._catalog.store, keys, below=[below], go_on=go_on)
             self._removed_count += len(keys) if is_gone else 0
+            if is_gone:
+                self._catalog.withdraw_void(prefix)
         except CheckpointExistsError:
             logger.warning("%s stands there again, which was pruned; it stays", prefix)
             is_gone = True

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
+import stat
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 import msgspec
 import zstandard
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 CACHE_VARIABLE = "CLOUDCKPT_CACHE"
 _VERSION = 1
 _SUFFIX = ".manifests"
+_OWN = re.compile(r"\A[0-9a-f]{32}\.manifests(?:\.[0-9a-f]{16})?\Z")
 # Of one root, as it is in memory, and of all files together: 100,000 manifests of 2 KiB take some 20 MiB of them.
 _ROOT_BYTES = 256 << 20
 _LIMIT_BYTES = 256 << 20
@@ -119,17 +122,17 @@ class ManifestCache:
         base = Path(os.environ.get("XDG_CACHE_HOME", ""))
         try:
             # As the XDG specification has it, a relative path is none.
-            return cls((base if base.is_absolute() else Path.home() / ".cache") / "cloudckpt")
+            return cls((base if base.is_absolute() else Path.home() / ".cache") / "cloudckpt" / "manifests")
         except RuntimeError:
             return None  # nobody's home
 
     def manifests(self, store: Store) -> Manifests:
         """Return what is kept of a root; {} where nothing is, or nothing that can be read."""
         try:
-            with self._file(store).open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as reader:
+            with _opened(self._file(store)) as file, zstandard.ZstdDecompressor().stream_reader(file) as reader:
                 text = reader.read(_ROOT_BYTES)
             record = msgspec.msgpack.decode(text, type=_Record)
-        except (OSError, MemoryError, zstandard.ZstdError, msgspec.MsgspecError, ValueError) as exc:
+        except (OSError, MemoryError, RecursionError, zstandard.ZstdError, msgspec.MsgspecError, ValueError) as exc:
             logger.debug("no manifests of %s are kept: %s", store.url, exc)
             return {}
         if (record.version, record.place) != (_VERSION, _place(store)):
@@ -179,11 +182,12 @@ class ManifestCache:
             raise
 
     def _thin_out(self) -> None:
-        """Remove the files that were written longest ago, until the rest is small enough."""
-        files = sorted(((path.stat(), path) for path in self._folder.iterdir()), key=lambda pair: -pair[0].st_mtime)
+        """Remove those of its files that were written longest ago, until the rest is small enough."""
+        own = [path for path in self._folder.iterdir() if _OWN.match(path.name)]
+        files = sorted(((path.lstat(), path) for path in own), key=lambda pair: -pair[0].st_mtime)
         total_bytes = 0
-        for stat, path in files:
-            total_bytes += stat.st_size
+        for about, path in files:
+            total_bytes += about.st_size
             if total_bytes > self._limit_bytes:
                 path.unlink(missing_ok=True)
 
@@ -192,6 +196,15 @@ class _Record(msgspec.Struct, frozen=True):
     version: int
     place: tuple[str, str]
     manifests: dict[str, bytes]
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file to be read; raise OSError where it is none, such as a pipe that nobody writes to, or a link."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(file).st_mode):
+        return os.fdopen(file, "rb")
+    os.close(file)
+    raise OSError(f"{path} is no file")
 
 
 def _place(store: Store) -> tuple[str, str]:

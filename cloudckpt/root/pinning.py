@@ -102,6 +102,8 @@ def unpin(roots: Roots, step: int) -> Pin:
     pinned = [(catalog, prefix) for catalog in roots.catalogs for prefix in catalog.pins.prefixes()]
     of_step = [(place[1], catalog, prefix) for catalog, prefix in pinned if (place := _place(prefix))[0] == step]
     if not of_step:
+        if not pinned and (above := roots.catalogs[0].root_above()):
+            raise CheckpointNotFoundError(above)
         steps = sorted({_place(prefix)[0] for _, prefix in pinned})
         shown = ", ".join(map(str, steps[-_SHOWN:])) or "none"
         raise CheckpointNotFoundError(f"step {step} is not pinned at {roots.url}; pinned are: {shown}")
@@ -110,6 +112,9 @@ def unpin(roots: Roots, step: int) -> Pin:
     for epoch, catalog, prefix in of_step:
         if epoch == newest:
             taken += [one for one in [catalog.pins.describe(prefix)] if one is not None]
+            if not catalog.is_taken(prefix):
+                # Else the last copy of its manifest went with the pin.
+                catalog.put_back(prefix)
             catalog.pins.remove(prefix)
     if not taken:
         raise CheckpointNotFoundError(f"step {step} is not pinned at {roots.url} any more")

@@ -20,6 +20,7 @@ from cloudckpt.format import (
     PINS_PREFIX,
     Manifest,
     PinRecord,
+    moment_of,
     name_key,
     parse_checkpoint_prefix,
     parse_name_key,
@@ -219,5 +220,5 @@ class Pins:
             epoch=epoch,
             url=f"{self._store.url.removesuffix('/')}/{prefix.rstrip('/')}",
             note=str(error),
-            created_at=datetime.fromtimestamp(info.modified_s, UTC),
+            created_at=moment_of(info.modified_s),
         )

@@ -15,12 +15,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from cloudckpt.deadline import NEVER, Deadline
-from cloudckpt.errors import OptionsError, PinnedError, RetryExhaustedError, StorageError
+from cloudckpt.errors import ManifestError, OptionsError, PinnedError, RetryExhaustedError, StorageError
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.checkpoint import Checkpoint, prefix_of
 from cloudckpt.root.claims import Line
 from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.root.naming import committed_as, forget_names, names_given, superseded
@@ -35,6 +35,9 @@ RetentionScope = Literal["line", "root"]
 """Whose checkpoints retention removes: those of the job's own line of history, or all below the root."""
 
 _SHOWN = 5
+
+_Any = Checkpoint | ManifestError
+_Gone = TypeVar("_Gone", Checkpoint, _Any)
 
 
 class Pruner:
@@ -199,9 +202,9 @@ class Pruner:
     def _put_back(self, prefix: str) -> bool:
         return self._cleaner.put_back(prefix, by=self._catalog)
 
-    def delete(self, checkpoint: Checkpoint, on_gone: Callable[[Checkpoint], None]) -> None:
-        """Let a checkpoint exist no more, as `delete_unpinned` does."""
-        delete_unpinned(self._catalog, self._cleaner, checkpoint, on_gone)
+    def delete(self, found: Checkpoint | ManifestError, on_gone: Callable[[_Any], None]) -> None:
+        """Let a checkpoint exist no more, also what nobody can read; as `delete_unpinned` does."""
+        delete_unpinned(self._catalog, self._cleaner, found, on_gone)
 
     def clean(self) -> None:
         """Have removed what is due, without waiting for that."""
@@ -263,8 +266,7 @@ def what_goes(
         found = catalog.pins.held()
         pinned, held = found.pinned, found.prefixes
         known = {one.prefix for one in catalog.recall(pinned).checkpoints}
-        for prefix in sorted(pinned - known):
-            put_back(prefix)
+        seen |= {prefix for prefix in sorted(pinned - known) if put_back(prefix)}
     while True:
         stays = {*protected, *(one.order for one in checkpoints if one.prefix in held)}
         removed = removable(checkpoints, rules, protected=stays)
@@ -318,37 +320,42 @@ def uncommit_each(
 
 
 @contextmanager
-def _telling(catalog: Catalog, cleaner: Cleaner, on_gone: Callable[[Checkpoint], None]) -> Iterator[list[Checkpoint]]:
+def _telling(catalog: Catalog, cleaner: Cleaner, on_gone: Callable[[_Gone], None]) -> Iterator[list[_Gone]]:
     """Tell of each that the block puts into a list once it is uncommitted, and stays so.
 
     What was pinned since the pins were listed is put back, and taken from the list; one listing, if that has any. Of a
     block that fails, or where nobody can say what is pinned, all are told: they are gone until whoever removes
     their shards asks for pins, which the store may not answer now.
     """
-    gone: list[Checkpoint] = []
+    gone: list[_Gone] = []
     try:
         yield gone
         pinned = catalog.pins.prefixes() if gone else set()
-        gone[:] = [one for one in gone if one.prefix not in pinned or not cleaner.put_back(one.prefix, by=catalog)]
+        gone[:] = [
+            one for one in gone if prefix_of(one) not in pinned or not cleaner.put_back(prefix_of(one), by=catalog)
+        ]
     finally:
         for old in gone:
             on_gone(old)
 
 
 def delete_unpinned(
-    catalog: Catalog, cleaner: Cleaner, checkpoint: Checkpoint, on_gone: Callable[[Checkpoint], None]
+    catalog: Catalog, cleaner: Cleaner, found: Checkpoint | ManifestError, on_gone: Callable[[_Any], None]
 ) -> None:
     """Uncommit one that was asked for by name, and tell of it, unless it is pinned, or is while this is asked.
 
     Raises:
         PinnedError: it is; the checkpoint stands.
     """
-    refuse_pinned(catalog, checkpoint.prefix)
+    prefix = prefix_of(found)
+    refuse_pinned(catalog, prefix)
     with _telling(catalog, cleaner, on_gone) as gone:
-        cleaner.uncommit(checkpoint, by=catalog)
-        gone.append(checkpoint)
+        cleaner.uncommit(found, by=catalog)
+        gone.append(found)
     if not gone:
         raise PinnedError(
-            f"{checkpoint.url} was pinned while it was being deleted, and stands; unpin it first, if it is to go"
+            f"{catalog.store.url.removesuffix('/')}/{prefix.rstrip('/')} was pinned while it was being deleted, and "
+            "stands; unpin it first, if it is to go"
         )
-    forget_names(catalog, [checkpoint])
+    if isinstance(found, Checkpoint):
+        forget_names(catalog, [found])

@@ -118,7 +118,7 @@ def replace(catalog: Catalog, manifest: Manifest) -> Checkpoint:
     attempts = _attempts_of(catalog, old)
     catalog.store.create(set_aside_key(old.attempt), old.manifest.encode())
     try:
-        catalog.uncommit(old)
+        catalog.uncommit(old.prefix)
         new = catalog.commit(manifest, prefix="")
     except (ConflictError, CommitUnknownError):
         raise

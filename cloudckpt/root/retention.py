@@ -12,11 +12,11 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, Protocol, cast, runtime_checkable
 
-from cloudckpt.errors import OptionsError
+from cloudckpt.errors import CloudCkptError, OptionsError
 from cloudckpt.options import as_count, as_seconds
 from cloudckpt.root.checkpoint import Checkpoint, best_first, check_metric
 
@@ -29,6 +29,7 @@ __all__ = [
     "Retention",
     "RetentionRule",
     "checked_rules",
+    "kept_by",
     "removable",
     "watched_rules",
     "why_kept",
@@ -201,7 +202,7 @@ def removable(
     if not checkpoints or not rules:
         return []
     oldest_first = sorted(checkpoints, key=lambda one: one.order)
-    kept = {oldest_first[-1].order, *protected}.union(*(_kept(rule, oldest_first) for rule in rules))
+    kept = {oldest_first[-1].order, *protected}.union(*(kept_by(rule, oldest_first) for rule in rules))
     return [one for one in oldest_first if one.order not in kept]
 
 
@@ -214,10 +215,11 @@ def why_kept(
     in_use: Collection[tuple[int, int]] = (),
     others: Collection[tuple[int, int]] = (),
 ) -> dict[tuple[int, int], tuple[str, ...]]:
-    """Return what keeps each checkpoint, by its (epoch, step): the words below, and the rules as their repr has them.
+    """Return what keeps each checkpoint, by its (epoch, step): the words below, and the rules.
 
-    `newest`; `pinned`; `named NAME`; `in use` by a job that went on from it; `another line of history`, which the
-    rules are not about. What nothing keeps has no words: a pass by these rules would remove it.
+    Rules are told as their repr has them, a function by its name. `newest`; `pinned`; `named NAME`; `in use` by a job
+    that went on from it; `another line of history`, which the rules are not about. What nothing keeps has no words: a
+    pass by these rules would remove it.
 
     Args:
         checkpoints: all of the root, in whatever order they come.
@@ -236,7 +238,7 @@ def why_kept(
         *((f"named {name}", [order]) for order, given in names.items() for name in given),
         ("in use", in_use),
         ("another line of history", others),
-        *((repr(rule), set(_kept(rule, mine))) for rule in rules if mine),
+        *((_name_of(rule), set(kept_by(rule, mine))) for rule in rules if mine),
     ]
     for word, orders in said:
         for order in orders:
@@ -265,11 +267,14 @@ def _rule(given: object) -> RetentionRule:
     raise OptionsError(f"retention holds {given!r}, which is no rule; give KeepLast(3), a list of rules, or 3")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class _Said:
     """A function as a rule."""
 
     keep: Callable[[Sequence[Checkpoint]], set[tuple[int, int]]]
+
+    def __repr__(self) -> str:
+        return str(getattr(self.keep, "__qualname__", None) or repr(self.keep))
 
 
 def watched_rules(rules: Sequence[RetentionRule]) -> tuple[RetentionRule, ...]:
@@ -304,19 +309,33 @@ class _Watched:
             logger.warning("the retention rule %r has kept nothing so far: %s", rule, why)
 
 
-def _kept(rule: RetentionRule, oldest_first: Sequence[Checkpoint]) -> Iterable[tuple[int, int]]:
+def kept_by(rule: RetentionRule, oldest_first: Sequence[Checkpoint]) -> Collection[tuple[int, int]]:
     """Return what a rule keeps; one of the user's own that says it in other words must not let anything go.
 
     Raises:
-        OptionsError: it is none of the checkpoints that the rule was given, nor the `order` of one.
+        OptionsError: it is none of the checkpoints that the rule was given, nor the `order` of one; or the rule fails.
     """
     given: dict[object, tuple[int, int]] = {one.order: one.order for one in oldest_first}
     given |= {one: one.order for one in oldest_first}
-    # A list of the rule's own: what it sorts or takes out is there for the others.
-    said = rule.keep(list(oldest_first))
-    if not isinstance(said, Iterable):
-        raise OptionsError(f"retention rule {rule!r} returns {said!r}; return the checkpoints that are to stay")
-    return [_order(rule, one, given) for one in said]
+    try:
+        # A list of the rule's own: what it sorts or takes out is there for the others, and what was measured, too.
+        said: object = rule.keep([replace(one, metrics=MappingProxyType(dict(one.metrics))) for one in oldest_first])
+        kept = list(said) if isinstance(said, Iterable) and not isinstance(said, str | bytes) else None
+    except CloudCkptError:
+        raise
+    except Exception as exc:
+        raise OptionsError(f"retention rule {_name_of(rule)} raised {type(exc).__name__}: {exc}; mend it") from exc
+    if kept is None:
+        raise OptionsError(f"retention rule {_name_of(rule)} returns {said!r}; return the checkpoints that are to stay")
+    return [_order(rule, one, given) for one in kept]
+
+
+def _name_of(rule: RetentionRule) -> str:
+    """Return how a rule is called for people; one of the user's own may have no repr."""
+    try:
+        return repr(rule)
+    except Exception:  # noqa: BLE001 (whatever it raises, the rule has a type)
+        return type(rule).__qualname__
 
 
 def _order(rule: RetentionRule, said: object, given: Mapping[object, tuple[int, int]]) -> tuple[int, int]:
@@ -329,6 +348,6 @@ def _order(rule: RetentionRule, said: object, given: Mapping[object, tuple[int, 
         return found
     why = "the (step, epoch)" if is_swapped else "neither a checkpoint nor the (epoch, step)"
     raise OptionsError(
-        f"retention rule {rule!r} keeps {said!r}, which is {why} of one that it was given; return the `order` of each "
-        "checkpoint that is to stay"
+        f"retention rule {_name_of(rule)} keeps {said!r}, which is {why} of one that it was given; return the "
+        "`order` of each checkpoint that is to stay"
     )

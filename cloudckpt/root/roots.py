@@ -46,7 +46,7 @@ class Roots:
 
     def stands(self, checkpoint: Checkpoint) -> bool:
         """Tell whether a checkpoint is still the one that is committed there; it may have been pruned meanwhile."""
-        return self.catalog_of(checkpoint).is_still(checkpoint)
+        return self.catalog_of(checkpoint).stands(checkpoint)
 
     def newest_first(self) -> Iterator[Checkpoint | ManifestError]:
         """Yield what all roots hold from the newest down, as `Catalog.newest_first` does.
@@ -127,14 +127,17 @@ class Roots:
                 raise lost
         return list(survey.checkpoints)
 
-    def leaves_nothing(self, gone: Sequence[Checkpoint | ManifestError]) -> bool:
-        """Tell whether nothing stands in any root once these are deleted."""
+    def mark_if_emptied(self) -> None:
+        """Mark all roots as emptied on purpose, if nothing stands in any of them; call when something was deleted.
+
+        Only then: who is cut off before is told that the history of that root is gone, which is no loss.
+        """
         survey = self.survey()
-        left = {one.order for one in survey.checkpoints} | {one.order for one in survey.unreadable}
-        if not left <= set(map(_order_of, gone)):
-            return False
         # A pinned one without its manifest will be put back.
-        return not any(one.pins.prefixes() for one in self.catalogs)
+        if survey.checkpoints or survey.unreadable or any(one.pins.prefixes() for one in self.catalogs):
+            return
+        for catalog in self.catalogs:
+            catalog.claims.mark_emptied()
 
     def survey(self) -> Survey:
         """Look at all that stands below all roots, as `Catalog.survey` does."""

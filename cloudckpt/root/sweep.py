@@ -226,12 +226,12 @@ def _now_s(store: Store, left: Sequence[ObjectInfo], older_than_s: float) -> flo
 def remove_orphan(catalog: Catalog, orphan: Orphan, *, go_on: Callable[[], bool] = lambda: True) -> bool:
     """Void an orphan and delete its objects; of one that is a void manifest alone, that.
 
-    False if one committed; or if it is pinned by now, so that it is put back.
+    False if one committed; or if it is pinned by now, so that it is put back, or stays as it is where it is void.
     """
     if catalog.pins.is_pinned(orphan.prefix):
         catalog.put_back(orphan.prefix)
         return False
-    if not catalog.void(orphan.prefix):
+    if not catalog.void(orphan.prefix) or catalog.pins.is_pinned(orphan.prefix):
         return False
     # Listed again: what a zombie has put since then goes, too.
     keys = [info.key for info in catalog.store.list(orphan.prefix).objects]

@@ -17,13 +17,14 @@ from cloudckpt.errors import (
     ManifestError,
     OptionsError,
 )
+from cloudckpt.format import parse_checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable, prefix_of
 from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.root.naming import names_given
 from cloudckpt.root.pinning import refuse_pinned
 from cloudckpt.root.pruning import delete_unpinned, uncommit_each, what_goes
-from cloudckpt.root.retention import RetentionRule, why_kept
+from cloudckpt.root.retention import RetentionRule, kept_by, why_kept
 from cloudckpt.root.roots import Roots
 
 __all__ = ["Plan", "Thinning"]
@@ -44,7 +45,7 @@ class Plan:
     """
 
     going: Sequence[Checkpoint]
-    unreadable: Sequence[ManifestError] = ()
+    unreadable: Sequence[Unreadable] = ()
     staying: Sequence[Checkpoint] = ()
     kept: Mapping[Order, Sequence[str]]
     warnings: Sequence[str] = ()
@@ -94,7 +95,7 @@ class Thinning:
         if not rules:
             raise OptionsError("no rule says what is to stay, so nothing is removed; give one, such as --keep-last 3")
         found = Roots([self._catalog]).all()
-        idle = next((rule for rule in rules if found and not rule.keep(list(found))), None)
+        idle = next((rule for rule in rules if found and not kept_by(rule, found)), None)
         if idle is not None:
             metrics = ", ".join(sorted({name for one in found for name in one.metrics})) or "none"
             raise OptionsError(
@@ -122,8 +123,9 @@ class Thinning:
         for one in asked:
             if isinstance(one, FormatVersionError):
                 raise one
-            refuse_pinned(self._catalog, _prefix_of(one))
+            refuse_pinned(self._catalog, prefix_of(one))
         survey = self._catalog.survey()
+        unreadable = sorted((self._unreadable(one) for one in asked if isinstance(one, ManifestError)), key=_order_of)
         going = sorted((one for one in asked if isinstance(one, Checkpoint)), key=lambda one: one.order)
         staying = _others(survey.checkpoints, going)
         held = self._catalog.pins.held()
@@ -137,11 +139,17 @@ class Thinning:
         )
         return Plan(
             going=going,
-            unreadable=[one for one in asked if isinstance(one, ManifestError)],
+            unreadable=unreadable,
             staying=staying,
             kept=kept,
-            warnings=_warnings(going, survey.checkpoints, in_use),
+            warnings=_warnings(going, unreadable, survey, in_use),
         )
+
+    def _unreadable(self, error: ManifestError) -> Unreadable:
+        prefix = prefix_of(error)
+        step, epoch = parse_checkpoint_prefix(prefix) or (-1, 0)
+        url = f"{self._catalog.store.url.removesuffix('/')}/{prefix.rstrip('/')}"
+        return Unreadable(step=step, epoch=epoch, url=url, error=error)
 
     def _in_use(self, found: Sequence[Checkpoint]) -> set[Order]:
         """Return what the job of the newest epoch went on from, if it has committed nothing since."""
@@ -151,7 +159,7 @@ class Thinning:
 
     # -- removal -----------------------------------------------------------------------------------------------
 
-    def uncommit(self, plan: Plan) -> list[Checkpoint]:
+    def uncommit(self, plan: Plan) -> list[Checkpoint | Unreadable]:
         """Let what is planned exist no more; return what is gone. The store is asked again what is pinned and kept.
 
         Raises:
@@ -159,7 +167,7 @@ class Thinning:
             StorageError: the store refuses; as before.
             KeyboardInterrupt: as before.
         """
-        gone: list[Checkpoint] = []
+        gone: list[Checkpoint | Unreadable] = []
         try:
             if self._rules is None:
                 self._delete(plan, gone)
@@ -170,7 +178,7 @@ class Thinning:
             raise
         return gone
 
-    def _prune(self, plan: Plan, rules: Sequence[RetentionRule], gone: list[Checkpoint]) -> None:
+    def _prune(self, plan: Plan, rules: Sequence[RetentionRule], gone: list[Checkpoint | Unreadable]) -> None:
         planned = {one.digest for one in plan.going}
         found = Roots([self._catalog]).all()
         going = what_goes(self._catalog, rules, found, protected=self._in_use(found), put_back=self._put_back)
@@ -182,14 +190,19 @@ class Thinning:
     def _put_back(self, prefix: str) -> bool:
         return self._cleaner.put_back(prefix, by=self._catalog)
 
-    def _delete(self, plan: Plan, gone: list[Checkpoint]) -> None:
-        if Roots([self._catalog]).leaves_nothing([*plan.going, *plan.unreadable]):
-            # Before they go: else the next job would take their absence for a loss, and not start.
-            self._catalog.claims.mark_emptied()
+    def _delete(self, plan: Plan, gone: list[Checkpoint | Unreadable]) -> None:
+        def delete(one: Checkpoint | Unreadable, found: Checkpoint | ManifestError) -> None:
+            def tell(_: Checkpoint | ManifestError) -> None:
+                gone.append(one)
+
+            delete_unpinned(self._catalog, self._cleaner, found, tell)
+
         for one in plan.going:
-            delete_unpinned(self._catalog, self._cleaner, one, gone.append)
-        for error in plan.unreadable:
-            self._catalog.remove_unreadable(_prefix_of(error))
+            delete(one, one)
+        for other in plan.unreadable:
+            if isinstance(other.error, ManifestError):
+                delete(other, other.error)
+        Roots([self._catalog]).mark_if_emptied()
 
     def finish(self, told: Callable[[float], None] = lambda _: None) -> int:
         """Wait for the end of the grace time, then remove the objects of what is gone; return how many they were.
@@ -212,7 +225,7 @@ class Thinning:
             exc.add_note(_left(self._catalog.store.url, gone, "are removed"))
             raise
 
-    def left(self, gone: Sequence[Checkpoint]) -> str:
+    def left(self, gone: Sequence[Checkpoint | Unreadable]) -> str:
         """Say what is gone, and what of it is still there."""
         steps = ", ".join(str(one.step) for one in gone)
         return _left(self._catalog.store.url, len(gone), f"are removed (steps {steps})")
@@ -230,20 +243,30 @@ def _others(found: Sequence[Checkpoint], going: Sequence[Checkpoint]) -> list[Ch
     return [one for one in found if one.order not in gone]
 
 
-def _prefix_of(found: Checkpoint | ManifestError) -> str:
-    return found.prefix if isinstance(found, Checkpoint) else f"{found.key.partition('/')[0]}/"
+def _order_of(one: Unreadable) -> Order:
+    return one.order
 
 
-def _warnings(going: Sequence[Checkpoint], found: Sequence[Checkpoint], in_use: set[Order]) -> list[str]:
+def _warnings(
+    going: Sequence[Checkpoint], unreadable: Sequence[Unreadable], survey: Survey, in_use: set[Order]
+) -> list[str]:
     """Say what it means that the newest goes, all go, or one that a job went on from."""
     said: list[str] = []
-    staying = _others(found, going)
-    if going and not staying:
+    staying = _others(survey.checkpoints, going)
+    lost = {one.order for one in unreadable}
+    newest = max([one.order for one in survey.checkpoints] + [one.order for one in survey.unreadable], default=(0, 0))
+    if not staying and lost >= {one.order for one in survey.unreadable}:
         said.append("nothing is left after that: no job can go on from here, and the next one begins at its first step")
-    elif going and going[-1].order == max(one.order for one in found):
+    elif not staying:
+        said.append("nothing that can be read is left after that: no job can go on from here")
+    elif going and going[-1].order == survey.checkpoints[-1].order:
         said.append(
             f"step {going[-1].step} is the newest: the next restore goes back to step {staying[-1].step}, and the work "
             "since then is lost"
+        )
+    elif newest in lost:
+        said.append(
+            f"step {newest[1]} is the newest, and its objects may be whole: a backup of its manifest has it back"
         )
     said += [
         f"the job that runs now went on from step {one.step}, and has saved nothing since: stopped before its first "

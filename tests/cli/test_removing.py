@@ -66,6 +66,20 @@ def test_what_is_pinned_is_shown_kept_and_let_go(root: Path) -> None:
     fails(run("pin", root, "41"), 1, "no committed checkpoint of step 41", "nearest")
 
 
+def test_pins_are_listed_also_of_what_is_not_there(root: Path) -> None:
+    assert run("pin", root).stdout == "nothing is pinned\n"
+    run("pin", root, "30", "--note", "a")
+    run("pin", root, "20", "--note", "b")
+    shutil.rmtree(root / "step-0000000020-e0001")
+    (root / "step-0000000030-e0001" / "manifest.json").unlink()
+    assert run("pin", root).stdout == "step 20 of epoch 1 is pinned (b)\nstep 30 of epoch 1 is pinned (a)\n"
+    assert [json.loads(line)["step"] for line in run("pin", root, "--json").stdout.splitlines()] == [20, 30]
+    assert steps(root) == [10, 30, 40]
+    listed = run("ls", root).stdout.split("pinned, until `unpin`")[1].splitlines()
+    assert "not there any more" in listed[2]
+    assert "not there" not in listed[3]
+
+
 def test_prune_removes_what_no_rule_keeps_and_says_what_stays_and_why(root: Path) -> None:
     result = run("prune", root, "--keep-last", "1", "--keep-best", "loss:min", "--yes", "--grace", "0")
     assert result.exit_code == 0
@@ -224,3 +238,83 @@ def test_who_interrupts_the_wait_hears_what_was_done_and_what_removes_the_rest(
     assert f"`cloudckpt sweep file://{root}`" in text.replace("\r", "")
     assert steps(root) == [20, 30, 40]
     assert (root / "step-0000000010-e0001").is_dir()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ("--keep-best", "loss:min:²"),
+        ("--keep-every", "9" * 5_000),
+        ("--keep-for", "9" * 5_000 + "d"),
+        ("--keep-best", "loss:min:" + "9" * 5_000),
+    ],
+)
+def test_a_number_that_is_none_is_a_wrong_command_line_or_no_metric(root: Path, rule: tuple[str, str]) -> None:
+    result = run("prune", root, *rule, "--yes")
+    assert result.exit_code in (1, 2)
+    assert "fault of cloudckpt" not in result.stderr
+    assert steps(root) == [10, 20, 30, 40]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("prune", "--keep-last", "1", "--yes"),
+        ("sweep", "--yes"),
+        ("rm", "10", "--yes"),
+        ("pin", "10"),
+        ("unpin", "10"),
+        ("pin",),
+    ],
+    ids=lambda command: command[0],
+)
+def test_at_the_url_of_a_checkpoint_its_root_is_named(root: Path, command: tuple[str, ...]) -> None:
+    name, *options = command
+    one = root / "step-0000000010-e0001"
+    fails(run(name, one, *options), 1, f"{one} is one checkpoint, not a root", f"give its root, file://{root}")
+
+
+def test_the_last_one_that_cannot_be_read_goes_by_force_alone(root: Path) -> None:
+    for step in (10, 20, 30):
+        shutil.rmtree(root / f"step-{step:010}-e0001")
+    manifest = root / "step-0000000040-e0001" / "manifest.json"
+    manifest.write_bytes(b"damaged")
+    fails(run("rm", root, "40", "--yes"), 1, "nothing is left after that", "--force with --yes does it")
+    shown = run("rm", root, "40", "--dry-run").stdout
+    assert shown.splitlines()[1].split()[:2] == ["40", "1"]
+    assert "restore an older step" not in shown
+    assert manifest.exists()
+    assert run("rm", root, "40", "--yes", "--force", "--grace", "0").exit_code == 0
+    assert not manifest.parent.exists()
+
+
+def test_who_is_asked_sees_what_goes_also_where_the_answer_is_json(root: Path) -> None:
+    result = run("rm", root, "10", "--json")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "goes" in result.stderr
+    assert "has not begun its first save" in result.stderr
+
+
+def test_an_answer_that_cannot_be_written_does_not_hide_what_was_done(root: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "cloudckpt", "rm", str(root), "10", "--yes", "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "the answer could not be written" in done.stderr
+    assert "1 checkpoints are removed (steps 10)" in done.stderr
+    assert steps(root) == [20, 30, 40]
+
+
+def test_who_interrupts_the_question_ends_it_as_interrupted(root: Path, terminal: tuple[int, int]) -> None:
+    process = started(terminal, "rm", root, "10")
+    read_until(terminal, "[y/N]")
+    process.send_signal(signal.SIGINT)
+    assert "interrupted; nothing was changed" in " ".join(rest(terminal).split())
+    assert process.wait() == 130
+    assert steps(root) == [10, 20, 30, 40]

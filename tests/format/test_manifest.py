@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import msgspec
@@ -532,3 +532,22 @@ def test_every_flipped_bit_of_a_claim_is_a_claim_or_refused() -> None:
         data[bit // 8] ^= 1 << bit % 8
 
     assert 0 < refused < 8 * len(data)
+
+
+@pytest.mark.parametrize(
+    "told", ["0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59+00:00", "9999-12-31T23:59:59-23:59", -1e300, 1e300]
+)
+@pytest.mark.parametrize("hours", [-14, 14])
+def test_a_time_at_the_end_of_all_times_is_shown_in_any_zone(told: str | float, hours: int) -> None:
+    moment = record.moment_of(told)
+    assert moment.utcoffset() == timedelta(0)
+    assert moment.astimezone(timezone(timedelta(hours=hours))) == moment
+
+
+def test_a_time_is_the_one_that_is_told() -> None:
+    moment = datetime(2026, 1, 2, 3, 4, 5, 678, tzinfo=UTC)
+    assert record.moment_of(moment.isoformat()) == moment
+    assert record.moment_of("2026-01-02T05:04:05.000678+02:00") == moment
+    assert record.moment_of(moment.timestamp()) == moment
+    with pytest.raises(ValueError, match="has no offset"):
+        record.moment_of("2026-01-02T03:04:05")

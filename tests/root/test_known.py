@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from cloudckpt.format import FORMAT_VERSION, IndexRef, Manifest, checkpoint_prefix, digest_of, index_key, shard_key
 from cloudckpt.root import Catalog, ManifestCache, Roots, known, overview, pin, unpin
@@ -245,7 +246,7 @@ def test_the_cache_lies_where_xdg_says_and_can_be_switched_off(
     assert ManifestCache.of_environment() is None
     monkeypatch.delenv("CLOUDCKPT_CACHE")
     look(bucket, ManifestCache.of_environment())
-    assert len(list((tmp_path / "xdg" / "cloudckpt").iterdir())) == 1
+    assert len(list((tmp_path / "xdg" / "cloudckpt" / "manifests").iterdir())) == 1
 
 
 def test_what_has_no_commit_is_told_with_its_bytes_and_age(bucket: Bucket, cache: ManifestCache) -> None:
@@ -255,3 +256,31 @@ def test_what_has_no_commit_is_told_with_its_bytes_and_age(bucket: Bucket, cache
         assert (orphan.prefix, orphan.object_count) == (checkpoint_prefix(7, 1), 2)
         assert orphan.total_bytes == len(INDEX) + len(b"shard")
         assert orphan.age_s >= 60
+
+
+@pytest.mark.parametrize("what", ["fifo", "link", "folder", "deep"])
+def test_what_is_no_file_of_its_own_is_not_read(tmp_path: Path, bucket: Bucket, what: str) -> None:
+    cache = ManifestCache(tmp_path)
+    expected, _ = look(bucket, cache)
+    (file,) = tmp_path.iterdir()
+    text = file.read_bytes()
+    file.unlink()
+    if what == "fifo":
+        os.mkfifo(file)
+    elif what == "link":
+        (tmp_path / "elsewhere").write_bytes(text)
+        file.symlink_to(tmp_path / "elsewhere")
+    elif what == "folder":
+        file.mkdir()
+    else:
+        file.write_bytes(zstandard.ZstdCompressor().compress(b"\x81\xa1x" + b"\x91" * 200_000 + b"\xc0"))
+    assert cache.manifests(FaultStore(bucket)) == {}
+    assert look(bucket, cache)[0] == expected
+
+
+def test_files_of_others_are_not_thinned_out(tmp_path: Path, bucket: Bucket) -> None:
+    other = tmp_path / "notes.bin"
+    other.write_bytes(b"x" * 100_000)
+    os.utime(other, (1, 1))
+    look(bucket, ManifestCache(tmp_path, limit_bytes=50_000))
+    assert other.exists()

@@ -40,6 +40,7 @@ from cloudckpt.root import (
     Pruner,
     RetentionRule,
     Roots,
+    overview,
     pin,
     pins_of,
     sweep,
@@ -98,6 +99,12 @@ def roots_of(bucket: Bucket) -> Roots:
     return Roots([Catalog(FaultStore(bucket))])
 
 
+def full(op: Op) -> StorageError:
+    error = StorageError(f"injected into {op.verb} of {op.key!r}", op=op.verb, key=op.key)
+    error.is_full = True
+    return error
+
+
 def pruner_of(catalog: Catalog, rules: Sequence[RetentionRule], grace_s: float = 0.0) -> Pruner:
     cleaner = Cleaner(catalog, grace_s=grace_s, sweep_after_s=0.0, clock=count().__next__)
     return Pruner(catalog, rules, cleaner, scope="root")
@@ -120,6 +127,11 @@ def standing(bucket: Bucket) -> list[Checkpoint]:
 
 def steps(bucket: Bucket) -> list[int]:
     return [one.step for one in standing(bucket)]
+
+
+def committed(bucket: Bucket) -> list[int]:
+    """Return the steps of which a manifest stands, whatever is pinned."""
+    return [one.step for one in standing(bucket) if one.prefix + MANIFEST_NAME in bucket.objects]
 
 
 def is_whole(bucket: Bucket, found: Checkpoint) -> bool:
@@ -248,9 +260,9 @@ def test_what_a_pass_could_not_put_back_is_put_back_instead_of_its_shards_going(
     pruner = pruner_of(Catalog(client), [KeepLast(1)])
     with pytest.raises(TransientError):
         pruner.prune_after(standing(bucket)[-1], Line())
-    assert steps(bucket) == [5]
+    assert committed(bucket) == [5]
     pruner.make_room(go_on=lambda: True)
-    assert steps(bucket) == [3, 5]
+    assert committed(bucket) == [3, 5]
     assert [one for one in standing(bucket) if not is_whole(bucket, one)] == []
     assert len([key for key in bucket.objects if key.startswith("step-")]) == 6
 
@@ -313,7 +325,7 @@ def test_a_sweep_puts_a_pinned_one_back_whose_manifest_is_gone(
     assert bucket.objects == before
     with caplog.at_level(logging.WARNING):
         assert [one.prefix for one in sweep(catalog, older_than_s=60, dry_run=False)] == [checkpoint_prefix(4, 1)]
-    assert steps(bucket) == [1, 2, 3, 5]
+    assert committed(bucket) == [1, 2, 3, 5]
     assert "which is pinned: it is put back" in caplog.text
 
 
@@ -358,6 +370,43 @@ def test_a_pinned_one_without_its_manifest_is_found_and_nothing_is_written(bucke
     before = dict(bucket.objects)
     assert Catalog(FaultStore(bucket)).find(3) == expected
     assert bucket.objects == before
+
+
+def test_a_pinned_one_without_its_manifest_is_there_for_every_reader(bucket: Bucket) -> None:
+    pin(roots_of(bucket), 5)
+    expected = standing(bucket)
+    del bucket.objects[checkpoint_prefix(5, 1) + MANIFEST_NAME]
+    before = dict(bucket.objects)
+    roots = roots_of(bucket)
+    assert roots.newest() == expected[-1]
+    assert roots.all() == expected
+    assert roots.stands(expected[-1])
+    assert overview(roots.catalogs[0]).checkpoints == tuple(expected)
+    assert [one.step for one in roots.newest_first() if isinstance(one, Checkpoint)] == [5, 4, 3, 2, 1]
+    assert bucket.objects == before
+
+
+def test_where_only_a_pinned_one_is_left_without_its_manifest_nothing_is_lost() -> None:
+    bucket = history_of(1.0)
+    pin(roots_of(bucket), 1)
+    Catalog(FaultStore(bucket)).claims.mark_committed(1)
+    (expected,) = standing(bucket)
+    del bucket.objects[expected.prefix + MANIFEST_NAME]
+    assert roots_of(bucket).newest() == expected
+
+
+def test_a_root_without_pins_is_asked_for_none(bucket: Bucket) -> None:
+    del bucket.objects[checkpoint_prefix(5, 1) + MANIFEST_NAME]
+    client = FaultStore(bucket)
+    Roots([Catalog(client)]).all()
+    assert [op for op in client.trace if "pins/" in op.key] == []
+
+
+def test_a_pinned_one_without_its_manifest_is_put_back_before_it_is_let_go(bucket: Bucket) -> None:
+    pin(roots_of(bucket), 3)
+    del bucket.objects[checkpoint_prefix(3, 1) + MANIFEST_NAME]
+    unpin(roots_of(bucket), 3)
+    assert committed(bucket) == [1, 2, 3, 4, 5]
 
 
 def test_without_the_right_to_list_pins_nothing_is_removed(bucket: Bucket) -> None:
@@ -416,12 +465,15 @@ class Pinner:
         if what == "unpin":
             # From when it is asked for, nobody can rely on the pin.
             self.acknowledged.discard(step)
-        with suppress(CheckpointNotFoundError):
-            if what == "pin":
-                pin(roots, step)
-                self.acknowledged.add(step)
-            else:
-                unpin(roots, step)
+        # Who is told that it came too late asks again.
+        for _ in range(2 if what == "insist" else 1):
+            with suppress(CheckpointNotFoundError):
+                if what == "unpin":
+                    unpin(roots, step)
+                else:
+                    pin(roots, step)
+                    self.acknowledged.add(step)
+                return
 
     def go_on(self) -> None:
         """Make the next request, up to before the one that follows."""
@@ -449,7 +501,7 @@ crashes = st.sampled_from([FaultKind.CRASH_BEFORE, FaultKind.CRASH_HALFWAY, Faul
 # What is asked, of which of the steps that go (0: of any), between which requests of the pass it begins, and how many
 # requests of the pass are between two of its own.
 askers = st.tuples(
-    st.sampled_from(["pin", "pin", "pin", "unpin"]),
+    st.sampled_from(["pin", "pin", "insist", "unpin"]),
     st.integers(0, 6),
     st.integers(0, 30),
     st.lists(st.integers(0, 3), max_size=5),
@@ -503,7 +555,7 @@ def test_at_every_crash_point_the_newest_the_best_and_the_pinned_ones_restore(
     bucket.advance(1e6)
     sweep(Catalog(FaultStore(bucket)), older_than_s=60, dry_run=False)
     check()
-    assert held <= set(steps(bucket)), "what was cut off is put back"
+    assert held <= set(committed(bucket)), "what was cut off is put back"
 
 
 def pruned_while_asked(
@@ -569,8 +621,60 @@ def test_a_pin_that_is_set_within_a_pass_holds_wherever_that_is_cut_off(bucket: 
             Catalog(FaultStore(own)).claims.claim()
             own.advance(1e6)
             sweep(Catalog(FaultStore(own)), older_than_s=60, dry_run=False)
-            assert 3 in steps(own)
+            assert 3 in committed(own)
     assert held_count > (end - first) * 2
+
+
+def test_a_pin_that_came_too_late_and_is_asked_for_again_holds_or_is_refused(bucket: Bucket) -> None:
+    first, end = asking(bucket, [KeepLast(2)])
+    told = list[bool]()
+    for moment in range(first, end + 1):
+        own = bucket.copy()
+        pinner = Pinner(own, [("insist", 3)])
+        for _ in range(2):
+            pinner.go_on()  # it has read the manifest
+        prune(
+            FaultStore(own, hook=lambda op, at=moment, who=pinner: who.end() if op.number == at else None),
+            [KeepLast(2)],
+        )
+        assert [one for one in standing(own) if not is_whole(own, one)] == []
+        assert (3 in steps(own)) >= (3 in pinner.acknowledged), f"request {moment}"
+        told.append(3 in pinner.acknowledged)
+    assert True in told
+    assert False in told
+
+
+def test_who_removes_shards_has_made_their_manifest_void_and_asked_for_pins_after_that(bucket: Bucket) -> None:
+    client = FaultStore(bucket)
+    prune(client, [KeepLast(4)])
+    prefix = checkpoint_prefix(1, 1)
+    asked = [(op.verb, op.key) for op in client.trace if op.key == "pins/" or op.key.startswith(prefix)]
+    after = asked[asked.index(("create", prefix + MANIFEST_NAME)) :]
+    assert [verb for verb, _ in after] == ["create", "list", "list", "delete", "delete"]
+    assert after[1] == ("list", "pins/")
+    assert [key for key in bucket.objects if key.startswith(prefix)] == []
+
+
+def test_one_that_is_put_back_while_it_is_removed_is_never_committed_without_its_shards(bucket: Bucket) -> None:
+    pin(roots_of(bucket), 3)
+    prefix = checkpoint_prefix(3, 1)
+    del bucket.objects[prefix + MANIFEST_NAME]
+
+    def hook(op: Op) -> None:
+        if op.verb == "create":
+            # All of a removal passes by while this create is on its way.
+            for key in [key for key in bucket.objects if key.startswith(prefix)]:
+                del bucket.objects[key]
+
+    assert Catalog(FaultStore(bucket, hook=hook)).put_back(prefix) is None
+    assert prefix + MANIFEST_NAME not in bucket.objects
+
+
+def test_where_there_is_no_room_for_a_void_manifest_shards_go_all_the_same(bucket: Bucket) -> None:
+    client = FaultStore(bucket)
+    client.inject(verbs=["create"], key=checkpoint_prefix(1, 1), error=full, times=None)
+    prune(client, [KeepLast(4)])
+    assert [key for key in bucket.objects if key.startswith(checkpoint_prefix(1, 1))] == []
 
 
 def test_a_pin_that_came_too_late_is_not_taken_away_from_who_was_told_that_it_holds(bucket: Bucket) -> None:

@@ -262,9 +262,8 @@ def test_a_rule_of_ones_own_takes_part() -> None:
         lambda all_: {(99, 99)},
         lambda all_: [one(9)],
         lambda all_: [True] * len(all_),
-        lambda all_: "none",
     ],
-    ids=["steps", "epochs", "lists", "foreign orders", "foreign checkpoints", "a mask", "text"],
+    ids=["steps", "epochs", "lists", "foreign orders", "foreign checkpoints", "a mask"],
 )
 def test_a_rule_that_says_what_it_keeps_in_other_words_removes_nothing(words: Callable[[Any], Any]) -> None:
     class InOtherWords:
@@ -452,3 +451,42 @@ def test_what_is_of_another_line_is_said_to_be_and_no_rule_counts_it() -> None:
 
 def test_to_keep_all_is_to_remove_nothing() -> None:
     assert removed(saved(1, 2, 3), [KeepLast(1), KeepAll()]) == []
+
+
+# -- rules of the user's own --------------------------------------------------------------------------------------
+
+
+def test_what_a_rule_does_to_metrics_changes_nothing_for_the_others() -> None:
+    history = saved(3.0, 1.0, 2.0)
+
+    def clears(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+        for checkpoint in checkpoints:
+            checkpoint.metrics.clear()  # type: ignore[attr-defined]
+        return []
+
+    with pytest.raises(OptionsError, match=r"clears raised .*mend it"):
+        removable(history, [*checked_rules(clears), KeepBest("loss")], protected=set())
+    assert [dict(one.metrics) for one in history] == [{"loss": 3.0}, {"loss": 1.0}, {"loss": 2.0}]
+
+
+@pytest.mark.parametrize("said", ["", b"", "none"])
+def test_a_text_is_not_taken_for_nothing_to_keep(said: object) -> None:
+    with pytest.raises(OptionsError, match="return the checkpoints that are to stay"):
+        removable(saved(1.0, 2.0), checked_rules(lambda _: said), protected=set())
+
+
+def test_a_function_is_told_by_its_name() -> None:
+    def odd(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+        return [one for one in checkpoints if one.step % 2]
+
+    words = why_kept(saved(1.0, 2.0), checked_rules(odd))
+    assert [reasons[-1].rpartition(".")[2] for reasons in words.values() if "newest" not in reasons] == ["odd"]
+
+
+def test_what_a_rule_raises_is_told_as_the_rules_own() -> None:
+    def broken(_: Sequence[Checkpoint]) -> list[Checkpoint]:
+        raise ZeroDivisionError("by nothing")
+
+    with pytest.raises(OptionsError, match=r"broken raised ZeroDivisionError: by nothing; mend it") as caught:
+        why_kept(saved(1.0), checked_rules(broken))
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)

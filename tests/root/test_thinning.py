@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import msgspec
 import pytest
@@ -11,14 +12,15 @@ from cloudckpt.errors import (
     AccessDeniedError,
     CheckpointNotFoundError,
     FormatVersionError,
+    ManifestError,
     OptionsError,
     PinnedError,
 )
-from cloudckpt.format import MANIFEST_NAME, checkpoint_prefix, digest_of
+from cloudckpt.format import MANIFEST_NAME, checkpoint_prefix, digest_of, pin_key
 from cloudckpt.format.record import encode_record
 from cloudckpt.root import Catalog, KeepBest, KeepEvery, KeepLast, Roots, Thinning, pin
 from tests.root.test_pins import history_of, manifest_of, roots_of, steps
-from tests.store.fault_store import Bucket, FaultStore, denied
+from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, Op, denied
 
 
 @pytest.fixture
@@ -221,3 +223,95 @@ def test_one_that_is_gone_when_it_is_removed_is_no_error(bucket: Bucket) -> None
     missing_key = checkpoint_prefix(1, 1) + MANIFEST_NAME
     del bucket.objects[missing_key]
     assert [one.step for one in thinning.uncommit(plan)] == [2]
+
+
+# -- what tells a root that was emptied from one that has lost its history ---------------------------------------
+
+
+def is_lost(bucket: Bucket) -> bool:
+    try:
+        assert Roots([Catalog(FaultStore(bucket))]).newest() is None
+    except ManifestError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("kind", [FaultKind.CRASH_BEFORE, FaultKind.CRASH_AFTER])
+@pytest.mark.parametrize("number", range(1, 14))
+def test_wherever_the_removal_of_the_last_is_cut_off_a_later_loss_is_no_fresh_start(
+    kind: FaultKind, number: int
+) -> None:
+    bucket = history_of(1.0)
+    Catalog(FaultStore(bucket)).claims.mark_committed(1)
+    client = FaultStore(bucket)
+    thinning = thinning_of(client)
+    plan = thinning.by_steps([1])
+    client.crash_at(client.op_count + number, kind)
+    with suppress(Crash):
+        thinning.uncommit(plan)
+    manifest_key = checkpoint_prefix(1, 1) + MANIFEST_NAME
+    is_removed = manifest_key not in bucket.objects
+    bucket.objects.pop(manifest_key, None)  # a lifecycle rule
+    is_marked = any(key.endswith(".emptied") for key in bucket.objects)
+    assert is_marked <= is_removed
+    assert is_lost(bucket) != is_marked
+
+
+def test_a_removal_of_the_last_that_the_store_refuses_leaves_no_mark(bucket: Bucket) -> None:
+    client = FaultStore(bucket)
+    client.inject(verbs=["delete"], error=denied, times=None)
+    thinning = thinning_of(client)
+    with pytest.raises(AccessDeniedError):
+        thinning.uncommit(thinning.by_steps([1, 2, 3, 4, 5]))
+    assert [key for key in bucket.objects if key.endswith(".emptied")] == []
+
+
+# -- what nobody can read ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("damaged", "asked", "words"),
+    [
+        ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5], "nothing is left after that"),
+        ([1, 2, 3, 4, 5], [5], "nothing that can be read is left after that"),
+        ([4], [1, 2, 3, 5], "nothing that can be read is left after that"),
+        ([5], [5], "step 5 is the newest, and its objects may be whole"),
+        ([5], [4], "step 4 is the newest: the next restore goes back to step 3"),
+        ([3], [3], ""),
+    ],
+)
+def test_what_cannot_be_read_counts_for_what_it_means_that_some_go(
+    bucket: Bucket, damaged: list[int], asked: list[int], words: str
+) -> None:
+    for step in damaged:
+        bucket.raw_put(checkpoint_prefix(step, 1) + MANIFEST_NAME, b"damaged")
+    plan = thinning_of(FaultStore(bucket)).by_steps(asked)
+    assert words in (plan.warnings[0] if plan.warnings else "")
+    assert bool(plan.warnings) == bool(words)
+    assert [one.step for one in plan.unreadable] == [step for step in asked if step in damaged]
+
+
+def test_objects_of_what_cannot_be_read_go_after_the_grace_time(bucket: Bucket) -> None:
+    bucket.raw_put(checkpoint_prefix(3, 1) + MANIFEST_NAME, b"damaged")
+    clock = Clock()
+    thinning = thinning_of(FaultStore(bucket), grace_s=2.5, clock=clock)
+    assert [one.step for one in thinning.uncommit(thinning.by_steps([3]))] == [3]
+    assert len(objects(bucket, 3)) == 2
+    assert thinning.finish() == 2
+    assert (objects(bucket, 3), clock.now_s) == ([], 2.5)
+
+
+def test_what_cannot_be_read_and_is_pinned_meanwhile_is_put_back_whole(bucket: Bucket) -> None:
+    prefix = checkpoint_prefix(3, 1)
+    pin(roots_of(bucket), 3)
+    record = bucket.objects.pop(pin_key(prefix))
+    bucket.raw_put(prefix + MANIFEST_NAME, b"damaged")
+
+    def hook(op: Op) -> None:
+        if op.verb == "delete":
+            bucket.objects[pin_key(prefix)] = record
+
+    thinning = thinning_of(FaultStore(bucket, hook=hook))
+    with pytest.raises(PinnedError, match="was pinned while it was being deleted, and stands"):
+        thinning.uncommit(thinning.by_steps([3]))
+    assert steps(bucket) == [1, 2, 3, 4, 5]
