@@ -3,6 +3,7 @@
     Trainer(plugins=[CloudCheckpointIO("s3://bucket/run-7")])                           single device, DDP
     Trainer(plugins=[…], strategy=CloudModelParallelStrategy())                         FSDP2, tensor parallel
     Trainer(plugins=[…], callbacks=[CloudRandomState()])                                resumed with the same numbers
+    Trainer(plugins=[…], callbacks=[CloudPreemption()])                                 all ranks end as one, saved
     Fabric(plugins=[CloudCheckpointIO("s3://bucket/run-7")])                            save and load
 
     path "checkpoints/last.ckpt" ──save──▶ one checkpoint of the root, its metadata has the path ──▶ a stub at the path
@@ -27,6 +28,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -46,6 +48,7 @@ from cloudckpt import (
     Options,
     OptionsError,
     PinnedError,
+    Preemption,
     RandomState,
     RankZero,
     SaveHandle,
@@ -58,6 +61,7 @@ __all__ = [
     "CloudCheckpointIO",
     "CloudFSDPStrategy",
     "CloudModelParallelStrategy",
+    "CloudPreemption",
     "CloudRandomState",
     "opened",
 ]
@@ -74,6 +78,7 @@ _PACKAGE, _TRAINER, _FABRIC = (
 with framework(_PACKAGE, lowest="2.6.6", extra="lightning"):
     _pytorch: Any = import_module(_TRAINER)
     _strategies: Any = import_module(f"{_TRAINER}.strategies")
+    _exceptions: Any = import_module(f"{_TRAINER}.utilities.exceptions")
     _TorchCheckpointIO: Any = import_module(f"{_FABRIC}.plugins").TorchCheckpointIO
 
 _NOTE = "lightning"
@@ -717,3 +722,55 @@ class CloudRandomState(_pytorch.Callback):  # type: ignore[misc,unused-ignore]
     def _apply(self) -> None:
         if self._kept is not None:
             RandomState().load_state_dict(self._kept)
+
+
+class CloudPreemption(_pytorch.Callback):  # type: ignore[misc,unused-ignore]
+    """End training after the same batch on all ranks when any of them has notice that its machine goes.
+
+    ```python
+    callbacks=[ModelCheckpoint("checkpoints", save_last=True, save_on_exception=True), CloudPreemption()]
+    ```
+
+    Lightning hears SIGTERM alone, and with several ranks its handler speaks to the others in the middle of whatever
+    they are at, which can hang. While it trains this one hears in its place, SIGTERM and what the machine itself offers
+    (EC2, GCE, Azure, Slurm), asks all ranks after each batch, and ends by Lightning's `SIGTERMException`, at which
+    `ModelCheckpoint(save_on_exception=True)` saves. The exit status is that of the `Preemption`, 143; where Lightning
+    has started the ranks itself, 0, because it kills the others of one that ends otherwise.
+    """
+
+    def __init__(self, preemption: Preemption | None = None) -> None:
+        """Choose what to heed.
+
+        Args:
+            preemption: not started; None for all that this machine offers.
+        """
+        self._preemption = Preemption() if preemption is None else preemption
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to listen, in the place of Lightning.
+
+        Raises:
+            OptionsError: no callback would save.
+        """
+        del pl_module
+        callbacks = trainer.callbacks
+        if not any(
+            getattr(one, "save_on_exception", False) or isinstance(one, _pytorch.callbacks.OnExceptionCheckpoint)
+            for one in callbacks
+        ):
+            raise OptionsError("nothing would be saved at the end; give ModelCheckpoint save_on_exception=True")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._preemption.start()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Ask all ranks whether any has notice, and end then; ModelCheckpoint comes after this one."""
+        del pl_module, outputs, batch, batch_idx
+        has_notice = self._preemption.notice is not None
+        if trainer.strategy.reduce_boolean_decision(has_notice, all=False):
+            raise _exceptions.SIGTERMException(self._preemption.exit_code if trainer.strategy.launcher is None else 0)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Listen no more; Lightning gives the handlers back that it found."""
+        del trainer, pl_module, stage
+        self._preemption.stop()

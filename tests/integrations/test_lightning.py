@@ -33,6 +33,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel  # noqa: E402
 from cloudckpt.integrations.lightning import (  # noqa: E402
     CloudCheckpointIO,
     CloudModelParallelStrategy,
+    CloudPreemption,
     CloudRandomState,
     _is_stub,
 )
@@ -126,6 +127,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[Any, s
     return losses
 
 
+EXIT_PREEMPTED = 143
 TWO = ("--ranks", "2")
 
 
@@ -161,7 +163,9 @@ def test_a_run_that_is_told_to_end_saves_where_it_is_and_ends_in_time(
     tmp_path: Path, s3_url: FreshPrefix, alone: Callable[..., dict[Any, str]], arguments: tuple[str, ...]
 ) -> None:
     training = Training(tmp_path, s3_url.url, s3_url.storage_options, *arguments)
-    before, _ = training.run(at_step=7, by=signal.SIGTERM)
+    before, code = training.run(at_step=7, by=signal.SIGTERM)
+    # Lightning kills the others of a rank that it has started and that ends otherwise.
+    assert code == (0 if arguments else EXIT_PREEMPTED)
     after, code = training.run()
     assert code == 0
     assert min(step for _, step in after) == max(step for _, step in before) + 1, "steps were lost"
@@ -431,6 +435,11 @@ def test_a_strategy_that_saves_past_the_plugin_is_refused_before_training(here: 
 def test_a_strategy_of_ours_wants_the_plugin_before_training(here: Path) -> None:
     with pytest.raises(OptionsError, match=r"call Trainer\(plugins=\[CloudCheckpointIO\(url\)\]"):
         CloudModelParallelStrategy().setup(None)
+
+
+def test_a_run_that_would_not_be_saved_at_its_end_is_refused_before_training() -> None:
+    with pytest.raises(OptionsError, match="give ModelCheckpoint save_on_exception=True"):
+        CloudPreemption().on_train_start(SimpleNamespace(callbacks=[ModelCheckpoint("checkpoints")]), None)
 
 
 def test_fabric_saves_and_loads_a_state(here: Path, root: str) -> None:

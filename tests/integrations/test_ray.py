@@ -9,13 +9,17 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("ray", reason="make integrations installs the frameworks")
 
 from bucket import Bucket
+from ray.train import Checkpoint, CheckpointConfig
 
+from cloudckpt import CheckpointManager, IntegrityError, KeepBest, KeepLast, OptionsError
+from cloudckpt.integrations.ray import RayCheckpoints, rules_of, url_of
 from raw_access import FreshPrefix
 from tests.integrations.interrupted import REPOSITORY
 
@@ -90,6 +94,28 @@ def _kill_last_in_save(bucket: Bucket, pids: list[int]) -> None:
             return
         time.sleep(0.01)
     raise AssertionError("no save could be struck")
+
+
+def test_what_ray_keeps_the_root_keeps() -> None:
+    assert rules_of(None) == rules_of(CheckpointConfig()) == []
+    assert rules_of(CheckpointConfig(num_to_keep=3)) == [KeepLast(3)]
+    assert rules_of(
+        CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="loss", checkpoint_score_order="min")
+    ) == [KeepBest("loss", 2, "min"), KeepLast(1)]
+
+
+def test_a_pointer_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    theirs = Checkpoint.from_directory(tmp_path)
+    with pytest.raises(OptionsError, match=r"cloudckpt\.json"):
+        url_of(theirs)
+    (tmp_path / "cloudckpt.json").write_text("[]")
+    with pytest.raises(IntegrityError, match="no pointer"):
+        url_of(theirs)
+
+
+def test_rules_for_ray_and_a_manager_with_its_own_are_refused(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager, pytest.raises(OptionsError, match="retention"):
+        RayCheckpoints(manager, keep=CheckpointConfig(num_to_keep=3))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
@@ -15,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
 
-from cloudckpt import CheckpointNotFoundError, OptionsError, read
+from cloudckpt import CheckpointNotFoundError, OptionsError, StateMismatchError, read
 from cloudckpt.integrations.torchtitan import CloudCheckpointManager
 from raw_access import FreshPrefix
 from tests.integrations.interrupted import Run, assert_same_losses, run_program
@@ -65,9 +66,9 @@ class Counter:
 class Job:
     """A model of torchtitan's parts, and its manager of checkpoints."""
 
-    def __init__(self, folder: str, *, seed: int = 0, **choices: object) -> None:
+    def __init__(self, folder: str, *, seed: int = 0, model: nn.Module | None = None, **choices: object) -> None:
         torch.manual_seed(seed)
-        self.model, self.counter = nn.Linear(3, 2), Counter()
+        self.model, self.counter = model or nn.Linear(3, 2), Counter()
         self.optimizers = default_adamw(lr=0.1, fused=False).build(model_parts=[self.model])
         self.schedulers = LRSchedulersContainer.Config(warmup_steps=2).build(
             optimizers=self.optimizers, training_steps=9
@@ -200,3 +201,31 @@ def test_a_manager_that_is_disabled_or_loads_only_saves_nothing(one_rank: str) -
 def test_a_last_save_in_the_layout_of_hugging_face_is_refused(one_rank: str) -> None:
     with pytest.raises(OptionsError, match="last_save_in_hf"):
         Job(one_rank, last_save_in_hf=True)
+
+
+def _stage(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+
+    def stage(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        # The first stage has a layer more.
+        return nn.Sequential(OrderedDict((f"layer{rank + 2 * one}", nn.Linear(3, 3)) for one in range(2 - rank)))
+
+    with Job(f"{folder}/root", model=stage(0)) as job:
+        job.train(2)
+    with Job(f"{folder}/root", model=stage(1)) as other:
+        assert other.checkpointer.load()
+
+        assert all(map(torch.equal, other.model.parameters(), job.model.parameters()))
+        mine, theirs = job.optimizers.state_dict(), other.optimizers.state_dict()
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            torch.testing.assert_close(theirs[name], value, rtol=0, atol=0)
+    larger = nn.Sequential(OrderedDict([*stage(1).named_children(), (f"layer{rank + 8}", nn.Linear(3, 3))]))
+    with Job(f"{folder}/root", model=larger) as other, pytest.raises(StateMismatchError, match=r"layer8|layer9"):
+        other.checkpointer.load()
+    dist.destroy_process_group()
+
+
+def test_pipeline_stages_save_and_load_what_only_they_have(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_stage, args=(str(tmp_path),), nprocs=2)
