@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from cloudckpt.copying.places import Onward, key_of, source_of, spans_of
+from cloudckpt.copying.places import Onward, key_of, source_of, spans_of, stands
 from cloudckpt.errors import (
     AccessDeniedError,
     CheckpointNotFoundError,
     CredentialsExpiredError,
     IntegrityError,
+    ObjectNotFoundError,
     StorageError,
 )
 from cloudckpt.format import Index, ShardEntry, Span, index_key
@@ -117,7 +118,7 @@ class Copier:
         try:
             return self._copy(checkpoint, prefix, is_there=is_there)
         except IntegrityError as exc:
-            if self._stands(checkpoint):
+            if stands(self.source, checkpoint):
                 exc.add_note(f"{checkpoint.url} is not copied; `cloudckpt verify` tells all that is wrong with it")
                 raise
             raise CheckpointNotFoundError(
@@ -125,18 +126,11 @@ class Copier:
                 "the target; copy another step, or pin it first"
             ) from exc
 
-    def _stands(self, checkpoint: Checkpoint) -> bool:
-        """Tell whether a checkpoint is what the source has at its place, if only by its pin."""
-        if self.source.is_still(checkpoint):
-            return True
-        pinned = self.source.pinned(checkpoint.prefix)
-        return pinned is not None and pinned[0].digest == checkpoint.digest
-
     def _copy(self, checkpoint: Checkpoint, prefix: str, *, is_there: bool) -> Copied:
         manifest = self.source.manifest_bytes(checkpoint)
         data = read_index_bytes(self.source, checkpoint)
         index = decode_index(checkpoint, data)
-        shards, sizes = list(index.shards()), self._sizes(prefix, index)
+        shards, sizes = list(index.shards()), self._sizes(prefix, index) or {}
         standing = [entry for entry in shards if sizes.get(key_of(prefix, entry)) == entry.size_bytes]
         if self.checks:
             standing = self._sound(standing, prefix, index)
@@ -151,8 +145,9 @@ class Copier:
         if not (is_sure and self._is_index(key, sizes.get(key), data)):
             self.target.store.put(key, [memoryview(data)])
             sent_bytes, sent_count = sent_bytes + len(data), sent_count + 1
-        if lacking:
-            self._refuse_lost(shards, prefix, index)
+        if sent_count:
+            wanted = {key_of(prefix, entry): entry.size_bytes for entry in shards} | {key: len(data)}
+            self._refuse_lost(wanted, self._sizes(prefix, index))
         if not is_there:
             self.target.commit_copy(manifest, prefix=prefix)
         logger.info(
@@ -170,16 +165,18 @@ class Copier:
     def _url(self, prefix: str) -> str:
         return f"{self.target.store.url.removesuffix('/')}/{prefix}".rstrip("/") if prefix else self.target.store.url
 
-    def _sizes(self, prefix: str, index: Index) -> Mapping[str, int]:
-        """Return the sizes of what stands in the target under the attempts of a checkpoint; {} where nobody may see."""
+    def _sizes(self, prefix: str, index: Index) -> Mapping[str, int] | None:
+        """Return the sizes of what stands in the target under a checkpoint's attempts; None where nobody may see."""
         below = f"{prefix}{index.attempt}/" if len(index.attempts) == 1 else prefix
         try:
             return {info.key: info.size_bytes for info in self.target.store.list(below).objects}
         except CredentialsExpiredError:
             raise
         except AccessDeniedError as exc:
-            logger.warning("all is sent, because what stands at %s cannot be listed: %s", self._url(prefix), exc)
-            return {}
+            logger.warning(
+                "each object is sent, or asked for: what stands at %s is not told: %s", self._url(prefix), exc
+            )
+            return None
 
     def _is_index(self, key: str, size_bytes: int | None, data: bytes) -> bool:
         """Tell whether what stands there, of that size, is the index."""
@@ -246,20 +243,25 @@ class Copier:
         still_s, limit = self.options.transfer_limit(engine)
         return Watch(deadline_s=still_s, limit=limit, url=url, gauge=Onward(self.gauge if url else None))
 
-    def _refuse_lost(self, shards: Sequence[ShardEntry], prefix: str, index: Index) -> None:
+    def _refuse_lost(self, wanted: Mapping[str, int], listed: Mapping[str, int] | None) -> None:
         """Refuse to commit what the target does not hold, whatever has answered the puts, or was swept meanwhile."""
-        sizes = self._sizes(prefix, index)
-        if not sizes:  # no right to list
-            return
-        for entry in shards:
-            key = key_of(prefix, entry)
-            if sizes.get(key) != entry.size_bytes and self.target.store.head(key).size_bytes != entry.size_bytes:
+        store = self.target.store
+        doubtful = [key for key, size_bytes in wanted.items() if listed is None or listed.get(key) != size_bytes]
+
+        def look(key: str) -> None:
+            try:
+                is_there = store.head(key).size_bytes == wanted[key]
+            except ObjectNotFoundError:
+                is_there = False
+            if not is_there:
                 raise StorageError(
-                    f"{key} on {self.target.store.url} has not the {entry.size_bytes} bytes that were sent, and "
-                    "nothing was committed; see what else writes there, and copy again",
+                    f"{key} on {store.url} has not the {wanted[key]} bytes that were sent, and nothing was committed; "
+                    "see what else writes there, and copy again",
                     op="head",
                     key=key,
                 )
+
+        each(doubtful, look, threads=_READERS, name="cloudckpt-copy")
 
 
 def _told(

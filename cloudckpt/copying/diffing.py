@@ -122,7 +122,7 @@ def diff(  # noqa: PLR0913 (keyword-only, each of its own kind)
         a: a checkpoint, or a root, of which the newest is meant.
         b: the other.
         tolerance: None: elements are equal whose bits are, so that 0.0 and -0.0 differ. Else: that are no further
-            apart, and two NaNs.
+            apart, two NaNs, and an infinity and itself; of complex ones also where that is a part.
         storage_options: fsspec's own options for `a`.
         b_storage_options: the same for `b`.
         engine: what moves the bytes of `a`, as for `save`.

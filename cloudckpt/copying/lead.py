@@ -18,16 +18,18 @@ from dataclasses import dataclass, replace
 from urllib.parse import unquote_to_bytes
 
 from cloudckpt.copying.copier import Copied, Copier
-from cloudckpt.copying.places import Place, lean, opened, split_step
+from cloudckpt.copying.places import Place, is_of_one_object, lean, opened, split_step
 from cloudckpt.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
     CloudCkptError,
+    FormatVersionError,
     IntegrityError,
+    ManifestError,
     OptionsError,
     StorageError,
 )
-from cloudckpt.format import checkpoint_prefix, step_number
+from cloudckpt.format import checkpoint_prefix, parse_checkpoint_prefix, step_number
 from cloudckpt.options import Options
 from cloudckpt.report import Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, copy_pin, refuse_nested
@@ -89,9 +91,9 @@ def copy(  # noqa: PLR0913 (keyword-only, each of its own kind)
         steps: these steps of the source, which is a root.
         every: all that is committed in the source, oldest first, its names, and its claims, so that its history is the
             target's: there jobs go on, and rules count, as they would in the source. Without claims the target's jobs
-            take what was copied for another line, of which their rules remove nothing. One that is damaged is passed
-            over, and raised at the end. Repeated, it brings what is new. What stands there by its pin alone is
-            committed there.
+            take what was copied for another line, of which their rules remove nothing. Repeated, it brings what is new.
+            What stands there by its pin alone is committed there. One that is damaged is passed over, and raised at the
+            end; so is one in whose place in the target stands what nobody can read, or what a sweep has decided.
         pins: pin in the target what is pinned in the source, by the same note and time; a pin that is there stays.
             None: where `every` is given, since what is pinned is a matter of a root, as claims are.
         own_url: make the target the checkpoint itself; it keeps step and epoch, which say where it was saved.
@@ -114,7 +116,8 @@ def copy(  # noqa: PLR0913 (keyword-only, each of its own kind)
         CheckpointNotFoundError: nothing is committed there, or it was removed while it was copied.
         CheckpointExistsError: another checkpoint stands in its place; it was not changed.
         FencedError: its epoch is another job's in the target.
-        IntegrityError: it is not whole in the source; so it is not in the target.
+        IntegrityError: it is not whole in the source; so it is not in the target. Or, of a whole root: of one nobody
+            can read what stands in its place.
         StorageError: a store could not be read or written. In each case what is committed in the target is whole.
     """
     chosen = lean(options)
@@ -175,7 +178,7 @@ def copy_places(
     """Copy from places that are open to one that is; as `copy`, which opens them."""
     chosen = _found(places, selection)
     damaged = chosen.errors
-    jobs = _planned(chosen, target, selection)
+    jobs, blocked = _planned(chosen, target, selection)
     gauge.begin(sum(job.checkpoint.total_bytes for job in jobs))
     done: list[Copied] = []
     try:
@@ -206,13 +209,23 @@ def copy_places(
             "command goes on from it"
         )
         raise
-    if damaged:
-        raise IntegrityError(
-            f"{len(done)} checkpoints are in the target; {len(damaged)} are not, because they are not whole in the "
-            f"source, or cannot be read there; the first: {damaged[0]}",
-            key=damaged[0].key,
-        ) from damaged[0]
+    if damaged or blocked:
+        raise _lacking(len(done), damaged, blocked)
     return tuple(done)
+
+
+def _lacking(done: int, damaged: Sequence[CloudCkptError], blocked: Sequence[CloudCkptError]) -> CloudCkptError:
+    """Return the error that says which checkpoints of a root are not in the target."""
+    whys = (
+        (damaged, "they are not whole in the source, or cannot be read there"),
+        (blocked, "of what stands in their place in the target"),
+    )
+    told = [f"{len(errors)} are not, because {why}; the first: {errors[0]}" for errors, why in whys if errors]
+    text, first = "; ".join([f"{done} checkpoints are in the target", *told]), [*damaged, *blocked][0]
+    is_taken = all(isinstance(one, CheckpointExistsError) for one in (*damaged, *blocked))
+    error = CheckpointExistsError(text) if is_taken else IntegrityError(text, key=getattr(first, "key", ""))
+    error.__cause__ = first
+    return error
 
 
 def _copy_names(source: Catalog, target: Catalog, prefixes: Collection[str]) -> None:
@@ -266,38 +279,34 @@ def _found(places: Sequence[Place], selection: Selection) -> _Sources:
 
 
 def _add_all(place: Place, chosen: _Sources) -> None:
-    catalog, found, errors = place.catalog, list[Checkpoint](), list[IntegrityError | StorageError]()
-    if not place.prefix:
-        survey = catalog.survey()
-        # After the survey: what stood by its pin alone then was pinned before.
-        pinned = chosen.pinned[catalog] = catalog.pins.prefixes()
-        seen = {one.prefix for one in survey.checkpoints}
-        seen |= {checkpoint_prefix(one.step, one.epoch) for one in survey.unreadable}
-        by_pin = [one[0] for prefix in sorted(pinned - seen) if (one := catalog.pinned(prefix)) is not None]
-        found = sorted([*survey.checkpoints, *by_pin], key=lambda one: one.order)
-        errors = [one.error for one in survey.unreadable]
-    if not (found or errors):
+    catalog, there = place.catalog, place.all()
+    if not (there.checkpoints or there.unreadable):
         lost = None if place.prefix else catalog.lost()
         raise lost or OptionsError(
             f"{catalog.store.url.removesuffix('/')}/{place.prefix} is no root with checkpoints, so that there is no "
             "whole of it to copy; give the URL of a root, or leave that out"
         )
-    chosen.found.extend((catalog, one) for one in found)
-    chosen.errors.extend(errors)
+    chosen.pinned[catalog] = set(there.pinned)
+    chosen.found.extend((catalog, one) for one in there.checkpoints)
+    chosen.errors.extend(one.error for one in there.unreadable)
 
 
-def _planned(chosen: _Sources, target: Place, selection: Selection) -> list[_Job]:
-    """Return what goes where; every refusal comes from here, before anything is written."""
+def _planned(chosen: _Sources, target: Place, selection: Selection) -> tuple[list[_Job], list[CloudCkptError]]:
+    """Return what goes where, and of a whole root, why others have no way to their place.
+
+    Every refusal comes from here, before anything is written.
+    """
     is_alone = len(chosen.found) == 1
     goals = [(source, one, _place_of(one, target, selection, is_alone=is_alone)) for source, one in chosen.found]
-    _refuse_target(target, {goal for _, _, goal in goals})
-    known = {one.prefix: one for one in target.catalog.survey().checkpoints} if len(goals) > 1 else {}
     listed = {"", *target.catalog.places()}
+    _refuse_target(target, {goal for _, _, goal in goals}, has_steps=len(listed) > 1)
+    known = {one.prefix: one for one in target.catalog.survey().checkpoints} if len(goals) > 1 else {}
     pinned = chosen.pinned if selection.takes_pins else {}
     if any(pinned.values()):
         pinned_there = target.catalog.pins.prefixes()
         pinned = {source: prefixes - pinned_there for source, prefixes in pinned.items()}
     jobs: dict[str, _Job] = {}
+    blocked: dict[str, CloudCkptError] = {}
     for source, checkpoint, goal in goals:
         _refuse_itself(source, checkpoint, target.catalog, goal)
         before = jobs.get(goal)
@@ -307,7 +316,15 @@ def _planned(chosen: _Sources, target: Place, selection: Selection) -> list[_Job
             )
         if before is not None and before.is_pinned:
             continue
-        there = known.get(goal) or (_standing(target.catalog, goal) if goal in listed else None)
+        try:
+            there = known.get(goal) or (_standing(target.catalog, goal) if goal in listed else None)
+        except (CheckpointExistsError, ManifestError, StorageError) as exc:
+            if not selection.is_all or (isinstance(exc, StorageError) and not is_of_one_object(exc)):
+                raise
+            if goal not in blocked:
+                logger.warning("%s; the others are copied all the same", exc)
+            blocked.setdefault(goal, exc)
+            continue
         is_there = there is not None
         if there is None and goal and goal in listed and (by_pin := target.catalog.pinned(goal)) is not None:
             # It has lost its manifest; the copy of another one would take its place.
@@ -320,7 +337,7 @@ def _planned(chosen: _Sources, target: Place, selection: Selection) -> list[_Job
             )
         jobs[goal] = _Job(source, checkpoint, goal, is_there, goal in pinned.get(source, ()))
     _refuse_conflicts([job for job in jobs.values() if job.prefix and not job.is_there], target.catalog)
-    return list(jobs.values())
+    return list(jobs.values()), list(blocked.values())
 
 
 def _place_of(checkpoint: Checkpoint, target: Place, selection: Selection, *, is_alone: bool) -> str:
@@ -343,17 +360,22 @@ def _place_of(checkpoint: Checkpoint, target: Place, selection: Selection, *, is
     return own
 
 
-def _refuse_target(target: Place, goals: set[str]) -> None:
+def _refuse_target(target: Place, goals: set[str], *, has_steps: bool) -> None:
     """Refuse a root that is a checkpoint, a checkpoint that would be a root, and what is below a step."""
     url = target.catalog.store.url
     refuse_nested(url, is_root="" not in goals)
-    if "" not in goals:
-        if target.catalog.is_taken(""):
-            raise CheckpointExistsError(
-                f"{url} is a checkpoint itself, and no root; it was not changed. Give the URL of a root, or for one "
-                "checkpoint a URL of its own (own_url=True, --own-url)"
-            )
-    elif target.catalog.places():
+    is_taken = target.catalog.is_taken("")
+    if is_taken and has_steps:
+        raise CheckpointExistsError(
+            f"{url} is a checkpoint itself, and a root with steps as well, of which readers take the one or the other; "
+            "it was not changed. Give another URL, and copy from there what you need"
+        )
+    if "" not in goals and is_taken:
+        raise CheckpointExistsError(
+            f"{url} is a checkpoint itself, and no root; it was not changed. Give the URL of a root, or for one "
+            "checkpoint a URL of its own (own_url=True, --own-url)"
+        )
+    if "" in goals and has_steps:
         raise CheckpointExistsError(
             f"{url} is a root with steps, and cannot become a checkpoint itself; give a URL of its own"
         )
@@ -368,6 +390,20 @@ def _standing(target: Catalog, prefix: str) -> Checkpoint | None:
     """
     try:
         return target.open(prefix)
+    except FormatVersionError:
+        raise
+    except ManifestError as exc:
+        # Whose it was, nobody can say any more; so it is not for a copy to take it away.
+        url = target.store.url
+        place, advice = url, "give another URL, or remove what stands there first"
+        if prefix:
+            place = f"{url.removesuffix('/')}/{prefix.rstrip('/')}"
+            step = (parse_checkpoint_prefix(prefix) or (-1, 0))[0]
+            advice = f"remove it there (`cloudckpt rm {url} {step}`), and copy again"
+        raise ManifestError(
+            f"what stands at {place}, in the target, cannot be read and was not changed ({exc}); {advice}",
+            key=exc.key,
+        ) from exc
     except CheckpointNotFoundError:
         if prefix and target.is_void(prefix):
             raise CheckpointExistsError(

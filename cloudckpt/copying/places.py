@@ -22,13 +22,14 @@ from cloudckpt.errors import (
     StorageError,
     is_transient,
 )
-from cloudckpt.format import ShardEntry, Span, parse_checkpoint_prefix, plan_spans, shard_key
+from cloudckpt.format import ShardEntry, Span, checkpoint_prefix, parse_checkpoint_prefix, plan_spans, shard_key
 from cloudckpt.options import MIB, Options
-from cloudckpt.root import Catalog, Checkpoint, Roots
+from cloudckpt.root import Catalog, Checkpoint, Roots, Unreadable
 from cloudckpt.store import open_store
 from cloudckpt.transfer import Gauge, ShardSource
 
 __all__ = [
+    "All",
     "Onward",
     "Place",
     "is_of_one_object",
@@ -39,6 +40,7 @@ __all__ = [
     "source_of",
     "spans_of",
     "split_step",
+    "stands",
 ]
 
 # Of what is in flight: eight reads of the usual spans, or three of the usual shards. With what a process takes that has
@@ -61,6 +63,21 @@ def split_step(url: str | os.PathLike[str]) -> tuple[str, str]:
     if parse_checkpoint_prefix(f"{name}/") is None:
         return text, ""
     return above or ("/" if text.startswith("/") else "."), f"{name}/"
+
+
+@dataclass(frozen=True, slots=True)
+class All:
+    """What stands in a root.
+
+    Attributes:
+        checkpoints: oldest first.
+        unreadable: those whose manifest cannot be read.
+        pinned: the prefixes of all that is pinned.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    unreadable: tuple[Unreadable, ...]
+    pinned: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,25 +107,38 @@ class Place:
 
     def _the_one(self, prefix: str) -> Checkpoint | ManifestError:
         try:
-            return self.catalog.open(prefix)
+            return self._open(prefix)
         except ManifestError as exc:
             return exc
 
     def one(self) -> Checkpoint:
         """Return the checkpoint there, or the newest one of the root that can be read; raises as `newest` does."""
         if self.prefix:
-            return self._open()
+            return self._open(self.prefix)
         found = Roots([self.catalog]).newest() if self.catalog.places() else None
         return found or self.catalog.open()
 
-    def _open(self) -> Checkpoint:
+    def _open(self, prefix: str) -> Checkpoint:
         """Return the checkpoint there, also one that stands by its pin alone."""
         try:
-            return self.catalog.open(self.prefix)
+            return self.catalog.open(prefix)
         except CheckpointNotFoundError:
-            if (pinned := self.catalog.pinned(self.prefix)) is None:
+            if not prefix or (pinned := self.catalog.pinned(prefix)) is None:
                 raise
             return pinned[0]
+
+    def all(self) -> All:
+        """Look at all that stands in a root, also by its pin alone; nothing does where the URL is one step."""
+        if self.prefix:
+            return All((), (), frozenset())
+        survey = self.catalog.survey()
+        # After the survey: what stood by its pin alone then was pinned before.
+        pinned = self.catalog.pins.prefixes()
+        seen = {one.prefix for one in survey.checkpoints}
+        seen |= {checkpoint_prefix(one.step, one.epoch) for one in survey.unreadable}
+        by_pin = [one[0] for prefix in sorted(pinned - seen) if (one := self.catalog.pinned(prefix)) is not None]
+        found = sorted([*survey.checkpoints, *by_pin], key=lambda one: one.order)
+        return All(tuple(found), tuple(survey.unreadable), frozenset(pinned))
 
     def steps(self, steps: Sequence[int]) -> list[Checkpoint]:
         """Return the checkpoints of some steps of a root, oldest first; raises as `Catalog.find` does."""
@@ -128,6 +158,14 @@ def opened(
     root, prefix = split_step(url)
     with open_store(root, storage_options=storage_options, engine=engine, options=options) as store:
         yield Place(Catalog(store), prefix)
+
+
+def stands(catalog: Catalog, checkpoint: Checkpoint) -> bool:
+    """Tell whether a checkpoint is what a root has at its place, if only by its pin."""
+    if catalog.is_still(checkpoint):
+        return True
+    pinned = catalog.pinned(checkpoint.prefix) if checkpoint.prefix else None
+    return pinned is not None and pinned[0].digest == checkpoint.digest
 
 
 def key_of(prefix: str, entry: ShardEntry) -> str:

@@ -17,7 +17,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from cloudckpt.copying.places import Onward, Place, is_of_one_object, key_of, lean, opened, runs_of, source_of, spans_of
+from cloudckpt.copying.places import (
+    Onward,
+    Place,
+    is_of_one_object,
+    key_of,
+    lean,
+    opened,
+    runs_of,
+    source_of,
+    spans_of,
+    stands,
+)
 from cloudckpt.errors import (
     AccessDeniedError,
     CheckpointNotFoundError,
@@ -200,9 +211,9 @@ def _all_of(place: Place) -> list[Checkpoint | _Unread]:
         CheckpointNotFoundError: nothing does.
     """
     if not place.prefix and place.catalog.places():
-        survey = place.catalog.survey()
-        found: list[Checkpoint | _Unread] = [*survey.checkpoints]
-        found += [_Unread(one.url, one.step, one.epoch, one.error) for one in survey.unreadable]
+        there = place.all()
+        found: list[Checkpoint | _Unread] = [*there.checkpoints]
+        found += [_Unread(one.url, one.step, one.epoch, one.error) for one in there.unreadable]
         if found:
             return sorted(found, key=lambda one: (one.epoch, one.step))
         if (lost := place.catalog.lost()) is not None:
@@ -259,7 +270,7 @@ class _Look:
             if not is_of_one_object(exc):
                 raise
             reason = str(exc)
-        if (damages or reason) and not self._catalog.is_still(checkpoint):
+        if (damages or reason) and not stands(self._catalog, checkpoint):
             raise CheckpointNotFoundError(
                 f"{checkpoint.url} was removed while it was looked at (a retention rule?); look again"
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from tests.copying.roots import (
     state_of,
 )
 from tests.ranks.processes import run as run_ranks
-from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, Op
+from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, Op, denied
 
 ALL = Selection(is_all=True, takes_pins=True)
 TARGET = "memory://other/root"
@@ -285,6 +286,10 @@ def test_a_root_is_no_url_of_its_own_and_the_other_way_round(made: Path, tmp_pat
     _refused(made, tmp_path / "root", CheckpointExistsError, "is a root with steps", own_url=True)
     _refused(made, tmp_path / "one", CheckpointExistsError, "another checkpoint is committed at", own_url=True)
     _refused(tmp_path / "one", tmp_path / "root", CheckpointExistsError, "is a root with steps")
+    shutil.copytree(tmp_path / "one", tmp_path / "root", dirs_exist_ok=True)
+    for own_url in (False, True):
+        words = "a checkpoint itself, and a root with steps as well"
+        _refused(made, tmp_path / "root", CheckpointExistsError, words, own_url=own_url)
 
 
 def test_another_step_than_its_own_is_refused(made: Path, tmp_path: Path) -> None:
@@ -333,7 +338,43 @@ def test_what_a_sweep_has_decided_is_named(made: Path, tmp_path: Path) -> None:
 def test_an_unreadable_checkpoint_in_its_place_is_not_changed(made: Path, tmp_path: Path) -> None:
     cloudckpt.copy(made, tmp_path / "to")
     flip(tmp_path / "to" / prefix_of(3) / MANIFEST_NAME, 60)
-    _refused(made, tmp_path / "to", ManifestError, "was changed after it was written")
+    told = f"what stands at file://{tmp_path}/to/{prefix_of(3)}, in the target, .*`cloudckpt rm file://{tmp_path}/to 3`"
+    _refused(made, tmp_path / "to", ManifestError, told)
+    cloudckpt.copy(made, tmp_path / "own", own_url=True)
+    flip(tmp_path / "own" / MANIFEST_NAME, 60)
+    _refused(made, tmp_path / "own", ManifestError, "at file://.*own, in the target, .* give another URL", own_url=True)
+
+
+def _damage(target: Path) -> type[Exception]:
+    flip(target / prefix_of(2) / MANIFEST_NAME, 60)
+    return IntegrityError
+
+
+def _decide(target: Path) -> type[Exception]:
+    (target / prefix_of(2) / MANIFEST_NAME).unlink()
+    with open_store(target) as store:
+        assert Catalog(store).void(f"{prefix_of(2)}/")
+    return CheckpointExistsError
+
+
+@pytest.mark.parametrize("check", [False, True])
+@pytest.mark.parametrize("change", [_damage, _decide])
+def test_what_stands_in_the_way_of_one_keeps_no_other_one_from_its_copy(
+    root: Path, tmp_path: Path, change: Callable[[Path], type[Exception]], check: bool
+) -> None:
+    target = tmp_path / "to"
+    cloudckpt.copy(root, target, steps=[1, 2])
+    kind = change(target)
+    before = files_of(target)
+    told: list[Copied] = []
+    with pytest.raises(kind, match=r"2 checkpoints are in the target; 1 are not, because of .*remove "):
+        cloudckpt.copy(root, target, every=True, check=check, on_copied=told.append)
+    assert [(one.step, one.is_new) for one in told] == [(1, False), (3, True)]
+    there = files_of(target)
+    assert {name: there[name] for name in before} == before
+    for path in (target / prefix_of(2)).rglob("*.json"):
+        path.unlink()
+    assert [one.is_new for one in cloudckpt.copy(root, target, every=True)] == [False, True, False]
 
 
 # -- a source that is not whole, or goes ---------------------------------------------------------------------------
@@ -385,14 +426,24 @@ def test_a_target_that_fails_half_way_is_told_and_gone_on_from(made: Path) -> No
     assert len(run(FaultStore(bucket_of(made)), target_of(target))) == 3
 
 
-def test_what_the_target_loses_is_not_committed(made: Path) -> None:
-    class Forgetful(FaultStore):
-        def put(self, key: str, buffers: Sequence[memoryview]) -> None:
-            if not key.endswith("0001.safetensors"):
-                super().put(key, buffers)
+class Forgetful(FaultStore):
+    """Acknowledges puts of keys that end so, and keeps nothing of them."""
 
+    forgotten = ""
+
+    def put(self, key: str, buffers: Sequence[memoryview]) -> None:
+        if not key.endswith(self.forgotten):
+            super().put(key, buffers)
+
+
+@pytest.mark.parametrize("may_list", [True, False])
+@pytest.mark.parametrize("name", ["0001.safetensors", "index.bin", ""])
+def test_what_the_target_loses_is_not_committed(made: Path, name: str, may_list: bool) -> None:
     target = Forgetful(Bucket(), url=TARGET)
-    with pytest.raises(StorageError, match=r"0001\.safetensors"):
+    target.forgotten = name
+    if not may_list:
+        target.inject(verbs=("list",), key=prefix_of(3), error=denied, times=None)
+    with pytest.raises(StorageError, match=rf"{name} on .* nothing was committed"):
         run(FaultStore(bucket_of(made)), target, Selection())
     assert not [key for key in target.bucket.raw_list() if key.endswith(MANIFEST_NAME)]
 

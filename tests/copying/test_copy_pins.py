@@ -190,3 +190,17 @@ def test_a_copy_of_a_root_on_a_disk_has_its_pins_too(root: Path, tmp_path: Path)
     assert shards_of(tmp_path / "to")
     with CheckpointManager(tmp_path / "to", progress="off") as manager:
         assert [(one.step, one.note) for one in manager.pins()] == [(1, "good")]
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_what_stands_by_its_pin_alone_is_looked_at(root: Path, is_damaged: bool) -> None:
+    with CheckpointManager(root, progress="off") as manager:
+        manager.pin(2, "good")
+    (root / prefix_of(2) / MANIFEST_NAME).unlink()
+    if is_damaged:
+        path = shards_of(root / prefix_of(2))[1]
+        path.write_bytes(bytes(path.stat().st_size))
+    state = "damaged" if is_damaged else "whole"
+    assert cloudckpt.verify(root / prefix_of(2), deep=True).state == state
+    states = [(one.step, one.state) for one in cloudckpt.verify_all(root, deep=True)]
+    assert states == [(1, "whole"), (2, state), (3, "whole")]

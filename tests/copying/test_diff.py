@@ -171,9 +171,51 @@ def test_two_nans_of_other_bits_differ_only_without_a_tolerance() -> None:
     assert summed(a, b, 0.0) == Sums()
 
 
-def test_whole_numbers_that_no_float_tells_apart_differ() -> None:
-    found = summed(torch.tensor([2**62]), torch.tensor([2**62 + 1]), 0.0)
-    assert (found.count, found.largest) == (1, 1.0)
+@pytest.mark.parametrize(
+    ("a", "b"), [(2**62, 2**62 + 1), (2**60, 2**60 + 100), (-(2**63), -(2**63) + 7), (-1, 2**61), (-(2**63), 2**63 - 1)]
+)
+def test_whole_numbers_are_as_far_apart_as_they_are(a: int, b: int) -> None:
+    one, other, apart = torch.tensor([a]), torch.tensor([b]), abs(b - a)
+    assert summed(one, other).largest == summed(other, one).largest == float(apart)
+    for tolerance in (0.0, 1.0, 99.0, 100.0, float(2**61), float(2**64)):
+        assert summed(one, other, tolerance).count == summed(other, one, tolerance).count == (apart > tolerance)
+
+
+def test_whole_numbers_without_a_sign_and_floats_are_compared_to_the_last_bit() -> None:
+    large, near = (torch.tensor([one], dtype=torch.uint64) for one in (2**64 - 1, 2**64 - 900))
+    assert summed(large, near, 2.0) == Sums(count=1, largest=899.0, largest_relative=899 / 2**64)
+    assert summed(large, near, 899.0) == Sums()
+    assert summed(torch.tensor([2**53 + 1]), torch.tensor([2.0**53], dtype=torch.float64), 0.5).largest == 1.0
+    assert summed(torch.tensor([-1]), torch.tensor([-1.0 - 2**-52], dtype=torch.float64)).largest == 2**-52
+    wide, tiny = torch.tensor([1e16], dtype=torch.float64), torch.tensor([-0.25], dtype=torch.float64)
+    assert (summed(wide, tiny, 1e16).count, summed(wide, -tiny, 1e16).count) == (1, 0)
+
+
+_INF, _NAN = math.inf, math.nan
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        (complex(_INF, 1), complex(_INF, 1e9), Sums(count=1, largest=1e9 - 1)),
+        (complex(_NAN, 1), complex(_NAN, 1e9), Sums(count=1, nan_a=1, nan_b=1)),
+        (complex(_INF, _NAN), complex(1, _NAN), Sums(count=1, nan_a=1, nan_b=1)),
+        (complex(1, _INF), complex(1, -_INF), Sums(count=1, largest=_INF, largest_relative=1.0)),
+        (complex(_NAN, 1), complex(1, _NAN), Sums(count=1, nan_a=1, nan_b=1)),
+        (complex(_NAN, _INF), complex(_NAN, _INF), Sums()),
+        (complex(3, 4), complex(0, 0), Sums(count=1, largest=5.0, largest_relative=1.0)),
+        (complex(_INF, 4), complex(_INF, 4.25), Sums()),
+    ],
+)
+def test_complex_numbers_are_like_where_their_parts_are(a: complex, b: complex, expected: Sums) -> None:
+    one, other = (torch.tensor([side], dtype=torch.complex128) for side in (a, b))
+    assert summed(one, other, 0.5) == expected
+
+
+@pytest.mark.parametrize("other", [1.0, -_INF, _NAN])
+def test_no_tolerance_takes_an_infinity_for_another_number(other: float) -> None:
+    assert summed(torch.tensor([_INF]), torch.tensor([other]), _INF).count == 1
+    assert summed(torch.tensor([_INF]), torch.tensor([_INF]), 0.0).count == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
