@@ -200,7 +200,7 @@ def test_probe_of_a_disk_says_yes_and_leaves_nothing(tmp_path: Path) -> None:
     result = run("probe", tmp_path / "root", "--rounds", "1", "--size", "8")
     assert result.exit_code == 0
     assert result.stdout.splitlines()[-1] == f"file://{tmp_path}/root can hold a root"
-    assert list((tmp_path / "root").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
     (found,) = lines("probe", tmp_path / "root", "--rounds", "1", "--size", "8")
     assert (found["can_hold_root"], found["needs"]) == (True, {})
 
