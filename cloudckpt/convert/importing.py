@@ -284,6 +284,7 @@ class _Prepared:
         if under:
             _put_under(origin, under)
         _check_names(origin)
+        origin.check_tiles()
         values: dict[str, JsonValue] = {}
         for name, value in origin.values.items():
             parts = codec.Parts()
@@ -324,7 +325,12 @@ def _check_names(origin: Origin) -> None:
     try:
         unflatten(dict.fromkeys(origin.paths), origin.paths)
     except ManifestError as exc:
-        raise SourceError(f"the names in the source contradict each other: {exc}", key=str(exc.key)) from exc
+        # What follows is for who has an index, and no source.
+        reason = str(exc).partition(": the index is damaged")[0]
+        raise SourceError(
+            f"the names in the source contradict each other: {reason}; save it anew with other names, or get it anew",
+            key=str(exc.key),
+        ) from exc
 
 
 class _Pieces:
