@@ -45,7 +45,6 @@ if TYPE_CHECKING:
         CloudHFReader,
         CloudHFWriter,
         Exported,
-        FileWriter,
         export,
         import_,
         open,  # noqa: A004 (as gzip has it)
@@ -105,7 +104,6 @@ __all__ = [
     "Event",
     "Exported",
     "FencedError",
-    "FileWriter",
     "Fit",
     "FormatVersionError",
     "IntegrityError",
@@ -173,7 +171,7 @@ __all__ = [
 # The imports above, for a running program: the room, and what comes from it.
 _LATE = {
     "checkpoint": ("contents", "load", "read", "restore_files", "save"),
-    "convert": ("CloudHFReader", "CloudHFWriter", "Exported", "FileWriter", "export", "import_", "open"),
+    "convert": ("CloudHFReader", "CloudHFWriter", "Exported", "export", "import_", "open"),
     "copying": ("Change", "Copied", "Damage", "Difference", "Verified", "copy", "diff", "verify", "verify_all"),
     "dcp": ("CloudReader", "CloudWriter"),
     "format": ("register", "register_code"),

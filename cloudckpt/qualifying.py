@@ -14,8 +14,10 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
 from typing import get_args
 
 from cloudckpt.errors import (
@@ -29,7 +31,7 @@ from cloudckpt.errors import (
     StorageError,
 )
 from cloudckpt.options import KIB, MIB, Checksum, Options
-from cloudckpt.store import Store, open_store, race
+from cloudckpt.store import Store, local_path, open_store, race
 from cloudckpt.threads import each
 
 __all__ = ["Finding", "Probe", "probe"]
@@ -122,14 +124,31 @@ def probe(
     with open_store(url, storage_options=storage_options, engine=engine, options=given) as store:
         place, name = store.url, store.engine
     for chosen, needs in _ways(given):
-        with open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store:
-            if (refusal := _first_put(store)) is not None:
+        with (
+            _unmade(url, name),
+            open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store,
+        ):
+            looks = _Looks(store, found, large_bytes=max(large_bytes, _PART_BYTES), rounds=rounds, told=progress)
+            if (refusal := looks.first_put()) is not None:
                 found.refusals.append(refusal)
                 continue
             found.needs.update(needs)
-            _Looks(store, found, large_bytes=max(large_bytes, _PART_BYTES), rounds=rounds, told=progress).all()
+            looks.all()
             return found.probe(place, name)
     raise found.refusals[0]
+
+
+@contextmanager
+def _unmade(url: str | os.PathLike[str], engine: str) -> Iterator[None]:
+    """Remove, at the end of the block, the directories down to the root that it has made on a disk, where empty."""
+    path = Path(local_path(url)) if engine == "local" else None
+    new = [] if path is None else list(takewhile(lambda one: not one.exists(), (path, *path.parents)))
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            for directory in new:
+                directory.rmdir()
 
 
 def _ways(given: Options) -> Iterator[tuple[Options, dict[str, object]]]:
@@ -141,26 +160,6 @@ def _ways(given: Options) -> Iterator[tuple[Options, dict[str, object]]]:
             yield Options(**{**settings, "checksum": checksum}), {"checksum": checksum}
     if not (given.create_only or given.single_writer):
         yield Options(**{**settings, "create_only": True}), {"create_only": True}
-
-
-def _first_put(store: Store) -> StorageError | None:
-    """Put a few bytes and remove them; return why the store refuses them."""
-    key = f"{_prefix()}first"
-    try:
-        store.put(key, [memoryview(b"cloudckpt asks whether it may write here")])
-    except OptionsError as exc:  # an engine that knows no such option
-        return StorageError(str(exc), op="put", key=key)
-    except (RetryExhaustedError, CredentialsExpiredError, BucketNotFoundError):
-        raise
-    except StorageError as exc:
-        return exc
-    with suppress(StorageError):  # whether it deletes is looked at later
-        store.delete([key])
-    return None
-
-
-def _prefix() -> str:
-    return f"probe-{secrets.token_hex(16)}/"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -212,9 +211,25 @@ class _Looks:
         self._large_bytes = large_bytes
         self._rounds = rounds
         self._told = told
-        self._prefix = _prefix()
+        self._prefix = f"probe-{secrets.token_hex(16)}/"
         # What may stand there, whether or not a listing shows it.
         self._written: list[str] = []
+
+    def first_put(self) -> StorageError | None:
+        """Put a few bytes, to be removed with the rest; return why the store refuses them."""
+        key = self._key("first")
+        try:
+            self._store.put(key, [memoryview(b"cloudckpt asks whether it may write here")])
+        except OptionsError as exc:  # an engine that knows no such option
+            return StorageError(str(exc), op="put", key=key)
+        except BucketNotFoundError:
+            raise
+        except (RetryExhaustedError, CredentialsExpiredError, KeyboardInterrupt) as exc:
+            exc.add_note(f"{key} may stay there")
+            raise
+        except StorageError as exc:
+            return exc
+        return None
 
     def all(self) -> None:
         """Look at everything; a look that fails is a finding, and the next one goes on."""
@@ -332,6 +347,15 @@ class _Looks:
             words = f"an object of {size_bytes // MIB} MiB reads back as other bytes than were put"
         self._found.add("large object", words, is_good=all(same))
 
+    def _listed(self) -> list[str]:
+        keys: list[str] = []
+        mark = ""
+        while True:
+            page = self._store.list(self._prefix, mark=mark)
+            keys += [info.key for info in page.objects]
+            if not (mark := page.mark):
+                return keys
+
     def _clean(self) -> None:
         if not self._written:
             return
@@ -339,14 +363,15 @@ class _Looks:
         written, self._written = self._written, []
         try:
             self._store.delete(written)
-            left = [info.key for info in self._store.list(self._prefix).objects]
+            left = self._listed()
             words = (
                 f"{len(left)} objects are still listed after they were deleted" if left else "deleted is gone at once"
             )
             if not left:
                 with suppress(ObjectNotFoundError):
                     self._store.head(written[0])
-                    words, left = "an object is still there after it was deleted", [written[0]]
+                    # No listing tells which.
+                    words, left = "objects are still there after they were deleted", written
         except CloudCkptError as exc:
             left = list(getattr(exc, "left_keys", ())) or written
             words = f"it lets nothing be deleted ({exc}), so that checkpoints are never pruned"

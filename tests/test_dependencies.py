@@ -65,6 +65,6 @@ def test_what_is_imported_is_depended_on(name: str) -> None:
 def test_what_an_adapter_imports_an_extra_brings() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = {re.split(r"[\[>]", text)[0] for texts in project["optional-dependencies"].values() for text in texts}
-    extras = {IMPORTED_AS.get(one, one) for one in named}
+    extras = {IMPORTED_AS.get(name, name.replace("-", "_")) for name in named}
     known = {IMPORTED_AS.get(one, one) for one in bounds()}
     assert imported(by_adapters=True) - known <= extras

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
 from cloudckpt import Options, RetryPolicy, qualifying
-from cloudckpt.errors import AccessDeniedError, BucketNotFoundError
+from cloudckpt.errors import AccessDeniedError, BucketNotFoundError, RetryExhaustedError
 from cloudckpt.options import MIB
 from cloudckpt.qualifying import Probe, probe
-from cloudckpt.store import RetryingStore
+from cloudckpt.store import Listing, RetryingStore
 from servers import FreshPrefix
-from tests.store.fault_store import Bucket, FaultStore, denied
+from tests.store.fault_store import Bucket, FaultKind, FaultStore, denied
 
 Asked = Callable[..., Probe]
 
@@ -99,8 +100,57 @@ def test_a_store_that_lets_nothing_be_deleted_holds_a_root_that_grows(asked: Ask
     found = asked(client)
     assert found.can_hold_root
     assert bad(found) == {"delete"}
-    assert set(found.left) <= set(bucket.raw_list())
+    assert sorted(found.left) == bucket.raw_list()
     assert found.left
+
+
+class Lying(FaultStore):
+    """Says that it has deleted, and keeps all."""
+
+    def delete(self, keys: Sequence[str]) -> None:
+        pass
+
+
+class Hiding(Lying):
+    """Does not list what it says that it has deleted, either."""
+
+    _is_hidden = False
+
+    def delete(self, keys: Sequence[str]) -> None:
+        self._is_hidden = True
+
+    def list(self, prefix: str = "", *, delimiter: str = "", mark: str = "") -> Listing:
+        return Listing() if self._is_hidden else super().list(prefix, delimiter=delimiter, mark=mark)
+
+
+@pytest.mark.parametrize("client", [Lying, Hiding])
+def test_what_a_store_keeps_that_says_it_has_deleted_is_named(asked: Asked, client: Callable[..., FaultStore]) -> None:
+    bucket = Bucket()
+    found = asked(lambda _: client(bucket))
+    assert bad(found) == {"delete"}
+    assert sorted(found.left) == bucket.raw_list() != []
+
+
+def test_of_a_put_whose_end_nobody_knows_the_error_names_the_key(asked: Asked) -> None:
+    bucket = Bucket()
+
+    def client(_: Options) -> FaultStore:
+        store = FaultStore(bucket)
+        store.inject(verbs=["put"], kind=FaultKind.LOST_ACK, times=None)
+        return store
+
+    with pytest.raises(RetryExhaustedError) as caught:
+        asked(client)
+    (key,) = bucket.raw_list()
+    assert caught.value.__notes__ == [f"{key} may stay there"]
+
+
+def test_a_directory_that_was_not_there_is_not_there_afterwards(tmp_path: Path) -> None:
+    assert probe(tmp_path / "a" / "b", large_bytes=8 * MIB, rounds=1).left == ()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "own").mkdir()
+    probe(tmp_path / "own", large_bytes=8 * MIB, rounds=1)
+    assert list(tmp_path.iterdir()) == [tmp_path / "own"]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import typer
 
 from cloudckpt.cli.printing import plain
 from cloudckpt.root import Catalog, ManifestCache
-from cloudckpt.store import environment_options, hide, open_store
+from cloudckpt.store import TEXT_OPTIONS, environment_options, hide, open_store
 
 __all__ = [
     "Access",
@@ -138,16 +138,17 @@ def _added(texts: Sequence[str]) -> dict[str, object]:
                 "write for example anon=true or client_kwargs.region_name=eu-west-1",
                 status=2,
             )
-        _set(options, path, _typed(value), f"--storage-option {key}")
+        _set(options, path, _typed(value, path[-1]), f"--storage-option {key}")
     return options
 
 
-def _typed(text: str) -> object:
-    """Return what a text says as JSON, else the text: a key of digits that is meant as text stands in quotes."""
+def _typed(text: str, name: str) -> object:
+    """Return what a text says as JSON, else the text; digits stay text where the option is known to be one."""
     try:
-        return json.loads(text)
+        value: object = json.loads(text)
     except ValueError:
         return text
+    return text if name in TEXT_OPTIONS and isinstance(value, int | float) else value
 
 
 def _set(options: dict[str, object], path: Sequence[str], value: object, name: str) -> None:

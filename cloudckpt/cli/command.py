@@ -47,7 +47,8 @@ def _access(  # what every command asks for that opens a store
         typer.Option(
             metavar="KEY=VALUE",
             help="One of them, as often as needed: a.b=… for a nested one. The value is JSON where it is (true, 3, "
-            "null, '\"3\"'), else text. Added to --storage-options, or to those of the environment.",
+            "null, '\"3\"'), else text; digits are text for a key, a secret, a token. Added to --storage-options, "
+            "or to those of the environment.",
             rich_help_panel="Shared",
         ),
     ] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import sys
 from contextlib import suppress
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cloudckpt.cli.asking import Access, NoCache, Url, cache_of
+from cloudckpt.cli.asking import Access, NoCache, Url, cache_of, ended
 from cloudckpt.cli.rules import seconds_of
 from cloudckpt.page import page_of, prices_from
 
@@ -40,17 +41,38 @@ def report(
 ) -> None:
     """Write a page about a run: when its jobs saved and restored, what that took, its metrics, and what it costs.
 
-    One HTML file that needs no network. It tells what the store tells; a file of that name is overwritten.
+    One HTML file that needs no network. It tells what the store tells; a file of that name, or the one that a link of
+    that name points to, is overwritten.
     """
     mtbf_s = None if mtbf is None else seconds_of(mtbf, "--mtbf")
     chosen = None if prices is None else prices_from(prices)
+    target = None if str(output) == "-" else _target(output)
     with access.opened(url) as catalog:
         page = page_of(catalog, cache=cache_of(no_cache=no_cache), prices=chosen, mtbf_s=mtbf_s)
-    if str(output) == "-":
+    if target is None:
         sys.stdout.write(page)
         return
-    _write(output, page)
+    try:
+        _write(target, page)
+    except OSError as exc:
+        raise ended(
+            f"the page could not be written to {output}: {exc.strerror}; name another file (-o)", status=1
+        ) from exc
     typer.echo(str(output))
+
+
+def _target(output: Path) -> Path:
+    """Return which file is meant, links followed; where none can be, end the command before anything is read."""
+    if output.exists() and not output.is_file() and not output.is_dir():
+        return output  # a device or a pipe, perhaps by a link that names no path (/dev/stdout)
+    target = Path(os.path.realpath(output))
+    if target.is_dir():
+        raise ended(f"-o {output} is a directory; name a file in it, such as {output / 'report.html'}", status=1)
+    if target.is_symlink():
+        raise ended(f"-o {output} is a link that leads in a circle; name a file", status=1)
+    if not target.parent.is_dir():
+        raise ended(f"-o {output}: there is no directory {target.parent}; make it, or name another file", status=1)
+    return target
 
 
 def _write(path: Path, page: str) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import get_args
 
 from cloudckpt.convert.opened import Exported, Job, Kind, Plan, by_cores, lean
@@ -24,7 +25,7 @@ from cloudckpt.loading import read_index
 from cloudckpt.options import MIB, Options, as_count
 from cloudckpt.report import Progress, Show
 from cloudckpt.root import Catalog, newest_or_the_one, refuse_files
-from cloudckpt.store import RetryingStore, open_store
+from cloudckpt.store import RetryingStore, local_path, open_store
 
 __all__ = ["export", "refuse_model"]
 
@@ -140,6 +141,8 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
             gauge=bar,
         )
         plan = _KINDS[to].plan(job)
+        if folder.engine == "local":
+            _refuse_no_file(Path(local_path(folder_url)), plan)
         _make_way(folder, plan, overwrite=overwrite)
         bar.begin(sum(part.nbytes for saved in plan.taken.tensors.values() for part in job.parts(saved)))
         try:
@@ -204,6 +207,21 @@ def _config_files(config: str | os.PathLike[str]) -> dict[str, bytes]:
                 f"the files in {store.url} have {sum(sizes.values())} bytes; give a folder of small ones"
             )
         return {name: store.read(name, limit_bytes=_CONFIG_BYTES) for name in sizes}
+
+
+def _refuse_no_file(folder: Path, plan: Plan) -> None:
+    """Refuse names on a disk that stand for something else than a file, which an export would take the place of."""
+    for path in (folder / name for name in plan.files):
+        if path.is_symlink():
+            raise OptionsError(
+                f"{path} is a symbolic link to {path.readlink()}, and nothing was written; give what it points to, or "
+                "remove the link"
+            )
+        if path.exists() and not path.is_file():
+            raise OptionsError(
+                f"{path} is {'a directory' if path.is_dir() else 'no regular file'}, and nothing was written; give the "
+                "name of a file"
+            )
 
 
 def refuse_model(folder: RetryingStore) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, overload
+from typing import IO, TYPE_CHECKING, Literal, Self, cast, overload
 
 import xxhash
 
@@ -28,7 +28,7 @@ from cloudckpt.store import RetryingStore, appended, open_store
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
 
-__all__ = ["FileWriter", "open_file"]
+__all__ = ["open_file"]
 
 _BLOCK_BYTES = 4 * MIB
 _AHEAD = 8
@@ -47,7 +47,7 @@ def open_file(
     engine: str = "auto",
     options: Options | Mapping[str, object] | None = None,
     unverified: bool = False,
-) -> FileWriter: ...
+) -> IO[bytes]: ...
 
 
 @overload
@@ -70,7 +70,7 @@ def open_file(
     engine: str = "auto",
     options: Options | Mapping[str, object] | None = None,
     unverified: bool = False,
-) -> FileWriter | io.BufferedReader:
+) -> IO[bytes] | io.BufferedReader:
     """Open a file at a URL, to be written whole or read verified; for `torch.save`, `torch.load` and the like.
 
     ```python
@@ -97,7 +97,8 @@ def open_file(
         unverified: read a file that has no sums, because another program wrote it, as it is.
 
     Returns:
-        To write: a `FileWriter`, also to be closed by hand. To read: a seekable file of Python's.
+        To write: what takes bytes in order (`write`, `tell`, `close`), and never was if it is neither closed nor left
+        by the end of its block. To read: a seekable file of Python's.
 
     Raises:
         ObjectNotFoundError: there is no such file (a `FileNotFoundError`); or it has no sums.
@@ -113,13 +114,13 @@ def open_file(
             open_store(folder, storage_options=storage_options, engine=engine, options=Options.of(options))
         )
         if mode == "wb":
-            return FileWriter(store, name, stack.pop_all())
+            return cast("IO[bytes]", _FileWriter(store, name, stack.pop_all()))
         raw = _Reading(store, name, is_verified=not unverified, stack=stack)
         raw.own(stack.pop_all())
         return io.BufferedReader(raw, MIB)
 
 
-class FileWriter:
+class _FileWriter:
     """A file that is written from its first byte to its last, and is there when it is closed, or never.
 
     One that is neither closed nor left by the end of a `with` block never was.

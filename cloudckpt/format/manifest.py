@@ -246,11 +246,15 @@ def metrics_to_json(metrics: Mapping[str, object] | None) -> dict[str, Metric]:
     _refuse_no_mapping("metrics", metrics)
     result: dict[str, Metric] = {}
     for name, value in (metrics or {}).items():
-        if not isinstance(name, str) or not name or not is_text(name):
-            raise OptionsError(f"metric name {name!r} is not a non-empty string of Unicode text")
+        if not isinstance(name, str) or not is_text(name) or not _is_seen(name):
+            raise OptionsError(f"metric name {name!r} is not a string of Unicode text that can be seen; give a name")
         number = _number(name, value)
         result[name] = number if math.isfinite(number) else cast("Metric", str(number))
     return result
+
+
+def _is_seen(name: str) -> bool:
+    return any(one.isprintable() and not one.isspace() for one in name)
 
 
 def _number(name: str, value: object) -> float:

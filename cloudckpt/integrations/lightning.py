@@ -3,6 +3,7 @@
     Trainer(plugins=[CloudCheckpointIO("s3://bucket/run-7")])                           single device, DDP
     Trainer(plugins=[…], strategy=CloudModelParallelStrategy())                         FSDP2, tensor parallel
     Trainer(plugins=[…], callbacks=[CloudRandomState()])                                resumed with the same numbers
+    Trainer(plugins=[…], callbacks=[CloudPreemption()])                                 all ranks end as one, saved
     Fabric(plugins=[CloudCheckpointIO("s3://bucket/run-7")])                            save and load
 
     path "checkpoints/last.ckpt" ──save──▶ one checkpoint of the root, its metadata has the path ──▶ a stub at the path
@@ -15,10 +16,11 @@ the number after a name, `save_last="link"`) stays as it is; `torch.load` of it 
 there ends it, by `FencedError`.
 
 What Lightning still does itself: when to save, what to keep, what is the best. Files that `torch.save` has left are
-loaded and removed as ever. Not done: paths that are URLs (give `ModelCheckpoint` a local `dirpath`), a link
-(`save_last="link"`) on another machine, Fabric's own FSDP and model-parallel strategies, which take no plugin.
+loaded and removed as ever. Not done: paths that are URLs (give `ModelCheckpoint` a local `dirpath`); a link
+(`save_last="link"`) on another machine; Lightning's own strategies that shard, which save past any plugin, to a folder
+of this machine (take those below; `CloudRandomState` refuses the others); Fabric's, which take no plugin.
 
-Run with lightning 2.6.6 and pytorch_lightning 2.6.6 (whichever the program has imported), torch 2.13.
+Run with lightning 2.6.6 and pytorch_lightning 2.6.6 (whichever the program has imported first), torch 2.13, on CPU.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -45,6 +48,7 @@ from cloudckpt import (
     Options,
     OptionsError,
     PinnedError,
+    Preemption,
     RandomState,
     RankZero,
     SaveHandle,
@@ -57,6 +61,7 @@ __all__ = [
     "CloudCheckpointIO",
     "CloudFSDPStrategy",
     "CloudModelParallelStrategy",
+    "CloudPreemption",
     "CloudRandomState",
     "opened",
 ]
@@ -73,6 +78,7 @@ _PACKAGE, _TRAINER, _FABRIC = (
 with framework(_PACKAGE, lowest="2.6.6", extra="lightning"):
     _pytorch: Any = import_module(_TRAINER)
     _strategies: Any = import_module(f"{_TRAINER}.strategies")
+    _exceptions: Any = import_module(f"{_TRAINER}.utilities.exceptions")
     _TorchCheckpointIO: Any = import_module(f"{_FABRIC}.plugins").TorchCheckpointIO
 
 _NOTE = "lightning"
@@ -520,8 +526,8 @@ def _refuse_objects(checkpoint: Mapping[str, Any]) -> None:
 
 def _moved(value: Any, where: Any) -> Any:
     """Return a value with its tensors on another device."""
-    if where is None or isinstance(where, type(lambda: 0)):
-        return value  # Lightning's own callables say: the CPU
+    if where is None:
+        return value
     if not isinstance(where, str | int | torch.device):
         raise OptionsError(f"map_location is {where!r}; give a device")
     if isinstance(value, torch.Tensor):
@@ -559,6 +565,11 @@ class _Together:
                 f"{type(self).__name__} saves by CloudCheckpointIO; call Trainer(plugins=[CloudCheckpointIO(url)], …)"
             )
         return self.checkpoint_io
+
+    def setup(self, trainer: Any) -> None:
+        """Refuse to begin without a `CloudCheckpointIO`; else do as Lightning's strategy does."""
+        self._io()
+        super().setup(trainer)  # type: ignore[misc]
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Save on every rank, each its own part; as `CloudCheckpointIO.save_checkpoint` does for the rest.
@@ -617,7 +628,8 @@ class _Together:
 
     def teardown(self) -> None:
         """Wait for what is under way, as long as there are ranks to speak to."""
-        self._io().teardown()
+        if isinstance(self.checkpoint_io, CloudCheckpointIO):
+            self.checkpoint_io.teardown()
         super().teardown()  # type: ignore[misc]
 
 
@@ -648,6 +660,25 @@ class CloudRandomState(_pytorch.Callback):  # type: ignore[misc,unused-ignore]
         """Stand for the generators of this process."""
         self._kept: dict[str, Any] | None = None
         self._is_within = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse a strategy that would save past the plugin, to a folder of this machine.
+
+        Raises:
+            OptionsError: one of Lightning's that shards; says which to take.
+        """
+        del pl_module, stage
+        strategy = type(trainer.strategy)
+        is_past_it = strategy.save_checkpoint is not _strategies.Strategy.save_checkpoint
+        if (
+            is_past_it
+            and not issubclass(strategy, _Together)
+            and isinstance(trainer.strategy.checkpoint_io, CloudCheckpointIO)
+        ):
+            raise OptionsError(
+                f"{strategy.__name__} does not save by a CheckpointIO; take CloudModelParallelStrategy or "
+                "CloudFSDPStrategy of cloudckpt.integrations.lightning"
+            )
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Put the generators of every rank into the checkpoint; every rank is asked."""
@@ -691,3 +722,55 @@ class CloudRandomState(_pytorch.Callback):  # type: ignore[misc,unused-ignore]
     def _apply(self) -> None:
         if self._kept is not None:
             RandomState().load_state_dict(self._kept)
+
+
+class CloudPreemption(_pytorch.Callback):  # type: ignore[misc,unused-ignore]
+    """End training after the same batch on all ranks when any of them has notice that its machine goes.
+
+    ```python
+    callbacks=[ModelCheckpoint("checkpoints", save_last=True, save_on_exception=True), CloudPreemption()]
+    ```
+
+    Lightning hears SIGTERM alone, and with several ranks its handler speaks to the others in the middle of whatever
+    they are at, which can hang. While it trains this one hears in its place, SIGTERM and what the machine itself offers
+    (EC2, GCE, Azure, Slurm), asks all ranks after each batch, and ends by Lightning's `SIGTERMException`, at which
+    `ModelCheckpoint(save_on_exception=True)` saves. The exit status is that of the `Preemption`, 143; where Lightning
+    has started the ranks itself, 0, because it kills the others of one that ends otherwise.
+    """
+
+    def __init__(self, preemption: Preemption | None = None) -> None:
+        """Choose what to heed.
+
+        Args:
+            preemption: not started; None for all that this machine offers.
+        """
+        self._preemption = Preemption() if preemption is None else preemption
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to listen, in the place of Lightning.
+
+        Raises:
+            OptionsError: no callback would save.
+        """
+        del pl_module
+        callbacks = trainer.callbacks
+        if not any(
+            getattr(one, "save_on_exception", False) or isinstance(one, _pytorch.callbacks.OnExceptionCheckpoint)
+            for one in callbacks
+        ):
+            raise OptionsError("nothing would be saved at the end; give ModelCheckpoint save_on_exception=True")
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self._preemption.start()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Ask all ranks whether any has notice, and end then; ModelCheckpoint comes after this one."""
+        del pl_module, outputs, batch, batch_idx
+        has_notice = self._preemption.notice is not None
+        if trainer.strategy.reduce_boolean_decision(has_notice, all=False):
+            raise _exceptions.SIGTERMException(self._preemption.exit_code if trainer.strategy.launcher is None else 0)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Listen no more; Lightning gives the handlers back that it found."""
+        del trainer, pl_module, stage
+        self._preemption.stop()

@@ -31,8 +31,8 @@ from typing import Any, cast
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
-from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_by_dcp
+from torch.distributed.checkpoint.state_dict_saver import save as save_by_dcp
 
 from cloudckpt import (
     Checkpoint,
@@ -125,7 +125,7 @@ def save(
     writer = CloudWriter(url, storage_options=storage_options, options=options, metrics=metrics)
     planner = _Planner(dedup_replicated_tensors=False, flatten_state_dict=False)
     with _plain_errors():
-        save_state_dict(state, storage_writer=writer, planner=planner)
+        save_by_dcp(state, storage_writer=writer, planner=planner)
     return writer.checkpoint if dist.get_rank() == 0 else None
 
 
@@ -174,7 +174,7 @@ def load(
     )
     reader = CloudReader(url, storage_options=storage_options, options=options)
     with _plain_errors():
-        load_state_dict(state, storage_reader=reader, planner=planner)
+        load_by_dcp(state, storage_reader=reader, planner=planner)
     named = {name: _unwrap_pyt_sharded_tensor(value) for name, value in state.items()}
     loaded = _replace_sharded_keys_with_state_dict_keys(named, flat, renamed)
     _restore_dict_types(loaded, sharded)

@@ -54,7 +54,7 @@ with framework("ray", lowest="2.60", extra="ray"):
     import ray.train
     from ray.train import CheckpointConfig
 
-__all__ = ["RayCheckpoints", "url_of"]
+__all__ = ["RayCheckpoints", "rules_of", "url_of"]
 
 _POINTER = "cloudckpt.json"
 
@@ -107,7 +107,7 @@ class RayCheckpoints:
                 raise OptionsError("keep goes with a URL; give the manager retention=[KeepLast(…)] instead")
             self.manager = checkpoints
         else:
-            self.manager = CheckpointManager(checkpoints, retention=_rules_of(keep))
+            self.manager = CheckpointManager(checkpoints, retention=rules_of(keep))
         self._is_noticed = False
 
     def restore(self, state: MutableMapping[str, object], **how: Any) -> Checkpoint | None:
@@ -174,8 +174,12 @@ class RayCheckpoints:
             self.manager.__exit__(kind, error, trace)
 
 
-def _rules_of(keep: CheckpointConfig | None) -> list[RetentionRule]:
-    """Return rules that keep what Ray does, which is the newest besides the best."""
+def rules_of(keep: CheckpointConfig | None) -> list[RetentionRule]:
+    """Return rules that keep what Ray does, which is the newest besides the best; for a manager of your own.
+
+    Args:
+        keep: as Ray is given it.
+    """
     if keep is None or keep.num_to_keep is None:
         return []
     if keep.checkpoint_score_attribute is None:

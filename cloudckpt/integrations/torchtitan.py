@@ -23,16 +23,28 @@ Run with torchtitan 0.3.0 and torch 2.13.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import secrets
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 
-from cloudckpt import CheckpointManager, CheckpointNotFoundError, KeepLast, OptionsError, PerRank, SaveHandle, load
+from cloudckpt import (
+    Checkpoint,
+    CheckpointManager,
+    CheckpointNotFoundError,
+    KeepLast,
+    OptionsError,
+    PerRank,
+    SaveHandle,
+    StateMismatchError,
+    load,
+)
 from cloudckpt.integrations.framework import framework
 
 with framework("torchtitan", lowest="0.3.0", extra="torchtitan"):
@@ -42,6 +54,8 @@ with framework("torchtitan", lowest="0.3.0", extra="torchtitan"):
 __all__ = ["CloudCheckpointManager"]
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _MODEL_ONLY = "torchtitan_model_only"
 
@@ -126,9 +140,16 @@ class CloudCheckpointManager(TorchtitanManager):
 
     def _state(self) -> dict[str, Any]:
         # The flat dicts, not their owners: each pipeline stage has other names, and what is loaded fills these tensors.
-        tensors = {name: self.states[name].state_dict() for name in (MODEL, OPTIMIZER)}
+        own = self.states[OPTIMIZER].state_dict()
+        optimizer = _with_values_of_all(own)
+        self._is_staged = optimizer is not own
         loader = self.states[DATALOADER]
-        return {**self.states, **tensors, DATALOADER: None if loader is None else PerRank(loader)}
+        return {
+            **self.states,
+            MODEL: self.states[MODEL].state_dict(),
+            OPTIMIZER: optimizer,
+            DATALOADER: None if loader is None else PerRank(loader),
+        }
 
     def _exported(self) -> dict[str, Any]:
         return {
@@ -168,7 +189,8 @@ class CloudCheckpointManager(TorchtitanManager):
         if missing := set(self.exclude_from_loading) - set(self.states):
             raise OptionsError(f"exclude_from_loading names {sorted(missing)}; there are {sorted(self.states)}")
         only = [MODEL] if meant is not None and meant.step == 0 else self._included()
-        self._restored(lambda state: manager.restore(state, "latest" if step == -1 else step, only=only), only)
+        wanted: Literal["latest"] | int = "latest" if step == -1 else step
+        self._restored(lambda state, strict: manager.restore(state, wanted, only=only, strict=strict), only)
         return True
 
     def _included(self) -> list[str] | None:
@@ -177,9 +199,14 @@ class CloudCheckpointManager(TorchtitanManager):
             return None
         return [name for name in self.states if name not in self.exclude_from_loading]
 
-    def _restored(self, restore: Callable[[dict[str, Any]], object], only: Sequence[str] | None) -> None:
+    def _restored(
+        self, restore: Callable[[dict[str, Any], bool], Checkpoint | None], only: Sequence[str] | None
+    ) -> None:
         state = self._state()
-        restore(state)
+        # Of other pipeline stages a rank has nothing; what it has must be there all the same.
+        found = restore(state, not self._is_staged)
+        if found is not None and found.fit is not None and found.fit.missing:
+            raise StateMismatchError(f"{found.url} lacks {', '.join(found.fit.missing)}; all else was restored")
         for name in (MODEL, OPTIMIZER):
             if only is None or name in only:
                 self.states[name].load_state_dict(state[name])
@@ -189,7 +216,7 @@ class CloudCheckpointManager(TorchtitanManager):
         if path is not None and not self.initial_load_in_hf:
             only = [MODEL] if self.initial_load_model_only else self._included()
             try:
-                self._restored(lambda state: load(state, path, only=only, strict=False), only)
+                self._restored(lambda state, strict: load(state, path, only=only, strict=strict), only)
             except CheckpointNotFoundError:
                 logger.info("%s holds no checkpoint of cloudckpt; torchtitan loads it", path)
             else:
@@ -207,3 +234,18 @@ class CloudCheckpointManager(TorchtitanManager):
         # Also called by the deleter of an object that was never made whole.
         if (manager := getattr(self, "manager", None)) is not None:
             manager.close()
+
+
+def _with_values_of_all(flat: dict[str, Any]) -> dict[str, Any]:
+    """Add the plain values of other pipeline stages, because a state has the same ones on all ranks."""
+    values = {name: value for name, value in flat.items() if not isinstance(value, torch.Tensor)}
+    names = hashlib.sha256("\0".join(sorted(values)).encode()).hexdigest()
+    if len(set(_of_all(names))) == 1:
+        return flat
+    return {name: value for others in _of_all(values) for name, value in others.items()} | flat
+
+
+def _of_all(mine: _T) -> list[_T]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found

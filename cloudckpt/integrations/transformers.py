@@ -9,7 +9,8 @@ trainer.train(resume_from_checkpoint=True)  # the newest good one; from the star
 ```
 
 **What is saved**, whenever the Trainer saves: the model (of a PEFT model the adapters alone), optimizer, scheduler,
-gradient scaler, each rank's generators, and the Trainer's own state with its log and that of its callbacks.
+gradient scaler, each rank's generators, the Trainer's own state with its log and that of its callbacks; and beside the
+tensors, as files, configurations and tokenizer (`manager.restore_files`).
 **What the Trainer still does itself**: when to save (`save_strategy`, `save_steps`), which is the best, skipping of
 batches, `save_model`. `save_total_limit`, `save_only_model` and `load_best_model_at_end` mean what they always mean.
 **Limits**: DeepSpeed, SageMaker's model parallelism, XLA, a hyperparameter search, and pushing of checkpoints to the
@@ -33,7 +34,7 @@ from typing import Any
 
 from torch import nn
 
-from cloudckpt import Checkpoint, CheckpointManager, RandomState, RankZero, SaveHandle, Trainable
+from cloudckpt import Checkpoint, CheckpointManager, RandomState, RankZero, Trainable
 from cloudckpt.errors import IntegrityError, OptionsError
 from cloudckpt.integrations.framework import framework
 
@@ -86,7 +87,7 @@ class CloudCheckpoints(Trainer):
             self.checkpoints = CheckpointManager(checkpoints, retention=rule, preemption=can_hear)
         self._generators = RandomState()
         self._resumed: tuple[str, Checkpoint] | None = None
-        self._best: SaveHandle | None = None
+        self._folder = ""
         self.add_callback(_Notices(self.checkpoints))
 
     def _refuse_what_saves_elsewhere(self) -> None:
@@ -142,7 +143,7 @@ class CloudCheckpoints(Trainer):
         self._note_callbacks()
         state, step = self.state, self.state.global_step
         text = json.dumps({**dataclasses.asdict(state), "best_model_checkpoint": None})
-        handle = self.checkpoints.async_save(
+        self.checkpoints.async_save(
             step,
             {
                 **self.checkpoint_model(),
@@ -151,13 +152,27 @@ class CloudCheckpoints(Trainer):
             },
             metrics=_metrics(state.log_history, step),
             metadata={_BEST: state.best_global_step, _BARE: bool(self.args.save_only_model)},
+            files=self._files(),
             exists="skip",
         )
-        if step == state.best_global_step:
-            self._best = handle
         if self.checkpoints.preempted:
             # Not before: the flag is a part of what is saved.
             self.control.should_training_stop = True
+
+    def _files(self) -> dict[str, str]:
+        """Return what makes weights a model that can be loaded: configurations and the tokenizer, written once."""
+        folder = Path(self._folder, "model")
+        if not folder.exists() and self.is_world_process_zero():
+            folder.mkdir()
+            inner = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            found = [getattr(inner, name, None) for name in ("config", "generation_config")]
+            for one in (*found, self.processing_class):
+                if hasattr(one, "save_pretrained"):
+                    one.save_pretrained(folder)
+            if isinstance(adapters := getattr(inner, "peft_config", None), dict):
+                for name, one in adapters.items():
+                    one.save_pretrained(folder if name == "default" else folder / name)
+        return {"model/": os.fspath(folder)} if folder.exists() and any(folder.iterdir()) else {}
 
     def _note_callbacks(self) -> None:
         """Have the Trainer's state hold that of its callbacks, as they are now."""
@@ -196,15 +211,16 @@ class CloudCheckpoints(Trainer):
         if trial is not None:
             raise OptionsError("a hyperparameter search has many runs, and this is the root of one; search without it")
         with tempfile.TemporaryDirectory(prefix="cloudckpt-") as folder:
-            result = self._train_from(resume_from_checkpoint, folder, ignore_keys_for_eval)
-        self.checkpoints.wait()
+            self._folder = folder
+            result = self._train_from(resume_from_checkpoint, ignore_keys_for_eval)
+            self.checkpoints.wait()
         if self.checkpoints.preempted:
             sys.exit(self.checkpoints.exit_code)
         return result
 
-    def _train_from(self, wanted: Any, folder: str, ignored: list[str] | None) -> TrainOutput:
+    def _train_from(self, wanted: Any, ignored: list[str] | None) -> TrainOutput:
         """Train from what is wanted; from an older checkpoint if the newest was wanted and turns out to be corrupt."""
-        resume, corrupt = self._staged(wanted, folder), None
+        resume, corrupt = self._staged(wanted), None
         while True:
             try:
                 return super().train(resume, None, ignored)
@@ -216,9 +232,11 @@ class CloudCheckpoints(Trainer):
                 if not older:
                     raise
                 logger.warning("%s is corrupt (%s); the next older one is taken", bad.url, exc)
-                resume = self._staged(older[-1], folder)
+                if getattr(self, "neftune_hook_handle", None) is not None:
+                    self.neftune_hook_handle.remove()  # which `train` adds once more
+                resume = self._staged(older[-1])
 
-    def _staged(self, wanted: Any, folder: str) -> str | None:
+    def _staged(self, wanted: Any) -> str | None:
         """Put the Trainer's own state of a checkpoint into a folder, where the Trainer looks for it."""
         self._resumed = None
         if wanted is None or wanted is False:
@@ -233,9 +251,9 @@ class CloudCheckpoints(Trainer):
         )
         if checkpoint is None:
             return None
-        Path(folder, "trainer_state.json").write_text(str(trainer.value), encoding="utf-8")
-        self._resumed = folder, checkpoint
-        return folder
+        Path(self._folder, "trainer_state.json").write_text(str(trainer.value), encoding="utf-8")
+        self._resumed = self._folder, checkpoint
+        return self._folder
 
     def _at(self, url: str) -> Checkpoint:
         """Return the checkpoint at a URL."""

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 
 from cloudckpt.page.history import Facts, Job, Save
 from cloudckpt.page.markup import Html, joined, tag
-from cloudckpt.page.words import save_words, span, utc
+from cloudckpt.page.words import metric_name, save_words, span, utc
 from cloudckpt.report import as_bytes
 
 __all__ = ["PHASES", "bars_of_bytes", "bars_of_seconds", "lanes", "metric_curve"]
@@ -196,12 +196,12 @@ def metric_curve(name: str, facts: Facts, saves: Sequence[Save]) -> Html | None:
         tag("text", str(step), x=x(step), y=height - 10, class_="label middle")
         for step in sorted({min(steps), max(steps)})
     ]
-    return _drawing(height, f"{name} by step", [*axis, *lines, *ticks, *dots, *labels])
+    return _drawing(height, f"{metric_name(name)} by step", [*axis, *lines, *ticks, *dots, *labels])
 
 
 def _point(name: str, save: Save, value: float, x: _Scale, y: _Scale) -> Html:
     kind = "mark save pinned" if save.pin is not None else "mark save"
-    words = f"{name} {value:.6g}; {save_words(save)}"
+    words = f"{metric_name(name)} {value:.6g}; {save_words(save)}"
     dot = tag("circle", cx=x(save.checkpoint.step), cy=y(value), r=5.0 if save.pin is not None else 3.5)
     return tag("g", tag("title", words), dot, class_=kind, tabindex="0")
 

@@ -15,7 +15,7 @@ from cloudckpt.page.history import Break, Facts, Job, Save, claimed_at
 from cloudckpt.page.markup import Child, Html, tag
 from cloudckpt.page.prices import MONTH_S, Prices
 from cloudckpt.page.tables import long_cell, moment, number_cell, pairs, seconds_cell, table_of, time_cell, words_cell
-from cloudckpt.page.words import money, percent, span
+from cloudckpt.page.words import metric_name, money, percent, span
 from cloudckpt.report import as_bytes
 from cloudckpt.root import Overview
 
@@ -201,9 +201,11 @@ def _metrics(run: Run) -> Html | None:
     drawn = [(name, curve) for name in names[:_METRICS] if (curve := metric_curve(name, run.facts, run.shown))]
     if not drawn:
         return None
-    buttons = [tag("button", name, type="button", aria_pressed="false") for name, _ in drawn]
+    buttons = [tag("button", metric_name(name), type="button", aria_pressed="false") for name, _ in drawn]
     choices = tag("p", *buttons, class_="choices", data_of="metric", hidden="") if len(drawn) > 1 else None
-    panels = [tag("div", tag("p", name, class_="dim"), curve, data_panel="metric") for name, curve in drawn]
+    panels = [
+        tag("div", tag("p", metric_name(name), class_="dim"), curve, data_panel="metric") for name, curve in drawn
+    ]
     legend = _legend(("kept", "is there"), ("pin", "is there, pinned"), ("gone", "a job went on from it; it is gone"))
     left = len(names) - _METRICS
     more = _note(f"{left} more metrics are in the manifests; `cloudckpt ls --json` prints them.") if left > 0 else None
@@ -249,29 +251,37 @@ def _advice(run: Run) -> Html:
 def _cost(run: Run) -> Html:
     title = "What it costs"
     prices, saves = run.prices, run.facts.saves
-    objects = sum(save.checkpoint.manifest.shard_count + 2 for save in saves)
+    manifests = [save.checkpoint.manifest for save in saves]
+    objects = sum(one.shard_count + 2 for one in manifests)
     requests = sum(int(save.number("requests") or 0) for save in saves)
     retries = sum(int(save.number("retries") or 0) for save in saves)
     rows = [
         ("Bytes there", as_bytes(run.total_bytes)),
         ("Objects of the checkpoints that are there", f"{objects:,}"),
-        ("Requests of rank 0 for them", f"{requests:,}, {retries:,} of them retries"),
+        ("Requests of rank 0 for them, up to each commit", f"{requests:,}, {retries:,} of them retries"),
     ]
     if prices is None:
         rows.append(("Prices", "none are known for this store; give --prices FILE.json"))
         return _section(title, pairs(rows))
     gib_months = sum(save.checkpoint.total_bytes / 2**30 * _age_s(run, save) / MONTH_S for save in saves)
-    # The objects of all ranks, and what else rank 0 has asked, as if all of it were writes.
-    writes = objects + max(0, requests - objects)
+    # All that rank 0 has asked, as if all of it were writes, and a put for each shard of the other ranks: of as many as
+    # it has itself.
+    others = sum(one.shard_count * (one.world_size - 1) // max(1, one.world_size) for one in manifests)
+    writes = max(objects, requests + others)
     rows += [
         ("Storage, a month as it stands", money(run.total_bytes / 2**30 * prices.storage_gib_month, prices.currency)),
         ("Storage so far of what is there", money(gib_months * prices.storage_gib_month, prices.currency)),
-        ("Requests of its saves, at most", money(writes / 1_000 * prices.writes_1000, prices.currency)),
+        ("Requests of its saves, about", money(writes / 1_000 * prices.writes_1000, prices.currency)),
         ("Prices", _prices(prices)),
     ]
     note = "Prices depend on region, class and contract, and change: --prices FILE.json takes yours. Not in it: what "
     return _section(
-        title, pairs(rows), _note(f"{note}was removed, restores, reads by others, and traffic out of the region.")
+        title,
+        pairs(rows),
+        _note(
+            f"{note}was removed, what retention asks after each commit, retries of other ranks, restores, reads by "
+            "others, and traffic out of the region."
+        ),
     )
 
 
@@ -300,7 +310,7 @@ def _table(run: Run) -> Html | None:
         ("blocked", True),
         ("retries", True),
         ("pinned", False),
-        *((name, True) for name in names),
+        *((metric_name(name), True) for name in names),
     ]
     rows = [_save_row(save, names) for save in reversed(run.shown)]
     return _section("Checkpoints", table_of(columns, rows, is_sortable=True), _left_out(run))

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from cloudckpt.page.history import Save
 from cloudckpt.report import as_bytes
 
-__all__ = ["money", "percent", "save_words", "span", "utc"]
+__all__ = ["metric_name", "money", "percent", "save_words", "span", "utc"]
 
 
 def span(seconds: float | None) -> str:
@@ -36,6 +36,11 @@ def money(amount: float, currency: str) -> str:
 def percent(share: float | None) -> str:
     """Return a share as people read it."""
     return "–" if share is None else f"{100 * share:.1f} %"
+
+
+def metric_name(name: str) -> str:
+    """Return a metric's name, in quotes if blanks begin or end it: an older save may have one of blanks alone."""
+    return name if name and name == name.strip() else f'"{name}"'
 
 
 def save_words(save: Save) -> str:

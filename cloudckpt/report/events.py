@@ -80,7 +80,7 @@ class SaveCommitted(Event):
         phases: seconds of `plan`, `stage` (of the rank that took longest), `upload` (likewise), `gather` and
             `commit`; staging and uploading overlap.
         slowest_rank: whose upload took longest; None where that is not known.
-        requests: that rank 0 has made.
+        requests: that rank 0 has made, up to the manifest's own; not what a replaced checkpoint and retention cost.
         retries: those among them that an earlier failure made necessary.
         metrics: what was measured at the save.
     """

@@ -144,6 +144,7 @@ class Entry:
     def working(self, step: int, *, in_background: bool) -> None:
         """Note that nothing else is waited for any more: what a save of `step` costs is counted from here on."""
         self.work_began_s = self._journal.clock()
+        self._before = self._journal.store.stats()
         self._in_background = in_background
         waited_s = self.work_began_s - self.began_s
         self._tell(lambda: SaveBegun(**self._about(step), in_background=in_background, waited_s=waited_s))
@@ -177,12 +178,13 @@ class Entry:
         self._journal.meter.note_commit(elapsed_s)
         self._tell(lambda: self._committed(checkpoint, elapsed_s))
         with self._journal.harmless(f"step {checkpoint.step} is saved, but that could not be told"):
-            self._say("saved", checkpoint, elapsed_s, phases=_phases(checkpoint))
+            spent = self._spent_on(checkpoint)
+            self._say("saved", checkpoint, elapsed_s, spent, phases=_phases(checkpoint))
             if left_s is not None:
                 logger.warning("rank %d: step %s is safe, %s", self.rank, checkpoint.step, _beside_the_end(left_s))
 
     def _committed(self, checkpoint: Checkpoint, elapsed_s: float) -> SaveCommitted:
-        spent, summary = self._journal.store.stats() - self._before, checkpoint.manifest.summary
+        summary, (requests, retries) = checkpoint.manifest.summary, self._spent_on(checkpoint)
         slowest = summary.get("slowest_rank")
         return SaveCommitted(
             **_of_checkpoint(checkpoint),
@@ -192,21 +194,27 @@ class Entry:
             seconds=elapsed_s,
             phases=_phases_of(checkpoint),
             slowest_rank=None if slowest is None else int(slowest),
-            requests=spent.requests,
-            retries=spent.retries,
+            requests=requests,
+            retries=retries,
             metrics=dict(checkpoint.metrics),
         )
 
+    def _spent_on(self, checkpoint: Checkpoint | None = None) -> tuple[int, int]:
+        """Return requests and retries of this rank; those of rank 0's commit are its manifest's."""
+        summary = checkpoint.manifest.summary if checkpoint is not None and self.rank == 0 else {}
+        spent = self._journal.store.stats() - self._before
+        return int(summary.get("requests", spent.requests)), int(summary.get("retries", spent.retries))
+
     def failed(self, step: int, error: BaseException, *, is_forgiven: bool = False) -> None:
         """Note that a save has ended without a checkpoint; who raises the error says so to a person."""
-        spent = self._journal.store.stats() - self._before
+        requests, retries = self._spent_on()
         self._tell(
             lambda: SaveFailed(
                 **self._about(step),
                 in_background=self._in_background,
                 seconds=self._elapsed_s(),
-                requests=spent.requests,
-                retries=spent.retries,
+                requests=requests,
+                retries=retries,
                 kind=type(error).__name__,
                 error=hide(str(error)),
                 is_forgiven=is_forgiven,
@@ -222,24 +230,26 @@ class Entry:
             return
         elapsed_s = self._elapsed_s()
         self._journal.meter.note_restore(elapsed_s)
-        spent = self._journal.store.stats() - self._before
+        requests, retries = self._spent_on()
         self._tell(
             lambda: Restored(
                 **_of_checkpoint(checkpoint),
                 epoch=checkpoint.epoch,
                 total_bytes=checkpoint.total_bytes,
                 seconds=elapsed_s,
-                requests=spent.requests,
-                retries=spent.retries,
+                requests=requests,
+                retries=retries,
             )
         )
-        self._say("restored", checkpoint, elapsed_s)
+        self._say("restored", checkpoint, elapsed_s, (requests, retries))
 
     def _elapsed_s(self) -> float:
         return self._journal.clock() - self.work_began_s
 
-    def _say(self, did: str, checkpoint: Checkpoint, elapsed_s: float, *, phases: str = "") -> None:
-        spent = self._journal.store.stats() - self._before
+    def _say(
+        self, did: str, checkpoint: Checkpoint, elapsed_s: float, spent: tuple[int, int], *, phases: str = ""
+    ) -> None:
+        requests, retries = spent
         logger.info(
             "rank %d: %s step %s of epoch %d: %d bytes in %.3f s%s, %d requests, %d retries",
             self.rank,
@@ -249,15 +259,15 @@ class Entry:
             checkpoint.total_bytes,
             elapsed_s,
             phases,
-            spent.requests,
-            spent.retries,
+            requests,
+            retries,
         )
         step = f" step {checkpoint.step}" if checkpoint.step >= 0 else ""
         way = "to" if did == "saved" else "from"
-        retries = f", after {spent.retries} retries" if spent.retries else ""
+        after = f", after {retries} retries" if retries else ""
         self._journal.progress.say(
             f"{did}{step} {way} {checkpoint.url}: {as_bytes(checkpoint.total_bytes)} in {elapsed_s:.2f} s "
-            f"({as_bytes(checkpoint.total_bytes / max(elapsed_s, 1e-9))}/s){retries}",
+            f"({as_bytes(checkpoint.total_bytes / max(elapsed_s, 1e-9))}/s){after}",
             rank=self.rank,
         )
 

@@ -7,6 +7,7 @@ No lock is held while a callable runs. Any thread may tell; also one of a forked
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections import deque
@@ -22,6 +23,9 @@ __all__ = ["Teller"]
 _QUEUE = 10_000
 
 
+_PLAIN = "give a plain function, which hands work to a loop of yours by asyncio.run_coroutine_threadsafe"
+
+
 class Teller:
     """The callables of one job, and what they have not been told yet."""
 
@@ -34,7 +38,7 @@ class Teller:
             limit: how many events wait; then the oldest is dropped.
 
         Raises:
-            OptionsError: it is not callable.
+            OptionsError: it is not callable, or a call would only make a coroutine or a generator.
         """
         self._callables = _callables(on_event)
         self._note = note
@@ -95,9 +99,16 @@ class Teller:
         while (event := self._next()) is not None:
             for call in self._callables:
                 try:
-                    call(event)
+                    self._note_if_unrun(call, call(event))
                 except BaseException as exc:  # noqa: BLE001 (anybody's code; an exit of this thread would end the telling)
                     self._note_once(f"on_event {_name(call)} failed at {type(event).__name__}: {exc!r}")
+
+    def _note_if_unrun(self, call: Callable[[Event], object], result: object) -> None:
+        """Note a result that stands for work which nobody does: who wrote the callable takes it for told."""
+        if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+            if inspect.iscoroutine(result):
+                result.close()  # else Python warns, from wherever it is collected
+            self._note_once(f"on_event {_name(call)} returns a {type(result).__name__}, which nobody runs; {_PLAIN}")
 
     def _next(self) -> Event | None:
         with self._lock:
@@ -114,6 +125,10 @@ class Teller:
             self._note(trouble)
 
 
+# What only makes an object that somebody else has to run.
+_MAKING = (inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction)
+
+
 def _callables(on_event: object) -> tuple[Callable[[Event], object], ...]:
     if on_event is None:
         return ()
@@ -121,6 +136,8 @@ def _callables(on_event: object) -> tuple[Callable[[Event], object], ...]:
     for one in given:
         if not callable(one) or isinstance(one, type):
             raise OptionsError(f"on_event is {one!r}; give a callable that takes an event, or a list of them")
+        if any(does(one) or does(getattr(one, "__call__", None)) for does in _MAKING):  # noqa: B004 (it is looked into)
+            raise OptionsError(f"on_event is {one!r}, and a call of it runs nothing; {_PLAIN}")
     return tuple(given)
 
 

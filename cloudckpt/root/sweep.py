@@ -21,9 +21,17 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from cloudckpt.errors import StorageError
-from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, PINS_PREFIX, parse_checkpoint_prefix, parse_pin_key
+from cloudckpt.format import (
+    EPOCHS_PREFIX,
+    MANIFEST_NAME,
+    PINS_PREFIX,
+    parse_checkpoint_prefix,
+    parse_name_key,
+    parse_pin_key,
+)
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.claims import highest_claim
+from cloudckpt.root.pins import Named
 from cloudckpt.root.removal import delete_below, nested
 from cloudckpt.store import ObjectInfo, Store, one_deadline, scrub
 
@@ -89,7 +97,8 @@ def sweep(
 def find_orphans(catalog: Catalog, *, older_than_s: float, clock: Callable[[], float] | None = None) -> list[Orphan]:
     """Return what no checkpoint owns, whatever its age; of the highest epoch nothing, because that may be at work.
 
-    A pinned checkpoint whose manifest is gone is no orphan, but put back, unless `clock` says that nothing is written.
+    A pinned checkpoint whose manifest is gone is no orphan, but put back, and names of what never was committed go,
+    unless `clock` says that nothing is written.
 
     Args:
         catalog: the root's.
@@ -101,6 +110,8 @@ def find_orphans(catalog: Catalog, *, older_than_s: float, clock: Callable[[], f
         for prefix in listed.uncommitted_pins():
             catalog.put_back(prefix)
     highest = highest_claim(listed.claims)
+    if clock is None:
+        catalog.pins.take(listed.idle_names(highest))
     left = {
         prefix: found
         for prefix, found in listed.below.items()
@@ -131,6 +142,7 @@ class _Listed:
     claims: list[str] = field(default_factory=list)
     clocks: list[ObjectInfo] = field(default_factory=list)
     pinned: set[str] = field(default_factory=set)
+    names: list[Named] = field(default_factory=list)
     below: dict[str, list[ObjectInfo]] = field(default_factory=dict)
     newest_s: float = 0.0
 
@@ -146,9 +158,16 @@ class _Listed:
                 listed.claims.append(info.key)
             elif top == PINS_PREFIX:
                 listed.pinned.update(filter(None, [parse_pin_key(info.key)]))
+                listed.names += [Named(*found) for found in [parse_name_key(info.key)] if found is not None]
             elif parse_checkpoint_prefix(top):
                 listed.below.setdefault(top, []).append(info)
         return listed
+
+    def idle_names(self, highest: int) -> list[Named]:
+        """Return what gives a name to nothing, nor ever will: of older epochs, where no manifest stands."""
+        committed = {top for top, found in self.below.items() if any(one.key == top + MANIFEST_NAME for one in found)}
+        kept = committed | self.pinned
+        return [one for one in self.names if one.order[0] < highest and one.prefix not in kept]
 
     def uncommitted_pins(self) -> list[str]:
         """Return the prefixes that are pinned, and at which something stands, but no manifest."""

@@ -57,6 +57,9 @@ logger = logging.getLogger(__name__)
 # What a save that failed leaves behind must not keep it long from being told: of its patience, and at most.
 _DISCARD_SHARE = 0.1
 _DISCARD_S = 10.0
+# What a manifest cannot have counted: the listing that looks for a newer epoch, if there are any, and its own put.
+_FENCE_REQUESTS = 1
+_MANIFEST_REQUESTS = 1
 _ONE_FOR_ALL = frozenset({"s3", "gs", "az", "abfs", "abfss"})
 
 
@@ -281,6 +284,7 @@ def _manifest(target: Target, index: Index, data: bytes, record: Record, seconds
     store = target.catalog.store
     elapsed_s = time.monotonic() - record.began_s
     spent = stats_of(store) - record.spent_before
+    to_come = _MANIFEST_REQUESTS + (_FENCE_REQUESTS if target.epoch else 0)
     return Manifest(
         format_version=FORMAT_VERSION,
         state="committed",
@@ -299,7 +303,7 @@ def _manifest(target: Target, index: Index, data: bytes, record: Record, seconds
         summary={
             "seconds": round(elapsed_s, 4),
             "bytes_per_s": round(index.total_bytes / max(elapsed_s, 1e-9), 1),
-            "requests": float(spent.requests),
+            "requests": float(spent.requests + to_come),
             "retries": float(spent.retries),
             **{phase: round(value, 4) for phase, value in seconds.items()},
         },

@@ -8,6 +8,7 @@ from cloudckpt.store.assembling import Place, appended, assembled
 from cloudckpt.store.base import Listing, ObjectInfo, Store, is_key
 from cloudckpt.store.limit import LeftBehindError, one_deadline, told_of_moves, watched
 from cloudckpt.store.local import scrub
+from cloudckpt.store.location import TEXT_OPTIONS, local_path
 from cloudckpt.store.opening import environment_options, open_store
 from cloudckpt.store.probe import probe_create, probe_write, race
 from cloudckpt.store.proof import PROVEN_BYTES
@@ -17,6 +18,7 @@ from cloudckpt.store.stats import StoreStats
 
 __all__ = [
     "PROVEN_BYTES",
+    "TEXT_OPTIONS",
     "LeftBehindError",
     "Listing",
     "ObjectInfo",
@@ -29,6 +31,7 @@ __all__ = [
     "environment_options",
     "hide",
     "is_key",
+    "local_path",
     "one_deadline",
     "open_store",
     "probe_create",

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-__all__ = ["NOT_OFFERED", "TEMP_PREFIX", "Disk", "is_link", "temp_name"]
+__all__ = ["NOT_OFFERED", "TEMP_PREFIX", "Disk", "is_link", "is_special", "temp_name"]
 
 TEMP_PREFIX = ".cloudckpt-tmp-"
 
@@ -162,3 +162,12 @@ def is_link(name: str, *, at: int) -> bool:
         return stat.S_ISLNK(os.lstat(name, dir_fd=at).st_mode)
     except FileNotFoundError:
         return False
+
+
+def is_special(name: str, *, at: int) -> bool:
+    """Tell whether a name below an open directory is a device, a pipe or a socket."""
+    try:
+        mode = os.lstat(name, dir_fd=at).st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode))

@@ -30,7 +30,7 @@ from cloudckpt.errors import (
 from cloudckpt.options import MIB
 from cloudckpt.store.base import Listing, ObjectInfo, check_delimiter
 from cloudckpt.store.buffers import check_destination, check_end, check_length, check_limit, flat, pieces
-from cloudckpt.store.disk import NOT_OFFERED, Disk, temp_name
+from cloudckpt.store.disk import NOT_OFFERED, Disk, is_special, temp_name
 from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
 from cloudckpt.store.limit import StandsStillError, awaited, get_on, is_limited, is_watched, limited, note_move
 from cloudckpt.store.local_tree import ABSENT, LocalTree, describe, segments_of, try_lock
@@ -234,6 +234,7 @@ class LocalStore:
         with ExitStack() as stack:
             with self._our_errors("put", key):
                 fd = stack.enter_context(self._tree.directory(parents, make=True))
+                self._refuse_special(name, at=fd)
                 file = self._disk.open_new(temp, at=fd)
                 stack.callback(os.close, file)
                 try_lock(file)
@@ -295,8 +296,17 @@ class LocalStore:
         return offset
 
     def _replace(self, fd: int, temp: str, name: str) -> None:
+        self._refuse_special(name, at=fd)
         self._disk.rename(temp, name, at=fd)
         self._disk.sync_directory(fd)
+
+    def _refuse_special(self, name: str, *, at: int) -> None:
+        # A rename would put a file in the place of /dev/null, for root.
+        if is_special(name, at=at):
+            raise StorageError(
+                f"{name!r} in {self._root} is a device, a pipe or a socket, which an object would take the place of; "
+                "choose another name"
+            )
 
     def _claim(self, fd: int, temp: str, name: str) -> None:
         try:

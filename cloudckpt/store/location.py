@@ -15,7 +15,17 @@ from urllib.parse import unquote_to_bytes, urlsplit
 from cloudckpt.errors import OptionsError
 from cloudckpt.store.base import Listing, ObjectInfo, check_key, is_key
 
-__all__ = ["LOCAL_SCHEMES", "Location", "check_endpoint", "local_path", "named_endpoint", "parse_location", "scheme_of"]
+__all__ = [
+    "LOCAL_SCHEMES",
+    "TEXT_OPTIONS",
+    "Location",
+    "check_endpoint",
+    "check_no_numbers",
+    "local_path",
+    "named_endpoint",
+    "parse_location",
+    "scheme_of",
+]
 
 # "" stands for a path.
 LOCAL_SCHEMES = frozenset({"", "file", "local"})
@@ -32,8 +42,18 @@ _WITH_BUCKETS = frozenset({"s3", "gs"})
 _BUCKET = re.compile(r"\A(?:[A-Za-z0-9][A-Za-z0-9._-]*|arn:aws[a-z-]*:s3[A-Za-z0-9:._-]*)\Z")
 # The name of an access point stands behind a slash of its own: arn:aws:s3:region:account:accesspoint/name.
 _ACCESS_POINT = re.compile(r"\A(arn:[^/]*?:(?:outpost/[^/]+/)?(?:accesspoint|bucket)[:/][^/]+)(?:/(.*))?\Z", re.DOTALL)
+TEXT_OPTIONS = frozenset(
+    (
+        *("key", "secret", "token", "username", "password", "profile", "project"),
+        *("account_name", "account_key", "sas_token", "connection_string", "tenant_id", "client_id", "client_secret"),
+        *("region_name", "aws_access_key_id", "aws_secret_access_key", "aws_session_token"),
+    )
+)
+"""Options of fsspec's filesystems, and of their clients, that are text also where they look like a number."""
 # Azure writes container@account where others have a bucket.
 _ENDPOINT_VARIABLES = {"s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), "gs": ("STORAGE_EMULATOR_HOST",)}
+# Google's tools take host:port from it.
+_BARE = frozenset({"STORAGE_EMULATOR_HOST"})
 _CONTAINER_AT_ACCOUNT = frozenset({"az", "abfs", "abfss"})
 
 
@@ -146,30 +166,63 @@ def named_endpoint(scheme: str, options: Mapping[str, object]) -> str:
 
 def check_endpoint(scheme: str, options: Mapping[str, object]) -> None:
     """Refuse an endpoint that no request can go to, by who names it; it may hold a credential, and is not repeated."""
-    place, named = _endpoint(scheme, options)
-    if not named or scheme not in _WITH_BUCKETS:
+    if scheme not in _WITH_BUCKETS:
         return
+    for place, given in _given_endpoints(options).items():
+        if given is not None and (not isinstance(given, str) or not given):
+            what = "is empty" if given == "" else f"is a {type(given).__name__}"
+            raise OptionsError(f"{place} {what}; write http(s)://host:port, or leave it out")
+    place, named = _endpoint(scheme, options)
+    if named and (reason := _fault_of(named, may_be_bare=place in _BARE)):
+        raise OptionsError(f"{place} {reason}; write http(s)://host:port")
+
+
+def check_no_numbers(options: Mapping[str, object], where: str = "storage_options") -> None:
+    """Refuse numbers where a text is meant, by name: JSON and YAML make them of keys that are digits."""
+    for name, value in options.items():
+        if name in TEXT_OPTIONS and isinstance(value, int | float | bytes):
+            raise OptionsError(
+                f"{where}[{name!r}] is of type {type(value).__name__} (it is not repeated here); give a str, in JSON "
+                "and YAML in quotes"
+            )
+        if isinstance(value, Mapping) and name not in TEXT_OPTIONS:
+            check_no_numbers(value, f"{where}[{name!r}]")
+
+
+def _fault_of(named: str, *, may_be_bare: bool) -> str:
+    """Return why no request can go to a server; or ""."""
+    if any(char.isspace() for char in named):
+        return "has a blank in it, perhaps at its end"
     try:
-        parts = urlsplit(named if "://" in named else f"http://{named}")
-        reason = "" if parts.hostname else "has no host"
+        parts = urlsplit(f"http://{named}" if may_be_bare and "://" not in named else named)
         parts.port  # noqa: B018 - read from the text only now
     except ValueError as exc:
-        reason = f"is no URL ({exc})"
-    if any(char.isspace() for char in named):
-        reason = "has a blank in it, perhaps at its end"
-    if reason:
-        raise OptionsError(f"{place} {reason}; write http(s)://host:port")
+        return f"is no URL ({exc})"
+    faults = {
+        "does not begin with http:// or https://": parts.scheme not in ("http", "https"),
+        "has no host": not parts.hostname,
+        "holds a user or a password, which no request carries: credentials go into storage_options": "@"
+        in parts.netloc,
+        "has a query or a fragment": bool(parts.query or parts.fragment),
+    }
+    return next((words for words, is_so in faults.items() if is_so), "")
 
 
 def _endpoint(scheme: str, options: Mapping[str, object]) -> tuple[str, str]:
     """Return who names a server, and its URL as it stands; or empty texts."""
-    inner = options.get("client_kwargs")
     given = {
-        "endpoint_url in storage_options": options.get("endpoint_url"),
-        "client_kwargs['endpoint_url']": inner.get("endpoint_url") if isinstance(inner, Mapping) else None,
+        **_given_endpoints(options),
         **{name: os.environ.get(name) for name in _ENDPOINT_VARIABLES.get(scheme, ())},
     }
     return next(((place, str(url)) for place, url in given.items() if url), ("", ""))
+
+
+def _given_endpoints(options: Mapping[str, object]) -> dict[str, object]:
+    inner = options.get("client_kwargs")
+    return {
+        "endpoint_url in storage_options": options.get("endpoint_url"),
+        "client_kwargs['endpoint_url']": inner.get("endpoint_url") if isinstance(inner, Mapping) else None,
+    }
 
 
 def local_path(url: str | os.PathLike[str]) -> str:

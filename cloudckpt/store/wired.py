@@ -25,7 +25,7 @@ from cloudckpt.store.credentials import check_texts
 from cloudckpt.store.facts import before_sending
 from cloudckpt.store.kept import Lease, key_of, leave, left_when_dropped, retire, take, use
 from cloudckpt.store.limit import Errand, is_limited, limited
-from cloudckpt.store.location import check_endpoint, named_endpoint, parse_location
+from cloudckpt.store.location import check_endpoint, check_no_numbers, named_endpoint, parse_location
 from cloudckpt.store.proof import check_listed
 from cloudckpt.store.redact import hide_in_logs, remember_secrets
 from cloudckpt.store.terms import PutTerms
@@ -69,6 +69,7 @@ class WiredStore(ABC):
         self._is_closed = False
         self._pid = os.getpid()
         remember_secrets(self._options)
+        check_no_numbers(self._options)
         if self._location.scheme in _SENT_IN_HEADERS:
             check_texts(self._options)
         check_endpoint(self._location.scheme, self._options)

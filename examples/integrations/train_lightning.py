@@ -23,7 +23,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from cloudckpt import ResumableSampler
-from cloudckpt.integrations.lightning import CloudCheckpointIO, CloudModelParallelStrategy, CloudRandomState
+from cloudckpt.integrations.lightning import (
+    CloudCheckpointIO,
+    CloudModelParallelStrategy,
+    CloudPreemption,
+    CloudRandomState,
+)
 
 
 class Batches:
@@ -111,6 +116,7 @@ def main() -> None:
                 save_on_exception=True,
             ),
             CloudRandomState(),
+            CloudPreemption(),
         ],
         strategy=sharded if args.shard else "ddp" if args.ranks > 1 else "auto",
         accelerator="cpu", devices=args.ranks, max_epochs=args.epochs, use_distributed_sampler=False, logger=False,

@@ -23,6 +23,17 @@ S3 = "s3://bucket/x"
             {"client_kwargs": {"region_name": "eu", "a": {"b": 1}}},
         ),
         (["key="], {"key": ""}),
+        (
+            ["key=12", "secret=1e5", "token=true", "profile=7", "client_kwargs.aws_session_token=3"],
+            {
+                "key": "12",
+                "secret": "1e5",
+                "token": "true",
+                "profile": "7",
+                "client_kwargs": {"aws_session_token": "3"},
+            },
+        ),
+        (['token={"type": "service_account"}'], {"token": {"type": "service_account"}}),
     ],
 )
 def test_a_single_option_is_json_where_it_is_and_text_else(texts: list[str], options: dict[str, object]) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+import tomllib
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -235,6 +236,24 @@ def test_the_installed_command_runs_and_its_status_is_the_answer(tmp_path: Path)
     assert bad.returncode == 1
     assert bad.stdout == ""
     assert "Traceback" not in bad.stderr
+
+
+def test_ctrl_c_while_the_command_loads_ends_it_with_one_line(tmp_path: Path) -> None:
+    # What is loaded interrupts, and turns that into an error of its own, as libraries do.
+    (tmp_path / "typer.py").write_text(
+        "import os, signal, time\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(60)\n"
+        "except BaseException as exc:\n    raise ImportError('no typer') from exc\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = run_to_end([sys.executable, "-m", "cloudckpt", "ls", str(tmp_path)], env={**os.environ, "PYTHONPATH": path})
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "cloudckpt: interrupted; nothing was changed\n"
+
+
+def test_the_installed_command_is_the_one_that_answers_ctrl_c() -> None:
+    declared = tomllib.loads(Path("pyproject.toml").read_text())["project"]["scripts"]
+    assert declared == {"cloudckpt": "cloudckpt.__main__:main"}
 
 
 def test_a_warning_on_the_way_is_told_as_errors_are_and_the_rest_is_listed(root: Path) -> None:

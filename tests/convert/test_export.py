@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +299,21 @@ def test_exports_to_a_bucket_come_back_from_there(to: str, saved: str, s3_url: F
     wanted = cloudckpt.read(saved, "model" if options else None, progress="off")
     found = cloudckpt.read(tmp_path / "back", progress="off")
     assert_alike(wanted, found, types=False)
+
+
+def test_nothing_but_a_file_is_replaced_by_an_export(saved: str, tmp_path: Path) -> None:
+    path = tmp_path / "out" / "x.pt"
+    path.parent.mkdir()
+    makes: dict[str, Callable[[], object]] = {
+        "no regular file": lambda: os.mkfifo(path),
+        "a directory": path.mkdir,
+        "a symbolic link to elsewhere": lambda: path.symlink_to("elsewhere"),
+    }
+    for words, make in makes.items():
+        make()
+        kind = path.lstat().st_mode
+        with pytest.raises(OptionsError, match=f"is {words}.* nothing was written"):
+            exported(saved, path, "torch", overwrite=True)
+        assert path.lstat().st_mode == kind
+        assert list(path.parent.iterdir()) == [path]
+        path.rmdir() if path.is_dir() else path.unlink()

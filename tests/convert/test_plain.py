@@ -61,7 +61,7 @@ def test_all_that_writes_and_reads_files_can(tmp_path: Path) -> None:
         reader.seek(0)
         assert reader.read() == data
     with cloudckpt.open(tmp_path / "array", "wb") as file:
-        np.save(file, np.arange(5000))  # type: ignore[arg-type]
+        np.save(file, np.arange(5000))
     with cloudckpt.open(tmp_path / "array") as reader:
         assert np.array_equal(np.load(reader), np.arange(5000))
 

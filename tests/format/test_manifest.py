@@ -68,7 +68,7 @@ CLAIM = EpochClaim(
     resumed_from=(11_500, 2),
 )
 
-metrics = st.dictionaries(st.text(min_size=1, max_size=9), st.floats(), max_size=4)
+metrics = st.dictionaries(st.text(max_size=9).map("m".__add__), st.floats(), max_size=4)
 plain_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=9),
     lambda inner: (
@@ -362,7 +362,7 @@ def test_what_is_no_number_is_no_metric(value: object) -> None:
         metrics_to_json({"loss": value})
 
 
-@pytest.mark.parametrize("name", ["", 7, None, "loss\udc80"])
+@pytest.mark.parametrize("name", ["", " ", "\t\n", "\u200b", 7, None, "loss\udc80"])
 def test_a_metric_without_a_usable_name_is_refused(name: Any) -> None:
     with pytest.raises(OptionsError, match="metric name"):
         metrics_to_json({name: 1.0})

@@ -6,12 +6,14 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,10 +26,17 @@ from raw_access import FreshPrefix
 
 lightning = pytest.importorskip("lightning", reason="the frameworks are in an environment of their own")
 
+from lightning.fabric.plugins import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.demos.boring_classes import BoringModel  # noqa: E402
 
-from cloudckpt.integrations.lightning import CloudCheckpointIO, CloudRandomState, _is_stub  # noqa: E402
+from cloudckpt.integrations.lightning import (  # noqa: E402
+    CloudCheckpointIO,
+    CloudModelParallelStrategy,
+    CloudPreemption,
+    CloudRandomState,
+    _is_stub,
+)
 
 # Lightning warns of many things, such as few workers.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
@@ -118,6 +127,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[Any, s
     return losses
 
 
+EXIT_PREEMPTED = 143
 TWO = ("--ranks", "2")
 
 
@@ -153,11 +163,29 @@ def test_a_run_that_is_told_to_end_saves_where_it_is_and_ends_in_time(
     tmp_path: Path, s3_url: FreshPrefix, alone: Callable[..., dict[Any, str]], arguments: tuple[str, ...]
 ) -> None:
     training = Training(tmp_path, s3_url.url, s3_url.storage_options, *arguments)
-    before, _ = training.run(at_step=7, by=signal.SIGTERM)
+    before, code = training.run(at_step=7, by=signal.SIGTERM)
+    # Lightning kills the others of a rank that it has started and that ends otherwise.
+    assert code == (0 if arguments else EXIT_PREEMPTED)
     after, code = training.run()
     assert code == 0
     assert min(step for _, step in after) == max(step for _, step in before) + 1, "steps were lost"
     assert before | after == alone(*arguments)
+
+
+@pytest.mark.slow
+def test_what_two_ranks_have_sharded_goes_on_with_one_and_is_read_whole(tmp_path: Path, s3_url: FreshPrefix) -> None:
+    of_two, options = (*TWO, "--shard", "--epochs", "1"), s3_url.storage_options
+    before, code = Training(tmp_path, s3_url.url, options, *of_two).run()
+    assert code == 0
+    io = CloudCheckpointIO(s3_url.url, local=tmp_path, storage_options=options)
+    read = torch.load(tmp_path / "checkpoints" / "last.ckpt")
+    assert read["state_dict"]["net.0.weight"].shape == (32, 16)
+    assert read["hyper_parameters"] == {"width": 32}
+    io.teardown()
+    (tmp_path / "one").mkdir()
+    after, code = Training(tmp_path / "one", s3_url.url, options, "--ranks", "1", "--shard").run()
+    assert code == 0
+    assert min(step for _, step in after) == max(step for _, step in before) + 1
 
 
 # -- in this process ---------------------------------------------------------------------------------------------
@@ -188,7 +216,7 @@ def root(tmp_path: Path) -> str:
     return str(tmp_path / "root")
 
 
-def trainer_of(io: CloudCheckpointIO, epochs: int, **more: Any) -> Any:
+def trainer_of(io: Any, epochs: int, **more: Any) -> Any:
     arguments: dict[str, Any] = {"monitor": "loss", "save_top_k": 2, "save_last": True} | more
     return lightning.Trainer(
         plugins=[io],
@@ -210,6 +238,48 @@ def test_the_root_holds_what_lightning_keeps_and_no_more(here: Path, root: str) 
     assert len(kept) == 3
     assert names_in(root) == kept
     assert all(_is_stub(here / name) for name in kept)
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other) and one.dtype == other.dtype
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and one == other
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"save_top_k": -1, "save_last": None},
+        {"save_top_k": 0, "save_last": True},
+        {"save_top_k": 1, "mode": "max", "filename": "best"},
+        {"monitor": None, "every_n_train_steps": 1, "save_top_k": 1},
+        {"monitor": None, "filename": "same", "save_top_k": -1, "every_n_epochs": 1},
+        {"enable_version_counter": False, "filename": "same", "save_top_k": 2},
+        {"save_top_k": 2, "save_last": "link"},
+        {"save_weights_only": True},
+        {"every_n_epochs": 2, "filename": "deep/{epoch}-{loss:.3f}"},
+    ],
+    ids=str,
+)
+def test_names_and_contents_are_those_of_files(here: Path, root: str, arguments: dict[str, Any]) -> None:
+    kept: list[dict[str, Any]] = []
+    for make in (TorchCheckpointIO, lambda: CloudCheckpointIO(root)):
+        can_resume = "save_weights_only" not in arguments  # Lightning itself refuses to go on from these
+        for epochs, start in ((2, None), (4, "last" if can_resume else None)):
+            lightning.seed_everything(1)
+            trainer = trainer_of(make(), epochs, **arguments)
+            trainer.callbacks = [one for one in trainer.callbacks if not isinstance(one, CloudRandomState)]
+            trainer.fit(Model(), ckpt_path=start)
+        folder = here / "checkpoints"
+        kept.append({str(one): torch.load(one) for one in sorted(folder.rglob("*.ckpt"))})
+        shutil.rmtree(folder)
+    stock, ours = kept
+    assert list(stock) == list(ours)
+    assert all(same(stock[name], ours[name]) for name in stock)
 
 
 def test_last_is_found_where_no_file_is(here: Path, root: str) -> None:
@@ -353,6 +423,23 @@ def test_it_goes_to_another_process_without_its_manager(here: Path, root: str) -
     io = CloudCheckpointIO(root)
     io.save_checkpoint({"a": 1}, "x.ckpt")
     assert pickle.loads(pickle.dumps(io)).load_checkpoint("x.ckpt") == {"a": 1}
+
+
+def test_a_strategy_that_saves_past_the_plugin_is_refused_before_training(here: Path, root: str) -> None:
+    strategy = lightning.pytorch.strategies.ModelParallelStrategy()
+    strategy.checkpoint_io = CloudCheckpointIO(root)
+    with pytest.raises(OptionsError, match="take CloudModelParallelStrategy"):
+        CloudRandomState().setup(SimpleNamespace(strategy=strategy), None, "fit")
+
+
+def test_a_strategy_of_ours_wants_the_plugin_before_training(here: Path) -> None:
+    with pytest.raises(OptionsError, match=r"call Trainer\(plugins=\[CloudCheckpointIO\(url\)\]"):
+        CloudModelParallelStrategy().setup(None)
+
+
+def test_a_run_that_would_not_be_saved_at_its_end_is_refused_before_training() -> None:
+    with pytest.raises(OptionsError, match="give ModelCheckpoint save_on_exception=True"):
+        CloudPreemption().on_train_start(SimpleNamespace(callbacks=[ModelCheckpoint("checkpoints")]), None)
 
 
 def test_fabric_saves_and_loads_a_state(here: Path, root: str) -> None:

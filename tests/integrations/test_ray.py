@@ -9,13 +9,17 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("ray", reason="make integrations installs the frameworks")
 
 from bucket import Bucket
+from ray.train import Checkpoint, CheckpointConfig
 
+from cloudckpt import CheckpointManager, IntegrityError, KeepBest, KeepLast, OptionsError
+from cloudckpt.integrations.ray import RayCheckpoints, rules_of, url_of
 from raw_access import FreshPrefix
 from tests.integrations.interrupted import REPOSITORY
 
@@ -25,8 +29,8 @@ _LINE = re.compile(r"rank (\d+) (\d+) step (\d+) (\S+)")
 Strike = Callable[[Bucket, list[int]], None]
 
 
-def _run(root: FreshPrefix, workers: int, *strikes: tuple[int, Strike]) -> dict[tuple[int, int], list[str]]:
-    """Return rank and step → the bits of its losses, one for each time that the step was trained.
+def _run(root: FreshPrefix, workers: int, *strikes: tuple[int, Strike]) -> dict[tuple[int, int], set[tuple[int, str]]]:
+    """Return rank and step → the processes that have trained that step, and the bits of their losses.
 
     Args:
         root: where to save.
@@ -48,18 +52,21 @@ def _run(root: FreshPrefix, workers: int, *strikes: tuple[int, Strike]) -> dict[
         start_new_session=True,
     ) as job:
         assert job.stdout is not None
-        losses: dict[tuple[int, int], list[str]] = {}
+        losses: dict[tuple[int, int], set[tuple[int, str]]] = {}
         left, of_rank = list(strikes), dict[int, int]()
         try:
             for line in job.stdout:
                 for rank, pid, step, loss in _LINE.findall(line):
                     of_rank[int(rank)] = int(pid)
-                    losses.setdefault((int(rank), int(step)), []).append(loss)
+                    losses.setdefault((int(rank), int(step)), set()).add((int(pid), loss))
                     if left and rank == "0" and int(step) >= left[0][0] and len(of_rank) == workers:
                         left.pop(0)[1](Bucket(root.url, root.storage_options), [of_rank[one] for one in range(workers)])
                         of_rank.clear()
             assert job.wait(60) == 0
         finally:
+            job.terminate()  # so that Ray ends what it has started, which is in sessions of its own
+            with suppress(subprocess.TimeoutExpired):
+                job.wait(60)
             with suppress(ProcessLookupError):
                 os.killpg(job.pid, signal.SIGKILL)
     assert not left
@@ -89,6 +96,28 @@ def _kill_last_in_save(bucket: Bucket, pids: list[int]) -> None:
     raise AssertionError("no save could be struck")
 
 
+def test_what_ray_keeps_the_root_keeps() -> None:
+    assert rules_of(None) == rules_of(CheckpointConfig()) == []
+    assert rules_of(CheckpointConfig(num_to_keep=3)) == [KeepLast(3)]
+    assert rules_of(
+        CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="loss", checkpoint_score_order="min")
+    ) == [KeepBest("loss", 2, "min"), KeepLast(1)]
+
+
+def test_a_pointer_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    theirs = Checkpoint.from_directory(tmp_path)
+    with pytest.raises(OptionsError, match=r"cloudckpt\.json"):
+        url_of(theirs)
+    (tmp_path / "cloudckpt.json").write_text("[]")
+    with pytest.raises(IntegrityError, match="no pointer"):
+        url_of(theirs)
+
+
+def test_rules_for_ray_and_a_manager_with_its_own_are_refused(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path) as manager, pytest.raises(OptionsError, match="retention"):
+        RayCheckpoints(manager, keep=CheckpointConfig(num_to_keep=3))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_that_are_killed_are_replaced_and_have_the_losses_of_a_run_left_alone(
     s3_url: FreshPrefix, workers: int
@@ -98,10 +127,9 @@ def test_workers_that_are_killed_are_replaced_and_have_the_losses_of_a_run_left_
 
     found = _run(struck, workers, (6, _kill_last), (9, _kill_last_in_save))
 
-    assert {place: set(losses) for place, losses in found.items()} == {
-        place: set(losses) for place, losses in alone.items()
+    assert {place: {loss for _, loss in trained} for place, trained in found.items()} == {
+        place: {loss for _, loss in trained} for place, trained in alone.items()
     }
-    assert len(found[0, 6]) > 1, "steps after the newest checkpoint were trained again"
-    assert all(len(set(losses)) == 1 for losses in found.values())
+    assert len(found[0, 6]) == 2, "a step after the newest checkpoint is trained again, by another process"
     kept = [attempt for attempt in Bucket(struck.url, struck.storage_options).attempts() if attempt.is_committed]
     assert [attempt.step for attempt in kept] == [16, 20, 24]

@@ -29,7 +29,11 @@ from tests.integrations.interrupted import Run, assert_same_losses, run_program
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.mark.parametrize(("ranks", "arguments"), [(1, ()), (2, ()), (2, ("--fsdp",)), (1, ("--lora",))])
+@pytest.mark.parametrize(
+    ("ranks", "arguments"),
+    [(1, ()), (2, ()), (2, ("--fsdp",)), (1, ("--lora",))],
+    ids=["alone", "ddp", "fsdp2", "lora"],
+)
 def test_a_trainer_that_is_killed_and_told_to_end_has_the_losses_of_one_left_alone(
     s3_url: FreshPrefix, ranks: int, arguments: tuple[str, ...]
 ) -> None:
@@ -113,6 +117,21 @@ def test_no_checkpoint_is_written_into_output_dir(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("out/*"))
 
 
+def test_a_checkpoint_has_the_files_that_make_its_weights_a_model(tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    trainer.checkpoints.restore_files(tmp_path / "files")
+    cloudckpt.export(
+        trainer.checkpoints.url,
+        tmp_path / "hf",
+        to="huggingface",
+        prefix="model.",
+        config=tmp_path / "files/model",
+    )
+    twin = GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
+    tokens = rows(4, 2)[0]["input_ids"][None]
+    assert torch.equal(twin.eval()(tokens).logits, trainer.model.eval()(tokens).logits)
+
+
 def test_a_checkpoint_has_what_was_logged_at_its_step(tmp_path: Path) -> None:
     trainer = trained(tmp_path, eval_strategy="steps", eval_steps=2)
     for checkpoint in trainer.checkpoints.checkpoints()[:-1]:
@@ -162,12 +181,12 @@ def test_a_step_an_older_checkpoint_and_a_url_are_gone_on_from(tmp_path: Path) -
 
 
 def test_the_next_older_checkpoint_is_taken_where_the_newest_is_corrupt(tmp_path: Path) -> None:
-    alone = trained(tmp_path)
+    alone = trained(tmp_path, neftune_noise_alpha=5.0)
     for shard in tmp_path.glob("root/step-0000000009-*/*/*.safetensors"):
         data = bytearray(shard.read_bytes())
         data[len(data) // 2] ^= 1
         shard.write_bytes(data)
-    resumed = trained(tmp_path, resume=True)
+    resumed = trained(tmp_path, resume=True, neftune_noise_alpha=5.0)
     assert resumed.losses == {9: alone.losses[9]}
 
 
@@ -332,3 +351,7 @@ def test_a_trainer_of_trl_goes_on_with_the_same_losses(tmp_path: Path, *, is_lor
 
     alone = tuned(None)
     assert tuned(4) == {step: alone[step] for step in (5, 6)}
+    with cloudckpt.CheckpointManager(tmp_path / "root") as manager:
+        files = manager.restore_files(tmp_path / "files")
+    assert {"model/config.json", "model/tokenizer.json"} <= set(files)
+    assert ("model/adapter_config.json" in files) == is_lora

@@ -189,6 +189,26 @@ def life(clients: list[FaultStore], client: FaultStore, done: list[int]) -> None
             done.append(step)
 
 
+def test_a_sweep_takes_the_names_of_saves_that_were_killed_and_no_others(clients: list[FaultStore]) -> None:
+    bucket = Bucket()
+    clients.append(FaultStore(bucket))
+    with opened("memory://bucket/run") as manager:
+        manager.save(1, state_of(1), name="epoch=1")
+    client = FaultStore(bucket)
+    client.inject(kind=FaultKind.CRASH_BEFORE, verbs=("create",), key="manifest.json")
+    clients.append(client)
+    with suppress(Crash), opened("memory://bucket/run") as manager:
+        manager.save(2, state_of(2), name="epoch=2")
+    assert len([key for key in bucket.raw_list() if key.startswith("pins/")]) == 2
+    bucket.advance(10)
+    clients.append(FaultStore(bucket))
+    with opened("memory://bucket/run") as manager:
+        manager.save(3, state_of(3))
+        manager.sweep(dry_run=False, older_than_s=0.0)
+        assert named(manager) == {"epoch=1": 1}
+    assert len([key for key in bucket.raw_list() if key.startswith("pins/")]) == 1
+
+
 @pytest.mark.parametrize("crash", CRASHES)
 def test_a_name_is_of_a_whole_checkpoint_no_older_than_acknowledged_at_any_crash_point(
     clients: list[FaultStore], crash: FaultKind

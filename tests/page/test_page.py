@@ -185,6 +185,12 @@ def test_a_metric_that_is_no_number_draws_no_mark(root: Path) -> None:
     assert metric_curve("other", facts, facts.saves) is None
 
 
+def test_a_metric_of_an_older_save_whose_name_is_blank_can_be_seen() -> None:
+    saves = [checkpoint_of(step, 1, at_s=step, metrics={" ": 1.0, "loss": 0.5}) for step in (1, 2)]
+    page = page_about(facts_of(saves, {}))
+    assert page.count("&quot; &quot;</button>") == page.count("&quot; &quot; by step") == 1
+
+
 def test_pinned_checkpoints_are_told_with_their_note(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path, progress="off", save_rng=False) as manager:
         for step in (1, 2):
@@ -324,8 +330,8 @@ def test_prices_of_one_s_own_are_said_with_their_source(tmp_path: Path, root: Pa
     page = page_about(facts_of(checkpoints, claims), prices=prices_from(path))
     assert "24,576.00 EUR" in page, "3 GiB of 8 checkpoints"
     assert f"1024 EUR for a GiB and month, 10 EUR for 1,000 writes: {path}" in page
-    # 48 shards, an index and a manifest each, and 20 more requests of rank 0.
-    assert "5.60 EUR" in page
+    # 70 requests of rank 0 each, and a put for each of the 42 shards of the other 7 ranks.
+    assert "8.96 EUR" in page
 
 
 def test_the_prices_that_the_documentation_shows_can_be_read(tmp_path: Path) -> None:
@@ -377,6 +383,39 @@ def test_the_command_writes_to_a_pipe_or_a_device_and_puts_no_file_in_its_place(
         assert result.exit_code == 0, result.stderr
         assert read.result().startswith("<!doctype html>")
     assert pipe.is_fifo()
+
+
+def test_the_command_writes_through_a_link(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link, target = tmp_path / "link.html", tmp_path / "there" / "page.html"
+    link.symlink_to("there/page.html")
+    for _ in ("a link to nothing yet", "to a file"):
+        result = CliRunner().invoke(app, ["report", str(root), "-o", str(link)])
+        assert result.exit_code == 0, result.stderr
+        assert (link.is_symlink(), list(target.parent.iterdir())) == (True, [target])
+        assert target.read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        (".", "-o . is a directory; name a file in it, such as report.html"),
+        ("", "-o . is a directory"),
+        ("/", "such as /report.html"),
+        ("nodir/x.html", "there is no directory"),
+        ("circle", "leads in a circle"),
+    ],
+)
+def test_where_no_page_can_go_is_said_in_one_line_before_anything_is_read(
+    tmp_path: Path, output: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle").symlink_to("circle")
+    result = CliRunner().invoke(app, ["report", str(tmp_path / "nothing"), "-o", output])
+    (line,) = result.stderr.splitlines()
+    assert result.exit_code == 1
+    assert words in line
+    assert [one.name for one in tmp_path.iterdir()] == ["circle"]
 
 
 def test_the_command_prints_the_page_where_that_is_wanted(root: Path) -> None:

@@ -8,7 +8,9 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from cloudckpt.errors import TransientError
 from cloudckpt.report.telling import Teller
 from tests.ranks.processes import fork, run
 from tests.store.gates import before
+from tests.store.http_object_server import ObjectServer
 
 HASTY = Options(retry=RetryPolicy(max_attempts=2, backoff_base_s=0.001, deadline_s=5, request_timeout_s=5))
 
@@ -269,6 +272,65 @@ def test_a_forked_child_tells_its_own_events_and_not_those_that_waited_in_its_pa
 def test_what_cannot_be_told_anything_is_refused(tmp_path: Path, given: Any) -> None:
     with pytest.raises(OptionsError, match="on_event is"):
         CheckpointManager(tmp_path, on_event=given)
+
+
+async def coroutine(_: Event) -> None: ...
+
+
+def generator(_: Event) -> Iterator[None]:
+    yield
+
+
+async def stream(_: Event) -> AsyncIterator[None]:
+    yield
+
+
+class AsyncCall:
+    async def __call__(self, _: Event) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "given",
+    [coroutine, generator, stream, AsyncCall(), partial(coroutine), [print, coroutine]],
+    ids=["coroutine", "generator", "stream", "call", "partial", "list"],
+)
+def test_a_callable_whose_call_runs_nothing_is_refused(tmp_path: Path, given: Any) -> None:
+    with pytest.raises(OptionsError, match="runs nothing; give a plain function"):
+        CheckpointManager(tmp_path, on_event=given)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("call", "what"), [(coroutine, "coroutine"), (generator, "generator")])
+def test_a_result_that_nobody_runs_is_noted_once(call: Callable[[Any], Any], what: str) -> None:
+    noted: list[str] = []
+    teller = Teller(lambda event, /: call(event), noted.append)
+    for _ in range(2):
+        teller.tell(Event(at=datetime.now(UTC), url="", step=1, world_size=1))
+    teller.end(30)
+    (note,) = noted
+    assert f"returns a {what}, which nobody runs" in note
+
+
+@pytest.mark.parametrize("numbers", [4, 1 << 19], ids=["small", "large"])
+def test_event_manifest_and_page_count_the_requests_that_a_store_has_seen(numbers: int) -> None:
+    told: list[Event] = []
+    with ObjectServer() as server:
+        options = {"key": "k", "secret": "s", "endpoint_url": server.endpoint}
+        with CheckpointManager(
+            "s3://bucket/root", storage_options=options, on_event=told.append, progress="off", save_rng=False
+        ) as manager:
+            for step in (1, 2):  # the first ones look at the root
+                manager.save(step, {"w": torch.zeros(numbers)})
+            before = len(server.requests)
+            checkpoint = manager.save(3, {"w": torch.ones(numbers)})
+            paths = [request.path for request in server.requests[before:] if request.method in ("PUT", "GET")]
+        seen = 1 + next(at for at, path in enumerate(paths) if path.endswith("/manifest.json"))
+        assert seen == (4 if numbers == 4 else 5)
+        saved = [event.requests for event in told if isinstance(event, SaveCommitted)]
+        page = cloudckpt.report_page("s3://bucket/root", storage_options=options)
+    assert checkpoint is not None
+    assert (saved[2], checkpoint.manifest.summary["requests"]) == (seen, seen)
+    assert f"{sum(saved)}, 0 of them retries" in page
 
 
 def test_an_event_is_a_value_that_holds_no_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

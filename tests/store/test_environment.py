@@ -263,8 +263,9 @@ def test_a_token_that_no_request_can_carry_is_refused(server: ObjectServer, engi
 def test_an_endpoint_that_is_no_url_is_an_error_of_the_options(
     server: ObjectServer, engine: Engine, endpoint: str
 ) -> None:
-    error = _refusal(engine, {**engine.options(server), "endpoint_url": endpoint}, "create")
-    assert isinstance(error, OptionsError)
+    with pytest.raises(OptionsError, match="does not begin with http:// or https://"):
+        _refusal(engine, {**engine.options(server), "endpoint_url": endpoint}, "create")
+    assert server.requests == []
 
 
 # ---- who asks, and where

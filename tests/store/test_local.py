@@ -561,6 +561,16 @@ class TestLinks:
         assert (outside / "secret").read_bytes() == b"secret"
         assert store.read("a", limit_bytes=1) == b"x"
 
+    def test_nothing_takes_the_place_of_a_device_a_pipe_or_a_socket(self, store: LocalStore, root: Path) -> None:
+        root.mkdir()
+        os.mkfifo(root / "pipe")
+        with pytest.raises(StorageError, match=r"'pipe' .* is a device, a pipe or a socket"):
+            store.put("pipe", views(b"x"))
+        with pytest.raises(StorageError, match="is a device, a pipe or a socket"), store.assembled("pipe"):
+            pytest.fail("what is refused is not written first")
+        assert (root / "pipe").is_fifo()
+        assert [one.name for one in root.iterdir()] == ["pipe"]
+
     def test_a_create_takes_a_dangling_link_for_taken(self, store: LocalStore, root: Path, outside: Path) -> None:
         root.mkdir()
         (root / "a").symlink_to(outside / "new")

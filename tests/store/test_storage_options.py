@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import ssl
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -356,6 +357,10 @@ def test_the_environment_may_name_an_emulator_of_gcs(
         ("http://my host:9000", "has a blank"),
         ("http://", "has no host"),
         ("http://[::1:9000", "is no URL"),
+        ("127.0.0.1:9000", "does not begin with http:// or https://"),
+        ("ftp://server", "does not begin with http:// or https://"),
+        ("http://user:canary@server", "holds a user or a password"),
+        ("http://server/?canary=1", "has a query or a fragment"),
     ],
 )
 @pytest.mark.parametrize("place", ["endpoint_url in storage_options", "client_kwargs", "AWS_ENDPOINT_URL"])
@@ -375,7 +380,31 @@ def test_an_endpoint_that_is_no_url_is_refused_at_opening(
     assert endpoint not in str(caught.value), "it may hold a password"
 
 
-@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:99999", "127.0.0.1:99999", "http://a b"])
+@pytest.mark.parametrize("endpoint", ["", 9000, b"http://127.0.0.1:9000"])
+@pytest.mark.parametrize("url", ["s3://bucket/root", "gs://bucket/root"])
+def test_an_endpoint_that_is_given_is_a_text(url: str, endpoint: object) -> None:
+    for options in ({"endpoint_url": endpoint}, {"client_kwargs": {"endpoint_url": endpoint}}):
+        with pytest.raises(OptionsError, match=r"endpoint_url.* is (empty|a int|a bytes); write http\(s\)://host:port"):
+            open_store(url, storage_options=options)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/root", "gs://bucket/root", "az://container/root"])
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"key": 12345678}, "['key'] is of type int"),
+        ({"secret": 1.5}, "['secret'] is of type float"),
+        ({"token": True}, "['token'] is of type bool"),
+        ({"client_kwargs": {"aws_session_token": 12345678}}, "['client_kwargs']['aws_session_token'] is of type int"),
+    ],
+)
+def test_a_number_where_a_text_is_meant_is_refused_by_name(url: str, options: dict[str, object], name: str) -> None:
+    with pytest.raises(OptionsError, match=f"storage_options{re.escape(name)}") as caught:
+        open_store(url, storage_options=options)
+    assert "12345678" not in str(caught.value)
+
+
+@pytest.mark.parametrize("endpoint", ["http://127.0.0.1:99999", "127.0.0.1:99999", "http://a b", "ftp://a"])
 def test_so_is_one_of_google(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
     with pytest.raises(OptionsError, match="STORAGE_EMULATOR_HOST"):
