@@ -12,8 +12,7 @@ from typing import Annotated
 import typer
 
 from cloudckpt.cli.printing import plain
-from cloudckpt.errors import CheckpointNotFoundError
-from cloudckpt.root import Catalog, Checkpoint, ManifestCache, Roots, mistaken_for
+from cloudckpt.root import Catalog, ManifestCache
 from cloudckpt.store import TEXT_OPTIONS, environment_options, hide, open_store
 
 __all__ = [
@@ -29,10 +28,7 @@ __all__ = [
     "cache_of",
     "ended",
     "ensure",
-    "newest_or_the_one",
-    "nothing_at",
     "parsed",
-    "the_one_at",
 ]
 
 Url = Annotated[str, typer.Argument(help="A root or a checkpoint: a directory, s3://…, gs://… or any fsspec URL.")]
@@ -199,45 +195,6 @@ def ensure(question: str, *, is_yes: bool) -> None:
         raise ended("nothing was changed", status=1)
 
 
-def newest_or_the_one(catalog: Catalog) -> Checkpoint:
-    """Return the newest checkpoint of a root, or the one that the URL itself is.
-
-    Raises:
-        CheckpointNotFoundError: neither.
-    """
-    found = Roots([catalog]).newest() or the_one_at(catalog)
-    if found is None:
-        raise nothing_at(catalog)
-    return found
-
-
-def the_one_at(catalog: Catalog) -> Checkpoint | None:
-    """Return the checkpoint that the URL itself is, if it is one."""
-    try:
-        return catalog.open()
-    except CheckpointNotFoundError:
-        return None
-
-
 def cache_of(*, no_cache: bool) -> ManifestCache | None:
     """Return where manifests are kept on this machine, if anywhere."""
     return None if no_cache else ManifestCache.of_environment()
-
-
-def nothing_at(catalog: Catalog, *, undecided: int | None = None) -> CheckpointNotFoundError:
-    """Say that nothing is committed, and what stands there in its place.
-
-    A bucket cannot tell an empty root from a missing one, so nothing here does.
-
-    Args:
-        catalog: where.
-        undecided: attempts without a commit; None: they are counted by a listing.
-    """
-    undecided = len(catalog.places()) if undecided is None else undecided
-    if above := catalog.root_above():
-        return CheckpointNotFoundError(above)
-    if undecided:
-        why = f"attempts without a commit: {undecided}; ask again when a save has ended"
-    else:
-        why = mistaken_for(catalog.store) or "check the URL"
-    return CheckpointNotFoundError(f"no committed checkpoint at {catalog.store.url}; {why}")

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from cloudckpt.cli.asking import Access, AsJson, Url, ended, newest_or_the_one
+from cloudckpt.cli.asking import Access, AsJson, Url, ended
 from cloudckpt.cli.printing import summary
 from cloudckpt.cli.rules import seconds_of
 from cloudckpt.errors import CheckpointNotFoundError
-from cloudckpt.root import Catalog, Checkpoint, Roots, wait_for_next
+from cloudckpt.root import Catalog, Checkpoint, Roots, newest_or_the_one, wait_for_next
 
 __all__ = ["latest"]
 

@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from cloudckpt.cli.asking import Access, AsJson, NoCache, Url, cache_of, ended, nothing_at, the_one_at
+from cloudckpt.cli.asking import Access, AsJson, NoCache, Url, cache_of, ended
 from cloudckpt.cli.printing import as_age, in_zone, print_table, summary, zone_name
 from cloudckpt.cli.rules import KeepBestOption, KeepEveryOption, KeepForOption, KeepLastOption, rules_of
 from cloudckpt.report import as_bytes
-from cloudckpt.root import Checkpoint, Overview, Roots, overview, why_kept
+from cloudckpt.root import Checkpoint, Overview, Roots, nothing_at, overview, the_one_at, why_kept
 
 __all__ = ["ls"]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from cloudckpt.cli.asking import Access, AsJson, Root, Yes, ended, nothing_at
+from cloudckpt.cli.asking import Access, AsJson, Root, Yes, ended
 from cloudckpt.cli.removing import DryRun, Grace, carry_out
 from cloudckpt.cli.rules import KeepBestOption, KeepEveryOption, KeepForOption, KeepLastOption, rules_of
-from cloudckpt.root import Thinning
+from cloudckpt.root import Thinning, nothing_at
 
 __all__ = ["prune"]
 

@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 
-from cloudckpt.cli.asking import Access, AsJson, Url, newest_or_the_one
+from cloudckpt.cli.asking import Access, AsJson, Url
 from cloudckpt.cli.printing import LINE_S, in_zone, print_facts, print_table, short, summary, zone_name
 from cloudckpt.errors import CheckpointNotFoundError
 from cloudckpt.format import Index, told_near
 from cloudckpt.loading import Group, groups_of, read_index, tensor_numbers
 from cloudckpt.report import Progress, as_bytes
-from cloudckpt.root import Checkpoint
+from cloudckpt.root import Checkpoint, newest_or_the_one
 from cloudckpt.state import OURS
 
 __all__ = ["show"]

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from cloudckpt.cli.asking import Access, AsJson, Root, Yes, ensure, nothing_at
+from cloudckpt.cli.asking import Access, AsJson, Root, Yes, ensure
 from cloudckpt.cli.printing import as_age, print_table
 from cloudckpt.cli.removing import DryRun
 from cloudckpt.cli.rules import seconds_of
 from cloudckpt.report import as_bytes
-from cloudckpt.root import Orphan
+from cloudckpt.root import Orphan, nothing_at
 from cloudckpt.root import sweep as sweep_root
 
 __all__ = ["sweep"]

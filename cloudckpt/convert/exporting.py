@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import get_args
 
 from cloudckpt.convert.opened import Exported, Job, Kind, Plan, by_cores, lean
-from cloudckpt.convert.places import folder_and_name, objects_in
+from cloudckpt.convert.places import folder_and_name, objects_in, telling_interrupts
 from cloudckpt.convert.to_dcp import plan_dcp
 from cloudckpt.convert.to_safetensors import HF_DECIDING, plan_huggingface, plan_safetensors
 from cloudckpt.convert.to_torch import plan_torch
-from cloudckpt.errors import CheckpointNotFoundError, OptionsError
+from cloudckpt.errors import OptionsError, StorageError
+from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, PINS_PREFIX, is_attempt
 from cloudckpt.loading import read_index
 from cloudckpt.options import MIB, Options, as_count
 from cloudckpt.report import Progress, Show
-from cloudckpt.root import Catalog, Checkpoint, Roots
+from cloudckpt.root import Catalog, newest_or_the_one, refuse_files
 from cloudckpt.store import RetryingStore, local_path, open_store
 
 __all__ = ["export", "refuse_model"]
@@ -113,12 +114,14 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
     _check(to, target, prefix=prefix, shard_bytes=max_shard_bytes, config=config)
     folder_url, name = folder_and_name(target) if _KINDS[to].is_file else (os.fspath(target), "")
     with (
+        telling_interrupts(),
         open_store(url, storage_options=storage_options, engine=engine, options=chosen) as source,
         open_store(folder_url, storage_options=target_storage_options, options=chosen) as folder,
         Progress(progress).bar("exporting", rank=0) as bar,
     ):
+        _refuse_ours(folder, target_storage_options, chosen)
         catalog = Catalog(source)
-        checkpoint = _meant(catalog)
+        checkpoint = newest_or_the_one(catalog)
         index = read_index(catalog, checkpoint)
         if options is None:
             chosen = by_cores(chosen, source, folder, least=_THREADS)
@@ -142,8 +145,12 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
             _refuse_no_file(Path(local_path(folder_url)), plan)
         _make_way(folder, plan, overwrite=overwrite)
         bar.begin(sum(part.nbytes for saved in plan.taken.tensors.values() for part in job.parts(saved)))
-        plan.write()
-        there = objects_in(folder)
+        try:
+            plan.write()
+        except BaseException as exc:
+            exc.add_note(_taken_back(folder, plan))
+            raise
+        there = objects_in(folder, plan.beginning)
     return Exported(
         url=f"{folder.url}/{name}" if name else folder.url,
         source=checkpoint.url,
@@ -166,6 +173,10 @@ def _check(
     ending = _KINDS[to].ending
     if not os.fspath(target).endswith(ending):
         raise OptionsError(f"the target {os.fspath(target)!r} of {to} is a file; let its name end in {ending}")
+    if os.fspath(target).rpartition("/")[2] == MANIFEST_NAME:
+        raise OptionsError(
+            f"the target {os.fspath(target)!r} has the name of a checkpoint's manifest; give another one"
+        )
     if to not in ("safetensors", "huggingface"):
         for name, value in (("prefix", prefix), ("max_shard_bytes", shard_bytes)):
             if value:
@@ -176,15 +187,13 @@ def _check(
         as_count("max_shard_bytes", shard_bytes, least=1)
 
 
-def _meant(catalog: Catalog) -> Checkpoint:
-    """Return the checkpoint that the URL is, or the newest one of the root that it is."""
-    try:
-        return catalog.open()
-    except CheckpointNotFoundError:
-        newest = Roots([catalog]).newest()
-        if newest is None:
-            raise
-        return newest
+def _refuse_ours(folder: RetryingStore, storage_options: Mapping[str, object] | None, options: Options) -> None:
+    """Refuse a folder that is a checkpoint or a root, or of such a one's own ones; raises `OptionsError`."""
+    refuse_files(Catalog(folder))
+    above, _, name = folder.url.rstrip("/").rpartition("/")
+    if above and (is_attempt(name) or f"{name}/" in (EPOCHS_PREFIX, PINS_PREFIX)):
+        with open_store(above, storage_options=storage_options, options=options) as store:
+            refuse_files(Catalog(store))
 
 
 def _config_files(config: str | os.PathLike[str]) -> dict[str, bytes]:
@@ -216,7 +225,8 @@ def _refuse_no_file(folder: Path, plan: Plan) -> None:
 
 
 def refuse_model(folder: RetryingStore) -> None:
-    """Refuse a folder early that holds a model of Hugging Face's; raises `OptionsError`."""
+    """Refuse a folder early that holds a model of Hugging Face's, or checkpoints of ours; raises `OptionsError`."""
+    refuse_files(Catalog(folder))
     there = sorted(HF_DECIDING & objects_in(folder).keys())
     if there:
         raise _taken(folder, there)
@@ -231,7 +241,9 @@ def _taken(folder: RetryingStore, names: Sequence[str]) -> OptionsError:
 
 def _make_way(folder: RetryingStore, plan: Plan, *, overwrite: bool) -> None:
     """Remove an export that stands in the folder, if that was asked for, the files first that make it one."""
-    in_the_way = [name for name in objects_in(folder) if name in plan.files or plan.ours.fullmatch(name)]
+    in_the_way = [
+        name for name in objects_in(folder, plan.beginning) if name in plan.files or plan.ours.fullmatch(name)
+    ]
     if not in_the_way:
         return
     if not overwrite:
@@ -240,3 +252,20 @@ def _make_way(folder: RetryingStore, plan: Plan, *, overwrite: bool) -> None:
         deciding = [name for name in in_the_way if name in plan.deciding]
         folder.delete(deciding)
         folder.delete([name for name in in_the_way if name not in deciding])
+
+
+def _taken_back(folder: RetryingStore, plan: Plan) -> str:
+    """Remove what of an export was written that did not end, so that the next one finds no other; say what is left.
+
+    One file is there whole or not at all.
+    """
+    if len(plan.files) == 1:
+        return "no file was written"
+    try:
+        folder.delete([name for name in objects_in(folder) if name in plan.files])
+    except StorageError as exc:
+        return (
+            f"no export is in {folder.url}, and files of it may stay there ({exc}); replace them by the next one "
+            "(overwrite=True, --force)"
+        )
+    return f"no export is in {folder.url}, and the files that were written were removed"

@@ -14,7 +14,7 @@ import torch
 
 from cloudckpt.convert.blob import Blob
 from cloudckpt.convert.dcp_metadata import Place, decode_metadata
-from cloudckpt.convert.from_torch import Archive
+from cloudckpt.convert.from_torch import Archive, no_bytes
 from cloudckpt.convert.origin import Bytes, Origin, reader_of
 from cloudckpt.errors import SourceError
 from cloudckpt.format import DTYPE_NAMES, Box, flatten_at
@@ -113,6 +113,8 @@ def _add_value(origin: Origin, name: str, value: object) -> None:
             raise SourceError(
                 f"{leaf_name[:_SHOWN]!r} is {leaf.dtype} {leaf.layout}, which has no dense bytes", key=leaf_name
             )
+        elif leaf.is_meta:
+            raise no_bytes(leaf_name, METADATA)
         else:
             shape = tuple(leaf.shape)
             box = Box(leaf_name, DTYPE_NAMES[leaf.dtype], shape, (0,) * len(shape), shape)

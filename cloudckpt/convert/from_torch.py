@@ -10,10 +10,12 @@ by name: nothing is run. Older files, which are no archives, tell no places, and
 from __future__ import annotations
 
 import io
+import math
 import struct
+import weakref
 import zipfile
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,7 +29,7 @@ from cloudckpt.format import DTYPE_NAMES, Box, flatten
 from cloudckpt.state import notes_of
 from cloudckpt.threads import new_lock
 
-__all__ = ["Archive", "add_torch", "is_archive", "is_older"]
+__all__ = ["Archive", "add_torch", "is_archive", "is_older", "no_bytes"]
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _PICKLE_LIMIT_BYTES = 256 << 20
@@ -47,6 +49,15 @@ def is_older(head: bytes) -> bool:
     """Tell whether an object that begins so is of one of PyTorch's formats that are no archive."""
     is_pickle = head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     return is_pickle or head[257:262] == b"ustar"
+
+
+def no_bytes(name: str, key: str) -> SourceError:
+    """Return the error for a tensor that had no memory when it was saved."""
+    return SourceError(
+        f"tensor {name[:_SHOWN]!r} has no bytes in {key!r}: it was on the meta device when it was saved; save it again "
+        "with its values, or without it",
+        key=name,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +87,8 @@ class _Older:
 
     def reader(self, name: str, tensor: torch.Tensor) -> Bytes:
         _check_kind(self.blob, name, tensor)
+        if tensor.is_meta:
+            raise no_bytes(name, self.blob.key)
         return reader_of(tensor)
 
     def place(self, tensor: torch.Tensor) -> int:
@@ -150,6 +163,8 @@ class Archive:
         return place_of(tensor)
 
     def _record_of(self, name: str, tensor: torch.Tensor) -> _Record:
+        if getattr(tensor.untyped_storage(), "_checkpoint_offset", None) is None:
+            raise no_bytes(name, self.blob.key)
         place = place_of(tensor)
         number = bisect_right(self._heads, place) - 1
         record = self._records[number] if number >= 0 else None
@@ -181,29 +196,122 @@ class Archive:
         return data
 
 
-_gathering = new_lock()
+# Of which tensor all bytes are in memory, and a lock around that: there is room for the largest one, once.
+_kept: list[weakref.ref[_Gathered]] = []
+_keeping = new_lock()
+# What is read at once of a tensor that lies in far more bytes than it has, and the hole that it is not worth to read.
+_WINDOW_BYTES = 16 << 20
+_HOLE_BYTES = 64 << 10
+_Ranges = tuple[tuple[int, int], ...]
 
 
-@dataclass(slots=True)
+@dataclass(eq=False)
 class _Gathered:
-    """A tensor whose bytes lie in another order: read as they lie, and put in order piece by piece."""
+    """A tensor whose bytes lie in another order, or with holes: put in order piece by piece.
+
+    One that lies in as many bytes as it has, such as a transposed one, is read once, as it lies. Of another one windows
+    are read, so that a column of a large matrix takes no more memory than a window.
+    """
 
     archive: Archive
     record: _Record
     tensor: torch.Tensor
     first: int
     stop: int
+    data: bytearray | None = None
+    left_bytes: int = 0
+
+    def _keep(self) -> None:
+        """Have all bytes in memory, and those of no other tensor."""
+        if self.data is None:
+            while _kept:
+                if (other := _kept.pop()()) is not None:
+                    other.data = None
+            self.data = self.archive.storage(self.record, self.first, self.stop)
+            self.left_bytes = self.tensor.numel() * self.tensor.itemsize
+            _kept.append(weakref.ref(self))
 
     def read(self, start: int, memory: memoryview) -> None:
+        tensor = self.tensor
+        into = torch.frombuffer(memory, dtype=torch.uint8).view(tensor.dtype)
+        is_kept = self.stop - self.first <= tensor.numel() * tensor.itemsize
         # One at a time: as much memory as the tensor has, and not that of each thread's.
-        with _gathering:
-            data = self.archive.storage(self.record, self.first, self.stop)
-            flat = torch.frombuffer(data, dtype=torch.uint8).view(self.tensor.dtype)
-            here = flat.as_strided(self.tensor.shape, self.tensor.stride())
-            here = here.conj() if self.tensor.is_conj() else here
-            here = torch._neg_view(here) if self.tensor.is_neg() else here  # noqa: SLF001 (no other makes one)
-            row = here.resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8).numpy()
-            memory[:] = row.data[start : start + memory.nbytes]
+        with _keeping:
+            if is_kept:
+                self._keep()
+            at = 0
+            for box in _boxes(tensor.shape, start // tensor.itemsize, (start + memory.nbytes) // tensor.itemsize):
+                sizes = [stop - first for first, stop in box]
+                whole = into[at : at + math.prod(sizes)].view(sizes)
+                at += whole.numel()
+                for part in [box] if is_kept else _windows(box, tensor.stride(), tensor.itemsize):
+                    place = tuple(slice(a - low, b - low) for (a, b), (low, _) in zip(part, box, strict=True))
+                    whole[place].copy_(self._part(part))
+            self.left_bytes -= memory.nbytes
+            if self.left_bytes <= 0:
+                self.data = None
+
+    def _part(self, part: _Ranges) -> torch.Tensor:
+        """Return some of the tensor, from bytes that are there, or are read now."""
+        tensor, data = self.tensor, self.data
+        sizes = [stop - first for first, stop in part]
+        skipped = sum(first * step for (first, _), step in zip(part, tensor.stride(), strict=True))
+        span = sum((size - 1) * step for size, step in zip(sizes, tensor.stride(), strict=True)) + 1
+        if data is None:
+            first = self.first + skipped * tensor.itemsize
+            data, skipped = self.archive.storage(self.record, first, first + span * tensor.itemsize), 0
+        flat = torch.frombuffer(data, dtype=torch.uint8).view(tensor.dtype)
+        here = flat.as_strided(sizes, tensor.stride(), skipped)
+        here = here.conj() if tensor.is_conj() else here
+        return torch._neg_view(here) if tensor.is_neg() else here  # noqa: SLF001 (no other makes one)
+
+
+def _boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[_Ranges]:
+    """Yield the boxes that the row-major elements [start, stop) of a shape are, in their order."""
+    if not shape:
+        yield ()
+        return
+    row = math.prod(shape[1:])
+    while start < stop:
+        index, within = divmod(start, row)
+        if within or stop - start < row:
+            here = min(stop, (index + 1) * row)
+            for box in _boxes(shape[1:], within, within + here - start):
+                yield ((index, index + 1), *box)
+        else:
+            here = stop // row * row
+            yield ((index, here // row), *((0, size) for size in shape[1:]))
+        start = here
+
+
+def _windows(box: _Ranges, strides: Sequence[int], itemsize: int) -> Iterator[_Ranges]:
+    """Cut a box until each part lies in few bytes, of which little is not its own."""
+    order = sorted(range(len(box)), key=lambda dimension: -strides[dimension])
+    widest = next((dimension for dimension in order if box[dimension][1] - box[dimension][0] > 1), None)
+    if widest is None:
+        yield box
+        return
+    low, high = box[widest]
+    step = strides[widest] * itemsize
+    inner = itemsize * (
+        1
+        + sum(
+            (stop - first - 1) * strides[dimension]
+            for dimension, (first, stop) in enumerate(box)
+            if dimension != widest
+        )
+    )
+    is_worth = step - inner <= _HOLE_BYTES
+    if is_worth and (high - low - 1) * step + inner <= _WINDOW_BYTES:
+        yield box
+        return
+    count = max(1, (_WINDOW_BYTES - inner) // step + 1) if is_worth else 1
+    for first in range(low, high, count):
+        part = (*box[:widest], (first, min(high, first + count)), *box[widest + 1 :])
+        if count > 1:
+            yield part
+        else:
+            yield from _windows(part, strides, itemsize)
 
 
 def _directory(blob: Blob, file: io.BufferedReader) -> tuple[list[_Record], int]:
@@ -286,8 +394,27 @@ def _why_not(blob: Blob, error: Exception) -> str:
             "save its tensors and plain values with cloudckpt, or allow the types before "
             "(torch.serialization.add_safe_globals)"
         )
+    # What torch raises begins with advice; what it met is said by the error before that.
+    error = error.__context__ if isinstance(error.__context__, Exception) else error
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{blob.key!r} cannot be read by torch.load(weights_only=True): {first[:_SHOWN]}; it is damaged, get it anew"
+    text = f"{blob.key!r} cannot be read by torch.load(weights_only=True): {first[:_SHOWN]}; "
+    if _is_intact(blob):
+        return (
+            text + "its pickle is whole and holds what that does not read, such as a number of many digits; where you "
+            "trust the file, load it with weights_only=False and save its tensors and plain values with cloudckpt"
+        )
+    return text + "it is damaged, get it anew"
+
+
+def _is_intact(blob: Blob) -> bool:
+    """Tell whether the pickle of an archive is the one that was written, by its sum."""
+    try:
+        with blob.file() as file, zipfile.ZipFile(file) as archive:
+            (name,) = (one.filename for one in archive.infolist() if one.filename.endswith("/data.pkl"))
+            # A pickle of zeros has a sum of zeros, too.
+            return archive.read(name).endswith(b".")
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, RuntimeError, EOFError, OSError):
+        return False
 
 
 def _refuse_repetition(blob: Blob, content: object, pickle_bytes: int) -> None:

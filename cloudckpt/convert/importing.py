@@ -21,7 +21,7 @@ from cloudckpt.convert.from_safetensors import add_safetensors, is_safetensors, 
 from cloudckpt.convert.from_torch import add_torch, is_archive, is_older
 from cloudckpt.convert.opened import by_cores, lean
 from cloudckpt.convert.origin import Bytes, Origin
-from cloudckpt.convert.places import folder_and_name, objects_in
+from cloudckpt.convert.places import folder_and_name, objects_in, telling_interrupts
 from cloudckpt.errors import CommitUnknownError, ManifestError, ObjectNotFoundError, OptionsError, SourceError
 from cloudckpt.format import (
     Box,
@@ -38,7 +38,7 @@ from cloudckpt.format import (
 )
 from cloudckpt.options import MIB, Options
 from cloudckpt.report import Progress, Show
-from cloudckpt.root import Catalog, Checkpoint, Destination, Epoch, Exists, Target, check_exists, own_url
+from cloudckpt.root import Catalog, Checkpoint, Destination, Epoch, Exists, Target, check_exists, check_own, own_url
 from cloudckpt.saving import (
     RankOutput,
     Record,
@@ -114,7 +114,8 @@ def import_(  # noqa: PLR0913 (keyword-only, each of its own kind)
         SourceError: the source is damaged, contradicts itself, is of a kind that is not read, or changed meanwhile;
             `.key` names the file or the tensor.
         UnsupportedValueError: it holds a value that the format cannot.
-        CheckpointExistsError: the URL holds a checkpoint, or the root that step; it was not changed.
+        CheckpointExistsError: the URL holds a checkpoint, or the root that step; or the URL is a root, and no step was
+            given, or is a checkpoint, and one was. Nothing was changed.
         StorageError: a store could not be read or written. In all these cases nothing was committed
             (after `CommitUnknownError`: the whole checkpoint, or nothing).
     """
@@ -123,7 +124,7 @@ def import_(  # noqa: PLR0913 (keyword-only, each of its own kind)
         raise OptionsError(f"kind is {kind!r}; give one of {', '.join(get_args(Source))}")
     given = Options.of(options)
     chosen = lean(given if options is not None else replace(given, shard_bytes=_SHARD_BYTES), _BUDGET_BYTES)
-    with ExitStack() as stack:
+    with telling_interrupts(), ExitStack() as stack:
         bar = stack.enter_context(Progress(progress).bar("importing", rank=0))
         opened = _Opening(source, source_storage_options, chosen, stack)
         origin = opened.origin(kind)
@@ -283,6 +284,7 @@ class _Prepared:
         if under:
             _put_under(origin, under)
         _check_names(origin)
+        origin.check_tiles()
         values: dict[str, JsonValue] = {}
         for name, value in origin.values.items():
             parts = codec.Parts()
@@ -323,7 +325,12 @@ def _check_names(origin: Origin) -> None:
     try:
         unflatten(dict.fromkeys(origin.paths), origin.paths)
     except ManifestError as exc:
-        raise SourceError(f"the names in the source contradict each other: {exc}", key=str(exc.key)) from exc
+        # What follows is for who has an index, and no source.
+        reason = str(exc).partition(": the index is damaged")[0]
+        raise SourceError(
+            f"the names in the source contradict each other: {reason}; save it anew with other names, or get it anew",
+            key=str(exc.key),
+        ) from exc
 
 
 class _Pieces:
@@ -349,6 +356,7 @@ class _Pieces:
 def _destination(store: RetryingStore, step: int | None, options: Options, exists: Exists) -> Destination:
     catalog, destined = Catalog(store), check_exists(exists)
     if step is None:
+        check_own(catalog)
         return own_url(catalog, is_single_writer=options.single_writer, exists=destined)
     number = step_number(step)
     if exists != "raise":
@@ -367,6 +375,7 @@ def _write(prepared: _Prepared, target: Target, record: Record, options: Options
         options=options,
         watch=Watch(deadline_s=options.transfer_timeout_s, gauge=gauge),
     )
+    is_committing = False
     try:
         written = output.write(prepared.pieces, prepared.values)
         index = assemble(
@@ -379,11 +388,21 @@ def _write(prepared: _Prepared, target: Target, record: Record, options: Options
         check_against_names({box.name for box in prepared.pieces.chunks}, index)
         _refuse_changed(prepared.origin)
         seconds = {"upload_s": time.monotonic() - record.began_s}
+        is_committing = True
         return commit_index(target, index, replace(record, seconds=seconds))
     except CommitUnknownError:
         raise
-    except BaseException:
+    except Exception:
         discard(target, [prepared.attempt], options)
+        raise
+    except BaseException as exc:
+        place = f"{target.catalog.store.url}/{target.prefix}".rstrip("/")
+        if is_committing:
+            # A store may still carry out what it was asked for last.
+            exc.add_note(f"{place} has the whole checkpoint, or none; `cloudckpt verify {place}` tells")
+        else:
+            discard(target, [prepared.attempt], options)
+            exc.add_note(f"nothing was committed at {place}, and what was written is removed")
         raise
 
 

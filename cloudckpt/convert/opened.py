@@ -262,6 +262,7 @@ class Plan:
         files: names of the files, the one that makes the export complete last.
         deciding: names of all files that would make a folder an export of this kind.
         ours: what the names of files of this kind look like; none may be left of another export.
+        beginning: of all these names; "" where the folder is the export.
         write: writes them, in order.
     """
 
@@ -270,6 +271,7 @@ class Plan:
     write: Callable[[], None]
     deciding: frozenset[str] = frozenset()
     ours: re.Pattern[str] = re.compile(r"(?!)")
+    beginning: str = ""
 
 
 def _batches(parts: Sequence[Part]) -> Iterator[list[Part]]:

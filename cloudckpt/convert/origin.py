@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -19,6 +20,9 @@ Bytes = Callable[[int, memoryview], None]
 
 # An import of which most is not in its source would fill a disk.
 _GROWTH_LIMIT = 16
+# No number of bytes in an index reaches it, not even of what has none.
+_BYTES_LIMIT = 2**53
+_SHOWN = 200
 _GROWTH_FREE_BYTES = 64 << 20
 
 
@@ -45,6 +49,27 @@ class Origin:
         for name, part in parts.items():
             shape = tuple(part.shape)
             self.boxes.append((Box(name, "uint8", shape, (0,) * len(shape), shape), reader_of(part)))
+
+    def check_tiles(self) -> None:
+        """Refuse tensors that no index may name, or of which boxes lack or stand twice, before a byte is written."""
+        parts: dict[str, list[Box]] = {}
+        for box, _ in self.boxes:
+            parts.setdefault(box.name, []).append(box)
+        for name, boxes in parts.items():
+            shape = boxes[0].shape
+            if math.prod(max(1, extent) for extent in shape) * boxes[0].itemsize_bytes >= _BYTES_LIMIT:
+                raise SourceError(
+                    f"{name[:_SHOWN]!r} has the shape {list(shape)}, beyond what a checkpoint names; reshape it",
+                    key=name,
+                )
+            stored = sum(math.prod(box.sizes) for box in boxes)
+            starts = {box.offsets for box in boxes if math.prod(box.sizes)}
+            if stored != math.prod(shape) or len(starts) != sum(1 for box in boxes if math.prod(box.sizes)):
+                raise SourceError(
+                    f"the parts of {name[:_SHOWN]!r} have {stored} elements of {math.prod(shape)}, or stand twice: the "
+                    "source is damaged, or lacks files; save it again",
+                    key=name,
+                )
 
     def check_growth(self) -> None:
         """Refuse a small source that would become a large checkpoint: views of one memory, over and over."""

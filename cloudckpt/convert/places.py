@@ -1,13 +1,15 @@
-"""Split a URL into folder and file, and look at what a folder holds, as neither stores nor roots need it."""
+"""Split a URL into folder and file, look at what a folder holds, say what an interrupt left: for both directions."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.store import Store
 
-__all__ = ["folder_and_name", "objects_in"]
+__all__ = ["folder_and_name", "objects_in", "telling_interrupts"]
 
 
 def folder_and_name(url: str | os.PathLike[str]) -> tuple[str, str]:
@@ -23,12 +25,23 @@ def folder_and_name(url: str | os.PathLike[str]) -> tuple[str, str]:
     return (folder or "/") if slash else ".", name
 
 
-def objects_in(store: Store) -> dict[str, int]:
-    """Return name → size in bytes of what lies in a folder itself, not below it."""
+def objects_in(store: Store, beginning: str = "") -> dict[str, int]:
+    """Return name → size in bytes of what lies in a folder itself, not below it; of names that begin so."""
     found: dict[str, int] = {}
     mark = ""
     while True:
-        page = store.list("", delimiter="/", mark=mark)
+        page = store.list(beginning, delimiter="/", mark=mark)
         found |= {info.key: info.size_bytes for info in page.objects}
         if not (mark := page.mark):
             return found
+
+
+@contextmanager
+def telling_interrupts() -> Iterator[None]:
+    """Say of a Ctrl-C that nothing was written yet, unless it has a note of what was."""
+    try:
+        yield
+    except KeyboardInterrupt as exc:
+        if not getattr(exc, "__notes__", ()):
+            exc.add_note("nothing was written")
+        raise

@@ -13,7 +13,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import msgspec
@@ -64,7 +64,8 @@ def plan_safetensors(job: Job) -> Plan:
     stem = job.name.removesuffix(".safetensors")
     ours = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
     deciding = frozenset((job.name, f"{job.name}.index.json"))
-    return _plan(job, taken, stem, dropped=ties, ours=ours, deciding=deciding)
+    plan = _plan(job, taken, stem, dropped=ties, ours=ours, deciding=deciding)
+    return replace(plan, beginning=stem)
 
 
 def plan_huggingface(job: Job) -> Plan:

@@ -31,7 +31,7 @@ def plan_torch(job: Job) -> Plan:
     def write() -> None:
         write_files(job, taken.tensors.values(), [lambda: _layout(job, taken)])
 
-    return Plan(taken=taken, files=(job.name,), write=write)
+    return Plan(taken=taken, files=(job.name,), write=write, beginning=job.name)
 
 
 def unloadable(job: Job, taken: Taken) -> dict[str, str]:

@@ -40,7 +40,6 @@ __all__ = [
     "source_of",
     "spans_of",
     "split_step",
-    "stands",
 ]
 
 # Of what is in flight: eight reads of the usual spans, or three of the usual shards. With what a process takes that has

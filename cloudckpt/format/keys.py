@@ -21,6 +21,7 @@ __all__ = [
     "MANIFEST_NAME",
     "PINS_PREFIX",
     "SHARD_SUFFIX",
+    "STEPS_BEGIN",
     "EpochMark",
     "check_name",
     "checkpoint_prefix",
@@ -42,6 +43,7 @@ __all__ = [
 
 EPOCHS_PREFIX = "epochs/"
 PINS_PREFIX = "pins/"
+STEPS_BEGIN = "step-"
 MANIFEST_NAME = "manifest.json"
 SHARD_SUFFIX = ".safetensors"
 
@@ -78,7 +80,7 @@ def checkpoint_prefix(step: int, epoch: int) -> str:
         raise OptionsError(f"step {step} is not between 0 and {_STEP_LIMIT - 1}; give the training step")
     if not 0 <= epoch < EPOCH_LIMIT:
         raise OptionsError(f"epoch {epoch} is not between 0 and {EPOCH_LIMIT - 1}")
-    return f"step-{step:010d}-e{epoch:04d}/"
+    return f"{STEPS_BEGIN}{step:010d}-e{epoch:04d}/"
 
 
 def parse_checkpoint_prefix(prefix: str) -> tuple[int, int] | None:

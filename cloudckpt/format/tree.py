@@ -303,7 +303,9 @@ def _build(child: object) -> object:
     if kind in (list, tuple):
         places = range(len(child.children))
         if any(place not in child.children for place in places):
-            raise ManifestError(f"a {kind.__name__} of the state has holes; restore an older step")
+            raise ManifestError(
+                f"a {kind.__name__} of the state has holes: the index is damaged; restore an older step"
+            )
         made: object = kind(_build(child.children[place]) for place in places)
         return made
     items = {key: _build(value) for key, value in child.children.items()}

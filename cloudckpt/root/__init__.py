@@ -6,7 +6,7 @@ The catalog is the only room that creates or deletes a manifest.
 from cloudckpt.root.absence import mistaken_for
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint, Fit, Unreadable, prefix_of
-from cloudckpt.root.choice import Candidate, Choice, Wanted
+from cloudckpt.root.choice import Candidate, Choice, Wanted, newest_or_the_one, nothing_at, the_one_at
 from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.root.destination import Destination, Epoch, Target, own_url
 from cloudckpt.root.known import ManifestCache
@@ -15,7 +15,14 @@ from cloudckpt.root.overview import Overview, overview
 from cloudckpt.root.pinning import copy_pin, pin, pins_of, refuse_pinned, unpin
 from cloudckpt.root.pins import Pin
 from cloudckpt.root.pruning import Pruner, RetentionScope
-from cloudckpt.root.replacing import Exists, check_exists, check_place, refuse_nested
+from cloudckpt.root.replacing import (
+    Exists,
+    check_exists,
+    check_own,
+    check_place,
+    refuse_files,
+    refuse_nested,
+)
 from cloudckpt.root.retention import (
     KeepAll,
     KeepBest,
@@ -63,6 +70,7 @@ __all__ = [
     "Unreadable",
     "Wanted",
     "check_exists",
+    "check_own",
     "check_place",
     "checked_rules",
     "committed_as",
@@ -72,15 +80,19 @@ __all__ = [
     "named",
     "named_candidates",
     "names_of",
+    "newest_or_the_one",
     "no_name",
+    "nothing_at",
     "overview",
     "own_url",
     "pin",
     "pins_of",
     "prefix_of",
+    "refuse_files",
     "refuse_nested",
     "refuse_pinned",
     "sweep",
+    "the_one_at",
     "unpin",
     "wait_for_next",
     "watched_rules",

@@ -41,6 +41,7 @@ from cloudckpt.format import (
     MANIFEST_NAME,
     PINS_PREFIX,
     SHARD_SUFFIX,
+    STEPS_BEGIN,
     Manifest,
     digest_of,
     index_key,
@@ -556,6 +557,11 @@ class Catalog:
         above, _, name = self.store.url.rstrip("/").rpartition("/")
         what = f"give its root, {above}" if parse_checkpoint_prefix(f"{name}/") else "it has no root"
         return f"{self.store.url} is one checkpoint, not a root of checkpoints; {what}"
+
+    def has_steps(self) -> bool:
+        """Tell whether an attempt of a step stands below this root, committed or not. One request."""
+        found = self.store.list(STEPS_BEGIN, delimiter="/").prefixes
+        return any(parse_checkpoint_prefix(prefix) for prefix in found)
 
     def is_used(self, prefix: str) -> bool:
         """Tell whether this catalog has read, made or deleted a commit under `prefix`. No request.

@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cloudckpt.errors import IntegrityError, OptionsError
+from cloudckpt.errors import CheckpointNotFoundError, IntegrityError, OptionsError
 from cloudckpt.format import check_name, step_number
+from cloudckpt.root.absence import mistaken_for
+from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint, best_first
 from cloudckpt.root.looking import LISTINGS
 from cloudckpt.root.naming import named, no_name
 from cloudckpt.root.retention import KeepBest, RetentionRule
 from cloudckpt.root.roots import Roots
 
-__all__ = ["Candidate", "Choice", "Wanted"]
+__all__ = ["Candidate", "Choice", "Wanted", "newest_or_the_one", "nothing_at", "the_one_at"]
 
 Candidate = Checkpoint | IntegrityError
 """A checkpoint to be tried, or why one that is there cannot be."""
@@ -123,3 +125,42 @@ def _no_best(found: Sequence[Checkpoint], metric: str) -> str:
         f"none of the {len(found)} checkpoints is the best: {why}. Restore 'latest' or a step, or give the KeepBest "
         "rule a metric that `save` gets"
     )
+
+
+def newest_or_the_one(catalog: Catalog) -> Checkpoint:
+    """Return the newest checkpoint of a root, or the one that the URL itself is.
+
+    Raises:
+        CheckpointNotFoundError: neither.
+    """
+    found = Roots([catalog]).newest() or the_one_at(catalog)
+    if found is None:
+        raise nothing_at(catalog)
+    return found
+
+
+def the_one_at(catalog: Catalog) -> Checkpoint | None:
+    """Return the checkpoint that the URL itself is, if it is one."""
+    try:
+        return catalog.open()
+    except CheckpointNotFoundError:
+        return None
+
+
+def nothing_at(catalog: Catalog, *, undecided: int | None = None) -> CheckpointNotFoundError:
+    """Say that nothing is committed, and what stands there in its place.
+
+    A bucket cannot tell an empty root from a missing one, so nothing here does.
+
+    Args:
+        catalog: where.
+        undecided: attempts without a commit; None: they are counted by a listing.
+    """
+    undecided = len(catalog.places()) if undecided is None else undecided
+    if above := catalog.root_above():
+        return CheckpointNotFoundError(above)
+    if undecided:
+        why = f"attempts without a commit: {undecided}; ask again when a save has ended"
+    else:
+        why = mistaken_for(catalog.store) or "check the URL"
+    return CheckpointNotFoundError(f"no committed checkpoint at {catalog.store.url}; {why}")

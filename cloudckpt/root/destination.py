@@ -22,7 +22,7 @@ from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import WORKED, Checkpoint
 from cloudckpt.root.claims import Claims, Line, leading_to
 from cloudckpt.root.pins import Named
-from cloudckpt.root.replacing import Exists, check_place, refuse_nested, replace
+from cloudckpt.root.replacing import Exists, check_place, check_root, replace
 from cloudckpt.store import RetryingStore, probe_create, probe_write
 
 __all__ = ["Destination", "Epoch", "Target", "own_url"]
@@ -257,7 +257,7 @@ class Epoch:
             self._claim(catalog)
         elif not self._is_high_enough:
             if self.number == 0:
-                refuse_nested(catalog.store.url, is_root=True)
+                check_root(catalog)
                 probe_create(catalog.store, single_writer=self._is_single_writer)
             self._claim(catalog)
         prefix = checkpoint_prefix(step, self.number)

@@ -12,15 +12,20 @@ answer and that the store carries out late: the new manifest is kept there, too.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 from cloudckpt.errors import (
     AccessDeniedError,
     CheckpointExistsError,
+    CheckpointNotFoundError,
     CloudCkptError,
     CommitUnknownError,
     ConflictError,
     CredentialsExpiredError,
+    FormatVersionError,
+    ManifestError,
     OptionsError,
     StorageError,
 )
@@ -31,7 +36,16 @@ from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.removal import delete_below
 from cloudckpt.store import ObjectInfo
 
-__all__ = ["Exists", "check_exists", "check_place", "refuse_nested", "replace"]
+__all__ = [
+    "Exists",
+    "check_exists",
+    "check_own",
+    "check_place",
+    "check_root",
+    "refuse_files",
+    "refuse_nested",
+    "replace",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +79,74 @@ def refuse_nested(url: str, *, is_root: bool) -> None:
             f"{url} is below {'/'.join(above[: step + 1])}, a step of a CheckpointManager, which goes with all that "
             "stands there; save beside the root, or within the state of that step"
         )
+
+
+def check_root(catalog: Catalog) -> None:
+    """Refuse a place early that cannot become a root. One request, and one more where something stands.
+
+    What is both a root and a checkpoint is taken for a root, by all who read it, and stays one.
+
+    Raises:
+        OptionsError: it is a step of a manager's root, or below one.
+        CheckpointExistsError: it is a checkpoint itself, which was not changed.
+    """
+    refuse_nested(catalog.store.url, is_root=True)
+    with _unless_denied():
+        if catalog.is_taken("") and not catalog.has_steps():
+            raise CheckpointExistsError(
+                f"{catalog.store.url} is a checkpoint itself, and no root; it was not changed. Give the URL of a root, "
+                "or for one checkpoint another URL of its own"
+            )
+
+
+def check_own(catalog: Catalog) -> None:
+    """Refuse a place early that should not become one checkpoint. One request, which `check_place` of a save spares.
+
+    Raises:
+        OptionsError: it is below a step of a manager's root.
+        CheckpointExistsError: it is a root with steps, among which nobody would find that checkpoint.
+    """
+    refuse_nested(catalog.store.url, is_root=False)
+    with _unless_denied():
+        if catalog.has_steps():
+            raise CheckpointExistsError(
+                f"{catalog.store.url} is a root with steps, and cannot become a checkpoint itself; it was not changed. "
+                "Give the step that it is to be there (step=, --step), or a URL of its own"
+            )
+
+
+@contextmanager
+def _unless_denied() -> Iterator[None]:
+    """Pass over a right that a save does not need: without that to list, S3 denies an absent object, too."""
+    try:
+        yield
+    except CredentialsExpiredError:
+        raise
+    except AccessDeniedError as exc:
+        logger.debug("what stands at the URL cannot be asked: %s", exc)
+
+
+def refuse_files(catalog: Catalog) -> None:
+    """Refuse a folder for files of other programs that is a checkpoint or a root. Two requests.
+
+    Raises:
+        OptionsError: it is, or stands below a step of a root.
+    """
+    url = catalog.store.url
+    refuse_nested(url, is_root=True)
+    what = ""
+    with _unless_denied():
+        if catalog.has_steps():
+            what = "a root with checkpoints"
+        else:
+            try:
+                what = f"the checkpoint of attempt {catalog.open().attempt}"
+            except FormatVersionError:
+                what = "a checkpoint of a newer version"
+            except (CheckpointNotFoundError, ManifestError):  # another program's file may have that name
+                pass
+    if what:
+        raise OptionsError(f"{url} is {what}, and no place for other files; nothing was written. Give another folder")
 
 
 def check_place(catalog: Catalog, exists: Exists) -> None:
