@@ -35,6 +35,7 @@ from cloudckpt.ranks.group import Group
 from cloudckpt.saving.coordinator import Coordinator
 from cloudckpt.saving.source import Source
 from cloudckpt.saving.tally import Written
+from cloudckpt.state.restoration import Restoration
 from tests.programs import run_to_end
 from tests.ranks.processes import Outcome, World
 
@@ -185,9 +186,9 @@ def _arm(case: Case, manager: CheckpointManager, state: dict[str, Any]) -> None:
         "finding": lambda: _spring(inner, "list", trap),
         "fitting": lambda: _spring(_Loading, "_match", trap),
         "asking": lambda: state["part"].before.update(load_state_dict=trap),
-        "plan of a restore": lambda: _spring(_Loading, "_targets", trap),
+        "plan of a restore": lambda: _spring(_Loading, "_shareable", trap),
         "read": lambda: _spring(inner, "get", trap),
-        "apply": lambda: _spring(_Loading, "_apply", trap),
+        "apply": lambda: _spring(Restoration, "apply", trap),
     }
     springs[case.phase]()
 

@@ -22,7 +22,7 @@ from cloudckpt.errors import (
     StorageError,
     is_transient,
 )
-from cloudckpt.format import ShardEntry, Span, parse_checkpoint_prefix, plan_spans, shard_key
+from cloudckpt.format import ShardEntry, Span, checkpoint_prefix, parse_checkpoint_prefix, plan_spans, shard_key
 from cloudckpt.options import MIB, Options
 from cloudckpt.root import Catalog, Checkpoint, Roots, Unreadable
 from cloudckpt.store import open_store
@@ -133,7 +133,12 @@ class Place:
         survey = self.catalog.survey()
         # After the survey: what stood by its pin alone then was pinned before.
         pinned = self.catalog.pins.prefixes()
-        return All(tuple(survey.checkpoints), tuple(survey.unreadable), frozenset(pinned))
+        seen = {one.prefix for one in survey.checkpoints}
+        seen |= {checkpoint_prefix(one.step, one.epoch) for one in survey.unreadable}
+        # The survey has those that stand by their pin alone; what is pinned and gone is told of by this look.
+        by_pin = [one[0] for prefix in sorted(pinned - seen) if (one := self.catalog.pinned(prefix)) is not None]
+        found = sorted([*survey.checkpoints, *by_pin], key=lambda one: one.order)
+        return All(tuple(found), tuple(survey.unreadable), frozenset(pinned))
 
     def steps(self, steps: Sequence[int]) -> list[Checkpoint]:
         """Return the checkpoints of some steps of a root, oldest first; raises as `Catalog.find` does."""

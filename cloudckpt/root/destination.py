@@ -237,7 +237,7 @@ class Epoch:
     def is_there(self, checkpoint: Checkpoint) -> bool:
         """Ask this root whether a checkpoint of this job still stands there; if it does not answer, it is believed."""
         try:
-            return self._hurried(self._catalog).is_taken(checkpoint.prefix)
+            return _is_committed(self._hurried(self._catalog), checkpoint.prefix)
         except StorageError as exc:
             logger.warning("whether %s is still there is not known: %s", checkpoint.url, exc)
             return True
@@ -247,7 +247,7 @@ class Epoch:
             probe_write(self._hurried(catalog).store)
             self.is_doubted = False
         is_used = self._is_used(step)
-        if is_used and not is_again and catalog.is_taken(taken := checkpoint_prefix(step, self.number)):
+        if is_used and not is_again and _is_committed(catalog, taken := checkpoint_prefix(step, self.number)):
             raise catalog.exists_error(taken)
         if self._goes_back(step):
             self._tell_back(step)
@@ -343,3 +343,8 @@ class _There:
     above: int
     epochs: set[int] | None
     claims: tuple[Claims, ...] = ()
+
+
+def _is_committed(catalog: Catalog, prefix: str) -> bool:
+    """Tell whether a manifest stands there that is not the one under which what was deleted is being removed."""
+    return catalog.is_taken(prefix) and not catalog.is_void(prefix)
