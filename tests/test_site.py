@@ -248,7 +248,8 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = run_to_end(command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    pages = {path.name for path in (tmp_path / "site").glob("*.html")}
+    site = tmp_path / "site"
+    pages = {str(path.relative_to(site)) for path in site.rglob("*.html")}
     assert {page.replace(".md", ".html") for page in PAGES} <= pages
     assert 'src="https://' not in (tmp_path / "site" / "index.html").read_text(encoding="utf-8")
     shutil.rmtree(tmp_path / "site")
