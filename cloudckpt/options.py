@@ -18,6 +18,7 @@ __all__ = [
     "KIB",
     "MAX_BLOCK_BYTES",
     "MIB",
+    "READERS",
     "Checksum",
     "Options",
     "RetryPolicy",
@@ -34,6 +35,8 @@ KIB = 1024
 MIB = 1024 * KIB
 # A reader holds whole blocks in memory, and an index that it was told to read says how large they are.
 MAX_BLOCK_BYTES = 256 * MIB
+# How many small objects (manifests, claims, pins) are asked for at the same time.
+READERS = 16
 _TRANSFER_BYTES = 512 * MIB
 # 31 years: all that waits can count so far, and what is longer was meant for "no limit", which nothing here has.
 _MOST_S = 1e9

@@ -20,18 +20,15 @@ from cloudckpt import (
     CommitUnknownError,
     KeepLast,
     Options,
-    RetryPolicy,
 )
 from cloudckpt.format.keys import MANIFEST_NAME
 from cloudckpt.options import KIB
 from cloudckpt.root import Catalog
-from cloudckpt.store import RetryingStore
 from cloudckpt.store.probe import _proven
 from tests.effort import diagonal, portion
-from tests.store.fault_store import ERRORS, Bucket, Crash, FaultKind, FaultStore
+from tests.store.fault_store import ERRORS, Bucket, Crash, FaultKind, FaultStore, opening_the_last
 
 OPTIONS = Options(shard_bytes=4 * KIB, block_bytes=KIB, span_bytes=2 * KIB, concurrency=1, memory_budget_bytes=64 * KIB)
-PATIENCE = RetryPolicy(max_attempts=3, deadline_s=60, request_timeout_s=1)
 STEPS = 4
 
 
@@ -55,15 +52,8 @@ def state_of(step: int) -> dict[str, object]:
 @pytest.fixture
 def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FaultStore]]:
     """Let managers open the store that was pushed last."""
-    pushed: list[FaultStore] = []
-
-    def open_pushed(*_: object, **__: object) -> RetryingStore:
-        return RetryingStore(pushed[-1], PATIENCE, sleep=lambda _: None)
-
-    monkeypatch.setattr("cloudckpt.manager.manager.open_store", open_pushed)
-    _proven.clear()
-    yield pushed
-    _proven.clear()
+    with opening_the_last(monkeypatch, "cloudckpt.manager.manager.open_store") as pushed:
+        yield pushed
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from cloudckpt.cli.printing import plain
+from cloudckpt.report import plain
 from cloudckpt.root import Catalog, ManifestCache
 from cloudckpt.store import TEXT_OPTIONS, environment_options, hide, open_store
 

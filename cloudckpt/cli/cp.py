@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 
 from cloudckpt.cli.asking import Access, AsJson, TargetStorageOptions, ended
-from cloudckpt.cli.printing import LINE_S, plain
+from cloudckpt.cli.printing import LINE_S
 from cloudckpt.cli.sizes import Memory, options_within
 from cloudckpt.copying import Copied, copy
-from cloudckpt.report import as_bytes
+from cloudckpt.report import as_bytes, plain
 
 __all__ = ["cp"]
 

@@ -12,11 +12,11 @@ import typer
 
 from cloudckpt.cli.asking import Access, AsJson
 from cloudckpt.cli.command import FOUND
-from cloudckpt.cli.printing import LINE_S, plain, print_facts, print_table, short
+from cloudckpt.cli.printing import LINE_S, print_facts, print_table, short
 from cloudckpt.cli.sizes import Memory, options_within
 from cloudckpt.copying import Change, Difference
 from cloudckpt.copying import diff as compare
-from cloudckpt.report import as_bytes
+from cloudckpt.report import as_bytes, plain
 
 __all__ = ["diff"]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cloudckpt.cli.asking import Access, AsJson, Root
-from cloudckpt.cli.printing import plain
+from cloudckpt.report import plain
 from cloudckpt.root import Pin, Roots, nothing_at, pins_of
 from cloudckpt.root import pin as pin_step
 from cloudckpt.root import unpin as unpin_step

@@ -5,16 +5,16 @@ What a store tells may be anybody's text: what would steer a terminal is shown a
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 
 import typer
 from rich.cells import cell_len
 
+from cloudckpt.report import plain
 from cloudckpt.root import Checkpoint
 
-__all__ = ["LINE_S", "as_age", "in_zone", "plain", "print_facts", "print_table", "short", "summary", "zone_name"]
+__all__ = ["LINE_S", "as_age", "in_zone", "print_facts", "print_table", "short", "summary", "zone_name"]
 
 
 LINE_S = 10.0
@@ -90,18 +90,6 @@ def print_facts(facts: Iterable[tuple[str, str]]) -> None:
 def _padded(text: str, width: int, is_right: bool = False) -> str:  # noqa: FBT001, FBT002 (mapped over a row)
     blanks = " " * (width - cell_len(text))
     return blanks + text if is_right else text + blanks
-
-
-def plain(text: str) -> str:
-    """Return a text with everything that no terminal shows, or obeys, as an escape."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        char
-        if char.isprintable() and unicodedata.category(char) != "Cf"
-        else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in text
-    )
 
 
 def short(text: str, limit: int = 200) -> str:

@@ -10,12 +10,12 @@ import typer
 
 from cloudckpt.cli.asking import Access, AsJson, ended
 from cloudckpt.cli.command import FOUND
-from cloudckpt.cli.printing import LINE_S, plain
+from cloudckpt.cli.printing import LINE_S
 from cloudckpt.cli.sizes import Memory, options_within
 from cloudckpt.copying import Verified, verify_all
 from cloudckpt.copying import verify as look
 from cloudckpt.errors import CheckpointNotFoundError
-from cloudckpt.report import as_bytes
+from cloudckpt.report import as_bytes, plain
 
 __all__ = ["verify"]
 

@@ -16,7 +16,7 @@ from cloudckpt.store import Store
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["Blob", "damaged"]
+__all__ = ["Blob", "SizedFile", "damaged"]
 
 _READ_BYTES = 8 * MIB
 # What reads a directory or a header asks for a few bytes at a time.
@@ -104,11 +104,11 @@ class Blob:
         return info.modified_s == self.modified_s and self.first + self.size_bytes <= info.size_bytes
 
 
-class _Raw(io.RawIOBase):
-    """A blob as a file."""
+class SizedFile(io.RawIOBase):
+    """A file that is read at any place, and whose size is known."""
 
-    def __init__(self, blob: Blob) -> None:
-        self._blob = blob
+    def __init__(self, size_bytes: int) -> None:
+        self._size_bytes = size_bytes
         self._at = 0
 
     def readable(self) -> bool:
@@ -121,9 +121,17 @@ class _Raw(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._blob.size_bytes}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size_bytes}[whence]
         self._at = max(0, base + offset)
         return self._at
+
+
+class _Raw(SizedFile):
+    """A blob as a file."""
+
+    def __init__(self, blob: Blob) -> None:
+        super().__init__(blob.size_bytes)
+        self._blob = blob
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         memory = memoryview(buffer).cast("B")

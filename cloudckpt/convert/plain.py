@@ -19,6 +19,7 @@ from typing import IO, TYPE_CHECKING, Literal, Self, cast, overload
 
 import xxhash
 
+from cloudckpt.convert.blob import SizedFile
 from cloudckpt.convert.places import folder_and_name
 from cloudckpt.errors import ChecksumError, ManifestError, ObjectNotFoundError, OptionsError
 from cloudckpt.format import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
@@ -276,13 +277,13 @@ def _digest_at(store: RetryingStore, key: str, sums: FileSums, number: int) -> t
     return data, xxhash.xxh3_64_hexdigest(data)
 
 
-class _Reading(io.RawIOBase):
+class _Reading(SizedFile):
     """A file that is read, block by block, of which some are under way before they are asked for."""
 
     def __init__(self, store: RetryingStore, key: str, *, is_verified: bool, stack: ExitStack) -> None:
         self._store, self._key = store, key
         self._sums = self._found(is_verified=is_verified)
-        self._at = 0
+        super().__init__(self._sums.size_bytes)
         self._threads = stack.enter_context(ThreadPoolExecutor(_AHEAD, "cloudckpt-file"))
         self._blocks: dict[int, Future[memoryview]] = {}
         self._stack: ExitStack | None = None
@@ -325,20 +326,6 @@ class _Reading(io.RawIOBase):
             "again if it is being replaced just now",
             key=self._key,
         )
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._sums.size_bytes}[whence]
-        self._at = max(0, base + offset)
-        return self._at
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         memory = memoryview(buffer).cast("B")

@@ -41,7 +41,7 @@ from cloudckpt.errors import (
 )
 from cloudckpt.format import MANIFEST_NAME, Index, ShardEntry, index_key, parse_checkpoint_prefix
 from cloudckpt.loading import decode_index, read_index_bytes
-from cloudckpt.options import Options
+from cloudckpt.options import READERS, Options
 from cloudckpt.report import Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, Roots
 from cloudckpt.threads import each
@@ -50,8 +50,6 @@ from cloudckpt.transfer import Budget, Fetch, Gauge, Watch, download
 __all__ = ["Damage", "Verified", "verify", "verify_all"]
 
 logger = logging.getLogger(__name__)
-
-_READERS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -361,7 +359,7 @@ class _Look:
             except ObjectNotFoundError:
                 return key, None
 
-        found = each(shards, size_of, threads=_READERS, name="cloudckpt-verify")
+        found = each(shards, size_of, threads=READERS, name="cloudckpt-verify")
         return {key: size_bytes for key, size_bytes in found if size_bytes is not None}
 
     def _read(self, checkpoint: Checkpoint, index: Index, shards: Sequence[ShardEntry]) -> list[Damage]:

@@ -8,7 +8,8 @@ Pure functions. Characters that steer a terminal or turn the direction of text r
 from __future__ import annotations
 
 import html
-import unicodedata
+
+from cloudckpt.report import plain
 
 __all__ = ["Child", "Html", "joined", "raw", "tag"]
 
@@ -57,11 +58,4 @@ def _shown(value: str | float) -> str:
 
 
 def _escaped(text: str) -> str:
-    if not (text.isascii() and text.isprintable()):
-        text = "".join(
-            one
-            if one.isprintable() and unicodedata.category(one) != "Cf"
-            else one.encode("unicode_escape", "surrogatepass").decode()
-            for one in text
-        )
-    return html.escape(text)
+    return html.escape(plain(text))

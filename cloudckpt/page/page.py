@@ -17,6 +17,7 @@ from importlib.resources import files
 
 from cloudckpt.errors import CheckpointNotFoundError
 from cloudckpt.format import EpochClaim
+from cloudckpt.options import READERS
 from cloudckpt.page.history import facts_of
 from cloudckpt.page.markup import raw, tag
 from cloudckpt.page.prices import Prices
@@ -26,8 +27,6 @@ from cloudckpt.store import open_store
 from cloudckpt.threads import each
 
 __all__ = ["page_of", "report_page"]
-
-_READERS = 16
 
 
 def report_page(
@@ -103,7 +102,7 @@ def _the_one_at(catalog: Catalog, unfinished: int) -> Checkpoint:
 def _claims(catalog: Catalog) -> dict[int, EpochClaim]:
     """Return what jobs have said of themselves, by epoch; of the newest, so many as are shown."""
     epochs = catalog.claims.epochs()[:SHOWN]
-    read = each(epochs, catalog.claims.read, threads=_READERS, name="cloudckpt-page")
+    read = each(epochs, catalog.claims.read, threads=READERS, name="cloudckpt-page")
     return {epoch: claim for epoch, claim in zip(epochs, read, strict=True) if claim is not None}
 
 

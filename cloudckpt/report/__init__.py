@@ -14,7 +14,7 @@ from cloudckpt.report.events import (
 )
 from cloudckpt.report.journal import Entry, Journal
 from cloudckpt.report.loggers import ScalarEvents
-from cloudckpt.report.progress import Progress, Show, as_bytes
+from cloudckpt.report.progress import Progress, Show, as_bytes, plain
 from cloudckpt.report.telemetry import OpenTelemetryEvents
 
 __all__ = [
@@ -37,4 +37,5 @@ __all__ = [
     "Show",
     "advise",
     "as_bytes",
+    "plain",
 ]

@@ -14,6 +14,7 @@ import logging
 import math
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-__all__ = ["Bar", "Progress", "Show", "as_bytes"]
+__all__ = ["Bar", "Progress", "Show", "as_bytes", "plain"]
 
 Show = Literal["auto", "bar", "line", "off"]
 """What is shown: a bar on a terminal and then a line, a bar in any case, a line alone, nothing."""
@@ -167,3 +168,15 @@ def as_bytes(size_bytes: float) -> str:
             return f"{size_bytes:.0f} B" if unit == "B" else f"{size_bytes:.1f} {unit}"
         size_bytes /= 1024
     return f"{size_bytes:.1f} TiB"
+
+
+def plain(text: str) -> str:
+    """Return a text with everything that nobody sees, or a terminal obeys, as an escape."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char
+        if char.isprintable() and unicodedata.category(char) != "Cf"
+        else char.encode("unicode_escape", "surrogatepass").decode()
+        for char in text
+    )

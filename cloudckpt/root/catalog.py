@@ -50,6 +50,7 @@ from cloudckpt.format import (
     parse_checkpoint_prefix,
     pin_key,
 )
+from cloudckpt.options import READERS
 from cloudckpt.root.absence import lost, what_is_there
 from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable
 from cloudckpt.root.claims import Claims
@@ -64,7 +65,6 @@ __all__ = ["Catalog"]
 
 logger = logging.getLogger(__name__)
 
-_READERS = 16
 _NEAREST = 5
 
 _Item = TypeVar("_Item")
@@ -416,7 +416,7 @@ class Catalog:
         return Survey.of(self._each(list(prefixes), look))
 
     def _each(self, items: Sequence[_Item], look: Callable[[_Item], _Result]) -> list[_Result]:
-        return each(items, look, threads=_READERS, name="cloudckpt-catalog")
+        return each(items, look, threads=READERS, name="cloudckpt-catalog")
 
     def _see(self, prefix: str) -> _Found:
         """Return what stands under a prefix; what was read before is read again only if it is another one by now."""

@@ -31,6 +31,7 @@ import zstandard
 
 from cloudckpt.errors import ManifestError
 from cloudckpt.format import MANIFEST_NAME, Manifest, digest_of, index_key, parse_checkpoint_prefix
+from cloudckpt.options import READERS
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.store import ObjectInfo, Store
 
@@ -49,7 +50,6 @@ _LIMIT_BYTES = 256 << 20
 _PAGE = 1_000
 # Requests one after the other that nobody has to be spared: a second where one takes a tenth of it.
 _FEW_ROUNDS = 10
-_READERS = 16
 
 Manifests = Mapping[str, tuple[Manifest, bytes]]
 """Prefix of a checkpoint → its manifest, decoded and as it stands on the store."""
@@ -73,9 +73,9 @@ class Known:
         self.manifests = manifests
         self.below: dict[str, list[ObjectInfo]] = {}
         object_count = sum(manifest.shard_count + 2 for manifest, _ in manifests.values())
-        self._is_flat = object_count * _READERS <= _PAGE * len(manifests)
+        self._is_flat = object_count * READERS <= _PAGE * len(manifests)
         self.look_count = -(-object_count // _PAGE) if self._is_flat else len(manifests)
-        rounds = self.look_count / (1 if self._is_flat else _READERS)
+        rounds = self.look_count / (1 if self._is_flat else READERS)
         self.is_quick = rounds > _FEW_ROUNDS if is_quick is None else is_quick
 
     @property

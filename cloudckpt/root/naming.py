@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 
 from cloudckpt.errors import CheckpointNotFoundError
+from cloudckpt.options import READERS
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.pins import Held, Named
@@ -32,7 +33,6 @@ __all__ = [
     "superseded",
 ]
 
-_READERS = 16
 _SHOWN = 8
 
 
@@ -58,7 +58,7 @@ def named(roots: Roots, name: str) -> Checkpoint | None:
 def names_of(roots: Roots) -> dict[str, Checkpoint]:
     """Return all names, and what has them; raises as `named` does."""
     candidates = named_candidates(roots)
-    found = each(list(candidates.values()), _first_committed, threads=_READERS, name="cloudckpt-names")
+    found = each(list(candidates.values()), _first_committed, threads=READERS, name="cloudckpt-names")
     return {name: one for name, one in zip(candidates, found, strict=True) if one is not None}
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from cloudckpt.options import READERS
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable
 from cloudckpt.root.known import Known, ManifestCache
@@ -19,8 +20,6 @@ from cloudckpt.store import ObjectInfo
 from cloudckpt.threads import each
 
 __all__ = ["Overview", "overview"]
-
-_READERS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,5 +102,5 @@ def _unfinished(catalog: Catalog, survey: Survey, below: dict[str, list[ObjectIn
             age_s=max(0.0, now_s - max(info.modified_s for info in found)),
         )
 
-    orphans = each(sorted(survey.undecided), look, threads=_READERS, name="cloudckpt-overview")
+    orphans = each(sorted(survey.undecided), look, threads=READERS, name="cloudckpt-overview")
     return [orphan for orphan in orphans if orphan is not None]

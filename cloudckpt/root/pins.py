@@ -27,12 +27,11 @@ from cloudckpt.format import (
     parse_pin_key,
     pin_key,
 )
+from cloudckpt.options import READERS
 from cloudckpt.store import Store
 from cloudckpt.threads import each
 
 __all__ = ["Held", "Named", "Pin", "Pins"]
-
-_READERS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +162,7 @@ class Pins:
             held: what a listing has just told; None asks for one.
         """
         prefixes = sorted((held or self.held()).pinned)
-        found = each(prefixes, self.describe, threads=_READERS, name="cloudckpt-pins")
+        found = each(prefixes, self.describe, threads=READERS, name="cloudckpt-pins")
         return sorted((pin for pin in found if pin is not None), key=lambda pin: pin.order)
 
     def copy_from(self, other: Pins, prefix: str) -> bool:

@@ -14,13 +14,12 @@ import pytest
 import torch
 
 import cloudckpt
-from cloudckpt import ChecksumError, CloudCkptError, OptionsError, RetryPolicy
+from cloudckpt import ChecksumError, CloudCkptError, OptionsError
 from cloudckpt.convert import plain
 from cloudckpt.errors import ObjectNotFoundError
 from cloudckpt.format import SUMS_SUFFIX
-from cloudckpt.store import RetryingStore
 from servers import FreshPrefix
-from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore
+from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, opening_the_last
 
 
 def state_of(value: float) -> dict[str, torch.Tensor]:
@@ -123,14 +122,8 @@ def test_a_file_of_another_program_is_read_only_if_that_is_asked_for(tmp_path: P
 @pytest.fixture
 def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FaultStore]]:
     """Let files be on the store that was pushed last."""
-    pushed: list[FaultStore] = []
-    patience = RetryPolicy(max_attempts=3, deadline_s=60, request_timeout_s=1)
-
-    def open_pushed(*_: object, **__: object) -> RetryingStore:
-        return RetryingStore(pushed[-1], patience, sleep=lambda _: None)
-
-    monkeypatch.setattr("cloudckpt.convert.plain.open_store", open_pushed)
-    return pushed
+    with opening_the_last(monkeypatch, "cloudckpt.convert.plain.open_store") as pushed:
+        yield pushed
 
 
 def write(clients: list[FaultStore], client: FaultStore, *contents: bytes) -> None:

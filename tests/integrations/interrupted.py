@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal, Self
+from typing import IO, Any, Literal, Self
 
 from bucket import Bucket
 
 from raw_access import FreshPrefix
 
-__all__ = ["Run", "assert_same_losses", "run_program"]
+__all__ = ["Run", "assert_a_run_goes_on_from_a_bucket", "assert_same_losses", "run_program"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIMIT_S = 240.0
@@ -148,3 +148,28 @@ class _Ranks:
     def wait(self) -> int:
         codes = [process.wait(LIMIT_S) for process in self._processes]
         return codes[0]
+
+
+def assert_a_run_goes_on_from_a_bucket(program: str, s3_url: FreshPrefix, *, ranks: int) -> None:
+    """Kill a run between two saves and during one, tell it to end, and compare each loss with those of one left alone.
+
+    The programs save every four steps.
+    """
+
+    def one(name: str, **how: Any) -> Run:
+        root = FreshPrefix(url=f"{s3_url.url}/{name}", server=s3_url.server)
+        return run_program(program, root, "--width", "4000", ranks=ranks, **how)
+
+    alone = one("a")
+    between = one("b", strike=signal.SIGKILL, after=6)
+    during = one("b", strike=signal.SIGKILL, when="during a save", after=7)
+    told = one("b", strike=signal.SIGTERM, after=17)
+    last = one("b")
+
+    assert (alone.code, between.code, during.code, told.code, last.code) == (0, -9, -9, 143, 0)
+    # What it was told in a save that is under way, that save answers.
+    assert told.newest_step is not None
+    assert max(told.losses) - told.newest_step < 4
+    assert min(last.losses) == told.newest_step + 1
+    assert told.took_to_end_s < 30
+    assert_same_losses([between, during, told, last], alone)

@@ -18,15 +18,11 @@ from cloudckpt import (
     KeepLast,
     OptionsError,
     PinnedError,
-    RetryPolicy,
 )
-from cloudckpt.store import RetryingStore
-from cloudckpt.store.probe import _proven
 from servers import FreshPrefix
 from tests.ranks.processes import run
-from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore
+from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, opening_the_last
 
-PATIENCE = RetryPolicy(max_attempts=3, deadline_s=60, request_timeout_s=1)
 CRASHES = [FaultKind.CRASH_BEFORE, FaultKind.CRASH_HALFWAY, FaultKind.CRASH_AFTER]
 
 
@@ -53,15 +49,8 @@ def named(manager: CheckpointManager) -> dict[str, int]:
 @pytest.fixture
 def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FaultStore]]:
     """Let managers open the store that was pushed last."""
-    pushed: list[FaultStore] = []
-
-    def open_pushed(*_: object, **__: object) -> RetryingStore:
-        return RetryingStore(pushed[-1], PATIENCE, sleep=lambda _: None)
-
-    monkeypatch.setattr("cloudckpt.manager.manager.open_store", open_pushed)
-    _proven.clear()
-    yield pushed
-    _proven.clear()
+    with opening_the_last(monkeypatch, "cloudckpt.manager.manager.open_store") as pushed:
+        yield pushed
 
 
 def test_a_name_moves_with_the_commit_and_what_it_has_moved_on_from_goes(tmp_path: Path) -> None:

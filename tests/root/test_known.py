@@ -147,7 +147,7 @@ def test_left_to_itself_a_look_is_quick_only_where_to_look_at_each_would_take_lo
     found = overview(Catalog(FaultStore(bucket)), cache, is_quick=None)
     assert (len(found.checkpoints), found.unchecked, found.check_request_count) == (39, 0, 0)
     monkeypatch.setattr(known, "_PAGE", 10)
-    monkeypatch.setattr(known, "_READERS", 2)
+    monkeypatch.setattr(known, "READERS", 2)
     commit(bucket, 7, attempt(7), metrics={"loss": 8.0})
     look(bucket, cache)
     delete_manifest(bucket)

@@ -20,34 +20,23 @@ from cloudckpt import (
     CloudCkptError,
     ManifestError,
     Options,
-    RetryPolicy,
 )
 from cloudckpt.errors import CommitUnknownError
 from cloudckpt.format import MANIFEST_NAME
 from cloudckpt.options import KIB
-from cloudckpt.store import RetryingStore
-from cloudckpt.store.probe import _proven
 from tests.effort import diagonal
-from tests.store.fault_store import ERRORS, Bucket, Crash, FaultKind, FaultStore, Op, refused
+from tests.store.fault_store import ERRORS, Bucket, Crash, FaultKind, FaultStore, Op, opening_the_last, refused
 
 URL = "memory://bucket/root"
 OPTIONS = Options(shard_bytes=4 * KIB, block_bytes=KIB, span_bytes=2 * KIB, concurrency=1, memory_budget_bytes=64 * KIB)
-PATIENCE = RetryPolicy(max_attempts=3, deadline_s=60, request_timeout_s=1)
 CRASHES = [FaultKind.CRASH_BEFORE, FaultKind.CRASH_HALFWAY, FaultKind.CRASH_AFTER]
 
 
 @pytest.fixture
 def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FaultStore]]:
     """Let functions open the store that was pushed last."""
-    pushed: list[FaultStore] = []
-
-    def open_pushed(*_: object, **__: object) -> RetryingStore:
-        return RetryingStore(pushed[-1], PATIENCE, sleep=lambda _: None)
-
-    monkeypatch.setattr("cloudckpt.checkpoint.open_store", open_pushed)
-    _proven.clear()
-    yield pushed
-    _proven.clear()
+    with opening_the_last(monkeypatch, "cloudckpt.checkpoint.open_store") as pushed:
+        yield pushed
 
 
 def state_of(value: int) -> dict[str, object]:

@@ -11,8 +11,8 @@ request and by `Bucket.advance`, never by itself.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum, auto
 from typing import NoReturn, TypeVar
@@ -28,7 +28,10 @@ from cloudckpt.errors import (
     StorageError,
     TransientError,
 )
+from cloudckpt.options import RetryPolicy
+from cloudckpt.store import RetryingStore
 from cloudckpt.store.base import Listing, ObjectInfo, check_key
+from cloudckpt.store.probe import _proven
 
 __all__ = [
     "ERRORS",
@@ -40,6 +43,7 @@ __all__ = [
     "Op",
     "denied",
     "expired",
+    "opening_the_last",
     "refused",
     "transient",
 ]
@@ -408,3 +412,18 @@ def _shortened(data: T) -> T:
 
 def _flipped(data: T) -> T:
     return bytes([data[0] ^ 0xFF]) + data[1:] if data else data  # type: ignore[index]
+
+
+@contextmanager
+def opening_the_last(patch: pytest.MonkeyPatch, opener: str) -> Iterator[list[FaultStore]]:
+    """Let an `open_store`, named by its whole path, open the store that was pushed last; nothing is proven of it."""
+    pushed: list[FaultStore] = []
+    patience = RetryPolicy(max_attempts=3, deadline_s=60, request_timeout_s=1)
+
+    def open_last(*_: object, **__: object) -> RetryingStore:
+        return RetryingStore(pushed[-1], patience, sleep=lambda _: None)
+
+    patch.setattr(opener, open_last)
+    _proven.clear()
+    yield pushed
+    _proven.clear()
