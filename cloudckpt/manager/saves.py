@@ -211,7 +211,14 @@ class Saves:
         group = Group.of_world()
         if self._vote is None or self._vote.size != group.size:
             timeout_s = self.options.progress_timeout_s
-            self._vote = Vote(rank=group.rank, size=group.size, timeout_s=timeout_s, check=self._check)
+            self._vote = Vote(
+                rank=group.rank,
+                size=group.size,
+                timeout_s=timeout_s,
+                check=self._check,
+                place=group.place,
+                home=group.home,
+            )
         return self._vote
 
     def _compare(self, name: str, mine: Mapping[str, str | int | None]) -> None:
@@ -446,7 +453,7 @@ class Saves:
             return call()
         self.background.wait()  # its session would be in the way
         deadline_s = self.options.progress_timeout_s
-        with plain_errors(), group.session(what, deadline_s=deadline_s, check=self._check):
+        with plain_errors(about=group.about), group.session(what, deadline_s=deadline_s, check=self._check):
             return group.agree(what, lambda: None, lambda _: call())
 
     def remove(self, what: Checkpoint | str) -> None:

@@ -86,7 +86,7 @@ class Session:
         """
         began_s = time.monotonic()
         with ExitStack() as stack:
-            stack.enter_context(plain_errors(group.size, _failed))
+            stack.enter_context(plain_errors(group.size, _failed, about=group.about))
             stack.enter_context(group.session(what, deadline_s=options.progress_timeout_s, check=check))
             yield cls(group=group, what=what, options=options, began_s=began_s, _stack=stack)
 
