@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Literal, Self
@@ -21,6 +22,7 @@ import torch
 from cloudckpt.errors import CloudCkptError, OptionsError
 from cloudckpt.format import check_name, step_number
 from cloudckpt.loading import Contents, load_state, read_contents, read_files, read_state
+from cloudckpt.manager.parts import SavedParts
 from cloudckpt.manager.saves import Asked, Exists, Home, Saves
 from cloudckpt.manager.tolerance import OnError, Tolerance
 from cloudckpt.options import Options, as_clock, as_flag, as_seconds
@@ -376,6 +378,52 @@ class CheckpointManager:
         asked = _asked(metrics, metadata, files, name, exists)
         with taking_part(self._part):
             return self._saves.async_save(number, state, asked, on_busy=on_busy)
+
+    def save_parts(
+        self,
+        step: int,
+        state: MutableMapping[str, object],
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, object] | None = None,
+        *,
+        background: bool = False,
+        files: Files | None = None,
+        name: str | None = None,
+        exists: Exists = "raise",
+    ) -> SavedParts:
+        """Write all that a checkpoint of `step` needs, and commit nothing: what is returned does, when it is told to.
+
+        For who decides by itself when a checkpoint counts, as after a barrier of its own. Until then nobody finds it,
+        and its name, what it replaces and the rules wait for it. What is never committed is removed by `abandon` or
+        `close`, and after the end of the process by a sweep. Other saves may be made meanwhile; but a step is committed
+        before the next one is.
+
+        Args:
+            step: as for `save`.
+            state: as for `save`.
+            metrics: as for `save`.
+            metadata: as for `save`.
+            background: return when the state is copied, as `async_save`; else when the parts of all ranks are durable.
+            files: as for `save`.
+            name: as for `save`.
+            exists: as for `save`; what is skipped is committed already.
+
+        Raises:
+            CloudCkptError: as `save` raises, but for a failure of the store that `on_error` forgives: `commit` returns
+                None then.
+        """
+        self._refuse_forked()
+        asked = replace(_asked(metrics, metadata, files, name, exists), commits=False)
+        number, background = _step_before(step, state), as_flag("background", background)
+        with taking_part(self._part):
+            written = self._saves.save_parts(number, state, asked, background=background)
+        return SavedParts(self._saves, written, self._taking_part)
+
+    @contextmanager
+    def _taking_part(self) -> Iterator[None]:
+        self._refuse_forked()
+        with taking_part(self._part):
+            yield
 
     def prepare(self, state: MutableMapping[str, object]) -> None:
         """Make the memory ready that `async_save` will need, in the background, so that the first one is fast, too.
