@@ -6,7 +6,7 @@ errors; the one layer around it is the only place that tries again. No cloud lib
 
 from cloudckpt.store.assembling import Place, appended, assembled
 from cloudckpt.store.base import Listing, ObjectInfo, Store, is_key
-from cloudckpt.store.limit import LeftBehindError, one_deadline, told_of_moves, watched
+from cloudckpt.store.limit import LeftBehindError, note_move, one_deadline, told_of_moves, watched
 from cloudckpt.store.local import scrub
 from cloudckpt.store.location import TEXT_OPTIONS, local_path
 from cloudckpt.store.opening import environment_options, open_store
@@ -32,6 +32,7 @@ __all__ = [
     "hide",
     "is_key",
     "local_path",
+    "note_move",
     "one_deadline",
     "open_store",
     "probe_create",
