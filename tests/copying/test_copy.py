@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -36,7 +35,7 @@ from cloudckpt.copying.lead import Selection, copy_places
 from cloudckpt.copying.places import Place
 from cloudckpt.format import MANIFEST_NAME, parse_pin_key
 from cloudckpt.root import Catalog, sweep
-from cloudckpt.store import RetryingStore, open_store, probe, told_of_moves
+from cloudckpt.store import RetryingStore, open_store, told_of_moves
 from cloudckpt.store.local import LocalStore
 from cloudckpt.store.probe import _proven
 from servers import FreshPrefix
@@ -52,7 +51,7 @@ from tests.copying.roots import (
     state_of,
 )
 from tests.ranks.processes import run as run_ranks
-from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, Op, denied
+from tests.store.fault_store import RACES, Bucket, Crash, FaultKind, FaultStore, Op, denied
 
 ALL = Selection(is_all=True, takes_pins=True)
 TARGET = "memory://other/root"
@@ -235,8 +234,7 @@ def _count(source: Bucket) -> int:
 def test_at_every_request_of_a_copy_that_ends_there_the_target_has_no_broken_checkpoint(
     made: Path, kind: FaultKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A busy machine has fewer races, and so fewer requests.
-    monkeypatch.setattr(probe, "_RACING_S", math.inf)
+    monkeypatch.setattr(RACES, 1)
     source = pinned_bucket(made)
     whole = {key for key in source.raw_list() if not key.startswith("epochs/")}
     for number in range(1, _count(source) + 1):
