@@ -4,7 +4,7 @@ A store moves bytes and knows nothing of tensors, steps or ranks. Each backend m
 errors; the one layer around it is the only place that tries again. No cloud library is imported before a URL asks.
 """
 
-from cloudckpt.store.assembling import Place, appended, assembled
+from cloudckpt.store.assembling import Place, appended, assembled, refuse_beyond_one_put
 from cloudckpt.store.base import Listing, ObjectInfo, Store, is_key
 from cloudckpt.store.limit import LeftBehindError, note_move, one_deadline, told_of_moves, watched
 from cloudckpt.store.local import scrub
@@ -38,6 +38,7 @@ __all__ = [
     "probe_create",
     "probe_write",
     "race",
+    "refuse_beyond_one_put",
     "scrub",
     "told_of_moves",
     "watched",
