@@ -1,117 +1,109 @@
 """Run a program of `examples/integrations` on one or more ranks until it ends or is struck, and read its losses.
 
-A program prints `step <number> <loss as a hexadecimal float>` after each step, on rank 0.
+    Job(name, …)          its processes: what rank 0 prints, signals to them, how they ended
+    run_program(name, …)  one that prints `step <number> <loss as a hexadecimal float>` after each step, on rank 0
+
+Processes are forked from a server that has imported what the programs need: to import it in each would be most of a
+run, seconds of processor time for each rank. Nothing here waits for so many seconds; a test that hangs has its limit.
 """
 
 from __future__ import annotations
 
+import atexit
+import itertools
 import json
+import multiprocessing
 import os
+import runpy
 import signal
 import socket
-import subprocess
 import sys
-import time
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import Any, Self
 
 from bucket import Bucket
 
 from raw_access import FreshPrefix
+from tests.ranks.processes import PRELOADED, fork
 
-__all__ = ["Run", "assert_a_run_goes_on_from_a_bucket", "assert_same_losses", "run_program"]
+__all__ = ["BEFORE_COMMIT", "HALTED", "Job", "Run", "assert_a_run_goes_on_from_a_bucket", "assert_same_losses"]
+__all__ += ["run_program"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LIMIT_S = 240.0
+PROGRAMS = REPOSITORY / "examples" / "integrations"
+
+# Read by some of the frameworks as they are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Those whose framework is not here the server passes over. Ray starts its processes itself.
+_FORKED = sorted({path.stem for path in PROGRAMS.glob("*.py")} - {"ray_train"})
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    [*PRELOADED, *(f"examples.integrations.{name}" for name in _FORKED)]
+)
+
+# Where all shards of a save stand in the bucket, and nothing that makes them a checkpoint.
+BEFORE_COMMIT = "cloudckpt.root.catalog:Catalog:commit"
+HALTED = "halted"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """What a run came to.
+class Job:
+    """The processes of one job, each with a group of its own; a context manager that kills what is left.
 
     Attributes:
-        losses: step → the bits of its loss.
-        code: exit status of rank 0.
-        took_to_end_s: from the signal to the end of all ranks.
-        newest_step: the newest that is committed.
+        output: what rank 0 and the processes that it starts print.
     """
 
-    losses: dict[int, str]
-    code: int
-    took_to_end_s: float
-    newest_step: int | None
+    def __init__(
+        self,
+        name: str,
+        root: FreshPrefix,
+        *arguments: str,
+        ranks: int = 1,
+        folder: Path = REPOSITORY,
+        halt: str | None = None,
+    ) -> None:
+        """Start a program with `--url` on so many ranks.
 
-
-def run_program(
-    name: str,
-    root: FreshPrefix,
-    *arguments: str,
-    ranks: int = 1,
-    strike: signal.Signals | None = None,
-    when: Literal["between saves", "during a save"] = "between saves",
-    after: int = 0,
-) -> Run:
-    """Start `name` with `--url root`, and send `strike` to all its ranks after step `after`."""
-    bucket = Bucket(root.url, root.storage_options)
-    earlier = {attempt.name for attempt in bucket.attempts()}
-    with _Ranks(
-        [sys.executable, str(REPOSITORY / "examples/integrations" / name), "--url", root.url, *arguments], root, ranks
-    ) as job:
-        losses: dict[int, str] = {}
-        struck_s = None
-        for line in job.output:
-            word, *rest = line.split()[:3] or [""]
-            if word == "step":
-                losses[int(rest[0])] = rest[1]
-            if strike is not None and struck_s is None and losses and max(losses) >= after:
-                if when == "during a save":
-                    job.stop_in_save(bucket, earlier)
-                struck_s = time.monotonic()
-                job.signal(strike)
-        code = job.wait()
-    took_s = 0.0 if struck_s is None else time.monotonic() - struck_s
-    committed = [attempt.step for attempt in bucket.attempts() if attempt.is_committed]
-    return Run(losses=losses, code=code, took_to_end_s=took_s, newest_step=committed[-1] if committed else None)
-
-
-def assert_same_losses(interrupted: list[Run], alone: Run) -> None:
-    """Hold that runs trained each step of one left alone, and that every loss has its bits."""
-    assert {step for run in interrupted for step in run.losses} == set(alone.losses)
-    for run in interrupted:
-        assert run.losses == {step: alone.losses[step] for step in run.losses}
-
-
-class _Ranks:
-    """The processes of one job."""
-
-    def __init__(self, command: Sequence[str], root: FreshPrefix, count: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+        Args:
+            name: of the program.
+            root: where it saves.
+            arguments: more of them.
+            ranks: how many processes; one is told of no others.
+            folder: where they run.
+            halt: `module:class:method:n`, at whose n-th call a process says `HALTED` and goes no further.
+        """
+        with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        together = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if count > 1 else {}
-        self._processes = [
-            subprocess.Popen(
+        environment = {
+            "CLOUDCKPT_STORAGE_OPTIONS": json.dumps(root.storage_options),
+            "CLOUDCKPT_GRACE_S": "500",  # on a busy machine a step and its save may take long
+        }
+        if ranks > 1:
+            environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [str(PROGRAMS / name), "--url", root.url, *arguments]
+        started = [
+            fork(
+                _become,
                 command,
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                stdin=subprocess.DEVNULL,
-                text=True,
-                env={
-                    **os.environ,
-                    **together,
-                    **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}),
-                    "PYTHONPATH": str(REPOSITORY),
-                    "OMP_NUM_THREADS": "1",
-                    "HF_HUB_OFFLINE": "1",
-                    "CLOUDCKPT_STORAGE_OPTIONS": json.dumps(root.storage_options),
-                    "CLOUDCKPT_GRACE_S": "30",
-                },
-                start_new_session=True,
+                environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
+                folder,
+                halt,
+                rank == 0,
+                is_daemon=False,
             )
-            for rank in range(count)
+            for rank in range(ranks)
         ]
+        self._processes = [process for process, _ in started]
+        self.output, *others = (os.fdopen(os.dup(pipe.fileno()), errors="replace") for _, pipe in started)
+        for other in others:
+            other.close()
+        for _, pipe in started:
+            pipe.close()
 
     def __enter__(self) -> Self:
         return self
@@ -121,55 +113,147 @@ class _Ranks:
         self.wait()
         self.output.close()
 
-    @property
-    def output(self) -> IO[str]:
-        found = self._processes[0].stdout
-        assert found is not None
-        return found
-
     def signal(self, which: signal.Signals) -> None:
+        """Send a signal to all ranks, and to whatever they have started."""
         for process in self._processes:
-            if process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, which)
-
-    def stop_in_save(self, bucket: Bucket, earlier: set[str]) -> None:
-        """Stop all ranks at a moment when the bucket shows shards of a save, and no manifest of it."""
-        end_s = time.monotonic() + LIMIT_S
-        while time.monotonic() < end_s and all(process.poll() is None for process in self._processes):
-            self.signal(signal.SIGSTOP)
-            time.sleep(0.02)  # what the server has taken stands in its listing by then
-            if any(not one.is_committed and one.name not in earlier for one in bucket.attempts()):
-                return
-            self.signal(signal.SIGCONT)
-            time.sleep(0.01)
-        raise AssertionError("the job ended before a save could be struck")
+            if process.is_alive():
+                # One that has only just been forked has no group yet.
+                for send in (os.killpg, os.kill):
+                    with suppress(ProcessLookupError):
+                        send(process.pid, which)
+                        break
 
     def wait(self) -> int:
-        codes = [process.wait(LIMIT_S) for process in self._processes]
-        return codes[0]
+        """Wait for the end of all ranks; return the exit status of rank 0."""
+        for process in self._processes:
+            process.join()
+        return self._processes[0].exitcode or 0
 
 
-def assert_a_run_goes_on_from_a_bucket(program: str, s3_url: FreshPrefix, *, ranks: int) -> None:
+def _become(
+    pipe: Connection,
+    command: Sequence[str],
+    environment: dict[str, str],
+    folder: Path,
+    halt: str | None,
+    is_heard: bool,
+) -> None:
+    os.setsid()
+    os.dup2(pipe.fileno() if is_heard else os.open(os.devnull, os.O_WRONLY), 1)
+    pipe.close()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = list(command)
+    if halt is not None:
+        _halt_at(halt)
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    finally:
+        # As the interpreter does it at its end, which a fork of a server does not come to.
+        threading._shutdown()
+        atexit._run_exitfuncs()
+
+
+def _halt_at(place: str) -> None:
+    module, kind, name, count = place.split(":")
+    owner, calls = getattr(import_module(module), kind), itertools.count(1)
+    whole = getattr(owner, name)
+
+    def halted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == int(count):
+            os.write(1, f"{HALTED}\n".encode())
+            threading.Event().wait()
+        return whole(*args, **kwargs)
+
+    setattr(owner, name, halted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What a run came to.
+
+    Attributes:
+        losses: step → the bits of its loss.
+        output: all lines of rank 0.
+        code: exit status of rank 0.
+        newest_step: the newest that is committed.
+    """
+
+    losses: dict[int, str]
+    output: list[str]
+    code: int
+    newest_step: int | None
+
+
+def run_program(
+    name: str,
+    root: FreshPrefix,
+    *arguments: str,
+    ranks: int = 1,
+    strike: signal.Signals | None = None,
+    after: int = 0,
+    in_save: int = 0,
+) -> Run:
+    """Start `name` with `--url root`, and strike all its ranks at most once.
+
+    Args:
+        name: of the program.
+        root: where it saves.
+        arguments: more of them.
+        ranks: how many.
+        strike: what to send after step `after`.
+        after: a step.
+        in_save: the how manieth save of this run to kill before its commit.
+    """
+    bucket = Bucket(root.url, root.storage_options)
+    losses: dict[int, str] = {}
+    output = []
+    with Job(name, root, *arguments, ranks=ranks, halt=f"{BEFORE_COMMIT}:{in_save}" if in_save else None) as job:
+        for line in job.output:
+            output.append(line)
+            word, *rest = line.split()[:3] or [""]
+            if word == "step":
+                losses[int(rest[0])] = rest[1]
+                if strike is not None and int(rest[0]) >= after:
+                    job.signal(strike)
+                    strike = None
+            elif word == HALTED:
+                newest = max(bucket.attempts(), key=lambda attempt: (attempt.epoch, attempt.step))
+                assert (newest.object_count > 0, newest.is_committed) == (True, False)
+                job.signal(signal.SIGKILL)
+        code = job.wait()
+    committed = [attempt.step for attempt in bucket.attempts() if attempt.is_committed]
+    return Run(losses=losses, output=output, code=code, newest_step=committed[-1] if committed else None)
+
+
+def assert_same_losses(interrupted: list[Run], alone: Run) -> None:
+    """Hold that runs trained each step of one left alone, and that every loss has its bits."""
+    assert {step for run in interrupted for step in run.losses} == set(alone.losses)
+    for run in interrupted:
+        assert run.losses == {step: alone.losses[step] for step in run.losses}
+
+
+def assert_a_run_goes_on_from_a_bucket(program: str, s3_url: FreshPrefix, *arguments: str, ranks: int = 1) -> None:
     """Kill a run between two saves and during one, tell it to end, and compare each loss with those of one left alone.
 
-    The programs save every four steps.
+    The programs save every three or four steps, and train at least thirty.
     """
 
     def one(name: str, **how: Any) -> Run:
         root = FreshPrefix(url=f"{s3_url.url}/{name}", server=s3_url.server)
-        return run_program(program, root, "--width", "4000", ranks=ranks, **how)
+        return run_program(program, root, *arguments, ranks=ranks, **how)
 
     alone = one("a")
     between = one("b", strike=signal.SIGKILL, after=6)
-    during = one("b", strike=signal.SIGKILL, when="during a save", after=7)
+    during = one("b", in_save=2)
     told = one("b", strike=signal.SIGTERM, after=17)
     last = one("b")
 
     assert (alone.code, between.code, during.code, told.code, last.code) == (0, -9, -9, 143, 0)
+    assert during.newest_step is not None
+    assert min(told.losses) == during.newest_step + 1
     # What it was told in a save that is under way, that save answers.
     assert told.newest_step is not None
     assert max(told.losses) - told.newest_step < 4
     assert min(last.losses) == told.newest_step + 1
-    assert told.took_to_end_s < 30
     assert_same_losses([between, during, told, last], alone)
