@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -61,7 +61,8 @@ class Job:
     def __init__(
         self,
         name: str,
-        root: FreshPrefix,
+        url: str,
+        storage_options: Mapping[str, object] | None,
         *arguments: str,
         ranks: int = 1,
         folder: Path = REPOSITORY,
@@ -71,7 +72,8 @@ class Job:
 
         Args:
             name: of the program.
-            root: where it saves.
+            url: where it saves.
+            storage_options: for that.
             arguments: more of them.
             ranks: how many processes; one is told of no others.
             folder: where they run.
@@ -80,12 +82,13 @@ class Job:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         environment = {
-            "CLOUDCKPT_STORAGE_OPTIONS": json.dumps(root.storage_options),
+            "CLOUDCKPT_STORAGE_OPTIONS": json.dumps(storage_options),
+            "PYTHONPATH": str(REPOSITORY),  # for what it starts itself
             "CLOUDCKPT_GRACE_S": "500",  # on a busy machine a step and its save may take long
         }
         if ranks > 1:
             environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [str(PROGRAMS / name), "--url", root.url, *arguments]
+        command = [str(PROGRAMS / name), "--url", url, *arguments]
         started = [
             fork(
                 _become,
@@ -113,12 +116,12 @@ class Job:
         self.wait()
         self.output.close()
 
-    def signal(self, which: signal.Signals) -> None:
-        """Send a signal to all ranks, and to whatever they have started."""
+    def signal(self, which: signal.Signals, *, by_group: bool = True) -> None:
+        """Send a signal to all ranks, and to whatever they have started unless it is not `by_group`."""
         for process in self._processes:
             if process.is_alive():
                 # One that has only just been forked has no group yet.
-                for send in (os.killpg, os.kill):
+                for send in (os.killpg, os.kill) if by_group else (os.kill,):
                     with suppress(ProcessLookupError):
                         send(process.pid, which)
                         break
@@ -208,7 +211,14 @@ def run_program(
     bucket = Bucket(root.url, root.storage_options)
     losses: dict[int, str] = {}
     output = []
-    with Job(name, root, *arguments, ranks=ranks, halt=f"{BEFORE_COMMIT}:{in_save}" if in_save else None) as job:
+    with Job(
+        name,
+        root.url,
+        root.storage_options,
+        *arguments,
+        ranks=ranks,
+        halt=f"{BEFORE_COMMIT}:{in_save}" if in_save else None,
+    ) as job:
         for line in job.output:
             output.append(line)
             word, *rest = line.split()[:3] or [""]
