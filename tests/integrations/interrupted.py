@@ -14,6 +14,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
@@ -25,9 +26,10 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from bucket import Bucket
+from fsspec.core import url_to_fs
 
 from raw_access import FreshPrefix
 from tests.ranks.processes import PRELOADED, fork
@@ -49,6 +51,8 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
 # Where all shards of a save stand in the bucket, and nothing that makes them a checkpoint.
 BEFORE_COMMIT = "cloudckpt.root.catalog:Catalog:commit"
 HALTED = "halted"
+STEP = re.compile(r"\bstep\b\D+(\d+)")
+LOSS = re.compile(r"^step (\d+) (\S+)")
 
 
 class Job:
@@ -66,7 +70,7 @@ class Job:
         *arguments: str,
         ranks: int = 1,
         folder: Path = REPOSITORY,
-        halt: str | None = None,
+        halt: int | str | None = None,
     ) -> None:
         """Start a program with `--url` on so many ranks.
 
@@ -77,7 +81,8 @@ class Job:
             arguments: more of them.
             ranks: how many processes; one is told of no others.
             folder: where they run.
-            halt: `module:class:method:n`, at whose n-th call a process says `HALTED` and goes no further.
+            halt: where rank 0 says `HALTED`, and waits to be struck: when it has printed this step or a later one, or
+                at the n-th call of `module:class:method:n`.
         """
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -89,18 +94,21 @@ class Job:
         if ranks > 1:
             environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [str(PROGRAMS / name), "--url", url, *arguments]
-        started = [
-            fork(
-                _become,
-                command,
-                environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
-                folder,
-                halt,
-                rank == 0,
-                is_daemon=False,
-            )
-            for rank in range(ranks)
-        ]
+        theirs, self._go_on = multiprocessing.Pipe(duplex=False)
+        with theirs:
+            started = [
+                fork(
+                    _become,
+                    command,
+                    environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
+                    folder,
+                    halt if rank == 0 else None,
+                    theirs,
+                    rank == 0,
+                    is_daemon=False,
+                )
+                for rank in range(ranks)
+            ]
         self._processes = [process for process, _ in started]
         self.output, *others = (os.fdopen(os.dup(pipe.fileno()), errors="replace") for _, pipe in started)
         for other in others:
@@ -112,12 +120,13 @@ class Job:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.signal(signal.SIGKILL)
+        self.strike(signal.SIGKILL)
         self.wait()
         self.output.close()
+        self._go_on.close()
 
-    def signal(self, which: signal.Signals, *, by_group: bool = True) -> None:
-        """Send a signal to all ranks, and to whatever they have started unless it is not `by_group`."""
+    def strike(self, which: signal.Signals, *, by_group: bool = True) -> None:
+        """Send a signal to all ranks, by group to whatever they have started, too; one that halts goes on by it."""
         for process in self._processes:
             if process.is_alive():
                 # One that has only just been forked has no group yet.
@@ -125,6 +134,8 @@ class Job:
                     with suppress(ProcessLookupError):
                         send(process.pid, which)
                         break
+        with suppress(BrokenPipeError):
+            self._go_on.send(None)
 
     def wait(self) -> int:
         """Wait for the end of all ranks; return the exit status of rank 0."""
@@ -138,7 +149,8 @@ def _become(
     command: Sequence[str],
     environment: dict[str, str],
     folder: Path,
-    halt: str | None,
+    halt: int | str | None,
+    go_on: Connection,
     is_heard: bool,
 ) -> None:
     os.setsid()
@@ -147,8 +159,10 @@ def _become(
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = list(command)
-    if halt is not None:
-        _halt_at(halt)
+    if isinstance(halt, int):
+        sys.stdout = _Halting(sys.stdout, halt, go_on)
+    elif halt is not None:
+        _halt_at(halt, go_on)
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:
@@ -157,15 +171,40 @@ def _become(
         atexit._run_exitfuncs()
 
 
-def _halt_at(place: str) -> None:
+def _halt(go_on: Connection) -> None:
+    os.write(1, f"{HALTED}\n".encode())
+    go_on.recv()
+
+
+class _Halting:
+    """Standard output of a process that halts once it has told of a step."""
+
+    def __init__(self, whole: IO[str], step: int, go_on: Connection) -> None:
+        self._whole, self._step, self._go_on = whole, step, go_on
+        self._written, self._has_halted = "", False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+    def write(self, text: str) -> int:
+        self._written += text
+        return self._whole.write(text)
+
+    def flush(self) -> None:
+        self._whole.flush()
+        if not self._has_halted and any(int(step) >= self._step for step in STEP.findall(self._written)):
+            self._has_halted = True
+            _halt(self._go_on)
+
+
+def _halt_at(place: str, go_on: Connection) -> None:
     module, kind, name, count = place.split(":")
     owner, calls = getattr(import_module(module), kind), itertools.count(1)
     whole = getattr(owner, name)
 
     def halted(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == int(count):
-            os.write(1, f"{HALTED}\n".encode())
-            threading.Event().wait()
+            _halt(go_on)
         return whole(*args, **kwargs)
 
     setattr(owner, name, halted)
@@ -179,7 +218,7 @@ class Run:
         losses: step → the bits of its loss.
         output: all lines of rank 0.
         code: exit status of rank 0.
-        newest_step: the newest that is committed.
+        newest_step: the newest of a root that is committed.
     """
 
     losses: dict[int, str]
@@ -193,9 +232,9 @@ def run_program(
     root: FreshPrefix,
     *arguments: str,
     ranks: int = 1,
-    strike: signal.Signals | None = None,
-    after: int = 0,
-    in_save: int = 0,
+    after: int | None = None,
+    in_save: int | None = None,
+    strike: signal.Signals = signal.SIGKILL,
 ) -> Run:
     """Start `name` with `--url root`, and strike all its ranks at most once.
 
@@ -204,36 +243,39 @@ def run_program(
         root: where it saves.
         arguments: more of them.
         ranks: how many.
-        strike: what to send after step `after`.
-        after: a step.
-        in_save: the how manieth save of this run to kill before its commit.
+        after: the step after which to strike.
+        in_save: the how manieth save of this run before whose commit to strike.
+        strike: with which signal.
     """
-    bucket = Bucket(root.url, root.storage_options)
-    losses: dict[int, str] = {}
-    output = []
+    earlier, _ = _saves(root)
+    output: list[str] = []
     with Job(
         name,
         root.url,
         root.storage_options,
         *arguments,
         ranks=ranks,
-        halt=f"{BEFORE_COMMIT}:{in_save}" if in_save else None,
+        halt=f"{BEFORE_COMMIT}:{in_save}" if in_save else after,
     ) as job:
         for line in job.output:
             output.append(line)
-            word, *rest = line.split()[:3] or [""]
-            if word == "step":
-                losses[int(rest[0])] = rest[1]
-                if strike is not None and int(rest[0]) >= after:
-                    job.signal(strike)
-                    strike = None
-            elif word == HALTED:
-                newest = max(bucket.attempts(), key=lambda attempt: (attempt.epoch, attempt.step))
-                assert (newest.object_count > 0, newest.is_committed) == (True, False)
-                job.signal(signal.SIGKILL)
+            if line.strip() == HALTED:
+                begun, committed = _saves(root)
+                assert begun - earlier - committed or not in_save, "its shards are there, and no manifest"
+                job.strike(strike)
         code = job.wait()
-    committed = [attempt.step for attempt in bucket.attempts() if attempt.is_committed]
-    return Run(losses=losses, output=output, code=code, newest_step=committed[-1] if committed else None)
+    attempts = Bucket(root.url, root.storage_options).attempts()
+    newest_step = next((attempt.step for attempt in reversed(attempts) if attempt.is_committed), None)
+    losses = {int(number): loss for line in output for number, loss in LOSS.findall(line)}
+    return Run(losses=losses, output=output, code=code, newest_step=newest_step)
+
+
+def _saves(root: FreshPrefix) -> tuple[set[str], set[str]]:
+    """Return below which prefixes there are shards, and below which a manifest."""
+    objects = url_to_fs(root.url, **root.storage_options, use_listings_cache=False, skip_instance_cache=True)
+    keys = objects[0].find(objects[1])
+    begun = {key.rsplit("/", 2)[0] for key in keys if key.endswith(".safetensors")}
+    return begun, {key.rsplit("/", 1)[0] for key in keys if key.endswith("/manifest.json")}
 
 
 def assert_same_losses(interrupted: list[Run], alone: Run) -> None:
@@ -254,7 +296,7 @@ def assert_a_run_goes_on_from_a_bucket(program: str, s3_url: FreshPrefix, *argum
         return run_program(program, root, *arguments, ranks=ranks, **how)
 
     alone = one("a")
-    between = one("b", strike=signal.SIGKILL, after=6)
+    between = one("b", after=6)
     during = one("b", in_save=2)
     told = one("b", strike=signal.SIGTERM, after=17)
     last = one("b")

@@ -39,7 +39,6 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 
 LINE = re.compile(r'{"rank": (\d+), "step": (\d+), "loss": "([^"]+)"}')
 EPOCHS = 2
-STEPS = 24
 
 IN_SAVE = f"{BEFORE_COMMIT}:6"
 AFTER_COMMIT = "cloudckpt.integrations.lightning:CloudCheckpointIO:_lay:6"
@@ -53,30 +52,25 @@ class Training:
         self._count = 0
 
     def run(
-        self, *, halt: str | None = None, at_step: int = STEPS, by: signal.Signals = signal.SIGKILL
+        self, *, halt: int | str | None = None, strike: signal.Signals = signal.SIGKILL
     ) -> tuple[dict[Any, str], int]:
         """Return (rank, step) → the bits of its loss, and the exit status.
 
         Args:
-            halt: the call at which all are killed.
-            at_step: when it is done, the signal comes; SIGTERM to the first rank alone.
-            by: the signal.
+            halt: the step or the call at which it is struck; by SIGTERM its first rank alone.
+            strike: with which signal.
         """
         self._count += 1
         folder = self._tmp_path / f"machine-{self._count}"
         folder.mkdir()
         losses: dict[tuple[int, int], str] = {}
-        is_struck = False
         arguments = ("--epochs", str(EPOCHS), *self._arguments)
         with Job("train_lightning.py", self._url, self._options, *arguments, folder=folder, halt=halt) as job:
             for line in job.output:
                 for rank, step, loss in LINE.findall(line):
                     losses[int(rank), int(step)] = loss
                 if line.strip() == HALTED:
-                    job.signal(signal.SIGKILL)
-                elif not is_struck and any(step >= at_step for _, step in losses):
-                    is_struck = True
-                    job.signal(by, by_group=by == signal.SIGKILL)
+                    job.strike(strike, by_group=strike == signal.SIGKILL)
             return losses, job.wait()
 
 
@@ -102,13 +96,13 @@ TWO = ("--ranks", "2")
 @pytest.mark.parametrize(
     ("arguments", "halt"),
     [
-        pytest.param((), None, id="in an epoch"),
+        pytest.param((), 10, id="in an epoch"),
         pytest.param((), IN_SAVE, id="in a save"),
         pytest.param((), AFTER_COMMIT, id="between a commit and the removal of what it replaces"),
         pytest.param(("--background",), IN_SAVE, id="in a save in the background"),
-        pytest.param(TWO, None, id="DDP, in an epoch", marks=pytest.mark.slow),
+        pytest.param(TWO, 10, id="DDP, in an epoch", marks=pytest.mark.slow),
         pytest.param(TWO, IN_SAVE, id="DDP, in a save"),
-        pytest.param((*TWO, "--shard"), None, id="FSDP2, in an epoch"),
+        pytest.param((*TWO, "--shard"), 10, id="FSDP2, in an epoch"),
         pytest.param((*TWO, "--shard"), IN_SAVE, id="FSDP2, in a save", marks=pytest.mark.slow),
     ],
 )
@@ -117,10 +111,10 @@ def test_a_run_that_is_killed_goes_on_elsewhere_with_the_same_losses(
     s3_url: FreshPrefix,
     alone: Callable[..., dict[Any, str]],
     arguments: tuple[str, ...],
-    halt: str | None,
+    halt: int | str,
 ) -> None:
     training = Training(tmp_path, s3_url.url, s3_url.storage_options, *arguments)
-    before, code = training.run(halt=halt, at_step=STEPS if halt else 10)
+    before, code = training.run(halt=halt)
     assert code == -signal.SIGKILL
     after, code = training.run()
     assert code == 0
@@ -135,7 +129,7 @@ def test_a_run_that_is_told_to_end_saves_where_it_is(
     tmp_path: Path, s3_url: FreshPrefix, alone: Callable[..., dict[Any, str]], arguments: tuple[str, ...]
 ) -> None:
     training = Training(tmp_path, s3_url.url, s3_url.storage_options, *arguments)
-    before, code = training.run(at_step=7, by=signal.SIGTERM)
+    before, code = training.run(halt=7, strike=signal.SIGTERM)
     # Lightning kills the others of a rank that it has started and that ends otherwise.
     assert code == (0 if arguments else EXIT_PREEMPTED)
     after, code = training.run()
