@@ -10,7 +10,6 @@ run, seconds of processor time for each rank. Nothing here waits for so many sec
 from __future__ import annotations
 
 import atexit
-import itertools
 import json
 import multiprocessing
 import os
@@ -23,7 +22,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any, Self
@@ -32,10 +30,10 @@ from bucket import Bucket
 from fsspec.core import url_to_fs
 
 from raw_access import FreshPrefix
+from tests.integrations.striking import BEFORE_COMMIT, at_call
 from tests.ranks.processes import PRELOADED, fork
 
-__all__ = ["BEFORE_COMMIT", "HALTED", "Job", "Run", "assert_a_run_goes_on_from_a_bucket", "assert_same_losses"]
-__all__ += ["run_program"]
+__all__ = ["HALTED", "Job", "Run", "assert_a_run_goes_on_from_a_bucket", "assert_same_losses", "run_program"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAMS = REPOSITORY / "examples" / "integrations"
@@ -48,8 +46,6 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
     [*PRELOADED, *(f"examples.integrations.{name}" for name in _FORKED)]
 )
 
-# Where all shards of a save stand in the bucket, and nothing that makes them a checkpoint.
-BEFORE_COMMIT = "cloudckpt.root.catalog:Catalog:commit"
 HALTED = "halted"
 STEP = re.compile(r"\bstep\b\D+(\d+)")
 LOSS = re.compile(r"^step (\d+) (\S+)")
@@ -162,7 +158,7 @@ def _become(
     if isinstance(halt, int):
         sys.stdout = _Halting(sys.stdout, halt, go_on)
     elif halt is not None:
-        _halt_at(halt, go_on)
+        at_call(halt, lambda: _halt(go_on))
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:
@@ -195,19 +191,6 @@ class _Halting:
         if not self._has_halted and any(int(step) >= self._step for step in STEP.findall(self._written)):
             self._has_halted = True
             _halt(self._go_on)
-
-
-def _halt_at(place: str, go_on: Connection) -> None:
-    module, kind, name, count = place.split(":")
-    owner, calls = getattr(import_module(module), kind), itertools.count(1)
-    whole = getattr(owner, name)
-
-    def halted(*args: Any, **kwargs: Any) -> Any:
-        if next(calls) == int(count):
-            _halt(go_on)
-        return whole(*args, **kwargs)
-
-    setattr(owner, name, halted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,7 +32,8 @@ from cloudckpt.integrations.lightning import (  # noqa: E402
     CloudRandomState,
     _is_stub,
 )
-from tests.integrations.interrupted import BEFORE_COMMIT, HALTED, Job  # noqa: E402
+from tests.integrations.interrupted import HALTED, Job  # noqa: E402
+from tests.integrations.striking import BEFORE_COMMIT  # noqa: E402
 
 # Lightning warns of many things, such as few workers.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
