@@ -1,6 +1,6 @@
 """Turn trainers into tables: what each does by itself when it is given a bucket, and with an adapter of ours.
 
-    python -m benchmarks.integrations                                     all, 200 MB, 3 runs, in the frameworks' environment
+    python -m benchmarks.integrations                     all, 200 MB, 3 runs, in the frameworks' environment
     python -m benchmarks.integrations --frameworks lightning,peft --mb 20 --runs 1
     python -m benchmarks.integrations --json F --markdown docs/integrations.md
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -115,6 +116,9 @@ def _take_turn(row: Row, host: Host, store: _Store, size_bytes: int) -> None:
     row.saves.append(saved)
     # Where nothing has come to the bucket, only this machine can resume.
     resumed = host.start({**task, "op": "resume"}, store.environment, run.scratch if row.is_local else None).result()
+    if not resumed.error and not resumed.step and not row.is_ours:
+        row.is_forgotten = True
+        return
     if not resumed.error and not _is_as_saved(resumed, saved, SAVES_AFTER[-1]):
         resumed.error = f"resumed from step {resumed.step} with other values than were saved"
     row.error = resumed.error
@@ -138,7 +142,6 @@ class _Bucket:
     server: Any
     relay: Relay
     url: str = "s3://bench"
-    count: int = 0
     places: Iterator[int] = field(default_factory=lambda: iter(range(1_000_000)))
 
     @property
@@ -234,7 +237,7 @@ def _told(resumed: Found, saved: Found) -> str:
     if resumed.error:
         return f"error: {resumed.error}"
     if not resumed.step:
-        return "nothing: begins anew, without a word"
+        return "nothing: begins anew"
     return f"step {resumed.step}" + ("" if _is_as_saved(resumed, saved) else ", **with other values than were saved**")
 
 
@@ -253,6 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, help="write the tables into this page, as a section of it")
     parser.add_argument("--directory", type=Path, help="where scratch folders are; a disk, for what writes to one")
     options = parser.parse_args(arguments)
+    # So that a run that is told to end leaves no server and no trainer behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if unknown := set(options.frameworks) - set(FRAMEWORKS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(FRAMEWORKS)}")
     with tempfile.TemporaryDirectory(prefix="ckpt-", dir=options.directory) as name:

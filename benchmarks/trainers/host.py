@@ -23,7 +23,6 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from benchmarks.trainers.family import end_family
-from benchmarks.trainers.meter import Meter, ResumedError, Task
 
 __all__ = ["main"]
 
@@ -35,7 +34,12 @@ def main(framework: str) -> None:
     except Exception as error:  # noqa: BLE001 (whatever a package fails with at import is the row's text)
         _say(error=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
         return
-    _say(ways={name: {"title": way.title, "line": way.line} for name, way in module.WAYS.items()}, packages=module.PACKAGES)
+    _say(
+        ways={name: {"title": way.title, "line": way.line} for name, way in module.WAYS.items()},
+        packages=module.PACKAGES,
+    )
+    from benchmarks.trainers.meter import Task
+
     for line in sys.stdin:
         given = json.loads(line)
         pid = os.fork()
@@ -51,8 +55,10 @@ def _say(**words: object) -> None:
     sys.stdout.flush()
 
 
-def _run(module: Any, task: Task, environment: dict[str, str], scratch: str) -> None:
+def _run(module: Any, task: Any, environment: dict[str, str], scratch: str) -> None:
     """Be the process of one task, to its end."""
+    from benchmarks.trainers.meter import Meter, ResumedError
+
     status = 1
     try:
         os.setsid()

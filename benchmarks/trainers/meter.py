@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +29,7 @@ T = TypeVar("T")
 
 SAVES_AFTER = (2, 4)
 LAST = SAVES_AFTER[-1]
+_GATE_LIMIT_S = 120.0
 STEPS = {"train": LAST, "resume": LAST + 2}
 """What is done → the steps that the framework is told to train; a resume is ended before its first one."""
 
@@ -136,7 +136,10 @@ class Meter:
 
     def _pass_gate(self) -> None:
         (self._folder / "waits").touch()
+        end_s = time.monotonic() + _GATE_LIMIT_S
         while not (self._folder / "go").exists():
+            if time.monotonic() > end_s:
+                raise TimeoutError("nobody has opened the gate")
             time.sleep(0.005)
 
     def _write(self) -> None:

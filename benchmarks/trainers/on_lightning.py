@@ -46,7 +46,7 @@ class _Watch(lightning.Callback):
         self._meter.loaded(trainer.global_step, lambda: tensors_of(pl_module, trainer.optimizers[0]))
 
 
-def _run(task: Task, meter: Meter, *, is_ours: bool = False, background: bool = False) -> None:
+def _run(task: Task, meter: Meter, *, is_ours: bool = False, background: bool = False, by_path: bool = False) -> None:
     io = CloudCheckpointIO(task.url, background=background) if is_ours else None
     saver = ModelCheckpoint(
         dirpath="checkpoints" if is_ours else task.url,
@@ -67,7 +67,7 @@ def _run(task: Task, meter: Meter, *, is_ours: bool = False, background: bool = 
     model = _Model(task.size_bytes)
     if task.op == "resume":
         meter.loading()
-        trainer.fit(model, ckpt_path="last")
+        trainer.fit(model, ckpt_path=f"{task.url}/last.ckpt" if by_path else "last")
         return
     save, seen = trainer.save_checkpoint, set()
 
@@ -86,7 +86,9 @@ def _run(task: Task, meter: Meter, *, is_ours: bool = False, background: bool = 
 
 
 WAYS = {
-    "stock": Way("Lightning Trainer", "`ModelCheckpoint(dirpath=url)`", _run),
+    # For "last" Lightning 2.6.6 looks on the local disk for what it has listed in a bucket.
+    "stock": Way("Lightning Trainer", '`ModelCheckpoint(dirpath=url)`, `ckpt_path="last"`', _run),
+    "stock-path": Way("– resumed by a path", "the same, `ckpt_path=f'{url}/last.ckpt'`", partial(_run, by_path=True)),
     "cloudckpt": Way("– with cloudckpt", "`plugins=[CloudCheckpointIO(url)]`", partial(_run, is_ours=True)),
     "cloudckpt-background": Way(
         "– with cloudckpt, in the background",

@@ -78,6 +78,7 @@ def _ours(task: Task, meter: Meter, state: dict[str, Any]) -> None:
 
 
 def _run(task: Task, meter: Meter, *, is_ours: bool = False) -> None:
+    del meter  # the worker makes its own
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     # Arrow's client takes the endpoint from the URL, not from the environment.
     host = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")

@@ -10,6 +10,7 @@ import torch
 from torch_checkpointing import CheckpointManager
 from torch_checkpointing.config import AsyncCheckpointSaverConfig
 from torch_checkpointing.staging import CheckpointStagerConfig
+from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
 from benchmarks.trainers.meter import SAVES_AFTER, STEPS, Meter, Task, tensors_of
 from benchmarks.trainers.ways import Way
@@ -51,7 +52,11 @@ class _Loop:
 def _stock(task: Task, meter: Meter, *, is_put: bool = False) -> None:
     loop, folder = _Loop(task), Path("out" if is_put else task.url)
     staging = CheckpointStagerConfig(use_pinned_memory=False, use_non_blocking_copy=False)
-    manager = CheckpointManager.Config(save=AsyncCheckpointSaverConfig(staging_config=staging)).build()
+    manager = CheckpointManager.Config(
+        save=AsyncCheckpointSaverConfig(staging_config=staging),
+        # Its default, O_DIRECT without alignment, is refused by ext4 and xfs (EINVAL), and nothing is saved.
+        storage_config=LocalFileSystemStorageConfig(use_direct_io=False),
+    ).build()
     if task.op == "resume":
         meter.loading()
         if is_put:
@@ -92,7 +97,7 @@ def _ours(task: Task, meter: Meter) -> None:
 
 
 WAYS = {
-    "stock": Way("torch_checkpointing", "`save(f'{url}/step_4', …)`", _stock),
+    "stock": Way("torch_checkpointing", "`save(f'{url}/step_4', …)`, `use_direct_io=False`", _stock),
     "put": Way("– to a disk, then `fs.put`", "`save(…).result()`, `put`", partial(_stock, is_put=True)),
     "cloudckpt": Way("– with cloudckpt", "`CloudPayloads(url)`", _ours),
 }

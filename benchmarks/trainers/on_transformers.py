@@ -65,7 +65,7 @@ def _run(task: Task, meter: Meter, *, is_ours: bool = False, is_put: bool = Fals
         trainer.add_callback(_Watch(meter))
         trainer.train(resume_from_checkpoint=True)
         return
-    save = trainer._save_checkpoint
+    save = trainer._save_checkpoint  # noqa: SLF001 (where a Trainer saves, it has no public name)
 
     def timed(*args: Any, **kwargs: Any) -> None:
         def call() -> None:
@@ -77,7 +77,7 @@ def _run(task: Task, meter: Meter, *, is_ours: bool = False, is_put: bool = Fals
         wait = trainer.checkpoints.wait if is_ours else None
         meter.save(trainer.state.global_step, tensors_of(trainer.model, inner), call, wait)
 
-    trainer._save_checkpoint = timed
+    trainer._save_checkpoint = timed  # noqa: SLF001
     trainer.train()
 
 

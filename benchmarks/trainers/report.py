@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Literal
 
 from benchmarks.shared.report import _processor, _version
 from benchmarks.trainers.meter import SAVES_AFTER, Found
@@ -67,6 +68,7 @@ class Row:
 
     Attributes:
         is_local: the URL was taken for a path of this machine; the bucket stayed empty.
+        is_forgotten: a resume found nothing of a whole save, and would have begun anew.
         packages: whose versions matter.
     """
 
@@ -78,6 +80,7 @@ class Row:
     loads: list[Found] = field(default_factory=list)
     kill: Kill | None = None
     is_local: bool = False
+    is_forgotten: bool = False
     error: str = ""
 
     @property
@@ -114,61 +117,69 @@ def _header(rows: Iterable[Row], size_bytes: int, runs: int, load: float) -> str
         [
             f"What each trainer does with a URL by itself, and with the one line; written by `{_COMMAND}`.",
             "",
-            f"{time.strftime('%Y-%m-%d')}; {machine}; {versions}. A state of {size_bytes / 1e6:.0f} MB on one rank; the median of "
-            f"{runs} (least–most), each in a fresh process.",
+            f"{time.strftime('%Y-%m-%d')}; {machine}; {versions}.",
+            f"A state of {size_bytes / 1e6:.0f} MB on one rank; median of {runs} (least–most), a fresh process each.",
         ]
     )
 
 
+_ABOUT_NUMBERS = """\
+Seconds on an in-memory S3 on loopback, for the second save of a training. *Blocked*: until training goes on. *Resume*:
+from the trainer's call until its first step, in a new process, with every tensor compared. *Extra*: the most memory
+above what was resident before; of a resume, what the optimizer makes anew is a part. × is against the trainer alone,
+in the same run."""
+_ABOUT_LOCAL = """\
+† reports success, and the bucket stays empty: the state is in a folder `./s3:` of that machine, and the seconds are of
+its page cache."""
+_ABOUT_KILLS = """\
+The same trainings on SeaweedFS: step {first} is saved, and everything is killed (`kill -9`) when half of the bytes of
+step {second} have gone. What is there beside the first save, and what a new process finds on another machine:"""
+
+
 def _numbers(found: Mapping[str, Sequence[Row]]) -> str:
     lines = [
-        "Seconds on an in-memory S3 on loopback, for the second save of a training. *Blocked*: until training goes on. *Resume*: "
-        "from the trainer's call until its first step, in a new process, with all tensors compared. *Extra*: the most memory above what was "
-        "resident before; of a resume the optimizer's own, newly made, is a part. × is against the trainer alone, in the same run.",
+        _ABOUT_NUMBERS,
         "",
         "| | the line | save s | × | blocked s | resume s | × | extra MiB: save | resume |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for rows in found.values():
-        lines += [_number_line(row, rows[0]) for row in rows]
-    local = [row.title for rows in found.values() for row in rows if row.is_local]
-    if local:
-        lines += [
-            "",
-            "† reports success; the bucket stays empty: the state is in a folder `./s3:` of that machine, and the seconds are of its page "
-            "cache.",
-        ]
+        lines += [_number_line(row, rows) for row in rows]
+    if any(row.is_local for rows in found.values() for row in rows):
+        lines += ["", _ABOUT_LOCAL]
     return "\n".join(lines)
 
 
-def _number_line(row: Row, stock: Row) -> str:
+def _number_line(row: Row, rows: Sequence[Row]) -> str:
     if row.error:
         return f"| {row.title} | {row.line} | {_cell(row.error)} | | | | | | |"
     cells = [
-        _spread([one.save_s for one in row.saves]) + ("†" if row.is_local else ""),
-        _ratio(row, stock, "save_s"),
+        _spread(_values(row, "save_s")) + ("†" if row.is_local else ""),
+        _ratio(row, rows, "save_s"),
         f"{median(one.blocked_s for one in row.saves):.2f}",
-        _spread([one.load_s for one in row.loads]),
-        _ratio(row, stock, "load_s"),
+        "**begins anew**" if row.is_forgotten else _spread(_values(row, "load_s")),
+        _ratio(row, rows, "load_s"),
         f"{max(one.extra_bytes for one in row.saves) / _MIB:.0f}",
-        f"{max(one.extra_bytes for one in row.loads) / _MIB:.0f}",
+        "–" if row.is_forgotten else f"{max(one.extra_bytes for one in row.loads) / _MIB:.0f}",
     ]
     return f"| {row.title} | {row.line} | {' | '.join(cells)} |"
 
 
-def _ratio(row: Row, stock: Row, name: str) -> str:
-    """Return how many times as fast as the trainer alone, which must have done the same: come to the bucket."""
-    mine, theirs = (each.saves if name == "save_s" else each.loads for each in (row, stock))
-    if row is stock or stock.is_local or not mine or not theirs:
-        return "–"
-    return f"{median(getattr(one, name) for one in theirs) / median(getattr(one, name) for one in mine):.1f}"
+def _ratio(row: Row, rows: Sequence[Row], name: Literal["save_s", "load_s"]) -> str:
+    """Return how many times as fast as the trainer alone, where that did the same: it came to the bucket."""
+    theirs = [_values(one, name) for one in rows if one.way.startswith("stock") and not one.is_local]
+    mine, first = _values(row, name), next(filter(None, theirs), [])
+    return f"{median(first) / median(mine):.1f}" if row.is_ours and mine and first else "–"
+
+
+def _values(row: Row, name: Literal["save_s", "load_s"]) -> list[float]:
+    return [one.save_s for one in row.saves] if name == "save_s" else [one.load_s for one in row.loads]
 
 
 def _kills(rows: Iterable[Row]) -> str:
     first, second = SAVES_AFTER
     lines = [
-        f"The same trainings on SeaweedFS: step {first} is saved, and everything is killed (`kill -9`) when half of the bytes of step "
-        f"{second} have gone. What is there beside the first save, and what a new process finds on another machine:",
+        _ABOUT_KILLS.format(first=first, second=second),
         "",
         "| | the kill leaves | resume finds |",
         "|---|---|---|",
@@ -197,5 +208,5 @@ def _spread(values: Sequence[float]) -> str:
 def _cell(text: str) -> str:
     """Return a text that stays in its cell, and names no folder of one machine."""
     plain = re.sub(r"/\S*?/ckpt-\w+/run-\w+/scratch", ".", text)
-    plain = plain.replace("|", "/").replace("<", "‹").replace(">", "›")
+    plain = plain.replace("|", "/").replace("<", "(").replace(">", ")")
     return plain if len(plain) <= 160 else f"{plain[:159]}…"

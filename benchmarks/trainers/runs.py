@@ -63,24 +63,29 @@ class Host:
         )
         try:
             told = self.hear(_IMPORT_LIMIT_S)
-            if "error" in told:
-                raise HostError(told["error"])
         except BaseException:
             self.close()
             raise
+        if "error" in told:
+            self.close()
+            raise HostError(told["error"])
         self.ways: Mapping[str, Mapping[str, str]] = told["ways"]
         self.packages: tuple[str, ...] = tuple(told["packages"])
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
         """End it, and what it has begun."""
-        end_family(self._process.pid)
-        self._process.wait()
+        if self._process.returncode is None:
+            end_family(self._process.pid)
+        with self._process:  # waits, and closes its pipes
+            pass
 
     def start(self, task: Mapping[str, Any], environment: Mapping[str, str], scratch: Path | None = None) -> Run:
         """Begin a run in a scratch folder: of an earlier run, or a new one as on another machine.
@@ -153,7 +158,7 @@ class Run:
 
     def await_gate(self) -> bool:
         """Wait until it would begin its second save; False if it ended before."""
-        return self._wait_for(lambda: (self._folder / "waits").exists())
+        return self._wait_for((self._folder / "waits").exists)
 
     def open_gate(self) -> None:
         """Let it begin."""
