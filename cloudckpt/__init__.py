@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from cloudckpt.dcp import CloudReader, CloudWriter
     from cloudckpt.format import register, register_code
     from cloudckpt.loading import Contents, TensorInfo
-    from cloudckpt.manager import CheckpointManager
+    from cloudckpt.manager import CheckpointManager, SavedParts
     from cloudckpt.page import Prices, report_page
     from cloudckpt.preemption import Notice, Preemption
     from cloudckpt.qualifying import Probe, probe
@@ -141,6 +141,7 @@ __all__ = [
     "SaveFailedError",
     "SaveHandle",
     "SaveStaged",
+    "SavedParts",
     "ScalarEvents",
     "SourceError",
     "StalledError",
@@ -176,7 +177,7 @@ _LATE = {
     "dcp": ("CloudReader", "CloudWriter"),
     "format": ("register", "register_code"),
     "loading": ("Contents", "TensorInfo"),
-    "manager": ("CheckpointManager",),
+    "manager": ("CheckpointManager", "SavedParts"),
     "page": ("Prices", "report_page"),
     "preemption": ("Notice", "Preemption"),
     "qualifying": ("Probe", "probe"),

@@ -14,7 +14,7 @@ import torch
 from cloudckpt.errors import CheckpointNotFoundError, OptionsError
 from cloudckpt.loading import Contents, load_state, read_contents, read_files, read_state
 from cloudckpt.options import Options
-from cloudckpt.ranks import Group, Ranks, check_ranks, refuse_lonely_rank, taking_part
+from cloudckpt.ranks import Group, ProcessGroup, Ranks, check_part, refuse_lonely_rank, taking_part
 from cloudckpt.report import Journal, OnEvent, Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, Exists, Roots, check_exists, own_url
 from cloudckpt.saving import Session, begin_save
@@ -42,6 +42,7 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
     files: Files | None = None,
     exists: Exists = "raise",
     ranks: Ranks = "all",
+    process_group: ProcessGroup | None = None,
     progress: Show = "auto",
     on_event: OnEvent = None,
 ) -> Checkpoint:
@@ -66,6 +67,8 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
             the old one back.
         ranks: `all`: every rank of the process group calls it; or `self`: this process saves what it holds by itself,
             and waits for nobody, such as rank 0 for all of a DDP job. A tensor of which it holds a part is refused.
+        process_group: the ranks of this group call it, by themselves; None: those of the default one. See
+            `CheckpointManager`.
         progress: what is shown on stderr, as for `CheckpointManager`.
         on_event: is told what happens, as for `CheckpointManager`.
 
@@ -83,7 +86,7 @@ def save(  # noqa: PLR0913 (keyword-only, each of its own kind)
     chosen = Options.of(options)
     destined = check_exists(exists)
     with (
-        taking_part(check_ranks(ranks)),
+        taking_part(check_part(ranks, process_group)),
         open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store,
     ):
         refuse_lonely_rank()
@@ -125,6 +128,7 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
     resize: Resize | None = None,
     only: str | Sequence[str] | None = None,
     ranks: Ranks = "all",
+    process_group: ProcessGroup | None = None,
     progress: Show = "auto",
     on_event: OnEvent = None,
 ) -> Checkpoint:
@@ -153,6 +157,7 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
         only: names of what of `state` is restored, its keys or those of objects in its containers (`model`,
             `optimizers.0`); all else of it stays as it is, and so does what else the checkpoint holds.
         ranks: `all`: every rank of the process group calls it; or `self`: this process restores by itself.
+        process_group: the ranks of this group call it, by themselves; None: those of the default one.
         progress: what is shown on stderr, as for `CheckpointManager`.
         on_event: is told what happens, as for `CheckpointManager`.
 
@@ -171,7 +176,7 @@ def load(  # noqa: PLR0913 (keyword-only, each of its own kind)
     _refuse_swapped("load", state, url)
     chosen = Options.of(options)
     with (
-        taking_part(check_ranks(ranks)),
+        taking_part(check_part(ranks, process_group)),
         open_store(url, storage_options=storage_options, engine=engine, options=chosen) as store,
     ):
         catalog, journal = Catalog(store), Journal(store, Progress(progress), on_event=on_event)

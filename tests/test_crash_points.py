@@ -8,7 +8,7 @@ than the newest that was acknowledged, and no fewer than retention keeps, whatev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
@@ -71,7 +71,22 @@ def manager_on(client: FaultStore, clients: list[FaultStore]) -> Iterator[Checkp
         yield manager
 
 
-def live(client: FaultStore, clients: list[FaultStore], acknowledged: list[int], unknown: list[int]) -> None:
+Save = Callable[[FaultStore, CheckpointManager, int], object]
+
+
+def at_once(_: FaultStore, manager: CheckpointManager, step: int) -> object:
+    return manager.save(step, state_of(step))
+
+
+def in_two_phases(client: FaultStore, manager: CheckpointManager, step: int) -> object:
+    parts = manager.save_parts(step, state_of(step))
+    assert f"step-{step:010}" not in str([key for key in client.bucket.raw_list() if key.endswith(MANIFEST_NAME)])
+    return parts.commit()
+
+
+def live(
+    client: FaultStore, clients: list[FaultStore], acknowledged: list[int], unknown: list[int], save: Save = at_once
+) -> None:
     """Be one incarnation: restore, save a few steps, note which saves were acknowledged or may have happened."""
     with manager_on(client, clients) as manager:
         state = state_of(0)
@@ -79,7 +94,7 @@ def live(client: FaultStore, clients: list[FaultStore], acknowledged: list[int],
         first = 0 if restored is None or restored.step is None else restored.step + 1
         for step in range(first, first + STEPS):
             try:
-                manager.save(step, state_of(step))
+                save(client, manager, step)
             except CommitUnknownError:
                 unknown.append(step)
                 raise
@@ -112,9 +127,9 @@ def check_next(bucket: Bucket, clients: list[FaultStore], acknowledged: list[int
         assert len({key for key in manifests if not key.startswith(LEFT)}) == len(listed)
 
 
-def count_requests(clients: list[FaultStore], lives_before: int) -> int:
+def count_requests(clients: list[FaultStore], lives_before: int, save: Save = at_once) -> int:
     client = FaultStore(bucket_after(clients, lives_before))
-    live(client, clients, [], [])
+    live(client, clients, [], [], save)
     return client.op_count
 
 
@@ -153,6 +168,32 @@ def test_a_crash_at_any_request_loses_nothing_that_was_acknowledged(
         # The manifest may have been created in the moment of the crash.
         check_next(bucket, clients, acknowledged, [max(acknowledged, default=-1) + 1])
     assert fired > 30
+
+
+def test_a_break_at_any_request_of_a_save_in_two_phases_loses_nothing_and_commits_nothing_before_its_time(
+    clients: list[FaultStore],
+) -> None:
+    count = count_requests(clients, 0, in_two_phases)
+    assert count == count_requests(clients, 0), "a second phase costs no more"
+    ways = [*((kind, None) for kind in CRASHES), *(error.values for error in ERRORS)]
+    fired = 0
+    tried = portion(range(1, count + 1), 0, of=2)
+    for number in tried:
+        bucket = Bucket()
+        client = FaultStore(bucket)
+        kind, error = ways[number % len(ways)]
+        if error is None:
+            fault = client.crash_at(number, kind)  # type: ignore[arg-type]
+        else:
+            fault = client.inject(kind=kind, error=error, skip=number - 1, times=None)
+        acknowledged: list[int] = []
+        unknown: list[int] = []
+        with suppress(Crash, CloudCkptError):
+            live(client, clients, acknowledged, unknown, in_two_phases)
+        fired += fault.fired > 0
+        at_the_end = [max(acknowledged, default=-1) + 1] if error is None else unknown
+        check_next(bucket, clients, acknowledged, at_the_end)
+    assert fired > len(tried) // 2
 
 
 def test_a_life_removes_what_others_left(clients: list[FaultStore]) -> None:

@@ -88,7 +88,11 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
         entries = allowed.checked(bind(state, generators=generators)) if group.size == 1 else None
     search = Search(candidates, roots)
     checkpoint = None
-    with entry.bar(shown) as bar, plain_errors(), group.session(what, deadline_s=options.progress_timeout_s):
+    with (
+        entry.bar(shown) as bar,
+        plain_errors(about=group.about),
+        group.session(what, deadline_s=options.progress_timeout_s),
+    ):
         while (found := group.agree(f"{what}: finding", lambda: None, lambda _: search.next())) is not None:
             catalog = roots.catalogs[found.root]
             checkpoint = catalog.adopt(found.manifest, prefix=found.prefix)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Literal, Self
@@ -21,11 +22,12 @@ import torch
 from cloudckpt.errors import CloudCkptError, OptionsError
 from cloudckpt.format import check_name, step_number
 from cloudckpt.loading import Contents, load_state, read_contents, read_files, read_state
+from cloudckpt.manager.parts import SavedParts
 from cloudckpt.manager.saves import Asked, Exists, Home, Saves
 from cloudckpt.manager.tolerance import OnError, Tolerance
 from cloudckpt.options import Options, as_clock, as_flag, as_seconds
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
-from cloudckpt.ranks import Ranks, check_ranks, refuse_lonely_rank, taking_part
+from cloudckpt.ranks import ProcessGroup, Ranks, check_part, refuse_lonely_rank, taking_part
 from cloudckpt.report import Advice, Journal, OnEvent, Progress, Show, advise
 from cloudckpt.root import (
     Catalog,
@@ -127,6 +129,7 @@ class CheckpointManager:
         prune_grace_s: float = 60.0,
         sweep_after_s: float | None = 3600.0,
         ranks: Ranks = "all",
+        process_group: ProcessGroup | None = None,
         progress: Show = "auto",
         on_event: OnEvent = None,
         clock: Callable[[], float] = time.monotonic,
@@ -166,6 +169,13 @@ class CheckpointManager:
             ranks: `all`: every rank of the process group has a manager and calls the same of it; or `self`: this
                 process saves and restores by itself, and waits for nobody, such as rank 0 for all of a DDP job, or a
                 helper process of a rank. A tensor of which it holds a part is refused.
+            process_group: whose ranks have a manager and call the same of it: those of this group, such as
+                `dist.new_group` or `mesh["dp"].get_group()` return, among themselves; ranks outside of it are not
+                waited for, and are refused. None: those of the default group; what gives None to ranks outside
+                (`use_local_synchronization=True`) needs them to make no call. In a group ranks are counted from 0: so
+                in `PerRank`, in errors, and for the world size that a manifest tells. A state is saved where these
+                hold all of it: a DTensor or an FSDP module that is cut over others, too, is refused unless the parts
+                that are here make it whole. One root is for one group: of two the one that came first is fenced.
             progress: what rank 0 shows on stderr: `auto` a bar on a terminal and a line for each save and restore that
                 is done, unless the log shows it; `bar` a bar in any case, `line` the line alone, `off` nothing.
             on_event: is told, on rank 0, what happens to checkpoints: a callable, or several, that take an `Event`.
@@ -180,8 +190,8 @@ class CheckpointManager:
         if fallback is None and fallback_storage_options is not None:
             raise OptionsError("fallback_storage_options are given without a fallback; give both, or none of them")
         as_seconds("prune_grace_s", prune_grace_s)
-        self._ranks = check_ranks(ranks)
-        with taking_part(self._ranks):
+        self._part = check_part(ranks, process_group)
+        with taking_part(self._part):
             refuse_lonely_rank()
         shown, self._retention = Progress(progress), checked_rules(retention)
         self._owns_preemption = preemption is True or preemption == "auto"
@@ -242,7 +252,7 @@ class CheckpointManager:
             RankLostError: another rank did not come to ask.
         """
         self._refuse_closed()
-        with taking_part(self._ranks):
+        with taking_part(self._part):
             return self._saves.are_due(step_number(step))
 
     @property
@@ -251,7 +261,7 @@ class CheckpointManager:
 
         No longer once the end that was announced has passed: the notice was false then, and all is as before.
         """
-        with taking_part(self._ranks):
+        with taking_part(self._part):
             return self._saves.is_preempted
 
     @property
@@ -326,7 +336,7 @@ class CheckpointManager:
         """
         self._refuse_forked()
         asked = _asked(metrics, metadata, files, name, exists)
-        with taking_part(self._ranks):
+        with taking_part(self._part):
             return self._saves.save(_step_before(step, state), state, asked)
 
     def async_save(
@@ -367,8 +377,54 @@ class CheckpointManager:
         self._refuse_forked()
         number = _step_before(step, state)
         asked = _asked(metrics, metadata, files, name, exists)
-        with taking_part(self._ranks):
+        with taking_part(self._part):
             return self._saves.async_save(number, state, asked, on_busy=on_busy)
+
+    def save_parts(
+        self,
+        step: int,
+        state: MutableMapping[str, object],
+        metrics: Mapping[str, float] | None = None,
+        metadata: Mapping[str, object] | None = None,
+        *,
+        background: bool = False,
+        files: Files | None = None,
+        name: str | None = None,
+        exists: Exists = "raise",
+    ) -> SavedParts:
+        """Write all that a checkpoint of `step` needs, and commit nothing: what is returned does, when it is told to.
+
+        For who decides by itself when a checkpoint counts, as after a barrier of its own. Until then nobody finds it,
+        and its name, what it replaces and the rules wait for it. What is never committed is removed by `abandon` or
+        `close`, and after the end of the process by a sweep. Other saves may be made meanwhile; but a step is committed
+        before the next one is.
+
+        Args:
+            step: as for `save`.
+            state: as for `save`.
+            metrics: as for `save`.
+            metadata: as for `save`.
+            background: return when the state is copied, as `async_save`; else when the parts of all ranks are durable.
+            files: as for `save`.
+            name: as for `save`.
+            exists: as for `save`; what is skipped is committed already.
+
+        Raises:
+            CloudCkptError: as `save` raises, but for a failure of the store that `on_error` forgives: `commit` returns
+                None then.
+        """
+        self._refuse_forked()
+        asked = replace(_asked(metrics, metadata, files, name, exists), commits=False)
+        number, background = _step_before(step, state), as_flag("background", background)
+        with taking_part(self._part):
+            written = self._saves.save_parts(number, state, asked, background=background)
+        return SavedParts(self._saves, written, self._taking_part)
+
+    @contextmanager
+    def _taking_part(self) -> Iterator[None]:
+        self._refuse_forked()
+        with taking_part(self._part):
+            yield
 
     def prepare(self, state: MutableMapping[str, object]) -> None:
         """Make the memory ready that `async_save` will need, in the background, so that the first one is fast, too.
@@ -377,7 +433,7 @@ class CheckpointManager:
         make in their first step is added at the first `should_save`. Saves nothing, asks nobody.
         """
         self._refuse_forked()
-        with taking_part(self._ranks):
+        with taking_part(self._part):
             self._saves.prepare(state)
 
     def wait(self, timeout: float | None = None) -> None:
@@ -451,7 +507,7 @@ class CheckpointManager:
         self._saves.rest()
         choice = Choice(self._saves.roots, step, self._retention)
         allowed = Allowed(strict=strict, cast=cast, materialize=materialize, resize=resize, only=only)
-        with taking_part(self._ranks):
+        with taking_part(self._part):
             return self._restored(state, choice, allowed)
 
     def _restored(self, state: MutableMapping[str, object], choice: Choice, allowed: Allowed) -> Checkpoint | None:
@@ -601,7 +657,7 @@ class CheckpointManager:
             StorageError: the store did not answer: it may be pinned, and asking again is safe.
         """
         self._refuse_forked()
-        with taking_part(self._ranks):
+        with taking_part(self._part):
             return self._saves.pin(step_number(step), note)
 
     def unpin(self, step: int) -> Pin:
@@ -614,7 +670,7 @@ class CheckpointManager:
             StorageError: the store did not answer.
         """
         self._refuse_forked()
-        with taking_part(self._ranks):
+        with taking_part(self._part):
             return self._saves.unpin(step_number(step))
 
     def pins(self) -> list[Pin]:
@@ -655,7 +711,7 @@ class CheckpointManager:
             StorageError: the store could not be asked; the checkpoint is whole or not there.
         """
         self._refuse_forked()
-        with taking_part(self._ranks):
+        with taking_part(self._part):
             self._saves.delete(step_number(step))
 
     def named(self, name: str) -> Checkpoint | None:
@@ -699,7 +755,7 @@ class CheckpointManager:
                 )
         else:
             check_name(checkpoint)
-        with taking_part(self._ranks):
+        with taking_part(self._part):
             self._saves.remove(checkpoint)
 
     def unreadable(self) -> list[Unreadable]:
@@ -743,7 +799,7 @@ class CheckpointManager:
             return
         self._is_closed = True
         try:
-            with taking_part(self._ranks):
+            with taking_part(self._part):
                 self._saves.end(is_forked=os.getpid() != self._pid)
         finally:
             if self._preemption is not None and self._owns_preemption:

@@ -56,13 +56,22 @@ from cloudckpt.root import (
     refuse_pinned,
     unpin,
 )
-from cloudckpt.saving import Background, PendingSave, PlanMemory, SaveHandle, Session, begin_save, expected_shards
+from cloudckpt.saving import (
+    Background,
+    PendingSave,
+    PlanMemory,
+    SaveHandle,
+    Session,
+    Uncommitted,
+    begin_save,
+    expected_shards,
+)
 from cloudckpt.state import Files, bind, capture, captured, collector_at_rest
 from cloudckpt.store import RetryingStore
 from cloudckpt.threads import new_lock
-from cloudckpt.transfer import Slabs
+from cloudckpt.transfer import Gauge, Slabs
 
-__all__ = ["Asked", "Exists", "Home", "Saves"]
+__all__ = ["Asked", "Exists", "Home", "Saves", "Written"]
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +99,7 @@ class Asked:
         files: to go beside the state.
         name: that the checkpoint gets; "" for none.
         exists: what to do where the step is saved.
+        commits: whether it is committed as soon as it can be.
     """
 
     metrics: Mapping[str, float] | None = None
@@ -97,10 +107,36 @@ class Asked:
     files: Files | None = None
     name: str = ""
     exists: Exists = "raise"
+    commits: bool = True
 
     def __post_init__(self) -> None:
         if self.exists not in get_args(Exists):
             raise OptionsError(f"exists is {self.exists!r}; give {' or '.join(map(repr, get_args(Exists)))}")
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Written:
+    """A save of which all ranks have written their parts, or do so, and what became of it.
+
+    Attributes:
+        step: the training step.
+        entry: the journal's; None where nothing was to be written.
+        handle: of the thread that writes; None if that is done.
+        parts: what is to be committed, once all is written.
+        replaced: the checkpoint that goes when this one is committed.
+        checkpoint: what is committed.
+        error: why nothing can be committed, which was forgiven.
+        is_abandoned: whether it was given up.
+    """
+
+    step: int
+    entry: Entry | None = None
+    handle: SaveHandle | None = None
+    parts: Uncommitted | None = None
+    replaced: Checkpoint | None = None
+    checkpoint: Checkpoint | None = None
+    error: BaseException | None = None
+    is_abandoned: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +217,8 @@ class Saves:
         self.is_interrupted = False
         # What the save under way replaces.
         self._to_replace: Checkpoint | None = None
+        # What is written, and neither committed nor abandoned.
+        self._uncommitted: list[Written] = []
         # The newest commit after which nothing was pruned yet.
         self._to_prune: deque[Checkpoint] = deque(maxlen=1)
         # Held by who prunes: the thread of the save before, or of one that has no room.
@@ -211,7 +249,14 @@ class Saves:
         group = Group.of_world()
         if self._vote is None or self._vote.size != group.size:
             timeout_s = self.options.progress_timeout_s
-            self._vote = Vote(rank=group.rank, size=group.size, timeout_s=timeout_s, check=self._check)
+            self._vote = Vote(
+                rank=group.rank,
+                size=group.size,
+                timeout_s=timeout_s,
+                check=self._check,
+                place=group.place,
+                home=group.home,
+            )
         return self._vote
 
     def _compare(self, name: str, mine: Mapping[str, str | int | None]) -> None:
@@ -280,17 +325,28 @@ class Saves:
         asked: Asked,
     ) -> Checkpoint:
         entry, pending = self._begin(step, state, asked, slabs=None)
-        self._doubted = step, pending.look
-        try:
+
+        def finish() -> Checkpoint:
             with entry.bar(f"saving step {step}") as bar:
                 checkpoint = pending.finish(bar)
             entry.unblocked(step)
+            return checkpoint
+
+        return self._finished(step, entry, pending, finish)
+
+    def _finished(
+        self, step: int, entry: Entry, what: PendingSave | Uncommitted, finish: Callable[[], Checkpoint]
+    ) -> Checkpoint:
+        """Commit here, note what became of it, and prune."""
+        self._doubted = step, what.look
+        try:
+            checkpoint = finish()
         except BaseException as exc:
             self.is_interrupted = isinstance(exc, KeyboardInterrupt)
-            self._ended(step, entry, pending.take_back, self._all_the_same(step, exc) or exc)
+            self._ended(step, entry, what.take_back, self._all_the_same(step, exc) or exc)
             raise
         try:
-            self._ended(step, entry, pending.take_back, checkpoint)
+            self._ended(step, entry, what.take_back, checkpoint)
             self._doubted = None
             if self._schedule.is_preempted:
                 self.background.log_earlier(step)
@@ -304,6 +360,108 @@ class Saves:
             _note_saved(step, exc)
             raise
         return checkpoint
+
+    def save_parts(self, step: int, state: MutableMapping[str, object], asked: Asked, *, background: bool) -> Written:
+        """Have all ranks write their parts, here or from a copy; raises as `CheckpointManager.save_parts` does."""
+        if (found := self._already(step, asked, "wait")) is not None:
+            return Written(step=step, checkpoint=found)
+        written = Written(step=step)
+        try:
+            entry, pending = self._begin(step, state, asked, slabs=self._slabs if background else None)
+            written.entry = entry
+            written.replaced, self._to_replace = self._to_replace, None
+            ended = partial(self._ended, step, entry, pending.take_back)
+            if background:
+                finish = partial(self._write, written, pending)
+                written.handle = self.background.begin(step, pending, ended, finish)
+            else:
+                self._write_here(written, pending, ended)
+        except CloudCkptError as exc:
+            if not self._tolerance.forgives(step, exc):
+                self.background.note_earlier(exc)
+                raise
+            written.error = exc
+            return written
+        entry.unblocked(step, staged_bytes=pending.size_bytes if background else None)
+        return written
+
+    def _write(self, written: Written, pending: PendingSave, gauge: Gauge | None = None) -> None:
+        written.parts = pending.finish_parts(gauge)
+        self._uncommitted.append(written)
+        if written.entry is not None:
+            written.entry.rest()
+
+    def _write_here(
+        self, written: Written, pending: PendingSave, ended: Callable[[Checkpoint | BaseException], bool]
+    ) -> None:
+        try:
+            with self._journal.begin(rank=Group.of_world().rank).bar(f"writing step {written.step}") as bar:
+                self._write(written, pending, bar)
+        except BaseException as exc:
+            self.is_interrupted = isinstance(exc, KeyboardInterrupt)
+            ended(exc)
+            raise
+
+    def commit_parts(self, written: Written) -> Checkpoint | None:
+        """Commit what was written, with all ranks; raises as `SavedParts.commit` does."""
+        step, error = written.step, written.error
+        if written.is_abandoned:
+            raise OptionsError(f"what was written of step {step} was abandoned, and cannot be committed; save it again")
+        if written.handle is not None:
+            error = written.handle.exception()
+        if error is not None:
+            if self._tolerance.forgives(step, error):
+                return None
+            raise error
+        entry, parts = written.entry, written.parts
+        if entry is None or parts is None or (written.checkpoint is not None and Group.of_world().size == 1):
+            return written.checkpoint
+        self.background.wait()  # its session would be in the way
+        commit = partial(
+            parts.commit, self.options, may=partial(self._refuse_late, written, parts.epoch), check=self._check
+        )
+        if written.checkpoint is not None:
+            return commit()  # for a rank that was not told
+        entry.resume()
+        self._to_replace = written.replaced
+        try:
+            written.checkpoint = self._finished(step, entry, parts, commit)
+        except CloudCkptError as exc:
+            entry.rest()
+            if not self._tolerance.forgives(step, exc):
+                raise
+            return None
+        self._forget(written)
+        return written.checkpoint
+
+    def _refuse_late(self, written: Written, epoch: int) -> None:
+        """Refuse, on rank 0, to commit what would not be the newest of this job."""
+        home = next((home for home in self.homes if home.epoch.number == epoch), None)
+        newest = self.homes[0].epoch.newest
+        if home is None or (newest is not None and newest.order > (epoch, written.step)):
+            newer = "another epoch" if home is None or newest is None else f"step {newest.step}"
+            raise OptionsError(
+                f"step {written.step} was written in epoch {epoch} of this job, which has committed or begun {newer} "
+                "since, so that nobody would find it; commit in the order of the steps. Nothing was committed: abandon "
+                "it, and save again"
+            )
+
+    def abandon_parts(self, written: Written) -> None:
+        """Give up what was written, and remove it, on rank 0; nothing if it is committed."""
+        if written.is_abandoned or written.checkpoint is not None or written.entry is None:
+            return
+        written.is_abandoned = True
+        self._forget(written)
+        if written.handle is not None and written.handle.exception() is not None:
+            return
+        if written.parts is not None:
+            written.parts.discard()
+            self._schedule.failed(written.step)
+            written.entry.failed(written.step, SaveFailedError("what was written of it was abandoned"))
+
+    def _forget(self, written: Written) -> None:
+        if written in self._uncommitted:
+            self._uncommitted.remove(written)
 
     def _all_the_same(self, step: int, error: BaseException) -> Checkpoint | None:
         """Return what a save has committed though it raised; an exception that is no answer of the store tells nothing.
@@ -446,7 +604,7 @@ class Saves:
             return call()
         self.background.wait()  # its session would be in the way
         deadline_s = self.options.progress_timeout_s
-        with plain_errors(), group.session(what, deadline_s=deadline_s, check=self._check):
+        with plain_errors(about=group.about), group.session(what, deadline_s=deadline_s, check=self._check):
             return group.agree(what, lambda: None, lambda _: call())
 
     def remove(self, what: Checkpoint | str) -> None:
@@ -516,6 +674,8 @@ class Saves:
         """
         try:
             self.background.end()
+            if not (self.is_interrupted or is_forked):
+                self._abandon_all()
             # Who interrupts waits for nothing that is not for a checkpoint.
             patience_s = 0.0 if self.is_interrupted else min(self.options.finish_timeout_s, _ENDING_S)
             stop_s = time.monotonic() + patience_s
@@ -529,6 +689,11 @@ class Saves:
             for home in self.homes:
                 home.pruner.stop()
             self._slabs.close()
+
+    def _abandon_all(self) -> None:
+        for written in self._uncommitted.copy():
+            logger.warning("step %d was written and never committed; what was written of it is removed", written.step)
+            self.abandon_parts(written)
 
     def settle(self, timeout: float | None) -> None:
         """Wait for the save under way, and for what is pruned after it; what it raises is `Background.settle`'s."""
@@ -592,7 +757,9 @@ class Saves:
         self._is_beginning = True
         try:
             with (
-                Session.of(group, f"save of step {step}", options, check=self._check) as session,
+                Session.of(
+                    group, f"save of {'' if asked.commits else 'parts of '}step {step}", options, check=self._check
+                ) as session,
                 collector_at_rest(),
             ):
                 pending = begin_save(

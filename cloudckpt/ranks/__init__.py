@@ -8,20 +8,22 @@ from cloudckpt.ranks.group import Group
 from cloudckpt.ranks.outcome import RanksFailedError, named_ranks, own_failures, plain_errors
 from cloudckpt.ranks.packet import Countdown, Packet
 from cloudckpt.ranks.vote import Vote
-from cloudckpt.ranks.world import Ranks, check_ranks, refuse_lonely_rank, taking_part
+from cloudckpt.ranks.world import ProcessGroup, Ranks, check_part, refuse_lonely_rank, taking_part, those_taking_part
 
 __all__ = [
     "Accord",
     "Countdown",
     "Group",
     "Packet",
+    "ProcessGroup",
     "Ranks",
     "RanksFailedError",
     "Vote",
-    "check_ranks",
+    "check_part",
     "named_ranks",
     "own_failures",
     "plain_errors",
     "refuse_lonely_rank",
     "taking_part",
+    "those_taking_part",
 ]

@@ -4,8 +4,8 @@
     deal    each rank's value ──▶ rank 0 decides ──▶ each rank its own part
     pass    tensors from the rank that has them to those that need them
 
-The messages go over a gloo group of our own, made once per process group, so that nothing of a trainer's traffic is
-met, whatever its backend is. `Link`'s thread sends and receives them; the rank waits for that thread and watches
+The messages go over a gloo group of our own, made once for those who take part, so that nothing of a trainer's traffic
+is met, whatever its backend is. `Link`'s thread sends and receives them; the rank waits for that thread and watches
 `Pulse` meanwhile, because a gloo receive cannot be given up and, once it has timed out, has taken the whole group with
 it. What raises on one rank travels as a value. After a lost rank the group is left to itself, and the next session
 makes another. Keeps FORMAT invariants 11 and 13. One session at a time, which one thread may begin and another end.
@@ -43,7 +43,7 @@ from cloudckpt.ranks.outcome import (
 )
 from cloudckpt.ranks.packet import Packet
 from cloudckpt.ranks.pulse import Pulse
-from cloudckpt.ranks.world import BrokenError, has_world, is_alone, new_gloo_group
+from cloudckpt.ranks.world import BrokenError, new_gloo_group, those_taking_part
 from cloudckpt.threads import new_lock
 from cloudckpt.transfer import Watch
 
@@ -56,38 +56,54 @@ _Result = TypeVar("_Result")
 
 
 class Group:
-    """The ranks that save and restore together: those of the default process group, or this process alone."""
+    """The ranks that save and restore together: those of a process group, or this process alone.
+
+    Attributes:
+        rank: of this process among them, from 0; which need not be its rank in the job.
+        size: how many they are.
+        home: who of them keeps the store of the job's process group, if anybody does.
+        about: what to say beside an error that names ranks; "" where they are those of the job.
+    """
 
     def __init__(self, *, rank: int = 0, size: int = 1) -> None:
         """Make the group of one process; `of_world` makes the others."""
         self.rank = rank
         self.size = size
         self.world: dist.ProcessGroup | None = None
+        self.about = ""
+        self.home: Sequence[int] = (0,)
+        self._name = ""
         self._link: Link | None = None
         self._generation = 0
         self._is_open = False
         self._turn = new_lock()
         self._holder: int | None = None
         self._settled: BaseException | None = None
-        self._accords: Counter[str] = Counter()
+        self._places: Counter[str] = Counter()
         self._check: Callable[[], None] | None = None
 
     @classmethod
     def of_world(cls) -> Group:
-        """Return the group of the default process group, the same one as long as that exists; else a lone one.
+        """Return the group of those with whom this thread takes part, the same one as long as the job's group exists.
 
-        A lone one, too, for a thread that takes part by itself (`taking_part`).
+        Those are all ranks of the default process group unless `taking_part` says so; a lone one without that.
+
+        Raises:
+            OptionsError: the process group that `taking_part` named was destroyed.
         """
-        if is_alone() or not has_world() or dist.get_world_size() == 1:
+        members = those_taking_part()
+        if members is None or len(members.ranks) == 1:
             return cls()
-        world = dist.group.WORLD
         with _LOCK:
-            group = _OF_WORLD[0] if _OF_WORLD else None
-            if group is None or group.world is not world:
-                _forget()  # that of a process group that was destroyed
-                group = cls(rank=dist.get_rank(), size=dist.get_world_size())
-                group.world = world
-                _OF_WORLD.append(group)
+            if any(group.world is not members.world for group in _GROUPS.values()):
+                _forget()  # those of a default process group that was destroyed
+            group = _GROUPS.get(members.name)
+            if group is None:
+                group = cls(rank=members.rank, size=len(members.ranks))
+                group.world, group._name, group.home = members.world, members.name, members.home
+                if members.name:
+                    group.about = f"ranks are counted in the process group of {named_ranks(members.ranks)} of the job"
+                _GROUPS[members.name] = group
         return group
 
     def close(self) -> None:
@@ -96,10 +112,14 @@ class Group:
         if link is not None:
             link.close()
 
+    def place(self, room: str) -> str:
+        """Return a new place in the store, which is these ranks' own; each of them asks in the same order."""
+        self._places[room] += 1
+        return "/".join(filter(None, [room, self._name, str(self._places[room])]))
+
     def accord(self, name: str) -> Accord:
         """Return a new comparison of what the ranks are asked for, with those that others have made by that name."""
-        self._accords[name] += 1
-        return Accord(f"{name}/{self._accords[name]}", rank=self.rank)
+        return Accord(self.place(name), rank=self.rank)
 
     # -- sessions ------------------------------------------------------------------------------------------
 
@@ -169,12 +189,21 @@ class Group:
     def _join(self, what: str, deadline_s: float) -> Link:
         """Make a gloo group of our own, once every rank has come to do so."""
         name = f"{what}, making a group"
-        meeting = Meeting(name, rank=self.rank, size=self.size, after=self._generation, deadline_s=deadline_s)
+        meeting = Meeting(
+            name,
+            of=self._name,
+            rank=self.rank,
+            size=self.size,
+            after=self._generation,
+            deadline_s=deadline_s,
+            home=self.home,
+        )
         caller = Caller("cloudckpt-ranks")
         try:
             pulse = _outlast(meeting, caller.submit(meeting.meet), self._check)
             self._generation = meeting.number
-            gloo = _wait(pulse, name, caller.submit(new_gloo_group), self._check)
+            make = partial(new_gloo_group, meeting.room, rank=self.rank, size=self.size)
+            gloo = _wait(pulse, name, caller.submit(make), self._check)
             pulse.enter(what, is_waiting=False)
         except BaseException as exc:
             caller.stop()
@@ -227,7 +256,9 @@ class Group:
         except RankLostError as exc:
             # From here on the part is not handed over any more, should rank 0 be there again.
             has_asked = self._link is not None and self._link.retract()
-            if 0 in exc.ranks and self.rank != 0 and has_asked:
+            # Without the store, rank 0 cannot be heard of any more, whoever of the job was lost.
+            is_unheard = 0 in exc.ranks or not exc.ranks
+            if is_unheard and self.rank != 0 and has_asked:
                 raise UndecidedError(str(exc)) from exc
             raise
 
@@ -341,15 +372,15 @@ class Group:
 
 
 _LOCK = new_lock()
-_OF_WORLD: list[Group] = []  # one at most
+_GROUPS: dict[str, Group] = {}
 
 
 @atexit.register
 def _forget() -> None:
-    """Let go of the gloo group and its thread; at the end, while the interpreter is whole."""
-    for group in _OF_WORLD:
+    """Let go of the gloo groups and their threads; at the end, while the interpreter is whole."""
+    for group in _GROUPS.values():
         group.close()
-    _OF_WORLD.clear()
+    _GROUPS.clear()
 
 
 def _wait(pulse: Pulse, phase: str, future: Future[_Result], check: Callable[[], None] | None = None) -> _Result:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from cloudckpt.ranks.calling import Caller
 from cloudckpt.ranks.packet import Packet, landing_of, packed, slices, unpack
 from cloudckpt.ranks.pulse import Pulse
-from cloudckpt.ranks.world import BrokenError, breaking, let_go
+from cloudckpt.ranks.world import BrokenError, breaking
 from cloudckpt.threads import new_lock
 
 __all__ = ["Link"]
@@ -61,13 +61,13 @@ class Link:
         """
         gloo, self._held = self._held, None
         if gloo is not None:
-            self.submit(partial(let_go, gloo))
+            self.submit(partial(_let_go, gloo))
         self._caller.stop()
 
     def close(self) -> None:
         """End the thread, so that the gloo group is let go in the thread that calls.
 
-        The last one to hold a destroyed group ends its threads. Where that is a daemon thread of an interpreter that
+        The last one to hold a group ends its threads. Where that is a daemon thread of an interpreter that
         is about to go, the process aborts.
         """
         self._caller.stop()
@@ -180,6 +180,10 @@ class Link:
                 self._gloo.recv([part], packet.reader, _TENSORS).wait()
         unpack(body, packet.tensors)
         return True
+
+
+def _let_go(gloo: dist.ProcessGroup) -> None:
+    """Hold the group no longer than this call."""
 
 
 def _tensor_of(message: bytes) -> torch.Tensor:

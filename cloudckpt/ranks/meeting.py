@@ -10,7 +10,7 @@ store; the rank asks `fault` meanwhile.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch.distributed as dist
@@ -22,8 +22,7 @@ from cloudckpt.ranks.world import KeyValueStore, store_of_our_own
 
 __all__ = ["Meeting"]
 
-_ROOM = "cloudckpt/ranks"
-_ANNOUNCED = f"{_ROOM}/announced"
+_ROOMS = "cloudckpt/ranks"
 _LOOK_S = 0.005
 
 
@@ -38,7 +37,7 @@ class Meeting:
 
     period_s = 0.05
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (keyword-only, each of its own kind)
         self,
         phase: str,
         *,
@@ -48,20 +47,32 @@ class Meeting:
         deadline_s: float,
         connect: Callable[[], KeyValueStore] = store_of_our_own,
         clock: Callable[[], float] = time.monotonic,
+        of: str = "",
+        home: Sequence[int] = (0,),
     ) -> None:
-        """Begin to count `deadline_s`; the meeting before was number `after`, or 0."""
+        """Begin to count `deadline_s`; the meeting before was number `after`, or 0.
+
+        `of` tells the rooms of these ranks from those of other ranks in the same store, which `home` of them keep.
+        """
+        self._home = home
+        self._rooms = f"{_ROOMS}/{of}" if of else _ROOMS
         self.number = 0
         self.pulse: Pulse | None = None
         self._phase = phase
         self._rank = rank
         self._size = size
-        self._speak = partial(Pulse, rank=rank, size=size, phase=phase, deadline_s=deadline_s, clock=clock)
+        self._speak = partial(Pulse, rank=rank, size=size, phase=phase, deadline_s=deadline_s, clock=clock, home=home)
         self._after = after
         self._deadline_s = deadline_s
         self._connect = connect
         self._clock = clock
         # Not when `meet` begins: its thread may get a core late, and is waited for from now on.
         self._began_s = self._answered_s = clock()
+
+    @property
+    def room(self) -> str:
+        """The place in the store of the meeting that this is."""
+        return f"{self._rooms}/{self.number}"
 
     def meet(self) -> Pulse:
         """Return the pulse of the first session, in which all ranks are.
@@ -79,30 +90,32 @@ class Meeting:
                 self._refuse_late()
                 time.sleep(_LOOK_S)
         except dist.DistError as exc:
-            raise rank_lost(f"the process group's store is gone ({exc}), which rank 0 keeps", [0]) from exc
+            why = f"the process group's store is gone ({exc}), which rank 0 of the job keeps"
+            raise rank_lost(why, self._home) from exc
         return self.pulse
 
     def _enter(self, store: KeyValueStore, number: int) -> None:
         if self.pulse is not None:
             self.pulse.end()
         self.number = number
-        self.pulse = self._speak(store, f"{_ROOM}/{number}").begin()
+        self.pulse = self._speak(store, self.room).begin()
         self.pulse.enter(self._phase, is_waiting=True)
 
     def _open_room(self, store: KeyValueStore) -> int:
-        number = int(store.add(f"{_ROOM}/count", 1))
-        make_room(store, f"{_ROOM}/{number}", size=self._size)
-        store.set(_ANNOUNCED, str(number))
+        number = int(store.add(f"{self._rooms}/count", 1))
+        make_room(store, f"{self._rooms}/{number}", size=self._size)
+        store.set(f"{self._rooms}/announced", str(number))
         return number
 
     def _announced(self, store: KeyValueStore) -> int:
-        number = int(store.get(_ANNOUNCED)) if store.check([_ANNOUNCED]) else 0
+        key = f"{self._rooms}/announced"
+        number = int(store.get(key)) if store.check([key]) else 0
         self._answered_s = self._clock()
         return number
 
     def _refuse_late(self) -> None:
         if self.pulse is None and self._clock() - self._began_s > self._deadline_s:
-            raise self._lost(f"rank 0 has not come within {self._deadline_s:.1f} s")
+            raise self._lost(f"rank 0 has not come within {self._deadline_s:.1f} s", [0])
         if self.pulse is not None and (fault := self.pulse.fault()) is not None:
             raise fault
 
@@ -113,7 +126,7 @@ class Meeting:
         silent_s = self._clock() - self._answered_s
         if silent_s <= self._deadline_s:
             return None
-        return self._lost(f"the process group's store did not answer for {silent_s:.1f} s")
+        return self._lost(f"the process group's store did not answer for {silent_s:.1f} s", self._home)
 
-    def _lost(self, why: str) -> RankLostError:
-        return rank_lost(f"{why}, while rank {self._rank} was at {self._phase!r}", [0], phase=self._phase)
+    def _lost(self, why: str, ranks: Sequence[int]) -> RankLostError:
+        return rank_lost(f"{why}, while rank {self._rank} was at {self._phase!r}", ranks, phase=self._phase)

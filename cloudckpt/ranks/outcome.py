@@ -129,7 +129,10 @@ def rank_lost(why: str, ranks: Iterable[int], *, phase: str = "") -> RankLostErr
 
 @contextmanager
 def plain_errors(
-    size: int = 1, failed: Callable[[str, Mapping[int, BaseException]], CloudCkptError] | None = None
+    size: int = 1,
+    failed: Callable[[str, Mapping[int, BaseException]], CloudCkptError] | None = None,
+    *,
+    about: str = "",
 ) -> Iterator[None]:
     """Turn what ranks met into one error, the same on every rank.
 
@@ -138,10 +141,24 @@ def plain_errors(
         failed: makes the error of a text and of rank → error where ranks were lost, or met what is not ours or is not
             the same on all of them. Without it, that is the error of the first rank that met one, which notes the
             ranks; and that of a lost rank as it is.
+        about: what stands beside an error of ours as a note, "" for none.
 
     Raises:
         CommitUnknownError: rank 0 was lost when it had all it needed to commit.
     """
+    try:
+        with _plain_errors(size, failed):
+            yield
+    except CloudCkptError as exc:
+        if about:
+            exc.add_note(about)
+        raise
+
+
+@contextmanager
+def _plain_errors(
+    size: int, failed: Callable[[str, Mapping[int, BaseException]], CloudCkptError] | None
+) -> Iterator[None]:
     try:
         yield
     except RanksFailedError as exc:

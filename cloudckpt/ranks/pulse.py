@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import msgspec
@@ -87,7 +87,7 @@ class Pulse:
     Entered by the rank's own threads (`tick`, `enter`, `fault`) and by a thread of its own.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (keyword-only, each of its own kind)
         self,
         store: KeyValueStore,
         room: str,
@@ -98,15 +98,20 @@ class Pulse:
         deadline_s: float,
         session: int = 1,
         clock: Callable[[], float] = time.monotonic,
+        home: Sequence[int] = (0,),
     ) -> None:
-        """Speak for `rank` of `size` below `room`, and listen, from `begin` on; `deadline_s` counts from now on."""
+        """Speak for `rank` of `size` below `room`, and listen, from `begin` on; `deadline_s` counts from now on.
+
+        The store is kept by `home` of these ranks, if it is one of them.
+        """
+        self._home = home
         self.deadline_s = deadline_s
         self._store = store
         self._room = room
         self._rank = rank
         self._session = session
         self._clock = clock
-        self._next = partial(Pulse, store, room, rank=rank, size=size, session=session + 1, clock=clock)
+        self._next = partial(Pulse, store, room, rank=rank, size=size, session=session + 1, clock=clock, home=home)
         self._mine = _Record(session=session, ticks=1, phase=phase)
         self._verdict = _Verdict()
         self._answered_s = self._verdict_s = now_s = clock()
@@ -173,7 +178,7 @@ class Pulse:
         if self._fault is None:
             silent_s = self._clock() - self._answered_s
             if silent_s > self.deadline_s:
-                self._fault = self._lost([0], f"the process group's store did not answer for {silent_s:.1f} s")
+                self._fault = self._lost(self._home, f"the process group's store did not answer for {silent_s:.1f} s")
         return self._fault
 
     def catch_up(self) -> RankLostError | None:
@@ -231,7 +236,7 @@ class Pulse:
             try:
                 self._beat()
             except Exception as exc:  # noqa: BLE001 (the end of a thread: what it met is kept for the rank)
-                self._fault = self._fault or self._lost([0], f"the process group's store is gone ({exc})")
+                self._fault = self._fault or self._lost(self._home, f"the process group's store is gone ({exc})")
                 return
 
     def _beat(self) -> None:

@@ -46,18 +46,31 @@ def _yield_core() -> None:
 
 
 class Vote:
-    """The votes of this process with the other ranks of the default process group. One thread."""
+    """The votes of this process with other ranks. One thread."""
 
-    def __init__(self, *, rank: int, size: int, timeout_s: float, check: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        rank: int,
+        size: int,
+        timeout_s: float,
+        check: Callable[[], None] | None = None,
+        place: Callable[[str], str] = lambda room: room,
+        home: Sequence[int] = (0,),
+    ) -> None:
         """Wait `timeout_s` for a rank; the group is made at the first vote, together with all other ranks.
 
-        `check` is called now and then while others are waited for, and may raise why they will not come.
+        `check` is called now and then while others are waited for, and may raise why they will not come. `place`
+        returns the same new place in the process group's store on each of them, as `Group.place` does; `home`
+        of them keep that.
         """
+        self._home = home
+        self._find_place, self._place = place, ""
         self._check = check if check is not None else lambda: None
         self._rank = rank
         self.size = size
         self._timeout_s = timeout_s
-        self._gloo: object | None = None
+        self._gloo: dist.ProcessGroup | None = None
         self._store: KeyValueStore | None = None
         self._count = 0
         self._asking: Future[bool] | None = None
@@ -74,8 +87,7 @@ class Vote:
         self._count += 1
         tensor = torch.tensor(list(values), dtype=torch.int64, device="cpu")
         try:
-            self._open(what)
-            work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._gloo, async_op=True)
+            work = self._open(what).allreduce([tensor], dist.ReduceOp.MAX)
             self._wait(work, what)
         except (BrokenError, RuntimeError) as exc:
             raise self._lost(what) from exc
@@ -83,11 +95,14 @@ class Vote:
             self._asking = None  # it was about this vote
         return [int(value) for value in tensor.tolist()]
 
-    def _open(self, what: str) -> None:
+    def _open(self, what: str) -> dist.ProcessGroup:
         if self._gloo is not None:
-            return
+            return self._gloo
+        self._place = self._place or self._find_place(_ROOM)
+        timeout = timedelta(seconds=self._timeout_s)
+        make = partial(new_gloo_group, self._place, rank=self._rank, size=self.size, timeout=timeout)
         # In a thread: it asks rank 0's store, which may not answer, and Python runs handlers meanwhile.
-        opening = begun(lambda: (new_gloo_group(timeout=timedelta(seconds=self._timeout_s)), store_of_our_own()))
+        opening = begun(lambda: (make(), store_of_our_own()))
         stop_s = time.monotonic() + self._timeout_s
         while self._gloo is None:
             try:
@@ -96,10 +111,9 @@ class Vote:
                 self._check()
                 if time.monotonic() >= stop_s:
                     raise self._lost(what) from None
+        return self._gloo
 
-    def _wait(self, work: dist.Work | None, what: str) -> None:
-        if work is None:
-            return
+    def _wait(self, work: dist.Work, what: str) -> None:
         began_s = looked_s = time.monotonic()
         pause_s = _SHORTEST_PAUSE_S
         # Not `work.wait()`: it would keep Python from running signal handlers.
@@ -127,7 +141,7 @@ class Vote:
 
     @property
     def _alarm(self) -> str:
-        return f"{_ROOM}/{self._count}/alarm"
+        return f"{self._place}/{self._count}/alarm"
 
     def _lost(self, what: str) -> RankLostError:
         """Raise the alarm, and name the ranks that do not answer it."""
@@ -136,8 +150,8 @@ class Vote:
             begun(partial(self._alarm_all, store)).result(timeout=_STORE_S)
             time.sleep(_ANSWERING_S)
             late = begun(partial(self._not_answering, store)).result(timeout=_STORE_S)
-        except (FutureTimeoutError, RuntimeError):  # torch's DistError: the store lives in rank 0's process
-            late = [0]
+        except (FutureTimeoutError, RuntimeError):  # torch's DistError: the store lives in a process of the job
+            late = list(self._home)
         names = named_ranks(late) if late else "other ranks"
         return rank_lost(f"{names} did not come to {what}, or died, while rank {self._rank} waited", late, phase=what)
 
@@ -149,4 +163,4 @@ class Vote:
         return [rank for rank in range(self.size) if not store.check([self._answer_of(rank)])]
 
     def _answer_of(self, rank: int) -> str:
-        return f"{_ROOM}/{self._count}/{rank}"
+        return f"{self._place}/{self._count}/{rank}"

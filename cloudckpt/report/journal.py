@@ -132,6 +132,7 @@ class Entry:
     def __init__(self, journal: Journal, rank: int, world_size: int) -> None:
         self.rank = rank
         self.began_s = self.work_began_s = journal.clock()
+        self._rested_s = self.began_s
         self._world_size = world_size
         self._in_background = False
         self._journal = journal
@@ -148,6 +149,17 @@ class Entry:
         self._in_background = in_background
         waited_s = self.work_began_s - self.began_s
         self._tell(lambda: SaveBegun(**self._about(step), in_background=in_background, waited_s=waited_s))
+
+    def rest(self) -> None:
+        """Note that it goes on when somebody says so, by `resume`."""
+        self._rested_s = self._journal.clock()
+
+    def resume(self) -> None:
+        """Note that it goes on: what it waited in between is no cost of it."""
+        waited_s = self._journal.clock() - self._rested_s
+        self._rested_s += waited_s
+        self.began_s += waited_s
+        self.work_began_s += waited_s
 
     def _tell(self, event: Callable[[], Event]) -> None:
         if self.rank == 0 and self._journal.teller.is_asked:

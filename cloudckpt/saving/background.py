@@ -48,11 +48,13 @@ class SaveHandle:
         pending: PendingSave | None = None,
         ended_with: Callable[[Checkpoint | BaseException], bool] = lambda _: False,
         patience_s: float = 0.0,
+        finish: Callable[[], Checkpoint | None] | None = None,
     ) -> None:
         """Made by `CheckpointManager.async_save`."""
         self.step = step
         self.is_skipped = pending is None
         self._pending = pending
+        self._finish = pending.finish if finish is None and pending is not None else finish
         self._ended_with = ended_with
         self._patience_s = patience_s
         self._checkpoint: Checkpoint | None = None
@@ -150,9 +152,9 @@ class SaveHandle:
 
     def _run(self) -> None:
         try:
-            if self._pending is not None:
-                self._checkpoint = self._pending.finish()
-                self._ended_with(self._checkpoint)
+            if self._finish is not None and (found := self._finish()) is not None:
+                self._checkpoint = found
+                self._ended_with(found)
         except BaseException as exc:  # noqa: BLE001 (the end of a thread: kept, and raised where somebody waits)
             self._error = exc
         try:
@@ -164,7 +166,7 @@ class SaveHandle:
             self._end()
 
     def _end(self) -> None:
-        self._pending = None
+        self._pending = self._finish = None
         with self._lock:
             self._ended.set()
             calls, self._calls = self._calls, []
@@ -208,7 +210,7 @@ class SaveHandle:
 
     def _disown(self) -> None:
         """Count as ended, in a process that was forked from the one whose thread goes on with it."""
-        self._pending = None
+        self._pending = self._finish = None
         self._error = CloudCkptError(f"the save of step {self.step} belongs to the process that this was forked from")
         self._is_told = True
         # The old one's lock may have been held when the process was forked.
@@ -249,7 +251,11 @@ class Background:
         return [handle for handle in handles if handle.done() and handle._error is not None and not handle._is_told]
 
     def begin(
-        self, step: int, pending: PendingSave, ended_with: Callable[[Checkpoint | BaseException], bool]
+        self,
+        step: int,
+        pending: PendingSave,
+        ended_with: Callable[[Checkpoint | BaseException], bool],
+        finish: Callable[[], Checkpoint | None] | None = None,
     ) -> SaveHandle:
         """Stage a save in this thread and finish it in another; return once it is staged.
 
@@ -258,11 +264,12 @@ class Background:
             pending: what all ranks have agreed on.
             ended_with: is called with the checkpoint, or with what the save failed with, in the other thread, before
                 the save counts as done; returns whether nobody need be told of a failure.
+            finish: finishes it in place of `pending.finish`, there; returns None where nothing is committed yet.
 
         Raises:
             CloudCkptError: it failed before everything was staged; nothing was committed.
         """
-        handle = SaveHandle(step, pending, ended_with, self._patience_s)
+        handle = SaveHandle(step, pending, ended_with, self._patience_s, finish)
         before = self._thread
         work = partial(self._run, handle, before)
         thread = worker(work, name="cloudckpt-save")

@@ -1,7 +1,7 @@
 """Do rank 0's part of a save: where it goes, who writes what, whether all of it was written; then commit.
 
     openings of all ranks ──decide──▶ Order          boxes of all ranks ──share_out──▶ PlanPart of each
-    parts of all ranks ──plan == results?──▶ index ──▶ manifest, created: committed
+    parts of all ranks ──plan == results?──▶ index, put ──commit──▶ manifest, created: committed
 
 Works on messages of ranks alone, and sees no tensor. Keeps FORMAT invariants 2, 3 and 13.
 """
@@ -17,13 +17,13 @@ import msgspec
 import numpy as np
 
 from cloudckpt.deadline import Deadline
-from cloudckpt.errors import OptionsError, SaveFailedError, tells_outcome
-from cloudckpt.format import BoxTable, Column, JsonValue, PathElement, new_attempt
+from cloudckpt.errors import CommitUnknownError, OptionsError, SaveFailedError, StorageError, tells_outcome
+from cloudckpt.format import BoxTable, Column, JsonValue, Manifest, PathElement, new_attempt
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, named_ranks
 from cloudckpt.root import Catalog, Checkpoint, Destination, Target
 from cloudckpt.saving.dedup import Replicas, share_out
-from cloudckpt.saving.output import Record, commit_index, discard, made
+from cloudckpt.saving.output import Record, discard, made, write_index
 from cloudckpt.saving.replicas import doubtful_sets
 from cloudckpt.saving.tally import Written, assemble, check_against_names
 from cloudckpt.saving.turns import Turn
@@ -141,6 +141,9 @@ class Coordinator:
     _target: Target | None = None
     _left: Target | None = None
     _attempt: str = ""
+    _manifest: Manifest | None = None
+    # As it was committed.
+    _committed: bytes = b""
     # Whether the manifest may have been asked for.
     _is_committing: bool = False
 
@@ -224,8 +227,18 @@ class Coordinator:
         plan_id = secrets.token_hex(8)
         return [PlanPart(plan_id, rows, replicas) for rows, replicas in zip(*shares, strict=True)]
 
-    def commit(self, parts: Sequence[RankPart], attempt: str, record: Record, group: Group) -> bytes:
-        """Compare what was written with the plan, and commit it; return the manifest."""
+    @property
+    def epoch(self) -> int:
+        """That of the place, on rank 0; 0 outside a root."""
+        return 0 if self._target is None else self._target.epoch
+
+    @property
+    def has_committed(self) -> bool:
+        """Whether `commit` has returned, on rank 0."""
+        return bool(self._committed)
+
+    def write_index(self, parts: Sequence[RankPart], attempt: str, record: Record, group: Group) -> None:
+        """Compare what was written with the plan, and put the index; then all that a commit needs is durable."""
         if self._target is None:
             raise OptionsError("only rank 0 commits")
         slowest = max(range(len(parts)), key=lambda rank: parts[rank].upload_s)
@@ -248,9 +261,29 @@ class Coordinator:
         group.tick()
         check_against_names(self.memory.tensors, index)
         group.tick()
-        self._is_committing = True
         full = replace(record, world_size=group.size, seconds=seconds)
-        return commit_index(self._target, index, full).manifest.encode()
+        self._manifest = write_index(self._target, index, full)
+
+    def commit(self) -> bytes:
+        """Commit what `write_index` has put; return the manifest. Once that is done, or was done before, no request."""
+        if self._target is None or self._manifest is None:
+            raise OptionsError("only rank 0 commits")
+        if not self._committed:
+            # The time that there is now: the index may have been put long ago.
+            target = replace(self._target, catalog=self.destination.by(self.turn.for_commits).catalog)
+            was_asked, self._is_committing = self._is_committing, True
+            found = self._made(target) if was_asked else None
+            self._committed = (found or target.commit(self._manifest)).manifest.encode()
+        return self._committed
+
+    def _made(self, target: Target) -> Checkpoint | None:
+        """Ask what an earlier commit came to of which nobody knows."""
+        try:
+            return target.catalog.made_by([self._attempt], prefix=target.prefix)
+        except StorageError as exc:
+            raise CommitUnknownError(
+                f"whether {target.prefix} is committed could not be asked: {exc}", op="create"
+            ) from exc
 
 
 def _refuse_other_places(urls: Sequence[str]) -> None:

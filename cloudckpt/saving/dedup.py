@@ -397,7 +397,7 @@ def _refuse_untiled(tables: Sequence[BoxTable], tensors: _Tensors, rows: Sequenc
 def _describe_hole(tables: Sequence[BoxTable], tensors: _Tensors, number: int) -> str:
     name, shape = tensors.names[number], tensors.columns.shapes[number]
     empty = [rank for rank, table in enumerate(tables) if not _holds(table, name, is_hollow=0 in shape)]
-    what = f"the boxes of all ranks do not cover {name} {shape} exactly once"
+    what = f"the boxes of the ranks that save do not cover {name} {shape} exactly once"
     return f"{what}, {named_ranks(empty)} {'has' if len(empty) == 1 else 'have'} none of it" if empty else what
 
 
@@ -413,7 +413,8 @@ def _failure(problems: Sequence[str], *, count: int = 0) -> SaveFailedError:
     shown = [*problems[:_SHOWN], *([f"and {left} more"] if left > 0 else [])]
     return SaveFailedError(
         f"the ranks do not hold parts of one state, so nothing was written: {'; '.join(shown)}; build the model and "
-        "the optimizer alike on every rank, pass the same state everywhere, and save again"
+        "the optimizer alike on every rank, pass the same state everywhere, from all ranks that hold parts of it, and "
+        "save again"
     )
 
 

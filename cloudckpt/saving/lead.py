@@ -18,11 +18,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Self, TypeVar
+from typing import TypeAlias, TypeVar
 
 import msgspec
 import torch
@@ -35,26 +35,27 @@ from cloudckpt.deadline import Deadline
 from cloudckpt.errors import (
     CommitUnknownError,
     RetryExhaustedError,
-    SaveFailedError,
     StalledError,
     StorageError,
     is_outage,
 )
 from cloudckpt.format import BoxTable, Column, Flat, JsonValue, codec, record_of_call
 from cloudckpt.options import Options
-from cloudckpt.ranks import Group, RanksFailedError, plain_errors
+from cloudckpt.ranks import Group, RanksFailedError
 from cloudckpt.root import Checkpoint, Destination, Target
 from cloudckpt.saving.coordinator import Coordinator, MakeRoom, Opening, Order, PlanMemory, RankPart
 from cloudckpt.saving.output import RankOutput, Record, stats_of
 from cloudckpt.saving.replicas import Details, details_of, digests_of_sets, doubtful_sets, refuse_replicas
+from cloudckpt.saving.session import Session
 from cloudckpt.saving.snapshot import Staged, take_snapshot
 from cloudckpt.saving.source import Source, check_tensor, chunk_of, is_elsewhere, tensor_of
+from cloudckpt.saving.uncommitted import Uncommitted
 from cloudckpt.saving.values import differences_of, digest_of_values, digests_of, refuse_values, wanted_values
 from cloudckpt.state import collector_awake, is_tensor
 from cloudckpt.store import LeftBehindError
 from cloudckpt.transfer import AbandonedError, Gauge, Puts, Slabs, Stage, StageClosedError
 
-__all__ = ["PendingSave", "PlanMemory", "Session", "begin_save"]
+__all__ = ["PendingSave", "PlanMemory", "begin_save"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,37 +64,6 @@ _T = TypeVar("_T")
 _SHOWN = 8
 # Before a root is tried once more.
 _PAUSE_S = 0.5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
-    """The ranks together for one save: from its begin until a `PendingSave` has taken it over, or an error ends it."""
-
-    group: Group
-    what: str
-    options: Options
-    began_s: float
-    _stack: ExitStack
-
-    @classmethod
-    @contextmanager
-    def of(
-        cls, group: Group, what: str, options: Options, *, check: Callable[[], None] | None = None
-    ) -> Iterator[Self]:
-        """Bring the ranks of `group` together; those that do another thing than `what` are told so.
-
-        `check` is called while they come, and may raise why some will not.
-        """
-        began_s = time.monotonic()
-        with ExitStack() as stack:
-            stack.enter_context(plain_errors(group.size, _failed))
-            stack.enter_context(group.session(what, deadline_s=options.progress_timeout_s, check=check))
-            yield cls(group=group, what=what, options=options, began_s=began_s, _stack=stack)
-
-    def hand_over(self) -> ExitStack:
-        """Let it end in another thread: where what is returned ends."""
-        self.group.hand_over()
-        return self._stack.pop_all()
 
 
 def begin_save(  # noqa: PLR0913 (keyword-only options, each of its own kind)
@@ -226,15 +196,25 @@ class PendingSave:
         self._lead.group.check()
 
     def finish(self, gauge: Gauge | None = None) -> Checkpoint:
-        """Upload and commit with all ranks. In any thread, once; `gauge` is told how many bytes have moved.
+        """Upload and commit with all ranks. In any thread, once, or `finish_parts`.
+
+        Args:
+            gauge: is told how many bytes have moved.
 
         Raises:
             SaveFailedError: ranks failed or were lost; nothing was committed.
             CommitUnknownError: the outcome is not known (rank 0 was lost at the end); nothing was deleted.
             CloudCkptError: what the one process, or rank 0 for all, was refused with; nothing was committed.
         """
+        return self._ended(gauge, self._lead.commit)
+
+    def finish_parts(self, gauge: Gauge | None = None) -> Uncommitted:
+        """Upload with all ranks, and commit nothing: what is returned does. Raises as `finish` does."""
+        return self._ended(gauge, self._lead.write)
+
+    def _ended(self, gauge: Gauge | None, end: _End[_T]) -> _T:
         try:
-            return self._finish(gauge)
+            return self._finish(gauge, end)
         except CommitUnknownError:
             raise
         except Exception as exc:
@@ -255,14 +235,14 @@ class PendingSave:
         """What removes, on rank 0 after the end, what it left on a root that was down. Holds no tensor."""
         return self._lead.coordinator.take_back
 
-    def _finish(self, gauge: Gauge | None) -> Checkpoint:
+    def _finish(self, gauge: Gauge | None, end: _End[_T]) -> _T:
         lead = self._lead
         lead.group.take_over()
         with self._stack:
             if (stage := self._stage) is not None:
                 stage.wait_for_first()
             try:
-                return lead.finish(lambda prefix: self._upload(prefix, gauge), self._check, self._is_whole)
+                return lead.finish(lambda prefix: self._upload(prefix, gauge), self._check, self._is_whole, end)
             except BaseException:
                 # Whatever it was, the next save is planned anew: a plan that does not fit must not fail every save.
                 lead.coordinator.memory.plan_id = ""
@@ -369,9 +349,13 @@ class _Lead:
     values: Mapping[str, JsonValue]
 
     def finish(
-        self, upload: Callable[[str], RankPart], check: Callable[[], None], is_whole: Callable[[], bool]
-    ) -> Checkpoint:
-        """Have every rank upload, and rank 0 commit; return, on every rank, what is committed.
+        self,
+        upload: Callable[[str], RankPart],
+        check: Callable[[], None],
+        is_whole: Callable[[], bool],
+        end: _End[_T],
+    ) -> _T:
+        """Have every rank upload, and rank 0 end it; return, on every rank, what `end` does.
 
         Where the store has no room, what nobody needs is removed there, and it is tried again. Where it is down it goes
         to the fallback, if every rank's part `is_whole` still; before an end both are tried in turns, as long as there
@@ -382,7 +366,11 @@ class _Lead:
         while True:
             url = self.coordinator.destination.catalog.store.url
             try:
-                return self._finish(upload, check, prefix, record)
+                if prefix is None:
+                    prefix = self.group.agree(
+                        f"{self.what}: claiming", lambda: None, lambda _: self.coordinator.place()
+                    )
+                return end(partial(upload, prefix), check, prefix, record)
             except Exception as exc:
                 if self._has_room_again(exc, is_whole, check, is_first=not has_made_room):
                     has_made_room = True
@@ -445,18 +433,34 @@ class _Lead:
     def _is_ending(self) -> bool:
         return math.isfinite(self.coordinator.turn.whole().stop_s)
 
-    def _finish(
-        self, upload: Callable[[str], RankPart], check: Callable[[], None], prefix: str | None, record: Record
+    def commit(
+        self, upload: Callable[[], RankPart], check: Callable[[], None], prefix: str, record: Record
     ) -> Checkpoint:
-        if prefix is None:
-            prefix = self.group.agree(f"{self.what}: claiming", lambda: None, lambda _: self.coordinator.place())
+        """End it by the commit."""
 
         def commit(parts: Sequence[RankPart]) -> bytes:
             check()
-            return self.coordinator.commit(parts, self.order.attempt, record, self.group)
+            self.coordinator.write_index(parts, self.order.attempt, record, self.group)
+            return self.coordinator.commit()
 
-        data = self.group.conclude(f"{self.what}: upload and commit", lambda: upload(prefix), commit)
+        data = self.group.conclude(f"{self.what}: upload and commit", upload, commit)
         return self.coordinator.destination.catalog.adopt(data, prefix=prefix)
+
+    def write(
+        self, upload: Callable[[], RankPart], check: Callable[[], None], prefix: str, record: Record
+    ) -> Uncommitted:
+        """End it with all that a commit needs."""
+
+        def write_index(parts: Sequence[RankPart]) -> None:
+            check()
+            self.coordinator.write_index(parts, self.order.attempt, record, self.group)
+
+        self.group.agree(f"{self.what}: upload", upload, write_index)
+        return Uncommitted(self.what, self.group, self.coordinator, prefix)
+
+
+_End: TypeAlias = Callable[[Callable[[], RankPart], Callable[[], None], str, Record], _T]
+"""How a save ends that has a place: by the upload of a rank's part, a check, the place and what the manifest says."""
 
 
 def _causes_of(error: Exception) -> list[BaseException]:
@@ -608,7 +612,3 @@ def _got(value: _T | Exception) -> _T:
     if isinstance(value, Exception):
         raise value
     return value
-
-
-def _failed(text: str, failures: Mapping[int, BaseException]) -> SaveFailedError:
-    return SaveFailedError(f"the save failed and nothing was committed: {text}", failures=failures)

@@ -50,7 +50,7 @@ from cloudckpt.store import PROVEN_BYTES, RetryingStore, Store, StoreStats
 from cloudckpt.threads import each, new_lock
 from cloudckpt.transfer import Budget, Puts, ShardJob, Watch, upload
 
-__all__ = ["RankOutput", "Record", "commit_index", "discard", "stats_of"]
+__all__ = ["RankOutput", "Record", "commit_index", "discard", "made", "stats_of", "write_index"]
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +158,11 @@ class RankOutput:
 
 def commit_index(target: Target, index: Index, record: Record) -> Checkpoint:
     """Put a checked index, then create the manifest; raises what `Target.commit` raises."""
+    return target.commit(write_index(target, index, record))
+
+
+def write_index(target: Target, index: Index, record: Record) -> Manifest:
+    """Put a checked index; return the manifest that commits it."""
     began_s = time.monotonic()
     _refuse_shards_elsewhere(target, index, record.world_size)
     key = target.prefix + index_key(index.attempt)
@@ -173,7 +178,7 @@ def commit_index(target: Target, index: Index, record: Record) -> Checkpoint:
     work = [put, look] if _scheme_of(store) in _ONE_FOR_ALL and not is_proven else [put]
     each(work, lambda one: one(), threads=len(work), name="cloudckpt-commit")
     seconds = {**record.seconds, "commit_s": time.monotonic() - began_s}
-    return target.commit(_manifest(target, index, data, record, seconds))
+    return _manifest(target, index, data, record, seconds)
 
 
 def made(target: Target, attempt: str, options: Options) -> Checkpoint | None:

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
@@ -29,12 +30,31 @@ from torch.optim import Optimizer
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import PathElement
+from cloudckpt.ranks import named_ranks, those_taking_part
 from cloudckpt.state.beside import Beside
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of, shape_of
 from cloudckpt.state.groups import Name
 from cloudckpt.state.optimizers import NamedEntry, groups_of, parameter_of
 
-__all__ = ["flat_optimizer_entry", "sharded"]
+__all__ = ["flat_optimizer_entry", "refuse_fsdp1_elsewhere", "sharded"]
+
+
+def refuse_fsdp1_elsewhere(name: str, module: nn.Module) -> None:
+    """Refuse an FSDP1 module of which other ranks have a part that do not take part: it would wait for them for ever.
+
+    Raises:
+        OptionsError: it is; `name` is what it is called in the state.
+    """
+    members = those_taking_part()
+    here = {dist.get_rank()} if members is None else set(members.ranks)
+    for part in FullyShardedDataParallel.fsdp_modules(module):
+        ranks = dist.get_process_group_ranks(part.process_group)
+        if outside := set(ranks) - here:
+            raise OptionsError(
+                f"{name!r} is cut by FSDP over {named_ranks(ranks)} of the job, all of which have to give their parts, "
+                f"and {named_ranks(outside)} {'does' if len(outside) == 1 else 'do'} not take part; let all of them "
+                "save and restore it (ranks, process_group)"
+            )
 
 
 def flat_optimizer_entry(place: Place, optimizer: Optimizer, beside: Beside) -> Entry | None:

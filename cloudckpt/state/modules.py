@@ -27,7 +27,7 @@ from cloudckpt.format import Flat, JsonValue, codec, flatten
 from cloudckpt.state.attributes import metadata_of, names_above
 from cloudckpt.state.collector import collector_awake
 from cloudckpt.state.entry import Entry, Left, Misfit, Place, is_tensor, mapping_of, named_twice
-from cloudckpt.state.fsdp1 import sharded
+from cloudckpt.state.fsdp1 import refuse_fsdp1_elsewhere, sharded
 from cloudckpt.state.plain import PlainModules
 from cloudckpt.state.replicas import buffers_of_others
 from cloudckpt.state.wrappers import clean_name, is_fsdp1, is_torchs_own, wrapped_name
@@ -58,6 +58,8 @@ class ModuleEntry(Entry):
         self._module = module
         self._plain = plain
         self._is_fsdp1 = self.talks = is_fsdp1(module)
+        if self._is_fsdp1:
+            refuse_fsdp1_elsewhere(place.name, module)
 
     def current(self) -> object:
         if (tensors := self.plain_tensors()) is not None:

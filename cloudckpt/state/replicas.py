@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from cloudckpt.ranks import those_taking_part
+
 __all__ = ["buffers_of_others"]
 
 
@@ -32,6 +34,9 @@ def buffers_of_others(module: nn.Module) -> list[str]:
 
 def _overwrites(part: DistributedDataParallel) -> bool:
     """Tell whether the buffers of this module come from another rank when the next forward begins."""
-    is_first = dist.get_rank(part.process_group) == 0
+    members = those_taking_part()
+    ranks = dist.get_process_group_ranks(part.process_group)
+    # Of those that save: who is left out has no say, and else nobody would have one.
+    is_first = members is None or dist.get_rank() == next(filter(members.ranks.__contains__, ranks), None)
     is_synced: bool = part.will_sync_module_buffers()  # type: ignore[no-untyped-call]
     return is_synced and not hasattr(part, "buffer_hook") and not is_first

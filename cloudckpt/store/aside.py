@@ -4,22 +4,26 @@
     resolver of fsspec's loop                ──▶ Aside.submit() ──╯
 
 Python runs signal handlers in its main thread alone, and there only between two steps of Python's own: who waits for a
-future hears them, and who is in a library's machine code does not. What a call raises keeps its causes, wherever it is
-raised again. Knows nothing of stores. Any thread may enter.
+future hears them, if a step at a time (`audible_s`), and who is in a library's machine code does not. What a call
+raises keeps its causes, wherever it is raised again. Knows nothing of stores. Any thread may enter.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeVar
 
-__all__ = ["Aside", "begun", "in_main", "pinned", "waitable_s"]
+__all__ = ["Aside", "audible_s", "begun", "ended", "in_main", "pinned", "waitable_s"]
 
 T = TypeVar("T")
+
+# How long a signal may go unheard. The kernel may give it to another thread, or to the main one in the moment before
+# its wait begins, and neither ends the wait.
+_DEAF_S = 0.1
 
 
 def begun(call: Callable[[], T], *, name: str) -> Future[T]:
@@ -59,6 +63,17 @@ def in_main() -> bool:
 def waitable_s(seconds: float) -> float:
     """Return a time that a lock can wait for: no more than it can count."""
     return min(seconds, threading.TIMEOUT_MAX)
+
+
+def audible_s(seconds: float) -> float:
+    """Return for how long to wait before the next look, so that the main thread hears a signal meanwhile."""
+    return waitable_s(min(seconds, _DEAF_S) if in_main() else seconds)
+
+
+def ended(futures: Collection[Future[T]]) -> None:
+    """Wait until all have ended, whatever came of them."""
+    while wait(futures, timeout=audible_s(threading.TIMEOUT_MAX)).not_done:
+        pass
 
 
 class Aside(ThreadPoolExecutor):

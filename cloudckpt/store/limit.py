@@ -23,7 +23,7 @@ from typing import Generic, TypeVar
 
 from cloudckpt.deadline import NEVER, Deadline
 from cloudckpt.errors import CloudCkptError, RetryExhaustedError
-from cloudckpt.store.aside import begun, in_main
+from cloudckpt.store.aside import audible_s, begun, in_main
 from cloudckpt.store.hands import lent
 from cloudckpt.threads import new_lock
 
@@ -175,7 +175,7 @@ def _in_time(future: Future[T]) -> T:
         left_s = _ERRAND_SHARE * max(0.0, min(limit.still_s, limit.stop_s - began_s)) - waited_s
         if future.done() or left_s <= 0:
             return future.result(timeout=0)
-        wait((future,), timeout=min(left_s, _LOOK_S) if limit.may_change else left_s)
+        wait((future,), timeout=audible_s(min(left_s, _LOOK_S) if limit.may_change else left_s))
 
 
 class LeftBehindError(RetryExhaustedError):
@@ -231,7 +231,7 @@ def awaited(call: Callable[[], T]) -> T:
     Raises:
         StandsStillError: it has no more time; it goes on as far as the kernel's call that it is in.
     """
-    wait, is_main = _Wait(time.monotonic()), in_main()
+    wait = _Wait(time.monotonic())
 
     def made() -> T:
         _wait_of.set(wait)
@@ -245,8 +245,7 @@ def awaited(call: Callable[[], T]) -> T:
         while True:
             limit, now_s = limit_now(), time.monotonic()
             left_s = min(wait.moved_s + limit.still_s, limit.stop_s) - now_s
-            # Another thread may have been given the signal, which this one then sees when it wakes.
-            if done.wait(min(left_s, _LOOK_S) if limit.may_change or is_main else left_s):
+            if done.wait(audible_s(min(left_s, _LOOK_S) if limit.may_change else left_s)):
                 break
             if left_s <= 0:
                 raise StandsStillError("it stood still" if now_s < limit.stop_s else "its time was up")  # noqa: TRY301

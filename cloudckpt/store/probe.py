@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from cloudckpt.errors import (
     TransientError,
 )
 from cloudckpt.options import KIB
+from cloudckpt.store.aside import ended
 from cloudckpt.store.base import Store
 from cloudckpt.store.limit import one_deadline
 from cloudckpt.store.retrying import RetryingStore
@@ -110,7 +111,7 @@ def race(store: Store, key: str) -> bool:
         StorageError: it could not be asked.
     """
     writers = _writers(store, key)
-    wait(writers)
+    ended(writers)
     try:
         ends = [writer.result() for writer in writers]
     except threading.BrokenBarrierError as exc:
@@ -136,7 +137,7 @@ def _race_until_told(store: Store, written: list[str]) -> None:
     key, answers, spoilt, began_s = _new_key(), 0, 0, time.monotonic()
     while not answers or (answers < _RACES and time.monotonic() - began_s < _RACING_S):
         writers = _writers(store, key)
-        wait(writers)
+        ended(writers)
         if key not in written and any(map(_may_have_written, writers)):
             written.append(key)
         try:

@@ -28,7 +28,7 @@ import fsspec.asyn
 from aiohttp import payload
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.store.aside import Aside, pinned, waitable_s
+from cloudckpt.store.aside import Aside, audible_s, pinned
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_length, check_limit, pieces, place
 from cloudckpt.store.classify import CredentialKind
@@ -241,7 +241,7 @@ def _awaited(future: Future[T], now: LimitNow, progress: _Progress) -> T:
         limit = now()
         late_s = min(limit.stop_s, progress.looked_s + limit.still_s) + _GRACE_S
         try:
-            return future.result(waitable_s(max(0.0, late_s - time.monotonic())))
+            return future.result(audible_s(max(0.0, late_s - time.monotonic())))
         except TimeoutError:
             if future.done():  # it may be the request's own error, too
                 return future.result()

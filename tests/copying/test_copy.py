@@ -44,7 +44,7 @@ from tests.copying.roots import (
     state_of,
 )
 from tests.ranks.processes import run as run_ranks
-from tests.store.fault_store import Bucket, Crash, FaultKind, FaultStore, Op, denied
+from tests.store.fault_store import RACES, Bucket, Crash, FaultKind, FaultStore, Op, denied
 
 ALL = Selection(is_all=True, takes_pins=True)
 TARGET = "memory://other/root"
@@ -225,8 +225,9 @@ def _count(source: Bucket) -> int:
 
 @pytest.mark.parametrize("kind", CRASHES)
 def test_at_every_request_of_a_copy_that_ends_there_the_target_has_no_broken_checkpoint(
-    made: Path, kind: FaultKind
+    made: Path, kind: FaultKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(RACES, 1)
     source = pinned_bucket(made)
     whole = {key for key in source.raw_list() if not key.startswith("epochs/")}
     for number in range(1, _count(source) + 1):

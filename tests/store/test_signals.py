@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -26,7 +25,10 @@ DEAF_S = 10.0
 
 
 class SignallingServer(ObjectServer):
-    """Sends this process a signal in the middle of its first request, and waits with the answer until it was heard."""
+    """Sends a signal in the middle of the first request, and waits with the answer until it was heard.
+
+    Its own thread is given it, as the kernel may do with any that a process is sent.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +37,7 @@ class SignallingServer(ObjectServer):
 
     def handle(self, request: Request) -> Reply:
         if not self.was_heard_meanwhile:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
             self.was_heard_meanwhile.append(self.heard.wait(DEAF_S))
         return super().handle(request)
 
@@ -65,7 +67,7 @@ def test_an_interrupt_ends_a_probe_whose_creates_stand_still() -> None:
 
     def stand_still(_: object) -> None:
         if interrupting.acquire(blocking=False):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
         release.wait(DEAF_S)
         ended.append(1)
 
