@@ -108,14 +108,15 @@ def _take_turn(row: Row, host: Host, store: _Store, size_bytes: int) -> None:
     """Save and resume once."""
     task = {"way": row.way, "url": "s3://bench/run", "size_bytes": size_bytes}
     run = host.start({**task, "op": "train"}, store.environment)
-    saved = run.result()
+    saved = _result(run)
     if saved.error:
         row.error = saved.error
         return
     row.is_local = row.is_local or (run.scratch / _LOCAL).exists()
     row.saves.append(saved)
     # Where nothing has come to the bucket, only this machine can resume.
-    resumed = host.start({**task, "op": "resume"}, store.environment, run.scratch if row.is_local else None).result()
+    resuming = host.start({**task, "op": "resume"}, store.environment, run.scratch if row.is_local else None)
+    resumed = _result(resuming)
     if not resumed.error and not resumed.step and not row.is_ours:
         row.is_forgotten = True
         return
@@ -124,6 +125,13 @@ def _take_turn(row: Row, host: Host, store: _Store, size_bytes: int) -> None:
     row.error = resumed.error
     if not resumed.error:
         row.loads.append(resumed)
+
+
+def _result(run: Run) -> Found:
+    found = run.result()
+    if found.error:
+        _log(f"failed with {found.error}\n{run.log()}")
+    return found
 
 
 def _is_as_saved(resumed: Found, saved: Found, step: int | None = None) -> bool:
@@ -188,16 +196,16 @@ def _killed(row: Row, host: Host, bucket: _Bucket, framework: str, size_bytes: i
         task = {"way": row.way, "url": f"{bucket.url}/{prefix}run", "size_bytes": size_bytes}
         run = host.start({**task, "op": "train", "is_gated": True}, bucket.store.environment)
         if not run.await_gate():
-            return Kill(error=run.result().error or "ended before its second save")
+            return Kill(error=_result(run).error or "ended before its second save")
         before, local_before = bucket.settled(prefix), _files(run.scratch / _LOCAL)
         _strike(run, bucket.relay, size_bytes // 2)
         saved = run.result()
         if run.was_struck:
             left = _left(before, bucket.settled(prefix), local_before, _files(run.scratch / _LOCAL))
-            elsewhere = host.start({**task, "op": "resume"}, bucket.store.environment).result()
+            elsewhere = _result(host.start({**task, "op": "resume"}, bucket.store.environment))
             has_local = (run.scratch / _LOCAL).exists()
             here = host.start({**task, "op": "resume"}, bucket.store.environment, run.scratch) if has_local else None
-            return Kill(left=left, elsewhere=_told(elsewhere, saved), here=_told(here.result(), saved) if here else "")
+            return Kill(left=left, elsewhere=_told(elsewhere, saved), here=_told(_result(here), saved) if here else "")
     return Kill(error="its second save was over each time before it could be struck")
 
 

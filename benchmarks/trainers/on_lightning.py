@@ -69,7 +69,8 @@ def _run(task: Task, meter: Meter, *, is_ours: bool = False, background: bool = 
         meter.loading()
         trainer.fit(model, ckpt_path=f"{task.url}/last.ckpt" if by_path else "last")
         return
-    save, seen = trainer.save_checkpoint, set()
+    save, seen = trainer.save_checkpoint, set[int]()
+    wait = (lambda: io.manager().wait()) if io and background else None
 
     def timed(path: Any, *args: Any, **kwargs: Any) -> None:
         """Lightning saves each step under its own name, then as the last: the first one is measured."""
@@ -79,7 +80,7 @@ def _run(task: Task, meter: Meter, *, is_ours: bool = False, background: bool = 
             call()
             return
         seen.add(step)
-        meter.save(step, tensors_of(model, trainer.optimizers[0]), call, io.teardown if io else None)
+        meter.save(step, tensors_of(model, trainer.optimizers[0]), call, wait)
 
     trainer.save_checkpoint = timed
     trainer.fit(model)

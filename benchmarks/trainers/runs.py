@@ -31,6 +31,7 @@ _REPOSITORY = Path(__file__).resolve().parents[2]
 _IMPORT_LIMIT_S = 180.0
 _RUN_LIMIT_S = 240.0
 _POLL_S = 0.002
+_LOG_CHARACTERS = 3000
 # Processors may be busy when it is to end.
 _END_LIMIT_S = 30.0
 
@@ -148,12 +149,12 @@ class Run:
         told = self._folder / "found.json"
         if told.exists():
             return Found(**json.loads(told.read_bytes()))
-        return Found(error="" if self.was_struck else f"ended with status {status} and no word: {self.last_words()}")
+        return Found(error="" if self.was_struck else f"ended with status {status} and no word")
 
-    def last_words(self) -> str:
-        """Return the last line of its log."""
-        with suppress(OSError, IndexError):
-            return (self._folder / "log").read_text(errors="replace").strip().splitlines()[-1]
+    def log(self) -> str:
+        """Return the end of what it has printed."""
+        with suppress(OSError):
+            return (self._folder / "log").read_text(errors="replace").strip()[-_LOG_CHARACTERS:]
         return ""
 
     def await_gate(self) -> bool:
