@@ -16,13 +16,12 @@ from typing import get_args
 
 from cloudckpt.convert.holding import MARK, Hold, held, taken
 from cloudckpt.convert.opened import Exported, Job, Kind, by_cores, lean
-from cloudckpt.convert.places import folder_and_name, objects_in, telling_interrupts
+from cloudckpt.convert.places import folder_and_name, objects_in, refuse_ours, telling_interrupts
 from cloudckpt.convert.planned import Plan
 from cloudckpt.convert.to_dcp import plan_dcp
 from cloudckpt.convert.to_safetensors import HF_DECIDING, plan_huggingface, plan_safetensors
 from cloudckpt.convert.to_torch import plan_torch
 from cloudckpt.errors import OptionsError
-from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, PINS_PREFIX, is_attempt
 from cloudckpt.loading import read_index
 from cloudckpt.options import MIB, Options, as_count
 from cloudckpt.report import Progress, Show
@@ -133,7 +132,7 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
         open_store(folder_url, storage_options=target_storage_options, options=chosen) as folder,
         Progress(progress).bar("exporting", rank=0) as bar,
     ):
-        _refuse_ours(folder, target_storage_options, chosen)
+        refuse_ours(folder, name, target_storage_options, chosen)
         catalog = Catalog(source)
         checkpoint = newest_or_the_one(catalog)
         index = read_index(catalog, checkpoint)
@@ -184,10 +183,6 @@ def _check(
     ending = _KINDS[to].ending
     if not os.fspath(target).endswith(ending):
         raise OptionsError(f"the target {os.fspath(target)!r} of {to} is a file; let its name end in {ending}")
-    if os.fspath(target).rpartition("/")[2] == MANIFEST_NAME:
-        raise OptionsError(
-            f"the target {os.fspath(target)!r} has the name of a checkpoint's manifest; give another one"
-        )
     if to not in ("safetensors", "huggingface"):
         for name, value in (("prefix", prefix), ("max_shard_bytes", shard_bytes)):
             if value:
@@ -196,15 +191,6 @@ def _check(
         raise OptionsError(f"config is for huggingface; {to} has no such files")
     if shard_bytes is not None:
         as_count("max_shard_bytes", shard_bytes, least=1)
-
-
-def _refuse_ours(folder: RetryingStore, storage_options: Mapping[str, object] | None, options: Options) -> None:
-    """Refuse a folder that is a checkpoint or a root, or of such a one's own ones; raises `OptionsError`."""
-    refuse_files(Catalog(folder))
-    above, _, name = folder.url.rstrip("/").rpartition("/")
-    if above and (is_attempt(name) or f"{name}/" in (EPOCHS_PREFIX, PINS_PREFIX)):
-        with open_store(above, storage_options=storage_options, options=options) as store:
-            refuse_files(Catalog(store))
 
 
 def _config_files(config: str | os.PathLike[str]) -> dict[str, bytes]:
