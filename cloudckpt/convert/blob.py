@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cloudckpt.errors import ObjectNotFoundError, SourceError
-from cloudckpt.options import MIB
+from cloudckpt.options import KIB, MIB
 from cloudckpt.store import Store
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ __all__ = ["Blob", "SizedFile", "damaged"]
 
 _READ_BYTES = 8 * MIB
 # What reads a directory or a header asks for a few bytes at a time.
-_AHEAD_BYTES = 64 * 1024
+_AHEAD_BYTES = 64 * KIB
+# At its two ends an archive has all but the tensors, and its readers jump between them.
+_END_BYTES = 64 * KIB
 
 
 def damaged(blob: Blob, why: str) -> SourceError:
@@ -127,16 +129,33 @@ class SizedFile(io.RawIOBase):
 
 
 class _Raw(SizedFile):
-    """A blob as a file."""
+    """A blob as a file. Each of its ends is read once, by one request, however often it is looked at."""
 
     def __init__(self, blob: Blob) -> None:
         super().__init__(blob.size_bytes)
         self._blob = blob
+        self._ends: dict[int, bytes] = {}
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         memory = memoryview(buffer).cast("B")
-        size_bytes = max(0, min(memory.nbytes, self._blob.size_bytes - self._at))
-        if size_bytes:
+        tail = max(0, self._blob.size_bytes - _END_BYTES)
+        if not memory.nbytes or self._at >= self._blob.size_bytes:
+            return 0
+        if self._at < _END_BYTES:
+            size_bytes = self._copy_end(0, memory)
+        elif self._at >= tail:
+            size_bytes = self._copy_end(tail, memory)
+        else:
+            size_bytes = min(memory.nbytes, tail - self._at)
             self._blob.read_into(self._at, memory[:size_bytes])
-            self._at += size_bytes
+        self._at += size_bytes
         return size_bytes
+
+    def _copy_end(self, start: int, memory: memoryview) -> int:
+        """Copy from the end that begins at `start`; return how many bytes."""
+        end = self._ends.get(start)
+        if end is None:
+            end = self._ends[start] = self._blob.read(start, min(_END_BYTES, self._blob.size_bytes))
+        data = end[self._at - start : self._at - start + memory.nbytes]
+        memory[: len(data)] = data
+        return len(data)

@@ -179,10 +179,11 @@ class Archive:
         """Return the first byte of a record's data, by its own header."""
         start = self._starts.get(record.head)
         if start is None:
-            mark, *_, name_bytes, extra_bytes = _LOCAL.unpack(self.blob.read(record.head, _LOCAL.size))
+            name = record.name.encode()
+            head = self.blob.read(record.head, _LOCAL.size + len(name))
+            mark, *_, name_bytes, extra_bytes = _LOCAL.unpack_from(head)
             start = record.head + _LOCAL.size + name_bytes + extra_bytes
-            name = self.blob.read(record.head + _LOCAL.size, name_bytes)
-            if mark != b"PK\x03\x04" or name != record.name.encode():
+            if mark != b"PK\x03\x04" or name_bytes != len(name) or head[_LOCAL.size :] != name:
                 raise damaged(
                     self.blob, f"the record of {record.name[:_SHOWN]!r} has another header than its directory says"
                 )

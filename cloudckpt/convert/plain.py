@@ -24,7 +24,7 @@ from cloudckpt.convert.places import folder_and_name, refuse_ours
 from cloudckpt.errors import ChecksumError, ManifestError, ObjectNotFoundError, OptionsError
 from cloudckpt.format import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
 from cloudckpt.options import MIB, Options
-from cloudckpt.store import RetryingStore, appended, open_store
+from cloudckpt.store import RetryingStore, appended, open_store, refuse_beyond_one_put
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -35,8 +35,6 @@ _BLOCK_BYTES = 4 * MIB
 _AHEAD = 8
 # What a reader may find between a write that was cut off and the next; more of them are not kept apart.
 _CONTENTS_LIMIT = 8
-# S3 takes no more by one put.
-_S3_LIMIT_BYTES = 5 << 30
 
 
 @overload
@@ -176,11 +174,12 @@ class _FileWriter:
             raise ValueError(f"{self._key!r} is closed")
         view = memoryview(data)
         view = (view if view.c_contiguous else memoryview(view.tobytes())).cast("B")
-        if self._size_bytes + view.nbytes > _S3_LIMIT_BYTES and self._store.url.startswith("s3"):
-            raise OptionsError(
-                f"{self._key!r} has more than {_S3_LIMIT_BYTES} bytes, and S3 takes no more by one put; save it with "
-                "cloudckpt.save, which has no such limit"
-            )
+        refuse_beyond_one_put(
+            self._store,
+            self._key,
+            self._size_bytes + view.nbytes,
+            advice="save it with cloudckpt.save, which has no such limit",
+        )
         self._append(view)
         self._size_bytes += view.nbytes
         size_bytes = view.nbytes

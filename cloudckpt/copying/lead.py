@@ -34,7 +34,7 @@ from cloudckpt.options import Options
 from cloudckpt.report import Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, copy_pin, refuse_nested
 from cloudckpt.store import open_store, probe_create
-from cloudckpt.transfer import Gauge
+from cloudckpt.transfer import Gauge, Slabs
 
 __all__ = ["copy", "copy_places"]
 
@@ -181,12 +181,19 @@ def copy_places(
     jobs, blocked = _planned(chosen, target, selection)
     gauge.begin(sum(job.checkpoint.total_bytes for job in jobs))
     done: list[Copied] = []
+    kept = Slabs()
     try:
         if not all(job.is_there for job in jobs):
             probe_create(target.catalog.store, single_writer=options.single_writer)
         for job in jobs:
             copier = Copier(
-                source=job.source, target=target.catalog, options=options, checks=selection.checks, gauge=gauge
+                source=job.source,
+                target=target.catalog,
+                options=options,
+                checks=selection.checks,
+                gauge=gauge,
+                # What is read back takes the memory that slabs would keep.
+                slabs=Slabs() if selection.checks else kept,
             )
             try:
                 copied = _copied(copier, job)

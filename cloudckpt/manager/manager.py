@@ -171,8 +171,9 @@ class CheckpointManager:
                 helper process of a rank. A tensor of which it holds a part is refused.
             process_group: whose ranks have a manager and call the same of it: those of this group, such as
                 `dist.new_group` or `mesh["dp"].get_group()` return, among themselves; ranks outside of it are not
-                waited for, and are refused. None: those of the default group. In it ranks are counted from 0: so in
-                `PerRank`, in errors, and for the world size that a manifest tells. A state is saved where these ranks
+                waited for, and are refused. None: those of the default group; what gives None to ranks outside
+                (`use_local_synchronization=True`) needs them to make no call. In a group ranks are counted from 0: so
+                in `PerRank`, in errors, and for the world size that a manifest tells. A state is saved where these
                 hold all of it: a DTensor or an FSDP module that is cut over others, too, is refused unless the parts
                 that are here make it whole. One root is for one group: of two the one that came first is fenced.
             progress: what rank 0 shows on stderr: `auto` a bar on a terminal and a line for each save and restore that

@@ -242,6 +242,7 @@ def new_gloo_group(place: str, *, rank: int, size: int, timeout: timedelta = _GL
     os.environ[_LAZY] = "1"
     try:
         with breaking(None):
+            # By a connection of its own: the first message to a rank waits in it until that rank is there.
             store = dist.distributed_c10d.PrefixStore(place, store_of_our_own())
             # Of the base class only in C++: it has what this package uses of one.
             return cast("dist.ProcessGroup", dist.ProcessGroupGloo(store, rank, size, timeout))
