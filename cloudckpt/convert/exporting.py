@@ -127,7 +127,7 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
     _check(to, target, prefix=prefix, shard_bytes=max_shard_bytes, config=config)
     folder_url, name = folder_and_name(target) if _KINDS[to].is_file else (os.fspath(target), "")
     with (
-        telling_interrupts(),
+        telling_interrupts("nothing was written"),
         open_store(url, storage_options=storage_options, engine=engine, options=chosen) as source,
         open_store(folder_url, storage_options=target_storage_options, options=chosen) as folder,
         Progress(progress).bar("exporting", rank=0) as bar,

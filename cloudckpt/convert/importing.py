@@ -126,7 +126,8 @@ def import_(  # noqa: PLR0913 (keyword-only, each of its own kind)
         raise OptionsError(f"kind is {kind!r}; give one of {', '.join(get_args(Source))}")
     given = Options.of(options)
     chosen = lean(given if options is not None else replace(given, shard_bytes=_SHARD_BYTES), _BUDGET_BYTES)
-    with telling_interrupts(), ExitStack() as stack:
+    # A step's epoch may have been begun.
+    with telling_interrupts("nothing was committed"), ExitStack() as stack:
         bar = stack.enter_context(Progress(progress).bar("importing", rank=0))
         opened = _Opening(source, source_storage_options, chosen, stack)
         origin = opened.origin(kind)

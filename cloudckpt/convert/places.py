@@ -86,11 +86,11 @@ def refuse_ours(
 
 
 @contextmanager
-def telling_interrupts() -> Iterator[None]:
-    """Say of a Ctrl-C that nothing was written yet, unless it has a note of what was."""
+def telling_interrupts(told: str) -> Iterator[None]:
+    """Say of a Ctrl-C what is true before anything was done, unless it has a note of what was."""
     try:
         yield
     except KeyboardInterrupt as exc:
         if not getattr(exc, "__notes__", ()):
-            exc.add_note("nothing was written")
+            exc.add_note(told)
         raise
