@@ -50,7 +50,7 @@ from cloudckpt.saving import (
     stats_of,
 )
 from cloudckpt.store import RetryingStore, Store, open_store
-from cloudckpt.transfer import Gauge, Watch
+from cloudckpt.transfer import Gauge, Puts, Watch
 
 __all__ = ["Source", "import_", "looked_at"]
 
@@ -63,6 +63,8 @@ _SHARD_BYTES = 32 * MIB
 _BUDGET_BYTES = 192 * MIB
 # Each holds a shard, so that more than there are cores cost more than they help.
 _THREADS = 2
+# What is under way when a person interrupts is waited for that long.
+_LEAVING_S = 10.0
 _WEIGHTS: tuple[tuple[str, str, Callable[[Origin, Blob], None]], ...] = (
     ("model.safetensors.index.json", "model.safetensors", add_safetensors),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", add_torch),
@@ -124,7 +126,8 @@ def import_(  # noqa: PLR0913 (keyword-only, each of its own kind)
         raise OptionsError(f"kind is {kind!r}; give one of {', '.join(get_args(Source))}")
     given = Options.of(options)
     chosen = lean(given if options is not None else replace(given, shard_bytes=_SHARD_BYTES), _BUDGET_BYTES)
-    with telling_interrupts(), ExitStack() as stack:
+    # A step's epoch may have been begun.
+    with telling_interrupts("nothing was committed"), ExitStack() as stack:
         bar = stack.enter_context(Progress(progress).bar("importing", rank=0))
         opened = _Opening(source, source_storage_options, chosen, stack)
         origin = opened.origin(kind)
@@ -368,12 +371,14 @@ def _destination(store: RetryingStore, step: int | None, options: Options, exist
 
 
 def _write(prepared: _Prepared, target: Target, record: Record, options: Options, gauge: Gauge) -> Checkpoint:
+    puts = Puts()
     output = RankOutput(
         target=target,
         attempt=prepared.attempt,
         rank=0,
         options=options,
         watch=Watch(deadline_s=options.transfer_timeout_s, gauge=gauge),
+        puts=puts,
     )
     is_committing = False
     try:
@@ -401,9 +406,19 @@ def _write(prepared: _Prepared, target: Target, record: Record, options: Options
             # A store may still carry out what it was asked for last.
             exc.add_note(f"{place} has the whole checkpoint, or none; `cloudckpt verify {place}` tells")
         else:
-            discard(target, [prepared.attempt], options)
-            exc.add_note(f"nothing was committed at {place}, and what was written is removed")
+            # A put goes on in its thread, and would land after what was written was removed.
+            is_removed = puts.close(_LEAVING_S) & discard(target, [prepared.attempt], options)
+            left = f"; shards may stay below {place}/{prepared.attempt}: {_sweep(target)}"
+            told = ", and what was written is removed" if is_removed else left
+            exc.add_note(f"nothing was committed at {place}{told}")
         raise
+
+
+def _sweep(target: Target) -> str:
+    """Say how what an import has left goes away."""
+    if target.prefix:
+        return f"`cloudckpt sweep {target.catalog.store.url}` removes them once they are old enough"
+    return "remove that folder, in which nothing else stands"
 
 
 def _refuse_changed(origin: Origin) -> None:

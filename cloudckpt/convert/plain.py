@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Literal, Self, cast, overload
 import xxhash
 
 from cloudckpt.convert.blob import SizedFile
-from cloudckpt.convert.places import folder_and_name
+from cloudckpt.convert.places import folder_and_name, refuse_ours
 from cloudckpt.errors import ChecksumError, ManifestError, ObjectNotFoundError, OptionsError
 from cloudckpt.format import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
 from cloudckpt.options import MIB, Options
@@ -102,17 +102,17 @@ def open_file(
     Raises:
         ObjectNotFoundError: there is no such file (a `FileNotFoundError`); or it has no sums.
         ChecksumError: it has not the bytes that were written; also later, from a read.
-        OptionsError: another mode, or a URL that names no file.
+        OptionsError: another mode, or a URL that names no file, or one to write in a checkpoint or a root.
         StorageError: the store could not be read or written; nothing has changed.
     """
     if mode not in ("rb", "wb"):
         raise OptionsError(f"mode is {mode!r}; give 'rb' or 'wb'")
     folder, name = folder_and_name(url)
     with ExitStack() as stack:
-        store = stack.enter_context(
-            open_store(folder, storage_options=storage_options, engine=engine, options=Options.of(options))
-        )
+        chosen = Options.of(options)
+        store = stack.enter_context(open_store(folder, storage_options=storage_options, engine=engine, options=chosen))
         if mode == "wb":
+            refuse_ours(store, name, storage_options, chosen)
             return cast("IO[bytes]", _FileWriter(store, name, stack.pop_all()))
         raw = _Reading(store, name, is_verified=not unverified, stack=stack)
         raw.own(stack.pop_all())

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import struct
+import threading
+import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,8 @@ from torch.distributed import checkpoint as dcp
 
 import cloudckpt
 from cloudckpt import CheckpointExistsError, CheckpointManager, Options, OptionsError, SourceError
-from cloudckpt.convert import from_torch
+from cloudckpt.convert import from_torch, importing
+from cloudckpt.store import RetryingStore
 from tests.convert.alike import assert_alike, of_every_dtype, training
 
 pytestmark = [
@@ -250,3 +256,30 @@ def test_a_wrong_call_is_refused_and_nothing_is_committed(options: dict[str, Any
     with pytest.raises((OptionsError, cloudckpt.UnsupportedValueError), match=said):
         imported(tmp_path / "x.pt", tmp_path / "out", **options)
     assert list((tmp_path / "out").rglob("manifest.json")) == []
+
+
+@pytest.mark.parametrize(("leaving_s", "said"), [(60.0, "what was written is removed"), (0.0, "shards may stay below")])
+@pytest.mark.parametrize("step", [None, 3])
+def test_an_interrupt_removes_what_is_still_being_put_or_says_that_it_may_stay(
+    leaving_s: float, said: str, step: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"w": torch.arange(100)}, tmp_path / "x.pt")
+    put, ended = RetryingStore.put, threading.Event()
+
+    def slow(store: RetryingStore, key: str, buffers: Sequence[memoryview]) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)  # the interrupt is told meanwhile
+        put(store, key, buffers)
+        ended.set()
+
+    monkeypatch.setattr(RetryingStore, "put", slow)
+    monkeypatch.setattr(importing, "_LEAVING_S", leaving_s)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        cloudckpt.import_(tmp_path / "x.pt", tmp_path / "out", step=step, progress="off")
+    assert ended.wait(60)
+    (note,) = raised.value.__notes__
+    assert said in note
+    if leaving_s:
+        assert list((tmp_path / "out").rglob("*.safetensors*")) == []
+    elif step is not None:
+        assert f"cloudckpt sweep {(tmp_path / 'out').as_uri()}" in note

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import signal
 import threading
 import time
 import traceback
@@ -331,6 +333,28 @@ def test_a_probe_that_may_have_landed_is_a_plain_error_and_removed_or_named(
     told = "".join(traceback.format_exception(caught.value))
     assert all(name in told for name in left)
     assert "stay on" not in caplog.text, "the first error is told, and the second one as a note of it"
+
+
+@pytest.mark.parametrize("may_delete", [True, False])
+def test_an_interrupted_probe_is_removed_or_named(may_delete: bool, layer: str) -> None:
+    inner = FaultStore()
+    inner.inject(verbs=["delete"], error=denied, times=0 if may_delete else None)
+    create, first = inner.create, threading.Lock()
+
+    def interrupting(key: str, data: bytes) -> None:
+        if first.acquire(blocking=False):
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)  # the interrupt is heard meanwhile
+        create(key, data)
+
+    inner.create = interrupting  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt) as caught:
+        probe_create(over(inner, layer))
+    left = inner.bucket.raw_list()
+    assert bool(left) is not may_delete
+    notes = getattr(caught.value, "__notes__", [])
+    assert len(notes) == len(left)
+    assert all(name in notes[0] for name in left)
 
 
 def _unsent(op: Op) -> StorageError:
