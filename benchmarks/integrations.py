@@ -94,7 +94,10 @@ def measure(
             except HostError as error:
                 found[framework] = [Row(way="stock", title=framework, line="", error=str(error))]
                 continue
-            rows = [Row(way=way, packages=host.packages, **words) for way, words in host.ways.items()]
+            rows = [
+                Row(way=way, title=words["title"], line=words["line"], packages=host.packages)
+                for way, words in host.ways.items()
+            ]
             found[framework] = rows
             for turn in range(runs):
                 for row in rows:
@@ -202,6 +205,7 @@ def _killed(row: Row, host: Host, bucket: _Bucket, framework: str, size_bytes: i
         run = host.start({**task, "op": "train", "is_gated": True}, bucket.store.environment)
         if not run.await_gate():
             return Kill(error=_result(run).error or "ended before its second save")
+        time.sleep(host.ways[row.way]["rest_s"])
         before, local_before = bucket.settled(prefix), _files(run.scratch / _LOCAL)
         _strike(run, bucket.relay, size_bytes // 2)
         saved = run.result()
