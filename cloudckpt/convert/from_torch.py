@@ -17,6 +17,7 @@ import zipfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from cloudckpt.convert.skeleton import place_of
 from cloudckpt.errors import CloudCkptError, SourceError
 from cloudckpt.format import DTYPE_NAMES, Box, flatten
 from cloudckpt.state import notes_of
+from cloudckpt.store import undisturbed
 from cloudckpt.threads import new_lock
 
 __all__ = ["Archive", "add_torch", "is_archive", "is_older", "no_bytes"]
@@ -373,7 +375,8 @@ def _is_outside(name: str) -> bool:
 def _content(blob: Blob, file: io.BufferedReader, *, device: str = "meta") -> object:
     file.seek(0)
     try:
-        content: object = torch.load(file, map_location=device, weights_only=True)
+        load = partial(torch.load, file, map_location=device, weights_only=True)
+        content: object = undisturbed(load, name="import")
     except CloudCkptError:
         raise
     except Exception as exc:  # pickle's errors, and whatever the operations in it run into
@@ -385,7 +388,8 @@ def _why_not(blob: Blob, error: Exception) -> str:
     """Say what in a file is more than weights, or that it is damaged."""
     try:
         with blob.file() as file:
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            list_names = partial(torch.serialization.get_unsafe_globals_in_checkpoint, file)
+            names = undisturbed(list_names, name="import")
     except Exception:  # noqa: BLE001 (a damaged file has none to be told)
         names = []
     if names:
