@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from cloudckpt.convert.blob import Blob
+from cloudckpt.convert.blob import Blob, refuse_special
 from cloudckpt.convert.from_dcp import METADATA, add_dcp
 from cloudckpt.convert.from_safetensors import add_safetensors, is_safetensors, names_in_index
 from cloudckpt.convert.from_torch import add_torch, is_archive, is_older
@@ -33,6 +33,7 @@ from cloudckpt.format import (
     lay_out,
     new_attempt,
     record_of_call,
+    shown,
     step_number,
     unflatten,
 )
@@ -210,6 +211,7 @@ class _Opening:
             return None
         try:
             store = self._store(folder)
+            refuse_special(store, name)
             info = store.head(name)
         except ObjectNotFoundError:
             return None
@@ -229,6 +231,8 @@ class _Opening:
             if single in there:
                 add(origin, Blob.of(store, single))
                 return
+        for name in (METADATA, *(name for index, single, _ in _WEIGHTS for name in (index, single))):
+            refuse_special(store, name)
         names = ", ".join(sorted(there)[:8]) or "nothing"
         raise SourceError(
             f"{store.url} is no file, and as a folder it holds {names}: neither .metadata, nor model.safetensors or "
@@ -265,7 +269,7 @@ def _add_indexed(origin: Origin, index: Blob, add: Callable[[Origin, Blob], None
         wanted = {name for name, of in names.items() if of == file}
         for name in sorted(wanted ^ (set(origin.paths) - before)):
             where = "not in" if name in wanted else "in, and not named for,"
-            raise SourceError(f"{name[:200]!r} is {where} {file!r}, against {index.key!r}; get both anew", key=name)
+            raise SourceError(f"{shown(name)} is {where} {shown(file)}, against {index.key!r}; get both anew", key=name)
 
 
 # -- what is written ----------------------------------------------------------------------------------------
@@ -322,7 +326,7 @@ def _check_names(origin: Origin) -> None:
     for name in origin.paths:
         if not name or name.startswith("cloudckpt."):
             raise SourceError(
-                f"{name!r} is no name that a state may have; give under='model' (--under), which stands before it",
+                f"{shown(name)} is no name that a state may have; give under='model' (--under), which stands before it",
                 key=name,
             )
     try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from cloudckpt.errors import OptionsError
+from cloudckpt.format import shown
 
 __all__ = ["Listing", "ObjectInfo", "Store", "check_delimiter", "check_key", "is_key"]
 
@@ -141,9 +142,9 @@ class Store(Protocol):
 def check_key(key: str) -> str:
     """Return `key` if a store may use it; refuse what could leave the root or mean two things."""
     if not key or len(key.encode("utf-8", "surrogatepass")) > 900 or _CONTROL.search(key):
-        raise OptionsError(f"object key {key!r} is empty, longer than 900 bytes, or has control characters")
+        raise OptionsError(f"object key {shown(key)} is empty, longer than 900 bytes, or has control characters")
     if any(_BAD_SEGMENT.match(segment) for segment in key.split("/")):
-        raise OptionsError(f"object key {key!r} has an empty, '.' or '..' segment")
+        raise OptionsError(f"object key {shown(key)} has an empty, '.' or '..' segment")
     return key
 
 
