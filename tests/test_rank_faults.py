@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +35,7 @@ from cloudckpt.saving.coordinator import Coordinator
 from cloudckpt.saving.source import Source
 from cloudckpt.saving.tally import Written
 from cloudckpt.state.restoration import Restoration
-from tests.programs import run_to_end
+from tests.programs import run_forked
 from tests.ranks.processes import Outcome, World
 
 SIZE = 3
@@ -574,5 +573,5 @@ except CloudCkptError as exc:
 
 
 def test_a_process_ends_although_a_put_of_it_never_returns(tmp_path: Path) -> None:
-    done = run_to_end([sys.executable, "-c", _HANGING, str(tmp_path)])
+    done = run_forked("-c", _HANGING, tmp_path)
     assert (done.returncode, done.stdout.split()) == (0, ["StalledError"]), done.stderr

@@ -31,11 +31,12 @@ from cloudckpt.store.local import LocalStore
 from cloudckpt.store.location import named_endpoint
 from cloudckpt.store.probe import _proven, probe_create
 from cloudckpt.store.retrying import RetryingStore
-from tests.store.fault_store import Bucket, FaultKind, FaultStore, Op, denied
+from tests.store.fault_store import RACES, Bucket, FaultKind, FaultStore, Op, denied
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_known_yet() -> Iterator[None]:
+def _nothing_is_known_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(RACES, 3)
     _proven.clear()
     yield
     _proven.clear()
