@@ -128,7 +128,7 @@ def import_(  # noqa: PLR0913 (keyword-only, each of its own kind)
     given = Options.of(options)
     chosen = lean(given if options is not None else replace(given, shard_bytes=_SHARD_BYTES), _BUDGET_BYTES)
     # A step's epoch may have been begun.
-    with telling_interrupts("nothing was committed"), ExitStack() as stack:
+    with telling_interrupts("nothing was committed") as tell, ExitStack() as stack:
         bar = stack.enter_context(Progress(progress).bar("importing", rank=0))
         opened = _Opening(source, source_storage_options, chosen, stack)
         origin = opened.origin(kind)
@@ -140,7 +140,9 @@ def import_(  # noqa: PLR0913 (keyword-only, each of its own kind)
         record = Record(metrics=in_json, metadata=about, began_s=began_s, spent_before=stats_of(store))
         prepared = _Prepared.of(origin, under, chosen)
         target = _destination(store, step, chosen, exists).take()
-        return _write(prepared, target, record, chosen, bar)
+        checkpoint = _write(prepared, target, record, chosen, bar)
+        tell(f"{checkpoint.url} is committed")
+        return checkpoint
 
 
 # -- what the source is -------------------------------------------------------------------------------------

@@ -316,3 +316,18 @@ def test_an_interrupt_while_pytorch_reads_is_no_broken_source(tmp_path: Path, mo
         for at in range(1, calls + 1):  # noqa: B007
             with pytest.raises(KeyboardInterrupt):
                 from_torch.Archive.open(source)
+
+
+def test_an_interrupt_after_the_commit_is_told_that_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"w": torch.arange(100)}, tmp_path / "x.pt")
+    close, todo = RetryingStore.close, [KeyboardInterrupt()]
+
+    def interrupted(store: RetryingStore) -> None:
+        close(store)
+        if todo:
+            raise todo.pop()
+
+    monkeypatch.setattr(RetryingStore, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        imported(tmp_path / "x.pt", tmp_path / "out")
+    assert raised.value.__notes__ == [f"{(tmp_path / 'out').as_uri()} is committed"]
