@@ -148,8 +148,8 @@ def check_key(key: str) -> str:
         raise OptionsError(f"object key {shown(key)} has {size_bytes} bytes; choose one of at most {_KEY_BYTES}")
     if refused := _REFUSED.search(key):
         raise OptionsError(
-            f"object key {shown(key)} has {refused.group()!r}, which stores refuse or do not all read alike; choose one "
-            "without it"
+            f"object key {shown(key)} has {refused.group()!r}, which stores refuse or do not all read alike; choose "
+            "one without it"
         )
     if any(_BAD_SEGMENT.match(segment) for segment in key.split("/")):
         raise OptionsError(f"object key {shown(key)} has an empty, '.' or '..' segment")
