@@ -57,9 +57,10 @@ def test_importing_the_package_loads_no_engine_and_nothing_of_torch() -> None:
     assert loaded & {*ENGINES, *COMMAND_LINE, DCP, "torch", "numpy"} == set()
 
 
-def test_a_save_and_a_restore_on_a_directory_load_no_engine(tmp_path: Path) -> None:
-    loaded = modules_after(f"DIRECTORY = {str(tmp_path / 'root')!r}\n{SAVE_AND_RESTORE}")
+def test_a_save_and_a_restore_on_a_directory_load_no_engine_and_nothing_of_opentelemetry(tmp_path: Path) -> None:
+    loaded = modules_after(f"import cloudckpt.report\nDIRECTORY = {str(tmp_path / 'root')!r}\n{SAVE_AND_RESTORE}")
     assert loaded & {*ENGINES, *COMMAND_LINE} == set()
+    assert [name for name in loaded if "opentelemetry" in name] == []
     assert DCP in loaded, "the names above are looked for in a program that saved"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -32,7 +31,7 @@ from cloudckpt import (
 from cloudckpt.options import KIB, MIB
 from cloudckpt.store import RetryingStore, open_store
 from servers import FreshPrefix
-from tests.programs import run_to_end
+from tests.programs import run_forked
 
 ONE_TRY = RetryPolicy(max_attempts=1)
 # Shards hold some tensors whole and parts of others; blocks and spans cut through them.
@@ -486,8 +485,7 @@ print(json.dumps({"save": save, "load": load}))
 
 
 def measured(url: str, storage_options: Mapping[str, object], engine: str, layout: str) -> dict[str, int]:
-    command = [sys.executable, "-c", MEASURE, url, json.dumps(dict(storage_options)), engine, layout]
-    ran = run_to_end(command)
+    ran = run_forked("-c", MEASURE, url, json.dumps(dict(storage_options)), engine, layout)
     assert ran.returncode == 0, ran.stderr
     found: dict[str, int] = json.loads(ran.stdout.splitlines()[-1])
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import cloudckpt.threads as threads_room
 from cloudckpt import CheckpointManager, CloudCkptError
 from cloudckpt.threads import begin, each, revoke, started, worker
 from cloudckpt.transfer.pool import Budget, Watch, Work, run_all
-from tests.programs import run_to_end
+from tests.programs import run_forked
 
 
 @pytest.fixture
@@ -178,6 +177,6 @@ atexit.register(end)
 
 
 def test_what_is_asked_in_atexit_is_done_or_says_why(tmp_path: Path) -> None:
-    ended = run_to_end([sys.executable, "-c", AT_EXIT, str(tmp_path / "r")])
+    ended = run_forked("-c", AT_EXIT, tmp_path / "r")
     assert "all is ours" in ended.stdout, ended.stderr
     assert "Traceback" not in ended.stderr, ended.stderr

@@ -13,7 +13,9 @@ import typer
 
 from cloudckpt.cli.asking import Access, NoCache, Url, cache_of, ended
 from cloudckpt.cli.rules import seconds_of
+from cloudckpt.convert import refuse_ours
 from cloudckpt.page import page_of, prices_from
+from cloudckpt.store import open_store
 
 __all__ = ["report"]
 
@@ -42,7 +44,7 @@ def report(
     """Write a page about a run: when its jobs saved and restored, what that took, its metrics, and what it costs.
 
     One HTML file that needs no network. It tells what the store tells; a file of that name, or the one that a link of
-    that name points to, is overwritten.
+    that name points to, is overwritten; in the root itself, or in a checkpoint, it is refused.
     """
     mtbf_s = None if mtbf is None else seconds_of(mtbf, "--mtbf")
     chosen = None if prices is None else prices_from(prices)
@@ -72,6 +74,8 @@ def _target(output: Path) -> Path:
         raise ended(f"-o {output} is a link that leads in a circle; name a file", status=1)
     if not target.parent.is_dir():
         raise ended(f"-o {output}: there is no directory {target.parent}; make it, or name another file", status=1)
+    with open_store(target.parent) as folder:
+        refuse_ours(folder, target.name)
     return target
 
 

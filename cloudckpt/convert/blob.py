@@ -6,26 +6,43 @@ No more than is asked for is read, and a place that is not in the object is refu
 from __future__ import annotations
 
 import io
+import stat
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloudckpt.errors import ObjectNotFoundError, SourceError
-from cloudckpt.options import MIB
-from cloudckpt.store import Store
+from cloudckpt.format import shown
+from cloudckpt.options import KIB, MIB
+from cloudckpt.store import Store, is_key, local_path
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["Blob", "SizedFile", "damaged"]
+__all__ = ["Blob", "SizedFile", "damaged", "refuse_special"]
 
 _READ_BYTES = 8 * MIB
 # What reads a directory or a header asks for a few bytes at a time.
-_AHEAD_BYTES = 64 * 1024
+_AHEAD_BYTES = 64 * KIB
+# At its two ends an archive has all but the tensors, and its readers jump between them.
+_END_BYTES = 64 * KIB
 
 
 def damaged(blob: Blob, why: str) -> SourceError:
     """Return the error for an object that is not what it should be."""
     return SourceError(f"{blob.key!r} is damaged: {why}; get it anew", key=blob.key)
+
+
+def refuse_special(store: Store, key: str) -> None:
+    """Refuse a name on a disk that is a pipe, a device or a socket, which nobody reads twice; raises `SourceError`."""
+    try:
+        mode = Path(local_path(store.url), key).stat().st_mode if store.engine == "local" else stat.S_IFREG
+    except (OSError, ValueError):  # the store itself says more
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise SourceError(
+            f"{shown(key)} in {store.url} is no regular file, but a pipe, a device or a socket; give a file", key=key
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +67,11 @@ class Blob:
         """Return an object whole.
 
         Raises:
-            SourceError: it is not there.
+            SourceError: it is not there, is no regular file, or has a name that none can have.
         """
+        if not is_key(key):
+            raise SourceError(f"{shown(key)} is no name of a file in {store.url}; get what names it anew", key=key)
+        refuse_special(store, key)
         try:
             info = store.head(key)
         except ObjectNotFoundError as exc:
@@ -127,16 +147,33 @@ class SizedFile(io.RawIOBase):
 
 
 class _Raw(SizedFile):
-    """A blob as a file."""
+    """A blob as a file. Each of its ends is read once, by one request, however often it is looked at."""
 
     def __init__(self, blob: Blob) -> None:
         super().__init__(blob.size_bytes)
         self._blob = blob
+        self._ends: dict[int, bytes] = {}
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         memory = memoryview(buffer).cast("B")
-        size_bytes = max(0, min(memory.nbytes, self._blob.size_bytes - self._at))
-        if size_bytes:
+        tail = max(0, self._blob.size_bytes - _END_BYTES)
+        if not memory.nbytes or self._at >= self._blob.size_bytes:
+            return 0
+        if self._at < _END_BYTES:
+            size_bytes = self._copy_end(0, memory)
+        elif self._at >= tail:
+            size_bytes = self._copy_end(tail, memory)
+        else:
+            size_bytes = min(memory.nbytes, tail - self._at)
             self._blob.read_into(self._at, memory[:size_bytes])
-            self._at += size_bytes
+        self._at += size_bytes
         return size_bytes
+
+    def _copy_end(self, start: int, memory: memoryview) -> int:
+        """Copy from the end that begins at `start`; return how many bytes."""
+        end = self._ends.get(start)
+        if end is None:
+            end = self._ends[start] = self._blob.read(start, min(_END_BYTES, self._blob.size_bytes))
+        data = end[self._at - start : self._at - start + memory.nbytes]
+        memory[: len(data)] = data
+        return len(data)

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from cloudckpt.convert.opened import Exported, Job, Kind, Plan, by_cores, lean
-from cloudckpt.convert.places import folder_and_name, objects_in, telling_interrupts
+from cloudckpt.convert.holding import MARK, Hold, held, taken
+from cloudckpt.convert.opened import Exported, Job, Kind, by_cores, lean
+from cloudckpt.convert.places import folder_and_name, objects_in, refuse_ours, telling_interrupts
+from cloudckpt.convert.planned import Plan
 from cloudckpt.convert.to_dcp import plan_dcp
 from cloudckpt.convert.to_safetensors import HF_DECIDING, plan_huggingface, plan_safetensors
 from cloudckpt.convert.to_torch import plan_torch
-from cloudckpt.errors import OptionsError, StorageError
-from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, PINS_PREFIX, is_attempt
+from cloudckpt.errors import OptionsError
 from cloudckpt.loading import read_index
 from cloudckpt.options import MIB, Options, as_count
 from cloudckpt.report import Progress, Show
@@ -36,7 +37,7 @@ _REMOTE_SHARD_BYTES = 64 * MIB
 _THREADS = 4
 # Weights are the checkpoint's; a folder of a model has what describes them, which is small.
 _CONFIG_BYTES = 64 * MIB
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|distcp|index\.json)\Z")
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|distcp|index\.json|cloudckpt-[a-z]+)\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,12 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
 ) -> Exported:
     """Write a checkpoint as files that other programs read. Every byte was verified before it is written.
 
+    While an export is under way, `.cloudckpt-export` stands in its folder, or `NAME.cloudckpt-export` beside its file,
+    and another one to the same place is refused. With `overwrite` that one takes the place over, and the first one ends
+    with an error before its next file. A kill leaves that mark. Other programs do not know it: what they write there
+    meanwhile is seen right before the last file, and not after. A store that cannot refuse a create lets two begin, of
+    which one ends at its next file.
+
     Args:
         url: a checkpoint, or a root, whose newest one is meant.
         target: a file (`safetensors`, which ends in `.safetensors`, and `torch`) or a folder (`huggingface`, `dcp`), on
@@ -88,8 +95,10 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
             huggingface.
         leave_out: leave out what the target cannot hold, and say so in the result; without it that is refused. Names of
             one memory are left out of huggingface's in any case, as `save_pretrained` does.
-        overwrite: replace an export that is there; other files of a folder stay. While a folder is written, there is
-            neither the old export nor the new one.
+        overwrite: replace an export that is there, or one that was killed; other files of a folder stay. The old one
+            is whole until the last file of the new one stands, so that there is to be room for both; the files of
+            `config` alone take the place of older ones right before that. A kill leaves the old export or the new one,
+            and perhaps files of the other beside it, which the next export with `overwrite` removes.
         storage_options: fsspec's own options for `url`.
         target_storage_options: those for `target`.
         engine: what moves the bytes, as for `save`.
@@ -101,10 +110,14 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
 
     Raises:
         CheckpointNotFoundError: nothing is committed at the URL.
-        OptionsError: the target holds an export or is no such place, or an argument is wrong; nothing was written.
+        OptionsError: the target holds an export, or another one is under way there, or it is no such place, or an
+            argument is wrong; nothing was written.
+        ConflictError: another export has taken over, or another program has written there; no complete one is there by
+            this call.
         UnsupportedValueError: a dtype, name or value that the target cannot hold (`.key`); nothing was written.
-        IntegrityError: an object is missing or differs from what was committed; no complete export is there.
-        StorageError: a store could not be read or written; no complete export is there.
+        IntegrityError: an object is missing or differs from what was committed.
+        StorageError: a store could not be read or written. In both cases a note says what is there: no export, the one
+            that was to be replaced, or the new one, if all that could not be done was to remove the old one.
     """
     if to not in get_args(Kind):
         raise OptionsError(f"to is {to!r}; give one of {', '.join(get_args(Kind))}")
@@ -114,12 +127,12 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
     _check(to, target, prefix=prefix, shard_bytes=max_shard_bytes, config=config)
     folder_url, name = folder_and_name(target) if _KINDS[to].is_file else (os.fspath(target), "")
     with (
-        telling_interrupts(),
+        telling_interrupts("nothing was written") as tell,
         open_store(url, storage_options=storage_options, engine=engine, options=chosen) as source,
         open_store(folder_url, storage_options=target_storage_options, options=chosen) as folder,
         Progress(progress).bar("exporting", rank=0) as bar,
     ):
-        _refuse_ours(folder, target_storage_options, chosen)
+        refuse_ours(folder, name, target_storage_options, chosen)
         catalog = Catalog(source)
         checkpoint = newest_or_the_one(catalog)
         index = read_index(catalog, checkpoint)
@@ -137,22 +150,21 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
             leaves_out=leave_out,
             shard_bytes=max_shard_bytes,
             config={} if config is None else _config_files(config),
+            hold=Hold(folder, name, is_replacing=overwrite),
             options=chosen,
             gauge=bar,
         )
         plan = _KINDS[to].plan(job)
         if folder.engine == "local":
             _refuse_no_file(Path(local_path(folder_url)), plan)
-        _make_way(folder, plan, overwrite=overwrite)
-        bar.begin(sum(part.nbytes for saved in plan.taken.tensors.values() for part in job.parts(saved)))
-        try:
+        with job.hold.of(plan) as plan:
+            bar.begin(sum(part.nbytes for saved in plan.taken.tensors.values() for part in job.parts(saved)))
             plan.write()
-        except BaseException as exc:
-            exc.add_note(_taken_back(folder, plan))
-            raise
-        there = objects_in(folder, plan.beginning)
+            written = f"{folder.url}/{name}" if name else folder.url
+            tell(f"the export is whole at {written}")
+            there = objects_in(folder, plan.beginning)
     return Exported(
-        url=f"{folder.url}/{name}" if name else folder.url,
+        url=written,
         source=checkpoint.url,
         files=plan.files,
         total_bytes=sum(there.get(file, 0) for file in plan.files),
@@ -173,10 +185,6 @@ def _check(
     ending = _KINDS[to].ending
     if not os.fspath(target).endswith(ending):
         raise OptionsError(f"the target {os.fspath(target)!r} of {to} is a file; let its name end in {ending}")
-    if os.fspath(target).rpartition("/")[2] == MANIFEST_NAME:
-        raise OptionsError(
-            f"the target {os.fspath(target)!r} has the name of a checkpoint's manifest; give another one"
-        )
     if to not in ("safetensors", "huggingface"):
         for name, value in (("prefix", prefix), ("max_shard_bytes", shard_bytes)):
             if value:
@@ -185,15 +193,6 @@ def _check(
         raise OptionsError(f"config is for huggingface; {to} has no such files")
     if shard_bytes is not None:
         as_count("max_shard_bytes", shard_bytes, least=1)
-
-
-def _refuse_ours(folder: RetryingStore, storage_options: Mapping[str, object] | None, options: Options) -> None:
-    """Refuse a folder that is a checkpoint or a root, or of such a one's own ones; raises `OptionsError`."""
-    refuse_files(Catalog(folder))
-    above, _, name = folder.url.rstrip("/").rpartition("/")
-    if above and (is_attempt(name) or f"{name}/" in (EPOCHS_PREFIX, PINS_PREFIX)):
-        with open_store(above, storage_options=storage_options, options=options) as store:
-            refuse_files(Catalog(store))
 
 
 def _config_files(config: str | os.PathLike[str]) -> dict[str, bytes]:
@@ -227,45 +226,8 @@ def _refuse_no_file(folder: Path, plan: Plan) -> None:
 def refuse_model(folder: RetryingStore) -> None:
     """Refuse a folder early that holds a model of Hugging Face's, or checkpoints of ours; raises `OptionsError`."""
     refuse_files(Catalog(folder))
-    there = sorted(HF_DECIDING & objects_in(folder).keys())
-    if there:
-        raise _taken(folder, there)
-
-
-def _taken(folder: RetryingStore, names: Sequence[str]) -> OptionsError:
-    return OptionsError(
-        f"{folder.url} holds {', '.join(names[:4])} already, and nothing was written; choose another target, or "
-        'replace them (overwrite=True, --force, exists="replace" of a CloudHFWriter)'
-    )
-
-
-def _make_way(folder: RetryingStore, plan: Plan, *, overwrite: bool) -> None:
-    """Remove an export that stands in the folder, if that was asked for, the files first that make it one."""
-    in_the_way = [
-        name for name in objects_in(folder, plan.beginning) if name in plan.files or plan.ours.fullmatch(name)
-    ]
-    if not in_the_way:
-        return
-    if not overwrite:
-        raise _taken(folder, in_the_way)
-    if len(plan.files) > 1 or in_the_way != list(plan.files):  # one file is replaced at once
-        deciding = [name for name in in_the_way if name in plan.deciding]
-        folder.delete(deciding)
-        folder.delete([name for name in in_the_way if name not in deciding])
-
-
-def _taken_back(folder: RetryingStore, plan: Plan) -> str:
-    """Remove what of an export was written that did not end, so that the next one finds no other; say what is left.
-
-    One file is there whole or not at all.
-    """
-    if len(plan.files) == 1:
-        return "no file was written"
-    try:
-        folder.delete([name for name in objects_in(folder) if name in plan.files])
-    except StorageError as exc:
-        return (
-            f"no export is in {folder.url}, and files of it may stay there ({exc}); replace them by the next one "
-            "(overwrite=True, --force)"
-        )
-    return f"no export is in {folder.url}, and the files that were written were removed"
+    there = objects_in(folder)
+    if HF_DECIDING & there.keys():
+        raise taken(folder.url, sorted(HF_DECIDING & there.keys()))
+    if MARK in there:
+        raise held(folder.url, MARK, folder.head(MARK))

@@ -100,7 +100,7 @@ class CloudHFWriter(CloudWriter):
             max_shard_bytes: what one file may hold, unless one tensor is larger; None: no limit on a disk, 64 MiB for a
                 bucket, where a file is put whole.
             leave_out: leave out what safetensors cannot hold, such as plain values; without it that is refused.
-            exists: where a model is: `raise`, or `replace` it; while that is done there is neither.
+            exists: where a model is: `raise`, or `replace` it, which is whole until the new one is.
             storage_options: fsspec's own options for the URL.
             engine: what moves the ranks' bytes, as for `CloudWriter`.
             options: sizes, parallelism, patience.

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from cloudckpt.convert.blob import Blob
+from cloudckpt.convert.blob import Blob, refuse_special
 from cloudckpt.convert.from_dcp import METADATA, add_dcp
 from cloudckpt.convert.from_safetensors import add_safetensors, is_safetensors, names_in_index
 from cloudckpt.convert.from_torch import add_torch, is_archive, is_older
@@ -33,6 +33,7 @@ from cloudckpt.format import (
     lay_out,
     new_attempt,
     record_of_call,
+    shown,
     step_number,
     unflatten,
 )
@@ -50,7 +51,7 @@ from cloudckpt.saving import (
     stats_of,
 )
 from cloudckpt.store import RetryingStore, Store, open_store
-from cloudckpt.transfer import Gauge, Watch
+from cloudckpt.transfer import Gauge, Puts, Watch
 
 __all__ = ["Source", "import_", "looked_at"]
 
@@ -63,6 +64,8 @@ _SHARD_BYTES = 32 * MIB
 _BUDGET_BYTES = 192 * MIB
 # Each holds a shard, so that more than there are cores cost more than they help.
 _THREADS = 2
+# What is under way when a person interrupts is waited for that long.
+_LEAVING_S = 10.0
 _WEIGHTS: tuple[tuple[str, str, Callable[[Origin, Blob], None]], ...] = (
     ("model.safetensors.index.json", "model.safetensors", add_safetensors),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", add_torch),
@@ -124,7 +127,8 @@ def import_(  # noqa: PLR0913 (keyword-only, each of its own kind)
         raise OptionsError(f"kind is {kind!r}; give one of {', '.join(get_args(Source))}")
     given = Options.of(options)
     chosen = lean(given if options is not None else replace(given, shard_bytes=_SHARD_BYTES), _BUDGET_BYTES)
-    with telling_interrupts(), ExitStack() as stack:
+    # A step's epoch may have been begun.
+    with telling_interrupts("nothing was committed") as tell, ExitStack() as stack:
         bar = stack.enter_context(Progress(progress).bar("importing", rank=0))
         opened = _Opening(source, source_storage_options, chosen, stack)
         origin = opened.origin(kind)
@@ -136,7 +140,9 @@ def import_(  # noqa: PLR0913 (keyword-only, each of its own kind)
         record = Record(metrics=in_json, metadata=about, began_s=began_s, spent_before=stats_of(store))
         prepared = _Prepared.of(origin, under, chosen)
         target = _destination(store, step, chosen, exists).take()
-        return _write(prepared, target, record, chosen, bar)
+        checkpoint = _write(prepared, target, record, chosen, bar)
+        tell(f"{checkpoint.url} is committed")
+        return checkpoint
 
 
 # -- what the source is -------------------------------------------------------------------------------------
@@ -207,6 +213,7 @@ class _Opening:
             return None
         try:
             store = self._store(folder)
+            refuse_special(store, name)
             info = store.head(name)
         except ObjectNotFoundError:
             return None
@@ -226,6 +233,8 @@ class _Opening:
             if single in there:
                 add(origin, Blob.of(store, single))
                 return
+        for name in (METADATA, *(name for index, single, _ in _WEIGHTS for name in (index, single))):
+            refuse_special(store, name)
         names = ", ".join(sorted(there)[:8]) or "nothing"
         raise SourceError(
             f"{store.url} is no file, and as a folder it holds {names}: neither .metadata, nor model.safetensors or "
@@ -262,7 +271,7 @@ def _add_indexed(origin: Origin, index: Blob, add: Callable[[Origin, Blob], None
         wanted = {name for name, of in names.items() if of == file}
         for name in sorted(wanted ^ (set(origin.paths) - before)):
             where = "not in" if name in wanted else "in, and not named for,"
-            raise SourceError(f"{name[:200]!r} is {where} {file!r}, against {index.key!r}; get both anew", key=name)
+            raise SourceError(f"{shown(name)} is {where} {shown(file)}, against {index.key!r}; get both anew", key=name)
 
 
 # -- what is written ----------------------------------------------------------------------------------------
@@ -319,7 +328,7 @@ def _check_names(origin: Origin) -> None:
     for name in origin.paths:
         if not name or name.startswith("cloudckpt."):
             raise SourceError(
-                f"{name!r} is no name that a state may have; give under='model' (--under), which stands before it",
+                f"{shown(name)} is no name that a state may have; give under='model' (--under), which stands before it",
                 key=name,
             )
     try:
@@ -368,12 +377,14 @@ def _destination(store: RetryingStore, step: int | None, options: Options, exist
 
 
 def _write(prepared: _Prepared, target: Target, record: Record, options: Options, gauge: Gauge) -> Checkpoint:
+    puts = Puts()
     output = RankOutput(
         target=target,
         attempt=prepared.attempt,
         rank=0,
         options=options,
         watch=Watch(deadline_s=options.transfer_timeout_s, gauge=gauge),
+        puts=puts,
     )
     is_committing = False
     try:
@@ -401,9 +412,19 @@ def _write(prepared: _Prepared, target: Target, record: Record, options: Options
             # A store may still carry out what it was asked for last.
             exc.add_note(f"{place} has the whole checkpoint, or none; `cloudckpt verify {place}` tells")
         else:
-            discard(target, [prepared.attempt], options)
-            exc.add_note(f"nothing was committed at {place}, and what was written is removed")
+            # A put goes on in its thread, and would land after what was written was removed.
+            is_removed = puts.close(_LEAVING_S) & discard(target, [prepared.attempt], options)
+            left = f"; shards may stay below {place}/{prepared.attempt}: {_sweep(target)}"
+            told = ", and what was written is removed" if is_removed else left
+            exc.add_note(f"nothing was committed at {place}{told}")
         raise
+
+
+def _sweep(target: Target) -> str:
+    """Say how what an import has left goes away."""
+    if target.prefix:
+        return f"`cloudckpt sweep {target.catalog.store.url}` removes them once they are old enough"
+    return "remove that folder, in which nothing else stands"
 
 
 def _refuse_changed(origin: Origin) -> None:

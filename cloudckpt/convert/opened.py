@@ -10,23 +10,24 @@ memory whole (FORMAT invariant 15). Keeps FORMAT invariants 1 and 12.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
 
+from cloudckpt.convert.holding import Hold
+from cloudckpt.convert.planned import Taken
 from cloudckpt.errors import OptionsError, UnsupportedValueError
-from cloudckpt.format import DTYPES, NOTES, Index, JsonValue, TensorEntry, codec, split_box
+from cloudckpt.format import DTYPES, NOTES, Index, JsonValue, TensorEntry, codec, shown, split_box
 from cloudckpt.loading import RankInput, by_part_name, part_targets
 from cloudckpt.options import MIB, Options
 from cloudckpt.root import Checkpoint
 from cloudckpt.store import RetryingStore, Store
 from cloudckpt.transfer import Gauge, copying_threads
 
-__all__ = ["Exported", "Job", "Kind", "Part", "Plan", "Taken", "by_cores", "lean"]
+__all__ = ["Exported", "Job", "Kind", "Part", "by_cores", "lean"]
 
 Kind = Literal["safetensors", "huggingface", "torch", "dcp"]
 """What a checkpoint can be exported to."""
@@ -78,21 +79,6 @@ def by_cores(options: Options, *stores: RetryingStore, least: int) -> Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """What of a checkpoint goes into an export.
-
-    Attributes:
-        tensors: name in the export → name in the checkpoint.
-        values: name in the checkpoint → value.
-        left_out: name in the checkpoint → why.
-    """
-
-    tensors: dict[str, str] = field(default_factory=dict)
-    values: dict[str, object] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
     """A box of a tensor that is contiguous in its row-major bytes, of which `first` is its first one."""
 
@@ -118,6 +104,7 @@ class Job:
         shard_bytes: of one file, at most; None: no limit.
         config: files that go beside the weights, by name.
         options: sizes, parallelism, patience.
+        hold: whose turn it is there; what writes a file asks it.
         gauge: is told how many bytes have moved.
     """
 
@@ -130,6 +117,7 @@ class Job:
     leaves_out: bool
     shard_bytes: int | None
     config: Mapping[str, bytes]
+    hold: Hold
     options: Options
     gauge: Gauge | None
 
@@ -150,11 +138,17 @@ class Job:
             if name.startswith(_OURS):
                 taken.left_out[name] = "it is what cloudckpt keeps beside a state: generators, files, state of one rank"
             elif not name.startswith(self.prefix) or name == self.prefix:
-                taken.left_out[name] = f"it is not below the prefix {self.prefix!r}"
+                why = "is not below" if name != self.prefix else "would have no name without"
+                taken.left_out[name] = f"it {why} the prefix {self.prefix!r}"
             elif name in self.index.tensors:
                 taken.tensors[name[len(self.prefix) :]] = name
             else:
                 stored[name] = self.index.values[name]
+        if not taken.tensors and not stored and self.prefix in taken.left_out:
+            raise OptionsError(
+                f"in {self.checkpoint.url} only {shown(self.prefix)} itself begins with that prefix, and would have no "
+                "name without it; give a shorter one"
+            )
         if not taken.tensors and not stored:
             names = [name for name in [*self.index.tensors, *self.index.values] if not name.startswith(_OURS)]
             raise OptionsError(
@@ -192,7 +186,7 @@ class Job:
         """
         if problems and not self.leaves_out:
             first, *_ = problems
-            told = "; ".join(f"{name!r}: {why}" for name, why in list(problems.items())[:_SHOWN])
+            told = "; ".join(f"{shown(name)}: {why}" for name, why in list(problems.items())[:_SHOWN])
             more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise UnsupportedValueError(
                 f"{what} cannot hold {told}{more}. Choose a part by its prefix, let what it cannot hold be left out "
@@ -251,27 +245,6 @@ class Job:
     def entry(self, name: str) -> TensorEntry:
         """Return dtype and shape of a tensor of the checkpoint."""
         return self.index.tensors[name]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What an export writes, known before the first byte.
-
-    Attributes:
-        taken: what of the checkpoint goes.
-        files: names of the files, the one that makes the export complete last.
-        deciding: names of all files that would make a folder an export of this kind.
-        ours: what the names of files of this kind look like; none may be left of another export.
-        beginning: of all these names; "" where the folder is the export.
-        write: writes them, in order.
-    """
-
-    taken: Taken
-    files: tuple[str, ...]
-    write: Callable[[], None]
-    deciding: frozenset[str] = frozenset()
-    ours: re.Pattern[str] = re.compile(r"(?!)")
-    beginning: str = ""
 
 
 def _batches(parts: Sequence[Part]) -> Iterator[list[Part]]:

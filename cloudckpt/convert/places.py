@@ -1,15 +1,24 @@
-"""Split a URL into folder and file, look at what a folder holds, say what an interrupt left: for both directions."""
+"""Split a URL into folder and file, look at what a folder holds, refuse what is ours, say what an interrupt left.
+
+For all that reads or writes files of other programs.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.store import Store
+from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, PINS_PREFIX, is_attempt
+from cloudckpt.options import Options
+from cloudckpt.root import Catalog, refuse_files
+from cloudckpt.store import RetryingStore, Store, local_path, open_store
 
-__all__ = ["folder_and_name", "objects_in", "telling_interrupts"]
+__all__ = ["folder_and_name", "objects_in", "refuse_ours", "telling_interrupts"]
+
+# An attempt's shards, a claim or a pin are one below the root or checkpoint that they are of, names two.
+_DEPTH = 2
 
 
 def folder_and_name(url: str | os.PathLike[str]) -> tuple[str, str]:
@@ -36,12 +45,57 @@ def objects_in(store: Store, beginning: str = "") -> dict[str, int]:
             return found
 
 
+def refuse_ours(
+    folder: RetryingStore,
+    name: str = "",
+    storage_options: Mapping[str, object] | None = None,
+    options: Options | None = None,
+) -> None:
+    """Refuse to write a file of another program where it would take the place of something of ours, or hide in it.
+
+    On a disk links are followed before. Two requests for a folder that is none of ours.
+
+    Args:
+        folder: where it is to be written.
+        name: of the file; "" for several of other names.
+        storage_options: by which `folder` was opened.
+        options: likewise.
+
+    Raises:
+        OptionsError: the folder is a checkpoint, a root, or of such a one's own ones; or it is a manifest's name.
+    """
+    if name == MANIFEST_NAME:
+        raise OptionsError(
+            f"{folder.url}/{name} has the name of a checkpoint's manifest, and was not written; give another one"
+        )
+    refuse_files(Catalog(folder))
+    url = folder.url.rstrip("/")
+    places = [url]
+    if folder.engine == "local" and (real := os.path.realpath(local_path(url))) != local_path(url):
+        places.append(real)
+    for place in places:
+        parts = place.split("/")
+        above = [
+            "/".join(parts[:-depth])
+            for depth in range(1, min(_DEPTH, len(parts) - 1) + 1)
+            if is_attempt(parts[-depth]) or f"{parts[-depth]}/" in (EPOCHS_PREFIX, PINS_PREFIX)
+        ]
+        for one in [*above, *(place for _ in range(place != url))]:
+            with open_store(one, storage_options=storage_options, options=Options.of(options)) as store:
+                refuse_files(Catalog(store))
+
+
 @contextmanager
-def telling_interrupts() -> Iterator[None]:
-    """Say of a Ctrl-C that nothing was written yet, unless it has a note of what was."""
+def telling_interrupts(told: str) -> Iterator[Callable[[str], None]]:
+    """Say of a Ctrl-C what is true before anything was done, unless it has a note; yield what says that it changed."""
+
+    def tell(now: str) -> None:
+        nonlocal told
+        told = now
+
     try:
-        yield
+        yield tell
     except KeyboardInterrupt as exc:
         if not getattr(exc, "__notes__", ()):
-            exc.add_note("nothing was written")
+            exc.add_note(told)
         raise

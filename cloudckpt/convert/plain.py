@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -20,11 +21,11 @@ from typing import IO, TYPE_CHECKING, Literal, Self, cast, overload
 import xxhash
 
 from cloudckpt.convert.blob import SizedFile
-from cloudckpt.convert.places import folder_and_name
+from cloudckpt.convert.places import folder_and_name, refuse_ours
 from cloudckpt.errors import ChecksumError, ManifestError, ObjectNotFoundError, OptionsError
 from cloudckpt.format import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
 from cloudckpt.options import MIB, Options
-from cloudckpt.store import RetryingStore, appended, open_store
+from cloudckpt.store import RetryingStore, appended, open_store, refuse_beyond_one_put
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -35,8 +36,6 @@ _BLOCK_BYTES = 4 * MIB
 _AHEAD = 8
 # What a reader may find between a write that was cut off and the next; more of them are not kept apart.
 _CONTENTS_LIMIT = 8
-# S3 takes no more by one put.
-_S3_LIMIT_BYTES = 5 << 30
 
 
 @overload
@@ -104,17 +103,17 @@ def open_file(
     Raises:
         ObjectNotFoundError: there is no such file (a `FileNotFoundError`); or it has no sums.
         ChecksumError: it has not the bytes that were written; also later, from a read.
-        OptionsError: another mode, or a URL that names no file.
+        OptionsError: another mode, or a URL that names no file, or one to write in a checkpoint or a root.
         StorageError: the store could not be read or written; nothing has changed.
     """
     if mode not in ("rb", "wb"):
         raise OptionsError(f"mode is {mode!r}; give 'rb' or 'wb'")
     folder, name = folder_and_name(url)
     with ExitStack() as stack:
-        store = stack.enter_context(
-            open_store(folder, storage_options=storage_options, engine=engine, options=Options.of(options))
-        )
+        chosen = Options.of(options)
+        store = stack.enter_context(open_store(folder, storage_options=storage_options, engine=engine, options=chosen))
         if mode == "wb":
+            refuse_ours(store, name, storage_options, chosen)
             return cast("IO[bytes]", _FileWriter(store, name, stack.pop_all()))
         raw = _Reading(store, name, is_verified=not unverified, stack=stack)
         raw.own(stack.pop_all())
@@ -176,11 +175,12 @@ class _FileWriter:
             raise ValueError(f"{self._key!r} is closed")
         view = memoryview(data)
         view = (view if view.c_contiguous else memoryview(view.tobytes())).cast("B")
-        if self._size_bytes + view.nbytes > _S3_LIMIT_BYTES and self._store.url.startswith("s3"):
-            raise OptionsError(
-                f"{self._key!r} has more than {_S3_LIMIT_BYTES} bytes, and S3 takes no more by one put; save it with "
-                "cloudckpt.save, which has no such limit"
-            )
+        refuse_beyond_one_put(
+            self._store,
+            self._key,
+            self._size_bytes + view.nbytes,
+            advice="save it with cloudckpt.save, which has no such limit",
+        )
         self._append(view)
         self._size_bytes += view.nbytes
         size_bytes = view.nbytes
@@ -287,6 +287,7 @@ class _Reading(SizedFile):
         self._threads = stack.enter_context(ThreadPoolExecutor(_AHEAD, "cloudckpt-file"))
         self._blocks: dict[int, Future[memoryview]] = {}
         self._stack: ExitStack | None = None
+        self._interrupt: BaseException | None = None
 
     def own(self, stack: ExitStack) -> None:
         """Close with it what is on a stack."""
@@ -328,6 +329,14 @@ class _Reading(SizedFile):
         )
 
     def readinto(self, buffer: WriteableBuffer) -> int:
+        try:
+            return self._read_into(buffer)
+        except BaseException as exc:
+            if not isinstance(exc, Exception):
+                self._interrupt = exc
+            raise
+
+    def _read_into(self, buffer: WriteableBuffer) -> int:
         memory = memoryview(buffer).cast("B")
         if not memory.nbytes or self._at >= self._sums.size_bytes:
             return 0
@@ -364,3 +373,7 @@ class _Reading(SizedFile):
                 stack.close()
         finally:
             super().close()
+            interrupt, self._interrupt = self._interrupt, None
+            # PyTorch's reader passes over what has interrupted it, or tells it as a broken file.
+            if interrupt is not None and sys.exception() is not interrupt:
+                raise interrupt

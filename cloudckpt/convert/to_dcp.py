@@ -26,7 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from cloudckpt.convert.dcp_metadata import Place, encode_metadata
-from cloudckpt.convert.opened import Job, Part, Plan
+from cloudckpt.convert.opened import Job, Part
+from cloudckpt.convert.planned import Plan, Taken
 from cloudckpt.convert.skeleton import Skeleton
 from cloudckpt.convert.to_torch import nested, unloadable
 from cloudckpt.convert.writing import Layout, Segment, write_files
@@ -37,7 +38,7 @@ __all__ = ["plan_dcp"]
 
 # A bucket takes a file whole; a reader opens one file after the other, whatever their size.
 _FILE_BYTES = 64 * MIB
-_OURS = re.compile(r"__\d+_\d+\.distcp|\.metadata")
+_OURS = re.compile(r"__\d+_\d+(-[0-9a-f]{8})?\.distcp|\.metadata")
 _METADATA = ".metadata"
 
 
@@ -71,10 +72,24 @@ def plan_dcp(job: Job) -> Plan:
             pieces.append(_Piece(fqn, None, partial(_filled, leaf, job, names)))
         else:
             pieces += [_Piece(fqn, part) for part in _parts(job, name)]
-    files = {f"__0_{number}.distcp": group for number, group in enumerate(_groups(pieces))}
-
-    files_places: dict[MetadataIndex, Place] = {}
+    groups = list(_groups(pieces))
     skeletons = _skeletons(piece.part for piece in pieces if piece.part is not None)
+
+    def plan(tag: str) -> Plan:
+        files = {f"__0_{number}{tag}.distcp": group for number, group in enumerate(groups)}
+        return _plan(job, taken, files, skeletons, partial(_described, metadata, pieces))
+
+    return replace(plan(""), named=plan)
+
+
+def _plan(
+    job: Job,
+    taken: Taken,
+    files: Mapping[str, list[_Piece]],
+    skeletons: Mapping[tuple[str, tuple[int, ...]], Skeleton],
+    describe: Callable[[], Metadata],
+) -> Plan:
+    files_places: dict[MetadataIndex, Place] = {}
 
     def layout(file: str) -> Layout:
         made, places = _laid_out(file, files[file], skeletons)
@@ -83,8 +98,7 @@ def plan_dcp(job: Job) -> Plan:
 
     def write() -> None:
         write_files(job, taken.tensors.values(), [partial(layout, file) for file in files])
-        data = encode_metadata(_described(metadata, pieces), files_places)
-        job.folder.put(_METADATA, [memoryview(data)])
+        job.hold.put(_METADATA, encode_metadata(describe(), files_places))
 
     return Plan(
         taken=taken,

@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 import re
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import msgspec
 
-from cloudckpt.convert.opened import Job, Plan, Taken
+from cloudckpt.convert.opened import Job
+from cloudckpt.convert.planned import Plan, Taken
 from cloudckpt.convert.writing import Layout, Segment, write_files
 from cloudckpt.errors import UnsupportedValueError
 from cloudckpt.format import DTYPES, SAFETENSORS_NAMES, lone_surrogates
@@ -37,7 +38,8 @@ _METADATA = "__metadata__"
 # Readers refuse more.
 _HEADER_LIMIT_BYTES = 100_000_000
 _ALIGNMENT_BYTES = 8
-_HF_FILES = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_NUMBER = r"((-[0-9a-f]{8})?-\d+-of-\d+)?"
+_HF_FILES = re.compile(rf"(model|pytorch_model){_NUMBER}\.(safetensors|bin)(\.index\.json)?")
 HF_DECIDING = frozenset(
     f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
 )
@@ -51,6 +53,16 @@ class _File:
     tensors: dict[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """How the files of a kind are named: what they begin with, and as `Plan` has it."""
+
+    stem: str
+    ours: re.Pattern[str]
+    deciding: frozenset[str]
+    beginning: str = ""
+
+
 def plan_safetensors(job: Job) -> Plan:
     """Plan a file, or several beside their index; raises `UnsupportedValueError` for what has no place there."""
     taken = job.take()
@@ -62,10 +74,9 @@ def plan_safetensors(job: Job) -> Plan:
     }
     job.drop(taken, problems, "safetensors")
     stem = job.name.removesuffix(".safetensors")
-    ours = re.compile(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+    ours = re.compile(rf"{re.escape(stem)}{_NUMBER}\.safetensors(\.index\.json)?")
     deciding = frozenset((job.name, f"{job.name}.index.json"))
-    plan = _plan(job, taken, stem, dropped=ties, ours=ours, deciding=deciding)
-    return replace(plan, beginning=stem)
+    return _plan(job, taken, ties, _Names(stem, ours, deciding, beginning=stem))
 
 
 def plan_huggingface(job: Job) -> Plan:
@@ -75,7 +86,7 @@ def plan_huggingface(job: Job) -> Plan:
     ties = job.tied(taken.tensors)
     for name, first in ties.items():
         taken.left_out[taken.tensors.pop(name)] = f"it is the same memory as {first!r}, which a model ties again"
-    return _plan(job, taken, "model", dropped=ties, ours=_HF_FILES, deciding=HF_DECIDING)
+    return _plan(job, taken, ties, _Names("model", _HF_FILES, HF_DECIDING))
 
 
 def _problems(job: Job, taken: Taken) -> dict[str, str]:
@@ -89,38 +100,51 @@ def _problems(job: Job, taken: Taken) -> dict[str, str]:
     return found
 
 
-def _plan(
-    job: Job, taken: Taken, stem: str, *, dropped: Mapping[str, str], ours: re.Pattern[str], deciding: frozenset[str]
-) -> Plan:
+def _plan(job: Job, taken: Taken, dropped: Mapping[str, str], names: _Names, tag: str = "") -> Plan:
     groups = list(_groups(job, taken.tensors))
+    stem, index_name = names.stem, f"{names.stem}.safetensors.index.json"
     if len(groups) == 1:
         files = [_File(f"{stem}.safetensors", groups[0])]
     else:
         files = [
-            _File(f"{stem}-{number:05d}-of-{len(groups):05d}.safetensors", group)
+            _File(f"{stem}{tag}-{number:05d}-of-{len(groups):05d}.safetensors", group)
             for number, group in enumerate(groups, start=1)
         ]
     # What a reader may want to know of the names that are not here, as safetensors' own `save_model` says it.
     metadata = {"format": "pt", **{name: first for name, first in dropped.items() if name != "format"}}
     heads = [_header(job, file, metadata) for file in files]
-    extra = dict(job.config)
-    if len(files) > 1:
-        weights = {name: file.name for file in files for name in sorted(file.tensors)}
-        total_bytes = sum(_nbytes(job, saved) for saved in taken.tensors.values())
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weights.items()))}
-        extra[f"{stem}.safetensors.index.json"] = msgspec.json.format(msgspec.json.encode(index), indent=2)
+    is_one = len(files) == 1
+
+    def put_config() -> None:
+        for name, text in job.config.items():
+            job.hold.put(name, text)
 
     def write() -> None:
-        for name, text in job.config.items():
-            job.folder.put(name, [memoryview(text)])
-        layouts = [partial(_layout, job, file, head) for file, head in zip(files, heads, strict=True)]
+        # What describes the model goes with the deciding file, and as late: an older model may have its own.
+        before = put_config if is_one else lambda: None
+        layouts = [partial(_layout, job, file, head, before) for file, head in zip(files, heads, strict=True)]
         write_files(job, taken.tensors.values(), layouts)
-        if len(files) > 1:
-            name = f"{stem}.safetensors.index.json"
-            job.folder.put(name, [memoryview(extra[name])])
+        if not is_one:
+            put_config()
+            job.hold.put(index_name, _index(job, taken, files))
 
-    names = [*job.config, *(file.name for file in files), *(name for name in extra if name not in job.config)]
-    return Plan(taken=taken, files=tuple(names), write=write, deciding=deciding, ours=ours)
+    shards = [file.name for file in files]
+    return Plan(
+        taken=taken,
+        files=(*job.config, *shards) if is_one else (*shards, *job.config, index_name),
+        write=write,
+        deciding=names.deciding,
+        ours=names.ours,
+        beginning=names.beginning,
+        named=partial(_plan, job, taken, dropped, names),
+    )
+
+
+def _index(job: Job, taken: Taken, files: Iterable[_File]) -> bytes:
+    weights = {name: file.name for file in files for name in sorted(file.tensors)}
+    total_bytes = sum(_nbytes(job, saved) for saved in taken.tensors.values())
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weights.items()))}
+    return msgspec.json.format(msgspec.json.encode(index), indent=2)
 
 
 def _groups(job: Job, tensors: Mapping[str, str]) -> Iterator[dict[str, str]]:
@@ -142,13 +166,13 @@ def _in_order(job: Job, group: Mapping[str, str]) -> dict[str, str]:
     return dict(sorted(group.items(), key=lambda item: (-DTYPES[job.entry(item[1]).dtype].itemsize, item[0])))
 
 
-def _layout(job: Job, file: _File, head: bytes) -> Layout:
+def _layout(job: Job, file: _File, head: bytes, before: Callable[[], None]) -> Layout:
     at = len(head)
     segments = []
     for saved in file.tensors.values():
         segments.append(Segment(saved, 0, _nbytes(job, saved), at))
         at += _nbytes(job, saved)
-    return Layout(name=file.name, size_bytes=at, literals=[(0, head)], segments=segments)
+    return Layout(name=file.name, size_bytes=at, literals=[(0, head)], segments=segments, before=before)
 
 
 def _nbytes(job: Job, saved: str) -> int:

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cloudckpt.convert.opened import Job, Plan, Taken
+from cloudckpt.convert.opened import Job
+from cloudckpt.convert.planned import Plan, Taken
 from cloudckpt.convert.skeleton import Skeleton, place_of
 from cloudckpt.convert.writing import Layout, Segment, write_files
 from cloudckpt.format import DTYPES, unflatten

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
@@ -25,11 +27,14 @@ from cloudckpt.format import ChunkEntry
 from cloudckpt.loading import RankInput, Taker
 from cloudckpt.store import Place, assembled
 from cloudckpt.threads import each
+from cloudckpt.transfer import AbandonedError
 
 __all__ = ["Layout", "Segment", "write_files"]
 
 # One is written while another is put, or made durable.
 _FILES_AT_ONCE = 2
+# A disk that hangs must not keep an interrupt from ending.
+_LEAVING_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class Layout:
         literals: bytes that no tensor has, and where they begin.
         segments: of tensors; they and the literals are all of it.
         sums_at: of each segment, where in the file its CRC-32 stands, over the literals; () if none is wanted.
+        before: is called once all bytes are in their places, before the file comes to stand.
     """
 
     name: str
@@ -59,6 +65,7 @@ class Layout:
     literals: Sequence[tuple[int, bytes]]
     segments: Sequence[Segment]
     sums_at: Sequence[Sequence[int]] = ()
+    before: Callable[[], None] = lambda: None
 
 
 def write_files(job: Job, names: Iterable[str], layouts: Sequence[Callable[[], Layout]]) -> None:
@@ -89,14 +96,23 @@ class _Writer:
 
     def write(self, make: Callable[[], Layout]) -> None:
         layout = make()
+        with (
+            self.job.hold.standing(layout.name) as begin,
+            assembled(self.job.folder, layout.name, size_bytes=layout.size_bytes) as place,
+        ):
+            with _gated(place, self.job.hold.go_on) as gated:
+                self._fill(layout, gated)
+            layout.before()
+            begin()
+
+    def _fill(self, layout: Layout, place: Place) -> None:
         sums = [_Sum() for _ in layout.sums_at]
-        with assembled(self.job.folder, layout.name, size_bytes=layout.size_bytes) as place:
-            for at, data in layout.literals:
-                place(at, memoryview(data))
-            self._pour(layout.segments, sums, place)
-            for total, places in zip(sums, layout.sums_at, strict=True):
-                for at in places:
-                    place(at, memoryview(struct.pack("<L", total.value())))
+        for at, data in layout.literals:
+            place(at, memoryview(data))
+        self._pour(layout.segments, sums, place)
+        for total, places in zip(sums, layout.sums_at, strict=True):
+            for at in places:
+                place(at, memoryview(struct.pack("<L", total.value())))
 
     def _pour(self, segments: Sequence[Segment], sums: Sequence[_Sum], place: Place) -> None:
         takers: dict[tuple[int, int], list[Taker]] = defaultdict(list)
@@ -130,6 +146,35 @@ class _Writer:
             total.add(at, data)
         if self.job.gauge is not None:
             self.job.gauge.move(data.nbytes)
+
+
+@contextmanager
+def _gated(place: Place, go_on: Callable[[], None]) -> Iterator[Place]:
+    """Yield what places bytes while the block lasts, and refuses them afterwards: an interrupt leaves readers at work.
+
+    What they would write to is closed then, and its number may be another file's.
+    """
+    changed, state = threading.Condition(), [0, 1]
+
+    def gated(at: int, data: memoryview) -> None:
+        go_on()
+        with changed:
+            if not state[1]:
+                raise AbandonedError("the file that these bytes are for was given up")
+            state[0] += 1
+        try:
+            place(at, data)
+        finally:
+            with changed:
+                state[0] -= 1
+                changed.notify_all()
+
+    try:
+        yield gated
+    finally:
+        with changed:
+            state[1] = 0
+            changed.wait_for(lambda: not state[0], timeout=_LEAVING_S)
 
 
 @dataclass(slots=True)

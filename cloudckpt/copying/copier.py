@@ -12,7 +12,9 @@ read back. Holds a few whole shards (FORMAT invariants 1, 2, 4, 12 and 15).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,11 +31,13 @@ from cloudckpt.format import Index, ShardEntry, Span, index_key
 from cloudckpt.loading import decode_index, read_index_bytes
 from cloudckpt.options import Options
 from cloudckpt.root import Catalog, Checkpoint
-from cloudckpt.threads import each
+from cloudckpt.store import note_move
+from cloudckpt.threads import each, new_lock
 from cloudckpt.transfer import (
     Budget,
     Fetch,
     Gauge,
+    Slab,
     Slabs,
     Watch,
     Work,
@@ -46,8 +50,10 @@ __all__ = ["Copied", "Copier"]
 
 logger = logging.getLogger(__name__)
 
-# Of one shard at once, where each request waits for a network.
+# Of one shard at once.
 _READERS = 4
+# How often who waits for its turn says that it is not what stands still.
+_LOOK_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +95,7 @@ class Copier:
         options: sizes, parallelism, patience.
         checks: whether what stands in the target is read back, also of a checkpoint that is committed there.
         gauge: is told of bytes that have moved, or need not.
+        slabs: memory for shards in flight, kept from one checkpoint to the next.
     """
 
     source: Catalog
@@ -96,6 +103,7 @@ class Copier:
     options: Options
     checks: bool
     gauge: Gauge
+    slabs: Slabs
 
     def copy(self, checkpoint: Checkpoint, prefix: str, *, is_there: bool) -> Copied:
         """Copy one checkpoint; return once it is committed.
@@ -209,29 +217,41 @@ class Copier:
     def _send(self, checkpoint: Checkpoint, shards: Sequence[ShardEntry], prefix: str, index: Index) -> None:
         budget_bytes = self.options.transfer_budget_bytes
         # Kept from shard to shard, in huge pages: fresh memory costs more than what is copied into it.
-        budget, slabs = Budget(budget_bytes), Slabs()
+        budget, slabs = Budget(budget_bytes), self.slabs
         source, target = self.source.store, self.target.store
-        readers = 1 if source.engine == "local" else _READERS
+        # A disk gives one shard after the other: the first one is on its way while the next ones are read, and a fast
+        # target gives memory back before more of it is touched.
+        turn = new_lock() if source.engine == "local" else None
 
-        def send(entry: ShardEntry, cost_bytes: int) -> None:
+        def read(entry: ShardEntry) -> Slab:
             shard = source_of(checkpoint.prefix, entry, index.block_bytes)
             slab = slabs.take(entry.size_bytes, limit_bytes=budget_bytes, most_bytes=budget_bytes)
-            memory = slab.memory[: entry.size_bytes]
 
-            def read(span: Span) -> None:
-                read_verified(source, shard, span, memory[span.start : span.stop])
+            def read_span(span: Span) -> None:
+                read_verified(source, shard, span, slab.memory[span.start : span.stop])
 
+            spans = spans_of(entry, index.block_bytes, self.options)
             try:
-                each(spans_of(entry, index.block_bytes, self.options), read, threads=readers, name="cloudckpt-copy")
-                target.put(key_of(prefix, entry), [memory])
-            finally:
+                each(spans, read_span, threads=_READERS, name="cloudckpt-copy")
+            except BaseException:
                 slabs.give(slab)
+                raise
+            return slab
+
+        def send(entry: ShardEntry, cost_bytes: int) -> None:
+            try:
+                with nullcontext() if turn is None else _in(turn):
+                    slab = read(entry)
+                target.put(key_of(prefix, entry), [slab.memory[: entry.size_bytes]])
+                # Not after a fault: a request that was left behind may still read it.
+                slabs.give(slab)
+            finally:
                 budget.free(cost_bytes)
 
         work = []
         for entry in shards:
             # What engines read that fill no memory but their own.
-            own_bytes = 0 if source.engine == "local" else readers * min(self.options.span_bytes, entry.size_bytes)
+            own_bytes = 0 if source.engine == "local" else _READERS * min(self.options.span_bytes, entry.size_bytes)
             cost_bytes = entry.size_bytes + own_bytes
             call = partial(send, entry, cost_bytes)
             work.append(Work(name=key_of(prefix, entry), size_bytes=entry.size_bytes, cost_bytes=cost_bytes, call=call))
@@ -262,6 +282,17 @@ class Copier:
                 )
 
         each(doubtful, look, threads=_READERS, name="cloudckpt-copy")
+
+
+@contextmanager
+def _in(turn: threading.Lock) -> Iterator[None]:
+    """Have the turn in the block; who has it is watched, and not who waits for it."""
+    while not turn.acquire(timeout=_LOOK_S):
+        note_move(0)
+    try:
+        yield
+    finally:
+        turn.release()
 
 
 def _told(

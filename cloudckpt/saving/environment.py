@@ -1,6 +1,6 @@
 """Describe the job that saves, for the record in its manifests: versions, platform, device and data path.
 
-Read once per process and engine; names no credential and no user.
+Read once per process; names no credential and no user.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ __all__ = ["environment"]
 _PACKAGES = ("cloudckpt", "torch", "numpy", "fsspec", "s3fs", "gcsfs", "obstore", "msgspec", "tenacity", "xxhash")
 
 
-@cache
 def environment(root_url: str, data_path: str) -> dict[str, str]:
     """Return the environment record of this process for a root and the engine that moves its bytes."""
+    return {**_of_process(), "root": root_url, "data_path": data_path}
+
+
+@cache
+def _of_process() -> dict[str, str]:
+    # To find the versions, Python parses what each package says of itself, its whole page of description included.
     return {
         **{f"package.{name}": version for name in _PACKAGES if (version := _version(name))},
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "platform": _platform(),
         "machine": platform.machine(),
         "device": _device(),
-        "root": root_url,
-        "data_path": data_path,
     }
 
 

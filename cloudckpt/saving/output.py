@@ -201,10 +201,10 @@ def _hurried(target: Target, options: Options, what: str) -> Catalog:
     return catalog
 
 
-def discard(target: Target, attempts: Collection[str], options: Options) -> None:
+def discard(target: Target, attempts: Collection[str], options: Options) -> bool:
     """Remove what a save has written that failed and of which no commit can follow, soon or not at all.
 
-    What stays is an orphan; a disk that was full has its space back.
+    What stays is an orphan, and then this returns False; a disk that was full has its space back.
     """
     catalog = _hurried(target, options, "the removal of what a failed save has written")
     try:
@@ -212,6 +212,8 @@ def discard(target: Target, attempts: Collection[str], options: Options) -> None
     except Exception as exc:  # noqa: BLE001 (how the save ended is decided, and is what the caller hears)
         with suppress(Exception):  # a program's own handler of the log
             logger.warning("what the failed save has written below %s stays for a sweep: %s", catalog.store.url, exc)
+        return False
+    return True
 
 
 def _refuse_shards_elsewhere(target: Target, index: Index, world_size: int) -> None:

@@ -4,9 +4,10 @@ A store moves bytes and knows nothing of tensors, steps or ranks. Each backend m
 errors; the one layer around it is the only place that tries again. No cloud library is imported before a URL asks.
 """
 
-from cloudckpt.store.assembling import Place, appended, assembled
+from cloudckpt.store.aside import undisturbed
+from cloudckpt.store.assembling import Place, appended, assembled, refuse_beyond_one_put
 from cloudckpt.store.base import Listing, ObjectInfo, Store, is_key
-from cloudckpt.store.limit import LeftBehindError, one_deadline, told_of_moves, watched
+from cloudckpt.store.limit import LeftBehindError, note_move, one_deadline, told_of_moves, watched
 from cloudckpt.store.local import scrub
 from cloudckpt.store.location import TEXT_OPTIONS, local_path
 from cloudckpt.store.opening import environment_options, open_store
@@ -32,12 +33,15 @@ __all__ = [
     "hide",
     "is_key",
     "local_path",
+    "note_move",
     "one_deadline",
     "open_store",
     "probe_create",
     "probe_write",
     "race",
+    "refuse_beyond_one_put",
     "scrub",
     "told_of_moves",
+    "undisturbed",
     "watched",
 ]

@@ -17,12 +17,12 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from cloudckpt.errors import StorageError
+from cloudckpt.errors import OptionsError, StorageError
 from cloudckpt.options import MIB
 from cloudckpt.store.base import Store
 from cloudckpt.store.local import local_below
 
-__all__ = ["Append", "Place", "appended", "assembled"]
+__all__ = ["Append", "Place", "appended", "assembled", "refuse_beyond_one_put"]
 
 Place = Callable[[int, memoryview], None]
 """Takes bytes of an object, and where in it they begin; they may change as soon as it has returned."""
@@ -32,6 +32,16 @@ Append = Callable[[memoryview], None]
 
 # What is larger is gathered on a disk: a put of it must not take its size in memory.
 _IN_MEMORY_BYTES = 64 * MIB
+# S3 takes no more by one put.
+_S3_LIMIT_BYTES = 5 << 30
+
+
+def refuse_beyond_one_put(store: Store, key: str, size_bytes: int, *, advice: str) -> None:
+    """Refuse an object of so many bytes, or more, that a store does not take by one put; raises `OptionsError`."""
+    if size_bytes > _S3_LIMIT_BYTES and store.url.startswith("s3"):
+        raise OptionsError(
+            f"{key!r} has {size_bytes} bytes or more, and S3 takes no more than {_S3_LIMIT_BYTES} by one put; {advice}"
+        )
 
 
 @contextmanager
@@ -41,8 +51,10 @@ def assembled(store: Store, key: str, *, size_bytes: int) -> Iterator[Place]:
     All of its bytes are to be placed, each once or again.
 
     Raises:
+        OptionsError: it is larger than the store takes by one put; nothing was placed.
         StorageError: it could not be written; what stood under the key stands there still.
     """
+    refuse_beyond_one_put(store, key, size_bytes, advice="write several smaller ones, or write it to a disk")
     local = local_below(store)
     if local is not None:
         with local.assembled(key) as place:

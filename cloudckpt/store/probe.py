@@ -14,11 +14,12 @@ import secrets
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 
+from cloudckpt.deadline import Deadline
 from cloudckpt.errors import (
     AccessDeniedError,
     CloudCkptError,
@@ -48,6 +49,8 @@ _RACING_S = 0.25
 # Where faults spoil them, they go on as long as the store's patience; without a retry layer, there are so many. Where
 # nobody gets an answer, there is no other: each writer has used up its patience.
 _RACES_AT_MOST = 5
+# Who interrupts waits for the writers, and for the removal of what they wrote, no longer than this each.
+_LEAVING_S = 5.0
 # Longer than any thread takes to come; all come, or none is waited for.
 _BARRIER_S = 60.0
 _FAULTS = (TransientError, RetryExhaustedError, CommitUnknownError)
@@ -65,7 +68,7 @@ def probe_create(store: Store, *, single_writer: bool = False) -> None:
 
     Raises:
         CreateNotEnforcedError: several won, or the store's engine cannot refuse.
-        StorageError: it could not be asked. A note tells of what could not be removed then.
+        StorageError: it could not be asked. A note tells of what could not be removed then, also of an interrupt.
     """
     if single_writer:
         return
@@ -110,7 +113,8 @@ def race(store: Store, key: str) -> bool:
         CreateNotEnforcedError: several won.
         StorageError: it could not be asked.
     """
-    writers = _writers(store, key)
+    writers: list[Future[_End]] = []
+    _begin(store, key, writers)
     ended(writers)
     try:
         ends = [writer.result() for writer in writers]
@@ -124,20 +128,28 @@ def _ask(store: Store) -> None:
     written: list[str] = []
     try:
         _race_until_told(store, written)
-    except Exception as exc:  # an interrupt does not wait for it
+        _remove(store, written)
+    except BaseException as exc:
+        hurried = store if isinstance(exc, Exception) else _hurried(store)
         # At the end of the interpreter what refuses a create refuses a delete as well.
-        if written and threading.main_thread().is_alive() and (left := _left(store, written)) is not None:
+        if written and threading.main_thread().is_alive() and (left := _left(hurried, written)) is not None:
             exc.add_note(f"the probe objects {', '.join(written)} may stay on {store.url}: {left}")
         raise
-    _remove(store, written)
 
 
 def _race_until_told(store: Store, written: list[str]) -> None:
     """Hold races, each under a key that is added to `written`, until they have told."""
     key, answers, spoilt, began_s = _new_key(), 0, 0, time.monotonic()
     while not answers or (answers < _RACES and time.monotonic() - began_s < _RACING_S):
-        writers = _writers(store, key)
-        ended(writers)
+        writers: list[Future[_End]] = []
+        try:
+            _begin(store, key, writers)
+            ended(writers)
+        except BaseException as exc:
+            if not isinstance(exc, Exception):
+                wait(writers, timeout=_LEAVING_S)
+                written.append(key)
+            raise
         if key not in written and any(map(_may_have_written, writers)):
             written.append(key)
         try:
@@ -205,8 +217,17 @@ class _End:
         return self.error if isinstance(self.error, _FAULTS) else self.error.__cause__
 
 
-def _writers(store: Store, key: str) -> list[Future[_End]]:
-    """Let all writers loose on one key; raises, and nothing is written, if there are not as many threads."""
+def _hurried(store: Store) -> Store:
+    if not isinstance(store, RetryingStore):
+        return store
+    return store.within(Deadline.after(_LEAVING_S, "the removal of what an interrupted probe has written"))
+
+
+def _begin(store: Store, key: str, ends: list[Future[_End]]) -> None:
+    """Let all writers loose on one key; raises, and nothing is written, if there are not as many threads.
+
+    Their ends are added to `ends`.
+    """
     start = threading.Barrier(_WRITERS, timeout=_BARRIER_S)
 
     def write(number: int) -> _End:
@@ -225,15 +246,17 @@ def _writers(store: Store, key: str) -> list[Future[_End]]:
         except BaseException as exc:  # noqa: BLE001 (the end of a thread's work: raised by the one that waits)
             end.set_exception(exc)
 
-    ends: list[Future[_End]] = [Future() for _ in range(_WRITERS)]
     try:
-        for number, end in enumerate(ends):
+        for number in range(_WRITERS):
+            end = Future[_End]()
             # Each in a copy of this context, which says by when all of it must have ended.
             started(partial(copy_context().run, settle, end, number), name="cloudckpt-probe")
-    except CloudCkptError as exc:
+            ends.append(end)
+    except BaseException as exc:
         start.abort()  # those that have come would wait for those that never do
-        raise _not_asked(store, exc) from exc
-    return ends
+        if isinstance(exc, CloudCkptError):
+            raise _not_asked(store, exc) from exc
+        raise
 
 
 def _is_answered(store: Store, key: str, ends: Sequence[_End]) -> bool:

@@ -5,7 +5,7 @@ in them.
 """
 
 from cloudckpt.transfer.download import Fetch, ShardSource, download, read_verified
-from cloudckpt.transfer.memory import Scratch, Slabs, bytes_of, has_memory, inner_names, slab_bytes
+from cloudckpt.transfer.memory import Scratch, Slab, Slabs, bytes_of, has_memory, inner_names, slab_bytes
 from cloudckpt.transfer.pool import AbandonedError, Budget, Gauge, Watch, Work, run_all
 from cloudckpt.transfer.share import copying_threads, free_bytes, ranks_here
 from cloudckpt.transfer.staging import Copy, Stage, StageClosedError
@@ -21,6 +21,7 @@ __all__ = [
     "Scratch",
     "ShardJob",
     "ShardSource",
+    "Slab",
     "Slabs",
     "Stage",
     "StageClosedError",

@@ -19,7 +19,7 @@ from cloudckpt.format import block_digests
 from cloudckpt.store import LeftBehindError, Store
 from cloudckpt.threads import new_lock
 from cloudckpt.transfer.memory import Scratch
-from cloudckpt.transfer.pool import Budget, Watch, Work, run_all
+from cloudckpt.transfer.pool import AbandonedError, Budget, Watch, Work, run_all
 
 __all__ = ["ShardJob", "upload"]
 
@@ -54,6 +54,7 @@ class Puts:
     def __init__(self) -> None:
         self._ends: dict[tuple[str, str], Future[bytes | None]] = {}
         self._lost: set[tuple[str, str]] = set()
+        self._is_closed = False
         self._lock = new_lock()
 
     def once(self, place: tuple[str, str], put: Callable[[], bytes]) -> bytes:
@@ -64,6 +65,8 @@ class Puts:
         """
         while True:
             with self._lock:
+                if self._is_closed:
+                    raise AbandonedError(f"nobody wants {place[1]!r} on {place[0]} any more")
                 if place in self._lost:
                     raise StorageError(f"an earlier put of {place[1]!r} on {place[0]} was left behind", key=place[1])
                 known = self._ends.get(place)
@@ -75,6 +78,14 @@ class Puts:
             wait((known,))
             if (digests := known.result()) is not None:
                 return digests
+
+    def close(self, timeout_s: float) -> bool:
+        """Begin no more, and wait for those under way; tell whether none is any more, so that what stands, stands."""
+        with self._lock:
+            self._is_closed = True
+            ends = list(self._ends.values())
+            is_left = bool(self._lost)
+        return not wait(ends, timeout=timeout_s).not_done and not is_left
 
     def _make(self, place: tuple[str, str], put: Callable[[], bytes], end: Future[bytes | None]) -> bytes:
         digests: bytes | None = None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-import time
 from typing import Any
 
 import ray
@@ -48,7 +47,6 @@ def train(config: dict[str, Any]) -> None:
             print("rank", rank, os.getpid(), "step", step, float(loss.detach()).hex(), flush=True)
             if step % config["every"] == 0 or step == config["steps"]:
                 checkpoints.report(step, state, {"loss": float(loss.detach()), "step": step})
-            time.sleep(config["step_s"])
 
 
 def main() -> None:
@@ -59,7 +57,6 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--step-s", type=float, default=0.0, help="seconds to rest after each step")
     chosen = parser.parse_args()
     ray.init(num_cpus=chosen.workers + 1, include_dashboard=False)
     result = TorchTrainer(

@@ -40,7 +40,7 @@ def main() -> None:
         optimizer.step()
         with cloudckpt.open(args.url, "wb") as file:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, file)
-        print(f"step {step} loss {loss.item()!r}", flush=True)
+        print("step", step, loss.item().hex(), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from cloudckpt import CheckpointManager
 from cloudckpt.cli import app, asking
 from cloudckpt.store.redact import remember_secrets
 from servers import FreshPrefix
-from tests.programs import run_to_end
+from tests.programs import run_forked, run_to_end
 
 
 def run(*arguments: str | Path) -> Result:
@@ -258,7 +258,7 @@ def test_the_installed_command_is_the_one_that_answers_ctrl_c() -> None:
 
 def test_a_warning_on_the_way_is_told_as_errors_are_and_the_rest_is_listed(root: Path) -> None:
     (root / "step-0000000100-e0001" / "manifest.json").write_text("{}")
-    done = run_to_end([sys.executable, "-m", "cloudckpt", "ls", str(root), "--json"])
+    done = run_forked("-m", "cloudckpt", "ls", root, "--json")
     *readable, unreadable = [json.loads(line) for line in done.stdout.splitlines()]
     assert [one["step"] for one in readable] == [9, 1000]
     assert (unreadable["step"], unreadable["epoch"]) == (100, 1)

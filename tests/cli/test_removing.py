@@ -7,9 +7,8 @@ import os
 import pty
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from typer.testing import CliRunner, Result
 import cloudckpt
 from cloudckpt import CheckpointManager
 from cloudckpt.cli import app
+from tests.programs import fork_program
 
 
 def run(*arguments: str | Path, answer: str = "") -> Result:
@@ -187,13 +187,21 @@ def terminal() -> Iterator[tuple[int, int]]:
     os.close(ours)
 
 
-def started(terminal: tuple[int, int], *arguments: str | Path) -> subprocess.Popen[bytes]:
-    theirs = terminal[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "cloudckpt", *map(str, arguments)], stdin=theirs, stdout=theirs, stderr=theirs
-    )
-    os.close(theirs)
+def started(terminal: tuple[int, int], *arguments: str | Path) -> BaseProcess:
+    name = os.ttyname(terminal[1])
+    process = fork_program("-m", "cloudckpt", *arguments, streams=(name, name, name))
+    os.close(terminal[1])
     return process
+
+
+def interrupt(process: BaseProcess) -> None:
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+
+
+def status_of(process: BaseProcess) -> int | None:
+    process.join()
+    return process.exitcode
 
 
 def read_until(terminal: tuple[int, int], words: str) -> str:
@@ -220,7 +228,7 @@ def test_who_says_no_has_removed_nothing(root: Path, terminal: tuple[int, int]) 
     assert "goes back to step 30" in " ".join(text.split())
     os.write(terminal[0], b"n\n")
     assert "nothing was changed" in rest(terminal)
-    assert process.wait() == 1
+    assert status_of(process) == 1
     assert steps(root) == [10, 20, 30, 40]
 
 
@@ -231,9 +239,9 @@ def test_who_interrupts_the_wait_hears_what_was_done_and_what_removes_the_rest(
     read_until(terminal, "[y/N]")
     os.write(terminal[0], b"y\n")
     read_until(terminal, "their objects go in")
-    process.send_signal(signal.SIGINT)
+    interrupt(process)
     text = " ".join(rest(terminal).split())
-    assert process.wait() == 130
+    assert status_of(process) == 130
     assert "interrupted; 1 checkpoints are removed; objects of theirs may be left" in text
     assert f"`cloudckpt sweep file://{root}`" in text.replace("\r", "")
     assert steps(root) == [20, 30, 40]
@@ -296,25 +304,22 @@ def test_who_is_asked_sees_what_goes_also_where_the_answer_is_json(root: Path) -
     assert "has not begun its first save" in result.stderr
 
 
-def test_an_answer_that_cannot_be_written_does_not_hide_what_was_done(root: Path) -> None:
-    with Path("/dev/full").open("wb") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "cloudckpt", "rm", str(root), "10", "--yes", "--json"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-    assert done.returncode == 1
-    assert "the answer could not be written" in done.stderr
-    assert "1 checkpoints are removed (steps 10)" in done.stderr
+def test_an_answer_that_cannot_be_written_does_not_hide_what_was_done(root: Path, tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    said.touch()
+    process = fork_program(
+        *("-m", "cloudckpt", "rm", root, "10", "--yes", "--json"), streams=(os.devnull, "/dev/full", str(said))
+    )
+    assert status_of(process) == 1
+    assert "the answer could not be written" in said.read_text()
+    assert "1 checkpoints are removed (steps 10)" in said.read_text()
     assert steps(root) == [20, 30, 40]
 
 
 def test_who_interrupts_the_question_ends_it_as_interrupted(root: Path, terminal: tuple[int, int]) -> None:
     process = started(terminal, "rm", root, "10")
     read_until(terminal, "[y/N]")
-    process.send_signal(signal.SIGINT)
+    interrupt(process)
     assert "interrupted; nothing was changed" in " ".join(rest(terminal).split())
-    assert process.wait() == 130
+    assert status_of(process) == 130
     assert steps(root) == [10, 20, 30, 40]

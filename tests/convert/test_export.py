@@ -222,7 +222,9 @@ def test_an_export_that_is_there_is_replaced_only_when_that_was_asked_for(
         exported(saved, tmp_path / name, to, **options)
     assert files_below(tmp_path / name) == before
     exported(saved, tmp_path / name, to, overwrite=True, **options)
-    assert files_below(tmp_path / name).keys() == before.keys()
+    after = files_below(tmp_path / name)
+    # The files of another folder for DCP have other names, so that the old one is whole until the new one is.
+    assert len(after) == len(before) if to == "dcp" else after.keys() == before.keys()
 
 
 def files_below(path: Path) -> dict[str, bytes]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import cloudckpt
 from cloudckpt import CheckpointExistsError, CheckpointManager, OptionsError
+from cloudckpt.cli.main import app
 from cloudckpt.convert import exporting
-from cloudckpt.convert.opened import Job, Plan
-from cloudckpt.convert.to_safetensors import plan_huggingface
-from cloudckpt.errors import StorageError
 from cloudckpt.format import MANIFEST_NAME
 
 
@@ -88,20 +86,50 @@ INSIDE: dict[str, Callable[[Path, Path], Path]] = {
     "a root": lambda root, own: root / "x.pt",
     "its epochs": lambda root, own: root / "epochs" / "0000000001.json",
     "its pins": lambda root, own: root / "pins" / "x.json",
+    "its names": lambda root, own: root / "pins" / "last" / "step-0000000001-e0001.0",
     "a step": lambda root, own: next(root.glob("step-*")) / "x.pt",
     "a step's attempt": lambda root, own: next(root.glob("step-*/*/index.bin")),
     "a step's manifest": lambda root, own: next(root.glob("step-*/manifest.json")),
     "a checkpoint": lambda root, own: own / "x.pt",
     "a checkpoint's attempt": lambda root, own: next(own.glob("*/index.bin")),
     "a checkpoint's manifest": lambda root, own: own / MANIFEST_NAME,
+    "a link into a root": lambda root, own: linked(root) / "0000000001.json",
 }
 
 
+def linked(root: Path) -> Path:
+    (root.parent / "link").symlink_to(root / "epochs")
+    return root.parent / "link"
+
+
+def opened(_: Path, target: Path) -> None:
+    with cloudckpt.open(target, "wb") as file:
+        file.write(b"x")
+
+
+def reported(url: Path, target: Path) -> None:
+    result = CliRunner().invoke(app, ["report", str(url.parent / "root"), "-o", str(target)])
+    assert result.exit_code == 1, result.stderr
+    raise OptionsError(result.stderr)
+
+
+WRITERS: dict[str, Callable[[Path, Path], object]] = {
+    "export": exported,
+    "open": opened,
+    "report": reported,
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("place", INSIDE)
-def test_an_export_replaces_nothing_of_a_checkpoint_or_root(place: str, root: Path, own: Path) -> None:
+def test_no_file_that_a_user_names_is_written_into_a_checkpoint_or_root(
+    place: str, writer: str, root: Path, own: Path
+) -> None:
+    target = INSIDE[place](root, own)
+    target.parent.mkdir(parents=True, exist_ok=True)
     before = contents(root), contents(own)
-    with pytest.raises(OptionsError):
-        exported(own, INSIDE[place](root, own))
+    with pytest.raises(OptionsError, match=r"no place for other files|is below|a checkpoint's manifest|goes with all"):
+        WRITERS[writer](own, target)
     assert (contents(root), contents(own)) == before
 
 
@@ -109,6 +137,12 @@ def test_a_folder_of_a_root_that_is_none_of_its_own_takes_an_export(root: Path) 
     assert exported(root, root / "weights" / "x.pt").tensor_count == 1
     with pytest.raises(OptionsError, match="a root with checkpoints"):
         exported(root, root, to="dcp")
+
+
+def test_a_prefix_that_is_all_of_a_name_is_told_as_that(tmp_path: Path) -> None:
+    url = cloudckpt.save({"model": {"": torch.ones(3)}}, tmp_path / "own", progress="off").url
+    with pytest.raises(OptionsError, match=r"only 'model\.' itself begins with that prefix"):
+        cloudckpt.export(url, tmp_path / "x.safetensors", to="safetensors", prefix="model.", progress="off")
 
 
 def test_an_export_of_one_file_looks_at_no_other_name(
@@ -124,34 +158,4 @@ def test_an_export_of_one_file_looks_at_no_other_name(
     monkeypatch.setattr(exporting, "objects_in", listing)
     exported(own, tmp_path / "x.pt")
     exported(own, tmp_path / "y.safetensors", to="safetensors")
-    assert asked == ["x.pt", "x.pt", "y", "y"]
-
-
-@pytest.mark.parametrize("error", [StorageError("the disk is full", op="put", key="x"), KeyboardInterrupt()])
-def test_an_export_of_several_files_that_failed_is_in_the_way_of_none(
-    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cloudckpt.save({f"w{n}": torch.ones(64) for n in range(4)}, tmp_path / "own", progress="off")
-
-    def hf() -> cloudckpt.Exported:
-        return cloudckpt.export(
-            tmp_path / "own", tmp_path / "hf", to="huggingface", max_shard_bytes=256, progress="off"
-        )
-
-    def planned(job: Job) -> Plan:
-        plan = plan_huggingface(job)
-
-        def write() -> None:
-            plan.write()
-            raise error
-
-        return replace(plan, write=write)
-
-    kind = exporting._KINDS["huggingface"]
-    monkeypatch.setattr(exporting, "_KINDS", {**exporting._KINDS, "huggingface": replace(kind, plan=planned)})
-    with pytest.raises(type(error)) as failed:
-        hf()
-    assert "were removed" in failed.value.__notes__[0]
-    assert [path for path in (tmp_path / "hf").rglob("*") if path.is_file()] == []
-    monkeypatch.undo()
-    assert len(hf().files) == 5
+    assert set(asked) == {"x.pt", "y"}

@@ -15,6 +15,7 @@ from cloudckpt.convert import from_torch
 from cloudckpt.convert.blob import Blob
 from cloudckpt.options import KIB
 from tests.convert.test_hostile_sources import entry, written
+from tests.store.fault_store import FaultStore
 
 Tensor = torch.Tensor
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -73,6 +74,21 @@ def test_a_view_is_read_once_and_never_in_more_memory_than_it_has_or_a_window(
     cloudckpt.import_(tmp_path / "x.pt", tmp_path / "out", options=options, progress="off")
     assert sum(read) <= most * base.nbytes + 512
     assert max(read) <= max(512, tensor.nbytes)
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_a_file_costs_a_request_for_each_of_its_ends_and_a_tensor_two(count: int, tmp_path: Path) -> None:
+    torch.save({str(number): torch.full((4096,), float(number)) for number in range(count)}, tmp_path / "x.pt")
+    client = FaultStore()
+    client.bucket.raw_put("x.pt", (tmp_path / "x.pt").read_bytes())
+    archive = from_torch.Archive.open(Blob.of(client, "x.pt"))
+    opened = [op.verb for op in client.trace]
+    assert opened == ["head", "get"] if count == 1 else ["head", "get", "get"]
+    tensor = archive.content[str(count - 1)]  # type: ignore[index]
+    found = torch.empty(4096)
+    archive.reader("x", tensor)(0, memoryview(found.numpy()).cast("B"))
+    assert [op.verb for op in client.trace[len(opened) :]] == ["get", "get"]
+    assert torch.equal(found, torch.full((4096,), float(count - 1)))
 
 
 def test_the_boxes_of_a_range_are_its_elements_in_order() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 
 import cloudckpt
 from cloudckpt import (
+    AccessDeniedError,
     CheckpointExistsError,
     CheckpointManager,
     CheckpointNotFoundError,
@@ -26,10 +30,14 @@ from cloudckpt import (
     OptionsError,
     StorageError,
 )
+from cloudckpt.copying import copier
+from cloudckpt.copying.copier import Copier
 from cloudckpt.copying.lead import Selection, copy_places
+from cloudckpt.copying.places import Place
 from cloudckpt.format import MANIFEST_NAME, parse_pin_key
-from cloudckpt.root import Catalog, sweep
-from cloudckpt.store import open_store
+from cloudckpt.root import Catalog, Checkpoint, sweep
+from cloudckpt.store import RetryingStore, open_store, told_of_moves
+from cloudckpt.store.local import LocalStore
 from cloudckpt.store.probe import _proven
 from servers import FreshPrefix
 from tests.copying.roots import (
@@ -460,6 +468,21 @@ def test_an_interrupt_says_what_was_done(made: Path) -> None:
     assert "1 of 3 checkpoints are in the target" in "".join(caught.value.__notes__)
 
 
+def test_an_interrupt_right_after_a_commit_counts_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = Copier.copy
+
+    def interrupted(copier: Copier, checkpoint: Checkpoint, prefix: str, *, is_there: bool) -> Copied:
+        made = copied(copier, checkpoint, prefix, is_there=is_there)
+        if prefix.startswith(prefix_of(2)):
+            raise KeyboardInterrupt
+        return made
+
+    monkeypatch.setattr(Copier, "copy", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(FaultStore(bucket_of(made)), FaultStore(Bucket(), url=TARGET))
+    assert "2 of 3 checkpoints are in the target" in "".join(caught.value.__notes__)
+
+
 def test_half_a_copy_goes_with_the_usual_sweep_of_the_target(made: Path) -> None:
     target = Bucket()
     target.raw_put("epochs/0000000005.json", b"{}")
@@ -474,6 +497,86 @@ def test_half_a_copy_goes_with_the_usual_sweep_of_the_target(made: Path) -> None
     assert [key for key in target.raw_list() if key.startswith(prefix_of(3))] == [f"{prefix_of(3)}/{MANIFEST_NAME}"]
     with pytest.raises(CheckpointExistsError, match=r"a sweep of .* has decided"):
         run(FaultStore(bucket_of(made)), target_of(target), Selection())
+
+
+# -- memory and order ----------------------------------------------------------------------------------------------
+
+
+class Told(RetryingStore):
+    """A disk that tells which shard it is asked for."""
+
+    def __init__(self, root: Path, told: Callable[[str], object]) -> None:
+        super().__init__(LocalStore(root), OPTIONS.retry)
+        self._told = told
+
+    def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
+        self._told(key)
+        return super().get(key, start=start, stop=stop, into=into)
+
+
+def test_a_disk_is_read_shard_by_shard_so_that_the_first_one_is_on_its_way_early(made: Path) -> None:
+    asked: list[str] = []
+    is_another = threading.Event()
+
+    def told(key: str) -> None:
+        asked.append(key)
+        if key != asked[0]:
+            is_another.set()
+        elif len(asked) == 1:
+            is_another.wait(0.2)  # who reads another shard meanwhile has the time to come
+
+    options = replace(OPTIONS, concurrency=4)
+    source = Place(Catalog(Told(made, told)), "")
+    copy_places([source], place_of(target_of(Bucket())), Selection(), options, Silent())
+    assert len(set(asked)) > 2
+    assert [key for key, _ in itertools.groupby(asked)] == list(dict.fromkeys(asked))
+
+
+def test_who_waits_for_its_turn_at_a_slow_disk_is_not_what_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copier, "_LOOK_S", 0.01)
+    turn, got_on = threading.Lock(), threading.Semaphore(0)
+
+    def wait() -> None:
+        with told_of_moves(lambda _: got_on.release()), copier._in(turn):
+            pass
+
+    with turn:
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        assert all(got_on.acquire(timeout=60) for _ in range(3)), "a pool would have given it up"
+    waiting.join(60)
+    assert not turn.locked()
+
+
+def test_memory_of_a_put_that_failed_is_not_used_again(made: Path) -> None:
+    sent: list[tuple[str, memoryview]] = []
+
+    class LeavingBehind(FaultStore):
+        def put(self, key: str, buffers: Sequence[memoryview]) -> None:
+            sent.append((key, buffers[0]))
+            raise AccessDeniedError("denied, while a request goes on", key=key)
+
+    options = replace(OPTIONS, concurrency=4)
+    source = Place(Catalog(Told(made, lambda _: None)), "")
+    with pytest.raises(AccessDeniedError):
+        copy_places([source], place_of(LeavingBehind(Bucket(), url=TARGET)), Selection(), options, Silent())
+    assert sent
+    assert all(bytes(memory) == (made / key).read_bytes() for key, memory in sent)
+
+
+def test_memory_of_one_checkpoint_serves_the_next(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    send = copier.Copier._send
+
+    def sent(one: copier.Copier, *rest: Any) -> None:
+        before = one.slabs.held_bytes
+        send(one, *rest)
+        held.append(one.slabs.held_bytes - before)
+
+    monkeypatch.setattr(copier.Copier, "_send", sent)
+    run(FaultStore(bucket_of(made)), target_of(Bucket()))
+    assert held[0] > 0
+    assert held[1:] == [0, 0]
 
 
 # -- real stores ---------------------------------------------------------------------------------------------------

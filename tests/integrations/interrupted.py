@@ -1,31 +1,196 @@
 """Run a program of `examples/integrations` on one or more ranks until it ends or is struck, and read its losses.
 
-A program prints `step <number> <loss as a hexadecimal float>` after each step, on rank 0.
+    Job(name, …)          its processes: what rank 0 prints, signals to them, how they ended
+    run_program(name, …)  one that prints `step <number> <loss as a hexadecimal float>` after each step, on rank 0
+
+Processes are forked from a server that has imported what the programs need: to import it in each would be most of a
+run, seconds of processor time for each rank. Nothing here waits for so many seconds; a test that hangs has its limit.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import multiprocessing
 import os
+import re
+import runpy
 import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, Literal, Self
+from typing import IO, Any, Self
 
 from bucket import Bucket
+from fsspec.core import url_to_fs
 
 from raw_access import FreshPrefix
+from tests.integrations.striking import BEFORE_COMMIT, at_call
+from tests.ranks.processes import PRELOADED, fork
 
-__all__ = ["Run", "assert_a_run_goes_on_from_a_bucket", "assert_same_losses", "run_program"]
+__all__ = ["HALTED", "Job", "Run", "assert_a_run_goes_on_from_a_bucket", "assert_same_losses", "run_program"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-LIMIT_S = 240.0
+PROGRAMS = REPOSITORY / "examples" / "integrations"
+
+# Read by some of the frameworks as they are imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Those whose framework is not here the server passes over. Ray starts its processes itself.
+_FORKED = sorted({path.stem for path in PROGRAMS.glob("*.py")} - {"ray_train"})
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    [*PRELOADED, *(f"examples.integrations.{name}" for name in _FORKED)]
+)
+
+HALTED = "halted"
+STEP = re.compile(r"\bstep\b\D+(\d+)")
+LOSS = re.compile(r"^step (\d+) (\S+)")
+
+
+class Job:
+    """The processes of one job, each with a group of its own; a context manager that kills what is left.
+
+    Attributes:
+        output: what rank 0 and the processes that it starts print.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        storage_options: Mapping[str, object] | None,
+        *arguments: str,
+        ranks: int = 1,
+        folder: Path = REPOSITORY,
+        halt: int | str | None = None,
+    ) -> None:
+        """Start a program with `--url` on so many ranks.
+
+        Args:
+            name: of the program.
+            url: where it saves.
+            storage_options: for that.
+            arguments: more of them.
+            ranks: how many processes; one is told of no others.
+            folder: where they run.
+            halt: where rank 0 says `HALTED`, and waits to be struck: when it has printed this step or a later one, or
+                at the n-th call of `module:class:method:n`.
+        """
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        environment = {
+            "CLOUDCKPT_STORAGE_OPTIONS": json.dumps(storage_options),
+            "PYTHONPATH": str(REPOSITORY),  # for what it starts itself
+            "CLOUDCKPT_GRACE_S": "500",  # on a busy machine a step and its save may take long
+        }
+        if ranks > 1:
+            environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [str(PROGRAMS / name), "--url", url, *arguments]
+        theirs, self._go_on = multiprocessing.Pipe(duplex=False)
+        with theirs:
+            started = [
+                fork(
+                    _become,
+                    command,
+                    environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
+                    folder,
+                    halt if rank == 0 else None,
+                    theirs,
+                    rank == 0,
+                    is_daemon=False,
+                )
+                for rank in range(ranks)
+            ]
+        self._processes = [process for process, _ in started]
+        self.output, *others = (os.fdopen(os.dup(pipe.fileno()), errors="replace") for _, pipe in started)
+        for other in others:
+            other.close()
+        for _, pipe in started:
+            pipe.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.strike(signal.SIGKILL)
+        self.wait()
+        self.output.close()
+        self._go_on.close()
+
+    def strike(self, which: signal.Signals, *, by_group: bool = True) -> None:
+        """Send a signal to all ranks, by group to whatever they have started, too; one that halts goes on by it."""
+        for process in self._processes:
+            if process.is_alive():
+                # One that has only just been forked has no group yet.
+                for send in (os.killpg, os.kill) if by_group else (os.kill,):
+                    with suppress(ProcessLookupError):
+                        send(process.pid, which)
+                        break
+        with suppress(BrokenPipeError):
+            self._go_on.send(None)
+
+    def wait(self) -> int:
+        """Wait for the end of all ranks; return the exit status of rank 0."""
+        for process in self._processes:
+            process.join()
+        return self._processes[0].exitcode or 0
+
+
+def _become(
+    pipe: Connection,
+    command: Sequence[str],
+    environment: dict[str, str],
+    folder: Path,
+    halt: int | str | None,
+    go_on: Connection,
+    is_heard: bool,
+) -> None:
+    os.setsid()
+    os.dup2(pipe.fileno() if is_heard else os.open(os.devnull, os.O_WRONLY), 1)
+    pipe.close()
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = list(command)
+    if isinstance(halt, int):
+        sys.stdout = _Halting(sys.stdout, halt, go_on)
+    elif halt is not None:
+        at_call(halt, lambda: _halt(go_on))
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    finally:
+        # As the interpreter does it at its end, which a fork of a server does not come to.
+        threading._shutdown()
+        atexit._run_exitfuncs()
+
+
+def _halt(go_on: Connection) -> None:
+    os.write(1, f"{HALTED}\n".encode())
+    go_on.recv()
+
+
+class _Halting:
+    """Standard output of a process that halts once it has told of a step."""
+
+    def __init__(self, whole: IO[str], step: int, go_on: Connection) -> None:
+        self._whole, self._step, self._go_on = whole, step, go_on
+        self._written, self._has_halted = "", False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._whole, name)
+
+    def write(self, text: str) -> int:
+        self._written += text
+        return self._whole.write(text)
+
+    def flush(self) -> None:
+        self._whole.flush()
+        if not self._has_halted and any(int(step) >= self._step for step in STEP.findall(self._written)):
+            self._has_halted = True
+            _halt(self._go_on)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,14 +199,14 @@ class Run:
 
     Attributes:
         losses: step → the bits of its loss.
+        output: all lines of rank 0.
         code: exit status of rank 0.
-        took_to_end_s: from the signal to the end of all ranks.
-        newest_step: the newest that is committed.
+        newest_step: the newest of a root that is committed.
     """
 
     losses: dict[int, str]
+    output: list[str]
     code: int
-    took_to_end_s: float
     newest_step: int | None
 
 
@@ -50,31 +215,50 @@ def run_program(
     root: FreshPrefix,
     *arguments: str,
     ranks: int = 1,
-    strike: signal.Signals | None = None,
-    when: Literal["between saves", "during a save"] = "between saves",
-    after: int = 0,
+    after: int | None = None,
+    in_save: int | None = None,
+    strike: signal.Signals = signal.SIGKILL,
 ) -> Run:
-    """Start `name` with `--url root`, and send `strike` to all its ranks after step `after`."""
-    bucket = Bucket(root.url, root.storage_options)
-    earlier = {attempt.name for attempt in bucket.attempts()}
-    with _Ranks(
-        [sys.executable, str(REPOSITORY / "examples/integrations" / name), "--url", root.url, *arguments], root, ranks
+    """Start `name` with `--url root`, and strike all its ranks at most once.
+
+    Args:
+        name: of the program.
+        root: where it saves.
+        arguments: more of them.
+        ranks: how many.
+        after: the step after which to strike.
+        in_save: the how manieth save of this run before whose commit to strike.
+        strike: with which signal.
+    """
+    earlier, _ = _saves(root)
+    output: list[str] = []
+    with Job(
+        name,
+        root.url,
+        root.storage_options,
+        *arguments,
+        ranks=ranks,
+        halt=f"{BEFORE_COMMIT}:{in_save}" if in_save else after,
     ) as job:
-        losses: dict[int, str] = {}
-        struck_s = None
         for line in job.output:
-            word, *rest = line.split()[:3] or [""]
-            if word == "step":
-                losses[int(rest[0])] = rest[1]
-            if strike is not None and struck_s is None and losses and max(losses) >= after:
-                if when == "during a save":
-                    job.stop_in_save(bucket, earlier)
-                struck_s = time.monotonic()
-                job.signal(strike)
+            output.append(line)
+            if line.strip() == HALTED:
+                begun, committed = _saves(root)
+                assert begun - earlier - committed or not in_save, "its shards are there, and no manifest"
+                job.strike(strike)
         code = job.wait()
-    took_s = 0.0 if struck_s is None else time.monotonic() - struck_s
-    committed = [attempt.step for attempt in bucket.attempts() if attempt.is_committed]
-    return Run(losses=losses, code=code, took_to_end_s=took_s, newest_step=committed[-1] if committed else None)
+    attempts = Bucket(root.url, root.storage_options).attempts()
+    newest_step = next((attempt.step for attempt in reversed(attempts) if attempt.is_committed), None)
+    losses = {int(number): loss for line in output for number, loss in LOSS.findall(line)}
+    return Run(losses=losses, output=output, code=code, newest_step=newest_step)
+
+
+def _saves(root: FreshPrefix) -> tuple[set[str], set[str]]:
+    """Return below which prefixes there are shards, and below which a manifest."""
+    objects = url_to_fs(root.url, **root.storage_options, use_listings_cache=False, skip_instance_cache=True)
+    keys = objects[0].find(objects[1])
+    begun = {key.rsplit("/", 2)[0] for key in keys if key.endswith(".safetensors")}
+    return begun, {key.rsplit("/", 1)[0] for key in keys if key.endswith("/manifest.json")}
 
 
 def assert_same_losses(interrupted: list[Run], alone: Run) -> None:
@@ -84,92 +268,27 @@ def assert_same_losses(interrupted: list[Run], alone: Run) -> None:
         assert run.losses == {step: alone.losses[step] for step in run.losses}
 
 
-class _Ranks:
-    """The processes of one job."""
-
-    def __init__(self, command: Sequence[str], root: FreshPrefix, count: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        together = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if count > 1 else {}
-        self._processes = [
-            subprocess.Popen(
-                command,
-                stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-                stdin=subprocess.DEVNULL,
-                text=True,
-                env={
-                    **os.environ,
-                    **together,
-                    **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}),
-                    "PYTHONPATH": str(REPOSITORY),
-                    "OMP_NUM_THREADS": "1",
-                    "HF_HUB_OFFLINE": "1",
-                    "CLOUDCKPT_STORAGE_OPTIONS": json.dumps(root.storage_options),
-                    "CLOUDCKPT_GRACE_S": "30",
-                },
-                start_new_session=True,
-            )
-            for rank in range(count)
-        ]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.signal(signal.SIGKILL)
-        self.wait()
-        self.output.close()
-
-    @property
-    def output(self) -> IO[str]:
-        found = self._processes[0].stdout
-        assert found is not None
-        return found
-
-    def signal(self, which: signal.Signals) -> None:
-        for process in self._processes:
-            if process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, which)
-
-    def stop_in_save(self, bucket: Bucket, earlier: set[str]) -> None:
-        """Stop all ranks at a moment when the bucket shows shards of a save, and no manifest of it."""
-        end_s = time.monotonic() + LIMIT_S
-        while time.monotonic() < end_s and all(process.poll() is None for process in self._processes):
-            self.signal(signal.SIGSTOP)
-            time.sleep(0.02)  # what the server has taken stands in its listing by then
-            if any(not one.is_committed and one.name not in earlier for one in bucket.attempts()):
-                return
-            self.signal(signal.SIGCONT)
-            time.sleep(0.01)
-        raise AssertionError("the job ended before a save could be struck")
-
-    def wait(self) -> int:
-        codes = [process.wait(LIMIT_S) for process in self._processes]
-        return codes[0]
-
-
-def assert_a_run_goes_on_from_a_bucket(program: str, s3_url: FreshPrefix, *, ranks: int) -> None:
+def assert_a_run_goes_on_from_a_bucket(program: str, s3_url: FreshPrefix, *arguments: str, ranks: int = 1) -> None:
     """Kill a run between two saves and during one, tell it to end, and compare each loss with those of one left alone.
 
-    The programs save every four steps.
+    The programs save every three or four steps, and train at least thirty.
     """
 
     def one(name: str, **how: Any) -> Run:
         root = FreshPrefix(url=f"{s3_url.url}/{name}", server=s3_url.server)
-        return run_program(program, root, "--width", "4000", ranks=ranks, **how)
+        return run_program(program, root, *arguments, ranks=ranks, **how)
 
     alone = one("a")
-    between = one("b", strike=signal.SIGKILL, after=6)
-    during = one("b", strike=signal.SIGKILL, when="during a save", after=7)
+    between = one("b", after=6)
+    during = one("b", in_save=2)
     told = one("b", strike=signal.SIGTERM, after=17)
     last = one("b")
 
     assert (alone.code, between.code, during.code, told.code, last.code) == (0, -9, -9, 143, 0)
+    assert during.newest_step is not None
+    assert min(told.losses) == during.newest_step + 1
     # What it was told in a save that is under way, that save answers.
     assert told.newest_step is not None
     assert max(told.losses) - told.newest_step < 4
     assert min(last.losses) == told.newest_step + 1
-    assert told.took_to_end_s < 30
     assert_same_losses([between, during, told, last], alone)

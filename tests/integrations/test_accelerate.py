@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from cloudckpt import CheckpointManager
 from cloudckpt.errors import OptionsError, UnsupportedValueError
 from cloudckpt.integrations.accelerate import load_state, save_state
 from raw_access import FreshPrefix
-from tests.integrations.interrupted import Run, assert_same_losses, run_program
+from tests.integrations.interrupted import assert_a_run_goes_on_from_a_bucket
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -32,21 +31,7 @@ pytestmark = pytest.mark.timeout(600)
 def test_a_loop_that_is_killed_and_told_to_end_has_the_losses_of_one_left_alone(
     s3_url: FreshPrefix, ranks: int, arguments: tuple[str, ...]
 ) -> None:
-    def run(name: str, **how: object) -> Run:
-        root = FreshPrefix(url=f"{s3_url.url}/{name}", server=s3_url.server)
-        return run_program("accelerate_loop.py", root, *arguments, "--width", "300", ranks=ranks, **how)  # type: ignore[arg-type]
-
-    alone = run("a")
-    between = run("b", strike=signal.SIGKILL, after=5)
-    told = run("b", strike=signal.SIGTERM, after=8)
-    during = run("b", strike=signal.SIGKILL, when="during a save", after=1)
-    last = run("b")
-
-    assert (alone.code, between.code, told.code, during.code, last.code) == (0, -9, 143, -9, 0)
-    assert told.newest_step is not None, "the step of the notice, or one that was being saved just then"
-    assert min(during.losses) == told.newest_step + 1
-    assert told.took_to_end_s < 30
-    assert_same_losses([between, told, during, last], alone)
+    assert_a_run_goes_on_from_a_bucket("accelerate_loop.py", s3_url, *arguments, ranks=ranks)
 
 
 class Counter:

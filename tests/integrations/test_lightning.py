@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import pickle
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,34 +32,16 @@ from cloudckpt.integrations.lightning import (  # noqa: E402
     CloudRandomState,
     _is_stub,
 )
+from tests.integrations.interrupted import HALTED, Job  # noqa: E402
+from tests.integrations.striking import BEFORE_COMMIT  # noqa: E402
 
 # Lightning warns of many things, such as few workers.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-PROGRAM = REPOSITORY / "examples" / "integrations" / "train_lightning.py"
 LINE = re.compile(r'{"rank": (\d+), "step": (\d+), "loss": "([^"]+)"}')
 EPOCHS = 2
-STEPS = 24
 
-# Ends the process by itself in the middle of a save: at the n-th call of what the place names.
-STRIKE = """
-import os, runpy, signal, sys
-from importlib import import_module
-room, kind, name, count = sys.argv[1].split(":")
-owner, left = getattr(import_module(room), kind), int(count)
-whole = getattr(owner, name)
-def struck(*args, **kwargs):
-    global left
-    left -= 1
-    if left == 0:
-        os.killpg(0, signal.SIGKILL)
-    return whole(*args, **kwargs)
-setattr(owner, name, struck)
-sys.argv = sys.argv[2:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-BEFORE_COMMIT = "cloudckpt.root.catalog:Catalog:commit:6"
+IN_SAVE = f"{BEFORE_COMMIT}:6"
 AFTER_COMMIT = "cloudckpt.integrations.lightning:CloudCheckpointIO:_lay:6"
 
 
@@ -75,41 +52,27 @@ class Training:
         self._tmp_path, self._url, self._options, self._arguments = tmp_path, url, options, arguments
         self._count = 0
 
-    def run(self, *, strike: str = "", at_step: int = STEPS, by: int = signal.SIGKILL) -> tuple[dict[Any, str], int]:
-        """Return (rank, step) → the bits of its loss, and the exit status; a signal comes when a step is done."""
+    def run(
+        self, *, halt: int | str | None = None, strike: signal.Signals = signal.SIGKILL
+    ) -> tuple[dict[Any, str], int]:
+        """Return (rank, step) → the bits of its loss, and the exit status.
+
+        Args:
+            halt: the step or the call at which it is struck; by SIGTERM its first rank alone.
+            strike: with which signal.
+        """
         self._count += 1
         folder = self._tmp_path / f"machine-{self._count}"
         folder.mkdir()
-        command = [sys.executable, *(["-c", STRIKE, strike] if strike else []), PROGRAM, "--url", self._url]
-        environment = os.environ | {
-            "CLOUDCKPT_STORAGE_OPTIONS": json.dumps(self._options),
-            "PYTHONPATH": str(REPOSITORY),
-        }
-        environment.pop("PYTEST_CURRENT_TEST", None)
-        with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-            process = subprocess.Popen(
-                [*command, "--epochs", str(EPOCHS), *self._arguments],
-                cwd=folder, env=environment, stdout=out, stderr=err, start_new_session=True,
-            )  # fmt: skip
-            try:
-                while process.poll() is None:
-                    if any(step >= at_step for _, step in losses_in(folder)):
-                        (os.killpg if by == signal.SIGKILL else os.kill)(process.pid, by)
-                        process.wait(60)
-                    time.sleep(0.02)
-            finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-        print((folder / "err").read_text()[-3000:])  # noqa: T201 (pytest shows it where the test fails)
-        return losses_in(folder), process.returncode
-
-
-def losses_in(folder: Path) -> dict[tuple[int, int], str]:
-    found: dict[tuple[int, int], str] = {}
-    for rank, step, loss in LINE.findall((folder / "out").read_text()):
-        found[int(rank), int(step)] = loss
-    return found
+        losses: dict[tuple[int, int], str] = {}
+        arguments = ("--epochs", str(EPOCHS), *self._arguments)
+        with Job("train_lightning.py", self._url, self._options, *arguments, folder=folder, halt=halt) as job:
+            for line in job.output:
+                for rank, step, loss in LINE.findall(line):
+                    losses[int(rank), int(step)] = loss
+                if line.strip() == HALTED:
+                    job.strike(strike, by_group=strike == signal.SIGKILL)
+            return losses, job.wait()
 
 
 @pytest.fixture(scope="module")
@@ -132,23 +95,27 @@ TWO = ("--ranks", "2")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "strike"),
+    ("arguments", "halt"),
     [
-        pytest.param((), "", id="in an epoch"),
-        pytest.param((), BEFORE_COMMIT, id="in a save"),
+        pytest.param((), 10, id="in an epoch"),
+        pytest.param((), IN_SAVE, id="in a save"),
         pytest.param((), AFTER_COMMIT, id="between a commit and the removal of what it replaces"),
-        pytest.param(("--background",), BEFORE_COMMIT, id="in a save in the background"),
-        pytest.param(TWO, "", id="DDP, in an epoch", marks=pytest.mark.slow),
-        pytest.param(TWO, BEFORE_COMMIT, id="DDP, in a save"),
-        pytest.param((*TWO, "--shard"), "", id="FSDP2, in an epoch"),
-        pytest.param((*TWO, "--shard"), BEFORE_COMMIT, id="FSDP2, in a save", marks=pytest.mark.slow),
+        pytest.param(("--background",), IN_SAVE, id="in a save in the background"),
+        pytest.param(TWO, 10, id="DDP, in an epoch", marks=pytest.mark.slow),
+        pytest.param(TWO, IN_SAVE, id="DDP, in a save"),
+        pytest.param((*TWO, "--shard"), 10, id="FSDP2, in an epoch"),
+        pytest.param((*TWO, "--shard"), IN_SAVE, id="FSDP2, in a save", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_killed_goes_on_elsewhere_with_the_same_losses(
-    tmp_path: Path, s3_url: FreshPrefix, alone: Callable[..., dict[Any, str]], arguments: tuple[str, ...], strike: str
+    tmp_path: Path,
+    s3_url: FreshPrefix,
+    alone: Callable[..., dict[Any, str]],
+    arguments: tuple[str, ...],
+    halt: int | str,
 ) -> None:
     training = Training(tmp_path, s3_url.url, s3_url.storage_options, *arguments)
-    before, code = training.run(strike=strike, at_step=10)
+    before, code = training.run(halt=halt)
     assert code == -signal.SIGKILL
     after, code = training.run()
     assert code == 0
@@ -159,11 +126,11 @@ def test_a_run_that_is_killed_goes_on_elsewhere_with_the_same_losses(
 
 
 @pytest.mark.parametrize("arguments", [(), TWO], ids=["1 rank", "DDP"])
-def test_a_run_that_is_told_to_end_saves_where_it_is_and_ends_in_time(
+def test_a_run_that_is_told_to_end_saves_where_it_is(
     tmp_path: Path, s3_url: FreshPrefix, alone: Callable[..., dict[Any, str]], arguments: tuple[str, ...]
 ) -> None:
     training = Training(tmp_path, s3_url.url, s3_url.storage_options, *arguments)
-    before, code = training.run(at_step=7, by=signal.SIGTERM)
+    before, code = training.run(halt=7, strike=signal.SIGTERM)
     # Lightning kills the others of a rank that it has started and that ends otherwise.
     assert code == (0 if arguments else EXIT_PREEMPTED)
     after, code = training.run()
@@ -344,7 +311,7 @@ def test_a_file_of_torch_save_is_loaded_and_removed_as_ever(here: Path, root: st
 def test_a_path_without_a_checkpoint_is_named_with_those_that_there_are(here: Path, root: str) -> None:
     io = CloudCheckpointIO(root)
     io.save_checkpoint({"a": 1}, "runs/x.ckpt")
-    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint runs/y.ckpt in .*; saved there: runs/x.ckpt"):
+    with pytest.raises(CheckpointNotFoundError, match=r"^Checkpoint file not found: runs/y.ckpt .*there: runs/x.ckpt"):
         io.load_checkpoint("runs/y.ckpt")
     assert io.load_checkpoint(f"{io.url}/runs/x.ckpt") == {"a": 1}
 

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,20 +25,21 @@ from tests.integrations.interrupted import REPOSITORY
 pytestmark = pytest.mark.timeout(600)
 
 _LINE = re.compile(r"rank (\d+) (\d+) step (\d+) (\S+)")
-Strike = Callable[[Bucket, list[int]], None]
+_STRUCK = "import sys; from tests.integrations.striking import run_struck; run_struck(*sys.argv[1:])"
 
 
-def _run(root: FreshPrefix, workers: int, *strikes: tuple[int, Strike]) -> dict[tuple[int, int], set[tuple[int, str]]]:
+def _run(root: FreshPrefix, workers: int, notes: Path | None = None) -> dict[tuple[int, int], set[tuple[int, str]]]:
     """Return rank and step → the processes that have trained that step, and the bits of their losses.
 
     Args:
         root: where to save.
         workers: how many.
-        strikes: after which step of rank 0 to call what with the bucket and the workers' process ids, in order.
+        notes: an empty folder, if workers are to be killed, for what has been done.
     """
-    program = [sys.executable, str(REPOSITORY / "examples/integrations/ray_train.py"), "--url", root.url]
+    struck = ["-c", _STRUCK, str(notes)] if notes else []
+    program = [*struck, str(REPOSITORY / "examples/integrations/ray_train.py"), "--url", root.url]
     with subprocess.Popen(
-        [*program, "--workers", str(workers), "--width", "100000", "--step-s", "0.3", "--steps", "24"],
+        [sys.executable, *program, "--workers", str(workers), "--steps", "24"],
         stdout=subprocess.PIPE,
         text=True,
         env={
@@ -53,47 +53,17 @@ def _run(root: FreshPrefix, workers: int, *strikes: tuple[int, Strike]) -> dict[
     ) as job:
         assert job.stdout is not None
         losses: dict[tuple[int, int], set[tuple[int, str]]] = {}
-        left, of_rank = list(strikes), dict[int, int]()
         try:
-            for line in job.stdout:
-                for rank, pid, step, loss in _LINE.findall(line):
-                    of_rank[int(rank)] = int(pid)
-                    losses.setdefault((int(rank), int(step)), set()).add((int(pid), loss))
-                    if left and rank == "0" and int(step) >= left[0][0] and len(of_rank) == workers:
-                        left.pop(0)[1](Bucket(root.url, root.storage_options), [of_rank[one] for one in range(workers)])
-                        of_rank.clear()
-            assert job.wait(60) == 0
+            for rank, pid, step, loss in itertools.chain.from_iterable(map(_LINE.findall, job.stdout)):
+                losses.setdefault((int(rank), int(step)), set()).add((int(pid), loss))
+            assert job.wait() == 0
         finally:
             job.terminate()  # so that Ray ends what it has started, which is in sessions of its own
             with suppress(subprocess.TimeoutExpired):
                 job.wait(60)
             with suppress(ProcessLookupError):
                 os.killpg(job.pid, signal.SIGKILL)
-    assert not left
     return losses
-
-
-def _kill_last(_: Bucket, pids: list[int]) -> None:
-    os.kill(pids[-1], signal.SIGKILL)
-
-
-def _kill_last_in_save(bucket: Bucket, pids: list[int]) -> None:
-    earlier = {attempt.name for attempt in bucket.attempts()}
-    end_s = time.monotonic() + 120
-    while time.monotonic() < end_s:
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        time.sleep(0.02)
-        is_in_save = any(not one.is_committed and one.name not in earlier for one in bucket.attempts())
-        if is_in_save:
-            os.kill(pids[-1], signal.SIGKILL)
-        for pid in pids:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
-        if is_in_save:
-            return
-        time.sleep(0.01)
-    raise AssertionError("no save could be struck")
 
 
 def test_what_ray_keeps_the_root_keeps() -> None:
@@ -120,13 +90,14 @@ def test_rules_for_ray_and_a_manager_with_its_own_are_refused(tmp_path: Path) ->
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_that_are_killed_are_replaced_and_have_the_losses_of_a_run_left_alone(
-    s3_url: FreshPrefix, workers: int
+    s3_url: FreshPrefix, workers: int, tmp_path: Path
 ) -> None:
     alone = _run(FreshPrefix(url=f"{s3_url.url}/a", server=s3_url.server), workers)
     struck = FreshPrefix(url=f"{s3_url.url}/b", server=s3_url.server)
 
-    found = _run(struck, workers, (6, _kill_last), (9, _kill_last_in_save))
+    found = _run(struck, workers, tmp_path)
 
+    assert {path.name for path in tmp_path.glob("in *")} == {"in a step", "in a save"}
     assert {place: {loss for _, loss in trained} for place, trained in found.items()} == {
         place: {loss for _, loss in trained} for place, trained in alone.items()
     }

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ import cloudckpt
 from cloudckpt.errors import OptionsError
 from cloudckpt.integrations.transformers import CloudCheckpoints
 from raw_access import FreshPrefix
-from tests.integrations.interrupted import Run, assert_same_losses, run_program
+from tests.integrations.interrupted import assert_a_run_goes_on_from_a_bucket
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -37,21 +36,7 @@ pytestmark = pytest.mark.timeout(600)
 def test_a_trainer_that_is_killed_and_told_to_end_has_the_losses_of_one_left_alone(
     s3_url: FreshPrefix, ranks: int, arguments: tuple[str, ...]
 ) -> None:
-    def run(name: str, **how: object) -> Run:
-        root = FreshPrefix(url=f"{s3_url.url}/{name}", server=s3_url.server)
-        return run_program("hf_trainer.py", root, *arguments, "--width", "128", ranks=ranks, **how)  # type: ignore[arg-type]
-
-    alone = run("a")
-    between = run("b", strike=signal.SIGKILL, after=6)
-    during = run("b", strike=signal.SIGKILL, when="during a save", after=9)
-    told = run("b", strike=signal.SIGTERM, after=18)
-    last = run("b")
-
-    assert (alone.code, between.code, during.code, told.code, last.code) == (0, -9, -9, 143, 0)
-    assert told.newest_step is not None, "the step of the notice, or one that was being saved just then"
-    assert min(last.losses) == told.newest_step + 1
-    assert told.took_to_end_s < 30
-    assert_same_losses([between, during, told, last], alone)
+    assert_a_run_goes_on_from_a_bucket("hf_trainer.py", s3_url, *arguments, ranks=ranks)
 
 
 class Told(CloudCheckpoints, Trainer):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-from tests.programs import run_to_end
+from tests.programs import run_forked
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _SCRIPT = """
@@ -61,7 +60,6 @@ manager.close()
 
 
 def test_a_forked_child_reads_and_ends_by_the_manager_of_its_parent_and_saves_by_its_own(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", _SCRIPT, str(tmp_path)]
-    done = run_to_end(command, cwd=REPOSITORY)
+    done = run_forked("-c", _SCRIPT, tmp_path, cwd=REPOSITORY)
     found = [True] * 4 + [1, 1, False, 1, (2, 2)]
     assert done.stdout.splitlines() == [str(found), "7"], done.stderr

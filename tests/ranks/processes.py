@@ -31,7 +31,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-# Most of these are imported by torch or by us only where they are first needed.
+# Most of these are imported by torch or by us only where they are first needed; the last ones by what each rank of a
+# test has to import first, the test's own module.
 PRELOADED = [
     "torch",
     "torch._dynamo",
@@ -40,12 +41,16 @@ PRELOADED = [
     "torch.distributed.tensor.parallel",
     "torch.utils.data",
     "pytest",
+    "numpy.ma",
     "numpy.random",
     "obstore",
     "s3fs",
     "cloudckpt.checkpoint",
     "cloudckpt.dcp",
     "cloudckpt.manager",
+    "boto3",
+    "requests",
+    "tests.effort",
     "tests.ranks.models",
     "tests.ranks.frozen",
 ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from cloudckpt import CheckpointManager
 from cloudckpt.options import MIB
 from raw_access import FreshPrefix
 from tests.effort import first
-from tests.programs import run_to_end
+from tests.programs import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,8 +142,7 @@ ENDINGS = {
 
 
 def run(script: str, url: str, where: str = "{}") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", _PREAMBLE + script, url, where]
-    return run_to_end(command, cwd=ROOT)
+    return run_forked("-c", _PREAMBLE + script, url, where, cwd=ROOT)
 
 
 # A process that starts with torch takes seconds; the rest goes with the long ones.

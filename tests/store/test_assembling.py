@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cloudckpt.errors import StorageError
+from cloudckpt.errors import OptionsError, StorageError
 from cloudckpt.store import Store, assembled, assembling, open_store
 from servers import FreshPrefix
+from tests.store.fault_store import FaultStore
 
 
 @pytest.fixture(params=["disk", "memory", "s3"])
@@ -30,6 +31,17 @@ def assemble(store: Store, *, then: Exception | None = None) -> None:
         place(0, memoryview(b"new"))
         if then is not None:
             raise then
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/root", "s3a://bucket/root"])
+def test_what_s3_takes_by_no_put_is_refused_before_a_byte_is_placed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembling, "_S3_LIMIT_BYTES", 3)
+    with assembled(FaultStore(url=url), "a", size_bytes=3) as place:
+        place(0, memoryview(b"new"))
+    with pytest.raises(OptionsError, match="'a' has 4 bytes or more, and S3 takes no more than 3 by one put; write"):
+        assembled(FaultStore(url=url), "a", size_bytes=4).__enter__()
+    with assembled(FaultStore(), "a", size_bytes=4):
+        pass
 
 
 @pytest.mark.usefixtures("_gathered")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.effort import first
-from tests.programs import run_to_end
+from tests.programs import run_forked
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _SCRIPT = """
@@ -64,5 +63,5 @@ with ObjectServer() as server:
 
 @pytest.mark.parametrize("moment", first(["idle", "locks held"], ["locks held"]))
 def test_a_forked_child_uses_stores_as_its_parent_does(moment: str) -> None:
-    done = run_to_end([sys.executable, "-c", _SCRIPT, moment], cwd=REPOSITORY)
+    done = run_forked("-c", _SCRIPT, moment, cwd=REPOSITORY)
     assert done.stdout.strip() == "[7, 7, 7, 7]", done.stderr

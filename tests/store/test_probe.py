@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
+import signal
 import threading
 import time
 import traceback
@@ -29,11 +31,12 @@ from cloudckpt.store.local import LocalStore
 from cloudckpt.store.location import named_endpoint
 from cloudckpt.store.probe import _proven, probe_create
 from cloudckpt.store.retrying import RetryingStore
-from tests.store.fault_store import Bucket, FaultKind, FaultStore, Op, denied
+from tests.store.fault_store import RACES, Bucket, FaultKind, FaultStore, Op, denied
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_known_yet() -> Iterator[None]:
+def _nothing_is_known_yet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(RACES, 3)
     _proven.clear()
     yield
     _proven.clear()
@@ -330,6 +333,28 @@ def test_a_probe_that_may_have_landed_is_a_plain_error_and_removed_or_named(
     told = "".join(traceback.format_exception(caught.value))
     assert all(name in told for name in left)
     assert "stay on" not in caplog.text, "the first error is told, and the second one as a note of it"
+
+
+@pytest.mark.parametrize("may_delete", [True, False])
+def test_an_interrupted_probe_is_removed_or_named(may_delete: bool, layer: str) -> None:
+    inner = FaultStore()
+    inner.inject(verbs=["delete"], error=denied, times=0 if may_delete else None)
+    create, first = inner.create, threading.Lock()
+
+    def interrupting(key: str, data: bytes) -> None:
+        if first.acquire(blocking=False):
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)  # the interrupt is heard meanwhile
+        create(key, data)
+
+    inner.create = interrupting  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt) as caught:
+        probe_create(over(inner, layer))
+    left = inner.bucket.raw_list()
+    assert bool(left) is not may_delete
+    notes = getattr(caught.value, "__notes__", [])
+    assert len(notes) == len(left)
+    assert all(name in notes[0] for name in left)
 
 
 def _unsent(op: Op) -> StorageError:

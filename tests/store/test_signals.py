@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -13,7 +12,7 @@ from cloudckpt.options import RetryPolicy
 from cloudckpt.store.aside import begun
 from cloudckpt.store.probe import _proven, probe_create
 from cloudckpt.store.retrying import RetryingStore
-from tests.programs import run_to_end
+from tests.programs import run_forked
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, VERBS
 from tests.store.fault_store import FaultStore
 from tests.store.http_dialects import Reply, Request
@@ -96,7 +95,7 @@ try:
 except StorageError:
     print("ended")
 """
-    run = run_to_end([sys.executable, "-c", program])
+    run = run_forked("-c", program)
     assert (run.returncode, run.stdout) == (0, "ended\n"), run.stderr
 
 
@@ -165,6 +164,6 @@ with ObjectServer() as server:
 def test_the_first_interrupt_ends_a_save_whose_put_stands_still_and_the_manager_goes_on() -> None:
     """Far sooner than the store's patience ends, which the time limit here shows."""
     program = INTERRUPTED.replace("PATIENCE", '"request_timeout_s": 600.0, "deadline_s": 1200.0')
-    run = run_to_end([sys.executable, "-c", program])
+    run = run_forked("-c", program)
     expected = ["interrupted interrupted 0", "then 2 2", "interrupted interrupted 2", "then 4 4"]
     assert run.stdout.splitlines() == expected * 2, run.stderr

@@ -1,0 +1,270 @@
+"""Of exports to one place one is at work; what it wrote is whole or not there; nobody takes away another's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed import checkpoint as dcp
+
+import cloudckpt
+from cloudckpt import ChecksumError, CloudHFReader, CloudHFWriter, OptionsError
+from cloudckpt.convert.exporting import Kind
+from cloudckpt.convert.holding import MARK, Hold
+from cloudckpt.errors import ConflictError, StorageError
+from cloudckpt.store import RetryingStore
+from servers import FreshPrefix
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+KINDS: tuple[Kind, ...] = ("torch", "safetensors", "huggingface", "dcp")
+NAMES = [f"w{number}" for number in range(3)]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[int], str]:
+    """Return what saves a checkpoint that is full of a number."""
+
+    def save(value: int) -> str:
+        url = tmp_path / f"c{value}"
+        if not url.exists():
+            cloudckpt.save({name: torch.full((64,), float(value)) for name in NAMES}, url, progress="off")
+        return str(url)
+
+    return save
+
+
+def damaged(url: str) -> str:
+    shard = next(Path(url).rglob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    return url
+
+
+def target_of(to: Kind, folder: Path) -> Path:
+    return folder / {"torch": "x.pt", "safetensors": "x.safetensors"}.get(to, "")
+
+
+def exported(url: str, folder: Path, to: Kind, *, overwrite: bool = False) -> cloudckpt.Exported:
+    shard_bytes = 256 if to == "huggingface" else None
+    target = target_of(to, folder)
+    return cloudckpt.export(url, target, to=to, overwrite=overwrite, max_shard_bytes=shard_bytes, progress="off")
+
+
+def value_in(folder: Path, to: Kind) -> float:
+    """Return the one number that an export is full of, as other programs read it."""
+    state = {name: torch.zeros(64) for name in NAMES}
+    if to == "torch":
+        state = torch.load(folder / "x.pt", weights_only=True)
+    elif to == "safetensors":
+        state = load_file(folder / "x.safetensors")
+    else:
+        reader = CloudHFReader(folder) if to == "huggingface" else None
+        dcp.load(state, checkpoint_id=None if reader else folder, storage_reader=reader, no_dist=True)
+    (value,) = {float(one) for name in NAMES for one in state[name].unique()}
+    return value
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def at_the_last_file(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Do something, once, right before the file comes to stand that makes an export one."""
+    begin, todo = Hold._begin, [act]
+
+    def began(hold: Hold, name: str, text: bytes | None) -> None:
+        if name == hold._last and todo:
+            todo.pop()()
+        begin(hold, name, text)
+
+    monkeypatch.setattr(Hold, "_begin", began)
+
+
+@pytest.mark.parametrize("to", KINDS)
+def test_of_two_exports_at_once_one_is_refused(
+    to: Kind, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def other() -> None:
+        with pytest.raises(OptionsError, match=r"is under way, or was killed, and nothing was written: its mark"):
+            exported(saved(2), out, to)
+
+    at_the_last_file(monkeypatch, other)
+    exported(saved(1), out, to)
+    assert value_in(out, to) == 1
+    assert not [name for name in files(out) if name.endswith(MARK)]
+
+
+@pytest.mark.parametrize("to", KINDS)
+def test_an_export_whose_place_is_taken_over_ends_and_takes_nothing_away(
+    to: Kind, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    at_the_last_file(monkeypatch, lambda: exported(saved(2), out, to, overwrite=True))
+    with pytest.raises(ConflictError, match="has taken over"):
+        exported(saved(1), out, to)
+    assert value_in(out, to) == 2
+    assert not [name for name in files(out) if name.endswith(MARK)]
+
+
+def test_where_a_store_without_create_has_let_in_two_the_first_ends(
+    saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    at_the_last_file(monkeypatch, lambda: (out / MARK).write_bytes(b"another's"))
+    with pytest.raises(ConflictError) as failed:
+        exported(saved(1), out, "dcp")
+    assert "__0_0.distcp of this one, which another export may have as well" in failed.value.__notes__[-1]
+    assert (out / MARK).read_bytes() == b"another's"
+
+
+@pytest.mark.parametrize("error", [StorageError("the disk is full", op="put", key="x"), KeyboardInterrupt()])
+def test_an_export_of_several_files_that_failed_is_in_the_way_of_none(
+    error: BaseException, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise error
+
+    at_the_last_file(monkeypatch, fail)
+    with pytest.raises(type(error)) as failed:
+        exported(saved(1), tmp_path / "hf", "huggingface")
+    assert "were removed" in failed.value.__notes__[0]
+    assert [path for path in (tmp_path / "hf").rglob("*") if path.is_file()] == []
+    assert len(exported(saved(1), tmp_path / "hf", "huggingface").files) == 4
+
+
+@pytest.mark.parametrize("to", KINDS)
+def test_an_export_that_fails_leaves_the_one_that_it_was_to_replace(
+    to: Kind, saved: Callable[[int], str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    exported(saved(1), out, to)
+    before = files(out)
+    with pytest.raises(ChecksumError) as failed:
+        exported(damaged(saved(2)), out, to, overwrite=True)
+    assert files(out) == before
+    assert "the export before it is there as it was" in failed.value.__notes__[-1]
+
+
+@pytest.mark.parametrize("to", KINDS)
+def test_until_the_last_file_of_an_export_stands_the_old_one_is_read(
+    to: Kind, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, seen = tmp_path / "out", list[float]()
+    exported(saved(1), out, to)
+    count = len(files(out))
+    at_the_last_file(monkeypatch, lambda: seen.append(value_in(out, to)))
+    exported(saved(2), out, to, overwrite=True)
+    assert (seen, value_in(out, to), len(files(out))) == ([1], 2, count)
+
+
+@pytest.mark.parametrize("to", KINDS)
+def test_what_a_kill_left_is_named_and_can_be_replaced(to: Kind, saved: Callable[[int], str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    exported(saved(1), out, to)
+    mark = out / (MARK if target_of(to, out) == out else target_of(to, out).name + MARK)
+    for path in out.iterdir():
+        path.unlink()
+    mark.write_bytes(b"0" * 32)
+    (out / ("__0_0-00000000.distcp" if to == "dcp" else "model-00000000-00001-of-00002.safetensors")).touch()
+    with pytest.raises(OptionsError, match=r"overwrite=True, --force"):
+        exported(saved(2), out, to)
+    done = exported(saved(2), out, to, overwrite=True)
+    assert value_in(out, to) == 2
+    assert not mark.exists()
+    if to in ("dcp", "huggingface"):
+        assert files(out).keys() == set(done.files)
+
+
+def test_a_save_for_hugging_face_is_refused_early_where_an_export_is_under_way(tmp_path: Path) -> None:
+    (tmp_path / MARK).write_bytes(b"0" * 32)
+    with pytest.raises(dcp.CheckpointException, match="another export to"):
+        dcp.save({"w": torch.ones(3)}, storage_writer=CloudHFWriter(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [MARK]
+
+
+@pytest.mark.parametrize("to", KINDS)
+def test_an_interrupt_at_the_end_of_an_export_is_told_that_it_is_whole(
+    to: Kind, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    begin = Hold.standing.__wrapped__  # type: ignore[attr-defined]
+
+    def interrupted(hold: Hold, name: str, text: bytes | None = None) -> Iterator[Callable[[], None]]:
+        yield from begin(hold, name, text)
+        if name == hold._last:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Hold, "standing", contextmanager(interrupted))
+    with pytest.raises(KeyboardInterrupt) as failed:
+        exported(saved(1), out, to)
+    assert failed.value.__notes__ == [f"the export is whole at {target_of(to, out).as_uri()}"]
+    assert value_in(out, to) == 1
+
+
+@pytest.mark.parametrize("late", ["_remove_old", "_let_go", "close"])
+def test_an_interrupt_after_the_last_file_is_told_that_the_export_is_whole(
+    late: str, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, out = RetryingStore if late == "close" else Hold, tmp_path / "out"
+    call, todo = getattr(of, late), [KeyboardInterrupt()]
+
+    def interrupted(self: object, *args: object) -> None:
+        if todo and (out / "x.pt").exists():
+            raise todo.pop()
+        call(self, *args)
+
+    url = saved(1)
+    monkeypatch.setattr(of, late, interrupted)
+    with pytest.raises(KeyboardInterrupt) as failed:
+        exported(url, out, "torch")
+    assert failed.value.__notes__ == [f"the export is whole at {(out / 'x.pt').as_uri()}"]
+    assert list(files(out)) == ["x.pt"]
+
+
+def test_another_programs_file_that_came_meanwhile_is_not_replaced(
+    saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_the_last_file(monkeypatch, lambda: (tmp_path / "x.pt").write_bytes(b"another's"))
+    with pytest.raises(ConflictError, match="another program has written"):
+        exported(saved(1), tmp_path, "torch")
+    assert (tmp_path / "x.pt").read_bytes() == b"another's"
+
+
+def test_a_mark_holds_on_a_bucket(
+    saved: Callable[[int], str], s3_url: FreshPrefix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, options = f"{s3_url.url}/dcp", s3_url.storage_options
+
+    def export(value: int) -> cloudckpt.Exported:
+        return cloudckpt.export(saved(value), url, to="dcp", target_storage_options=options, progress="off")
+
+    def other() -> None:
+        with pytest.raises(OptionsError, match="is under way"):
+            export(2)
+
+    at_the_last_file(monkeypatch, other)
+    export(1)
+    with pytest.raises(OptionsError, match="already, and nothing was written"):
+        export(2)
+
+
+def test_a_store_that_cannot_tell_what_is_there_is_no_reason_to_say_so(
+    saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = StorageError("the disk is gone", op="head", key="x")
+
+    def gone(*_: object, **__: object) -> None:
+        raise error
+
+    at_the_last_file(monkeypatch, gone)
+    monkeypatch.setattr(Hold, "_told", gone)
+    with pytest.raises(StorageError) as failed:
+        exported(saved(1), tmp_path / "out", "dcp")
+    assert "is not known" in failed.value.__notes__[-1]
