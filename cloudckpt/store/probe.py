@@ -241,6 +241,8 @@ def _begin(store: Store, key: str, ends: list[Future[_End]]) -> None:
         return _End(content=content, error=None)
 
     def settle(end: Future[_End], number: int) -> None:
+        if not end.set_running_or_notify_cancel():
+            return
         try:
             end.set_result(write(number))
         except BaseException as exc:  # noqa: BLE001 (the end of a thread's work: raised by the one that waits)
@@ -248,12 +250,13 @@ def _begin(store: Store, key: str, ends: list[Future[_End]]) -> None:
 
     try:
         for number in range(_WRITERS):
-            end = Future[_End]()
+            ends.append(end := Future[_End]())
             # Each in a copy of this context, which says by when all of it must have ended.
             started(partial(copy_context().run, settle, end, number), name="cloudckpt-probe")
-            ends.append(end)
     except BaseException as exc:
         start.abort()  # those that have come would wait for those that never do
+        if ends and ends[-1].cancel():  # whoever has begun writes, though its start was interrupted
+            ends.pop()
         if isinstance(exc, CloudCkptError):
             raise _not_asked(store, exc) from exc
         raise

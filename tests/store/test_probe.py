@@ -357,6 +357,33 @@ def test_an_interrupted_probe_is_removed_or_named(may_delete: bool, layer: str) 
     assert all(name in notes[0] for name in left)
 
 
+def test_a_writer_whose_start_is_interrupted_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, begun = FaultStore(), threading.Event()
+    create, real = inner.create, probe.started
+
+    def lagging(key: str, data: bytes) -> None:
+        if data.startswith(b"writer 7"):
+            begun.set()
+            time.sleep(0.2)  # the others have ended, and what they wrote is removed
+        create(key, data)
+
+    def started(work: Callable[[], object], *, name: str) -> threading.Thread:
+        threads.append(real(work, name=name))
+        if len(threads) == 8:
+            begun.wait()
+            raise KeyboardInterrupt
+        return threads[-1]
+
+    threads: list[threading.Thread] = []
+    inner.create = lagging  # type: ignore[method-assign]
+    monkeypatch.setattr(probe, "started", started)
+    with pytest.raises(KeyboardInterrupt):
+        probe_create(inner)
+    for thread in threads:
+        thread.join()
+    assert inner.bucket.raw_list() == []
+
+
 def _unsent(op: Op) -> StorageError:
     error = TransientError("connection refused", op=op.verb, key=op.key)
     error.may_have_landed = False

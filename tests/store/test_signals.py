@@ -9,12 +9,13 @@ from collections.abc import Iterator
 import pytest
 
 from cloudckpt.options import RetryPolicy
+from cloudckpt.store import probe
 from cloudckpt.store.aside import begun
 from cloudckpt.store.probe import _proven, probe_create
 from cloudckpt.store.retrying import RetryingStore
 from tests.programs import run_forked
 from tests.store.engines import GCSFS, OBSTORE_GCS, OBSTORE_S3, S3FS, VERBS
-from tests.store.fault_store import FaultStore
+from tests.store.fault_store import FaultStore, Op
 from tests.store.http_dialects import Reply, Request
 from tests.store.http_object_server import ObjectServer
 
@@ -61,10 +62,13 @@ def test_a_signal_is_heard_while_a_request_of_the_main_thread_is_under_way(
     assert server.was_heard_meanwhile == [True]
 
 
-def test_an_interrupt_ends_a_probe_whose_creates_stand_still() -> None:
+def test_an_interrupt_ends_a_probe_whose_creates_stand_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "_LEAVING_S", 0.1)
     release, ended, interrupting = threading.Event(), [], threading.Lock()
 
-    def stand_still(_: object) -> None:
+    def stand_still(op: Op) -> None:
+        if op.verb != "create":
+            return
         if interrupting.acquire(blocking=False):
             signal.pthread_kill(threading.get_ident(), signal.SIGINT)
         release.wait(DEAF_S)
