@@ -364,12 +364,31 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
         return Path(os.path.normpath(self._base / text))
 
     def find(self, place: Path) -> Checkpoint | None:
-        """Return the checkpoint that was saved last under a path, or under the one that it links to; asks the root."""
+        """Return the checkpoint that a path means now, asking the root: what was saved there last, or is linked since.
+
+        A link is of this machine alone; on another one the path means what was saved there last.
+        """
         self._settle()
         self._places = None
         saved = self._saved()
-        linked = place.parent / place.readlink() if place.is_symlink() else place
-        return saved.get(place) or saved.get(Path(os.path.normpath(linked)))
+        own, end = saved.get(place), _end_of(place)
+        if end is None or (own is not None and not self._is_led_on(place, own)):
+            return own
+        if own is not None:
+            logger.warning(
+                "%s leads to %s on this machine alone; on others it is step %s of %s", place, end, own.step, self.url
+            )
+        return saved.get(end)
+
+    def _is_led_on(self, place: Path, own: Checkpoint) -> bool:
+        """Tell whether a path was made to lead elsewhere after a checkpoint was saved there."""
+        if (end := _end_of(place)) is None:
+            return False
+        linked = self._saved().get(end)
+        if linked is not None and (linked.epoch, linked.step) > (own.epoch, own.step):
+            return True
+        # A link to what is older: a person's, or from before another machine saved here. Only the clock tells.
+        return place.lstat().st_mtime > own.created_at.timestamp()
 
     def _place_to_save(self, path: str | os.PathLike[str]) -> Path:
         if "://" in os.fspath(path):
@@ -451,7 +470,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
         saved = self._saved()
         inside = {place: one for place, one in saved.items() if place.is_relative_to(self._base)}
         for place, one in inside.items():
-            if _is_stub(place) or not os.path.lexists(place):
+            if (_is_stub(place) or not place.exists()) and not self._is_led_on(place, one):
                 self._lay(place, one)
         for directory in {place.parent for place in inside}:
             for place in directory.glob("*.ckpt"):
@@ -477,6 +496,11 @@ def _path_of(checkpoint: Checkpoint) -> str | None:
 def _is_of_strategy(checkpoint: Checkpoint) -> bool:
     note = checkpoint.metadata.get(_NOTE)
     return isinstance(note, dict) and note.get("is_of_strategy") is True
+
+
+def _end_of(place: Path) -> Path | None:
+    """Return where a link leads; None for what is none."""
+    return Path(os.path.realpath(place)) if place.is_symlink() else None
 
 
 def _is_stub(place: Path, root: str = "") -> bool:

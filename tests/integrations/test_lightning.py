@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import shutil
@@ -443,3 +444,71 @@ def test_a_checkpoint_is_read_without_lightning(here: Path, root: str) -> None:
     assert newest.metrics == {"epoch": 0.0, "global_step": 2.0}
     read: Any = cloudckpt.read(newest.url, "state_dict.*", progress="off")
     assert torch.equal(read["state_dict"]["layer.weight"], model.layer.weight)
+
+
+# -- what a path means on this machine ---------------------------------------------------------------------------
+
+
+def numbered(number: int) -> dict[str, Any]:
+    return {"w": torch.full((2,), float(number)), "epoch": number, "global_step": number}
+
+
+def step_of(io: CloudCheckpointIO, path: str | Path) -> int:
+    return int(io.load_checkpoint(path)["global_step"])
+
+
+def link_as_lightning_does(place: Path, target: str) -> None:
+    place.unlink(missing_ok=True)
+    place.symlink_to(target)
+
+
+def test_a_run_that_begins_to_link_its_last_goes_on_from_what_is_linked(here: Path, root: str) -> None:
+    every = {"save_top_k": -1, "monitor": None}
+    trainer_of(CloudCheckpointIO(root), 1, **every).fit(Model())
+    for epochs in (3, 4):
+        trainer = trainer_of(CloudCheckpointIO(root), epochs, save_last="link", **every)
+        trainer.fit(Model(), ckpt_path="last")
+        assert step_of(trainer.strategy.checkpoint_io, "checkpoints/last.ckpt") == 2 * epochs
+        names = [path.name for path in (here / "checkpoints").iterdir()]
+        assert not [name for name in names if "-v" in name], "epochs were run again"
+
+
+def test_a_link_to_what_is_newer_stays_and_wins_over_what_was_saved_there(here: Path, root: str) -> None:
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(numbered(1), "last.ckpt")
+    io.save_checkpoint(numbered(2), "two.ckpt")
+    link_as_lightning_does(here / "last.ckpt", "two.ckpt")
+    # Whatever the clock says: what it leads to was not there before.
+    os.utime(here / "last.ckpt", (0, 0), follow_symlinks=False)
+    again = CloudCheckpointIO(root)
+    assert (here / "last.ckpt").is_symlink()
+    assert step_of(again, "last.ckpt") == 2
+    assert torch.load(here / "last.ckpt")["global_step"] == 2
+
+
+@pytest.mark.parametrize(("age_s", "step"), [(3600, 1), (-3600, 2)], ids=["later", "earlier"])
+def test_a_link_to_what_is_older_wins_if_it_was_made_later(here: Path, root: str, age_s: int, step: int) -> None:
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(numbered(1), "one.ckpt")
+    io.save_checkpoint(numbered(2), "last.ckpt")
+    link_as_lightning_does(here / "last.ckpt", "one.ckpt")
+    saved = io.find(io.place("one.ckpt"))
+    assert saved is not None
+    made = saved.created_at.timestamp() + age_s
+    os.utime(here / "last.ckpt", (made, made), follow_symlinks=False)
+    again = CloudCheckpointIO(root)
+    assert step_of(again, "last.ckpt") == step
+    assert torch.load(here / "last.ckpt")["global_step"] == step
+
+
+def test_a_later_link_to_nothing_is_told_and_a_save_replaces_it(here: Path, root: str) -> None:
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(numbered(1), "last.ckpt")
+    link_as_lightning_does(here / "last.ckpt", "gone.ckpt")
+    os.utime(here / "last.ckpt", (2**33, 2**33), follow_symlinks=False)
+    with pytest.raises(CheckpointNotFoundError, match=r"last\.ckpt"):
+        CloudCheckpointIO(root).load_checkpoint("last.ckpt")
+    io.save_checkpoint(numbered(2), "last.ckpt")
+    assert not (here / "last.ckpt").is_symlink()
+    assert step_of(CloudCheckpointIO(root), "last.ckpt") == 2
+    assert names_in(root) == ["last.ckpt"]
