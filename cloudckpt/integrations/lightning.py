@@ -169,7 +169,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
             OptionsError: an argument of another kind.
             StorageError: the root could not be listed.
         """
-        self._base = Path(local).absolute()
+        self._base = Path(os.path.realpath(local))
         self._background = background
         self._given: dict[str, Any] = {
             "url": url,
@@ -279,7 +279,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
         # A number of its own for each: Lightning saves one step under several paths.
         number, self._next = self._next, self._next + 1
         counts = {key: about[key] for key in ("epoch", "global_step") if type(about.get(key)) is int}
-        note = {_NOTE: {"path": self._name(place), "is_of_strategy": ranks == "all", **counts}}
+        note = {_NOTE: {"path": self._name(path), "is_of_strategy": ranks == "all", **counts}}
         if self._background:
             self._pending = manager.async_save(number, state, counts, note), place
             return
@@ -350,7 +350,9 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
     # -- paths and checkpoints ---------------------------------------------------------------------------------
 
     def place(self, path: str | os.PathLike[str]) -> Path:
-        """Return the local path, absolute, that a path of Lightning's or a URL below the root means.
+        """Return the local path that a path of Lightning's or a URL below the root means: one for each file.
+
+        It is absolute, and its folder has no links: Lightning itself spells one file now with them and now without.
 
         Raises:
             OptionsError: a URL outside of the root.
@@ -361,7 +363,11 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
             if inside == text:
                 raise OptionsError(f"{text} is not below {self.url}, the root of this CloudCheckpointIO")
             text = inside
-        return Path(os.path.normpath(self._base / text))
+        return self._place_of(text)
+
+    def _place_of(self, name: str | os.PathLike[str]) -> Path:
+        path = self._base / name
+        return Path(os.path.realpath(path.parent)) / path.name
 
     def find(self, place: Path) -> Checkpoint | None:
         """Return the checkpoint that a path means now, asking the root: what was saved there last, or is linked since.
@@ -401,8 +407,16 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
             raise IsADirectoryError(f"{place} is a directory, as FSDP leaves one; save under another name")
         return place
 
-    def _name(self, place: Path) -> str:
-        return (place.relative_to(self._base) if place.is_relative_to(self._base) else place).as_posix()
+    def _name(self, path: str | os.PathLike[str]) -> str:
+        """Return what a path is called in the root: relative to the local folder, for other machines, if it is below.
+
+        A link of this machine stays in the name: on another one there may be a folder, or a link that leads elsewhere.
+        """
+        place = self._place_of(path)
+        for one in (Path(os.path.normpath(self._base / path)), place):
+            if one.is_relative_to(self._base) and self._place_of(one) == place:
+                return one.relative_to(self._base).as_posix()
+        return place.as_posix()
 
     def _saved(self) -> dict[Path, Checkpoint]:
         """Return path → its newest checkpoint; listed once by a job that saves, which is the only one that does."""
@@ -411,7 +425,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
             for one in self.manager().checkpoints():
                 self._next = max(self._next, one.step + 1)
                 if (name := _path_of(one)) is not None:
-                    self._take(self.place(name), one)
+                    self._take(self._place_of(name), one)
         return self._places
 
     def _take(self, place: Path, one: Checkpoint) -> None:
@@ -423,7 +437,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
 
     def not_found(self, place: Path) -> CheckpointNotFoundError:
         """Return the error that says what is saved instead."""
-        names = ", ".join(sorted(map(self._name, self._saved()))) or "nothing"
+        names = ", ".join(sorted(filter(None, map(_path_of, self._saved().values())))) or "nothing"
         return CheckpointNotFoundError(f"no checkpoint {self._name(place)} in {self.url}; saved there: {names}")
 
     def _settle(self) -> None:
@@ -458,7 +472,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
         place.parent.mkdir(parents=True, exist_ok=True)
         beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
         try:
-            torch.save(_Stub(self.url, self._name(place)), beside)
+            torch.save(_Stub(self.url, _path_of(checkpoint) or self._name(place)), beside)
             age = checkpoint.created_at.timestamp()
             os.utime(beside, (age, age))
             beside.replace(place)
@@ -468,7 +482,9 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
     def _lay_all(self) -> None:
         """Have a stub below `local` for each path of the root, and none for what is gone from there."""
         saved = self._saved()
-        inside = {place: one for place, one in saved.items() if place.is_relative_to(self._base)}
+        inside = {
+            place: one for place, one in saved.items() if not Path(self._name(_path_of(one) or place)).is_absolute()
+        }
         for place, one in inside.items():
             if (_is_stub(place) or not place.exists()) and not self._is_led_on(place, one):
                 self._lay(place, one)

@@ -512,3 +512,54 @@ def test_a_later_link_to_nothing_is_told_and_a_save_replaces_it(here: Path, root
     assert not (here / "last.ckpt").is_symlink()
     assert step_of(CloudCheckpointIO(root), "last.ckpt") == 2
     assert names_in(root) == ["last.ckpt"]
+
+
+def test_a_file_under_two_spellings_is_one_checkpoint(here: Path, root: str) -> None:
+    scratch = here.parent / "scratch"
+    scratch.mkdir()
+    (here / "checkpoints").symlink_to(scratch)
+    spellings = "checkpoints/x.ckpt", str(scratch / "x.ckpt"), "checkpoints/../scratch/x.ckpt"
+    io = CloudCheckpointIO(root)
+    for number, spelling in enumerate(spellings):
+        io.save_checkpoint(numbered(number), spelling)
+        assert [step_of(io, one) for one in spellings] == [number] * 3
+        assert torch.load(scratch / "x.ckpt")["global_step"] == number
+        assert len(names_in(root)) == 1
+    io.remove_checkpoint("checkpoints/x.ckpt")
+    assert names_in(root) == []
+    assert list(scratch.iterdir()) == []
+
+
+def test_what_is_saved_through_a_linked_folder_is_found_elsewhere_by_that_name(here: Path, root: str) -> None:
+    scratch = here.parent / "scratch"
+    scratch.mkdir()
+    (here / "checkpoints").symlink_to(scratch)
+    CloudCheckpointIO(root).save_checkpoint(numbered(1), "checkpoints/x.ckpt")
+    (scratch / "x.ckpt").unlink()
+    CloudCheckpointIO(root)
+    assert torch.load(scratch / "x.ckpt")["global_step"] == 1
+    elsewhere = here.parent / "elsewhere"
+    CloudCheckpointIO(root, local=elsewhere)
+    assert torch.load(elsewhere / "checkpoints" / "x.ckpt")["global_step"] == 1
+
+
+def test_a_linked_local_folder_is_the_folder_itself(here: Path, root: str) -> None:
+    (here.parent / "link").symlink_to(here)
+    CloudCheckpointIO(root, local=here.parent / "link").save_checkpoint(numbered(1), here / "x.ckpt")
+    assert step_of(CloudCheckpointIO(root), here.parent / "link" / "x.ckpt") == 1
+    assert names_in(root) == ["x.ckpt"]
+
+
+def test_the_newer_of_two_that_were_saved_when_each_spelling_was_a_path_is_meant(here: Path, root: str) -> None:
+    scratch = here.parent / "scratch"
+    scratch.mkdir()
+    io = CloudCheckpointIO(root)
+    # Before the link is there they are two paths, as they were to earlier versions with it.
+    io.save_checkpoint(numbered(1), scratch / "x.ckpt")
+    io.save_checkpoint(numbered(2), "checkpoints/x.ckpt")
+    shutil.rmtree(here / "checkpoints")
+    (here / "checkpoints").symlink_to(scratch)
+    again = CloudCheckpointIO(root)
+    assert step_of(again, scratch / "x.ckpt") == step_of(again, "checkpoints/x.ckpt") == 2
+    again.save_checkpoint(numbered(3), "checkpoints/x.ckpt")
+    assert names_in(root) == ["checkpoints/x.ckpt"]
