@@ -34,6 +34,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -330,7 +331,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
         self._older = [(other, one) for other, one in self._older if other != place]
         self._saved().pop(place, None)
         if place.is_symlink() or _is_stub(place):
-            place.unlink(missing_ok=True)
+            _take_away(place)
         elif place.exists():
             super().remove_checkpoint(place)
 
@@ -450,7 +451,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
 
     def _committed(self, saved: Checkpoint, place: Path) -> None:
         self._take(place, saved)
-        self._lay(place, saved)
+        self._lay_each({place: saved})
         # Also what a process left that was killed just here.
         for other, one in self._older:
             if other == place:
@@ -467,12 +468,32 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
 
     # -- stubs -------------------------------------------------------------------------------------------------
 
+    def _lay_each(self, stubs: Mapping[Path, Checkpoint]) -> None:
+        """Put stubs there; where one cannot be, its checkpoint is in the root all the same, and loaded from there."""
+        failed: dict[Path, OSError] = {}
+        for place, one in stubs.items():
+            try:
+                self._lay(place, one)
+            except OSError as exc:
+                failed[place] = exc
+        for place, error in list(failed.items())[-1:]:
+            logger.warning(
+                "%d stubs could not be laid, such as %s (%s); what they stand for is saved in %s and loads by path, "
+                "but Lightning does not find it here as 'last': make room, or free the path, and start again",
+                len(failed),
+                place,
+                error,
+                self.url,
+            )
+
     def _lay(self, place: Path, checkpoint: Checkpoint) -> None:
         """Put a stub there, in one step, as old as its checkpoint: Lightning takes the youngest for the last."""
+        data = BytesIO()  # torch.save to a path raises RuntimeError where the disk is full
+        torch.save(_Stub(self.url, _path_of(checkpoint) or self._name(place)), data)
         place.parent.mkdir(parents=True, exist_ok=True)
-        beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+        beside = place.with_name(f".{secrets.token_hex(8)}")  # not longer than a name may be, whatever it is of
         try:
-            torch.save(_Stub(self.url, _path_of(checkpoint) or self._name(place)), beside)
+            beside.write_bytes(data.getbuffer())
             age = checkpoint.created_at.timestamp()
             os.utime(beside, (age, age))
             beside.replace(place)
@@ -485,13 +506,17 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
         inside = {
             place: one for place, one in saved.items() if not Path(self._name(_path_of(one) or place)).is_absolute()
         }
-        for place, one in inside.items():
-            if (_is_stub(place) or not place.exists()) and not self._is_led_on(place, one):
-                self._lay(place, one)
+        self._lay_each(
+            {
+                place: one
+                for place, one in inside.items()
+                if (_is_stub(place) or not place.exists()) and not self._is_led_on(place, one)
+            }
+        )
         for directory in {place.parent for place in inside}:
             for place in directory.glob("*.ckpt"):
                 if place not in saved and not place.is_symlink() and _is_stub(place, self.url):
-                    place.unlink(missing_ok=True)
+                    _take_away(place)
         if outside := sorted(str(place) for place in saved.keys() - inside.keys()):
             logger.warning(
                 "%d checkpoints of %s were saved outside of %s, such as %s, and have no stub here, so that Lightning "
@@ -512,6 +537,13 @@ def _path_of(checkpoint: Checkpoint) -> str | None:
 def _is_of_strategy(checkpoint: Checkpoint) -> bool:
     note = checkpoint.metadata.get(_NOTE)
     return isinstance(note, dict) and note.get("is_of_strategy") is True
+
+
+def _take_away(place: Path) -> None:
+    try:
+        place.unlink(missing_ok=True)
+    except OSError as exc:
+        logger.warning("the stub %s could not be removed (%s); its checkpoint is gone from the root", place, exc)
 
 
 def _end_of(place: Path) -> Path | None:

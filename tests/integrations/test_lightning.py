@@ -563,3 +563,27 @@ def test_the_newer_of_two_that_were_saved_when_each_spelling_was_a_path_is_meant
     assert step_of(again, scratch / "x.ckpt") == step_of(again, "checkpoints/x.ckpt") == 2
     again.save_checkpoint(numbered(3), "checkpoints/x.ckpt")
     assert names_in(root) == ["checkpoints/x.ckpt"]
+
+
+def test_what_is_saved_and_gets_no_stub_is_saved_all_the_same(
+    here: Path, root: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (here / "blocked").mkdir()
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(numbered(1), "blocked/x.ckpt")
+    shutil.rmtree(here / "blocked")
+    (here / "blocked").write_bytes(b"a file where the folder was")
+    io.save_checkpoint(numbered(2), "blocked/x.ckpt")
+    assert re.search(r"1 stub.* could not be laid.*blocked/x\.ckpt.*saved.*root", caplog.text)
+    assert step_of(io, "blocked/x.ckpt") == 2
+    assert names_in(root) == ["blocked/x.ckpt"], "what it stood for before stays"
+    assert step_of(CloudCheckpointIO(root), "blocked/x.ckpt") == 2, "a new process does not begin"
+    io.remove_checkpoint("blocked/x.ckpt")
+    assert names_in(root) == []
+
+
+def test_a_name_as_long_as_a_file_may_have_gets_its_stub(here: Path, root: str) -> None:
+    name = "x" * 250 + ".ckpt"
+    CloudCheckpointIO(root).save_checkpoint(numbered(1), name)
+    assert torch.load(here / name)["global_step"] == 1
+    assert [path.name for path in here.iterdir()] == [name]
