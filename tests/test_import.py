@@ -64,8 +64,8 @@ def test_a_save_and_a_restore_on_a_directory_load_no_engine_and_nothing_of_opent
     assert DCP in loaded, "the names above are looked for in a program that saved"
 
 
-@pytest.mark.parametrize("name", ["Options", "OptionsError", "RetryPolicy"])
-def test_words_are_had_without_torch(name: str) -> None:
+@pytest.mark.parametrize("name", ["Options", "OptionsError", "RetryPolicy", "store"])
+def test_words_and_stores_are_had_without_torch(name: str) -> None:
     assert "torch" not in modules_after(f"from cloudckpt import {name}")
 
 
