@@ -302,6 +302,13 @@ class Saves:
     def resume(self, checkpoint: Checkpoint | None) -> None:
         """Go on from a checkpoint, or from nothing."""
         self.homes[0].epoch.resume(checkpoint)
+        if not self.homes[0].epoch.number:
+            self._doubted = None  # what that save has committed is of the line that was left
+
+    def begin_anew(self) -> None:
+        """Go on from nothing, also after saves; what failed in the background before is told all the same."""
+        self.rest()
+        self.resume(None)
 
     def save(
         self,
