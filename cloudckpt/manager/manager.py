@@ -829,6 +829,7 @@ class CheckpointManager:
         """
         if self._is_closed:
             return
+        self._saves.background.refuse_own_thread()
         self._is_closed = True
         try:
             with taking_part(self._part):

@@ -332,6 +332,7 @@ class Saves:
         state: MutableMapping[str, object],
         asked: Asked,
     ) -> Checkpoint:
+        self.background.refuse_own_thread()
         entry, pending = self._begin(step, state, asked, slabs=None)
 
         def finish() -> Checkpoint:
@@ -412,6 +413,7 @@ class Saves:
 
     def commit_parts(self, written: Written) -> Checkpoint | None:
         """Commit what was written, with all ranks; raises as `SavedParts.commit` does."""
+        self.background.refuse_own_thread()
         step, error = written.step, written.error
         if written.is_abandoned:
             raise OptionsError(f"what was written of step {step} was abandoned, and cannot be committed; save it again")
