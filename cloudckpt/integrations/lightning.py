@@ -34,16 +34,19 @@ import sys
 import threading
 import zipfile
 import zlib
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from cloudckpt import (
     Checkpoint,
@@ -620,19 +623,20 @@ def _refuse_objects(checkpoint: Mapping[str, Any]) -> None:
 
 
 def _moved(value: Any, where: Any) -> Any:
-    """Return a value with its tensors on another device."""
+    """Return a value with its tensors on another device, in whatever containers a checkpoint can hold."""
     if where is None:
         return value
     if not isinstance(where, str | int | torch.device):
         raise OptionsError(f"map_location is {where!r}; give a device")
-    if isinstance(value, torch.Tensor):
-        return value.to(where)
-    if isinstance(value, dict):
-        for key in value:
-            value[key] = _moved(value[key], where)
-    elif isinstance(value, list):
-        value[:] = [_moved(child, where) for child in value]
-    return value
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.to(where)
+        if isinstance(leaf, Namespace | SimpleNamespace):  # hyper-parameters; to torch a leaf
+            leaf.__dict__.update(tree_map(move, leaf.__dict__))
+        return leaf
+
+    return tree_map(move, value)
 
 
 class _Together:

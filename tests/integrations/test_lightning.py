@@ -7,7 +7,9 @@ import pickle
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from argparse import Namespace
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -619,3 +621,24 @@ def test_a_stub_that_was_copied_means_what_it_names(here: Path, root: str) -> No
     again = CloudCheckpointIO(root)
     for name in ("last.ckpt", "copy.ckpt"):
         assert step_of(again, name) == torch.load(here / name)["global_step"] == 2
+
+
+def test_tensors_in_every_container_come_to_the_device(here: Path, root: str) -> None:
+    def containers() -> Iterator[tuple[str, Any]]:
+        one = torch.ones(1)
+        yield from {
+            "tuple": (one, [one, (one,)]),
+            "ordered": OrderedDict(a=(one,)),
+            "defaultdict": defaultdict(list, a=[one]),
+            "deque": deque([one, (one,)], maxlen=3),
+            "namespace": Namespace(a=(one, Namespace(b=one)), c=1),
+            "keys": {(1, 2): one},
+        }.items()
+
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(dict(containers()), "x.ckpt")
+    read, moved = io.load_checkpoint("x.ckpt"), io.load_checkpoint("x.ckpt", map_location="meta")
+    assert str(moved).count("device='meta'") == str(read).count("tensor(") == 10
+    for name, value in containers():
+        assert type(moved[name]) is type(value)
+    assert moved["deque"].maxlen == 3
