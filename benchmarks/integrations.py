@@ -66,11 +66,18 @@ class _Store:
 
 
 def measure(
-    frameworks: Sequence[str], *, size_bytes: int, runs: int, folder: Path, kills: bool = True
-) -> dict[str, list[Row]]:
-    """Return framework → its rows.
+    found: dict[str, list[Row]],
+    frameworks: Sequence[str],
+    *,
+    size_bytes: int,
+    runs: int,
+    folder: Path,
+    kills: bool = True,
+) -> None:
+    """Fill in framework → its rows, so that what was found is there whenever this ends.
 
     Args:
+        found: is filled.
         frameworks: of `FRAMEWORKS`.
         size_bytes: of each state, about.
         runs: numbers for each row.
@@ -81,14 +88,16 @@ def measure(
         sink = stack.enter_context(running_sink(5 * size_bytes + _SINK_HEADROOM_BYTES))
         store = _Store(sink.endpoint_url, "bench", "bench")
         bucket = stack.enter_context(_opened_bucket(folder / "seaweedfs")) if kills else None
-        found: dict[str, list[Row]] = {}
         for framework in frameworks:
             try:
                 host = stack.enter_context(Host(framework, folder))
             except HostError as error:
                 found[framework] = [Row(way="stock", title=framework, line="", error=str(error))]
                 continue
-            rows = [Row(way=way, packages=host.packages, **words) for way, words in host.ways.items()]
+            rows = [
+                Row(way=way, title=words["title"], line=words["line"], packages=host.packages)
+                for way, words in host.ways.items()
+            ]
             found[framework] = rows
             for turn in range(runs):
                 for row in rows:
@@ -101,7 +110,6 @@ def measure(
                 if not row.error:
                     row.kill = _killed(row, host, bucket, framework, size_bytes)
             host.close()
-        return found
 
 
 def _take_turn(row: Row, host: Host, store: _Store, size_bytes: int) -> None:
@@ -197,6 +205,7 @@ def _killed(row: Row, host: Host, bucket: _Bucket, framework: str, size_bytes: i
         run = host.start({**task, "op": "train", "is_gated": True}, bucket.store.environment)
         if not run.await_gate():
             return Kill(error=_result(run).error or "ended before its second save")
+        time.sleep(host.ways[row.way]["rest_s"])
         before, local_before = bucket.settled(prefix), _files(run.scratch / _LOCAL)
         _strike(run, bucket.relay, size_bytes // 2)
         saved = run.result()
@@ -257,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=float, default=200.0, help="size of each state, in 10^6 bytes")
-    parser.add_argument("--runs", type=int, default=3, help="numbers for each row")
+    parser.add_argument("--runs", type=int, default=3, help="numbers for each row; 0 is kills alone")
     parser.add_argument("--frameworks", type=lambda text: text.split(","), default=list(FRAMEWORKS))
     parser.add_argument("--no-kills", dest="kills", action="store_false", help="times and memory alone")
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
@@ -268,13 +277,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if unknown := set(options.frameworks) - set(FRAMEWORKS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(FRAMEWORKS)}")
-    with tempfile.TemporaryDirectory(prefix="ckpt-", dir=options.directory) as name:
-        size_bytes = int(options.mb * 1e6)
-        found = measure(
-            options.frameworks, size_bytes=size_bytes, runs=options.runs, folder=Path(name), kills=options.kills
-        )
-    told = tables(found, size_bytes=size_bytes, runs=options.runs, load=os.getloadavg()[1])
-    print(told)
+    found: dict[str, list[Row]] = {}
+    size_bytes = int(options.mb * 1e6)
+    try:
+        with tempfile.TemporaryDirectory(prefix="ckpt-", dir=options.directory) as name:
+            words = {"size_bytes": size_bytes, "runs": options.runs, "folder": Path(name), "kills": options.kills}
+            measure(found, options.frameworks, **words)
+    finally:  # also of one that is told to end
+        told = tables(found, size_bytes=size_bytes, runs=options.runs, load=os.getloadavg()[1])
+        print(told, flush=True)
     if options.json:
         told_json = {framework: [asdict(row) for row in rows] for framework, rows in found.items()}
         options.json.write_text(json.dumps(told_json, indent=1))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -35,6 +35,7 @@ from cloudckpt.saving.coordinator import Coordinator
 from cloudckpt.saving.source import Source
 from cloudckpt.saving.tally import Written
 from cloudckpt.state.restoration import Restoration
+from tests.effort import portion
 from tests.programs import run_forked
 from tests.ranks.processes import Outcome, World
 
@@ -282,6 +283,10 @@ def _steps(url: str) -> list[int]:
 
 # -- saves ---------------------------------------------------------------------------------------------------
 
+T = TypeVar("T")
+
+LOSSES = ("kill", "stop")
+HOWS = ("raise", *LOSSES)
 EVERYWHERE = ("opening", "plan", "stage", "upload", "gather")
 # Phases in which rank 0 alone works, on the parts of all.
 OF_RANK_0 = ("share", "index", "manifest")
@@ -296,12 +301,19 @@ def _table(how: str, *, deadline_s: float) -> list[Case]:
 
 def _some(how: str) -> list[Case]:
     chosen = [("opening", 2), ("plan", 0), ("upload", 2), ("gather", 0), ("index", 0), ("manifest", 0)]
-    return [Case(phase, how, victim) for phase, victim in chosen]
+    return [Case(phase, how, victim) for phase, victim in _share(chosen, how)]
+
+
+def _share(places: Sequence[T], how: str) -> Sequence[T]:
+    """Return all places where a rank raises; where it is lost, by default in one way of both in each."""
+    return portion(places, LOSSES.index(how), of=len(LOSSES)) if how in LOSSES else places
 
 
 def _first_saves(how: str, *, deadline_s: float) -> list[Case]:
     cold = Case("opening", how, 0, deadline_s, is_warm=False)
-    return [cold, replace(cold, phase="upload", victim=2), replace(cold, phase="manifest")]
+    return list(
+        portion([cold, replace(cold, phase="upload", victim=2), replace(cold, phase="manifest")], HOWS.index(how), of=3)
+    )
 
 
 def _check_save(case: Case, url: str, seen: Sequence[Seen]) -> None:
@@ -341,9 +353,6 @@ def _check_raised(case: Case, error: BaseException | None) -> None:
     assert str(error) == "of its own", case
 
 
-HOWS = ("raise", "kill", "stop")
-
-
 @pytest.mark.parametrize("how", HOWS)
 def test_a_rank_that_is_lost_or_raises_in_a_save_is_named_in_time_and_nothing_is_committed(
     tmp_path: Path, how: str
@@ -374,7 +383,7 @@ def test_a_rank_that_is_lost_or_raises_in_any_phase_of_a_save_is_named_in_time(t
 def _restores(how: str, *, deadline_s: float) -> list[Case]:
     alone = [("finding", 0), ("fitting", 2), ("asking", 2), ("plan of a restore", 2), ("read", 2), ("apply", 2)]
     passing = [Case("read", how, victim, deadline_s, read_once="always") for victim in (0, 2)]
-    return [*(Case(phase, how, victim, deadline_s) for phase, victim in alone), *passing]
+    return list(_share([*(Case(phase, how, victim, deadline_s) for phase, victim in alone), *passing], how))
 
 
 def _check_restores(cases: Sequence[Case], url: str) -> None:

@@ -35,7 +35,7 @@ def main(framework: str) -> None:
         _say(error=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}")
         return
     _say(
-        ways={name: {"title": way.title, "line": way.line} for name, way in module.WAYS.items()},
+        ways={name: {"title": way.title, "line": way.line, "rest_s": way.rest_s} for name, way in module.WAYS.items()},
         packages=module.PACKAGES,
     )
     from benchmarks.trainers.meter import Task

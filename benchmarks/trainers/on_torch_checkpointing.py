@@ -63,7 +63,8 @@ def _stock(task: Task, meter: Meter, *, is_put: bool = False) -> None:
             folder.mkdir(exist_ok=True)
             fetched(task.url, folder)
         if found := newest(folder):
-            loop.take(manager.load(str(found), into=loop.payload()))
+            # A fresh optimizer has no moments to load into, and those saved would be left out.
+            loop.take(manager.load(str(found), into=dict.fromkeys(loop.payload())))
         meter.loaded(loop.step, loop.tensors)
 
     saved: list[Any] = []

@@ -98,6 +98,8 @@ def tables(found: Mapping[str, Sequence[Row]], *, size_bytes: int, runs: int, lo
     """Write both tables, and above them with what and how it was measured."""
     rows = [row for each in found.values() for row in each]
     parts = [_header(rows, size_bytes, runs, load), _numbers(found)]
+    if not runs:
+        parts.pop()
     if any(row.kill for row in rows):
         parts.append(_kills(rows))
     return "\n\n".join(parts)
@@ -153,14 +155,16 @@ def _numbers(found: Mapping[str, Sequence[Row]]) -> str:
 def _number_line(row: Row, rows: Sequence[Row]) -> str:
     if row.error:
         return f"| {row.title} | {row.line} | {_cell(row.error)} | | | | | | |"
+    if not row.saves:  # it was told to end before
+        return f"| {row.title} | {row.line} | | | | | | | |"
     cells = [
         _spread(_values(row, "save_s")) + ("†" if row.is_local else ""),
         _ratio(row, rows, "save_s"),
         f"{median(one.blocked_s for one in row.saves):.2f}",
-        "**begins anew**" if row.is_forgotten else _spread(_values(row, "load_s")),
+        _resume(row),
         _ratio(row, rows, "load_s"),
         f"{max(one.extra_bytes for one in row.saves) / _MIB:.0f}",
-        "–" if row.is_forgotten else f"{max(one.extra_bytes for one in row.loads) / _MIB:.0f}",
+        f"{max(one.extra_bytes for one in row.loads) / _MIB:.0f}" if row.loads else "–",
     ]
     return f"| {row.title} | {row.line} | {' | '.join(cells)} |"
 
@@ -170,6 +174,12 @@ def _ratio(row: Row, rows: Sequence[Row], name: Literal["save_s", "load_s"]) -> 
     theirs = [_values(one, name) for one in rows if one.way.startswith("stock") and not one.is_local]
     mine, first = _values(row, name), next(filter(None, theirs), [])
     return f"{median(first) / median(mine):.1f}" if row.is_ours and mine and first else "–"
+
+
+def _resume(row: Row) -> str:
+    if row.is_forgotten:
+        return "**begins anew**"
+    return _spread(_values(row, "load_s")) if row.loads else "–"
 
 
 def _values(row: Row, name: Literal["save_s", "load_s"]) -> list[float]:

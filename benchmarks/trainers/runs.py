@@ -70,7 +70,7 @@ class Host:
         if "error" in told:
             self.close()
             raise HostError(told["error"])
-        self.ways: Mapping[str, Mapping[str, str]] = told["ways"]
+        self.ways: Mapping[str, Mapping[str, Any]] = told["ways"]
         self.packages: tuple[str, ...] = tuple(told["packages"])
 
     def __enter__(self) -> Self:

@@ -17,9 +17,11 @@ class Way:
     Attributes:
         title: what it is called in a table.
         line: what one writes for it.
+        rest_s: what a save needs after its end until the framework's other processes know of it.
         run: trains, or resumes and ends with `ResumedError`; relative paths are its own scratch folder's.
     """
 
     title: str
     line: str
     run: Callable[[Task, Meter], None]
+    rest_s: float = 0.0

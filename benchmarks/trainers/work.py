@@ -20,7 +20,7 @@ _LARGE_BYTES = 48 << 20
 
 
 def width_of(size_bytes: int) -> int:
-    return 1024 if size_bytes >= _LARGE_BYTES else 64
+    return 1024 if size_bytes >= _LARGE_BYTES else 256
 
 
 def network(size_bytes: int) -> nn.Sequential:
@@ -33,7 +33,7 @@ def network(size_bytes: int) -> nn.Sequential:
 
 def gpt_sizes(size_bytes: int, *, values_per_layer: int = 12) -> dict[str, int]:
     """Return sizes of a GPT-2 whose layers have about `size_bytes` in `values_per_layer` times its width squared."""
-    width = 512 if size_bytes >= _LARGE_BYTES else 32
+    width = 512 if size_bytes >= _LARGE_BYTES else 128
     layers = max(1, round(size_bytes / (_VALUE_BYTES * values_per_layer * width * width)))
     return {"n_embd": width, "n_layer": layers, "n_head": 4, "vocab_size": 256, "n_positions": 32}
 

@@ -6,17 +6,20 @@ No more than is asked for is read, and a place that is not in the object is refu
 from __future__ import annotations
 
 import io
+import stat
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cloudckpt.errors import ObjectNotFoundError, SourceError
+from cloudckpt.format import shown
 from cloudckpt.options import KIB, MIB
-from cloudckpt.store import Store
+from cloudckpt.store import Store, is_key, local_path
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["Blob", "SizedFile", "damaged"]
+__all__ = ["Blob", "SizedFile", "damaged", "refuse_special"]
 
 _READ_BYTES = 8 * MIB
 # What reads a directory or a header asks for a few bytes at a time.
@@ -28,6 +31,18 @@ _END_BYTES = 64 * KIB
 def damaged(blob: Blob, why: str) -> SourceError:
     """Return the error for an object that is not what it should be."""
     return SourceError(f"{blob.key!r} is damaged: {why}; get it anew", key=blob.key)
+
+
+def refuse_special(store: Store, key: str) -> None:
+    """Refuse a name on a disk that is a pipe, a device or a socket, which nobody reads twice; raises `SourceError`."""
+    try:
+        mode = Path(local_path(store.url), key).stat().st_mode if store.engine == "local" else stat.S_IFREG
+    except (OSError, ValueError):  # the store itself says more
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise SourceError(
+            f"{shown(key)} in {store.url} is no regular file, but a pipe, a device or a socket; give a file", key=key
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +67,11 @@ class Blob:
         """Return an object whole.
 
         Raises:
-            SourceError: it is not there.
+            SourceError: it is not there, is no regular file, or has a name that none can have.
         """
+        if not is_key(key):
+            raise SourceError(f"{shown(key)} is no name of a file in {store.url}; get what names it anew", key=key)
+        refuse_special(store, key)
         try:
             info = store.head(key)
         except ObjectNotFoundError as exc:

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from cloudckpt.errors import SourceError
-from cloudckpt.format import DTYPE_NAMES, Box
+from cloudckpt.format import DTYPE_NAMES, Box, shown
 
 __all__ = ["Described", "Place", "decode_metadata", "encode_metadata"]
 
@@ -239,12 +239,12 @@ def _described(found: object) -> Described:
     for key, entry in entries.items():
         fqn = _text(key)
         if _is(entry, _BYTES):
-            _expect((fqn, None) in places, f"it does not say where {fqn!r} is")
+            _expect((fqn, None) in places, f"it does not say where {shown(fqn)} is")
             values[fqn] = places[fqn, None]
         elif _is(entry, _TENSOR):
             chunks += _chunks(fqn, entry, places)
         else:
-            raise _damaged(f"{fqn[:_SHOWN]!r} is neither a tensor nor a value")
+            raise _damaged(f"{shown(fqn)} is neither a tensor nor a value")
     return Described(chunks, values, _paths(found.get("planner_data"), [_text(name) for name in entries]))
 
 
@@ -259,22 +259,23 @@ def _chunks(
 ) -> list[tuple[Box, Place]]:
     shape, dtype, chunks = _sizes(entry.get("size")), _dtype(fqn, entry.get("properties")), entry.get("chunks")
     if type(chunks) is not list or not chunks:
-        raise _damaged(f"{fqn!r} has no chunks")
+        raise _damaged(f"{shown(fqn)} has no chunks")
     found = []
     for chunk in chunks:
         if not _is(chunk, _CHUNK):
-            raise _damaged(f"{fqn!r} has chunks that are none")
+            raise _damaged(f"{shown(fqn)} has chunks that are none")
         offsets, sizes = _sizes(chunk.get("offsets")), _sizes(chunk.get("sizes"))
-        _expect(len(offsets) == len(sizes) == len(shape), f"a chunk of {fqn!r} has other dimensions")
+        _expect(len(offsets) == len(sizes) == len(shape), f"a chunk of {shown(fqn)} has other dimensions")
         fits = all(at + size <= extent for at, size, extent in zip(offsets, sizes, shape, strict=True))
-        _expect(fits, f"a chunk of {fqn!r} leaves the tensor")
+        _expect(fits, f"a chunk of {shown(fqn)} leaves the tensor")
         # A tensor that is stored whole may be found without an offset, too.
         place = places.get((fqn, offsets)) or places.get((fqn, None))
         if place is None:
-            raise _damaged(f"it does not say where {fqn!r} at {offsets} is")
+            raise _damaged(f"it does not say where {shown(fqn)} at {offsets} is")
         box = Box(fqn, dtype, shape, offsets, sizes)
         _expect(
-            box.nbytes <= place.length, f"{fqn!r} at {offsets} has {box.nbytes} bytes in {place.length} stored ones"
+            box.nbytes <= place.length,
+            f"{shown(fqn)} at {offsets} has {box.nbytes} bytes in {place.length} stored ones",
         )
         found.append((box, place))
     return found
@@ -283,13 +284,13 @@ def _chunks(
 def _dtype(fqn: str, properties: object) -> str:
     """Return the name of the dtype in what DCP notes of a tensor: dtype, layout, and what it does not use itself."""
     if not _is(properties, _PROPERTIES) or type(properties.state) is not tuple or len(properties.state) < 2:
-        raise _damaged(f"{fqn!r} has no properties")
+        raise _damaged(f"{shown(fqn)} has no properties")
     kind, layout = properties.state[:2]
     dtype = _DTYPES.get(kind.named) if isinstance(kind, type) and issubclass(kind, _Record) else None
     known = None if dtype is None else DTYPE_NAMES.get(dtype)
     if known is None or not _is(layout, _LAYOUT) or layout.arguments != ("torch.strided",):
         what = f"{dtype or 'of no dtype'}{'' if known is None else ', and not strided'}"
-        raise SourceError(f"{fqn[:_SHOWN]!r} is {what}, which cloudckpt does not hold", key=fqn)
+        raise SourceError(f"{shown(fqn)} is {what}, which cloudckpt does not hold", key=fqn)
     return known
 
 
@@ -299,7 +300,7 @@ def _place(info: _Record) -> Place:
         raise _damaged("it has a place of no bytes")
     if info.get("transform_descriptors"):
         raise SourceError(
-            f"{file[:_SHOWN]!r} was stored through extensions (transform_descriptors), which are not read; save the "
+            f"{shown(file)} was stored through extensions (transform_descriptors), which are not read; save the "
             "folder again without them",
             key=file,
         )
@@ -330,7 +331,7 @@ def _paths(planner_data: object, names: list[str]) -> dict[str, list[str | int]]
     paths: dict[str, list[str | int]] = {}
     for name in names:
         path = planner_data.get(name, (name,))
-        _expect(type(path) in (tuple, list) and path, f"{name[:_SHOWN]!r} has no path")
-        _expect(all(type(step) in (str, int) for step in path), f"{name[:_SHOWN]!r} has a path of other steps")
+        _expect(type(path) in (tuple, list) and path, f"{shown(name)} has no path")
+        _expect(all(type(step) in (str, int) for step in path), f"{shown(name)} has a path of other steps")
         paths[name] = [step if index or isinstance(step, str) else str(step) for index, step in enumerate(path)]
     return paths

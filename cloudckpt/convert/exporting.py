@@ -127,7 +127,7 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
     _check(to, target, prefix=prefix, shard_bytes=max_shard_bytes, config=config)
     folder_url, name = folder_and_name(target) if _KINDS[to].is_file else (os.fspath(target), "")
     with (
-        telling_interrupts("nothing was written"),
+        telling_interrupts("nothing was written") as tell,
         open_store(url, storage_options=storage_options, engine=engine, options=chosen) as source,
         open_store(folder_url, storage_options=target_storage_options, options=chosen) as folder,
         Progress(progress).bar("exporting", rank=0) as bar,
@@ -160,9 +160,11 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
         with job.hold.of(plan) as plan:
             bar.begin(sum(part.nbytes for saved in plan.taken.tensors.values() for part in job.parts(saved)))
             plan.write()
-        there = objects_in(folder, plan.beginning)
+            written = f"{folder.url}/{name}" if name else folder.url
+            tell(f"the export is whole at {written}")
+            there = objects_in(folder, plan.beginning)
     return Exported(
-        url=f"{folder.url}/{name}" if name else folder.url,
+        url=written,
         source=checkpoint.url,
         files=plan.files,
         total_bytes=sum(there.get(file, 0) for file in plan.files),

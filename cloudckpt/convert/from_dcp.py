@@ -15,9 +15,9 @@ import torch
 from cloudckpt.convert.blob import Blob
 from cloudckpt.convert.dcp_metadata import Place, decode_metadata
 from cloudckpt.convert.from_torch import Archive, no_bytes
-from cloudckpt.convert.origin import Bytes, Origin, reader_of
+from cloudckpt.convert.origin import Bytes, Origin, of_source, reader_of
 from cloudckpt.errors import SourceError
-from cloudckpt.format import DTYPE_NAMES, Box, flatten_at
+from cloudckpt.format import DTYPE_NAMES, Box, flatten_at, shown
 from cloudckpt.store import Store
 from cloudckpt.threads import new_lock
 
@@ -27,7 +27,6 @@ METADATA = ".metadata"
 _METADATA_LIMIT_BYTES = 256 << 20
 # Values are kept until the end; what is large in a state is a tensor.
 _VALUES_LIMIT_BYTES = 256 << 20
-_SHOWN = 200
 
 
 def add_dcp(origin: Origin, store: Store) -> None:
@@ -57,7 +56,7 @@ def add_dcp(origin: Origin, store: Store) -> None:
 
 def _file(store: Store, name: str) -> Blob:
     if "/" in name or "\\" in name or name.startswith("."):
-        raise SourceError(f".metadata names the file {name[:_SHOWN]!r}, which is none of its folder", key=METADATA)
+        raise SourceError(f".metadata names the file {shown(name)}, which is none of its folder", key=METADATA)
     return Blob.of(store, name)
 
 
@@ -82,7 +81,7 @@ class _Stored:
         is_right = isinstance(tensor, torch.Tensor) and DTYPE_NAMES.get(tensor.dtype) == box.dtype
         if not is_right or tuple(tensor.shape) != box.sizes:  # type: ignore[attr-defined]
             raise SourceError(
-                f"{box.name[:_SHOWN]!r} at {box.offsets} is no {box.dtype} of {box.sizes} in {self.blob.key!r}, as "
+                f"{shown(box.name)} at {box.offsets} is no {box.dtype} of {box.sizes} in {self.blob.key!r}, as "
                 ".metadata says; the folder is damaged, or was saved to twice",
                 key=box.name,
             )
@@ -95,23 +94,24 @@ def _value(name: str, file: Blob, place: Place) -> object:
     try:
         value: object = torch.load(io.BytesIO(blob.read(0, blob.size_bytes)), map_location="cpu", weights_only=True)
     except Exception as exc:  # pickle's errors, and whatever the operations in it run into
-        raise SourceError(f"the value {name[:_SHOWN]!r} in {file.key!r} is damaged", key=name) from exc
+        raise SourceError(f"the value {shown(name)} in {file.key!r} is damaged", key=name) from exc
     return value
 
 
 def _add_value(origin: Origin, name: str, value: object) -> None:
     """Add a value that DCP kept as one, such as a tuple; the tensors in it become tensors again."""
     path = origin.paths.pop(name)
-    flat = flatten_at(value, name, path, is_tensor=lambda one: isinstance(one, torch.Tensor))
+    with of_source(METADATA):
+        flat = flatten_at(value, name, path, is_tensor=lambda one: isinstance(one, torch.Tensor))
     for leaf_name, leaf in flat.leaves.items():
         if leaf_name in origin.paths:
-            raise SourceError(f"{leaf_name[:_SHOWN]!r} stands twice in .metadata", key=leaf_name)
+            raise SourceError(f"{shown(leaf_name)} stands twice in .metadata", key=leaf_name)
         origin.paths[leaf_name] = flat.paths[leaf_name]
         if not isinstance(leaf, torch.Tensor):
             origin.values[leaf_name] = leaf
         elif leaf.layout is not torch.strided or leaf.dtype not in DTYPE_NAMES:
             raise SourceError(
-                f"{leaf_name[:_SHOWN]!r} is {leaf.dtype} {leaf.layout}, which has no dense bytes", key=leaf_name
+                f"{shown(leaf_name)} is {leaf.dtype} {leaf.layout}, which has no dense bytes", key=leaf_name
             )
         elif leaf.is_meta:
             raise no_bytes(leaf_name, METADATA)

@@ -14,7 +14,7 @@ from cloudckpt.convert.blob import Blob, damaged
 from cloudckpt.convert.origin import Bytes, Origin
 from cloudckpt.convert.to_safetensors import NAMED
 from cloudckpt.errors import SourceError
-from cloudckpt.format import DTYPES, Box
+from cloudckpt.format import DTYPES, Box, shown
 
 __all__ = ["add_safetensors", "is_safetensors", "names_in_index"]
 
@@ -54,12 +54,10 @@ def add_safetensors(origin: Origin, blob: Blob) -> None:
         key=lambda item: (item[1][1], item[1][0].nbytes),
     ):
         if start != stop:
-            raise damaged(blob, f"the bytes of {name[:_SHOWN]!r} begin at {start} where the last ones end at {stop}")
+            raise damaged(blob, f"the bytes of {shown(name)} begin at {start} where the last ones end at {stop}")
         stop = start + box.nbytes
         if name in origin.paths:
-            raise SourceError(
-                f"{name[:_SHOWN]!r} stands in several files, and nothing says which one is meant", key=name
-            )
+            raise SourceError(f"{shown(name)} stands in several files, and nothing says which one is meant", key=name)
         origin.paths[name] = [name]
         origin.boxes.append((box, _reader(data, start)))
     if stop != data.size_bytes:
@@ -68,22 +66,20 @@ def add_safetensors(origin: Origin, blob: Blob) -> None:
 
 def _entry(blob: Blob, name: str, entry: object) -> tuple[Box, int]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise damaged(blob, f"the entry of {name[:_SHOWN]!r} is malformed")
+        raise damaged(blob, f"the entry of {shown(name)} is malformed")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        raise damaged(blob, f"the entry of {name[:_SHOWN]!r} is malformed")
+        raise damaged(blob, f"the entry of {shown(name)} is malformed")
     if dtype not in _DTYPES:
         raise SourceError(
-            f"{name[:_SHOWN]!r} in {blob.key!r} has dtype {dtype[:_SHOWN]!r}, which cloudckpt does not read; convert "
+            f"{shown(name)} in {blob.key!r} has dtype {dtype[:_SHOWN]!r}, which cloudckpt does not read; convert "
             f"it to one of {', '.join(_DTYPES)}",
             key=name,
         )
     sizes = tuple(shape)
     box = Box(name, _DTYPES[dtype], sizes, (0,) * len(sizes), sizes)
     if len(sizes) > 64 or math.prod(sizes) >= 2**60 or offsets[1] - offsets[0] != box.nbytes:
-        raise damaged(
-            blob, f"{name[:_SHOWN]!r} is {dtype} of {shape} in bytes {offsets[0]} to {offsets[1]}"[: 2 * _SHOWN]
-        )
+        raise damaged(blob, f"{shown(name)} is {dtype} of {shape} in bytes {offsets[0]} to {offsets[1]}"[: 2 * _SHOWN])
     return box, offsets[0]
 
 
@@ -108,7 +104,7 @@ def names_in_index(blob: Blob) -> dict[str, str]:
         raise damaged(blob, "it has no weight_map")
     for file in names.values():
         if not isinstance(file, str) or not file or file.startswith(".") or "/" in file or "\\" in file:
-            raise damaged(blob, f"it names the file {str(file)[:_SHOWN]!r}, which is none of its folder")
+            raise damaged(blob, f"it names the file {shown(str(file))}, which is none of its folder")
     return names
 
 

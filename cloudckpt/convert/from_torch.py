@@ -17,16 +17,18 @@ import zipfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
 from cloudckpt.convert.blob import Blob, damaged
-from cloudckpt.convert.origin import Bytes, Origin, reader_of
+from cloudckpt.convert.origin import Bytes, Origin, of_source, reader_of
 from cloudckpt.convert.skeleton import place_of
 from cloudckpt.errors import CloudCkptError, SourceError
-from cloudckpt.format import DTYPE_NAMES, Box, flatten
+from cloudckpt.format import DTYPE_NAMES, Box, flatten, shown
 from cloudckpt.state import notes_of
+from cloudckpt.store import undisturbed
 from cloudckpt.threads import new_lock
 
 __all__ = ["Archive", "add_torch", "is_archive", "is_older", "no_bytes"]
@@ -54,7 +56,7 @@ def is_older(head: bytes) -> bool:
 def no_bytes(name: str, key: str) -> SourceError:
     """Return the error for a tensor that had no memory when it was saved."""
     return SourceError(
-        f"tensor {name[:_SHOWN]!r} has no bytes in {key!r}: it was on the meta device when it was saved; save it again "
+        f"tensor {shown(name)} has no bytes in {key!r}: it was on the meta device when it was saved; save it again "
         "with its values, or without it",
         key=name,
     )
@@ -150,7 +152,7 @@ class Archive:
         stop = (last + 1) * itemsize
         if first < 0 or stop > min(record.size_bytes, tensor.untyped_storage().nbytes()):
             raise SourceError(
-                f"tensor {name[:_SHOWN]!r} in {self.blob.key!r} reaches to byte {stop} of {record.size_bytes}; the "
+                f"tensor {shown(name)} in {self.blob.key!r} reaches to byte {stop} of {record.size_bytes}; the "
                 "file is damaged, get it anew",
                 key=name,
             )
@@ -170,7 +172,7 @@ class Archive:
         record = self._records[number] if number >= 0 else None
         if record is None or "/data/" not in record.name or place + record.size_bytes > self.blob.size_bytes:
             raise SourceError(
-                f"tensor {name[:_SHOWN]!r} has no record in {self.blob.key!r}; the file is damaged, get it anew",
+                f"tensor {shown(name)} has no record in {self.blob.key!r}; the file is damaged, get it anew",
                 key=name,
             )
         return record
@@ -185,7 +187,7 @@ class Archive:
             start = record.head + _LOCAL.size + name_bytes + extra_bytes
             if mark != b"PK\x03\x04" or name_bytes != len(name) or head[_LOCAL.size :] != name:
                 raise damaged(
-                    self.blob, f"the record of {record.name[:_SHOWN]!r} has another header than its directory says"
+                    self.blob, f"the record of {shown(record.name)} has another header than its directory says"
                 )
             self._starts[record.head] = start
         return start
@@ -373,7 +375,8 @@ def _is_outside(name: str) -> bool:
 def _content(blob: Blob, file: io.BufferedReader, *, device: str = "meta") -> object:
     file.seek(0)
     try:
-        content: object = torch.load(file, map_location=device, weights_only=True)
+        load = partial(torch.load, file, map_location=device, weights_only=True)
+        content: object = undisturbed(load, name="import")
     except CloudCkptError:
         raise
     except Exception as exc:  # pickle's errors, and whatever the operations in it run into
@@ -385,7 +388,8 @@ def _why_not(blob: Blob, error: Exception) -> str:
     """Say what in a file is more than weights, or that it is damaged."""
     try:
         with blob.file() as file:
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            list_names = partial(torch.serialization.get_unsafe_globals_in_checkpoint, file)
+            names = undisturbed(list_names, name="import")
     except Exception:  # noqa: BLE001 (a damaged file has none to be told)
         names = []
     if names:
@@ -440,7 +444,7 @@ def _check_kind(blob: Blob, name: str, tensor: torch.Tensor) -> None:
     dtype = DTYPE_NAMES.get(tensor.dtype)
     if type(tensor) not in _TYPES or tensor.layout is not torch.strided or dtype is None:
         raise SourceError(
-            f"tensor {name[:_SHOWN]!r} in {blob.key!r} is a {type(tensor).__name__} of {tensor.dtype}, "
+            f"tensor {shown(name)} in {blob.key!r} is a {type(tensor).__name__} of {tensor.dtype}, "
             f"{tensor.layout}, which has no dense bytes; save it dense, or as its parts",
             key=name,
         )
@@ -460,14 +464,13 @@ def add_torch(origin: Origin, blob: Blob) -> None:
         raise SourceError(
             f"{blob.key!r} holds {kind}; a checkpoint is a dict by name: save {{'name': value}}", key=blob.key
         )
-    flat = flatten(state, is_tensor=lambda value: isinstance(value, torch.Tensor))
+    with of_source(blob.key):
+        flat = flatten(state, is_tensor=lambda value: isinstance(value, torch.Tensor))
     origin.blobs.append(blob)
     firsts: dict[tuple[object, ...], str] = {}
     for name, leaf in flat.leaves.items():
         if name in origin.paths:
-            raise SourceError(
-                f"{name[:_SHOWN]!r} stands in several files, and nothing says which one is meant", key=name
-            )
+            raise SourceError(f"{shown(name)} stands in several files, and nothing says which one is meant", key=name)
         origin.paths[name] = flat.paths[name]
         if not isinstance(leaf, torch.Tensor):
             origin.values[name] = leaf

@@ -99,11 +99,11 @@ class Hold:
                 is_free = False
             yield plan
             self._remove_old(plan)
+            self._let_go()
         except BaseException as exc:
             exc.add_note(self._end(plan, owns_names=not is_free))
-            raise
-        finally:
             self._let_go()
+            raise
 
     def _know(self, plan: Plan) -> None:
         self._last, self._deciding, self._beginning = plan.files[-1], plan.deciding, plan.beginning

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from cloudckpt.convert.blob import Blob
+from cloudckpt.convert.blob import Blob, refuse_special
 from cloudckpt.convert.from_dcp import METADATA, add_dcp
 from cloudckpt.convert.from_safetensors import add_safetensors, is_safetensors, names_in_index
 from cloudckpt.convert.from_torch import add_torch, is_archive, is_older
@@ -33,6 +33,7 @@ from cloudckpt.format import (
     lay_out,
     new_attempt,
     record_of_call,
+    shown,
     step_number,
     unflatten,
 )
@@ -127,7 +128,7 @@ def import_(  # noqa: PLR0913 (keyword-only, each of its own kind)
     given = Options.of(options)
     chosen = lean(given if options is not None else replace(given, shard_bytes=_SHARD_BYTES), _BUDGET_BYTES)
     # A step's epoch may have been begun.
-    with telling_interrupts("nothing was committed"), ExitStack() as stack:
+    with telling_interrupts("nothing was committed") as tell, ExitStack() as stack:
         bar = stack.enter_context(Progress(progress).bar("importing", rank=0))
         opened = _Opening(source, source_storage_options, chosen, stack)
         origin = opened.origin(kind)
@@ -139,7 +140,9 @@ def import_(  # noqa: PLR0913 (keyword-only, each of its own kind)
         record = Record(metrics=in_json, metadata=about, began_s=began_s, spent_before=stats_of(store))
         prepared = _Prepared.of(origin, under, chosen)
         target = _destination(store, step, chosen, exists).take()
-        return _write(prepared, target, record, chosen, bar)
+        checkpoint = _write(prepared, target, record, chosen, bar)
+        tell(f"{checkpoint.url} is committed")
+        return checkpoint
 
 
 # -- what the source is -------------------------------------------------------------------------------------
@@ -210,6 +213,7 @@ class _Opening:
             return None
         try:
             store = self._store(folder)
+            refuse_special(store, name)
             info = store.head(name)
         except ObjectNotFoundError:
             return None
@@ -229,6 +233,8 @@ class _Opening:
             if single in there:
                 add(origin, Blob.of(store, single))
                 return
+        for name in (METADATA, *(name for index, single, _ in _WEIGHTS for name in (index, single))):
+            refuse_special(store, name)
         names = ", ".join(sorted(there)[:8]) or "nothing"
         raise SourceError(
             f"{store.url} is no file, and as a folder it holds {names}: neither .metadata, nor model.safetensors or "
@@ -265,7 +271,7 @@ def _add_indexed(origin: Origin, index: Blob, add: Callable[[Origin, Blob], None
         wanted = {name for name, of in names.items() if of == file}
         for name in sorted(wanted ^ (set(origin.paths) - before)):
             where = "not in" if name in wanted else "in, and not named for,"
-            raise SourceError(f"{name[:200]!r} is {where} {file!r}, against {index.key!r}; get both anew", key=name)
+            raise SourceError(f"{shown(name)} is {where} {shown(file)}, against {index.key!r}; get both anew", key=name)
 
 
 # -- what is written ----------------------------------------------------------------------------------------
@@ -322,7 +328,7 @@ def _check_names(origin: Origin) -> None:
     for name in origin.paths:
         if not name or name.startswith("cloudckpt."):
             raise SourceError(
-                f"{name!r} is no name that a state may have; give under='model' (--under), which stands before it",
+                f"{shown(name)} is no name that a state may have; give under='model' (--under), which stands before it",
                 key=name,
             )
     try:

@@ -20,7 +20,7 @@ import torch
 from cloudckpt.convert.holding import Hold
 from cloudckpt.convert.planned import Taken
 from cloudckpt.errors import OptionsError, UnsupportedValueError
-from cloudckpt.format import DTYPES, NOTES, Index, JsonValue, TensorEntry, codec, split_box
+from cloudckpt.format import DTYPES, NOTES, Index, JsonValue, TensorEntry, codec, shown, split_box
 from cloudckpt.loading import RankInput, by_part_name, part_targets
 from cloudckpt.options import MIB, Options
 from cloudckpt.root import Checkpoint
@@ -138,11 +138,17 @@ class Job:
             if name.startswith(_OURS):
                 taken.left_out[name] = "it is what cloudckpt keeps beside a state: generators, files, state of one rank"
             elif not name.startswith(self.prefix) or name == self.prefix:
-                taken.left_out[name] = f"it is not below the prefix {self.prefix!r}"
+                why = "is not below" if name != self.prefix else "would have no name without"
+                taken.left_out[name] = f"it {why} the prefix {self.prefix!r}"
             elif name in self.index.tensors:
                 taken.tensors[name[len(self.prefix) :]] = name
             else:
                 stored[name] = self.index.values[name]
+        if not taken.tensors and not stored and self.prefix in taken.left_out:
+            raise OptionsError(
+                f"in {self.checkpoint.url} only {shown(self.prefix)} itself begins with that prefix, and would have no "
+                "name without it; give a shorter one"
+            )
         if not taken.tensors and not stored:
             names = [name for name in [*self.index.tensors, *self.index.values] if not name.startswith(_OURS)]
             raise OptionsError(
@@ -180,7 +186,7 @@ class Job:
         """
         if problems and not self.leaves_out:
             first, *_ = problems
-            told = "; ".join(f"{name!r}: {why}" for name, why in list(problems.items())[:_SHOWN])
+            told = "; ".join(f"{shown(name)}: {why}" for name, why in list(problems.items())[:_SHOWN])
             more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise UnsupportedValueError(
                 f"{what} cannot hold {told}{more}. Choose a part by its prefix, let what it cannot hold be left out "

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from cloudckpt.convert.blob import Blob
-from cloudckpt.errors import SourceError
-from cloudckpt.format import Box, JsonValue, PathElement
+from cloudckpt.errors import OptionsError, SourceError
+from cloudckpt.format import Box, JsonValue, PathElement, shown
 from cloudckpt.transfer import bytes_of
 
-__all__ = ["Bytes", "Origin", "reader_of"]
+__all__ = ["Bytes", "Origin", "of_source", "reader_of"]
 
 Bytes = Callable[[int, memoryview], None]
 """Fills memory with the row-major bytes of a box, from a byte on; threads call it."""
@@ -22,7 +23,6 @@ Bytes = Callable[[int, memoryview], None]
 _GROWTH_LIMIT = 16
 # No number of bytes in an index reaches it, not even of what has none.
 _BYTES_LIMIT = 2**53
-_SHOWN = 200
 _GROWTH_FREE_BYTES = 64 << 20
 
 
@@ -59,14 +59,14 @@ class Origin:
             shape = boxes[0].shape
             if math.prod(max(1, extent) for extent in shape) * boxes[0].itemsize_bytes >= _BYTES_LIMIT:
                 raise SourceError(
-                    f"{name[:_SHOWN]!r} has the shape {list(shape)}, beyond what a checkpoint names; reshape it",
+                    f"{shown(name)} has the shape {list(shape)}, beyond what a checkpoint names; reshape it",
                     key=name,
                 )
             stored = sum(math.prod(box.sizes) for box in boxes)
             starts = {box.offsets for box in boxes if math.prod(box.sizes)}
             if stored != math.prod(shape) or len(starts) != sum(1 for box in boxes if math.prod(box.sizes)):
                 raise SourceError(
-                    f"the parts of {name[:_SHOWN]!r} have {stored} elements of {math.prod(shape)}, or stand twice: the "
+                    f"the parts of {shown(name)} have {stored} elements of {math.prod(shape)}, or stand twice: the "
                     "source is damaged, or lacks files; save it again",
                     key=name,
                 )
@@ -82,6 +82,15 @@ class Origin:
                 "it where you trust it, and save the state with cloudckpt",
                 key=key,
             )
+
+
+@contextmanager
+def of_source(key: str) -> Iterator[None]:
+    """Say that names clash in a source and not in an argument; raises `SourceError`."""
+    try:
+        yield
+    except OptionsError as exc:
+        raise SourceError(f"{shown(key)} cannot be a checkpoint: {exc}, and save it anew", key=key) from exc
 
 
 def reader_of(tensor: torch.Tensor) -> Bytes:

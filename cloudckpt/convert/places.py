@@ -6,7 +6,7 @@ For all that reads or writes files of other programs.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from cloudckpt.errors import OptionsError
@@ -86,10 +86,15 @@ def refuse_ours(
 
 
 @contextmanager
-def telling_interrupts(told: str) -> Iterator[None]:
-    """Say of a Ctrl-C what is true before anything was done, unless it has a note of what was."""
+def telling_interrupts(told: str) -> Iterator[Callable[[str], None]]:
+    """Say of a Ctrl-C what is true before anything was done, unless it has a note; yield what says that it changed."""
+
+    def tell(now: str) -> None:
+        nonlocal told
+        told = now
+
     try:
-        yield
+        yield tell
     except KeyboardInterrupt as exc:
         if not getattr(exc, "__notes__", ()):
             exc.add_note(told)

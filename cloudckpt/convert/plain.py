@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -286,6 +287,7 @@ class _Reading(SizedFile):
         self._threads = stack.enter_context(ThreadPoolExecutor(_AHEAD, "cloudckpt-file"))
         self._blocks: dict[int, Future[memoryview]] = {}
         self._stack: ExitStack | None = None
+        self._interrupt: BaseException | None = None
 
     def own(self, stack: ExitStack) -> None:
         """Close with it what is on a stack."""
@@ -327,6 +329,14 @@ class _Reading(SizedFile):
         )
 
     def readinto(self, buffer: WriteableBuffer) -> int:
+        try:
+            return self._read_into(buffer)
+        except BaseException as exc:
+            if not isinstance(exc, Exception):
+                self._interrupt = exc
+            raise
+
+    def _read_into(self, buffer: WriteableBuffer) -> int:
         memory = memoryview(buffer).cast("B")
         if not memory.nbytes or self._at >= self._sums.size_bytes:
             return 0
@@ -363,3 +373,7 @@ class _Reading(SizedFile):
                 stack.close()
         finally:
             super().close()
+            interrupt, self._interrupt = self._interrupt, None
+            # PyTorch's reader passes over what has interrupted it, or tells it as a broken file.
+            if interrupt is not None and sys.exception() is not interrupt:
+                raise interrupt

@@ -32,7 +32,8 @@ from cloudckpt.errors import (
 from cloudckpt.format import checkpoint_prefix, parse_checkpoint_prefix, step_number
 from cloudckpt.options import Options
 from cloudckpt.report import Progress, Show
-from cloudckpt.root import Catalog, Checkpoint, copy_pin, refuse_nested
+from cloudckpt.root import Catalog, Checkpoint, Target, copy_pin, refuse_nested
+from cloudckpt.saving import made
 from cloudckpt.store import open_store, probe_create
 from cloudckpt.transfer import Gauge, Slabs
 
@@ -181,6 +182,7 @@ def copy_places(
     jobs, blocked = _planned(chosen, target, selection)
     gauge.begin(sum(job.checkpoint.total_bytes for job in jobs))
     done: list[Copied] = []
+    at: _Job | None = None
     kept = Slabs()
     try:
         if not all(job.is_there for job in jobs):
@@ -195,6 +197,7 @@ def copy_places(
                 # What is read back takes the memory that slabs would keep.
                 slabs=Slabs() if selection.checks else kept,
             )
+            at = job
             try:
                 copied = _copied(copier, job)
             except (IntegrityError, CheckpointNotFoundError) as exc:
@@ -205,20 +208,28 @@ def copy_places(
                     damaged.append(exc)
                 continue
             done.append(copied)
+            at = None
             on_copied(copied)
         if selection.is_all and done:
             for place in places:
                 target.catalog.claims.copy_from(place.catalog.claims)
                 _copy_names(place.catalog, target.catalog, {job.prefix for job in jobs})
     except (CloudCkptError, KeyboardInterrupt) as exc:
+        is_there = isinstance(exc, KeyboardInterrupt) and at is not None and _is_made(target, at, options)
         exc.add_note(
-            f"{len(done)} of {len(jobs)} checkpoints are in the target; what else was sent stays there, and the same "
-            "command goes on from it"
+            f"{len(done) + is_there} of {len(jobs)} checkpoints are in the target; what else was sent stays there, "
+            "and the same command goes on from it"
         )
         raise
     if damaged or blocked:
         raise _lacking(len(done), damaged, blocked)
     return tuple(done)
+
+
+def _is_made(target: Place, job: _Job, options: Options) -> bool:
+    """Tell by a look whether a checkpoint stands that was being copied when a person interrupted."""
+    goal = Target(catalog=target.catalog, prefix=job.prefix)
+    return job.is_there or made(goal, job.checkpoint.attempt, options) is not None
 
 
 def _lacking(done: int, damaged: Sequence[CloudCkptError], blocked: Sequence[CloudCkptError]) -> CloudCkptError:

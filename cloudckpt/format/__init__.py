@@ -46,7 +46,7 @@ from cloudckpt.format.manifest import (
 )
 from cloudckpt.format.near import told_near
 from cloudckpt.format.pin import PIN_LIMIT_BYTES, PinRecord
-from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates, moment_of
+from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates, moment_of, shown
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
 from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, verify_blocks
 from cloudckpt.format.sums import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
@@ -124,6 +124,7 @@ __all__ = [
     "register_code",
     "row_products",
     "shard_key",
+    "shown",
     "split_box",
     "step_number",
     "told_near",

@@ -88,7 +88,8 @@ def save_state(
         accelerator: the job's.
         manager: of the root; its `retention` says what stays.
         step: how many steps were trained. None with `automatic_checkpoint_naming`: the accelerator's own number, as
-            accelerate counts its folders; older ones beyond `total_limit` go then, once the new one is committed.
+            accelerate counts its folders; older ones beyond `total_limit` go then, once the new one is committed, as
+            by the manager's `retention`: what is pinned or named, and other lines of history, stay.
         metrics: as for `manager.save`.
         in_background: copy the state, return, and upload it meanwhile (`manager.async_save`).
         exists: as for `manager.save`.
@@ -117,8 +118,7 @@ def save_state(
         project.iteration -= 1
         raise
     if is_automatic and project.total_limit is not None:
-        for old in manager.checkpoints()[: -max(1, project.total_limit)]:
-            manager.delete(old.step)
+        manager.prune(max(1, project.total_limit))
 
 
 class Resumed:

@@ -452,7 +452,10 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
     def not_found(self, place: Path) -> CheckpointNotFoundError:
         """Return the error that says what is saved instead."""
         names = ", ".join(sorted(filter(None, map(_path_of, self._saved().values())))) or "nothing"
-        return CheckpointNotFoundError(f"no checkpoint {self._name(place)} in {self.url}; saved there: {names}")
+        # Begun in Lightning's own words, which programs and its tests look for.
+        return CheckpointNotFoundError(
+            f"Checkpoint file not found: {self._name(place)} is not in {self.url}; saved there: {names}"
+        )
 
     def _settle(self) -> None:
         """Wait for a save under way in the background, and have its path stand for it."""

@@ -714,6 +714,26 @@ class CheckpointManager:
         with taking_part(self._part):
             self._saves.delete(step_number(step))
 
+    def prune(self, retention: Retention) -> None:
+        """Remove what neither these rules nor the manager's own keep, as is done after a save.
+
+        So the newest, what is pinned or named, and other lines of history (`retention_scope`) stay. Nothing goes
+        before this job has saved, and while the end of a preemption is near. With several ranks every rank calls it,
+        and rank 0 removes.
+
+        Args:
+            retention: as for the manager.
+
+        Raises:
+            OptionsError: it says nothing; or a rule fails.
+            FencedError: a newer job has claimed the root; nothing was removed.
+            StorageError: the store could not be asked; each checkpoint is whole or not there, and asking again is safe.
+        """
+        self._refuse_forked()
+        rules = checked_rules(retention)
+        with taking_part(self._part):
+            self._saves.prune(rules)
+
     def named(self, name: str) -> Checkpoint | None:
         """Return the checkpoint that has a name, None if none has.
 

@@ -46,6 +46,7 @@ from cloudckpt.root import (
     Epoch,
     Pin,
     Pruner,
+    RetentionRule,
     Roots,
     committed_as,
     give_name,
@@ -580,6 +581,22 @@ class Saves:
         self._led(f"delete of step {step}", lambda: self._delete(step))
         for home in self.homes:
             home.epoch.forget(step)
+
+    def prune(self, rules: Sequence[RetentionRule]) -> None:
+        """Prune after the newest commit by more rules, on rank 0; raises as `CheckpointManager.prune` does."""
+        self.rest()
+        self._led("prune", partial(self._prune_by, rules))
+
+    def _prune_by(self, rules: Sequence[RetentionRule]) -> None:
+        newest = self.homes[0].epoch.newest
+        if newest is None or not self._may_prune():
+            return
+        home = self._home_of(newest)
+        with self._pruning:
+            try:
+                home.pruner.prune_after(newest, home.epoch.line, go_on=self._may_prune, more=rules)
+            finally:
+                home.pruner.clean()
 
     def pin(self, step: int, note: str) -> Pin:
         """Pin the checkpoint of a step; raises as `CheckpointManager.pin` does."""

@@ -105,6 +105,7 @@ class Pruner:
         epoch: int = 0,
         go_on: Callable[[], bool] = lambda: True,
         until: Deadline = NEVER,
+        more: Sequence[RetentionRule] = (),
     ) -> None:
         """Uncommit what no rule keeps, and what names have moved on from; never the checkpoint just committed.
 
@@ -118,19 +119,27 @@ class Pruner:
             epoch: in which this job writes, if that is not the one of the checkpoint.
             go_on: whether there is time for the next one.
             until: by when it ends, also in the middle of a request.
+            more: rules for this one time; what these keep stays as well as what the job's own do.
         """
         self._until = until
         try:
-            self._prune_after(checkpoint, line, epoch or checkpoint.epoch, go_on)
+            self._prune_after(checkpoint, line, epoch or checkpoint.epoch, go_on, (*self._rules, *more))
             if not epoch:
                 self._catalog.claims.mark_committed(checkpoint.epoch)
         finally:
             self._until = NEVER
 
-    def _prune_after(self, checkpoint: Checkpoint, line: Line, epoch: int, go_on: Callable[[], bool]) -> None:
+    def _prune_after(
+        self,
+        checkpoint: Checkpoint,
+        line: Line,
+        epoch: int,
+        go_on: Callable[[], bool],
+        rules: Sequence[RetentionRule],
+    ) -> None:
         if self.gives_names:
             self._let_go_of_names(checkpoint, line, epoch, go_on)
-        going = self._going(checkpoint, line, epoch)
+        going = self._going(checkpoint, line, epoch, rules)
         is_through, refused = uncommit_each(self._catalog, self._cleaner, going, self._on_pruned, go_on)
         if not is_through:
             return
@@ -169,10 +178,10 @@ class Pruner:
         for error in refused.values():
             raise error
 
-    def _going(self, newest: Checkpoint, line: Line, epoch: int) -> list[Checkpoint]:
+    def _going(self, newest: Checkpoint, line: Line, epoch: int, rules: Sequence[RetentionRule]) -> list[Checkpoint]:
         places = self._catalog.places()
         self._tell_above(places, newest)
-        if not self._rules:
+        if not rules:
             return []
         is_all = self._scope == "root"
         held = [prefix for prefix, order in places.items() if is_all or line.holds(order)]
@@ -181,7 +190,7 @@ class Pruner:
         mine = found if is_all else self._catalog.native(found)
         self._name_others(places.keys() - {one.prefix for one in mine})
         # Our own newest is never in question, even when a newer epoch has checkpoints of its own by now.
-        going = what_goes(self._catalog, self._rules, mine, protected={newest.order}, put_back=self._put_back)
+        going = what_goes(self._catalog, rules, mine, protected={newest.order}, put_back=self._put_back)
         if going:
             # A newer job may be restoring what we would remove.
             self._catalog.claims.fence(epoch)

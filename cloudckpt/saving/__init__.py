@@ -2,7 +2,7 @@
 
 from cloudckpt.saving.background import Background, SaveHandle
 from cloudckpt.saving.lead import PendingSave, PlanMemory, begin_save
-from cloudckpt.saving.output import RankOutput, Record, commit_index, discard, stats_of
+from cloudckpt.saving.output import RankOutput, Record, commit_index, discard, made, stats_of
 from cloudckpt.saving.session import Session
 from cloudckpt.saving.snapshot import expected_shards
 from cloudckpt.saving.source import Source, Staging, chunk_of, is_elsewhere, object_of
@@ -30,6 +30,7 @@ __all__ = [
     "discard",
     "expected_shards",
     "is_elsewhere",
+    "made",
     "object_of",
     "stats_of",
 ]

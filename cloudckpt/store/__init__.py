@@ -4,6 +4,7 @@ A store moves bytes and knows nothing of tensors, steps or ranks. Each backend m
 errors; the one layer around it is the only place that tries again. No cloud library is imported before a URL asks.
 """
 
+from cloudckpt.store.aside import undisturbed
 from cloudckpt.store.assembling import Place, appended, assembled, refuse_beyond_one_put
 from cloudckpt.store.base import Listing, ObjectInfo, Store, is_key
 from cloudckpt.store.limit import LeftBehindError, note_move, one_deadline, told_of_moves, watched
@@ -41,5 +42,6 @@ __all__ = [
     "refuse_beyond_one_put",
     "scrub",
     "told_of_moves",
+    "undisturbed",
     "watched",
 ]

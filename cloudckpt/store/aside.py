@@ -17,7 +17,7 @@ from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeVar
 
-__all__ = ["Aside", "audible_s", "begun", "ended", "in_main", "pinned", "waitable_s"]
+__all__ = ["Aside", "audible_s", "begun", "ended", "in_main", "pinned", "undisturbed", "waitable_s"]
 
 T = TypeVar("T")
 
@@ -74,6 +74,19 @@ def ended(futures: Collection[Future[T]]) -> None:
     """Wait until all have ended, whatever came of them."""
     while wait(futures, timeout=audible_s(threading.TIMEOUT_MAX)).not_done:
         pass
+
+
+def undisturbed(call: Callable[[], T], *, name: str) -> T:
+    """Return what a call returns, on a thread of its own if this is the main one: no signal's handler runs in it.
+
+    Library code that calls back what a handler interrupts may tell that as an error of its own. Who is interrupted
+    while it waits leaves the call behind.
+    """
+    if not in_main():
+        return call()
+    future = begun(call, name=name)
+    ended([future])
+    return future.result()
 
 
 class Aside(ThreadPoolExecutor):

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from cloudckpt.errors import OptionsError
+from cloudckpt.format import shown
 
 __all__ = ["Listing", "ObjectInfo", "Store", "check_delimiter", "check_key", "is_key"]
 
+_KEY_BYTES = 900
 _BAD_SEGMENT = re.compile(r"\A\.{0,2}\Z")
-# A lone surrogate is how Python shows a name on a disk that is no text.
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
+# A backslash is a separator to some stores, a lone surrogate how Python shows a name on a disk that is no text.
+_REFUSED = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,10 +142,17 @@ class Store(Protocol):
 
 def check_key(key: str) -> str:
     """Return `key` if a store may use it; refuse what could leave the root or mean two things."""
-    if not key or len(key.encode("utf-8", "surrogatepass")) > 900 or _CONTROL.search(key):
-        raise OptionsError(f"object key {key!r} is empty, longer than 900 bytes, or has control characters")
+    if not key:
+        raise OptionsError("an object key is empty")
+    if (size_bytes := len(key.encode("utf-8", "surrogatepass"))) > _KEY_BYTES:
+        raise OptionsError(f"object key {shown(key)} has {size_bytes} bytes; choose one of at most {_KEY_BYTES}")
+    if refused := _REFUSED.search(key):
+        raise OptionsError(
+            f"object key {shown(key)} has {refused.group()!r}, which stores refuse or do not all read alike; choose "
+            "one without it"
+        )
     if any(_BAD_SEGMENT.match(segment) for segment in key.split("/")):
-        raise OptionsError(f"object key {key!r} has an empty, '.' or '..' segment")
+        raise OptionsError(f"object key {shown(key)} has an empty, '.' or '..' segment")
     return key
 
 

@@ -291,6 +291,7 @@ def test_quick_benchmark_measures_stock_dcp_in_every_part(target: str, tmp_path:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.usefixtures("forked_measurements")
 def test_quick_benchmark_measures_cloudckpt_on_disk(tmp_path: Path) -> None:
     found = run_command(tmp_path, "--parts", "blocked", "--peers", "cloudckpt", "--target", "local")
     assert [(row["peer"], len(row["runs"][0]["saves"])) for row in found[0]["rows"]] == [("cloudckpt", 2)]

@@ -278,6 +278,7 @@ def test_one_flipped_bit_a_swap_and_a_missing_tensor_are_differences() -> None:
 # ---- the numbers are of real saves ----------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("forked_measurements")
 def test_a_peer_that_does_not_restore_what_was_saved_is_an_error_and_no_number(tmp_path: Path) -> None:
     place = tmp_path / "checkpoint"
     place.mkdir()

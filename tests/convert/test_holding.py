@@ -16,6 +16,7 @@ from cloudckpt import ChecksumError, CloudHFReader, CloudHFWriter, OptionsError
 from cloudckpt.convert.exporting import Kind
 from cloudckpt.convert.holding import MARK, Hold
 from cloudckpt.errors import ConflictError, StorageError
+from cloudckpt.store import RetryingStore
 from servers import FreshPrefix
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -205,6 +206,26 @@ def test_an_interrupt_at_the_end_of_an_export_is_told_that_it_is_whole(
         exported(saved(1), out, to)
     assert failed.value.__notes__ == [f"the export is whole at {target_of(to, out).as_uri()}"]
     assert value_in(out, to) == 1
+
+
+@pytest.mark.parametrize("late", ["_remove_old", "_let_go", "close"])
+def test_an_interrupt_after_the_last_file_is_told_that_the_export_is_whole(
+    late: str, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of, out = RetryingStore if late == "close" else Hold, tmp_path / "out"
+    call, todo = getattr(of, late), [KeyboardInterrupt()]
+
+    def interrupted(self: object, *args: object) -> None:
+        if todo and (out / "x.pt").exists():
+            raise todo.pop()
+        call(self, *args)
+
+    url = saved(1)
+    monkeypatch.setattr(of, late, interrupted)
+    with pytest.raises(KeyboardInterrupt) as failed:
+        exported(url, out, "torch")
+    assert failed.value.__notes__ == [f"the export is whole at {(out / 'x.pt').as_uri()}"]
+    assert list(files(out)) == ["x.pt"]
 
 
 def test_another_programs_file_that_came_meanwhile_is_not_replaced(

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import struct
 import zipfile
 from collections.abc import Callable
@@ -369,6 +370,48 @@ def test_a_pickle_that_is_no_pickle_is_refused() -> None:
     for data in (b"", b"\x80\x04", b"garbage", b"\x80\x04\x95\xff\xff\xff\xff\xff\xff\xff\x7f", b"Vx\n" * 10 + b"."):
         with pytest.raises(SourceError):
             decode_metadata(data)
+
+
+def pipe(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def listening(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+@pytest.mark.parametrize("make", [pipe, listening])
+@pytest.mark.parametrize("name", ["x.pt", "d/.metadata", "d/model.safetensors", "d/a.safetensors"])
+def test_what_is_no_regular_file_is_no_source(
+    make: Callable[[Path], None], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a socket's name is short
+    Path(name).parent.mkdir(exist_ok=True)
+    make(Path(name))
+    if name.endswith("/a.safetensors"):
+        Path("d/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))
+    with pytest.raises(SourceError, match="is no regular file") as refused:
+        cloudckpt.import_(name.split("/", maxsplit=1)[0], tmp_path / "out", progress="off")
+    assert refused.value.key == Path(name).name
+
+
+@pytest.mark.parametrize("file", ["a" * 5000, "a\0b", "a\nb"])
+def test_a_name_that_no_file_can_have_is_named_in_short(file: str, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": file}}))
+    change_metadata(folder, moved(relative_path=file))
+    for source in (tmp_path, folder):
+        with pytest.raises(SourceError, match="is no name of a file") as refused:
+            cloudckpt.import_(source, tmp_path / "out", progress="off")
+        assert refused.value.key == file
+        assert len(str(refused.value)) < 1000
+
+
+def test_names_that_clash_are_the_sources_fault(tmp_path: Path) -> None:
+    torch.save({"d": {0: torch.ones(1), "0": torch.zeros(1)}}, tmp_path / "x.pt")
+    with pytest.raises(SourceError, match=r"'x\.pt' cannot be a checkpoint: two entries .* named 'd\.0'") as refused:
+        cloudckpt.import_(tmp_path / "x.pt", tmp_path / "out", progress="off")
+    assert refused.value.key == "x.pt"
 
 
 def test_a_folder_of_nothing_is_refused_with_what_it_holds(tmp_path: Path) -> None:

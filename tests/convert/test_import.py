@@ -21,8 +21,8 @@ from torch.distributed import checkpoint as dcp
 
 import cloudckpt
 from cloudckpt import CheckpointExistsError, CheckpointManager, Options, OptionsError, SourceError
-from cloudckpt.convert import from_torch, importing
-from cloudckpt.store import RetryingStore
+from cloudckpt.convert import blob, from_torch, importing
+from cloudckpt.store import RetryingStore, open_store
 from tests.convert.alike import assert_alike, of_every_dtype, training
 
 pytestmark = [
@@ -283,3 +283,51 @@ def test_an_interrupt_removes_what_is_still_being_put_or_says_that_it_may_stay(
         assert list((tmp_path / "out").rglob("*.safetensors*")) == []
     elif step is not None:
         assert f"cloudckpt sweep {(tmp_path / 'out').as_uri()}" in note
+
+
+def test_an_interrupt_while_pytorch_reads_is_no_broken_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"w": torch.arange(100)}, tmp_path / "x.pt")
+    calls, at, load, armed = 0, 0, torch.load, None
+
+    def interrupting(name: str) -> None:
+        call = vars(blob._Raw).get(name) or vars(blob.SizedFile)[name]
+
+        def called(raw: blob._Raw, *args: Any) -> object:
+            nonlocal calls, armed
+            calls += raw is armed
+            if raw is armed and calls == at:
+                armed = None
+                signal.raise_signal(signal.SIGINT)
+            return call(raw, *args)
+
+        monkeypatch.setattr(blob._Raw, name, called, raising=False)
+
+    def loading(file: Any, **kwargs: Any) -> object:
+        nonlocal calls, armed
+        calls, armed = 0, file.raw
+        return load(file, **kwargs)
+
+    for name in ("readinto", "seek", "tell"):
+        interrupting(name)
+    monkeypatch.setattr(torch, "load", loading)
+    with open_store(tmp_path) as store:
+        source = blob.Blob.of(store, "x.pt")
+        from_torch.Archive.open(source)
+        for at in range(1, calls + 1):  # noqa: B007
+            with pytest.raises(KeyboardInterrupt):
+                from_torch.Archive.open(source)
+
+
+def test_an_interrupt_after_the_commit_is_told_that_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"w": torch.arange(100)}, tmp_path / "x.pt")
+    close, todo = RetryingStore.close, [KeyboardInterrupt()]
+
+    def interrupted(store: RetryingStore) -> None:
+        close(store)
+        if todo:
+            raise todo.pop()
+
+    monkeypatch.setattr(RetryingStore, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        imported(tmp_path / "x.pt", tmp_path / "out")
+    assert raised.value.__notes__ == [f"{(tmp_path / 'out').as_uri()} is committed"]

@@ -139,6 +139,12 @@ def test_a_folder_of_a_root_that_is_none_of_its_own_takes_an_export(root: Path) 
         exported(root, root, to="dcp")
 
 
+def test_a_prefix_that_is_all_of_a_name_is_told_as_that(tmp_path: Path) -> None:
+    url = cloudckpt.save({"model": {"": torch.ones(3)}}, tmp_path / "own", progress="off").url
+    with pytest.raises(OptionsError, match=r"only 'model\.' itself begins with that prefix"):
+        cloudckpt.export(url, tmp_path / "x.safetensors", to="safetensors", prefix="model.", progress="off")
+
+
 def test_an_export_of_one_file_looks_at_no_other_name(
     own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -173,3 +173,28 @@ def test_of_many_writes_cut_off_one_after_the_other_none_hides_the_file_that_is_
     clients.append(FaultStore(bucket))
     with cloudckpt.open("memory://bucket/f") as reader:
         assert reader.read() == bucket.raw_get("f") == b"first"
+
+
+def test_an_interrupt_of_a_read_is_told_as_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with cloudckpt.open(tmp_path / "x.pt", "wb") as file:
+        torch.save(state_of(1.0), file)
+    block, reads = plain._Reading._block, 0
+
+    def interrupted(reading: plain._Reading, number: int) -> memoryview:
+        nonlocal reads
+        reads += 1
+        if reads == at:
+            raise KeyboardInterrupt
+        return block(reading, number)
+
+    def load() -> None:
+        with cloudckpt.open(tmp_path / "x.pt") as reader:
+            torch.load(reader)
+
+    monkeypatch.setattr(plain._Reading, "_block", interrupted)
+    at = 0
+    load()
+    for at in range(1, reads + 1):  # noqa: B007 (PyTorch's reader passes some over, or tells a closed file)
+        reads = 0
+        with pytest.raises(KeyboardInterrupt):
+            load()

@@ -31,10 +31,11 @@ from cloudckpt import (
     StorageError,
 )
 from cloudckpt.copying import copier
+from cloudckpt.copying.copier import Copier
 from cloudckpt.copying.lead import Selection, copy_places
 from cloudckpt.copying.places import Place
 from cloudckpt.format import MANIFEST_NAME, parse_pin_key
-from cloudckpt.root import Catalog, sweep
+from cloudckpt.root import Catalog, Checkpoint, sweep
 from cloudckpt.store import RetryingStore, open_store, told_of_moves
 from cloudckpt.store.local import LocalStore
 from cloudckpt.store.probe import _proven
@@ -465,6 +466,21 @@ def test_an_interrupt_says_what_was_done(made: Path) -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         run(FaultStore(bucket_of(made)), target)
     assert "1 of 3 checkpoints are in the target" in "".join(caught.value.__notes__)
+
+
+def test_an_interrupt_right_after_a_commit_counts_it(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = Copier.copy
+
+    def interrupted(copier: Copier, checkpoint: Checkpoint, prefix: str, *, is_there: bool) -> Copied:
+        made = copied(copier, checkpoint, prefix, is_there=is_there)
+        if prefix.startswith(prefix_of(2)):
+            raise KeyboardInterrupt
+        return made
+
+    monkeypatch.setattr(Copier, "copy", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(FaultStore(bucket_of(made)), FaultStore(Bucket(), url=TARGET))
+    assert "2 of 3 checkpoints are in the target" in "".join(caught.value.__notes__)
 
 
 def test_half_a_copy_goes_with_the_usual_sweep_of_the_target(made: Path) -> None:

@@ -89,6 +89,33 @@ def test_automatic_naming_counts_on_after_a_restore_and_keeps_total_limit(tmp_pa
         assert manager.all_steps() == [2, 3]
 
 
+def numbering(limit: int) -> tuple[Accelerator, nn.Module]:
+    project = ProjectConfiguration(automatic_checkpoint_naming=True, total_limit=limit)
+    return prepared(project_config=project)[:2]
+
+
+def test_total_limit_never_removes_what_was_just_saved_in_place_of_an_older_line_of_history(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):  # the second job loads nothing, and counts from 0 again
+        accelerator, model = numbering(1)
+        with CheckpointManager(tmp_path) as manager:
+            torch.nn.init.constant_(model.weight, value)
+            save_state(accelerator, manager)
+            assert [one.order for one in manager.checkpoints()] == [(epoch, 0) for epoch in range(1, int(value) + 1)]
+            torch.nn.init.zeros_(model.weight)
+            load_state(accelerator, manager)
+        assert model.weight[0, 0].item() == value
+
+
+def test_total_limit_passes_over_what_is_pinned(tmp_path: Path) -> None:
+    accelerator, _ = numbering(1)
+    with CheckpointManager(tmp_path) as manager:
+        save_state(accelerator, manager)
+        manager.pin(0)
+        for _ in range(3):
+            save_state(accelerator, manager)
+        assert manager.all_steps() == [0, 3]
+
+
 def test_the_number_is_taken_again_after_a_save_that_failed(tmp_path: Path) -> None:
     accelerator, _, counter = prepared(project_config=ProjectConfiguration(automatic_checkpoint_naming=True))
     with CheckpointManager(tmp_path) as manager:

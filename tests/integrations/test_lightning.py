@@ -314,7 +314,7 @@ def test_a_file_of_torch_save_is_loaded_and_removed_as_ever(here: Path, root: st
 def test_a_path_without_a_checkpoint_is_named_with_those_that_there_are(here: Path, root: str) -> None:
     io = CloudCheckpointIO(root)
     io.save_checkpoint({"a": 1}, "runs/x.ckpt")
-    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint runs/y.ckpt in .*; saved there: runs/x.ckpt"):
+    with pytest.raises(CheckpointNotFoundError, match=r"^Checkpoint file not found: runs/y.ckpt .*there: runs/x.ckpt"):
         io.load_checkpoint("runs/y.ckpt")
     assert io.load_checkpoint(f"{io.url}/runs/x.ckpt") == {"a": 1}
 

@@ -1,8 +1,8 @@
 """What some ranks saved in one layout, other ranks restore in another, every tensor bit for bit.
 
 A cell of the table is named by both ends: `fsdp2x4-to-ddpx2`. `single` is a process without any process group.
-The default run takes one target of each source; `pytest -m slow` takes the rest of a diagonal, and every source for
-each target.
+The default run takes one target of a source or two of each layout; `pytest -m slow` takes the rest of a diagonal, and
+every source for each target.
 """
 
 from __future__ import annotations
@@ -74,6 +74,10 @@ DIAGONAL = {
 }
 
 
+# Rows whose layout has another one on another number of ranks: all of them are slow.
+TWINS = ("fsdp2x1", "fsdp2x2", "hsdpx4", "tpx1", "tpx2", "2dx2")
+
+
 def _corner(name: str) -> Corner:
     layout, _, size = name.rpartition("x")
     return (layout, int(size)) if layout else (name, 1)
@@ -93,7 +97,12 @@ def cells(*names: str, slow: Collection[str] = ()) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("source", "target"), found)
 
 
-SOURCES = [_corner(name) for name in DIAGONAL]
+CELLS = [f"{source}-to-{target}" for source, targets in DIAGONAL.items() for target in targets.split()]
+FIRST = [f"{source}-to-{targets.split()[0]}" for source, targets in DIAGONAL.items() if source not in TWINS]
+sources = pytest.mark.parametrize(
+    "source",
+    [pytest.param(_corner(name), id=name, marks=[pytest.mark.slow] if name in TWINS else []) for name in DIAGONAL],
+)
 
 
 # -- what the ranks do -------------------------------------------------------------------------------------------
@@ -201,10 +210,7 @@ def test_the_reference_has_state_that_a_mistake_would_change() -> None:
     assert {tuple(tensor.shape)[:1] for tensor in wanted.tensors.values()} == {(5,), (7,), (1,), (3,), (6,), ()}
 
 
-@cells(
-    *(f"{source}-to-{targets.split()[0]}" for source, targets in DIAGONAL.items()),
-    slow=[f"{source}-to-{target}" for source, targets in DIAGONAL.items() for target in targets.split()[1:]],
-)
+@cells(*FIRST, slow=[cell for cell in CELLS if cell not in FIRST])
 def test_a_state_is_restored_bit_for_bit(saved: Saved, source: Corner, target: Corner) -> None:
     assert on(target, restore, saved(source)) == [[]] * target[1]
 
@@ -217,7 +223,7 @@ def test_a_state_is_restored_bit_for_bit_from_every_source(saved: Saved, target:
     assert on(target, restore_each, urls, timeout_s=600) == [{}] * target[1]
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=map(_name, SOURCES))
+@sources
 def test_read_gives_the_full_state_without_a_process_group(saved: Saved, source: Corner) -> None:
     found: State = cloudckpt.read(saved(source))
     state = {name.removeprefix("model."): part for name, part in found["optimizer"]["state"].items()}
@@ -279,7 +285,7 @@ def bytes_of(wanted: Reference, values: State) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=map(_name, SOURCES))
+@sources
 def test_every_chunk_is_written_once_by_one_rank(saved: Saved, source: Corner) -> None:
     chunks = [chunk for of_rank in chunks_by_rank(saved(source)).values() for chunk in of_rank]
     # An empty part of a tensor may be there on many ranks.

@@ -109,6 +109,25 @@ def test_with_a_fallback_the_root_that_holds_the_step_holds_its_pin(tmp_path: Pa
         assert manager.unpin(1) == made
 
 
+def test_rules_given_once_remove_what_neither_they_nor_the_managers_own_keep(tmp_path: Path) -> None:
+    with opened(tmp_path) as manager:
+        save_steps(manager, 9)  # another line of history
+    with opened(tmp_path, retention=KeepEvery(steps=2), retention_scope="line") as manager:
+        manager.prune(1)
+        assert manager.all_steps() == [9]
+        save_steps(manager, 1, 2, 3)
+        manager.pin(3)
+        save_steps(manager, 4, 5)
+        manager.prune(KeepLast(1))
+        assert [one.order for one in manager.checkpoints()] == [(1, 9), (2, 2), (2, 3), (2, 4), (2, 5)]
+    with opened(tmp_path) as manager:
+        save_steps(manager, 1, 2, 3)
+        manager.prune([KeepLast(2)])
+        assert [step for epoch, step in (one.order for one in manager.checkpoints()) if epoch == 3] == [2, 3]
+        with pytest.raises(OptionsError, match="retention"):
+            manager.prune("2")
+
+
 def test_a_manager_that_is_closed_pins_nothing(tmp_path: Path) -> None:
     with opened(tmp_path) as manager:
         save_steps(manager, 1)

@@ -29,13 +29,14 @@ def backend_on(server: S3Server, engine: str, **more: Any) -> Backend:
 
 def clear(server: S3Server, prefix: str) -> None:
     """Remove all objects, and the directories that SeaweedFS keeps listing for a while after its last object."""
-    for url in server.raw_list(prefix):
-        server.raw_delete(url)
     bucket, _, start = prefix.removeprefix("s3://").partition("/")
-    remove_directories(server, bucket, directories(server, bucket, start))
+    remove(server, bucket, [url.removeprefix(f"s3://{bucket}/") for url in server.raw_list(prefix)])
+    if not (found := directories(server, bucket, start)):
+        return
+    remove(server, bucket, found)
     for below in directories(server, bucket, start):  # those with others in them
         clear(server, f"s3://{bucket}/{below}")
-        remove_directories(server, bucket, [below])
+        remove(server, bucket, [below])
 
 
 def directories(server: S3Server, bucket: str, start: str) -> list[str]:
@@ -43,7 +44,7 @@ def directories(server: S3Server, bucket: str, start: str) -> list[str]:
     return [found["Prefix"] for page in pages for found in page.get("CommonPrefixes", ())]
 
 
-def remove_directories(server: S3Server, bucket: str, keys: list[str]) -> None:
+def remove(server: S3Server, bucket: str, keys: list[str]) -> None:
     for first in range(0, len(keys), 1000):
         objects = [{"Key": key} for key in keys[first : first + 1000]]
         server.client.delete_objects(Bucket=bucket, Delete={"Objects": objects})

@@ -123,6 +123,23 @@ def test_a_package_is_needed_only_where_its_store_is_used(
 
 
 @pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("runs\\7", r"has '\\\\', which"),
+        ("runs\n7", r"has '\\n', which"),
+        ("runs\udcff", r"has '\\udcff', which"),
+        ("x" * 901, "has 901 bytes; choose one of at most 900"),
+        ("é" * 451, "has 902 bytes"),
+    ],
+    ids=["backslash", "line feed", "no text", "long", "long in bytes"],
+)
+@pytest.mark.parametrize("engine", ["auto", "fsspec"])
+def test_a_refused_place_is_told_by_what_is_wrong_with_it(place: str, message: str, engine: str) -> None:
+    with pytest.raises(OptionsError, match=message):
+        open_store(f"s3://bucket/{place}", engine=engine)
+
+
+@pytest.mark.parametrize(
     ("url", "message"),
     [
         (f"s3://AKIA:{SECRET}@bucket/run", "a password"),
