@@ -27,20 +27,26 @@ from __future__ import annotations
 
 import logging
 import os
+import pickletools
 import secrets
 import signal
 import sys
 import threading
+import zipfile
+import zlib
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from cloudckpt import (
     Checkpoint,
@@ -84,7 +90,6 @@ with framework(_PACKAGE, lowest="2.6.6", extra="lightning"):
 
 _NOTE = "lightning"
 """Where a checkpoint says what it is to Lightning: in the metadata its path, in the state of a strategy the rest."""
-_MARK = f"{__name__}.".encode()
 _STUB_BYTES = 8192
 _GENERATORS = "CloudRandomState"
 
@@ -378,7 +383,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
         self._settle()
         self._places = None
         saved = self._saved()
-        own, end = saved.get(place), _end_of(place)
+        own, end = saved.get(place), self._end_of(place)
         if end is None or (own is not None and not self._is_led_on(place, own)):
             return own
         if own is not None:
@@ -387,9 +392,17 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
             )
         return saved.get(end)
 
+    def _end_of(self, place: Path) -> Path | None:
+        """Return where a link leads, or a stub that was copied there, as Lightning does where it can make no links."""
+        if place.is_symlink():
+            return Path(os.path.realpath(place))
+        root, name = _named_by(place) or ("", "")
+        end = self._place_of(name)
+        return end if root == self.url and end != place else None
+
     def _is_led_on(self, place: Path, own: Checkpoint) -> bool:
         """Tell whether a path was made to lead elsewhere after a checkpoint was saved there."""
-        if (end := _end_of(place)) is None:
+        if (end := self._end_of(place)) is None:
             return False
         linked = self._saved().get(end)
         if linked is not None and (linked.epoch, linked.step) > (own.epoch, own.step):
@@ -518,7 +531,9 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
         )
         for directory in {place.parent for place in inside}:
             for place in directory.glob("*.ckpt"):
-                if place not in saved and not place.is_symlink() and _is_stub(place, self.url):
+                if place.is_symlink() or (named := _named_by(place)) is None:
+                    continue
+                if named[0] == self.url and self._place_of(named[1]) not in saved:
                     _take_away(place)
         if outside := sorted(str(place) for place in saved.keys() - inside.keys()):
             logger.warning(
@@ -549,18 +564,29 @@ def _take_away(place: Path) -> None:
         logger.warning("the stub %s could not be removed (%s); its checkpoint is gone from the root", place, exc)
 
 
-def _end_of(place: Path) -> Path | None:
-    """Return where a link leads; None for what is none."""
-    return Path(os.path.realpath(place)) if place.is_symlink() else None
-
-
-def _is_stub(place: Path, root: str = "") -> bool:
-    """Tell whether a file is one of ours; it is small, and holds the name of what it calls as it is."""
-    with suppress(OSError):
+def _named_by(place: Path) -> tuple[str, str] | None:
+    """Return the root and the name that a stub stands for; None for any other file. Runs nothing that is in it."""
+    with suppress(OSError, ValueError, RuntimeError, LookupError, EOFError, zipfile.BadZipFile, zlib.error):
         if place.is_file() and place.stat().st_size <= _STUB_BYTES:
-            data = place.read_bytes()
-            return _MARK[:-1] in data and root.encode() in data
-    return False
+            with zipfile.ZipFile(place) as file:
+                (member,) = (one for one in file.infolist() if one.filename.endswith("/data.pkl"))
+                if member.file_size > _STUB_BYTES:
+                    return None
+                operations = [(one.name, argument) for one, argument, _ in pickletools.genops(file.read(member))]
+            words = [one for one in operations if one[0] not in ("PROTO", "BINPUT")]
+            (_, root), (_, name) = words[1:3]
+            if words == [
+                ("GLOBAL", f"{__name__} {opened.__name__}"),
+                ("BINUNICODE", root),
+                ("BINUNICODE", name),
+                *((one, None) for one in ("TUPLE2", "REDUCE", "STOP")),
+            ]:
+                return str(root), str(name)
+    return None
+
+
+def _is_stub(place: Path) -> bool:
+    return _named_by(place) is not None
 
 
 def _dict_of(value: object) -> dict[str, Any]:
@@ -600,19 +626,20 @@ def _refuse_objects(checkpoint: Mapping[str, Any]) -> None:
 
 
 def _moved(value: Any, where: Any) -> Any:
-    """Return a value with its tensors on another device."""
+    """Return a value with its tensors on another device, in whatever containers a checkpoint can hold."""
     if where is None:
         return value
     if not isinstance(where, str | int | torch.device):
         raise OptionsError(f"map_location is {where!r}; give a device")
-    if isinstance(value, torch.Tensor):
-        return value.to(where)
-    if isinstance(value, dict):
-        for key in value:
-            value[key] = _moved(value[key], where)
-    elif isinstance(value, list):
-        value[:] = [_moved(child, where) for child in value]
-    return value
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.to(where)
+        if isinstance(leaf, Namespace | SimpleNamespace):  # hyper-parameters; to torch a leaf
+            leaf.__dict__.update(tree_map(move, leaf.__dict__))
+        return leaf
+
+    return tree_map(move, value)
 
 
 class _Together:

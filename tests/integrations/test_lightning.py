@@ -7,7 +7,9 @@ import pickle
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from argparse import Namespace
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -587,3 +589,56 @@ def test_a_name_as_long_as_a_file_may_have_gets_its_stub(here: Path, root: str) 
     CloudCheckpointIO(root).save_checkpoint(numbered(1), name)
     assert torch.load(here / name)["global_step"] == 1
     assert [path.name for path in here.iterdir()] == [name]
+
+
+def test_a_root_takes_no_stub_of_one_whose_name_begins_alike(here: Path, root: str) -> None:
+    longer = CloudCheckpointIO(f"{root}0")
+    longer.save_checkpoint(numbered(10), "checkpoints/ten.ckpt")
+    CloudCheckpointIO(root).save_checkpoint(numbered(1), f"checkpoints/{Path(root).name}0.ckpt")
+    CloudCheckpointIO(root)
+    assert torch.load(here / "checkpoints" / "ten.ckpt")["global_step"] == 10
+
+
+def test_a_file_that_only_names_what_a_stub_calls_is_none(here: Path, root: str) -> None:
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(numbered(1), "one.ckpt")
+    words = f"cloudckpt.integrations.lightning opened {io.url}"
+    torch.save({"note": words}, here / "note.ckpt")
+    (here / "text.ckpt").write_text(words)
+    (here / "cut.ckpt").write_bytes((here / "one.ckpt").read_bytes()[:-30])
+    CloudCheckpointIO(root)
+    assert torch.load(here / "note.ckpt") == {"note": words}
+    assert sorted(path.name for path in here.iterdir()) == ["cut.ckpt", "note.ckpt", "one.ckpt", "text.ckpt"]
+
+
+def test_a_stub_that_was_copied_means_what_it_names(here: Path, root: str) -> None:
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(numbered(1), "last.ckpt")
+    io.save_checkpoint(numbered(2), "two.ckpt")
+    # As Lightning does where links cannot be made.
+    for name in ("last.ckpt", "copy.ckpt"):
+        shutil.copy(here / "two.ckpt", here / name)
+    again = CloudCheckpointIO(root)
+    for name in ("last.ckpt", "copy.ckpt"):
+        assert step_of(again, name) == torch.load(here / name)["global_step"] == 2
+
+
+def test_tensors_in_every_container_come_to_the_device(here: Path, root: str) -> None:
+    def containers() -> Iterator[tuple[str, Any]]:
+        one = torch.ones(1)
+        yield from {
+            "tuple": (one, [one, (one,)]),
+            "ordered": OrderedDict(a=(one,)),
+            "defaultdict": defaultdict(list, a=[one]),
+            "deque": deque([one, (one,)], maxlen=3),
+            "namespace": Namespace(a=(one, Namespace(b=one)), c=1),
+            "keys": {(1, 2): one},
+        }.items()
+
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(dict(containers()), "x.ckpt")
+    read, moved = io.load_checkpoint("x.ckpt"), io.load_checkpoint("x.ckpt", map_location="meta")
+    assert str(moved).count("device='meta'") == str(read).count("tensor(") == 10
+    for name, value in containers():
+        assert type(moved[name]) is type(value)
+    assert moved["deque"].maxlen == 3
