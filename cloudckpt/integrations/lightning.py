@@ -476,7 +476,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
 
     def _delete(self, one: Checkpoint) -> None:
         try:
-            self.manager().delete(one.step)
+            self.manager().remove(one)
         except PinnedError as exc:
             logger.warning("%s stays: %s", one.url, exc)
         except CheckpointNotFoundError:

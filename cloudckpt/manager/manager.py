@@ -513,8 +513,9 @@ class CheckpointManager:
     def begin_anew(self) -> None:
         """Let the next save begin a line of history of its own, as in a job that has restored nothing.
 
-        For a second training in one process: its steps may be those of the first, whose checkpoints stay, as other
-        lines do. A save under way is waited for. With several ranks every rank calls it. No request.
+        For a second training in one process: its steps may be those of the first. What that has saved is this job's
+        still, and older, so that rules of the manager let it go first. A save under way is waited for. With several
+        ranks every rank calls it. No request.
 
         Raises:
             OptionsError: the manager is closed, or another process's.
