@@ -114,6 +114,8 @@ def test_a_damaged_file_is_an_error_and_what_stood_there_stays(tmp_path: Path) -
         ({"../a": b""}, OptionsError, "can be no path"),
         ({"/a": b""}, OptionsError, "can be no path"),
         ({"": b""}, OptionsError, "can be no path"),
+        ({"a": b"", "a/b/c": b""}, OptionsError, "'a' is a file, and the folder of 'a/b/c'"),
+        ({"a/" + "é" * 128: b""}, OptionsError, "has 256 bytes, and no disk"),
         ({"a": 3}, OptionsError, "is a int"),
         ({3: b""}, OptionsError, "files names 3"),
         (["a"], OptionsError, "files is a list"),

@@ -157,6 +157,14 @@ class _FileWriter:
         """Return False."""
         return False
 
+    def read(self, _size: int = -1) -> bytes:
+        """Raise `io.UnsupportedOperation`; it is here because NumPy takes what has no `read` for a path."""
+        raise io.UnsupportedOperation("not readable: it was opened by 'wb'")
+
+    def seek(self, _offset: int, _whence: int = 0) -> int:
+        """Raise `io.UnsupportedOperation`: what writes archives asks, and writes in order then."""
+        raise io.UnsupportedOperation("not seekable: it is written in order")
+
     def tell(self) -> int:
         """Return how many bytes were written."""
         return self._size_bytes
@@ -202,7 +210,8 @@ class _FileWriter:
         """Put the file where it belongs; nothing if it is closed already.
 
         Raises:
-            StorageError: it could not be written; what was there is there still.
+            StorageError: it could not be written; what was there is there still. In the place of a file without sums
+                the new one may be there, without sums as well.
         """
         if not self._is_open:
             return
@@ -212,12 +221,15 @@ class _FileWriter:
         with self._stack:
             try:
                 before = _contents_of(self._store, self._key)
-                self._put_sums(mine, *(one for one in before if one != mine))
+                # A file without sums has none to be told beside the new ones, which would call it damaged.
+                is_foreign = before is None and _is_there(self._store, self._key)
+                if not is_foreign:
+                    self._put_sums(mine, *(one for one in before or () if one != mine))
             except BaseException as exc:
                 self._object.__exit__(type(exc), exc, exc.__traceback__)
                 raise
             self._object.__exit__(None, None, None)
-            if before:
+            if before or is_foreign:
                 self._put_sums(mine)
 
     def _put_sums(self, *contents: FileSums) -> None:
@@ -247,14 +259,24 @@ class _DiscardedError(Exception):
     """What ends a file that is not to be."""
 
 
-def _contents_of(store: RetryingStore, key: str) -> tuple[FileSums, ...]:
+def _is_there(store: RetryingStore, key: str) -> bool:
+    try:
+        store.head(key)
+    except ObjectNotFoundError:
+        return False
+    return True
+
+
+def _contents_of(store: RetryingStore, key: str) -> tuple[FileSums, ...] | None:
     """Return what a file that is to be replaced may be; of many, cut off one after the other, the one that it is.
 
-    Sums that cannot be read say nothing: the file is replaced all the same.
+    None where no sums are. Sums that cannot be read say nothing: the file is replaced all the same.
     """
     try:
         contents = SumsRecord.decode(store.read(key + SUMS_SUFFIX, limit_bytes=SUMS_LIMIT_BYTES), key=key).contents
-    except (ObjectNotFoundError, ManifestError):
+    except ObjectNotFoundError:
+        return None
+    except ManifestError:
         return ()
     if len(contents) < _CONTENTS_LIMIT:
         return contents

@@ -27,19 +27,26 @@ from __future__ import annotations
 
 import logging
 import os
+import pickletools
 import secrets
 import signal
 import sys
 import threading
+import zipfile
+import zlib
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from cloudckpt import (
     Checkpoint,
@@ -83,7 +90,6 @@ with framework(_PACKAGE, lowest="2.6.6", extra="lightning"):
 
 _NOTE = "lightning"
 """Where a checkpoint says what it is to Lightning: in the metadata its path, in the state of a strategy the rest."""
-_MARK = f"{__name__}.".encode()
 _STUB_BYTES = 8192
 _GENERATORS = "CloudRandomState"
 
@@ -169,7 +175,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
             OptionsError: an argument of another kind.
             StorageError: the root could not be listed.
         """
-        self._base = Path(local).absolute()
+        self._base = Path(os.path.realpath(local))
         self._background = background
         self._given: dict[str, Any] = {
             "url": url,
@@ -279,7 +285,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
         # A number of its own for each: Lightning saves one step under several paths.
         number, self._next = self._next, self._next + 1
         counts = {key: about[key] for key in ("epoch", "global_step") if type(about.get(key)) is int}
-        note = {_NOTE: {"path": self._name(place), "is_of_strategy": ranks == "all", **counts}}
+        note = {_NOTE: {"path": self._name(path), "is_of_strategy": ranks == "all", **counts}}
         if self._background:
             self._pending = manager.async_save(number, state, counts, note), place
             return
@@ -330,7 +336,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
         self._older = [(other, one) for other, one in self._older if other != place]
         self._saved().pop(place, None)
         if place.is_symlink() or _is_stub(place):
-            place.unlink(missing_ok=True)
+            _take_away(place)
         elif place.exists():
             super().remove_checkpoint(place)
 
@@ -350,7 +356,9 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
     # -- paths and checkpoints ---------------------------------------------------------------------------------
 
     def place(self, path: str | os.PathLike[str]) -> Path:
-        """Return the local path, absolute, that a path of Lightning's or a URL below the root means.
+        """Return the local path that a path of Lightning's or a URL below the root means: one for each file.
+
+        It is absolute, and its folder has no links: Lightning itself spells one file now with them and now without.
 
         Raises:
             OptionsError: a URL outside of the root.
@@ -361,15 +369,46 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
             if inside == text:
                 raise OptionsError(f"{text} is not below {self.url}, the root of this CloudCheckpointIO")
             text = inside
-        return Path(os.path.normpath(self._base / text))
+        return self._place_of(text)
+
+    def _place_of(self, name: str | os.PathLike[str]) -> Path:
+        path = self._base / name
+        return Path(os.path.realpath(path.parent)) / path.name
 
     def find(self, place: Path) -> Checkpoint | None:
-        """Return the checkpoint that was saved last under a path, or under the one that it links to; asks the root."""
+        """Return the checkpoint that a path means now, asking the root: what was saved there last, or is linked since.
+
+        A link is of this machine alone; on another one the path means what was saved there last.
+        """
         self._settle()
         self._places = None
         saved = self._saved()
-        linked = place.parent / place.readlink() if place.is_symlink() else place
-        return saved.get(place) or saved.get(Path(os.path.normpath(linked)))
+        own, end = saved.get(place), self._end_of(place)
+        if end is None or (own is not None and not self._is_led_on(place, own)):
+            return own
+        if own is not None:
+            logger.warning(
+                "%s leads to %s on this machine alone; on others it is step %s of %s", place, end, own.step, self.url
+            )
+        return saved.get(end)
+
+    def _end_of(self, place: Path) -> Path | None:
+        """Return where a link leads, or a stub that was copied there, as Lightning does where it can make no links."""
+        if place.is_symlink():
+            return Path(os.path.realpath(place))
+        root, name = _named_by(place) or ("", "")
+        end = self._place_of(name)
+        return end if root == self.url and end != place else None
+
+    def _is_led_on(self, place: Path, own: Checkpoint) -> bool:
+        """Tell whether a path was made to lead elsewhere after a checkpoint was saved there."""
+        if (end := self._end_of(place)) is None:
+            return False
+        linked = self._saved().get(end)
+        if linked is not None and (linked.epoch, linked.step) > (own.epoch, own.step):
+            return True
+        # A link to what is older: a person's, or from before another machine saved here. Only the clock tells.
+        return place.lstat().st_mtime > own.created_at.timestamp()
 
     def _place_to_save(self, path: str | os.PathLike[str]) -> Path:
         if "://" in os.fspath(path):
@@ -382,8 +421,16 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
             raise IsADirectoryError(f"{place} is a directory, as FSDP leaves one; save under another name")
         return place
 
-    def _name(self, place: Path) -> str:
-        return (place.relative_to(self._base) if place.is_relative_to(self._base) else place).as_posix()
+    def _name(self, path: str | os.PathLike[str]) -> str:
+        """Return what a path is called in the root: relative to the local folder, for other machines, if it is below.
+
+        A link of this machine stays in the name: on another one there may be a folder, or a link that leads elsewhere.
+        """
+        place = self._place_of(path)
+        for one in (Path(os.path.normpath(self._base / path)), place):
+            if one.is_relative_to(self._base) and self._place_of(one) == place:
+                return one.relative_to(self._base).as_posix()
+        return place.as_posix()
 
     def _saved(self) -> dict[Path, Checkpoint]:
         """Return path → its newest checkpoint; listed once by a job that saves, which is the only one that does."""
@@ -392,7 +439,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
             for one in self.manager().checkpoints():
                 self._next = max(self._next, one.step + 1)
                 if (name := _path_of(one)) is not None:
-                    self._take(self.place(name), one)
+                    self._take(self._place_of(name), one)
         return self._places
 
     def _take(self, place: Path, one: Checkpoint) -> None:
@@ -404,7 +451,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
 
     def not_found(self, place: Path) -> CheckpointNotFoundError:
         """Return the error that says what is saved instead."""
-        names = ", ".join(sorted(map(self._name, self._saved()))) or "nothing"
+        names = ", ".join(sorted(filter(None, map(_path_of, self._saved().values())))) or "nothing"
         # Begun in Lightning's own words, which programs and its tests look for.
         return CheckpointNotFoundError(
             f"Checkpoint file not found: {self._name(place)} is not in {self.url}; saved there: {names}"
@@ -420,7 +467,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
 
     def _committed(self, saved: Checkpoint, place: Path) -> None:
         self._take(place, saved)
-        self._lay(place, saved)
+        self._lay_each({place: saved})
         # Also what a process left that was killed just here.
         for other, one in self._older:
             if other == place:
@@ -429,7 +476,7 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
 
     def _delete(self, one: Checkpoint) -> None:
         try:
-            self.manager().delete(one.step)
+            self.manager().remove(one)
         except PinnedError as exc:
             logger.warning("%s stays: %s", one.url, exc)
         except CheckpointNotFoundError:
@@ -437,12 +484,32 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
 
     # -- stubs -------------------------------------------------------------------------------------------------
 
+    def _lay_each(self, stubs: Mapping[Path, Checkpoint]) -> None:
+        """Put stubs there; where one cannot be, its checkpoint is in the root all the same, and loaded from there."""
+        failed: dict[Path, OSError] = {}
+        for place, one in stubs.items():
+            try:
+                self._lay(place, one)
+            except OSError as exc:
+                failed[place] = exc
+        for place, error in list(failed.items())[-1:]:
+            logger.warning(
+                "%d stubs could not be laid, such as %s (%s); what they stand for is saved in %s and loads by path, "
+                "but Lightning does not find it here as 'last': make room, or free the path, and start again",
+                len(failed),
+                place,
+                error,
+                self.url,
+            )
+
     def _lay(self, place: Path, checkpoint: Checkpoint) -> None:
         """Put a stub there, in one step, as old as its checkpoint: Lightning takes the youngest for the last."""
+        data = BytesIO()  # torch.save to a path raises RuntimeError where the disk is full
+        torch.save(_Stub(self.url, _path_of(checkpoint) or self._name(place)), data)
         place.parent.mkdir(parents=True, exist_ok=True)
-        beside = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+        beside = place.with_name(f".{secrets.token_hex(8)}")  # not longer than a name may be, whatever it is of
         try:
-            torch.save(_Stub(self.url, self._name(place)), beside)
+            beside.write_bytes(data.getbuffer())
             age = checkpoint.created_at.timestamp()
             os.utime(beside, (age, age))
             beside.replace(place)
@@ -452,14 +519,22 @@ class CloudCheckpointIO(_TorchCheckpointIO):  # type: ignore[misc,unused-ignore]
     def _lay_all(self) -> None:
         """Have a stub below `local` for each path of the root, and none for what is gone from there."""
         saved = self._saved()
-        inside = {place: one for place, one in saved.items() if place.is_relative_to(self._base)}
-        for place, one in inside.items():
-            if _is_stub(place) or not os.path.lexists(place):
-                self._lay(place, one)
+        inside = {
+            place: one for place, one in saved.items() if not Path(self._name(_path_of(one) or place)).is_absolute()
+        }
+        self._lay_each(
+            {
+                place: one
+                for place, one in inside.items()
+                if (_is_stub(place) or not place.exists()) and not self._is_led_on(place, one)
+            }
+        )
         for directory in {place.parent for place in inside}:
             for place in directory.glob("*.ckpt"):
-                if place not in saved and not place.is_symlink() and _is_stub(place, self.url):
-                    place.unlink(missing_ok=True)
+                if place.is_symlink() or (named := _named_by(place)) is None:
+                    continue
+                if named[0] == self.url and self._place_of(named[1]) not in saved:
+                    _take_away(place)
         if outside := sorted(str(place) for place in saved.keys() - inside.keys()):
             logger.warning(
                 "%d checkpoints of %s were saved outside of %s, such as %s, and have no stub here, so that Lightning "
@@ -482,13 +557,36 @@ def _is_of_strategy(checkpoint: Checkpoint) -> bool:
     return isinstance(note, dict) and note.get("is_of_strategy") is True
 
 
-def _is_stub(place: Path, root: str = "") -> bool:
-    """Tell whether a file is one of ours; it is small, and holds the name of what it calls as it is."""
-    with suppress(OSError):
+def _take_away(place: Path) -> None:
+    try:
+        place.unlink(missing_ok=True)
+    except OSError as exc:
+        logger.warning("the stub %s could not be removed (%s); its checkpoint is gone from the root", place, exc)
+
+
+def _named_by(place: Path) -> tuple[str, str] | None:
+    """Return the root and the name that a stub stands for; None for any other file. Runs nothing that is in it."""
+    with suppress(OSError, ValueError, RuntimeError, LookupError, EOFError, zipfile.BadZipFile, zlib.error):
         if place.is_file() and place.stat().st_size <= _STUB_BYTES:
-            data = place.read_bytes()
-            return _MARK[:-1] in data and root.encode() in data
-    return False
+            with zipfile.ZipFile(place) as file:
+                (member,) = (one for one in file.infolist() if one.filename.endswith("/data.pkl"))
+                if member.file_size > _STUB_BYTES:
+                    return None
+                operations = [(one.name, argument) for one, argument, _ in pickletools.genops(file.read(member))]
+            words = [one for one in operations if one[0] not in ("PROTO", "BINPUT")]
+            (_, root), (_, name) = words[1:3]
+            if words == [
+                ("GLOBAL", f"{__name__} {opened.__name__}"),
+                ("BINUNICODE", root),
+                ("BINUNICODE", name),
+                *((one, None) for one in ("TUPLE2", "REDUCE", "STOP")),
+            ]:
+                return str(root), str(name)
+    return None
+
+
+def _is_stub(place: Path) -> bool:
+    return _named_by(place) is not None
 
 
 def _dict_of(value: object) -> dict[str, Any]:
@@ -528,19 +626,20 @@ def _refuse_objects(checkpoint: Mapping[str, Any]) -> None:
 
 
 def _moved(value: Any, where: Any) -> Any:
-    """Return a value with its tensors on another device."""
+    """Return a value with its tensors on another device, in whatever containers a checkpoint can hold."""
     if where is None:
         return value
     if not isinstance(where, str | int | torch.device):
         raise OptionsError(f"map_location is {where!r}; give a device")
-    if isinstance(value, torch.Tensor):
-        return value.to(where)
-    if isinstance(value, dict):
-        for key in value:
-            value[key] = _moved(value[key], where)
-    elif isinstance(value, list):
-        value[:] = [_moved(child, where) for child in value]
-    return value
+
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf.to(where)
+        if isinstance(leaf, Namespace | SimpleNamespace):  # hyper-parameters; to torch a leaf
+            leaf.__dict__.update(tree_map(move, leaf.__dict__))
+        return leaf
+
+    return tree_map(move, value)
 
 
 class _Together:

@@ -34,14 +34,14 @@ from typing import Any
 
 from torch import nn
 
-from cloudckpt import Checkpoint, CheckpointManager, RandomState, RankZero, Trainable
+from cloudckpt import Checkpoint, CheckpointManager, RandomState, RankZero, SaveHandle, Trainable
 from cloudckpt.errors import IntegrityError, OptionsError
 from cloudckpt.integrations.framework import framework
 
 with framework("transformers", lowest="5.24", extra="transformers"):
     from transformers import Trainer, TrainerCallback
     from transformers.trainer_callback import ExportableState, TrainerControl
-    from transformers.trainer_utils import TrainOutput
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 __all__ = ["CloudCheckpoints"]
 
@@ -80,13 +80,16 @@ class CloudCheckpoints(Trainer):
                 raise OptionsError("save_total_limit is the manager's affair: give it retention=[KeepLast(…)]")
             self.checkpoints = checkpoints
         else:
-            rule = self._kept if (self.args.save_total_limit or 0) > 0 else ()
+            self._limit = self.args.save_total_limit or 0
+            rule = self._kept if self._limit > 0 else ()
             can_hear = threading.current_thread() is threading.main_thread()
             if not can_hear:
                 logger.warning("SIGTERM gives no notice in a thread; give a manager with a Preemption(check=…)")
             self.checkpoints = CheckpointManager(checkpoints, retention=rule, preemption=can_hear)
         self._generators = RandomState()
         self._resumed: tuple[str, Checkpoint] | None = None
+        # The newest save of this training that was the best.
+        self._best: SaveHandle | None = None
         self._folder = ""
         self.add_callback(_Notices(self.checkpoints))
 
@@ -142,8 +145,8 @@ class CloudCheckpoints(Trainer):
         self.store_flos()
         self._note_callbacks()
         state, step = self.state, self.state.global_step
-        text = json.dumps({**dataclasses.asdict(state), "best_model_checkpoint": None})
-        self.checkpoints.async_save(
+        text = json.dumps({**dataclasses.asdict(state), "best_model_checkpoint": self._local_best()})
+        handle = self.checkpoints.async_save(
             step,
             {
                 **self.checkpoint_model(),
@@ -155,6 +158,8 @@ class CloudCheckpoints(Trainer):
             files=self._files(),
             exists="skip",
         )
+        if state.best_global_step == step:
+            self._best = handle
         if self.checkpoints.preempted:
             # Not before: the flag is a part of what is saved.
             self.control.should_training_stop = True
@@ -187,7 +192,7 @@ class CloudCheckpoints(Trainer):
         newest = checkpoints[-1]
         kept = [one for one in checkpoints[:-1] if one.step == newest.metadata.get(_BEST)][-1:]
         others = [one for one in reversed(checkpoints[:-1]) if one not in kept]
-        return [newest, *kept, *others[: max(0, self.args.save_total_limit - 1 - len(kept))]]
+        return [newest, *kept, *others[: max(0, self._limit - 1 - len(kept))]]
 
     # -- going on ------------------------------------------------------------------------------------------
 
@@ -199,7 +204,8 @@ class CloudCheckpoints(Trainer):
         Args:
             resume_from_checkpoint: True or `latest` for the newest good checkpoint, or a fresh start where there never
                 was one; `best`, by the manager's first `KeepBest` rule; a step; the URL of a checkpoint of this root;
-                or a local folder of the Trainer's own, to go on from what was saved before.
+                or a local folder of the Trainer's own, to go on from what was saved before. A training that goes on
+                from no checkpoint of this root is a run of its own there: it leaves alone what was saved before.
             trial: as for the Trainer.
             ignore_keys_for_eval: as for the Trainer.
 
@@ -238,11 +244,13 @@ class CloudCheckpoints(Trainer):
 
     def _staged(self, wanted: Any) -> str | None:
         """Put the Trainer's own state of a checkpoint into a folder, where the Trainer looks for it."""
-        self._resumed = None
+        self._resumed = self._best = None
         if wanted is None or wanted is False:
+            self.checkpoints.begin_anew()
             return None
         if isinstance(wanted, str | os.PathLike) and wanted not in ("latest", "best"):
             if Path(wanted).is_dir():
+                self.checkpoints.begin_anew()
                 return os.fspath(wanted)
             wanted = self._at(os.fspath(wanted))
         trainer = RankZero("")
@@ -285,7 +293,7 @@ class CloudCheckpoints(Trainer):
             self.checkpoints.restore(state, found, only=list(state))
         else:
             self.checkpoints.restore({**state, **self.checkpoint_state(), "trainer": RankZero("")}, found)
-        self.state.best_model_checkpoint = getattr(self._best_checkpoint(), "url", None)
+        self.state.best_model_checkpoint = self._best_place()
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if not self._is_ours(checkpoint):
@@ -301,22 +309,53 @@ class CloudCheckpoints(Trainer):
     # -- the best one --------------------------------------------------------------------------------------
 
     def _best_checkpoint(self) -> Checkpoint | None:
-        """Return the newest of the best step; None if it is not there any more."""
+        """Return that of the best step, of this training or of what it has gone on from; None if there is none."""
         step = self.state.best_global_step
-        return (
-            next((one for one in reversed(self.checkpoints.checkpoints()) if one.step == step), None) if step else None
-        )
+        if not step:
+            return None
+        if self._best is not None and self._best.step == step:
+            last = None if self._best.exception() else self._best.result()
+        else:
+            last = None if self._resumed is None else self._resumed[1]
+        if last is None:
+            return None
+        found = reversed(self.checkpoints.checkpoints())
+        return next((one for one in found if one.step == step and one.order <= last.order), None)
+
+    def _local_best(self) -> str | None:
+        """Return the Trainer's own folder of the best step, from which a training has gone on."""
+        folder = self.state.best_model_checkpoint
+        is_it = folder and folder.rstrip("/").endswith(f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}")
+        return folder if is_it and Path(folder).is_dir() else None
+
+    def _best_place(self) -> str | None:
+        best = self._best_checkpoint()
+        return self._local_best() if best is None else best.url
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         self.checkpoints.wait()
-        self.state.best_model_checkpoint = getattr(self._best_checkpoint(), "url", None)
-        return super()._finalize_training(*args, **kwargs)
+        self.state.best_model_checkpoint = place = self._best_place()
+        if self.args.load_best_model_at_end and place is None:
+            logger.warning(
+                "the best model, of step %s, is not loaded: neither %s nor a local folder has it; the model is that of "
+                "step %d",
+                *(self.state.best_global_step, self.checkpoints.url, self.state.global_step),
+            )
+        # By it the Trainer would remove folders of its own that a training has gone on from.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_best_model(self) -> None:
-        best = None if self.checkpoints.preempted else self._best_checkpoint()
-        if best is not None:
-            state = self.checkpoint_model()
-            self.checkpoints.restore(state, best, only=list(state))
+        if self.checkpoints.preempted:
+            return
+        if (best := self._best_checkpoint()) is None:
+            super()._load_best_model()
+            return
+        state = self.checkpoint_model()
+        self.checkpoints.restore(state, best, only=list(state))
 
 
 class _Notices(TrainerCallback):

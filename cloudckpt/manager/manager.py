@@ -510,6 +510,19 @@ class CheckpointManager:
         with taking_part(self._part):
             return self._restored(state, choice, allowed)
 
+    def begin_anew(self) -> None:
+        """Let the next save begin a line of history of its own, as in a job that has restored nothing.
+
+        For a second training in one process: its steps may be those of the first. What that has saved is this job's
+        still, and older, so that rules of the manager let it go first. A save under way is waited for. With several
+        ranks every rank calls it. No request.
+
+        Raises:
+            OptionsError: the manager is closed, or another process's.
+        """
+        self._refuse_forked()
+        self._saves.begin_anew()
+
     def _restored(self, state: MutableMapping[str, object], choice: Choice, allowed: Allowed) -> Checkpoint | None:
         refuse_lonely_rank()
         checkpoint = load_state(
@@ -817,6 +830,7 @@ class CheckpointManager:
         """
         if self._is_closed:
             return
+        self._saves.background.refuse_own_thread()
         self._is_closed = True
         try:
             with taking_part(self._part):

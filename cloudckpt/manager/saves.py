@@ -302,6 +302,13 @@ class Saves:
     def resume(self, checkpoint: Checkpoint | None) -> None:
         """Go on from a checkpoint, or from nothing."""
         self.homes[0].epoch.resume(checkpoint)
+        if not self.homes[0].epoch.number:
+            self._doubted = None  # what that save has committed is of the line that was left
+
+    def begin_anew(self) -> None:
+        """Go on from nothing, also after saves; what failed in the background before is told all the same."""
+        self.rest()
+        self.resume(None)
 
     def save(
         self,
@@ -325,6 +332,7 @@ class Saves:
         state: MutableMapping[str, object],
         asked: Asked,
     ) -> Checkpoint:
+        self.background.refuse_own_thread()
         entry, pending = self._begin(step, state, asked, slabs=None)
 
         def finish() -> Checkpoint:
@@ -405,6 +413,7 @@ class Saves:
 
     def commit_parts(self, written: Written) -> Checkpoint | None:
         """Commit what was written, with all ranks; raises as `SavedParts.commit` does."""
+        self.background.refuse_own_thread()
         step, error = written.step, written.error
         if written.is_abandoned:
             raise OptionsError(f"what was written of step {step} was abandoned, and cannot be committed; save it again")

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from cloudckpt.errors import CloudCkptError, CommitUnknownError, EarlierSaveFailedError, SaveFailedError
+from cloudckpt.errors import CloudCkptError, CommitUnknownError, EarlierSaveFailedError, OptionsError, SaveFailedError
 from cloudckpt.root import Checkpoint
 from cloudckpt.saving.lead import PendingSave
 from cloudckpt.threads import begin, new_lock, revoke, started, worker
@@ -134,7 +134,7 @@ class SaveHandle:
 
         What it raises goes to the log, and to nobody else. That it was called tells nobody of a failure: `result` and
         `exception` do. It keeps what comes after the save from beginning, so it should be short, and it may not wait
-        for the manager. In a process that is forked meanwhile it is not called.
+        for the manager, which refuses that with `OptionsError`. In a process that is forked meanwhile it is not called.
         """
         with self._lock:
             if not self.done():
@@ -312,8 +312,21 @@ class Background:
         """Wait for the save under way, without asking what became of it; tell whether it has ended."""
         return self._handle._ended.wait(timeout)
 
+    def refuse_own_thread(self) -> None:
+        """Refuse to wait, in the thread that ends a save, for that thread: a callback of the save's may have asked.
+
+        Raises:
+            OptionsError: this is that thread.
+        """
+        if self._thread is threading.current_thread():
+            raise OptionsError(
+                "a callback of a save may not wait for its manager (wait, save, restore, close and the like), which "
+                "waits for the callback; let the training's thread do it, or begin a thread in the callback"
+            )
+
     def wait_tidy(self, timeout: float | None = None) -> bool:
         """Wait until what follows a save is done, too; tell whether it is."""
+        self.refuse_own_thread()
         thread = self._thread
         if thread is None:
             return True

@@ -29,6 +29,8 @@ Files = Mapping[str, "str | os.PathLike[str] | bytes"]
 # What is larger is mapped: it takes pages of the kernel's then, which it can have back.
 _READ_BYTES = 64 << 20
 _DEPTH_LIMIT = 64
+# What the file systems of Linux, macOS and Windows take as a name.
+_PART_BYTES = 255
 
 
 def files_of(files: Files) -> dict[str, torch.Tensor]:
@@ -37,7 +39,7 @@ def files_of(files: Files) -> dict[str, torch.Tensor]:
     A file that is mapped (of more than 64 MiB) must not be cut short or changed before the save has read it.
 
     Raises:
-        OptionsError: a path that can stand for none, or twice.
+        OptionsError: a path that can stand for none, or twice, or that no disk could hold beside the others.
         SourceError: a file cannot be read, or is none.
     """
     if not isinstance(files, Mapping):
@@ -49,10 +51,27 @@ def files_of(files: Files) -> dict[str, torch.Tensor]:
             raise OptionsError(
                 f"{path!r} can be no path of a file in a checkpoint; give one such as 'tokenizer/a.json'"
             )
+        if long := next((part for part in path.split("/") if len(os.fsencode(part)) > _PART_BYTES), None):
+            raise OptionsError(
+                f"{long[:40] + '…'!r} in the path of a file has {len(os.fsencode(long))} bytes, and no disk takes more "
+                f"than {_PART_BYTES} in a name, so that it could never be written back; give it a shorter one"
+            )
         if name in found:
             raise OptionsError(f"two files are both {path!r} in the checkpoint; give one of them another path")
         found[name] = data
+    paths = [name.removeprefix(FILES) for name in found]
+    folders = {folder: path for path in paths for folder in _folders_of(path)}
+    if both := next((path for path in paths if path in folders), None):
+        raise OptionsError(
+            f"{both!r} is a file, and the folder of {folders[both]!r}, so that the two could never be written back "
+            "together; give one of them another path"
+        )
     return found
+
+
+def _folders_of(path: str) -> Iterator[str]:
+    parts = path.split("/")
+    return ("/".join(parts[:count]) for count in range(1, len(parts)))
 
 
 def _all(files: Files) -> Iterator[tuple[str, torch.Tensor]]:

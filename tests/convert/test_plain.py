@@ -63,6 +63,12 @@ def test_all_that_writes_and_reads_files_can(tmp_path: Path) -> None:
         np.save(file, np.arange(5000))
     with cloudckpt.open(tmp_path / "array") as reader:
         assert np.array_equal(np.load(reader), np.arange(5000))
+    with cloudckpt.open(tmp_path / "arrays", "wb") as file:
+        np.savez(file, a=np.arange(5000))
+        with pytest.raises(io.UnsupportedOperation):
+            file.read()
+    with cloudckpt.open(tmp_path / "arrays") as reader:
+        assert np.array_equal(np.load(reader)["a"], np.arange(5000))
 
 
 @pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 2000])
@@ -158,6 +164,28 @@ def test_a_crash_at_any_request_leaves_the_old_file_or_the_new_one_verified(
             with suppress(FileNotFoundError), cloudckpt.open("memory://bucket/f") as reader:
                 assert reader.read() in (*CONTENTS[max(0, before - 1) : before], b"new" * 1000, b"NEW" * 1000)
             assert before == 0 or "f" in bucket.objects
+
+
+@pytest.mark.parametrize("crash", [FaultKind.CRASH_BEFORE, FaultKind.CRASH_AFTER])
+def test_a_crash_at_any_request_leaves_a_file_of_another_program_readable_as_before_or_the_new_one(
+    clients: list[FaultStore], crash: FaultKind
+) -> None:
+    def theirs() -> Bucket:
+        bucket = Bucket()
+        bucket.raw_put("f", b"theirs")
+        return bucket
+
+    counting = FaultStore(theirs())
+    write(clients, counting, b"new")
+    for number in range(1, counting.op_count + 1):
+        client = FaultStore(theirs())
+        client.crash_at(number, crash)
+        with suppress(Crash, CloudCkptError):
+            write(clients, client, b"new")
+        clients.append(FaultStore(client.bucket))
+        with cloudckpt.open("memory://bucket/f", unverified=True) as reader:
+            assert reader.read() == client.bucket.raw_get("f")
+        assert client.bucket.raw_get("f") in (b"theirs", b"new")
 
 
 def test_of_many_writes_cut_off_one_after_the_other_none_hides_the_file_that_is_there(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import shutil
 import signal
-from collections.abc import Callable
+from argparse import Namespace
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -443,3 +446,199 @@ def test_a_checkpoint_is_read_without_lightning(here: Path, root: str) -> None:
     assert newest.metrics == {"epoch": 0.0, "global_step": 2.0}
     read: Any = cloudckpt.read(newest.url, "state_dict.*", progress="off")
     assert torch.equal(read["state_dict"]["layer.weight"], model.layer.weight)
+
+
+# -- what a path means on this machine ---------------------------------------------------------------------------
+
+
+def numbered(number: int) -> dict[str, Any]:
+    return {"w": torch.full((2,), float(number)), "epoch": number, "global_step": number}
+
+
+def step_of(io: CloudCheckpointIO, path: str | Path) -> int:
+    return int(io.load_checkpoint(path)["global_step"])
+
+
+def link_as_lightning_does(place: Path, target: str) -> None:
+    place.unlink(missing_ok=True)
+    place.symlink_to(target)
+
+
+def test_a_run_that_begins_to_link_its_last_goes_on_from_what_is_linked(here: Path, root: str) -> None:
+    every = {"save_top_k": -1, "monitor": None}
+    trainer_of(CloudCheckpointIO(root), 1, **every).fit(Model())
+    for epochs in (3, 4):
+        trainer = trainer_of(CloudCheckpointIO(root), epochs, save_last="link", **every)
+        trainer.fit(Model(), ckpt_path="last")
+        assert step_of(trainer.strategy.checkpoint_io, "checkpoints/last.ckpt") == 2 * epochs
+        names = [path.name for path in (here / "checkpoints").iterdir()]
+        assert not [name for name in names if "-v" in name], "epochs were run again"
+
+
+def test_a_link_to_what_is_newer_stays_and_wins_over_what_was_saved_there(here: Path, root: str) -> None:
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(numbered(1), "last.ckpt")
+    io.save_checkpoint(numbered(2), "two.ckpt")
+    link_as_lightning_does(here / "last.ckpt", "two.ckpt")
+    # Whatever the clock says: what it leads to was not there before.
+    os.utime(here / "last.ckpt", (0, 0), follow_symlinks=False)
+    again = CloudCheckpointIO(root)
+    assert (here / "last.ckpt").is_symlink()
+    assert step_of(again, "last.ckpt") == 2
+    assert torch.load(here / "last.ckpt")["global_step"] == 2
+
+
+@pytest.mark.parametrize(("age_s", "step"), [(3600, 1), (-3600, 2)], ids=["later", "earlier"])
+def test_a_link_to_what_is_older_wins_if_it_was_made_later(here: Path, root: str, age_s: int, step: int) -> None:
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(numbered(1), "one.ckpt")
+    io.save_checkpoint(numbered(2), "last.ckpt")
+    link_as_lightning_does(here / "last.ckpt", "one.ckpt")
+    saved = io.find(io.place("one.ckpt"))
+    assert saved is not None
+    made = saved.created_at.timestamp() + age_s
+    os.utime(here / "last.ckpt", (made, made), follow_symlinks=False)
+    again = CloudCheckpointIO(root)
+    assert step_of(again, "last.ckpt") == step
+    assert torch.load(here / "last.ckpt")["global_step"] == step
+
+
+def test_a_later_link_to_nothing_is_told_and_a_save_replaces_it(here: Path, root: str) -> None:
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(numbered(1), "last.ckpt")
+    link_as_lightning_does(here / "last.ckpt", "gone.ckpt")
+    os.utime(here / "last.ckpt", (2**33, 2**33), follow_symlinks=False)
+    with pytest.raises(CheckpointNotFoundError, match=r"last\.ckpt"):
+        CloudCheckpointIO(root).load_checkpoint("last.ckpt")
+    io.save_checkpoint(numbered(2), "last.ckpt")
+    assert not (here / "last.ckpt").is_symlink()
+    assert step_of(CloudCheckpointIO(root), "last.ckpt") == 2
+    assert names_in(root) == ["last.ckpt"]
+
+
+def test_a_file_under_two_spellings_is_one_checkpoint(here: Path, root: str) -> None:
+    scratch = here.parent / "scratch"
+    scratch.mkdir()
+    (here / "checkpoints").symlink_to(scratch)
+    spellings = "checkpoints/x.ckpt", str(scratch / "x.ckpt"), "checkpoints/../scratch/x.ckpt"
+    io = CloudCheckpointIO(root)
+    for number, spelling in enumerate(spellings):
+        io.save_checkpoint(numbered(number), spelling)
+        assert [step_of(io, one) for one in spellings] == [number] * 3
+        assert torch.load(scratch / "x.ckpt")["global_step"] == number
+        assert len(names_in(root)) == 1
+    io.remove_checkpoint("checkpoints/x.ckpt")
+    assert names_in(root) == []
+    assert list(scratch.iterdir()) == []
+
+
+def test_what_is_saved_through_a_linked_folder_is_found_elsewhere_by_that_name(here: Path, root: str) -> None:
+    scratch = here.parent / "scratch"
+    scratch.mkdir()
+    (here / "checkpoints").symlink_to(scratch)
+    CloudCheckpointIO(root).save_checkpoint(numbered(1), "checkpoints/x.ckpt")
+    (scratch / "x.ckpt").unlink()
+    CloudCheckpointIO(root)
+    assert torch.load(scratch / "x.ckpt")["global_step"] == 1
+    elsewhere = here.parent / "elsewhere"
+    CloudCheckpointIO(root, local=elsewhere)
+    assert torch.load(elsewhere / "checkpoints" / "x.ckpt")["global_step"] == 1
+
+
+def test_a_linked_local_folder_is_the_folder_itself(here: Path, root: str) -> None:
+    (here.parent / "link").symlink_to(here)
+    CloudCheckpointIO(root, local=here.parent / "link").save_checkpoint(numbered(1), here / "x.ckpt")
+    assert step_of(CloudCheckpointIO(root), here.parent / "link" / "x.ckpt") == 1
+    assert names_in(root) == ["x.ckpt"]
+
+
+def test_the_newer_of_two_that_were_saved_when_each_spelling_was_a_path_is_meant(here: Path, root: str) -> None:
+    scratch = here.parent / "scratch"
+    scratch.mkdir()
+    io = CloudCheckpointIO(root)
+    # Before the link is there they are two paths, as they were to earlier versions with it.
+    io.save_checkpoint(numbered(1), scratch / "x.ckpt")
+    io.save_checkpoint(numbered(2), "checkpoints/x.ckpt")
+    shutil.rmtree(here / "checkpoints")
+    (here / "checkpoints").symlink_to(scratch)
+    again = CloudCheckpointIO(root)
+    assert step_of(again, scratch / "x.ckpt") == step_of(again, "checkpoints/x.ckpt") == 2
+    again.save_checkpoint(numbered(3), "checkpoints/x.ckpt")
+    assert names_in(root) == ["checkpoints/x.ckpt"]
+
+
+def test_what_is_saved_and_gets_no_stub_is_saved_all_the_same(
+    here: Path, root: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (here / "blocked").mkdir()
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(numbered(1), "blocked/x.ckpt")
+    shutil.rmtree(here / "blocked")
+    (here / "blocked").write_bytes(b"a file where the folder was")
+    io.save_checkpoint(numbered(2), "blocked/x.ckpt")
+    assert re.search(r"1 stub.* could not be laid.*blocked/x\.ckpt.*saved.*root", caplog.text)
+    assert step_of(io, "blocked/x.ckpt") == 2
+    assert names_in(root) == ["blocked/x.ckpt"], "what it stood for before stays"
+    assert step_of(CloudCheckpointIO(root), "blocked/x.ckpt") == 2, "a new process does not begin"
+    io.remove_checkpoint("blocked/x.ckpt")
+    assert names_in(root) == []
+
+
+def test_a_name_as_long_as_a_file_may_have_gets_its_stub(here: Path, root: str) -> None:
+    name = "x" * 250 + ".ckpt"
+    CloudCheckpointIO(root).save_checkpoint(numbered(1), name)
+    assert torch.load(here / name)["global_step"] == 1
+    assert [path.name for path in here.iterdir()] == [name]
+
+
+def test_a_root_takes_no_stub_of_one_whose_name_begins_alike(here: Path, root: str) -> None:
+    longer = CloudCheckpointIO(f"{root}0")
+    longer.save_checkpoint(numbered(10), "checkpoints/ten.ckpt")
+    CloudCheckpointIO(root).save_checkpoint(numbered(1), f"checkpoints/{Path(root).name}0.ckpt")
+    CloudCheckpointIO(root)
+    assert torch.load(here / "checkpoints" / "ten.ckpt")["global_step"] == 10
+
+
+def test_a_file_that_only_names_what_a_stub_calls_is_none(here: Path, root: str) -> None:
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(numbered(1), "one.ckpt")
+    words = f"cloudckpt.integrations.lightning opened {io.url}"
+    torch.save({"note": words}, here / "note.ckpt")
+    (here / "text.ckpt").write_text(words)
+    (here / "cut.ckpt").write_bytes((here / "one.ckpt").read_bytes()[:-30])
+    CloudCheckpointIO(root)
+    assert torch.load(here / "note.ckpt") == {"note": words}
+    assert sorted(path.name for path in here.iterdir()) == ["cut.ckpt", "note.ckpt", "one.ckpt", "text.ckpt"]
+
+
+def test_a_stub_that_was_copied_means_what_it_names(here: Path, root: str) -> None:
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(numbered(1), "last.ckpt")
+    io.save_checkpoint(numbered(2), "two.ckpt")
+    # As Lightning does where links cannot be made.
+    for name in ("last.ckpt", "copy.ckpt"):
+        shutil.copy(here / "two.ckpt", here / name)
+    again = CloudCheckpointIO(root)
+    for name in ("last.ckpt", "copy.ckpt"):
+        assert step_of(again, name) == torch.load(here / name)["global_step"] == 2
+
+
+def test_tensors_in_every_container_come_to_the_device(here: Path, root: str) -> None:
+    def containers() -> Iterator[tuple[str, Any]]:
+        one = torch.ones(1)
+        yield from {
+            "tuple": (one, [one, (one,)]),
+            "ordered": OrderedDict(a=(one,)),
+            "defaultdict": defaultdict(list, a=[one]),
+            "deque": deque([one, (one,)], maxlen=3),
+            "namespace": Namespace(a=(one, Namespace(b=one)), c=1),
+            "keys": {(1, 2): one},
+        }.items()
+
+    io = CloudCheckpointIO(root)
+    io.save_checkpoint(dict(containers()), "x.ckpt")
+    read, moved = io.load_checkpoint("x.ckpt"), io.load_checkpoint("x.ckpt", map_location="meta")
+    assert str(moved).count("device='meta'") == str(read).count("tensor(") == 10
+    for name, value in containers():
+        assert type(moved[name]) is type(value)
+    assert moved["deque"].maxlen == 3

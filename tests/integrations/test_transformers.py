@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,68 @@ def test_a_folder_of_the_trainer_itself_is_gone_on_from(tmp_path: Path) -> None:
     stock.train()
     resumed = trained(tmp_path, resume=str(tmp_path / "stock/checkpoint-6"))
     assert resumed.losses == {step: losses.found[step] for step in (7, 8, 9)}
+
+
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "save_steps": 4,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "learning_rate": 0.1,
+}
+
+
+@pytest.mark.parametrize("interval", [4, 2])
+def test_a_second_training_of_a_trainer_is_a_run_of_its_own(tmp_path: Path, interval: int) -> None:
+    trainer = trained(tmp_path, max_steps=4, **{**BEST, "save_steps": interval, "eval_steps": interval})
+    first = trainer.model.lm_head.weight.detach().clone()
+    trainer.train()
+    trainer.checkpoints.wait()
+    steps = list(range(interval, 5, interval))
+    assert [one.order for one in trainer.checkpoints.checkpoints()] == [(e, step) for e in (1, 2) for step in steps]
+    best = trainer.state.best_model_checkpoint
+    assert best.endswith(f"step-{trainer.state.best_global_step:010d}-e0002")
+    kept = cloudckpt.read(best, keys="model")["model"]["transformer.wte.weight"]
+    assert torch.equal(trainer.model.lm_head.weight, kept)
+    assert not torch.equal(kept, first)
+
+
+class Worse(Trainer):
+    """It is the worse the longer it was trained."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        return {**super().evaluate(*args, **kwargs), "eval_age": float(self.state.global_step)}
+
+
+class ToldWorse(CloudCheckpoints, Worse):
+    pass
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_the_best_model_of_a_folder_that_is_gone_on_from_is_loaded_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, limit: int | None
+) -> None:
+    worse = {**BEST, "metric_for_best_model": "age", "greater_is_better": False}
+    stock = Worse(
+        model=tiny_model(),
+        args=arguments(tmp_path / "out", **{**worse, "max_steps": 8}),
+        train_dataset=rows(2),
+        eval_dataset=rows(3, 8),
+    )
+    stock.train()
+    best = str(tmp_path / "out/checkpoint-4")
+    assert stock.state.best_model_checkpoint == best
+    onward = {**worse, "max_steps": 12, "save_total_limit": limit}
+    for resume in (str(tmp_path / "out/checkpoint-8"), True):
+        resumed = trained(tmp_path, cls=ToldWorse, resume=resume, **onward)
+        assert resumed.state.best_model_checkpoint == best
+        assert torch.equal(resumed.model.lm_head.weight, stock.model.lm_head.weight)
+    assert sorted(one.name for one in tmp_path.glob("out/checkpoint-*")) == ["checkpoint-4", "checkpoint-8"]
+    shutil.rmtree(best)
+    with caplog.at_level("WARNING", "cloudckpt"):
+        trained(tmp_path, cls=ToldWorse, resume=True, **{**onward, "max_steps": 13})
+    assert "the best model, of step 4, is not loaded" in caplog.text
 
 
 def test_save_only_model_saves_no_optimizer_and_says_so_when_it_is_gone_on_from(

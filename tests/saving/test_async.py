@@ -85,6 +85,34 @@ def test_a_callback_is_called_of_a_failure_which_it_hides_from_nobody(tmp_path: 
     assert called == [1]
 
 
+@pytest.mark.parametrize("call", ["wait", "save", "restore", "close"])
+def test_a_callback_that_waits_for_the_manager_is_refused_with_what_to_do(tmp_path: Path, call: str) -> None:
+    raised: list[Exception] = []
+
+    def ask(_: SaveHandle) -> None:
+        calls = {
+            "wait": manager.wait,
+            "save": lambda: manager.save(2, state_of(2)),
+            "restore": lambda: manager.restore(state_of(0)),
+            "close": manager.close,
+        }
+        try:
+            calls[call]()
+        except Exception as exc:  # noqa: BLE001 (the test says which)
+            raised.append(exc)
+
+    manager = CheckpointManager(tmp_path)
+    with Gate(manager) as gate:
+        manager.async_save(1, state_of(1)).add_done_callback(ask)
+        gate.await_request()
+        gate.open()
+        manager.wait()
+    assert [type(exc) for exc in raised] == [OptionsError]
+    assert "begin a thread" in str(raised[0])
+    manager.close()
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-0000000001-e0001"]
+
+
 def test_what_a_callback_raises_goes_to_the_log_and_harms_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
