@@ -99,7 +99,7 @@ class RayCheckpoints:
             keep: what Ray was given as `RunConfig(checkpoint_config=…)`, to be kept in the root as well; None for all.
 
         Raises:
-            OptionsError: both a manager, which has rules of its own, and `keep`.
+            OptionsError: both a manager, which has rules of its own, and `keep`; or a relative path.
         """
         self._owns = not isinstance(checkpoints, CheckpointManager)
         if isinstance(checkpoints, CheckpointManager):
@@ -107,6 +107,11 @@ class RayCheckpoints:
                 raise OptionsError("keep goes with a URL; give the manager retention=[KeepLast(…)] instead")
             self.manager = checkpoints
         else:
+            if "://" not in os.fspath(checkpoints) and not Path(checkpoints).is_absolute():
+                raise OptionsError(
+                    f"{os.fspath(checkpoints)} is relative, and Ray gives each worker a working directory of its own, "
+                    "which goes with the run; give an absolute path, or a URL"
+                )
             self.manager = CheckpointManager(checkpoints, retention=rules_of(keep))
         self._is_noticed = False
 

@@ -47,6 +47,7 @@ def _run(root: FreshPrefix, workers: int, notes: Path | None = None) -> dict[tup
             "PYTHONPATH": str(REPOSITORY),
             "CLOUDCKPT_STORAGE_OPTIONS": json.dumps(dict(root.storage_options)),
             "RAY_DEDUP_LOGS": "0",
+            "PYTHONUNBUFFERED": "",  # Ray passes on what it finds, be it half a line
             "RAY_USAGE_STATS_ENABLED": "0",
         },
         start_new_session=True,
@@ -86,6 +87,15 @@ def test_a_pointer_of_somebody_else_is_refused(tmp_path: Path) -> None:
 def test_rules_for_ray_and_a_manager_with_its_own_are_refused(tmp_path: Path) -> None:
     with CheckpointManager(tmp_path) as manager, pytest.raises(OptionsError, match="retention"):
         RayCheckpoints(manager, keep=CheckpointConfig(num_to_keep=3))
+
+
+def test_a_path_that_each_worker_would_take_for_another_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionsError, match=r"runs/7 is relative.*absolute path, or a URL"):
+        RayCheckpoints("runs/7")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])
