@@ -11,9 +11,9 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 WORKERS ?= 6
 # In the order of collection, which begins with what takes longest (`tests/effort.py`). Each worker imports all tests,
 # which takes it twice as long where what pytest makes of them is not kept.
-PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup setup-localstack dev demo test test-all test-lowest integrations lint check format bench docs
+.PHONY: help setup setup-localstack dev demo test test-all test-lowest integrations examples lint check format bench docs
 .PHONY: package servers-up servers-down constraints
 # Two installations into one environment must not meet.
 .NOTPARALLEL:
@@ -22,7 +22,8 @@ help:
 	@echo "make demo [URL=s3://…|gs://…|DIR]  train, kill, resume, compare (SeaweedFS on loopback unless URL is given)"
 	@echo "make test | test-all               the default suite | the slow tests too; ARGS='-k name' narrows either"
 	@echo "make test-lowest                   formats, stores and saves with the oldest libraries that a user may have"
-	@echo "make integrations                  the adapters, with the frameworks that they are for"
+	@echo "make integrations                  the adapters and all of examples/, with the frameworks that they are for"
+	@echo "make examples [ARGS='-k lightning']  each program of examples/ once, as one starts it from a shell"
 	@echo "make bench [ARGS='--quick']        measure against other ways to save"
 	@echo "make servers-up | servers-down     SeaweedFS, LocalStack and fake-gcs-server in the background"
 	@echo "make setup | setup-localstack      the environments of the tests; the other targets call them"
@@ -74,14 +75,20 @@ test-lowest: .venv-lowest/.ready setup-localstack
 	$(subst $(BIN),.venv-lowest/bin,$(PYTEST)) tests/format tests/store tests/cli tests/test_save_load.py $(ARGS)
 
 # The frameworks that adapters are for, in an environment of their own: some hold others' versions back.
-FRAMEWORKS := accelerate,lightning,peft,ray,torch-checkpointing,torchtitan,transformers
+FRAMEWORKS := accelerate,lightning,megatron,peft,ray,torch-checkpointing,torchtitan,transformers
 .venv-integrations/.ready: pyproject.toml constraints-integrations.txt
 	@test -x .venv-integrations/bin/pip || $(PYTHON) -m venv .venv-integrations
 	PIP_CONSTRAINT=constraints-integrations.txt .venv-integrations/bin/python $(INSTALL) -e '.[test,$(FRAMEWORKS)]' trl
 	@touch $@
 
+# Each worker imports all frameworks, and so does the server that it forks programs from.
+integrations: WORKERS := 2
 integrations: .venv-integrations/.ready
 	$(subst $(BIN),.venv-integrations/bin,$(PYTEST)) tests/integrations -m 'slow or not slow' $(ARGS)
+
+# One after the other, each by its name.
+examples: .venv-integrations/.ready
+	.venv-integrations/bin/python -m pytest tests/integrations/test_examples.py -v $(ARGS)
 
 bench: .venv/.ready-bench .venv/.ready-peers
 	$(BIN)/python benchmarks/run.py $(ARGS)

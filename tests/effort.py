@@ -24,6 +24,8 @@ _ALL = 100  # of a property that does not say how many
 # Files that take longest, mostly by waiting, from the longest on. A file stays on one worker: begun last, it would run
 # on when the others have nothing left.
 LONGEST = (
+    "integrations/test_ray.py",
+    "integrations/test_lightning.py",
     "examples/test_demo.py",
     "store/test_limits.py",
     "store/test_contract_s3.py",

@@ -1,6 +1,6 @@
 """Run a program of `examples/integrations` on one or more ranks until it ends or is struck, and read its losses.
 
-    Job(name, …)          its processes: what rank 0 prints, signals to them, how they ended
+    Job(name, …)          its processes: where they are struck, what they print, how they ended
     run_program(name, …)  one that prints `step <number> <loss as a hexadecimal float>` after each step, on rank 0
 
 Processes are forked from a server that has imported what the programs need: to import it in each would be most of a
@@ -10,6 +10,7 @@ run, seconds of processor time for each rank. Nothing here waits for so many sec
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -19,10 +20,10 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -33,7 +34,7 @@ from raw_access import FreshPrefix
 from tests.integrations.striking import BEFORE_COMMIT, at_call
 from tests.ranks.processes import PRELOADED, fork
 
-__all__ = ["HALTED", "Job", "Run", "assert_a_run_goes_on_from_a_bucket", "assert_same_losses", "run_program"]
+__all__ = ["Job", "Run", "assert_a_run_goes_on_from_a_bucket", "assert_same_losses", "run_program"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAMS = REPOSITORY / "examples" / "integrations"
@@ -46,17 +47,12 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
     [*PRELOADED, *(f"examples.integrations.{name}" for name in _FORKED)]
 )
 
-HALTED = "halted"
 STEP = re.compile(r"\bstep\b\D+(\d+)")
-LOSS = re.compile(r"^step (\d+) (\S+)")
+LOSS = re.compile(r"^step (\d+) (\S+)", re.MULTILINE)
 
 
 class Job:
-    """The processes of one job, each with a group of its own; a context manager that kills what is left.
-
-    Attributes:
-        output: what rank 0 and the processes that it starts print.
-    """
+    """The processes of one job, each with a group of its own; a context manager that kills what is left."""
 
     def __init__(
         self,
@@ -77,8 +73,8 @@ class Job:
             arguments: more of them.
             ranks: how many processes; one is told of no others.
             folder: where they run.
-            halt: where rank 0 says `HALTED`, and waits to be struck: when it has printed this step or a later one, or
-                at the n-th call of `module:class:method:n`.
+            halt: where rank 0 stands still to be struck: when it has printed this step or a later one, or at the n-th
+                call of `module:class:method:n`.
         """
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -90,7 +86,7 @@ class Job:
         if ranks > 1:
             environment |= {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [str(PROGRAMS / name), "--url", url, *arguments]
-        theirs, self._go_on = multiprocessing.Pipe(duplex=False)
+        self._halts, theirs = multiprocessing.Pipe()
         with theirs:
             started = [
                 fork(
@@ -106,23 +102,45 @@ class Job:
                 for rank in range(ranks)
             ]
         self._processes = [process for process, _ in started]
-        self.output, *others = (os.fdopen(os.dup(pipe.fileno()), errors="replace") for _, pipe in started)
-        for other in others:
-            other.close()
-        for _, pipe in started:
+        self._output, *unheard = (pipe for _, pipe in started)
+        for pipe in unheard:
             pipe.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.strike(signal.SIGKILL)
-        self.wait()
-        self.output.close()
-        self._go_on.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        # By the former it writes down where it is.
+        self.strike(signal.SIGABRT if kind else signal.SIGKILL)
+        self._end()
+        self._output.close()
+        self._halts.close()
+
+    def follow(self, when_halted: Callable[[], None]) -> tuple[str, int]:
+        """Wait for the end, and call when rank 0 stands still, as it does at most once.
+
+        Returns:
+            What rank 0 and the processes that it has started printed, and its exit status.
+        """
+        printed, heard = [], [self._output, self._halts]
+        # Halts have a line of their own: what two threads print may be mixed.
+        while self._output in heard:
+            for ready in wait(heard):
+                assert isinstance(ready, Connection)
+                data = os.read(ready.fileno(), 1 << 16)
+                if data and ready is self._output:
+                    printed.append(data)
+                    continue
+                heard.remove(ready)
+                if data:
+                    when_halted()
+        self._end()
+        output = b"".join(printed).decode(errors="replace")
+        sys.stdout.write(output)  # pytest shows it where the test fails
+        return output, self._processes[0].exitcode or 0
 
     def strike(self, which: signal.Signals, *, by_group: bool = True) -> None:
-        """Send a signal to all ranks, by group to whatever they have started, too; one that halts goes on by it."""
+        """Send a signal to all ranks, by group to whatever they have started, too; who stands still goes on by it."""
         for process in self._processes:
             if process.is_alive():
                 # One that has only just been forked has no group yet.
@@ -130,14 +148,12 @@ class Job:
                     with suppress(ProcessLookupError):
                         send(process.pid, which)
                         break
-        with suppress(BrokenPipeError):
-            self._go_on.send(None)
+        with suppress(ConnectionError):
+            os.write(self._halts.fileno(), b".")
 
-    def wait(self) -> int:
-        """Wait for the end of all ranks; return the exit status of rank 0."""
+    def _end(self) -> None:
         for process in self._processes:
             process.join()
-        return self._processes[0].exitcode or 0
 
 
 def _become(
@@ -146,7 +162,7 @@ def _become(
     environment: dict[str, str],
     folder: Path,
     halt: int | str | None,
-    go_on: Connection,
+    halts: Connection,
     is_heard: bool,
 ) -> None:
     os.setsid()
@@ -154,11 +170,12 @@ def _become(
     pipe.close()
     os.environ.update(environment)
     os.chdir(folder)
+    faulthandler.enable()
     sys.argv = list(command)
     if isinstance(halt, int):
-        sys.stdout = _Halting(sys.stdout, halt, go_on)
+        sys.stdout = _Halting(sys.stdout, halt, halts)
     elif halt is not None:
-        at_call(halt, lambda: _halt(go_on))
+        at_call(halt, lambda: _halt(halts))
     try:
         runpy.run_path(command[0], run_name="__main__")
     finally:
@@ -167,16 +184,16 @@ def _become(
         atexit._run_exitfuncs()
 
 
-def _halt(go_on: Connection) -> None:
-    os.write(1, f"{HALTED}\n".encode())
-    go_on.recv()
+def _halt(halts: Connection) -> None:
+    os.write(halts.fileno(), b".")
+    os.read(halts.fileno(), 1)
 
 
 class _Halting:
     """Standard output of a process that halts once it has told of a step."""
 
-    def __init__(self, whole: IO[str], step: int, go_on: Connection) -> None:
-        self._whole, self._step, self._go_on = whole, step, go_on
+    def __init__(self, whole: IO[str], step: int, halts: Connection) -> None:
+        self._whole, self._step, self._halts = whole, step, halts
         self._written, self._has_halted = "", False
 
     def __getattr__(self, name: str) -> Any:
@@ -190,7 +207,7 @@ class _Halting:
         self._whole.flush()
         if not self._has_halted and any(int(step) >= self._step for step in STEP.findall(self._written)):
             self._has_halted = True
-            _halt(self._go_on)
+            _halt(self._halts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,13 +216,13 @@ class Run:
 
     Attributes:
         losses: step → the bits of its loss.
-        output: all lines of rank 0.
+        output: what rank 0 printed.
         code: exit status of rank 0.
         newest_step: the newest of a root that is committed.
     """
 
     losses: dict[int, str]
-    output: list[str]
+    output: str
     code: int
     newest_step: int | None
 
@@ -231,7 +248,12 @@ def run_program(
         strike: with which signal.
     """
     earlier, _ = _saves(root)
-    output: list[str] = []
+
+    def strike_it() -> None:
+        begun, committed = _saves(root)
+        assert begun - earlier - committed or not in_save, "its shards are there, and no manifest"
+        job.strike(strike)
+
     with Job(
         name,
         root.url,
@@ -240,16 +262,10 @@ def run_program(
         ranks=ranks,
         halt=f"{BEFORE_COMMIT}:{in_save}" if in_save else after,
     ) as job:
-        for line in job.output:
-            output.append(line)
-            if line.strip() == HALTED:
-                begun, committed = _saves(root)
-                assert begun - earlier - committed or not in_save, "its shards are there, and no manifest"
-                job.strike(strike)
-        code = job.wait()
+        output, code = job.follow(strike_it)
+    losses = {int(number): loss for number, loss in LOSS.findall(output)}
     attempts = Bucket(root.url, root.storage_options).attempts()
     newest_step = next((attempt.step for attempt in reversed(attempts) if attempt.is_committed), None)
-    losses = {int(number): loss for line in output for number, loss in LOSS.findall(line)}
     return Run(losses=losses, output=output, code=code, newest_step=newest_step)
 
 

@@ -35,7 +35,7 @@ from cloudckpt.integrations.lightning import (  # noqa: E402
     CloudRandomState,
     _is_stub,
 )
-from tests.integrations.interrupted import HALTED, Job  # noqa: E402
+from tests.integrations.interrupted import Job  # noqa: E402
 from tests.integrations.striking import BEFORE_COMMIT  # noqa: E402
 
 # Lightning warns of many things, such as few workers.
@@ -67,15 +67,10 @@ class Training:
         self._count += 1
         folder = self._tmp_path / f"machine-{self._count}"
         folder.mkdir()
-        losses: dict[tuple[int, int], str] = {}
         arguments = ("--epochs", str(EPOCHS), *self._arguments)
         with Job("train_lightning.py", self._url, self._options, *arguments, folder=folder, halt=halt) as job:
-            for line in job.output:
-                for rank, step, loss in LINE.findall(line):
-                    losses[int(rank), int(step)] = loss
-                if line.strip() == HALTED:
-                    job.strike(strike, by_group=strike == signal.SIGKILL)
-            return losses, job.wait()
+            output, code = job.follow(lambda: job.strike(strike, by_group=strike == signal.SIGKILL))
+        return {(int(rank), int(step)): loss for rank, step, loss in LINE.findall(output)}, code
 
 
 @pytest.fixture(scope="module")
