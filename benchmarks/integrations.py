@@ -273,8 +273,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, help="write the tables into this page, as a section of it")
     parser.add_argument("--directory", type=Path, help="where scratch folders are; a disk, for what writes to one")
     options = parser.parse_args(arguments)
-    # So that a run that is told to end leaves no server and no trainer behind.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if unknown := set(options.frameworks) - set(FRAMEWORKS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(FRAMEWORKS)}")
     found: dict[str, list[Row]] = {}
@@ -297,4 +295,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # So that a run that is told to end leaves no server and no trainer behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     raise SystemExit(main())

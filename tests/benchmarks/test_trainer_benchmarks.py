@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,7 +43,9 @@ def test_a_trainer_that_is_not_installed_has_a_row_that_says_so(
     page = tmp_path / "page.md"
     page.write_text("# Trainers\n")
     words = ["--frameworks", "lightning", "--mb", "1", "--runs", "1", "--no-kills", "--directory", str(tmp_path)]
+    heard = signal.getsignal(signal.SIGTERM)
     assert integrations.main([*words, "--markdown", str(page)]) == 0
+    assert signal.getsignal(signal.SIGTERM) is heard, "a program's affair, and not that of who calls"
     told = capsys.readouterr().out
     assert "| lightning |  | ModuleNotFoundError: No module named 'lightning'" in told
     assert page.read_text() == f"# Trainers\n\n{HEADING}\n\n{told}"
