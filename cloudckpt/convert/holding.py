@@ -22,6 +22,7 @@ from cloudckpt.convert.places import objects_in
 from cloudckpt.convert.planned import Plan
 from cloudckpt.deadline import Deadline
 from cloudckpt.errors import (
+    CloudCkptError,
     ConflictError,
     CreateNotEnforcedError,
     ObjectExistsError,
@@ -65,6 +66,7 @@ class Hold:
         self._url = f"{store.url}/{name}" if name else store.url
         self._mark, self._nonce = f"{name}{MARK}", secrets.token_hex(16)
         self._is_ended = False
+        self._why: BaseException | None = None  # it ended, where one file failed
         self._at_work = 0
         self._changed = threading.Condition()
         # Names of another export that stand there; of ours those that may stand there, and that do.
@@ -142,8 +144,10 @@ class Hold:
     # -- files ----------------------------------------------------------------------------------------------------
 
     def go_on(self) -> None:
-        """Raise `AbandonedError` where the export has ended."""
+        """Raise `AbandonedError` where the export has ended, or why it did."""
         if self._is_ended:
+            if isinstance(self._why, CloudCkptError):
+                raise self._why  # else that of the first file is told, whichever failed
             raise AbandonedError(f"the export to {self._url} has ended")
 
     @contextmanager
@@ -158,8 +162,10 @@ class Hold:
         try:
             yield lambda: self._begin(name, text)
             self._stood.add(name)
-        except BaseException:
-            self._is_ended = True  # for the others at work
+        except BaseException as exc:
+            with self._changed:
+                self._why = exc if self._why is None else self._why
+                self._is_ended = True  # for the others at work
             raise
         finally:
             with self._changed:

@@ -16,7 +16,7 @@ from cloudckpt import ChecksumError, CloudHFReader, CloudHFWriter, OptionsError
 from cloudckpt.convert.exporting import Kind
 from cloudckpt.convert.holding import MARK, Hold
 from cloudckpt.errors import ConflictError, StorageError
-from cloudckpt.store import RetryingStore
+from cloudckpt.store import RetryingStore, open_store
 from servers import FreshPrefix
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -150,6 +150,17 @@ def test_an_export_that_fails_leaves_the_one_that_it_was_to_replace(
         exported(damaged(saved(2)), out, to, overwrite=True)
     assert files(out) == before
     assert "the export before it is there as it was" in failed.value.__notes__[-1]
+
+
+def test_whoever_writes_beside_a_file_that_fails_is_told_why_that_did(tmp_path: Path) -> None:
+    failed = ChecksumError("damaged", key="x")
+    with open_store(tmp_path) as store:
+        hold = Hold(store, "", is_replacing=False)
+        with pytest.raises(ChecksumError), hold.standing("2"):
+            raise failed
+        with pytest.raises(ChecksumError) as told, hold.standing("1"):
+            pass
+    assert told.value is failed
 
 
 @pytest.mark.parametrize("to", KINDS)
