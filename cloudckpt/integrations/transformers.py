@@ -205,7 +205,8 @@ class CloudCheckpoints(Trainer):
             resume_from_checkpoint: True or `latest` for the newest good checkpoint, or a fresh start where there never
                 was one; `best`, by the manager's first `KeepBest` rule; a step; the URL of a checkpoint of this root;
                 or a local folder of the Trainer's own, to go on from what was saved before. A training that goes on
-                from no checkpoint of this root is a run of its own there: it leaves alone what was saved before.
+                from no checkpoint of this root is a run of its own there: it leaves alone what other processes saved
+                before, and `save_total_limit` counts what this one did.
             trial: as for the Trainer.
             ignore_keys_for_eval: as for the Trainer.
 
