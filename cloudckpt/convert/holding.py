@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from cloudckpt.convert.places import objects_in
+from cloudckpt.convert.places import info_of, objects_in
 from cloudckpt.convert.planned import Plan
 from cloudckpt.deadline import Deadline
 from cloudckpt.errors import (
@@ -115,7 +115,7 @@ class Hold:
         there = objects_in(self._store, plan.beginning)
         names = [name for name in there if name in plan.files or plan.ours.fullmatch(name)]
         if not self._is_replacing and not is_held and self._mark in there:
-            raise held(self._url, self._mark, _head(self._store, self._mark))
+            raise held(self._url, self._mark, info_of(self._store, self._mark))
         if not self._is_replacing and names:
             raise taken(self._store.url, names)
         return names
@@ -127,7 +127,7 @@ class Hold:
             self._store.create(self._mark, data)
         except ObjectExistsError as exc:
             if not self._is_replacing:
-                raise held(self._url, self._mark, _head(self._store, self._mark)) from exc
+                raise held(self._url, self._mark, info_of(self._store, self._mark)) from exc
             logger.warning("another export to %s, which has not ended, is taken over", self._url)
             self._store.put(self._mark, [memoryview(data)])
             return False
@@ -192,7 +192,7 @@ class Hold:
                     f"another program has written {', '.join(sorted(there))} in {self._store.url} while an export "
                     f"to it was under way, which ended; choose another target, or replace that {_OVER}"
                 )
-            self._before, self._text = _head(self._store, name), text
+            self._before, self._text = info_of(self._store, name), text
         self._begun.append(name)
 
     # -- the end --------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class Hold:
         """Tell whether the deciding file stands there by us."""
         if self._last in self._stood or self._last not in self._begun:
             return self._last in self._stood
-        there, text = _head(store, self._last), self._text
+        there, text = info_of(store, self._last), self._text
         if text is None:
             return there not in (None, self._before)
         is_like = there is not None and there.size_bytes == len(text)
@@ -273,10 +273,3 @@ def taken(url: str, names: Sequence[str]) -> OptionsError:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
-
-
-def _head(store: RetryingStore, name: str) -> ObjectInfo | None:
-    try:
-        return store.head(name)
-    except ObjectNotFoundError:
-        return None

@@ -9,13 +9,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from cloudckpt.errors import OptionsError
+from cloudckpt.errors import ObjectNotFoundError, OptionsError
 from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, PINS_PREFIX, is_attempt
 from cloudckpt.options import Options
 from cloudckpt.root import Catalog, refuse_files
-from cloudckpt.store import RetryingStore, Store, local_path, open_store
+from cloudckpt.store import ObjectInfo, RetryingStore, Store, local_path, open_store
 
-__all__ = ["folder_and_name", "objects_in", "refuse_ours", "telling_interrupts"]
+__all__ = ["folder_and_name", "info_of", "objects_in", "refuse_ours", "telling_interrupts"]
 
 # An attempt's shards, a claim or a pin are one below the root or checkpoint that they are of, names two.
 _DEPTH = 2
@@ -43,6 +43,14 @@ def objects_in(store: Store, beginning: str = "") -> dict[str, int]:
         found |= {info.key: info.size_bytes for info in page.objects}
         if not (mark := page.mark):
             return found
+
+
+def info_of(store: Store, name: str) -> ObjectInfo | None:
+    """Return what a store says of a file; None where there is none."""
+    try:
+        return store.head(name)
+    except ObjectNotFoundError:
+        return None
 
 
 def refuse_ours(

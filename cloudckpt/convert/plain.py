@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Literal, Self, cast, overload
 import xxhash
 
 from cloudckpt.convert.blob import SizedFile
-from cloudckpt.convert.places import folder_and_name, refuse_ours
+from cloudckpt.convert.places import folder_and_name, info_of, refuse_ours
 from cloudckpt.errors import ChecksumError, ManifestError, ObjectNotFoundError, OptionsError
 from cloudckpt.format import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
 from cloudckpt.options import MIB, Options
@@ -222,7 +222,7 @@ class _FileWriter:
             try:
                 before = _contents_of(self._store, self._key)
                 # A file without sums has none to be told beside the new ones, which would call it damaged.
-                is_foreign = before is None and _is_there(self._store, self._key)
+                is_foreign = before is None and info_of(self._store, self._key) is not None
                 if not is_foreign:
                     self._put_sums(mine, *(one for one in before or () if one != mine))
             except BaseException as exc:
@@ -257,14 +257,6 @@ class _FileWriter:
 
 class _DiscardedError(Exception):
     """What ends a file that is not to be."""
-
-
-def _is_there(store: RetryingStore, key: str) -> bool:
-    try:
-        store.head(key)
-    except ObjectNotFoundError:
-        return False
-    return True
 
 
 def _contents_of(store: RetryingStore, key: str) -> tuple[FileSums, ...] | None:
