@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         (
             {"errors"},
-            {"options", "deadline"},
+            {"options", "deadline", "keys"},
             {"format"},
             {"threads"},
             {"store"},

@@ -8,7 +8,26 @@ from cloudckpt.format.boxes import Box, BoxTable, Column, ragged_places, row_pro
 from cloudckpt.format.builder import IndexBuilder
 from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, JsonValue, register, register_code
 from cloudckpt.format.index import BoxPlace, Index, ShardEntry
-from cloudckpt.format.keys import (
+from cloudckpt.format.layout import Piece, ShardLayout, Span, lay_out, plan_spans, split_box
+from cloudckpt.format.manifest import (
+    MANIFEST_LIMIT_BYTES,
+    EpochClaim,
+    IndexRef,
+    Manifest,
+    Metric,
+    decode_claim,
+    digest_of,
+    record_of_call,
+)
+from cloudckpt.format.near import told_near
+from cloudckpt.format.pin import PIN_LIMIT_BYTES, PinRecord
+from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates, moment_of
+from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
+from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, verify_blocks
+from cloudckpt.format.sums import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
+from cloudckpt.format.tiling import untiled
+from cloudckpt.format.tree import NOTES, Flat, PathElement, flatten, flatten_at, unflatten
+from cloudckpt.keys import (
     EPOCH_LIMIT,
     EPOCHS_PREFIX,
     MANIFEST_NAME,
@@ -31,27 +50,9 @@ from cloudckpt.format.keys import (
     parse_pin_key,
     pin_key,
     shard_key,
+    shown,
     step_number,
 )
-from cloudckpt.format.layout import Piece, ShardLayout, Span, lay_out, plan_spans, split_box
-from cloudckpt.format.manifest import (
-    MANIFEST_LIMIT_BYTES,
-    EpochClaim,
-    IndexRef,
-    Manifest,
-    Metric,
-    decode_claim,
-    digest_of,
-    record_of_call,
-)
-from cloudckpt.format.near import told_near
-from cloudckpt.format.pin import PIN_LIMIT_BYTES, PinRecord
-from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates, moment_of, shown
-from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
-from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, verify_blocks
-from cloudckpt.format.sums import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
-from cloudckpt.format.tiling import untiled
-from cloudckpt.format.tree import NOTES, Flat, PathElement, flatten, flatten_at, unflatten
 
 __all__ = [
     "DTYPES",

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from cloudckpt.format.codec import DTYPES, JsonValue
-from cloudckpt.format.keys import is_attempt
-from cloudckpt.format.record import NUMBER_LIMIT, may_decode, shown
+from cloudckpt.format.record import NUMBER_LIMIT, may_decode
 from cloudckpt.format.tree import PATH_LIMIT, PathElement
+from cloudckpt.keys import is_attempt, shown
 from cloudckpt.options import MAX_BLOCK_BYTES
 
 __all__ = ["Header", "RankRecord", "TensorRecord", "header_problems", "table_problems"]

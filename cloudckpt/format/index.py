@@ -21,10 +21,11 @@ from cloudckpt.errors import ManifestError, OptionsError
 from cloudckpt.format.builder import Writers
 from cloudckpt.format.cover import Cover
 from cloudckpt.format.header import Header, header_problems, table_problems
-from cloudckpt.format.record import compress, decode_record, decompress, lone_surrogates, may_decode, shown
+from cloudckpt.format.record import compress, decode_record, decompress, lone_surrogates, may_decode
 from cloudckpt.format.section import ChunkEntry, Section, SectionError, TensorEntry, Tensors
 from cloudckpt.format.shard import DIGEST_BYTES, block_counts
 from cloudckpt.format.tiling import Tiling
+from cloudckpt.keys import shown
 
 __all__ = ["BoxPlace", "Index", "ShardEntry"]
 

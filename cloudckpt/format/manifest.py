@@ -20,8 +20,8 @@ from cloudckpt.errors import ManifestError, OptionsError
 from cloudckpt.format import codec
 from cloudckpt.format.codec import JsonValue
 from cloudckpt.format.codec.walk import is_text
-from cloudckpt.format.keys import is_attempt
-from cloudckpt.format.record import INDEX_LIMIT_BYTES, NUMBER_LIMIT, decode_record, encode_record, moment_of, shown
+from cloudckpt.format.record import INDEX_LIMIT_BYTES, NUMBER_LIMIT, decode_record, encode_record, moment_of
+from cloudckpt.keys import is_attempt, shown
 
 __all__ = [
     "MANIFEST_LIMIT_BYTES",
