@@ -31,7 +31,7 @@ from benchmarks.shared.units import format_bytes, parse_bytes
 
 __all__ = ["WAYS", "main"]
 
-WAYS = ("plain",)
+WAYS = ("plain", "prefetch")
 MOMENTS = ("started", "torch imported", "model built", "manager opened", "model whole", "first step", "all whole")
 _QUICK_BYTES = 16 << 20
 _SPAN_BYTES = 8 << 20
@@ -182,6 +182,10 @@ def _resume(spec: _Spec) -> dict[str, float]:
 
     storage_options = dict(spec.storage_options) or None
     note("started")
+    if spec.way in ("prefetch", "both"):
+        import cloudckpt
+
+        cloudckpt.prefetch(spec.url, storage_options=storage_options)
     import torch  # noqa: F401 (it is what is measured)
 
     note("torch imported")

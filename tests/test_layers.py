@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"format"},
             {"threads"},
             {"store"},
-            {"qualifying", "transfer"},
+            {"ahead", "qualifying", "transfer"},
             {"ranks", "root"},
             {"preemption", "report", "state"},
             {"loading", "saving"},

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeGuard, cast
@@ -28,6 +29,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.tensor import DTensor, Replicate
 
+from cloudckpt.ahead import Ahead
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPE_NAMES, DTYPES, NOTES, Box, BoxPlace, BoxTable, Index, codec
 from cloudckpt.loading.input import RankInput, by_part_name, decode_index, describe, part_targets
@@ -36,8 +38,9 @@ from cloudckpt.loading.search import Found, Search
 from cloudckpt.options import Options
 from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, plain_errors
 from cloudckpt.report import Journal
-from cloudckpt.root import Candidate, Catalog, Checkpoint, Fit, Roots
+from cloudckpt.root import Candidate, Checkpoint, Fit, Roots
 from cloudckpt.state import Allowed, Entry, Restoration, Saved, bind, collector_at_rest, plan_restore
+from cloudckpt.store import Store
 from cloudckpt.transfer import Gauge, inner_names
 
 __all__ = ["load_state"]
@@ -86,9 +89,11 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     # One process refuses a wrong call before anything is asked of the store; with several, all hear of it.
     with collector_at_rest():
         entries = allowed.checked(bind(state, generators=generators)) if group.size == 1 else None
-    search = Search(candidates, roots)
+    ahead = Ahead(one.store for one in roots.catalogs)
+    search = Search(candidates, roots, over=ahead.over)
     checkpoint = None
     with (
+        closing(ahead),
         entry.bar(shown) as bar,
         plain_errors(about=group.about),
         group.session(what, deadline_s=options.progress_timeout_s),
@@ -96,7 +101,7 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
         while (found := group.agree(f"{what}: finding", lambda: None, lambda _: search.next())) is not None:
             catalog = roots.catalogs[found.root]
             checkpoint = catalog.adopt(found.manifest, prefix=found.prefix)
-            loading = _Loading(checkpoint, found, catalog, group, options, bar, entries, generators)
+            loading = _Loading(checkpoint, found, ahead.over(catalog.store), group, options, bar, entries, generators)
             entries = None  # they remember what they saw of one checkpoint
             try:
                 fit = loading.run(f"{what} of {checkpoint.url}", state, allowed)
@@ -134,7 +139,7 @@ class _Loading:
 
     checkpoint: Checkpoint
     found: Found
-    catalog: Catalog
+    store: Store
     group: Group
     options: Options
     gauge: Gauge | None
@@ -229,12 +234,12 @@ class _Loading:
         choice = self.options.read_once
         if self.group.size == 1:
             return False
-        return choice == "always" or (choice == "auto" and self.catalog.store.engine != "local")
+        return choice == "always" or (choice == "auto" and self.store.engine != "local")
 
     def _source(self) -> RankInput:
-        still_s, limit = self.options.transfer_limit(self.catalog.store.engine)
+        still_s, limit = self.options.transfer_limit(self.store.engine)
         watch = replace(self.group.watch(still_s), gauge=self.gauge, limit=limit)
-        return RankInput(self.catalog.store, self.checkpoint, self._index, self.options, watch)
+        return RankInput(self.store, self.checkpoint, self._index, self.options, watch)
 
     def _ask(self, unexpected: set[str]) -> None:
         self._restoration.leave(unexpected)
