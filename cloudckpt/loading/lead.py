@@ -17,7 +17,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import closing
+from concurrent.futures import Future
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeGuard, cast
@@ -36,7 +37,7 @@ from cloudckpt.loading.input import RankInput, by_part_name, decode_index, descr
 from cloudckpt.loading.passing import Step, plan_passing
 from cloudckpt.loading.search import Found, Search
 from cloudckpt.options import Options
-from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, plain_errors
+from cloudckpt.ranks import Countdown, Group, MissingPartsError, Packet, RanksFailedError, plain_errors
 from cloudckpt.report import Journal
 from cloudckpt.root import Candidate, Checkpoint, Fit, Roots
 from cloudckpt.state import Allowed, Entry, Restoration, Saved, bind, collector_at_rest, plan_restore
@@ -252,10 +253,17 @@ class _Loading:
         passing = self.group.begin_passing(packets)
         try:
             self._filling.read(self._source())
-        finally:
-            for packet in packets:
-                packet.give_up()
-            self.group.end_passing(passing)
+        except BaseException:
+            # What this rank met says more than that another one, too, has not read what it was to pass on.
+            with suppress(MissingPartsError):
+                self._end_passing(packets, passing)
+            raise
+        self._end_passing(packets, passing)
+
+    def _end_passing(self, packets: Sequence[Packet], passing: Future[list[int]] | None) -> None:
+        for packet in packets:
+            packet.give_up()
+        self.group.end_passing(passing)
 
 
 def _wanted_values(index: Index, state: Mapping[str, object], allowed: Allowed) -> set[str]:
