@@ -31,7 +31,7 @@ from benchmarks.shared.units import format_bytes, parse_bytes
 
 __all__ = ["WAYS", "main"]
 
-WAYS = ("plain", "prefetch")
+WAYS = ("plain", "wait", "prefetch", "both")
 MOMENTS = ("started", "torch imported", "model built", "manager opened", "model whole", "first step", "all whole")
 _QUICK_BYTES = 16 << 20
 _SPAN_BYTES = 8 << 20
@@ -195,7 +195,8 @@ def _resume(spec: _Spec) -> dict[str, float]:
 
     with CheckpointManager(spec.url, storage_options=storage_options, progress="off") as manager:
         note("manager opened")
-        manager.restore({"model": model, "optimizer": optimizer})
+        wait = ["model"] if spec.way in ("wait", "both") else None
+        manager.restore({"model": model, "optimizer": optimizer}, wait=wait)
         note("model whole")
         model().backward()
         optimizer.step()
