@@ -126,13 +126,16 @@ class Slabs:
 
     Attributes:
         is_short: whether whoever stages has told that a state does not fit at once; not read here.
+        lent_count: how many are lent.
     """
 
     def __init__(self) -> None:
         self.is_short = False
+        self.lent_count = 0
         self._idle: list[Slab] = []
         self._held_bytes = 0
         self._lock = new_lock()
+        self._given = threading.Condition(self._lock)
         self._toucher: threading.Thread | None = None
         self._is_hurried = threading.Event()
         self._is_closed = False
@@ -142,7 +145,9 @@ class Slabs:
         """Bytes that are held, lent ones included."""
         return self._held_bytes
 
-    def take(self, size_bytes: int, *, limit_bytes: int, most_bytes: int, is_pinned: bool = False) -> Slab:
+    def take(
+        self, size_bytes: int, *, limit_bytes: int, most_bytes: int, is_pinned: bool = False, patience_s: float = 0.0
+    ) -> Slab:
         """Return the smallest idle slab that is large enough, or a new one.
 
         Args:
@@ -150,17 +155,24 @@ class Slabs:
             limit_bytes: what may be held afterwards: idle slabs that do not fit make room for a new one.
             most_bytes: how large the slab may be, if it is larger than need be.
             is_pinned: page-locked, for copies from a device.
+            patience_s: how long to wait for one that is given back before a new one is made.
         """
-        with self._lock:
-            fitting = [
+
+        def fitting() -> list[Slab]:
+            return [
                 slab
                 for slab in self._idle
                 if slab.is_pinned >= is_pinned
                 and slab.size_bytes >= size_bytes
                 and (slab.is_exact(size_bytes) or slab.size_bytes <= most_bytes)
             ]
-            if fitting:
-                slab = min(fitting, key=lambda slab: slab.size_bytes)
+
+        with self._lock:
+            if patience_s:
+                self._given.wait_for(lambda: fitting() or not self.lent_count, timeout=patience_s)
+            self.lent_count += 1
+            if found := fitting():
+                slab = min(found, key=lambda slab: slab.size_bytes)
                 self._idle.remove(slab)
                 return slab
             while self._idle and self._held_bytes + slab_bytes(size_bytes) > limit_bytes:
@@ -174,10 +186,15 @@ class Slabs:
     def give(self, slab: Slab) -> None:
         """Take a slab back, which nobody uses any more."""
         with self._lock:
-            if self._is_closed:
-                self._held_bytes -= slab.size_bytes
-            else:
-                self._idle.append(slab)
+            self.lent_count -= 1
+            self._keep(slab)
+
+    def _keep(self, slab: Slab) -> None:
+        if self._is_closed:
+            self._held_bytes -= slab.size_bytes
+        else:
+            self._idle.append(slab)
+            self._given.notify_all()
 
     def touch_ahead(self, sizes_bytes: Sequence[int], *, is_pinned: bool = False) -> None:
         """Have slabs of these sizes ready, touched, some time from now; returns at once."""
@@ -208,7 +225,8 @@ class Slabs:
             with self._lock:
                 self._held_bytes += slab.size_bytes
             self._touch_slab(slab)
-            self.give(slab)
+            with self._lock:
+                self._keep(slab)
 
     def _touch_slab(self, slab: Slab) -> None:
         """Write to every page; a slab that is given up in the middle is as good, but for the time of its first use."""
