@@ -54,6 +54,10 @@ logger = logging.getLogger(__name__)
 _READERS = 4
 # How often who waits for its turn says that it is not what stands still.
 _LOOK_S = 0.2
+# With as many under way a target is busy while the next shard is read.
+_BUSY_COUNT = 2
+# As long as the first touch of a shard's memory takes at worst: a fast target gives some back before.
+_PATIENCE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,16 +220,25 @@ class Copier:
 
     def _send(self, checkpoint: Checkpoint, shards: Sequence[ShardEntry], prefix: str, index: Index) -> None:
         budget_bytes = self.options.transfer_budget_bytes
-        # Kept from shard to shard, in huge pages: fresh memory costs more than what is copied into it.
+        # Kept from shard to shard: fresh memory costs more than what is copied into it.
         budget, slabs = Budget(budget_bytes), self.slabs
         source, target = self.source.store, self.target.store
-        # A disk gives one shard after the other: the first one is on its way while the next ones are read, and a fast
-        # target gives memory back before more of it is touched.
+        # A disk gives one shard after the other: the first one is on its way while the next ones are read.
         turn = new_lock() if source.engine == "local" else None
+        patience_s = _PATIENCE_S
+
+        def room(size_bytes: int) -> Slab:
+            """Take memory; more of it than keeps the target busy only where that has not given some back in time."""
+            nonlocal patience_s
+            wait_s, held_bytes = patience_s if slabs.lent_count >= _BUSY_COUNT else 0.0, slabs.held_bytes
+            slab = slabs.take(size_bytes, limit_bytes=budget_bytes, most_bytes=budget_bytes, patience_s=wait_s)
+            if wait_s and slabs.held_bytes > held_bytes:
+                patience_s = 0.0  # it is slow
+            return slab
 
         def read(entry: ShardEntry) -> Slab:
             shard = source_of(checkpoint.prefix, entry, index.block_bytes)
-            slab = slabs.take(entry.size_bytes, limit_bytes=budget_bytes, most_bytes=budget_bytes)
+            slab = room(entry.size_bytes)
 
             def read_span(span: Span) -> None:
                 read_verified(source, shard, span, slab.memory[span.start : span.stop])
