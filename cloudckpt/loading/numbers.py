@@ -15,9 +15,9 @@ from functools import partial
 import torch
 
 from cloudckpt.errors import CheckpointNotFoundError
-from cloudckpt.format import DTYPES, ChunkEntry, Index, plan_spans, shard_key
+from cloudckpt.format import DTYPES, ChunkEntry, Index, plan_spans
 from cloudckpt.options import Options
-from cloudckpt.root import Checkpoint
+from cloudckpt.root import Checkpoint, ShardPlaces
 from cloudckpt.store import Store
 from cloudckpt.transfer import Budget, Fetch, Gauge, ShardSource, download
 
@@ -157,7 +157,7 @@ def _runs(
     """Yield the bytes of one piece, whole elements at a time; what is yielded is overwritten by the next."""
     entry = index.shard(piece.rank, piece.number)
     source = ShardSource(
-        key=checkpoint.prefix + shard_key(entry.attempt, entry.rank, entry.number),
+        key=ShardPlaces(store, checkpoint).key(entry),
         size_bytes=entry.size_bytes,
         digests=entry.digests,
         block_bytes=index.block_bytes,
