@@ -203,9 +203,10 @@ class RankInput:
         budget = Budget(self.options.transfer_budget_bytes)
         with collector_at_rest():
             landings = self._landings(items, planner, pieces, budget)
-            fetches = self._all_fetches(landings)
+            places = ShardPlaces.of(self.store, self.checkpoint)
+            fetches = self._all_fetches(landings, places)
         concurrency = self.options.concurrency
-        download(self.store, fetches, concurrency=concurrency, budget=budget, watch=self.watch)
+        download(places.store, fetches, concurrency=concurrency, budget=budget, watch=self.watch)
 
     def hand_on(self, takers: Mapping[tuple[int, int], Sequence[Taker]]) -> None:
         """Read ranges of shards, and hand their verified bytes on as they come; raises as `read` does.
@@ -214,12 +215,12 @@ class RankInput:
             takers: who takes them, by rank and number of the shard.
         """
         with collector_at_rest():
-            fetches = self._all_fetches(takers)
+            places = ShardPlaces.of(self.store, self.checkpoint)
+            fetches = self._all_fetches(takers, places)
         budget = Budget(self.options.transfer_budget_bytes)
-        download(self.store, fetches, concurrency=self.options.concurrency, budget=budget, watch=self.watch)
+        download(places.store, fetches, concurrency=self.options.concurrency, budget=budget, watch=self.watch)
 
-    def _all_fetches(self, takers: Mapping[tuple[int, int], Sequence[Taker]]) -> list[Fetch]:
-        places = ShardPlaces(self.store, self.checkpoint)
+    def _all_fetches(self, takers: Mapping[tuple[int, int], Sequence[Taker]], places: ShardPlaces) -> list[Fetch]:
         entries = {place: self.index.shard(*place) for place in sorted(takers)}
         return [
             fetch

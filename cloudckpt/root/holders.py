@@ -9,50 +9,67 @@ A copy has all of them below its own prefix, or none: one look tells. Knows keys
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from cloudckpt.errors import IntegrityError, MissingShardError, ObjectNotFoundError
-from cloudckpt.format import SHARD_SUFFIX, Index, Manifest, ShardEntry, digest_of, index_key
+from cloudckpt.errors import IntegrityError, MissingShardError
+from cloudckpt.format import (
+    SHARD_SUFFIX,
+    Index,
+    Manifest,
+    ShardEntry,
+    digest_of,
+    index_key,
+    parse_checkpoint_prefix,
+)
 from cloudckpt.root.checkpoint import Checkpoint
-from cloudckpt.store import Store
+from cloudckpt.store import RetryingStore, Store
 
 __all__ = ["ShardPlaces", "index_of", "is_copied", "lack_of_shared", "shared_keys_of"]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ShardPlaces:
-    """Where the shards of one checkpoint are; asks the store once, where others may hold some. For one thread."""
+    """Where the shards of one checkpoint are.
+
+    Attributes:
+        store: where all of them are.
+        prefix: of the checkpoint there.
+        is_copied: whether those that others hold stand below that, too.
+    """
 
     store: Store
-    checkpoint: Checkpoint
-    _is_copied: bool | None = field(default=None, init=False)
+    prefix: str
+    is_copied: bool = False
 
-    def key(self, entry: ShardEntry) -> str:
-        """Return the key of a shard.
+    @classmethod
+    def of(cls, store: Store, checkpoint: Checkpoint) -> ShardPlaces:
+        """Look where they are; one listing if others hold some. From its own URL the root is reached by its form.
 
         Raises:
-            MissingShardError: another checkpoint holds it, which is out of reach from a URL of this one alone.
+            MissingShardError: others hold some, and the URL is not that of a step below their root.
         """
-        prefix = self.checkpoint.prefix
-        if entry.holder is None:
-            return entry.key(prefix)
-        if self._is_copied is None:
-            self._is_copied = self._is_here(own := entry.key(prefix, is_copied=True))
-            if not (self._is_copied or prefix):
-                raise MissingShardError(
-                    f"{own} is not there, and {self.checkpoint.url} does not hold it itself: step "
-                    f"{entry.holder.step} of epoch {entry.holder.epoch} of the same root does. Read it by the URL of "
-                    "the root, or of this step below it; `cloudckpt cp` makes a copy that is complete in itself",
-                    key=own,
-                )
-        return entry.key(prefix, is_copied=self._is_copied)
+        held, prefix = checkpoint.manifest.held_elsewhere, checkpoint.prefix
+        if not held:
+            return cls(store, prefix)
+        if store.list(below := f"{prefix}{held[0].attempt}/").objects:
+            return cls(store, prefix, is_copied=True)
+        if prefix:
+            return cls(store, prefix)
+        above, _, name = store.url.rstrip("/").rpartition("/")
+        is_step = parse_checkpoint_prefix(f"{name}/") == (checkpoint.step, checkpoint.epoch)
+        root = store.beside(above) if is_step and isinstance(store, RetryingStore) else None
+        if root is None:
+            raise MissingShardError(
+                f"{checkpoint.url} shares shards with step {held[0].step} of epoch {held[0].epoch} of its root, and "
+                f"neither {below} is there nor the root beside it: it was copied by other means. Copy it with "
+                "`cloudckpt cp`, which makes it complete in itself",
+                key=below,
+            )
+        return cls(root, f"{name}/")
 
-    def _is_here(self, key: str) -> bool:
-        try:
-            self.store.head(key)
-        except ObjectNotFoundError:
-            return False
-        return True
+    def key(self, entry: ShardEntry) -> str:
+        """Return the key of a shard."""
+        return entry.key(self.prefix, is_copied=self.is_copied)
 
 
 def is_copied(manifest: Manifest, below: Mapping[str, int]) -> bool:
