@@ -26,7 +26,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.one_process.measure import MARK, MeasurementError, report_of_child
+from benchmarks.shared.child import MARK, MeasurementError, report_of_child
 from benchmarks.shared.units import format_bytes, parse_bytes
 
 __all__ = ["WAYS", "main"]
@@ -129,14 +129,14 @@ def _built(size_bytes: int) -> tuple[Any, Any]:
     """Return a model, and its optimizer without state; a third of `size_bytes` are parameters."""
     import torch
 
-    from benchmarks.shared.states import shapes_of
+    from benchmarks.shared.states import STATES
 
     class Layers(torch.nn.Module):
         """As many parameters as a GPT has, in a network that is quick to walk through."""
 
         def __init__(self) -> None:
             super().__init__()
-            for name, shape in shapes_of(size_bytes // 3).items():
+            for name, shape in STATES["gpt"].shapes(size_bytes // 3).items():
                 self.register_parameter(name.replace(".", "_"), torch.nn.Parameter(torch.empty(shape)))
 
         def forward(self) -> torch.Tensor:

@@ -383,6 +383,9 @@ class _Fronted:
         parts = self._held.take(key, 0, limit_bytes)
         return bytes(parts[0][1]) if len(parts) == 1 else self._store.read(key, limit_bytes=limit_bytes)
 
+    def beside(self, url: str) -> Store | None:
+        return self._store.beside(url) if isinstance(self._store, RetryingStore) else None
+
     def put(self, key: str, buffers: Sequence[memoryview]) -> None:
         self._store.put(key, buffers)
 

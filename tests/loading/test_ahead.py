@@ -223,6 +223,26 @@ def test_a_load_of_one_checkpoint_has_its_bytes_from_there(tmp_path: Path) -> No
         assert (before > 3 * 1500 * 4, held.held_bytes, same(state, new_state(1))) == (True, 0, True)
 
 
+def test_a_checkpoint_whose_shards_others_hold_is_found_as_without(tmp_path: Path) -> None:
+    state = new_state(1)
+    with CheckpointManager(tmp_path, options=SMALL, reuse_unchanged=True) as manager:
+        manager.save(1, state)
+        state["w"].add_(1)
+        sharing = manager.save(2, state)
+    assert sharing is not None
+    assert sharing.manifest.held_elsewhere
+    for url in (tmp_path, sharing.url):
+        with cloudckpt.prefetch(url, options=SMALL) as held:
+            assert held.wait(WAIT_S)
+            found = new_state(0)
+            if url == tmp_path:
+                with CheckpointManager(url, options=SMALL) as manager:
+                    manager.restore(found)
+            else:
+                cloudckpt.load(found, url, options=SMALL)
+            assert same(found, state)
+
+
 def test_a_wrong_url_is_refused_at_once() -> None:
     with pytest.raises(OptionsError, match="nosuch"):
         cloudckpt.prefetch("nosuch://bucket/root")
