@@ -48,7 +48,6 @@ from cloudckpt.state import (
     Saved,
     bind,
     collector_at_rest,
-    hold,
     local_parts,
     plan_restore,
     taken_over,
@@ -230,11 +229,10 @@ class _Loading:
             note()
 
         self.group.hand_over()
-        rest.begin(what, list(optimizers), work)
+        rest.begin(what, optimizers, work)
         if copies is None:
             rest.wait()
             self._restoration.load_late()
-        hold(list(optimizers.values()), rest)
 
     def _fill(self, what: str, plan: Callable[[], Mapping[str, object]]) -> None:
         """Have every rank plan what it wants filled, and read it together."""

@@ -14,12 +14,15 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import copy_context
 
+from torch.optim import Optimizer
+
 from cloudckpt.errors import CloudCkptError, OptionsError, RestoreFailedError
-from cloudckpt.threads import started
+from cloudckpt.state import hold
+from cloudckpt.threads import begin, revoke, worker
 from cloudckpt.transfer import AbandonedError
 
 __all__ = ["Rest"]
@@ -54,22 +57,29 @@ class Rest:
         self._ended = threading.Event()
         self._ended.set()
 
-    def begin(self, what: str, names: Sequence[str], work: Callable[[], None]) -> None:
+    def begin(self, what: str, optimizers: Mapping[str, Optimizer], work: Callable[[], None]) -> None:
         """Do the work in a thread; where the machine has none left, here.
 
         Args:
             what: is restored, for people.
-            names: of the optimizers that it is for.
+            optimizers: whose state comes, by name; they are held from here on.
             work: reads the rest.
         """
-        self._what, self._names = what, names
+        self._what, self._names = what, list(optimizers)
         self._ended.clear()
         _UNDER_WAY.add(self)
         context = copy_context()
+        thread = worker(lambda: context.run(self._run, work), name="cloudckpt-restore")
+        # An interrupt may come anywhere below: what is not read must not be used, and what the ranks are in must end.
         try:
-            started(lambda: context.run(self._run, work), name="cloudckpt-restore")
-        except CloudCkptError:
-            self._run(work)
+            hold(list(optimizers.values()), self)
+            begin(thread)
+        except BaseException as exc:
+            if revoke(thread):
+                self._is_abandoned = not isinstance(exc, CloudCkptError)
+                self._run(work)
+            if not isinstance(exc, CloudCkptError):
+                raise
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
@@ -80,6 +90,11 @@ class Rest:
                 logger.error("%s", self._failure())  # noqa: TRY400
         finally:
             self._ended.set()
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether this is a fork of the process in which it is under way."""
+        return self._pid != os.getpid() and not self._ended.is_set()
 
     def check(self) -> None:
         """Raise if nobody wants it any more."""
@@ -93,7 +108,7 @@ class Rest:
             RestoreFailedError: it never will be; each call says so.
             TimeoutError: it is not yet.
         """
-        if self._pid != os.getpid():
+        if self._is_elsewhere:
             raise RestoreFailedError(
                 f"{', '.join(self._names)}: the rest of {self._what} comes in the process that this one was forked "
                 "from; restore it here, too",
@@ -106,7 +121,7 @@ class Rest:
 
     def join(self) -> bool:
         """Wait for the end, whatever it is; tell whether all is whole."""
-        if self._pid != os.getpid():
+        if self._is_elsewhere:
             return False
         self._ended.wait()
         return self._error is None

@@ -37,7 +37,7 @@ _FILES = {
     "AWS_WEB_IDENTITY_TOKEN_FILE": "",
     "GOOGLE_APPLICATION_CREDENTIALS": "~/.config/gcloud/application_default_credentials.json",
 }
-# Variables that no store's library reads; torch sets some while it is imported, and a connection may be older than that.
+# Variables that no store's library reads; torch sets some while it is imported, which a connection may come before.
 _OF_TRAINING = (
     *("TORCH", "PYTORCH_", "TRITON_", "CUDA_", "NCCL_", "GLOO_", "OMP_", "KMP_", "MKL_"),
     *("TOKENIZERS_", "WANDB_", "TF_", "XLA_"),

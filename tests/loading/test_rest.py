@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -296,6 +297,60 @@ def test_a_manager_that_is_left_by_an_error_reads_nothing_more(store: Store) -> 
     store.may_go_on.set()
     with pytest.raises(RestoreFailedError, match="given up"):
         state["optimizer"].step()
+
+
+def test_an_interrupt_while_the_rest_begins_leaves_nothing_half_filled_in_use(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved()
+
+    def interrupted(_: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    state = new_state(9)
+    with opened() as manager:
+        monkeypatch.setattr("cloudckpt.loading.rest.begin", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            manager.restore(state, wait=["model"])
+        with pytest.raises(RestoreFailedError, match="given up"):
+            state["optimizer"].step()
+        monkeypatch.undo()
+
+
+def test_where_there_is_no_thread_left_all_is_whole_at_the_return(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    was, state = saved(), new_state(9)
+
+    def refused(_: threading.Thread) -> None:
+        raise CloudCkptError("a thread could not be started")
+
+    with opened() as manager:
+        monkeypatch.setattr("cloudckpt.loading.rest.begin", refused)
+        manager.restore(state, wait=["model"])
+        monkeypatch.undo()
+        assert same(bits(state), bits(was))
+
+
+def test_a_fork_of_the_process_is_told_to_restore_by_itself(store: Store) -> None:
+    was, state = saved(), new_state(9)
+    store.may_go_on.clear()
+    with opened() as manager:
+        manager.restore(state, wait=["model"])
+        assert store.asked.wait(WAIT_S)
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                state["optimizer"].step()
+            except RestoreFailedError as exc:
+                code = 0 if "restore it here, too" in str(exc) else 2
+            finally:
+                os._exit(code)
+        assert os.waitpid(child, 0)[1] == 0
+        store.may_go_on.set()
+        manager.wait()
+        assert same(bits(state), bits(was))
 
 
 def test_copies_that_an_optimizer_makes_are_filled_all_the_same(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
