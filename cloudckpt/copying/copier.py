@@ -227,20 +227,11 @@ class Copier:
         source = places.store
         # A disk gives one shard after the other: the first one is on its way while the next ones are read.
         turn = new_lock() if source.engine == "local" else None
-        patience_s = _PATIENCE_S
-
-        def room(size_bytes: int) -> Slab:
-            """Take memory; more of it than keeps the target busy only where that has not given some back in time."""
-            nonlocal patience_s
-            wait_s, held_bytes = patience_s if slabs.lent_count >= _BUSY_COUNT else 0.0, slabs.held_bytes
-            slab = slabs.take(size_bytes, limit_bytes=budget_bytes, most_bytes=budget_bytes, patience_s=wait_s)
-            if wait_s and slabs.held_bytes > held_bytes:
-                patience_s = 0.0  # it is slow
-            return slab
+        room = _Room(slabs, budget_bytes)
 
         def read(entry: ShardEntry) -> Slab:
             shard = source_of(places.key(entry), entry, index.block_bytes)
-            slab = room(entry.size_bytes)
+            slab = room.take(entry.size_bytes)
 
             def read_span(span: Span) -> None:
                 read_verified(source, shard, span, slab.memory[span.start : span.stop])
@@ -297,6 +288,24 @@ class Copier:
                 )
 
         each(doubtful, look, threads=_READERS, name="cloudckpt-copy")
+
+
+class _Room:
+    """Memory for shards; more of it than keeps the target busy only where that has not given some back in time."""
+
+    def __init__(self, slabs: Slabs, budget_bytes: int) -> None:
+        self._slabs = slabs
+        self._budget_bytes = budget_bytes
+        self._patience_s = _PATIENCE_S
+
+    def take(self, size_bytes: int) -> Slab:
+        """Return memory for a shard."""
+        slabs, budget_bytes = self._slabs, self._budget_bytes
+        wait_s, held_bytes = self._patience_s if slabs.lent_count >= _BUSY_COUNT else 0.0, slabs.held_bytes
+        slab = slabs.take(size_bytes, limit_bytes=budget_bytes, most_bytes=budget_bytes, patience_s=wait_s)
+        if wait_s and slabs.held_bytes > held_bytes:
+            self._patience_s = 0.0  # it is slow
+        return slab
 
 
 @contextmanager
