@@ -307,13 +307,13 @@ def test_an_export_that_fails_leaves_the_one_that_it_was_to_replace(
     assert "the export before it is there as it was" in failed.value.__notes__[-1]
 
 
-def test_whoever_writes_beside_a_file_that_fails_is_told_why_that_did(tmp_path: Path) -> None:
-    failed = ChecksumError("damaged", key="x")
+@pytest.mark.parametrize("failed", [ChecksumError("damaged", key="x"), KeyboardInterrupt()], ids=["fault", "interrupt"])
+def test_whoever_writes_beside_a_file_that_fails_is_told_why_that_did(failed: BaseException, tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         hold = Hold(store, "", MARK, is_replacing=False)
-        with pytest.raises(ChecksumError), hold.standing("2"):
+        with pytest.raises(type(failed)), hold.standing("2"):
             raise failed
-        with pytest.raises(ChecksumError) as told, hold.standing("1"):
+        with pytest.raises(type(failed)) as told, hold.standing("1"):
             pass
     assert told.value is failed
 
