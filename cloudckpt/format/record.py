@@ -13,7 +13,7 @@ from typing import TypeVar
 import msgspec
 import zstandard
 
-from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError, UnsupportedValueError
+from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError, UnsupportedValueError, text_of
 
 __all__ = [
     "FORMAT_VERSION",
@@ -116,7 +116,7 @@ def _refuse_double_names(data: bytes, canonical: bytes, key: str) -> None:
 
 def shown(value: object) -> str:
     """Return `repr(value)` for a message, where foreign text has neither control characters nor megabytes."""
-    text = repr(value)
+    text = text_of(value, repr)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
