@@ -14,9 +14,9 @@ from torch.distributed import checkpoint as dcp
 import cloudckpt
 from cloudckpt import ChecksumError, CloudHFReader, CloudHFWriter, OptionsError
 from cloudckpt.convert.exporting import Kind
-from cloudckpt.convert.holding import MARK, Hold
+from cloudckpt.convert.holding import MARK, Hold, held
 from cloudckpt.errors import ConflictError, StorageError
-from cloudckpt.store import RetryingStore, open_store
+from cloudckpt.store import ObjectInfo, RetryingStore, open_store
 from servers import FreshPrefix
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -352,6 +352,11 @@ def test_what_a_kill_left_is_named_and_can_be_replaced(
         assert stray.name in caplog.text
         done = exported(saved(2), out, to, overwrite=True)
         assert files(out).keys() == set(done.files)
+
+
+def test_a_mark_of_a_time_beyond_all_calendars_is_told_all_the_same() -> None:
+    told = str(held("file:///x", MARK, ObjectInfo(key=MARK, size_bytes=1, modified_s=1e12)))
+    assert f"its mark {MARK} is there since 9999-12-30" in told
 
 
 def test_a_save_for_hugging_face_is_refused_early_where_an_export_is_under_way(tmp_path: Path) -> None:
