@@ -7,6 +7,8 @@ from cloudckpt.format import codec
 from cloudckpt.format.boxes import Box, BoxTable, Column, ragged_places, row_products
 from cloudckpt.format.builder import IndexBuilder
 from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, JsonValue, register, register_code
+from cloudckpt.format.content import content_kind, content_of, hasher_of
+from cloudckpt.format.header import Holder
 from cloudckpt.format.index import BoxPlace, Index, ShardEntry
 from cloudckpt.format.keys import (
     EPOCH_LIMIT,
@@ -46,9 +48,9 @@ from cloudckpt.format.manifest import (
 )
 from cloudckpt.format.near import told_near
 from cloudckpt.format.pin import PIN_LIMIT_BYTES, PinRecord
-from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates, moment_of, shown
-from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
-from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, verify_blocks
+from cloudckpt.format.record import FORMAT_VERSION, SHARING_VERSION, lone_surrogates, moment_of, shown
+from cloudckpt.format.section import ChunkEntry, Origins, Section, TensorEntry, Tensors
+from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, has_blocks, verify_blocks
 from cloudckpt.format.sums import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
 from cloudckpt.format.tiling import untiled
 from cloudckpt.format.tree import NOTES, Flat, PathElement, flatten, flatten_at, unflatten
@@ -66,6 +68,7 @@ __all__ = [
     "PIN_LIMIT_BYTES",
     "SAFETENSORS_NAMES",
     "SHARD_SUFFIX",
+    "SHARING_VERSION",
     "STEPS_BEGIN",
     "SUMS_LIMIT_BYTES",
     "SUMS_SUFFIX",
@@ -78,12 +81,14 @@ __all__ = [
     "EpochMark",
     "FileSums",
     "Flat",
+    "Holder",
     "Index",
     "IndexBuilder",
     "IndexRef",
     "JsonValue",
     "Manifest",
     "Metric",
+    "Origins",
     "PathElement",
     "Piece",
     "PinRecord",
@@ -98,11 +103,15 @@ __all__ = [
     "check_name",
     "checkpoint_prefix",
     "codec",
+    "content_kind",
+    "content_of",
     "decode_claim",
     "digest_of",
     "epoch_key",
     "flatten",
     "flatten_at",
+    "has_blocks",
+    "hasher_of",
     "index_key",
     "is_attempt",
     "lay_out",

@@ -22,6 +22,7 @@ __all__ = [
     "PINS_PREFIX",
     "SHARD_SUFFIX",
     "STEPS_BEGIN",
+    "STEP_LIMIT",
     "EpochMark",
     "check_name",
     "checkpoint_prefix",
@@ -48,7 +49,7 @@ MANIFEST_NAME = "manifest.json"
 SHARD_SUFFIX = ".safetensors"
 
 # Ten digits keep keys in step order for every listing; more steps than that would break the order silently.
-_STEP_LIMIT = 10**10
+STEP_LIMIT = 10**10
 EPOCH_LIMIT = 10**10
 EpochMark = Literal["committed", "emptied"]
 _CHECKPOINT = re.compile(r"\Astep-([0-9]{10})-e([0-9]{4,10})/\Z")
@@ -76,8 +77,8 @@ def step_number(step: object) -> int:
 
 def checkpoint_prefix(step: int, epoch: int) -> str:
     """Return the prefix (with its slash) of the checkpoint that `epoch` saves at `step`."""
-    if not 0 <= step < _STEP_LIMIT:
-        raise OptionsError(f"step {step} is not between 0 and {_STEP_LIMIT - 1}; give the training step")
+    if not 0 <= step < STEP_LIMIT:
+        raise OptionsError(f"step {step} is not between 0 and {STEP_LIMIT - 1}; give the training step")
     if not 0 <= epoch < EPOCH_LIMIT:
         raise OptionsError(f"epoch {epoch} is not between 0 and {EPOCH_LIMIT - 1}")
     return f"{STEPS_BEGIN}{step:010d}-e{epoch:04d}/"

@@ -19,6 +19,7 @@ __all__ = [
     "FORMAT_VERSION",
     "INDEX_LIMIT_BYTES",
     "NUMBER_LIMIT",
+    "SHARING_VERSION",
     "compress",
     "decode_record",
     "decompress",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
+# Of the manifest and the index of a checkpoint whose shards may be those of others; an older reader refuses them.
+SHARING_VERSION = 2
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # A day off the ends of what a datetime holds, for the zone of whoever shows it.
@@ -71,7 +74,12 @@ def encode_record(value: object) -> bytes:
 
 
 def decode_record(
-    data: bytes, schema: type[_Record], *, key: str, written: Callable[[_Record], bytes] = encode_record
+    data: bytes,
+    schema: type[_Record],
+    *,
+    key: str,
+    written: Callable[[_Record], bytes] = encode_record,
+    newest: int = FORMAT_VERSION,
 ) -> _Record:
     """Decode the JSON of an index, a manifest or a claim, if this library knows its version.
 
@@ -80,6 +88,7 @@ def decode_record(
         schema: what it is to be.
         key: names it in errors.
         written: returns a record's bytes as this library writes them, which says that `data` needs no further look.
+        newest: the highest version of such a record.
 
     Raises:
         FormatVersionError: a newer library wrote it.
@@ -87,9 +96,9 @@ def decode_record(
     """
     try:
         version = msgspec.json.decode(data, type=_Version).format_version
-        if version > FORMAT_VERSION:
+        if version > newest:
             raise FormatVersionError(
-                f"{key} has format version {version}, and this cloudckpt reads versions up to {FORMAT_VERSION}; "
+                f"{key} has format version {version}, and this cloudckpt reads versions up to {newest}; "
                 "upgrade cloudckpt to read it",
                 key=key,
             )

@@ -16,7 +16,7 @@ from functools import partial
 
 from cloudckpt.errors import StorageError
 from cloudckpt.format import block_digests
-from cloudckpt.store import LeftBehindError, Store
+from cloudckpt.store import LeftBehindError, Store, note_move
 from cloudckpt.threads import new_lock
 from cloudckpt.transfer.memory import Scratch
 from cloudckpt.transfer.pool import AbandonedError, Budget, Watch, Work, run_all
@@ -35,6 +35,7 @@ class ShardJob:
         staging_bytes: host memory that `open` is to be given.
         open: returns its bytes as views, whose memory stays unchanged until the put has returned.
         release: is called once they are not used any more, by whoever called `open`.
+        unchanged: returns the digests of its blocks if it need not be sent, because the store has those bytes.
     """
 
     key: str
@@ -43,6 +44,15 @@ class ShardJob:
     staging_bytes: int
     open: Callable[[memoryview], Sequence[memoryview]]
     release: Callable[[], None] = lambda: None
+    unchanged: Callable[[Sequence[memoryview]], bytes | None] = lambda _: None
+
+
+class _UnchangedError(Exception):
+    """A shard was not put, and need not be: no put that anybody may wait for."""
+
+    def __init__(self, digests: bytes) -> None:
+        super().__init__("the store has it")
+        self.digests = digests
 
 
 class Puts:
@@ -128,6 +138,8 @@ def upload(
         try:
             with scratch.lend(job.staging_bytes) as staging:
                 buffers = job.open(staging)
+                if (known := job.unchanged(buffers)) is not None:
+                    raise _UnchangedError(known)
                 digests = block_digests(buffers, block_bytes=block_bytes)
                 store.put(job.key, buffers)
         finally:
@@ -137,6 +149,9 @@ def upload(
     def put_once(job: ShardJob) -> bytes:
         try:
             return done.once((store.url, job.key), partial(put, job))
+        except _UnchangedError as exc:
+            note_move(job.size_bytes)
+            return exc.digests
         finally:
             budget.free(job.cost_bytes)
 
