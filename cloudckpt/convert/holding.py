@@ -13,12 +13,11 @@ from __future__ import annotations
 import logging
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from cloudckpt.convert.places import info_of, objects_in
+from cloudckpt.convert.places import LEAVING_S, info_of, objects_in
 from cloudckpt.convert.planned import Plan
 from cloudckpt.deadline import Deadline
 from cloudckpt.errors import (
@@ -43,8 +42,6 @@ MARK = ".cloudckpt-export"
 _LIMIT_BYTES = 256
 _SHOWN = 4
 _OVER = "(overwrite=True, --force)"
-# What is under way when an export ends early is waited for, and then looked after, no longer than this each.
-_LEAVING_S = 10.0
 
 
 def held(url: str, mark: str, info: ObjectInfo | None) -> OptionsError:
@@ -208,7 +205,7 @@ class Hold:
         """Wait for what is under way, remove what was written in vain, and say what is there."""
         self._is_ended = True
         with self._changed:
-            self._changed.wait_for(lambda: not self._at_work, timeout=_LEAVING_S)
+            self._changed.wait_for(lambda: not self._at_work, timeout=LEAVING_S)
             is_moving = bool(self._at_work)
         store = self._hurried()
         try:
@@ -258,9 +255,7 @@ class Hold:
             )
 
     def _hurried(self) -> RetryingStore:
-        left_s = self._store.deadline.left_s(time.monotonic())
-        deadline = Deadline.after(min(_LEAVING_S, left_s), "the removal of what an export has written in vain")
-        return self._store.within(deadline)
+        return self._store.within(Deadline.after(LEAVING_S, "the removal of what an export has written in vain"))
 
 
 def taken(url: str, names: Sequence[str]) -> OptionsError:
