@@ -15,7 +15,11 @@ from cloudckpt.options import Options
 from cloudckpt.root import Catalog, refuse_files
 from cloudckpt.store import ObjectInfo, RetryingStore, Store, check_key, local_path, open_store
 
-__all__ = ["folder_and_name", "info_of", "objects_in", "refuse_ours", "telling_interrupts"]
+__all__ = ["LEAVING_S", "folder_and_name", "info_of", "objects_in", "refuse_ours", "telling_interrupts"]
+
+LEAVING_S = 10.0
+"""What is under way when one ends early is waited for, and then looked after, no longer than this each: a disk that
+hangs must not keep an interrupt from ending."""
 
 
 def folder_and_name(url: str | os.PathLike[str]) -> tuple[str, str]:
