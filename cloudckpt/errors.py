@@ -266,6 +266,8 @@ class FormatVersionError(ManifestError):
 class RestoreFailedError(CloudCkptError):
     """An object did not take the state that was read for it, after others had; the message says what was changed.
 
+    Or what a restore had left for later did not come whole.
+
     Attributes:
         name: of the object in the state.
         changed: names of the entries of the state that are restored; the object itself may be in part.

@@ -21,7 +21,7 @@ from cloudckpt import (
     KeepLast,
     Options,
 )
-from cloudckpt.format.keys import MANIFEST_NAME
+from cloudckpt.keys import MANIFEST_NAME
 from cloudckpt.options import KIB
 from cloudckpt.root import Catalog
 from cloudckpt.store.probe import _proven

@@ -55,6 +55,10 @@ logger = logging.getLogger(__name__)
 _READERS = 4
 # How often who waits for its turn says that it is not what stands still.
 _LOOK_S = 0.2
+# With as many under way a target is busy while the next shard is read.
+_BUSY_COUNT = 2
+# As long as the first touch of a shard's memory takes at worst: a fast target gives some back before.
+_PATIENCE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,17 +221,17 @@ class Copier:
 
     def _send(self, checkpoint: Checkpoint, shards: Sequence[ShardEntry], prefix: str, index: Index) -> None:
         budget_bytes = self.options.transfer_budget_bytes
-        # Kept from shard to shard, in huge pages: fresh memory costs more than what is copied into it.
+        # Kept from shard to shard: fresh memory costs more than what is copied into it.
         budget, slabs = Budget(budget_bytes), self.slabs
         places, target = ShardPlaces.of(self.source.store, checkpoint), self.target.store
         source = places.store
-        # A disk gives one shard after the other: the first one is on its way while the next ones are read, and a fast
-        # target gives memory back before more of it is touched.
+        # A disk gives one shard after the other: the first one is on its way while the next ones are read.
         turn = new_lock() if source.engine == "local" else None
+        room = _Room(slabs, budget_bytes)
 
         def read(entry: ShardEntry) -> Slab:
             shard = source_of(places.key(entry), entry, index.block_bytes)
-            slab = slabs.take(entry.size_bytes, limit_bytes=budget_bytes, most_bytes=budget_bytes)
+            slab = room.take(entry.size_bytes)
 
             def read_span(span: Span) -> None:
                 read_verified(source, shard, span, slab.memory[span.start : span.stop])
@@ -284,6 +288,24 @@ class Copier:
                 )
 
         each(doubtful, look, threads=_READERS, name="cloudckpt-copy")
+
+
+class _Room:
+    """Memory for shards; more of it than keeps the target busy only where that has not given some back in time."""
+
+    def __init__(self, slabs: Slabs, budget_bytes: int) -> None:
+        self._slabs = slabs
+        self._budget_bytes = budget_bytes
+        self._patience_s = _PATIENCE_S
+
+    def take(self, size_bytes: int) -> Slab:
+        """Return memory for a shard."""
+        slabs, budget_bytes = self._slabs, self._budget_bytes
+        wait_s, held_bytes = self._patience_s if slabs.lent_count >= _BUSY_COUNT else 0.0, slabs.held_bytes
+        slab = slabs.take(size_bytes, limit_bytes=budget_bytes, most_bytes=budget_bytes, patience_s=wait_s)
+        if wait_s and slabs.held_bytes > held_bytes:
+            self._patience_s = 0.0  # it is slow
+        return slab
 
 
 @contextmanager

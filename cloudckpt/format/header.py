@@ -13,9 +13,9 @@ import msgspec
 
 from cloudckpt.format.codec import DTYPES, JsonValue
 from cloudckpt.format.content import CONTENT_KINDS
-from cloudckpt.format.keys import EPOCH_LIMIT, STEP_LIMIT, checkpoint_prefix, is_attempt
-from cloudckpt.format.record import NUMBER_LIMIT, SHARING_VERSION, may_decode, shown
+from cloudckpt.format.record import NUMBER_LIMIT, SHARING_VERSION, may_decode
 from cloudckpt.format.tree import PATH_LIMIT, PathElement
+from cloudckpt.keys import EPOCH_LIMIT, STEP_LIMIT, checkpoint_prefix, is_attempt, shown
 from cloudckpt.options import MAX_BLOCK_BYTES
 
 __all__ = ["Header", "Holder", "RankRecord", "TensorRecord", "header_problems", "table_problems"]

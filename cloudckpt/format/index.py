@@ -21,7 +21,6 @@ from cloudckpt.errors import ManifestError, OptionsError
 from cloudckpt.format.builder import Writers
 from cloudckpt.format.cover import Cover
 from cloudckpt.format.header import Header, Holder, header_problems, table_problems
-from cloudckpt.format.keys import shard_key
 from cloudckpt.format.manifest import Reference
 from cloudckpt.format.record import (
     SHARING_VERSION,
@@ -30,11 +29,11 @@ from cloudckpt.format.record import (
     decompress,
     lone_surrogates,
     may_decode,
-    shown,
 )
 from cloudckpt.format.section import ChunkEntry, Section, SectionError, TensorEntry, Tensors
 from cloudckpt.format.shard import DIGEST_BYTES, block_counts
 from cloudckpt.format.tiling import Tiling
+from cloudckpt.keys import shard_key, shown
 
 __all__ = ["BoxPlace", "Index", "ShardEntry"]
 

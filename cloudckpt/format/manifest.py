@@ -20,7 +20,6 @@ from cloudckpt.errors import ManifestError, OptionsError
 from cloudckpt.format import codec
 from cloudckpt.format.codec import JsonValue
 from cloudckpt.format.codec.walk import is_text
-from cloudckpt.format.keys import EPOCH_LIMIT, STEP_LIMIT, checkpoint_prefix, is_attempt
 from cloudckpt.format.record import (
     INDEX_LIMIT_BYTES,
     NUMBER_LIMIT,
@@ -28,8 +27,8 @@ from cloudckpt.format.record import (
     decode_record,
     encode_record,
     moment_of,
-    shown,
 )
+from cloudckpt.keys import EPOCH_LIMIT, STEP_LIMIT, checkpoint_prefix, is_attempt, shown
 
 __all__ = [
     "MANIFEST_LIMIT_BYTES",

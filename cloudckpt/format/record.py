@@ -14,6 +14,7 @@ import msgspec
 import zstandard
 
 from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError, UnsupportedValueError
+from cloudckpt.keys import shown
 
 __all__ = [
     "FORMAT_VERSION",
@@ -27,7 +28,6 @@ __all__ = [
     "lone_surrogates",
     "may_decode",
     "moment_of",
-    "shown",
 ]
 
 FORMAT_VERSION = 1
@@ -48,7 +48,6 @@ _DECODED_LIMIT_BYTES = 4 << 30
 # a thirtieth), so a small object that claims to be a large index is refused before any of it is decoded.
 _SHRINK_LIMIT = 256
 _SHRINK_FREE_BYTES = 16 << 20
-_SHOWN = 200
 # A seventh smaller than at 3, and still 0.05 ms a section; higher levels cost more and save nothing.
 _LEVEL = 6
 
@@ -121,12 +120,6 @@ def _refuse_double_names(data: bytes, canonical: bytes, key: str) -> None:
     # What encodes to the same bytes again has none; only other text, such as another library's, is searched, in Python.
     if data != canonical:
         json.loads(data, object_pairs_hook=refuse)
-
-
-def shown(value: object) -> str:
-    """Return `repr(value)` for a message, where foreign text has neither control characters nor megabytes."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def lone_surrogates(name: str) -> UnsupportedValueError:

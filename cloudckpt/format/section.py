@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from cloudckpt.format.boxes import Column, ragged_places, row_products, starts_of
 from cloudckpt.format.codec import DTYPES
 from cloudckpt.format.content import CONTENT_BYTES
-from cloudckpt.format.record import NUMBER_LIMIT, shown
+from cloudckpt.format.record import NUMBER_LIMIT
 from cloudckpt.format.shard import DIGEST_BYTES, block_counts
+from cloudckpt.keys import shown
 
 __all__ = ["ChunkEntry", "Origins", "Section", "SectionError", "TensorEntry", "Tensors"]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from cloudckpt.errors import IntegrityError, MissingShardError
 from cloudckpt.format import (
@@ -22,9 +23,15 @@ from cloudckpt.format import (
     parse_checkpoint_prefix,
 )
 from cloudckpt.root.checkpoint import Checkpoint
-from cloudckpt.store import RetryingStore, Store
+from cloudckpt.store import Store
 
 __all__ = ["ShardPlaces", "index_of", "is_copied", "lack_of_shared", "shared_keys_of"]
+
+
+@runtime_checkable
+class _Sociable(Protocol):
+    def beside(self, url: str) -> Store | None:
+        """Return the store of another URL, opened as this one; None where nobody knows how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,7 @@ class ShardPlaces:
             return cls(store, prefix)
         above, _, name = store.url.rstrip("/").rpartition("/")
         is_step = parse_checkpoint_prefix(f"{name}/") == (checkpoint.step, checkpoint.epoch)
-        root = store.beside(above) if is_step and isinstance(store, RetryingStore) else None
+        root = store.beside(above) if is_step and isinstance(store, _Sociable) else None
         if root is None:
             raise MissingShardError(
                 f"{checkpoint.url} shares shards with step {held[0].step} of epoch {held[0].epoch} of its root, and "

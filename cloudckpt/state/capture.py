@@ -33,6 +33,7 @@ from cloudckpt.state.beside import Beside
 from cloudckpt.state.entry import Entry, Place, in_common_order, is_tensor, named_twice
 from cloudckpt.state.files import Files, files_of
 from cloudckpt.state.fsdp1 import flat_optimizer_entry
+from cloudckpt.state.later import settle
 from cloudckpt.state.modules import ModuleEntry
 from cloudckpt.state.optimizers import OptimizerEntry
 from cloudckpt.state.overlap import tied_names
@@ -196,6 +197,7 @@ def _marked(place: Place, beside: Beside, shared: Collection[int], plain: PlainM
 
 def capture(entries: Sequence[Entry]) -> Flat:
     """Return every tensor and value of the state by name; tensors are the live ones, not copies."""
+    settle(entry.subject for entry in entries)
     flat = Flat()
     talked = {id(entry): entry.flat(entry.current()) for entry in in_common_order(entries) if entry.talks}
     is_first = Group.of_world().rank == 0

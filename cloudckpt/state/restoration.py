@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from cloudckpt.errors import OptionsError, RestoreFailedError, StateMismatchError
 from cloudckpt.format import Flat, PathElement, unflatten
@@ -198,6 +199,7 @@ class Restoration:
         self._undos: list[tuple[str, Callable[[], None] | None]] = []
         self._on_meta: dict[Entry, list[str]] = {}
         self.moved: dict[str, list[str]] = {}
+        self._late: list[tuple[Part, dict[str, object]]] = []
         self.stateless: list[str] = []
 
     @property
@@ -247,6 +249,54 @@ class Restoration:
         """Have `ask` make of a saved tensor what a live one is to hold."""
         self._resized.append(resized)
         self.early[resized.name] = resized.saved
+
+    def put_off(self, wait_for: Sequence[str]) -> dict[str, object]:
+        """Take out of `tensors`, and return, what of optimizers may be filled after `apply`.
+
+        Args:
+            wait_for: names of what may not.
+
+        Raises:
+            OptionsError: a name means nothing that is restored of the state.
+        """
+        parted([part.entry for part in self._parts], wait_for, "wait")
+        late: dict[str, object] = {}
+        for part in self._parts:
+            if part.is_shared and not part.entry.is_asked and not is_chosen(part.entry.name, wait_for):
+                names = [name for name in part.entry.late(part.leaves, part.paths) if name in self.tensors]
+                if names:
+                    self._late.append((part, {name: self.tensors.pop(name) for name in names}))
+                    late.update(self._late[-1][1])
+        return late
+
+    @property
+    def late(self) -> dict[str, Optimizer]:
+        """The optimizers of which something may be filled after `apply`, by name."""
+        found = {part.entry.name: part.entry.subject for part, _ in self._late}
+        return {name: subject for name, subject in found.items() if isinstance(subject, Optimizer)}
+
+    @property
+    def subjects(self) -> list[object]:
+        """The objects that are restored."""
+        return [part.entry.subject for part in self._parts]
+
+    def copies(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return of what is filled after `apply` objects have made copies: (the copy, what it is of).
+
+        None: it cannot be told, so that `load_late` has to hand it over once more.
+        """
+        found = []
+        for part, tensors in self._late:
+            copies = part.entry.copied(tensors, part.paths)
+            if copies is None:
+                return None
+            found += copies
+        return found
+
+    def load_late(self) -> None:
+        """Hand their state once more to those of which a part came after `apply`."""
+        for part, _ in self._late:
+            part.load()
 
     def leave(self, names: Collection[str]) -> None:
         """Leave out what the checkpoint has and this rank's state has not; changes nothing.

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from typing import Literal
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.format.record import shown
 
 __all__ = [
     "EPOCHS_PREFIX",
@@ -39,6 +38,7 @@ __all__ = [
     "parse_pin_key",
     "pin_key",
     "shard_key",
+    "shown",
     "step_number",
 ]
 
@@ -59,6 +59,13 @@ _ATTEMPT = re.compile(r"\A[0-9a-f]{16}\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*(/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*")
 _NAME_LIMIT = 200
 _NOT_NAMES = ("latest", "best")
+_SHOWN = 200
+
+
+def shown(value: object) -> str:
+    """Return `repr(value)` for a message, where foreign text has neither control characters nor megabytes."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def step_number(step: object) -> int:
