@@ -34,9 +34,9 @@ if not __package__:
 
 import torch
 
-from benchmarks.one_process.peers import PEERS, Place
 from benchmarks.one_process.timeline import watched
-from benchmarks.shared.states import State, gpt
+from benchmarks.peers import PEERS, Place
+from benchmarks.shared.states import STATES, State, build
 from benchmarks.shared.targets import Ground, open_target
 from benchmarks.sink.process import SinkClient
 
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     state = _state(int(options.gib * (1 << 30)), options.tensors)
     size_bytes = sum(tensor.nbytes for tensor in state.values())
     times = {way: _Times() for way in ways}
-    calls = {way: _LIMITS[way](state) if way in _LIMITS else partial(PEERS[way].save, dict(state)) for way in ways}
+    calls = {way: _LIMITS[way](state) if way in _LIMITS else partial(_saved, way, dict(state)) for way in ways}
     with open_target(options.target, size_bytes=size_bytes, directory=options.directory) as target:
         for number in range(options.rounds + 1):
             for way in ways:
@@ -94,8 +94,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _state(size_bytes: int, count: int) -> State:
     if not count:
-        return gpt(size_bytes)
+        return build(STATES["gpt"].shapes(size_bytes))
     return {f"layer.{number}.weight": torch.randn(size_bytes // 4 // count) for number in range(count)}
+
+
+def _saved(way: str, state: State, place: Place) -> None:
+    opened = PEERS[way].open(place)
+    opened.save(state, 1)
+    opened.close()
 
 
 def _timed(way: str, call: _Way, ground: Ground, *, is_told: bool) -> tuple[float, float, int]:

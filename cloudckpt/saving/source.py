@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Protocol, TypeGuard
 
 import torch
@@ -201,6 +201,7 @@ class Source:
         attempt: str,
         shard_bytes: int,
         parts: Mapping[str, torch.Tensor] | None = None,
+        group_of: Callable[[str], Hashable] | None = None,
     ) -> None:
         """Place the tensors behind planned items into shards, and parts of values; nothing is resolved yet."""
         chunks = [chunk_of(item) for item in items]
@@ -211,7 +212,7 @@ class Source:
         self.chunks: Sequence[Box] = chunks
         self._parts = list((parts or {}).values())
         self.shards: Sequence[ShardLayout] = lay_out(
-            self.chunks, shard_bytes=shard_bytes, metadata={"cloudckpt": attempt}
+            self.chunks, shard_bytes=shard_bytes, metadata={"cloudckpt": attempt}, group_of=group_of
         )
         self._items = items
         self._planner = planner

@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from cloudckpt.errors import CloudCkptError, StorageError
 from cloudckpt.format import block_digests
 from cloudckpt.options import MIB
-from cloudckpt.store import LeftBehindError, Store
+from cloudckpt.store import LeftBehindError, Store, note_move
 from cloudckpt.threads import new_lock, started
 from cloudckpt.transfer.memory import Scratch
 from cloudckpt.transfer.pool import AbandonedError, Budget, Watch, Work, run_all
@@ -45,6 +45,7 @@ class ShardJob:
         staging_bytes: host memory that `open` is to be given.
         open: returns its bytes as views, whose memory stays unchanged until the put has returned.
         release: is called once they are not used any more, by whoever called `open`.
+        unchanged: returns the digests of its blocks if it need not be sent, because the store has those bytes.
     """
 
     key: str
@@ -53,6 +54,15 @@ class ShardJob:
     staging_bytes: int
     open: Callable[[memoryview], Sequence[memoryview]]
     release: Callable[[], None] = lambda: None
+    unchanged: Callable[[Sequence[memoryview]], bytes | None] = lambda _: None
+
+
+class _UnchangedError(Exception):
+    """A shard was not put, and need not be: no put that anybody may wait for."""
+
+    def __init__(self, digests: bytes) -> None:
+        super().__init__("the store has it")
+        self.digests = digests
 
 
 class Puts:
@@ -137,6 +147,8 @@ def upload(
         try:
             with scratch.lend(job.staging_bytes) as staging:
                 buffers = job.open(staging)
+                if (known := job.unchanged(buffers)) is not None:
+                    raise _UnchangedError(known)
                 made = digests.begin(buffers)
                 try:
                     store.put(job.key, buffers)
@@ -149,6 +161,9 @@ def upload(
     def put_once(job: ShardJob) -> bytes:
         try:
             return done.once((store.url, job.key), partial(put, job))
+        except _UnchangedError as exc:
+            note_move(job.size_bytes)
+            return exc.digests
         finally:
             budget.free(job.cost_bytes)
 
