@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from cloudckpt.errors import CloudCkptError, StorageError
 from cloudckpt.format import block_digests
 from cloudckpt.options import MIB
-from cloudckpt.store import LeftBehindError, Store, note_move
+from cloudckpt.store import LeftBehindError, Store, joined, note_move
 from cloudckpt.threads import new_lock, started
 from cloudckpt.transfer.memory import Scratch
 from cloudckpt.transfer.pool import AbandonedError, Budget, Watch, Work, run_all
@@ -43,7 +43,7 @@ class ShardJob:
         size_bytes: how large it is.
         cost_bytes: host memory that it may take while it is in flight, staging included.
         staging_bytes: host memory that `open` is to be given.
-        open: returns its bytes as views, whose memory stays unchanged until the put has returned.
+        open: returns its bytes as views, whose memory stays unchanged until `release`: read by the put and the digests.
         release: is called once they are not used any more, by whoever called `open`.
         unchanged: returns the digests of its blocks if it need not be sent, because the store has those bytes.
     """
@@ -146,7 +146,8 @@ def upload(
     def put(job: ShardJob) -> bytes:
         try:
             with scratch.lend(job.staging_bytes) as staging:
-                buffers = job.open(staging)
+                # Once, here: over ten thousand views, digests and transport took Python's lock from each other.
+                buffers = list(joined(job.open(staging)))
                 if (known := job.unchanged(buffers)) is not None:
                     raise _UnchangedError(known)
                 made = digests.begin(buffers)
