@@ -45,7 +45,8 @@ class ShardJob:
         staging_bytes: host memory that `open` is to be given.
         open: returns its bytes as views, whose memory stays unchanged until `release`: read by the put and the digests.
         release: is called once they are not used any more, by whoever called `open`.
-        unchanged: returns the digests of its blocks if it need not be sent, because the store has those bytes.
+        unchanged: is given what `open` returned; returns the digests of its blocks if it need not be sent, because the
+            store has those bytes.
     """
 
     key: str
@@ -146,10 +147,11 @@ def upload(
     def put(job: ShardJob) -> bytes:
         try:
             with scratch.lend(job.staging_bytes) as staging:
-                # Once, here: over ten thousand views, digests and transport took Python's lock from each other.
-                buffers = list(joined(job.open(staging)))
-                if (known := job.unchanged(buffers)) is not None:
+                views = job.open(staging)
+                if (known := job.unchanged(views)) is not None:
                     raise _UnchangedError(known)
+                # Once, here: over ten thousand views, digests and transport took Python's lock from each other.
+                buffers = list(joined(views))
                 made = digests.begin(buffers)
                 try:
                     store.put(job.key, buffers)
