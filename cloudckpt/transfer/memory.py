@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from cloudckpt.errors import CloudCkptError
 from cloudckpt.threads import new_lock, started
 
-__all__ = ["Scratch", "Slab", "Slabs", "address_of", "bytes_of", "slab_bytes"]
+__all__ = ["Scratch", "Slab", "Slabs", "address_of", "bytes_of", "fresh_pages", "slab_bytes"]
 
 _HUGE_BYTES = 2 << 20
 # Between two touches of huge pages: training gets the core.
@@ -85,7 +85,7 @@ class Scratch:
             if self._idle:
                 # Too small for what is wanted now: it makes room for a larger one.
                 self._idle.pop()
-        return memoryview(mmap.mmap(-1, size_bytes))[:size_bytes]
+        return memoryview(fresh_pages(size_bytes))[:size_bytes]
 
     def give(self, memory: memoryview) -> None:
         """Take memory back, which nobody uses any more."""
@@ -243,11 +243,16 @@ def _new_slab(size_bytes: int, *, is_pinned: bool) -> Slab:
     if is_pinned:
         pinned = torch.empty(slab_bytes(size_bytes), dtype=torch.uint8, device="cpu", pin_memory=True)
         return Slab(memory=pinned.numpy().data, is_pinned=True)
-    memory = mmap.mmap(-1, slab_bytes(size_bytes))
+    return Slab(memory=memoryview(fresh_pages(slab_bytes(size_bytes))), is_pinned=False)
+
+
+def fresh_pages(size_bytes: int) -> mmap.mmap:
+    """Return new memory, in huge pages if it is large: a fault for each small one costs more than what is copied in."""
+    memory = mmap.mmap(-1, size_bytes)
     if size_bytes >= _HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return Slab(memory=memoryview(memory), is_pinned=False)
+    return memory
 
 
 def slab_bytes(size_bytes: int) -> int:
