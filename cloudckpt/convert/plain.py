@@ -102,7 +102,7 @@ def open_file(
 
     Raises:
         ObjectNotFoundError: there is no such file (a `FileNotFoundError`); or it has no sums.
-        ChecksumError: it has not the bytes that were written; also later, from a read.
+        ChecksumError: it has not the bytes that were written; also later, from a read, and from each after that.
         OptionsError: another mode, or a URL that names no file, or one to write in a checkpoint or a root.
         StorageError: the store could not be read or written; nothing has changed.
     """
@@ -117,7 +117,7 @@ def open_file(
             return cast("IO[bytes]", _FileWriter(store, name, stack.pop_all()))
         raw = _Reading(store, name, is_verified=not unverified, stack=stack)
         raw.own(stack.pop_all())
-        return io.BufferedReader(raw, MIB)
+        return _Reader(raw)
 
 
 class _FileWriter:
@@ -291,6 +291,26 @@ def _digest_at(store: RetryingStore, key: str, sums: FileSums, number: int) -> t
     return data, xxhash.xxh3_64_hexdigest(data)
 
 
+class _Reader(io.BufferedReader):
+    """A file that is read, and after an error says that again: PyTorch's reader goes on, and would tell another one."""
+
+    def __init__(self, raw: _Reading) -> None:
+        super().__init__(raw, MIB)
+        self._raise_again = raw.raise_again
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._raise_again()
+        return super().read(size)
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        self._raise_again()
+        return super().readinto(buffer)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._raise_again()
+        return super().seek(offset, whence)
+
+
 class _Reading(SizedFile):
     """A file that is read, block by block, of which some are under way before they are asked for."""
 
@@ -301,7 +321,12 @@ class _Reading(SizedFile):
         self._threads = stack.enter_context(ThreadPoolExecutor(_AHEAD, "cloudckpt-file"))
         self._blocks: dict[int, Future[memoryview]] = {}
         self._stack: ExitStack | None = None
-        self._interrupt: BaseException | None = None
+        self._failure: BaseException | None = None
+
+    def raise_again(self) -> None:
+        """Raise what a read has met; what it had got before that is lost, so that none can go on."""
+        if self._failure is not None:
+            raise self._failure
 
     def own(self, stack: ExitStack) -> None:
         """Close with it what is on a stack."""
@@ -346,8 +371,7 @@ class _Reading(SizedFile):
         try:
             return self._read_into(buffer)
         except BaseException as exc:
-            if not isinstance(exc, Exception):
-                self._interrupt = exc
+            self._failure = exc
             raise
 
     def _read_into(self, buffer: WriteableBuffer) -> int:
@@ -387,7 +411,7 @@ class _Reading(SizedFile):
                 stack.close()
         finally:
             super().close()
-            interrupt, self._interrupt = self._interrupt, None
+            failure, self._failure = self._failure, None
             # PyTorch's reader passes over what has interrupted it, or tells it as a broken file.
-            if interrupt is not None and sys.exception() is not interrupt:
-                raise interrupt
+            if failure is not None and not isinstance(failure, Exception) and sys.exception() is not failure:
+                raise failure
