@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Literal, Self, cast, overload
 
@@ -25,7 +26,7 @@ from cloudckpt.convert.places import folder_and_name, info_of, refuse_ours
 from cloudckpt.errors import ChecksumError, ManifestError, ObjectNotFoundError, OptionsError
 from cloudckpt.format import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
 from cloudckpt.options import MIB, Options
-from cloudckpt.store import RetryingStore, appended, open_store, refuse_beyond_one_put
+from cloudckpt.store import RetryingStore, appended, local_path, open_store, refuse_beyond_one_put
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -103,7 +104,7 @@ def open_file(
     Raises:
         ObjectNotFoundError: there is no such file (a `FileNotFoundError`); or it has no sums.
         ChecksumError: it has not the bytes that were written; also later, from a read, and from each after that.
-        OptionsError: another mode, or a URL that names no file, or one to write in a checkpoint or a root.
+        OptionsError: another mode, or a URL that names no file or a directory, or one to write in a checkpoint or root.
         StorageError: the store could not be read or written; nothing has changed.
     """
     if mode not in ("rb", "wb"):
@@ -113,11 +114,25 @@ def open_file(
         chosen = Options.of(options)
         store = stack.enter_context(open_store(folder, storage_options=storage_options, engine=engine, options=chosen))
         if mode == "wb":
+            _refuse_no_file(store, name)
             refuse_ours(store, name, storage_options, chosen)
             return cast("IO[bytes]", _FileWriter(store, name, stack.pop_all()))
         raw = _Reading(store, name, is_verified=not unverified, stack=stack)
         raw.own(stack.pop_all())
         return _Reader(raw)
+
+
+def _refuse_no_file(store: RetryingStore, name: str) -> None:
+    """Refuse to write in the place of a directory or a device, before sums are put beside it."""
+    if store.engine != "local":
+        return
+    place = Path(local_path(store.url), name)
+    try:
+        is_other = place.exists() and not place.is_file()
+    except OSError:  # the store itself says more
+        return
+    if is_other:
+        raise OptionsError(f"{place} is a directory, or else no regular file; give the path of a file")
 
 
 class _FileWriter:

@@ -126,6 +126,15 @@ def test_a_damage_that_pytorch_s_reader_meets_is_told_as_what_it_is_wherever_it_
         reader.close()
 
 
+def test_a_directory_or_a_pipe_is_not_written_over_and_nothing_appears_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(OptionsError, match=rf"{name} is a directory, or else.*the path of a file"):
+            cloudckpt.open(tmp_path / name, "wb")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
 def test_a_file_of_another_program_is_read_only_if_that_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"theirs")
     with pytest.raises(ObjectNotFoundError, match="unverified=True"):
