@@ -103,8 +103,8 @@ def open_file(
 
     Raises:
         ObjectNotFoundError: there is no such file (a `FileNotFoundError`); or it has no sums.
-        ChecksumError: it has not the bytes that were written, or its sums are damaged; also later, from a read, and from
-            each after that.
+        ChecksumError: it has not the bytes that were written, or its sums are damaged; also later, from a read, and
+            from each after that.
         OptionsError: another mode, or a URL that names no file or a directory, or one to write in a checkpoint or root.
         StorageError: the store could not be read or written; nothing has changed.
     """
