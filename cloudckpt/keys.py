@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Literal
 
-from cloudckpt.errors import OptionsError
+from cloudckpt.errors import OptionsError, text_of
 
 __all__ = [
     "EPOCHS_PREFIX",
@@ -64,7 +64,7 @@ _SHOWN = 200
 
 def shown(value: object) -> str:
     """Return `repr(value)` for a message, where foreign text has neither control characters nor megabytes."""
-    text = repr(value)
+    text = text_of(value, repr)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 

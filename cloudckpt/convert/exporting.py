@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import get_args
 
 from cloudckpt.convert.holding import MARK, Hold, held, taken
-from cloudckpt.convert.opened import Exported, Job, Kind, by_cores, lean
+from cloudckpt.convert.opened import Exported, Job, Kind, by_cores
 from cloudckpt.convert.places import folder_and_name, objects_in, refuse_ours, telling_interrupts
 from cloudckpt.convert.planned import Plan
 from cloudckpt.convert.to_dcp import DCP_FILES, plan_dcp
@@ -35,6 +35,7 @@ __all__ = ["export", "refuse_model"]
 _REMOTE_SHARD_BYTES = 64 * MIB
 # On a machine of few cores: one waits for a disk while the others work.
 _THREADS = 4
+_BUDGET_BYTES = 64 * MIB
 # Weights are the checkpoint's; a folder of a model has what describes them, which is small.
 _CONFIG_BYTES = 64 * MIB
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|distcp|index\.json|cloudckpt-[a-z]+)\Z")
@@ -124,7 +125,7 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
         raise OptionsError(f"to is {to!r}; give one of {', '.join(get_args(Kind))}")
     given = Options.of(options)
     # Each batch has read buffers of its own, and pages that nobody had before cost as much as the copy.
-    chosen = lean(given if options is not None else replace(given, span_bytes=given.block_bytes))
+    chosen = (given if options is not None else replace(given, span_bytes=given.block_bytes)).lean(_BUDGET_BYTES)
     _check(to, target, prefix=prefix, shard_bytes=max_shard_bytes, config=config)
     folder_url, name = folder_and_name(target) if _KINDS[to].is_file else (os.fspath(target), "")
     with (

@@ -16,11 +16,10 @@ import logging
 import re
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from cloudckpt.convert.places import info_of, objects_in
+from cloudckpt.convert.places import LEAVING_S, info_of, objects_in
 from cloudckpt.convert.planned import Plan
 from cloudckpt.deadline import Deadline
 from cloudckpt.errors import (
@@ -52,8 +51,6 @@ _LIMIT_BYTES = 4096
 _TAG_DIGITS = 8
 _SHOWN = 4
 _OVER = "(overwrite=True, --force)"
-# What is under way when an export ends early is waited for, and then looked after, no longer than this each.
-_LEAVING_S = 10.0
 
 
 def held(url: str, mark: str, info: ObjectInfo | None) -> OptionsError:
@@ -264,7 +261,7 @@ class Hold:
         """Wait for what is under way, remove what was written in vain; say what is there, and if it stays so."""
         self._is_ended = True
         with self._changed:
-            self._changed.wait_for(lambda: not self._at_work, timeout=_LEAVING_S)
+            self._changed.wait_for(lambda: not self._at_work, timeout=LEAVING_S)
             is_moving = bool(self._at_work)
         store, is_settled = self._hurried(), True
         try:
@@ -343,9 +340,7 @@ class Hold:
             )
 
     def _hurried(self) -> RetryingStore:
-        left_s = self._store.deadline.left_s(time.monotonic())
-        deadline = Deadline.after(min(_LEAVING_S, left_s), "the removal of what an export has written in vain")
-        return self._store.within(deadline)
+        return self._store.within(Deadline.after(LEAVING_S, "the removal of what an export has written in vain"))
 
 
 def taken(url: str, names: Sequence[str]) -> OptionsError:

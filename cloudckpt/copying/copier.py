@@ -301,9 +301,9 @@ class _Room:
     def take(self, size_bytes: int) -> Slab:
         """Return memory for a shard."""
         slabs, budget_bytes = self._slabs, self._budget_bytes
-        wait_s, held_bytes = self._patience_s if slabs.lent_count >= _BUSY_COUNT else 0.0, slabs.held_bytes
+        wait_s = self._patience_s if slabs.lent_count >= _BUSY_COUNT else 0.0
         slab = slabs.take(size_bytes, limit_bytes=budget_bytes, most_bytes=budget_bytes, patience_s=wait_s)
-        if wait_s and slabs.held_bytes > held_bytes:
+        if wait_s and slabs.lent_count > _BUSY_COUNT:
             self._patience_s = 0.0  # it is slow
         return slab
 

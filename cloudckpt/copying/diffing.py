@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from cloudckpt.copying.comparing import Sums
-from cloudckpt.copying.places import lean, opened, runs_of, source_of
+from cloudckpt.copying.places import LOOK_BYTES, opened, runs_of, source_of
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPES, ChunkEntry, Index, ShardEntry, Span, codec, split_box
 from cloudckpt.loading import RankInput, read_index
@@ -139,7 +139,7 @@ def diff(  # noqa: PLR0913 (keyword-only, each of its own kind)
     """
     if tolerance is not None and not tolerance >= 0:
         raise OptionsError(f"tolerance is {tolerance!r}; give a number from 0")
-    chosen = lean(options)
+    chosen = Options.of(options).lean(LOOK_BYTES)
     with (
         opened(a, storage_options=storage_options, engine=engine, options=chosen) as place_a,
         opened(b, storage_options=b_storage_options, engine=b_engine, options=chosen) as place_b,

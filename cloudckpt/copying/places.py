@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from cloudckpt.errors import (
@@ -29,12 +29,12 @@ from cloudckpt.store import open_store
 from cloudckpt.transfer import Gauge, ShardSource
 
 __all__ = [
+    "LOOK_BYTES",
     "All",
     "Onward",
     "Place",
     "is_of_one_object",
     "key_of",
-    "lean",
     "opened",
     "runs_of",
     "source_of",
@@ -42,17 +42,9 @@ __all__ = [
     "split_step",
 ]
 
-# Of what is in flight: eight reads of the usual spans, or three of the usual shards. With what a process takes that has
-# imported nothing else, it stays below 256 MiB.
-BUDGET_BYTES = 200 * MIB
-
-
-def lean(options: Options | Mapping[str, object] | None) -> Options:
-    """Return options whose transfers stay small, unless the caller has said how much memory they may take."""
-    chosen = Options.of(options)
-    if chosen.memory_budget_bytes is not None:
-        return chosen
-    return replace(chosen, memory_budget_bytes=max(BUDGET_BYTES, chosen.shard_bytes, chosen.span_bytes))
+LOOK_BYTES = 200 * MIB
+"""Of what is in flight in a look: eight reads of the usual spans. With what a process takes that has imported nothing
+else, it stays below 256 MiB."""
 
 
 def split_step(url: str | os.PathLike[str]) -> tuple[str, str]:

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from cloudckpt.copying.places import (
+    LOOK_BYTES,
     Onward,
     Place,
     is_of_one_object,
-    lean,
     opened,
     runs_of,
     source_of,
@@ -135,7 +135,7 @@ def verify(
         CheckpointNotFoundError: nothing is committed at the URL, or it was removed meanwhile.
         StorageError: the store cannot be reached.
     """
-    chosen = lean(options)
+    chosen = Options.of(options).lean(LOOK_BYTES)
     with (
         opened(url, storage_options=storage_options, engine=engine, options=chosen) as place,
         Progress(progress).bar("verifying", rank=0, every_s=every_s) as bar,
@@ -175,7 +175,7 @@ def verify_all(
         ManifestError: nothing is, and something was.
         StorageError: the store cannot be reached.
     """
-    chosen = lean(options)
+    chosen = Options.of(options).lean(LOOK_BYTES)
     with (
         opened(url, storage_options=storage_options, engine=engine, options=chosen) as place,
         Progress(progress).bar("verifying", rank=0, every_s=every_s) as bar,

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Literal, TypedDict
 
-from cloudckpt.errors import CloudCkptError
+from cloudckpt.errors import CloudCkptError, text_of
 from cloudckpt.report.events import (
     Event,
     OnEvent,
@@ -79,11 +79,11 @@ class Journal:
         try:
             yield
         except Exception as exc:  # noqa: BLE001 (rules, handlers and streams are anybody's code)
-            self.note(f"{what}: {exc if isinstance(exc, CloudCkptError) else repr(exc)}")
+            self.note(f"{what}: {text_of(exc, str if isinstance(exc, CloudCkptError) else repr)}")
         except BaseException as exc:
             # Who ends the program, by an interrupt or an exit, is not kept from it, and hears what is safe.
-            exc.add_note(f"{what}: {exc!r}")
-            self.note(f"{what}: {exc!r}")
+            exc.add_note(f"{what}: {text_of(exc, repr)}")
+            self.note(f"{what}: {text_of(exc, repr)}")
             raise
 
     def begin(self, *, rank: int, world_size: int = 1) -> Entry:
@@ -229,7 +229,7 @@ class Entry:
                 requests=requests,
                 retries=retries,
                 kind=type(error).__name__,
-                error=hide(str(error)),
+                error=hide(text_of(error)),
                 is_forgiven=is_forgiven,
             )
         )

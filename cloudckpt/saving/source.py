@@ -204,7 +204,7 @@ class Source:
 
     def is_staged(self, piece: Piece) -> bool:
         """Tell whether the piece's bytes will be copied to the host, or together, before they are sent."""
-        return not self._is_stock or not _has_host_bytes(self._resolve(piece.chunk))
+        return not self._is_stock or not _has_host_bytes(self._held(piece.chunk))
 
     def view(self, piece: Piece, room: Staging, *, is_lazy: bool = False) -> memoryview:
         """Return the piece's bytes: the tensor's own memory where it is dense on the host, else some of `room`.
@@ -213,9 +213,7 @@ class Source:
         whoever has the room waits for it.
         """
         with self._lock:
-            tensor = self._tensors.get(piece.chunk)
-            if tensor is None:
-                tensor = self._tensors[piece.chunk] = self._resolve(piece.chunk)
+            tensor = self._held(piece.chunk)
             self._uses[piece.chunk] -= 1
             if self._uses[piece.chunk] == 0:
                 del self._tensors[piece.chunk]
@@ -231,6 +229,12 @@ class Source:
         """Return the CUDA devices in whose memory some of the tensors lie."""
         devices = {self._resolve(chunk).device for chunk in self._uses}
         return tuple(sorted((device for device in devices if device.type == "cuda"), key=str))
+
+    def _held(self, number: int) -> torch.Tensor:
+        tensor = self._tensors.get(number)
+        if tensor is None:
+            tensor = self._tensors[number] = self._resolve(number)
+        return tensor
 
     def _resolve(self, number: int) -> torch.Tensor:
         if number >= len(self._items):

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from cloudckpt.errors import OptionsError, RestoreFailedError, StateMismatchError
+from cloudckpt.errors import OptionsError, RestoreFailedError, StateMismatchError, text_of
 from cloudckpt.format import Flat, PathElement, unflatten
 from cloudckpt.root import Fit
 from cloudckpt.state.attributes import as_it_was, with_attributes
@@ -333,7 +333,7 @@ class Restoration:
             try:
                 part.load()
             except Exception as exc:
-                why = f"{part.entry.name} refuses the state that was saved: {type(exc).__name__}: {exc}"
+                why = f"{part.entry.name} refuses the state that was saved: {type(exc).__name__}: {text_of(exc)}"
                 raise self._taken_back(why) from exc
         for pair, members, before in watched:
             if _bits(members) != before:
@@ -353,7 +353,7 @@ class Restoration:
             new = self._allowed.resize(one.name, one.saved, one.live.detach().clone())
         except Exception as exc:
             raise StateMismatchError(
-                f"resize raised {type(exc).__name__} for {one.name}: {exc}; nothing was restored"
+                f"resize raised {type(exc).__name__} for {one.name}: {text_of(exc)}; nothing was restored"
             ) from exc
         if isinstance(one.live, DTensor) and not isinstance(new, DTensor):
             raise StateMismatchError(
@@ -404,9 +404,9 @@ class Restoration:
                 self._take(part.load(), part.entry.name)
             except Exception as exc:
                 raise RestoreFailedError(
-                    f"{part.entry.name} did not take the state that was saved: {exc}. It may be half restored, "
-                    f"{', '.join(done) or 'nothing else'} is restored, and so are tensors that are filled in place; "
-                    "load a checkpoint that fits before going on",
+                    f"{part.entry.name} did not take the state that was saved: {text_of(exc)}. It may be half "
+                    f"restored, {', '.join(done) or 'nothing else'} is restored, and so are tensors that are filled in "
+                    "place; load a checkpoint that fits before going on",
                     name=part.entry.name,
                     changed=done,
                 ) from exc

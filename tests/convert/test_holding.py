@@ -14,9 +14,9 @@ from torch.distributed import checkpoint as dcp
 import cloudckpt
 from cloudckpt import ChecksumError, CloudHFReader, CloudHFWriter, OptionsError
 from cloudckpt.convert.exporting import Kind
-from cloudckpt.convert.holding import MARK, Hold
+from cloudckpt.convert.holding import MARK, Hold, held
 from cloudckpt.errors import ConflictError, StorageError
-from cloudckpt.store import RetryingStore, open_store
+from cloudckpt.store import ObjectInfo, RetryingStore, open_store
 from servers import FreshPrefix
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -307,13 +307,13 @@ def test_an_export_that_fails_leaves_the_one_that_it_was_to_replace(
     assert "the export before it is there as it was" in failed.value.__notes__[-1]
 
 
-def test_whoever_writes_beside_a_file_that_fails_is_told_why_that_did(tmp_path: Path) -> None:
-    failed = ChecksumError("damaged", key="x")
+@pytest.mark.parametrize("failed", [ChecksumError("damaged", key="x"), KeyboardInterrupt()], ids=["fault", "interrupt"])
+def test_whoever_writes_beside_a_file_that_fails_is_told_why_that_did(failed: BaseException, tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         hold = Hold(store, "", MARK, is_replacing=False)
-        with pytest.raises(ChecksumError), hold.standing("2"):
+        with pytest.raises(type(failed)), hold.standing("2"):
             raise failed
-        with pytest.raises(ChecksumError) as told, hold.standing("1"):
+        with pytest.raises(type(failed)) as told, hold.standing("1"):
             pass
     assert told.value is failed
 
@@ -352,6 +352,11 @@ def test_what_a_kill_left_is_named_and_can_be_replaced(
         assert stray.name in caplog.text
         done = exported(saved(2), out, to, overwrite=True)
         assert files(out).keys() == set(done.files)
+
+
+def test_a_mark_of_a_time_beyond_all_calendars_is_told_all_the_same() -> None:
+    told = str(held("file:///x", MARK, ObjectInfo(key=MARK, size_bytes=1, modified_s=1e12)))
+    assert f"its mark {MARK} is there since 9999-12-30" in told
 
 
 def test_a_save_for_hugging_face_is_refused_early_where_an_export_is_under_way(tmp_path: Path) -> None:
