@@ -1,9 +1,8 @@
 """Turn one save into a time line: what it was at until its first byte, while bytes moved, and after the last of them.
 
     opening  the store, the plan, the layout          shards   between the first put's begin and the last one's end
-    first    digests before the first put             gather   from there to the index
-    index    its put, and the listing beside it       commit   the fence and the create of the manifest
-    rest     until the call returned
+    gather   from there to the index                  index    its put, and the listing beside it
+    commit   the fence and the create of the manifest rest     until the call returned
 
 `busy` is how many puts of shards were in flight on average while there was one, `digest` the thread seconds that went
 into digests of blocks. Watches verbs of the retry layer and the digests from outside; knows nothing else of us.
@@ -50,8 +49,7 @@ class Timeline:
             return "no whole save was seen"
         first, last = min(start for start, _ in shards), max(stop for _, stop in shards)
         marks = {
-            "opening": min(start for start, _ in digests),
-            "first": first,
+            "opening": first,
             "shards": last,
             "gather": min(start for start, _ in index),
             "index": max(stop for _, stop in index),

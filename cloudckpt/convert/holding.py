@@ -83,7 +83,7 @@ class Hold:
         self._at_work = 0
         self._changed = threading.Condition()
         # Names of another export that stand there; of ours those that may stand there, with the text of the short ones,
-        # and those that do; the tags of exports whose place was taken over.
+        # and those that do; the nonces of exports whose place was taken over.
         self._old: Sequence[str] = ()
         self._begun: dict[str, bytes | None] = {}
         self._stood: set[str] = set()
@@ -122,7 +122,7 @@ class Hold:
             told, is_settled = self._end(plan)
             exc.add_note(told)
             if is_settled:
-                self._let_go()
+                self._let_go(self._rivals)  # who had the place may be at work still, and has it again
             raise
 
     def _refuse_taken(self, plan: Plan, *, is_held: bool) -> list[str]:
@@ -144,13 +144,13 @@ class Hold:
                 raise held(self._url, self._mark, info_of(self._store, self._mark)) from exc
             logger.warning("another export to %s, which has not ended, is taken over", self._url)
             nonces += [one for one in self._marked(self._store) if _NONCE.fullmatch(one)]
-            self._rivals = [_tag_of(one) for one in nonces[1:]]
+            self._rivals = nonces[1:]
             self._put_mark(nonces[:_NONCES])
         except CreateNotEnforcedError:  # as good as it can be there
             self._put_mark(nonces)
 
-    def _put_mark(self, nonces: Sequence[str]) -> None:
-        self._store.put(self._mark, [memoryview("\n".join(nonces).encode())])
+    def _put_mark(self, nonces: Sequence[str], store: RetryingStore | None = None) -> None:
+        (store or self._store).put(self._mark, [memoryview("\n".join(nonces).encode())])
 
     def _marked(self, store: RetryingStore) -> list[str]:
         """Return the nonces in the mark that is there, its owner's first."""
@@ -168,7 +168,7 @@ class Hold:
             raise self._taken_over("while the last file of this one was put")
 
     def _is_rivals(self, name: str) -> bool:
-        return any(_has(tag, name) for tag in self._rivals)
+        return any(_has(_tag_of(nonce), name) for nonce in self._rivals)
 
     def _taken_over(self, when: str) -> ConflictError:
         return ConflictError(
@@ -328,11 +328,12 @@ class Hold:
             return text is None and there is not None
         return store.read(name, limit_bytes=len(text)) == text
 
-    def _let_go(self) -> None:
+    def _let_go(self, others: Sequence[str] = ()) -> None:
+        """Remove the mark, or leave it to others."""
         store = self._hurried()
         try:
             if self._is_ours(store):
-                store.delete([self._mark])
+                self._put_mark(others, store) if others else store.delete([self._mark])
         except StorageError as exc:
             logger.warning(
                 "%s stays in %s, though the export has ended, so that the next one there has to replace it %s: %s",

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Literal, Self, cast, overload
 
@@ -25,7 +26,7 @@ from cloudckpt.convert.places import folder_and_name, info_of, refuse_ours
 from cloudckpt.errors import ChecksumError, FormatVersionError, ManifestError, ObjectNotFoundError, OptionsError
 from cloudckpt.format import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
 from cloudckpt.options import MIB, Options
-from cloudckpt.store import RetryingStore, appended, open_store, refuse_beyond_one_put
+from cloudckpt.store import RetryingStore, appended, local_path, open_store, refuse_beyond_one_put
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer, WriteableBuffer
@@ -102,8 +103,9 @@ def open_file(
 
     Raises:
         ObjectNotFoundError: there is no such file (a `FileNotFoundError`); or it has no sums.
-        ChecksumError: it has not the bytes that were written, or its sums are damaged; also later, from a read.
-        OptionsError: another mode, or a URL that names no file, or one to write in a checkpoint or a root.
+        ChecksumError: it has not the bytes that were written, or its sums are damaged; also later, from a read, and from
+            each after that.
+        OptionsError: another mode, or a URL that names no file or a directory, or one to write in a checkpoint or root.
         StorageError: the store could not be read or written; nothing has changed.
     """
     if mode not in ("rb", "wb"):
@@ -113,11 +115,25 @@ def open_file(
         chosen = Options.of(options)
         store = stack.enter_context(open_store(folder, storage_options=storage_options, engine=engine, options=chosen))
         if mode == "wb":
+            _refuse_no_file(store, name)
             refuse_ours(store, name, storage_options, chosen)
             return cast("IO[bytes]", _FileWriter(store, name, stack.pop_all()))
         raw = _Reading(store, name, is_verified=not unverified, stack=stack)
         raw.own(stack.pop_all())
-        return io.BufferedReader(raw, MIB)
+        return _Reader(raw)
+
+
+def _refuse_no_file(store: RetryingStore, name: str) -> None:
+    """Refuse to write in the place of a directory or a device, before sums are put beside it."""
+    if store.engine != "local":
+        return
+    place = Path(local_path(store.url), name)
+    try:
+        is_other = place.exists() and not place.is_file()
+    except OSError:  # the store itself says more
+        return
+    if is_other:
+        raise OptionsError(f"{place} is a directory, or else no regular file; give the path of a file")
 
 
 class _FileWriter:
@@ -291,6 +307,26 @@ def _digest_at(store: RetryingStore, key: str, sums: FileSums, number: int) -> t
     return data, xxhash.xxh3_64_hexdigest(data)
 
 
+class _Reader(io.BufferedReader):
+    """A file that is read, and after an error says that again: PyTorch's reader goes on, and would tell another one."""
+
+    def __init__(self, raw: _Reading) -> None:
+        super().__init__(raw, MIB)
+        self._raise_again = raw.raise_again
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._raise_again()
+        return super().read(size)
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        self._raise_again()
+        return super().readinto(buffer)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        self._raise_again()
+        return super().seek(offset, whence)
+
+
 class _Reading(SizedFile):
     """A file that is read, block by block, of which some are under way before they are asked for."""
 
@@ -301,7 +337,12 @@ class _Reading(SizedFile):
         self._threads = stack.enter_context(ThreadPoolExecutor(_AHEAD, "cloudckpt-file"))
         self._blocks: dict[int, Future[memoryview]] = {}
         self._stack: ExitStack | None = None
-        self._interrupt: BaseException | None = None
+        self._failure: BaseException | None = None
+
+    def raise_again(self) -> None:
+        """Raise what a read has met; what it had got before that is lost, so that none can go on."""
+        if self._failure is not None:
+            raise self._failure
 
     def own(self, stack: ExitStack) -> None:
         """Close with it what is on a stack."""
@@ -354,8 +395,7 @@ class _Reading(SizedFile):
         try:
             return self._read_into(buffer)
         except BaseException as exc:
-            if not isinstance(exc, Exception):
-                self._interrupt = exc
+            self._failure = exc
             raise
 
     def _read_into(self, buffer: WriteableBuffer) -> int:
@@ -395,7 +435,7 @@ class _Reading(SizedFile):
                 stack.close()
         finally:
             super().close()
-            interrupt, self._interrupt = self._interrupt, None
+            failure, self._failure = self._failure, None
             # PyTorch's reader passes over what has interrupted it, or tells it as a broken file.
-            if interrupt is not None and sys.exception() is not interrupt:
-                raise interrupt
+            if failure is not None and not isinstance(failure, Exception) and sys.exception() is not failure:
+                raise failure

@@ -300,12 +300,9 @@ class _Room:
 
     def take(self, size_bytes: int) -> Slab:
         """Return memory for a shard."""
-        slabs, budget_bytes = self._slabs, self._budget_bytes
-        wait_s = self._patience_s if slabs.lent_count >= _BUSY_COUNT else 0.0
-        slab = slabs.take(size_bytes, limit_bytes=budget_bytes, most_bytes=budget_bytes, patience_s=wait_s)
-        if wait_s and slabs.lent_count > _BUSY_COUNT:
+        if self._patience_s and not self._slabs.wait_for_fewer(_BUSY_COUNT, timeout_s=self._patience_s):
             self._patience_s = 0.0  # it is slow
-        return slab
+        return self._slabs.take(size_bytes, limit_bytes=self._budget_bytes, most_bytes=self._budget_bytes)
 
 
 @contextmanager

@@ -22,10 +22,13 @@ Run with megatron-core 0.16.1 and torch 2.13, on CPU.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from enum import Enum
+from functools import partial
 from typing import Any, cast
 
 import torch.distributed as dist
@@ -44,6 +47,7 @@ from cloudckpt import (
     OptionsError,
     contents,
     read,
+    register,
 )
 from cloudckpt.integrations.framework import framework
 from cloudckpt.store import open_store
@@ -63,11 +67,33 @@ with framework("megatron-core", lowest="0.16.1", extra="megatron"):
     )
     from megatron.core.dist_checkpointing.utils import extract_sharded_base
     from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+    from megatron.core.safe_globals import SAFE_GLOBALS
 
 __all__ = ["load", "newest", "save"]
 
 _COMMON = "cloudckpt_megatron_common"
 _CONTENT = "content_metadata"
+
+
+def _keep_its_types() -> None:
+    """Let be saved what Megatron's own load takes back: its arguments are full of its enums."""
+    for kind in SAFE_GLOBALS:
+        how: dict[str, Any] = {}
+        if dataclasses.is_dataclass(kind):  # whose constructors set more than their fields
+            how = {"encode": lambda value: dict(vars(value)), "decode": partial(_revived, kind)}
+        elif not (isinstance(kind, type) and issubclass(kind, Enum)):
+            continue
+        with suppress(OptionsError):  # the program has given it another name
+            register(kind, name=f"{kind.__module__}.{kind.__qualname__}", **how)
+
+
+def _revived(kind: Any, attributes: Mapping[str, object]) -> Any:
+    made = object.__new__(kind)
+    vars(made).update(attributes)
+    return made
+
+
+_keep_its_types()
 
 
 class _Planner(MCoreSavePlanner):
@@ -123,7 +149,11 @@ def save(
     if dist.get_rank() == 0:
         state[_COMMON] = common
     writer = CloudWriter(url, storage_options=storage_options, options=options, metrics=metrics)
-    planner = _Planner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    planner = _Planner(
+        dedup_replicated_tensors=False,
+        flatten_state_dict=False,
+        flatten_sharded_tensors=False,  # else DCP rebuilds each value: keys become text, and empty containers go
+    )
     with _plain_errors():
         save_by_dcp(state, storage_writer=writer, planner=planner)
     return writer.checkpoint if dist.get_rank() == 0 else None

@@ -8,7 +8,8 @@ state = {"adapter": Adapter(model), "rng": RandomState()}
 **What PEFT still does itself**: making the model (`get_peft_model`) before a restore, and `save_pretrained`.
 **Limits**: weights alone, of one adapter for each `Adapter`. The optimizer of an adapter that is trained wants the
 names of its parameters: put `cloudckpt.Trainable(model)` into the state instead of an `Adapter`, and the optimizer
-beside it. Sharded models (FSDP, DTensor) are saved by `Trainable`, too.
+beside it. Sharded models (FSDP, DTensor) are saved by `Trainable`, too; and so is, while it is trained, what PEFT's
+files have in another form: P-tuning and prefix projection (what their encoders compute), AdaLoRA once it gave up ranks.
 
 Run with peft 0.21.2 and torch 2.13.
 """
@@ -24,7 +25,7 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.integrations.framework import framework
 
 with framework("peft", lowest="0.21", extra="peft"):
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import AdaLoraConfig, PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
 __all__ = ["Adapter"]
 
@@ -60,11 +61,31 @@ class Adapter:
         self._saves_embeddings = save_embedding_layers
 
     def state_dict(self) -> dict[str, object]:
-        """Return the adapter's weights, by PEFT's names, in the model's own memory."""
+        """Return the adapter's weights, by PEFT's names, in the model's own memory.
+
+        Raises:
+            OptionsError: PEFT keeps what an encoder computes, or fewer ranks than are here, and not the weights.
+        """
         found: dict[str, object] = get_peft_model_state_dict(
             self.model, adapter_name=self.name, save_embedding_layers=self._saves_embeddings
         )
+        if why := self._why_not_whole(found):
+            raise OptionsError(
+                f"PEFT's files have no way back to the weights of the adapter {self.name!r}: {why}; put "
+                "cloudckpt.Trainable(model) into the state instead of the Adapter"
+            )
         return found
+
+    def _why_not_whole(self, found: Mapping[str, object]) -> str:
+        config = cast("Mapping[str, PeftConfig]", self.model.peft_config)[self.name]
+        if isinstance(config, AdaLoraConfig) and config.rank_pattern:
+            return "AdaLoRA has given up some of their ranks"
+        if not config.is_prompt_learning:
+            return ""
+        encoder = cast("Mapping[str, nn.Module]", self.model.prompt_encoder)[self.name]
+        # What is kept as `prompt_embeddings` are these weights only where nothing comes after them.
+        more = [name for name, _ in encoder.named_parameters() if name != "embedding.weight" and name not in found]
+        return f"they hold what its encoder computes, and not {', '.join(more)}" if more else ""
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
         """Fill the adapter.

@@ -20,7 +20,8 @@ TorchTrainer(train, run_config=RunConfig(checkpoint_config=KEEP, failure_config=
 **What is saved**: a state as `CheckpointManager` takes it, once, by all workers together; from any number of workers to
 any other.
 **What Ray Train still does itself**: workers and their restarts, metrics, and its own list of checkpoints, each of them
-a small file. `num_to_keep` of a `CheckpointConfig` that is given as `keep` holds for both lists.
+a small file. `num_to_keep` of a `CheckpointConfig` that is given as `keep` holds for both lists: what Ray names stays
+in the root until a save after Ray let go of it, so each `Result.checkpoint` leads to a state wherever a worker dies.
 **Limits**: `Result.checkpoint` has the URL of the state, not the state (`url_of`). A report returns when its save is
 committed. A root is of one run; give another run another one.
 
@@ -30,11 +31,13 @@ Run with ray 2.60.0 and torch 2.13.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import numbers
 import os
 import tempfile
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -52,11 +55,15 @@ from cloudckpt.integrations.framework import framework
 
 with framework("ray", lowest="2.60", extra="ray"):
     import ray.train
-    from ray.train import CheckpointConfig
+    from ray.train import CheckpointConfig, CheckpointConsistencyMode
 
-__all__ = ["RayCheckpoints", "rules_of", "url_of"]
+__all__ = ["KeepReported", "RayCheckpoints", "rules_of", "url_of"]
+
+logger = logging.getLogger(__name__)
 
 _POINTER = "cloudckpt.json"
+# Ray looks at what its workers report every second or so.
+_PATIENCE_S = 10.0
 
 
 def url_of(checkpoint: ray.train.Checkpoint) -> str:
@@ -182,15 +189,47 @@ class RayCheckpoints:
 def rules_of(keep: CheckpointConfig | None) -> list[RetentionRule]:
     """Return rules that keep what Ray does, which is the newest besides the best; for a manager of your own.
 
+    What Ray still names stays as well (`KeepReported`), so the root may hold one more than Ray until the next save.
+
     Args:
         keep: as Ray is given it.
     """
     if keep is None or keep.num_to_keep is None:
         return []
     if keep.checkpoint_score_attribute is None:
-        return [KeepLast(keep.num_to_keep)]
+        return [KeepLast(keep.num_to_keep), KeepReported()]
     best = KeepBest(keep.checkpoint_score_attribute, keep.num_to_keep, mode=keep.checkpoint_score_order)
-    return [best, KeepLast(1)]
+    return [best, KeepLast(1), KeepReported()]
+
+
+@dataclass(frozen=True, slots=True)
+class KeepReported:
+    """Keep what Ray names in its list of checkpoints, and what is newer than that, of which it may not have heard yet.
+
+    A rule for managers in workers of Ray. It asks Ray each time that something is pruned; where Ray cannot be asked, or
+    names nothing of the root, all stays.
+    """
+
+    _urls: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def keep(self, checkpoints: Sequence[Checkpoint]) -> set[tuple[int, int]]:
+        everything = {one.order for one in checkpoints}
+        try:
+            named = self._named()
+        except Exception as exc:  # noqa: BLE001 (whatever it is, what Ray names is not known, and must not go)
+            logger.warning("Ray does not say which checkpoints it names, so all stay: %s: %s", type(exc).__name__, exc)
+            return everything
+        known = {one.order for one in checkpoints if one.url in named}
+        return {order for order in everything if order in known or order > max(known)} if known else everything
+
+    def _named(self) -> set[str]:
+        found = ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED, _PATIENCE_S)
+        pointers = {one.checkpoint.path: one.checkpoint for one in found}
+        for path in self._urls.keys() - pointers.keys():
+            del self._urls[path]
+        for path in pointers.keys() - self._urls.keys():
+            self._urls[path] = url_of(pointers[path])
+        return set(self._urls.values())
 
 
 def _is_number(value: object) -> bool:

@@ -166,12 +166,12 @@ class CheckpointManager:
             save_rng: save and restore the random number generators of this process, also of a state without a
                 `RandomState`; a checkpoint that lacks them is no error then.
             reuse_unchanged: leave out of a save the shards that the newest checkpoint of this line of history holds
-                already, byte for byte, such as those of a frozen backbone, of parameters beside adapters (LoRA), of an
-                average that is renewed at long intervals: the new checkpoint refers to them. Each stays as long as a
-                checkpoint needs it, whatever is removed. The first save pays for strong digests (0.13 s of a core for
-                1 GB with `pip install blake3`, else 0.5), later ones for those of what stays; frozen parameters of
-                modules stand in shards of their own. What is saved so is read by cloudckpt 0.2 and later (format
-                version 2). `save_parts`, saves by another number of ranks, and those to the other root send all.
+                already, byte for byte, such as those of a frozen backbone beside adapters (LoRA) or of an average that
+                is renewed at long intervals: the new checkpoint refers to them. Each stays as long as a checkpoint
+                needs it, whatever is removed; one that is damaged is missed by all that share it. The first save pays
+                for strong digests (0.13 s of a core for 1 GB with `pip install 'cloudckpt[reuse]'`, else 0.5), later
+                ones for those of what stays. Older releases refuse what is saved so (format version 2). `save_parts`,
+                saves by another number of ranks than before, and those to the other root send all.
             prune_grace_s: seconds between the end of a pruned checkpoint and that of its shards, for readers of it.
             sweep_after_s: seconds without a write after which what earlier jobs left (attempts that were never
                 committed, pruned shards) is removed in the background of saves; None leaves it to `sweep`.

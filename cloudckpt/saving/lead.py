@@ -420,9 +420,14 @@ class _Lead:
         if self.coordinator.room is None or not (is_full and is_known and all(map(is_outage, causes))):
             return False
 
+        def check_and_get_on() -> None:
+            # Shards in their grace time are waited for, which may take longer than a rank may stand still.
+            self.group.tick()
+            check()
+
         def make_room(are_whole: Sequence[bool]) -> bool:
             logger.warning("rank 0: %s had no room, so that what nobody needs is removed: %s", self.what, causes[0])
-            return (self.coordinator.make_room(check) > 0 or is_first) and all(are_whole)
+            return (self.coordinator.make_room(check_and_get_on) > 0 or is_first) and all(are_whole)
 
         return self.group.agree(f"{self.what}: making room", is_whole, make_room)
 

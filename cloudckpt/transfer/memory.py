@@ -145,9 +145,7 @@ class Slabs:
         """Bytes that are held, lent ones included."""
         return self._held_bytes
 
-    def take(
-        self, size_bytes: int, *, limit_bytes: int, most_bytes: int, is_pinned: bool = False, patience_s: float = 0.0
-    ) -> Slab:
+    def take(self, size_bytes: int, *, limit_bytes: int, most_bytes: int, is_pinned: bool = False) -> Slab:
         """Return the smallest idle slab that is large enough, or a new one.
 
         Args:
@@ -155,23 +153,17 @@ class Slabs:
             limit_bytes: what may be held afterwards: idle slabs that do not fit make room for a new one.
             most_bytes: how large the slab may be, if it is larger than need be.
             is_pinned: page-locked, for copies from a device.
-            patience_s: how long to wait for one that is given back before a new one is made.
         """
-
-        def fitting() -> list[Slab]:
-            return [
+        with self._lock:
+            fitting = [
                 slab
                 for slab in self._idle
                 if slab.is_pinned >= is_pinned
                 and slab.size_bytes >= size_bytes
                 and (slab.is_exact(size_bytes) or slab.size_bytes <= most_bytes)
             ]
-
-        with self._lock:
-            if patience_s:
-                self._given.wait_for(lambda: fitting() or not self.lent_count, timeout=patience_s)
-            if found := fitting():
-                slab = min(found, key=lambda slab: slab.size_bytes)
+            if fitting:
+                slab = min(fitting, key=lambda slab: slab.size_bytes)
                 self._idle.remove(slab)
                 self.lent_count += 1
                 return slab
@@ -184,6 +176,11 @@ class Slabs:
             self.lent_count += 1
             return slab
 
+    def wait_for_fewer(self, lent_count: int, *, timeout_s: float) -> bool:
+        """Wait until fewer than so many are lent; tell whether it came to that."""
+        with self._lock:
+            return self._given.wait_for(lambda: self.lent_count < lent_count, timeout=timeout_s)
+
     def give(self, slab: Slab) -> None:
         """Take a slab back, which nobody uses any more."""
         with self._lock:
@@ -195,7 +192,7 @@ class Slabs:
             self._held_bytes -= slab.size_bytes
         else:
             self._idle.append(slab)
-            self._given.notify_all()
+        self._given.notify_all()
 
     def touch_ahead(self, sizes_bytes: Sequence[int], *, is_pinned: bool = False) -> None:
         """Have slabs of these sizes ready, touched, some time from now; returns at once."""

@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from cloudckpt.errors import CloudCkptError, StorageError
 from cloudckpt.format import block_digests
 from cloudckpt.options import MIB
-from cloudckpt.store import LeftBehindError, Store, note_move
+from cloudckpt.store import LeftBehindError, Store, joined, note_move
 from cloudckpt.threads import new_lock, started
 from cloudckpt.transfer.memory import Scratch
 from cloudckpt.transfer.pool import AbandonedError, Budget, Watch, Work, run_all
@@ -43,9 +43,10 @@ class ShardJob:
         size_bytes: how large it is.
         cost_bytes: host memory that it may take while it is in flight, staging included.
         staging_bytes: host memory that `open` is to be given.
-        open: returns its bytes as views, whose memory stays unchanged until the put has returned.
+        open: returns its bytes as views, whose memory stays unchanged until `release`: read by the put and the digests.
         release: is called once they are not used any more, by whoever called `open`.
-        unchanged: returns the digests of its blocks if it need not be sent, because the store has those bytes.
+        unchanged: is given what `open` returned; returns the digests of its blocks if it need not be sent, because the
+            store has those bytes.
     """
 
     key: str
@@ -146,9 +147,11 @@ def upload(
     def put(job: ShardJob) -> bytes:
         try:
             with scratch.lend(job.staging_bytes) as staging:
-                buffers = job.open(staging)
-                if (known := job.unchanged(buffers)) is not None:
+                views = job.open(staging)
+                if (known := job.unchanged(views)) is not None:
                     raise _UnchangedError(known)
+                # Once, here: over ten thousand views, digests and transport took Python's lock from each other.
+                buffers = list(joined(views))
                 made = digests.begin(buffers)
                 try:
                     store.put(job.key, buffers)

@@ -20,7 +20,7 @@ def test_a_save_is_measured_beside_its_limit_and_its_phases_are_told(
     assert limits.main(arguments) == 0
     timeline, head, limit, ours = capsys.readouterr().out.splitlines()
     assert [word.split()[0] for word in timeline.partition("ms: ")[2].partition(" ms;")[0].split(", ")] == [
-        *("opening", "first", "shards", "gather", "index", "commit", "rest"),
+        *("opening", "shards", "gather", "index", "commit", "rest"),
     ]
     assert head.split()[0] == "way"
     assert [limit.split()[0], ours.split()[0]] == limits.WAYS[target]

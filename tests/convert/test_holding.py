@@ -160,6 +160,21 @@ def test_a_last_file_that_comes_late_names_files_that_are_there(
     assert value_in(out, to) == 3
 
 
+@pytest.mark.parametrize("to", KINDS)
+def test_an_export_that_takes_over_and_fails_gives_the_place_back(
+    to: Kind, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, bad = tmp_path / "out", damaged(saved(2))
+
+    def fail() -> None:
+        with pytest.raises(ChecksumError):
+            exported(bad, out, to, overwrite=True)
+
+    at_the_last_file(monkeypatch, fail)
+    done = exported(saved(1), out, to)
+    assert (value_in(out, to), files(out).keys()) == (1, set(done.files))
+
+
 @pytest.mark.parametrize("to", LAST)
 def test_a_last_file_that_would_replace_what_came_meanwhile_is_not_put(
     to: Kind, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

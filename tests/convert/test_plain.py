@@ -111,6 +111,30 @@ def test_one_wrong_bit_is_an_error_before_the_bytes_are_handed_out(tmp_path: Pat
         cloudckpt.open(tmp_path / "f")
 
 
+def test_a_damage_that_pytorch_s_reader_meets_is_told_as_what_it_is_wherever_it_is(tmp_path: Path) -> None:
+    with cloudckpt.open(tmp_path / "x.pt", "wb") as file:
+        torch.save({"a": torch.ones(3_000_000), "b": torch.zeros(10)}, file)
+    whole = (tmp_path / "x.pt").read_bytes()
+    for place in (0, 6_000_000, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        (tmp_path / "x.pt").write_bytes(damaged)
+        reader = cloudckpt.open(tmp_path / "x.pt")
+        for _ in range(2):
+            with pytest.raises(ChecksumError, match="differs"):
+                torch.load(reader)
+        reader.close()
+
+
+def test_a_directory_or_a_pipe_is_not_written_over_and_nothing_appears_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        with pytest.raises(OptionsError, match=rf"{name} is a directory, or else.*the path of a file"):
+            cloudckpt.open(tmp_path / name, "wb")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
 def test_a_file_of_another_program_is_read_only_if_that_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"theirs")
     with pytest.raises(ObjectNotFoundError, match="unverified=True"):

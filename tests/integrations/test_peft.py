@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,16 @@ import torch
 
 pytest.importorskip("peft", minversion="0.21", reason="make integrations installs the frameworks")
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from torch import nn
 
@@ -64,6 +74,66 @@ def test_an_adapter_of_another_rank_is_refused_by_name_and_nothing_is_changed(tm
     with pytest.raises(StateMismatchError, match="lora_A"):
         cloudckpt.load({"adapter": Adapter(wide)}, tmp_path / "c")
     assert all(torch.equal(value, before[name]) for name, value in wide.state_dict().items())
+
+
+def _trained(config: PeftConfig, seed: int) -> PeftModel:
+    """A small model of language, adapted, whose adapter has been trained for some steps."""
+    transformers = pytest.importorskip("transformers", reason="make integrations installs the frameworks")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=32, **shape))
+    torch.manual_seed(seed)
+    model = get_peft_model(base, copy.deepcopy(config))
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.05)
+    tokens = torch.arange(16).reshape(2, 8)
+    for step in range(4):
+        torch.autograd.backward(model(input_ids=tokens, labels=tokens).loss)
+        optimizer.step()
+        if isinstance(config, AdaLoraConfig):
+            model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def _language(kind: type[PeftConfig], **how: object) -> PeftConfig:
+    return kind(task_type="CAUSAL_LM", num_virtual_tokens=4, **how)
+
+
+# PEFT calls Transformers by names that are to end.
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (_language(PromptEncoderConfig, encoder_hidden_size=8), "mlp_head"),
+        (_language(PrefixTuningConfig, prefix_projection=True, encoder_hidden_size=8), "transform"),
+        (AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, total_step=20, tinit=1, tfinal=2), "AdaLoRA"),
+    ],
+    ids=["p-tuning", "prefix projection", "adalora"],
+)
+def test_an_adapter_that_peft_keeps_in_another_form_is_refused_and_trainable_saves_it(
+    config: PeftConfig, why: str, tmp_path: Path
+) -> None:
+    model = _trained(config, 1)
+
+    with pytest.raises(OptionsError, match=rf"'default'.*{why}.*cloudckpt\.Trainable"):
+        cloudckpt.save({"adapter": Adapter(model)}, tmp_path / "c", progress="off")
+    assert not (tmp_path / "c/manifest.json").exists()
+
+    other = _trained(config, 2)
+    cloudckpt.save({"adapter": cloudckpt.Trainable(model)}, tmp_path / "t", progress="off")
+    cloudckpt.load({"adapter": cloudckpt.Trainable(other)}, tmp_path / "t", progress="off")
+    tokens = torch.arange(8)[None]
+    assert torch.equal(other(input_ids=tokens).logits, model(input_ids=tokens).logits)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_prompts_that_are_weights_themselves_come_back(kind: type[PeftConfig], tmp_path: Path) -> None:
+    model, other = _trained(_language(kind), 1), _trained(_language(kind), 2)
+    cloudckpt.save({"adapter": Adapter(model)}, tmp_path / "c", progress="off")
+    cloudckpt.load({"adapter": Adapter(other)}, tmp_path / "c", progress="off")
+    tokens = torch.arange(8)[None]
+    assert torch.equal(other(input_ids=tokens).logits, model(input_ids=tokens).logits)
 
 
 def test_a_model_without_adapters_and_an_unknown_adapter_are_refused_by_name() -> None:

@@ -18,7 +18,7 @@ from bucket import Bucket
 from ray.train import Checkpoint, CheckpointConfig
 
 from cloudckpt import CheckpointManager, IntegrityError, KeepBest, KeepLast, OptionsError
-from cloudckpt.integrations.ray import RayCheckpoints, rules_of, url_of
+from cloudckpt.integrations.ray import KeepReported, RayCheckpoints, rules_of, url_of
 from raw_access import FreshPrefix
 from tests.integrations.interrupted import REPOSITORY
 
@@ -69,10 +69,62 @@ def _run(root: FreshPrefix, workers: int, notes: Path | None = None) -> dict[tup
 
 def test_what_ray_keeps_the_root_keeps() -> None:
     assert rules_of(None) == rules_of(CheckpointConfig()) == []
-    assert rules_of(CheckpointConfig(num_to_keep=3)) == [KeepLast(3)]
+    assert rules_of(CheckpointConfig(num_to_keep=3)) == [KeepLast(3), KeepReported()]
     assert rules_of(
         CheckpointConfig(num_to_keep=2, checkpoint_score_attribute="loss", checkpoint_score_order="min")
-    ) == [KeepBest("loss", 2, "min"), KeepLast(1)]
+    ) == [KeepBest("loss", 2, "min"), KeepLast(1), KeepReported()]
+
+
+def test_all_stays_where_ray_cannot_be_asked(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with CheckpointManager(tmp_path, retention=rules_of(CheckpointConfig(num_to_keep=1)), progress="off") as manager:
+        for step in (1, 2):
+            manager.save(step, {"step": step})
+        assert manager.all_steps() == [1, 2]
+    assert "Ray does not say" in caplog.text
+
+
+_DIES_BEFORE_IT_REPORTS = """
+import os, signal, sys, tempfile
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+import cloudckpt
+from cloudckpt.integrations.ray import RayCheckpoints, url_of
+
+KEEP = CheckpointConfig(num_to_keep=1)
+
+def train(config):
+    with RayCheckpoints(config["root"], keep=KEEP) as checkpoints:
+        restored = checkpoints.restore({"step": None})
+        if restored is None:
+            for step in (1, 2):
+                checkpoints.report(step, {"step": step}, {})
+            checkpoints.manager.save(3, {"step": 3})
+            os.kill(os.getpid(), signal.SIGKILL)
+        told = cloudckpt.read(url_of(ray.train.get_checkpoint()), progress="off")
+        print("restored", restored.step, "told", told["step"], flush=True)
+        for step in (4, 5):
+            checkpoints.report(step, {"step": step}, {})
+
+ray.init(num_cpus=2, include_dashboard=False)
+how = RunConfig(storage_path=tempfile.mkdtemp(), checkpoint_config=KEEP, failure_config=FailureConfig(max_failures=1))
+trainer = TorchTrainer(
+    train, train_loop_config={"root": sys.argv[1]}, scaling_config=ScalingConfig(num_workers=1), run_config=how
+)
+print("result", cloudckpt.read(url_of(trainer.fit().checkpoint), progress="off")["step"], flush=True)
+"""
+
+
+def test_what_ray_names_can_be_read_after_a_worker_died_between_a_commit_and_its_report(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", _DIES_BEFORE_IT_REPORTS, str(tmp_path / "root")]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_DEDUP_LOGS": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+
+    ended = subprocess.run(program, check=False, capture_output=True, text=True, env=environment, timeout=300)
+
+    assert "restored 3 told 2" in ended.stdout, ended.stderr
+    assert "result 5" in ended.stdout
+    with CheckpointManager(tmp_path / "root", progress="off") as manager:
+        assert manager.all_steps() == [4, 5]
 
 
 def test_a_pointer_of_somebody_else_is_refused(tmp_path: Path) -> None:
@@ -113,4 +165,4 @@ def test_workers_that_are_killed_are_replaced_and_have_the_losses_of_a_run_left_
     }
     assert len(found[0, 6]) == 2, "a step after the newest checkpoint is trained again, by another process"
     kept = [attempt for attempt in Bucket(struck.url, struck.storage_options).attempts() if attempt.is_committed]
-    assert [attempt.step for attempt in kept] == [16, 20, 24]
+    assert [attempt.step for attempt in kept] == [12, 16, 20, 24], "what Ray kept when the last one was committed"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,8 @@ import torch
 
 from cloudckpt import CheckpointManager, KeepLast, Options, Preemption, StorageError
 from cloudckpt.options import KIB
+from cloudckpt.ranks import Group
+from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.store import local
 from cloudckpt.store.disk import Disk
 from tests.ranks.processes import run
@@ -90,6 +92,32 @@ def test_a_save_without_room_waits_for_shards_whose_grace_time_is_over_soon(tmp_
         for step in range(1, 6):
             manager.save(step, state_of(step))
         assert_stands(manager, 5)
+
+
+def test_the_wait_for_a_grace_time_is_no_standing_still(
+    tmp_path: Path, disk: SmallDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tick, wait, ticks = Group.tick, Cleaner._wait_for_grace, 0
+    got_on: list[int] = []
+
+    def counted(group: Group) -> None:
+        nonlocal ticks
+        ticks += 1
+        tick(group)
+
+    def watched(cleaner: Cleaner, go_on: Callable[[], bool]) -> bool:
+        before = ticks
+        is_due = wait(cleaner, go_on)
+        got_on.append(ticks - before)
+        return is_due
+
+    monkeypatch.setattr(Group, "tick", counted)
+    monkeypatch.setattr(Cleaner, "_wait_for_grace", watched)
+    with manager_of(tmp_path, prune_grace_s=0.3) as manager:
+        for step in range(1, 4):
+            manager.save(step, state_of(step))
+    assert got_on
+    assert min(got_on) > 0
 
 
 def test_shards_that_readers_may_have_for_long_stay_and_the_error_says_what_helps(

@@ -663,3 +663,13 @@ def test_a_failed_put_is_made_again_unless_it_may_still_land(error: StorageError
         with pytest.raises(StorageError):
             puts.once(("root", "key"), put)
     assert len(calls) == count
+
+
+def test_whether_a_shard_is_unchanged_is_asked_of_the_views_that_it_was_opened_as() -> None:
+    views = [memoryview(b"head"), memoryview(b"one"), memoryview(b"two")]
+    asked: list[Sequence[memoryview]] = []
+    one = replace(job(0), open=lambda _: views, unchanged=lambda given: asked.append(given))  # noqa: PLW0108 (None)
+    bucket = Bucket()
+    put_all(FaultStore(bucket), [one])
+    assert asked == [views]
+    assert bucket.raw_get(one.key) == b"headonetwo"
