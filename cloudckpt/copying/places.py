@@ -22,7 +22,7 @@ from cloudckpt.errors import (
     StorageError,
     is_transient,
 )
-from cloudckpt.format import ShardEntry, Span, checkpoint_prefix, parse_checkpoint_prefix, plan_spans, shard_key
+from cloudckpt.format import ShardEntry, Span, checkpoint_prefix, parse_checkpoint_prefix, plan_spans
 from cloudckpt.options import MIB, Options
 from cloudckpt.root import Catalog, Checkpoint, Roots, Unreadable
 from cloudckpt.store import open_store
@@ -153,15 +153,13 @@ def opened(
 
 
 def key_of(prefix: str, entry: ShardEntry) -> str:
-    """Return the key of a shard of the checkpoint under a prefix."""
-    return prefix + shard_key(entry.attempt, entry.rank, entry.number)
+    """Return the key of a shard of the copy under a prefix, which holds all of them itself."""
+    return entry.key(prefix, is_copied=True)
 
 
-def source_of(prefix: str, entry: ShardEntry, block_bytes: int) -> ShardSource:
-    """Return where a shard of the checkpoint under a prefix is, and what it must be."""
-    return ShardSource(
-        key=key_of(prefix, entry), size_bytes=entry.size_bytes, digests=entry.digests, block_bytes=block_bytes
-    )
+def source_of(key: str, entry: ShardEntry, block_bytes: int) -> ShardSource:
+    """Return where a shard is, and what it must be."""
+    return ShardSource(key=key, size_bytes=entry.size_bytes, digests=entry.digests, block_bytes=block_bytes)
 
 
 def spans_of(entry: ShardEntry, block_bytes: int, options: Options) -> list[Span]:

@@ -8,15 +8,24 @@ block, blocks counted from the object's first byte, so that the header is covere
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 import xxhash
 
 from cloudckpt.format.boxes import Box, Column
+from cloudckpt.format.content import Hasher
 from cloudckpt.format.record import lone_surrogates
 
-__all__ = ["DIGEST_BYTES", "SAFETENSORS_NAMES", "block_counts", "block_digests", "encode_header", "verify_blocks"]
+__all__ = [
+    "DIGEST_BYTES",
+    "SAFETENSORS_NAMES",
+    "block_counts",
+    "block_digests",
+    "encode_header",
+    "has_blocks",
+    "verify_blocks",
+]
 
 DIGEST_BYTES = 8
 
@@ -73,22 +82,51 @@ def block_counts(sizes_bytes: Column, block_bytes: int) -> Column:
 
 def block_digests(buffers: Iterable[memoryview], *, block_bytes: int) -> bytes:
     """Return the digests, 8 little-endian bytes per block, of the concatenation of `buffers` (bytes views)."""
-    digests = bytearray()
-    block = xxhash.xxh3_64()
-    room = block_bytes
-    for buffer in buffers:
+    return b"".join(struct.pack("<Q", block.intdigest()) for block, _ in _blocks(b"", list(buffers), block_bytes))
+
+
+def has_blocks(
+    header: bytes, views: Sequence[memoryview], digests: bytes, *, block_bytes: int, into: Hasher | None
+) -> bool:
+    """Tell whether an object of these bytes has these digests; ends at the first block that has another one.
+
+    Args:
+        header: its head.
+        views: what follows, bytes views.
+        digests: 8 bytes per block.
+        block_bytes: the block size.
+        into: is given what follows the head, each block right after it was looked at, while it is in the cache.
+    """
+    at = 0
+    for block, parts in _blocks(header, views, block_bytes):
+        if struct.pack("<Q", block.intdigest()) != digests[at : at + DIGEST_BYTES]:
+            return False
+        at += DIGEST_BYTES
+        if into is not None:
+            for part in parts:
+                into.update(part)
+    return at == len(digests)
+
+
+def _blocks(
+    header: bytes, views: Sequence[memoryview], block_bytes: int
+) -> Iterator[tuple[xxhash.xxh3_64, list[memoryview]]]:
+    """Yield each block's digest, and its parts that are not of the head."""
+    block, room, parts = xxhash.xxh3_64(), block_bytes, list[memoryview]()
+    for number, buffer in enumerate((memoryview(header), *views)):
         start = 0
         while start < len(buffer):
             part = buffer[start : start + room]
             block.update(part)
+            if number:
+                parts.append(part)
             start += len(part)
             room -= len(part)
             if room == 0:
-                digests += struct.pack("<Q", block.intdigest())
-                block, room = xxhash.xxh3_64(), block_bytes
+                yield block, parts
+                block, room, parts = xxhash.xxh3_64(), block_bytes, []
     if room < block_bytes:
-        digests += struct.pack("<Q", block.intdigest())
-    return bytes(digests)
+        yield block, parts
 
 
 def verify_blocks(data: memoryview, digests: bytes, *, first_block: int, block_bytes: int) -> int | None:

@@ -6,7 +6,7 @@ errors; the one layer around it is the only place that tries again. No cloud lib
 
 from cloudckpt.store.aside import undisturbed
 from cloudckpt.store.assembling import Place, appended, assembled, refuse_beyond_one_put
-from cloudckpt.store.base import Listing, ObjectInfo, Store, is_key
+from cloudckpt.store.base import Listing, ObjectInfo, Store, check_key, is_key
 from cloudckpt.store.buffers import new_memory
 from cloudckpt.store.limit import LeftBehindError, note_move, one_deadline, told_of_moves, watched
 from cloudckpt.store.local import scrub
@@ -30,6 +30,7 @@ __all__ = [
     "StoreStats",
     "appended",
     "assembled",
+    "check_key",
     "environment_options",
     "hide",
     "is_key",

@@ -171,10 +171,10 @@ class Slabs:
         with self._lock:
             if patience_s:
                 self._given.wait_for(lambda: fitting() or not self.lent_count, timeout=patience_s)
-            self.lent_count += 1
             if found := fitting():
                 slab = min(found, key=lambda slab: slab.size_bytes)
                 self._idle.remove(slab)
+                self.lent_count += 1
                 return slab
             while self._idle and self._held_bytes + slab_bytes(size_bytes) > limit_bytes:
                 smallest = min(self._idle, key=lambda slab: slab.size_bytes)
@@ -182,6 +182,7 @@ class Slabs:
                 self._held_bytes -= smallest.size_bytes
             slab = _new_slab(size_bytes, is_pinned=is_pinned)
             self._held_bytes += slab.size_bytes
+            self.lent_count += 1
             return slab
 
     def give(self, slab: Slab) -> None:
