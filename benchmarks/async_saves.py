@@ -30,10 +30,10 @@ if not __package__:
 from benchmarks.background.peers import ASYNC_PEERS
 from benchmarks.background.process import AsyncSpec, measure_async
 from benchmarks.background.report import AsyncResults, AsyncRow, goals_of, table
-from benchmarks.one_process.measure import MeasurementError
-from benchmarks.run import _log, _names_of
+from benchmarks.run import log, names_of
+from benchmarks.shared.child import MeasurementError
 from benchmarks.shared.report import MIB, STOCK, goal_lines, header
-from benchmarks.shared.states import shapes_of, size_of
+from benchmarks.shared.states import STATES, bytes_of
 from benchmarks.shared.targets import LIMIT_MB_PER_S, Target, open_target
 from benchmarks.shared.units import format_bytes, parse_bytes
 
@@ -62,7 +62,7 @@ class _Table:
     @property
     def room_bytes(self) -> int:
         """What all saves of one process leave in the store."""
-        return self.spec.saves * size_of(self.spec.size_bytes)
+        return self.spec.saves * bytes_of(STATES["gpt"].shapes(self.spec.size_bytes))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,12 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _header(options: argparse.Namespace, command: Sequence[str]) -> str:
+    shapes = STATES["gpt"].shapes(options.size)
     lines = header(
         command=command,
-        size_bytes=size_of(options.size),
-        tensor_count=len(shapes_of(options.size)),
         runs=options.runs,
         directory=options.directory,
+        state=f"{format_bytes(bytes_of(shapes))} in {len(shapes)} fp32 tensors (GPT-like)",
     )
     threads = options.threads or torch.get_num_threads()
     return (
@@ -214,7 +214,7 @@ def _measure(wanted: _Table, options: argparse.Namespace) -> AsyncResults:
             results.skipped = "none of the chosen peers fits"
         for turn in range(wanted.runs):
             for row in results.rows:
-                _log(f"{wanted.kind}: run {turn + 1} of {wanted.runs}: {row.peer}")
+                log(f"{wanted.kind}: run {turn + 1} of {wanted.runs}: {row.peer}")
                 _take_turn(row, target, wanted.spec)
     return results
 
@@ -249,8 +249,8 @@ def _take_turn(row: AsyncRow, target: Target, spec: AsyncSpec) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure saves in the background beside other ways.")
     parser.add_argument("--size", type=parse_bytes, default=parse_bytes("2GiB"), help="bytes of the state, about")
-    parser.add_argument("--parts", type=_names_of(PARTS), default=list(PARTS), help=", ".join(PARTS))
-    parser.add_argument("--peers", type=_names_of(ASYNC_PEERS), default=[], help=", ".join(ASYNC_PEERS))
+    parser.add_argument("--parts", type=names_of(PARTS), default=list(PARTS), help=", ".join(PARTS))
+    parser.add_argument("--peers", type=names_of(ASYNC_PEERS), default=[], help=", ".join(ASYNC_PEERS))
     parser.add_argument("--target", choices=("s3sink", "s3slow", "local"), default="s3sink")
     parser.add_argument("--runs", type=int, default=3, help="processes per peer and table (memory: one)")
     parser.add_argument("--saves", type=int, default=3, help="saves in a row per process")

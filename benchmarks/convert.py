@@ -24,7 +24,7 @@ from statistics import median
 import torch
 
 import cloudckpt
-from benchmarks.one_process.measure import _peak_bytes, _reset_peak
+from benchmarks.shared.clocks import peak_bytes, reset_peak
 from cloudckpt.convert import Kind, export, import_
 
 KINDS: dict[Kind, str] = {"safetensors": "x.safetensors", "huggingface": "hf", "torch": "x.pt", "dcp": "dcp"}
@@ -43,10 +43,10 @@ def took(call: Callable[[], object], made: Path | None = None) -> Took:
     """Call something; what it makes is removed before."""
     if made is not None and made.exists():
         shutil.rmtree(made) if made.is_dir() else made.unlink()
-    _reset_peak()
+    reset_peak()
     began_s, began_cpu_s = time.monotonic(), time.process_time()
     call()
-    return Took(time.monotonic() - began_s, time.process_time() - began_cpu_s, _peak_bytes())
+    return Took(time.monotonic() - began_s, time.process_time() - began_cpu_s, peak_bytes())
 
 
 def main() -> None:

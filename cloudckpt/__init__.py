@@ -40,6 +40,7 @@ from cloudckpt.errors import (
 from cloudckpt.options import Options, RetryPolicy
 
 if TYPE_CHECKING:
+    from cloudckpt.ahead import Prefetch, prefetch
     from cloudckpt.checkpoint import contents, load, read, restore_files, save
     from cloudckpt.convert import (
         CloudHFReader,
@@ -123,6 +124,7 @@ __all__ = [
     "PinnedError",
     "Preempted",
     "Preemption",
+    "Prefetch",
     "Prices",
     "Probe",
     "Pruned",
@@ -158,6 +160,7 @@ __all__ = [
     "import_",
     "load",
     "open",
+    "prefetch",
     "probe",
     "read",
     "register",
@@ -171,6 +174,7 @@ __all__ = [
 
 # The imports above, for a running program: the room, and what comes from it.
 _LATE = {
+    "ahead": ("Prefetch", "prefetch"),
     "checkpoint": ("contents", "load", "read", "restore_files", "save"),
     "convert": ("CloudHFReader", "CloudHFWriter", "Exported", "export", "import_", "open"),
     "copying": ("Change", "Copied", "Damage", "Difference", "Verified", "copy", "diff", "verify", "verify_all"),

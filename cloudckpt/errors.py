@@ -40,7 +40,7 @@ errors cross process borders in `torch.distributed` gathers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 __all__ = [
     "AccessDeniedError",
@@ -77,6 +77,7 @@ __all__ = [
     "is_outage",
     "is_transient",
     "tells_outcome",
+    "text_of",
 ]
 
 
@@ -266,6 +267,8 @@ class FormatVersionError(ManifestError):
 class RestoreFailedError(CloudCkptError):
     """An object did not take the state that was read for it, after others had; the message says what was changed.
 
+    Or what a restore had left for later did not come whole.
+
     Attributes:
         name: of the object in the state.
         changed: names of the entries of the state that are restored; the object itself may be in part.
@@ -383,3 +386,14 @@ def tells_outcome(error: BaseException) -> bool:
     """Tell whether a save that raised this has met its end: an interrupt comes at any time, and says nothing of it."""
     causes = error.failures.values() if isinstance(error, SaveFailedError) and error.failures else [error]
     return all(isinstance(cause, CloudCkptError) and not isinstance(cause, CommitUnknownError) for cause in causes)
+
+
+def text_of(thing: object, show: Callable[[object], str] = str) -> str:
+    """Return the text of anybody's object or error for a message; where it has none, of what type it is.
+
+    What it does wrong must not keep others from being told, a state from being taken back, or a thread from its work.
+    """
+    try:
+        return show(thing)
+    except Exception as exc:  # noqa: BLE001 (anybody's code)
+        return f"{type(thing).__qualname__}, whose text fails with {type(exc).__name__}"

@@ -289,6 +289,12 @@ class Options:
             raise OptionsError(f"options is {options!r}; give cloudckpt.Options(...)")
         return options or cls()
 
+    def lean(self, budget_bytes: int) -> Options:
+        """Return the same options for transfers that stay small, unless the caller has said how much they may take."""
+        if self.memory_budget_bytes is not None:
+            return self
+        return replace(self, memory_budget_bytes=max(budget_bytes, self.shard_bytes, self.span_bytes))
+
     def within(self, seconds: float) -> Options:
         """Return the same options for what must have ended in `seconds`: the store's own errors come first even so."""
         retry = replace(self.retry, deadline_s=min(self.retry.deadline_s, seconds))

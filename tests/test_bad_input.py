@@ -167,12 +167,12 @@ def test_a_manifest_of_a_newer_format_asks_for_an_upgrade_and_is_never_gone_past
         manager.save(2, state())
     manifest = tmp_path / "step-0000000002-e0001" / "manifest.json"
     seal = re.compile(r'(?<="sha256": ")[0-9a-f]{64}(?="\n}\n)')
-    newer = seal.sub("", manifest.read_text().replace('"format_version": 1', '"format_version": 2'))
+    newer = seal.sub("", manifest.read_text().replace('"format_version": 1', '"format_version": 3'))
     manifest.chmod(0o600)
     manifest.write_text(newer.replace('"sha256": ""', f'"sha256": "{hashlib.sha256(newer.encode()).hexdigest()}"'))
     with CheckpointManager(tmp_path) as manager:
         for ask in (manager.latest, lambda: manager.restore(state())):
-            with pytest.raises(FormatVersionError, match=r"version 2.*upgrade cloudckpt"):
+            with pytest.raises(FormatVersionError, match=r"version 3.*upgrade cloudckpt"):
                 ask()
 
 

@@ -21,7 +21,7 @@ from cloudckpt import (
     KeepLast,
     Options,
 )
-from cloudckpt.format.keys import MANIFEST_NAME
+from cloudckpt.keys import MANIFEST_NAME
 from cloudckpt.options import KIB
 from cloudckpt.root import Catalog
 from cloudckpt.store.probe import _proven
@@ -57,7 +57,7 @@ def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FaultStore]]:
 
 
 @contextmanager
-def manager_on(client: FaultStore, clients: list[FaultStore]) -> Iterator[CheckpointManager]:
+def manager_on(client: FaultStore, clients: list[FaultStore], *, shares: bool = False) -> Iterator[CheckpointManager]:
     clients.append(client)
     _proven.clear()
     with CheckpointManager(
@@ -67,6 +67,7 @@ def manager_on(client: FaultStore, clients: list[FaultStore]) -> Iterator[Checkp
         prune_grace_s=0,
         sweep_after_s=0,
         save_rng=False,
+        reuse_unchanged=shares,
     ) as manager:
         yield manager
 
@@ -193,6 +194,68 @@ def test_a_break_at_any_request_of_a_save_in_two_phases_loses_nothing_and_commit
         fired += fault.fired > 0
         at_the_end = [max(acknowledged, default=-1) + 1] if error is None else unknown
         check_next(bucket, clients, acknowledged, at_the_end)
+    assert fired > len(tried) // 2
+
+
+def live_sharing(client: FaultStore, clients: list[FaultStore], acknowledged: list[int], unknown: list[int]) -> None:
+    """Be one incarnation whose saves share what does not change: until the last but one, in which all of it does."""
+    with manager_on(client, clients, shares=True) as manager:
+        state = sharing_state_of(0, 0)
+        restored = manager.restore(state)
+        first = 0 if restored is None or restored.step is None else restored.step + 1
+        for step in range(first, first + STEPS):
+            try:
+                manager.save(step, sharing_state_of(step, step >= STEPS * 2 - 2))
+            except CommitUnknownError:
+                unknown.append(step)
+                raise
+            acknowledged.append(step)
+            manager._saves.homes[0].pruner.settle()
+
+
+def sharing_state_of(step: int, phase: int) -> dict[str, object]:
+    return {"base": torch.arange(2_500, dtype=torch.float32) + phase, "w": torch.full((50,), float(step))}
+
+
+def check_sharing(bucket: Bucket, clients: list[FaultStore], acknowledged: list[int], possible: list[int]) -> None:
+    """Be the next incarnation, which sweeps, too: all that is listed is whole, and nothing acknowledged is lost."""
+    bucket.advance(86_400)
+    with manager_on(FaultStore(bucket), clients, shares=True) as manager:
+        state = sharing_state_of(-1, -1)
+        restored = manager.restore(state)
+        found = -1 if restored is None else restored.step
+        assert found in {max(acknowledged, default=-1), *possible}
+        manager.save(found + 1, state)  # with its sweep
+        manager._saves.homes[0].pruner.settle()
+        listed = [checkpoint.step for checkpoint in manager.checkpoints()]
+        assert len(listed) >= min(2, len(acknowledged))
+        for step in listed:
+            manager.restore(state, step=step)
+            if step <= found:
+                assert torch.equal(state["w"], torch.full((50,), float(step)))  # type: ignore[arg-type]
+                assert torch.equal(state["base"], sharing_state_of(step, step >= STEPS * 2 - 2)["base"])  # type: ignore[arg-type]
+
+
+def test_a_break_at_any_request_of_saves_that_share_shards_loses_none_that_is_named(clients: list[FaultStore]) -> None:
+    before = Bucket()
+    live_sharing(FaultStore(before), clients, [], [])
+    client = FaultStore(before.copy())
+    live_sharing(client, clients, [], [])
+    ways = [*((kind, None) for kind in CRASHES), *(error.values for error in ERRORS)]
+    fired = 0
+    tried = portion(range(1, client.op_count + 1), 0, of=2)
+    for number in tried:
+        bucket, acknowledged, unknown = before.copy(), list(range(STEPS)), list[int]()
+        client = FaultStore(bucket)
+        kind, error = ways[number % len(ways)]
+        if error is None:
+            fault = client.crash_at(number, kind)  # type: ignore[arg-type]
+        else:
+            fault = client.inject(kind=kind, error=error, skip=number - 1, times=None)
+        with suppress(Crash, CloudCkptError):
+            live_sharing(client, clients, acknowledged, unknown)
+        fired += fault.fired > 0
+        check_sharing(bucket, clients, acknowledged, [max(acknowledged) + 1] if error is None else unknown)
     assert fired > len(tried) // 2
 
 

@@ -92,7 +92,7 @@ def test_the_tree_has_exactly_this_shape() -> None:
 
 
 def test_everything_is_exported_and_drawn() -> None:
-    assert set(errors.__all__) == {*TREE, "is_outage", "is_transient", "tells_outcome"}
+    assert set(errors.__all__) == {*TREE, "is_outage", "is_transient", "tells_outcome", "text_of"}
     assert [name for name in TREE if name not in str(errors.__doc__)] == []
 
 

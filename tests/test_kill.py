@@ -22,7 +22,7 @@ import torch
 
 import cloudckpt
 from cloudckpt import CheckpointManager, KeepLast, Options
-from cloudckpt.format.keys import MANIFEST_NAME
+from cloudckpt.keys import MANIFEST_NAME
 from cloudckpt.options import KIB
 from cloudckpt.store import open_store
 from raw_access import FreshPrefix

@@ -23,11 +23,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         frozenset,
         (
             {"errors"},
-            {"options", "deadline"},
+            {"options", "deadline", "keys"},
             {"format"},
             {"threads"},
             {"store"},
-            {"qualifying", "transfer"},
+            {"ahead", "qualifying", "transfer"},
             {"ranks", "root"},
             {"preemption", "report", "state"},
             {"loading", "saving"},

@@ -28,7 +28,7 @@ from cloudckpt import (
     SaveFailedError,
     StalledError,
 )
-from cloudckpt.format.keys import MANIFEST_NAME
+from cloudckpt.keys import MANIFEST_NAME
 from cloudckpt.loading.lead import _Loading
 from cloudckpt.ranks.group import Group
 from cloudckpt.saving.coordinator import Coordinator

@@ -20,8 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 
-from benchmarks.one_process.peers import Place
-from benchmarks.shared.report import STOCK
+from benchmarks.peers import STOCK, Place
 from benchmarks.shared.states import State
 
 __all__ = ["ASYNC_PEERS", "AsyncPeer", "AsyncPeerKind", "Pending"]

@@ -27,16 +27,10 @@ if not __package__:
 from benchmarks.background.peers import ASYNC_PEERS, AsyncPeer, Pending
 from benchmarks.background.training import Trainer
 from benchmarks.background.yardstick import opened_yardstick
-from benchmarks.one_process.measure import (
-    MARK,
-    MeasurementError,
-    _peak_bytes,
-    _read_clocks,
-    _reset_peak,
-    report_of_child,
-)
-from benchmarks.one_process.peers import Place
-from benchmarks.shared.states import State, differences, gpt, size_of
+from benchmarks.peers import Place
+from benchmarks.shared.child import MARK, MeasurementError, report_of_child
+from benchmarks.shared.clocks import peak_bytes, read_clocks, reset_peak
+from benchmarks.shared.states import STATES, Shapes, State, build, bytes_of, differences
 from benchmarks.sink.process import SinkClient
 
 __all__ = ["AsyncSpec", "Blocked", "Lost", "Memory", "Outcome", "Save", "measure_async"]
@@ -132,6 +126,10 @@ class Memory(Outcome):
     budget_bytes: int = 0
 
 
+def _shapes(size_bytes: int) -> Shapes:
+    return STATES["gpt"].shapes(size_bytes)
+
+
 def measure_async(spec: AsyncSpec) -> Outcome:
     """Run one measurement in a fresh child process.
 
@@ -150,23 +148,23 @@ def _measure_here(spec: AsyncSpec) -> dict[str, Any]:
     _warm_up(spec)
     state = _state(spec)
     found = _PARTS[spec.part][1](spec, state)
-    return {**found, "state_bytes": size_of(spec.size_bytes)}
+    return {**found, "state_bytes": bytes_of(_shapes(spec.size_bytes))}
 
 
 def _state(spec: AsyncSpec) -> State:
-    return {name: tensor.to(spec.device) for name, tensor in gpt(spec.size_bytes).items()}
+    return {name: tensor.to(spec.device) for name, tensor in build(_shapes(spec.size_bytes)).items()}
 
 
 def _warm_up(spec: AsyncSpec) -> None:
     """Pay for imports and first connections, at a place and with a peer that are not used again."""
     with _opened(spec, "-warm-up") as peer:
-        peer.save(0, gpt(_WARM_UP_BYTES)).result(_TIMEOUT_S)
+        peer.save(0, build(_shapes(_WARM_UP_BYTES))).result(_TIMEOUT_S)
 
 
 @contextmanager
 def _opened(spec: AsyncSpec, suffix: str = "") -> Iterator[AsyncPeer]:
     place = Place(url=f"{spec.url}{suffix}", storage_options=spec.storage_options)
-    budget_bytes = spec.budget_bytes or max(_AMPLE * size_of(spec.size_bytes), _LEAST_AMPLE_BYTES)
+    budget_bytes = spec.budget_bytes or max(_AMPLE * bytes_of(_shapes(spec.size_bytes)), _LEAST_AMPLE_BYTES)
     with closing(ASYNC_PEERS[spec.peer].open(place, budget_bytes)) as peer:
         yield peer
 
@@ -240,13 +238,13 @@ def _steps_until_done(trainer: Trainer, pending: Pending, begin_s: float) -> Ite
 
 def _memory(spec: AsyncSpec, state: State) -> dict[str, Any]:
     others = _watch(spec)
-    baseline = _reset_peak()
+    baseline = reset_peak()
     saves, peaks = [], []
     with _opened(spec) as peer:
         peer.prepare(state)
         for step in range(1, spec.saves + 1):
             saves.append(_save_blocked(peer, step, state, then=_keep))
-            peaks.append(max(0, _peak_bytes() - baseline))
+            peaks.append(max(0, peak_bytes() - baseline))
         others.stop()
         _check(peer, spec, state)
     return {"saves": saves, "peaks_bytes": peaks, "budget_bytes": spec.budget_bytes, "others": others.share}
@@ -276,7 +274,7 @@ def _check(peer: AsyncPeer, spec: AsyncSpec, state: State) -> None:
     """Load the last checkpoint over the state, and compare it with what was saved."""
     _overwrite(state)
     peer.load(spec.saves, state)
-    wrong = differences({name: tensor.cpu() for name, tensor in state.items()}, spec.size_bytes)
+    wrong = differences({name: tensor.cpu() for name, tensor in state.items()}, _shapes(spec.size_bytes))
     if wrong:
         raise MeasurementError(f"{len(wrong)} tensors were not restored, for example {wrong[0]}")
 
@@ -286,11 +284,11 @@ class _Others:
 
     def __init__(self, sink: SinkClient | None) -> None:
         self._sink = sink
-        self._before = (*_read_clocks(), self._sink_cpu_s())
+        self._before = (*read_clocks(), self._sink_cpu_s())
         self.share = 0.0
 
     def stop(self) -> None:
-        after = (*_read_clocks(), self._sink_cpu_s())
+        after = (*read_clocks(), self._sink_cpu_s())
         wall_s, own_s, machine_s, sink_s = (late - early for early, late in zip(self._before, after, strict=True))
         self.share = max(0.0, machine_s - own_s - sink_s) / wall_s / (os.cpu_count() or 1)
 

@@ -27,9 +27,9 @@ from benchmarks.shared.targets import Ground
 from benchmarks.sink.process import SinkClient
 from cloudckpt.format.boxes import BoxTable
 from cloudckpt.format.index import Index
-from cloudckpt.format.keys import checkpoint_prefix, index_key
 from cloudckpt.format.manifest import IndexRef, Manifest, digest_of
 from cloudckpt.format.record import FORMAT_VERSION, INDEX_LIMIT_BYTES
+from cloudckpt.keys import checkpoint_prefix, index_key
 from cloudckpt.options import Options
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.roots import Roots

@@ -16,9 +16,9 @@ from typing import Any
 
 import fsspec
 
-from benchmarks.one_process.peers import PEERS, Place
-from benchmarks.shared.report import MIB, STOCK
-from benchmarks.shared.states import State, blank, differences, gpt
+from benchmarks.peers import PEERS, STOCK, Place
+from benchmarks.shared.report import MIB
+from benchmarks.shared.states import STATES, Shapes, State, blank, build, differences
 from benchmarks.shared.units import format_bytes
 from benchmarks.sink.process import SinkClient, running_sink
 
@@ -102,7 +102,7 @@ def _manager_counts(bench: _Bench, engine: str) -> Iterator[Count]:
 
     bench.sink.clear()
     who = f"CheckpointManager, {engine}"
-    state: dict[str, object] = dict(gpt(_SMALL_BYTES))
+    state: dict[str, object] = dict(build(_shapes(_SMALL_BYTES)))
 
     def open_manager() -> CheckpointManager:
         return CheckpointManager("s3://bench/root", storage_options=bench.storage_options, engine=engine)
@@ -111,7 +111,7 @@ def _manager_counts(bench: _Bench, engine: str) -> Iterator[Count]:
         yield Count(who=who, what="first save of one shard", requests=bench.count(lambda: manager.save(1, state)))
         second = bench.count(lambda: manager.save(2, state))
         yield Count(who=who, what="save of one shard", requests=second, limit=SAVE_LIMIT)
-    restored = blank(_SMALL_BYTES)
+    restored = blank(_shapes(_SMALL_BYTES))
     with open_manager() as manager:
         requests = bench.count(lambda: manager.restore(dict(restored)))
     _check(restored, _SMALL_BYTES)
@@ -126,10 +126,10 @@ def _single_counts(bench: _Bench, engine: str, large_bytes: int) -> Iterator[Cou
         bench.sink.clear()
         url, options = "s3://bench/one", bench.storage_options
         who, size = f"save and load, {engine}", format_bytes(size_bytes)
-        state: dict[str, object] = dict(gpt(size_bytes))
+        state: dict[str, object] = dict(build(_shapes(size_bytes)))
         saved = bench.count(lambda: cloudckpt.save(state, url, storage_options=options, engine=engine))  # noqa: B023
         yield Count(who=who, what=f"save of {size}", requests=saved)
-        restored = blank(size_bytes)
+        restored = blank(_shapes(size_bytes))
         target: dict[str, object] = dict(restored)
         spans = bench.spans(cloudckpt.Options().span_bytes)
         requests = bench.count(lambda: cloudckpt.load(target, url, storage_options=options, engine=engine))  # noqa: B023
@@ -141,17 +141,21 @@ def _single_counts(bench: _Bench, engine: str, large_bytes: int) -> Iterator[Cou
 def _stock_counts(bench: _Bench) -> Iterator[Count]:
     bench.sink.clear()
     place = Place(url="s3://bench/stock", storage_options=bench.storage_options)
-    state, restored = gpt(_SMALL_BYTES), blank(_SMALL_BYTES)
-    peer = PEERS[STOCK]
-    saved = bench.count(lambda: peer.save(state, place))
+    state, restored = build(_shapes(_SMALL_BYTES)), blank(_shapes(_SMALL_BYTES))
+    peer = PEERS[STOCK].open(place)
+    saved = bench.count(lambda: peer.save(state, 0))
     yield Count(who="stock DCP, s3fs", what=f"save of {format_bytes(_SMALL_BYTES)}", requests=saved)
-    loaded = bench.count(lambda: peer.load(restored, place))
+    loaded = bench.count(lambda: peer.load(restored, 0))
     _check(restored, _SMALL_BYTES)
     yield Count(who="stock DCP, s3fs", what=f"load of {format_bytes(_SMALL_BYTES)}", requests=loaded)
 
 
+def _shapes(size_bytes: int) -> Shapes:
+    return STATES["gpt"].shapes(size_bytes)
+
+
 def _check(state: State, size_bytes: int) -> None:
-    wrong = differences(state, size_bytes)
+    wrong = differences(state, _shapes(size_bytes))
     if wrong:
         raise ValueError(f"{len(wrong)} tensors were not restored, for example {wrong[0]}")
 

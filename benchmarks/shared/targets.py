@@ -1,9 +1,7 @@
 """Turn the name of a target into empty places to write to, and clean up behind each.
 
-`s3sink` in-memory S3 on loopback: the client is the bottleneck. `s3slow` the same with 20 ms per request and 90 MB/s
-per connection: nearer to a store in another building. `s3limited` the same with 300 MB/s for all connections together:
-the network is the bottleneck. `local` a directory. `seaweedfs` a real S3 server: it is the
-bottleneck, so it shows that things work, not how fast the client is.
+The sinks hold objects in memory on loopback, so that the client is the bottleneck. Real servers here are the
+bottleneck themselves: they show that things work, not how fast the client is.
 """
 
 from __future__ import annotations
@@ -19,15 +17,15 @@ from typing import Any, Protocol
 
 from benchmarks.sink.process import SinkClient, running_sink
 
-__all__ = ["TARGETS", "Ground", "Target", "open_target"]
+__all__ = ["LIMIT_MB_PER_S", "TARGETS", "Ground", "Target", "TargetKind", "open_target"]
 
-SLOW_LATENCY_MS = 20.0
-SLOW_MB_PER_S = 90.0
+REGION_LATENCY_MS = 20.0
+REGION_MB_PER_S = 80.0
 LIMIT_MB_PER_S = 300.0
-TARGETS = ("s3sink", "s3slow", "s3limited", "local", "seaweedfs")
 
 _SERVERS = Path(__file__).resolve().parents[2] / "localstack"
 _HEADROOM_BYTES = 256 << 20
+_REGION = "us-east-1"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +34,13 @@ class Ground:
 
     Attributes:
         stats_url: where requests are counted, or "".
+        environment: variables by which a client finds the server that takes no options.
     """
 
     url: str
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     stats_url: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Target(Protocol):
@@ -48,7 +48,7 @@ class Target(Protocol):
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a directory, and not S3."""
+        """Whether it is a directory."""
         ...
 
     def ground(self) -> AbstractContextManager[Ground]:
@@ -56,24 +56,86 @@ class Target(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TargetKind:
+    """What a target is.
+
+    Attributes:
+        scheme: of its URLs; "" is a directory.
+        link: what the network in front of a sink is, in the words of `running_sink`.
+    """
+
+    title: str
+    scheme: str
+    link: Mapping[str, float] = field(default_factory=dict)
+    is_sink: bool = True
+    is_behind_tls: bool = False
+
+
+TARGETS: Mapping[str, TargetKind] = {
+    "s3sink": TargetKind(title="in-memory S3", scheme="s3"),
+    "s3tls": TargetKind(title="in-memory S3 behind TLS", scheme="s3", is_behind_tls=True),
+    "s3slow": TargetKind(
+        title=f"in-memory S3 as in a region: {REGION_LATENCY_MS:.0f} ms, {REGION_MB_PER_S:.0f} MB/s a connection",
+        scheme="s3",
+        link={"latency_ms": REGION_LATENCY_MS, "mb_per_s": REGION_MB_PER_S},
+    ),
+    "s3limited": TargetKind(
+        title=f"in-memory S3, {LIMIT_MB_PER_S:.0f} MB/s for all connections together",
+        scheme="s3",
+        link={"total_mb_per_s": LIMIT_MB_PER_S},
+    ),
+    "gcssink": TargetKind(title="in-memory GCS (JSON)", scheme="gs"),
+    "local": TargetKind(title="a directory", scheme="", is_sink=False),
+    "seaweedfs": TargetKind(title="SeaweedFS", scheme="s3", is_sink=False),
+    "fakegcs": TargetKind(title="fake-gcs-server", scheme="gs", is_sink=False),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class _Sink:
     client: SinkClient
+    scheme: str
     is_local: bool = False
 
     @contextmanager
     def ground(self) -> Iterator[Ground]:
-        endpoint_url = self.client.endpoint_url
-        options = {
-            "key": "bench",
-            "secret": "bench",
-            "endpoint_url": endpoint_url,
-            "client_kwargs": {"region_name": "us-east-1"},
-        }
+        url, stats_url = self.client.tls_url or self.client.endpoint_url, self.client.endpoint_url
+        on_s3 = self.scheme == "s3"
         try:
-            yield Ground(url="s3://bench/place", storage_options=options, stats_url=endpoint_url)
+            yield _on_s3(url, "bench", "bench", stats_url, self.client.authority) if on_s3 else _on_gcs(url, stats_url)
         finally:
             self.client.clear()
+
+
+def _on_s3(endpoint_url: str, key: str, secret: str, stats_url: str = "", authority: str = "") -> Ground:
+    environment = {
+        "AWS_ACCESS_KEY_ID": key,
+        "AWS_SECRET_ACCESS_KEY": secret,
+        "AWS_DEFAULT_REGION": _REGION,
+        "AWS_REGION": _REGION,
+        "AWS_ENDPOINT_URL": endpoint_url,
+        "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",
+    }
+    # To each client the way that it knows; they would trust no certificate of ours else.
+    environment |= dict.fromkeys(("AWS_CA_BUNDLE", "SSL_CERT_FILE", "CURL_CA_BUNDLE"), authority) if authority else {}
+    options = {"key": key, "secret": secret, "endpoint_url": endpoint_url, "client_kwargs": {"region_name": _REGION}}
+    return Ground(url="s3://bench/place", storage_options=options, stats_url=stats_url, environment=environment)
+
+
+def _on_gcs(endpoint_url: str, stats_url: str) -> Ground:
+    options = {"token": "anon", "endpoint_url": endpoint_url, "project": "bench"}
+    environment = _gcs_environment(options)
+    return Ground(url="gs://bench/place", storage_options=options, stats_url=stats_url, environment=environment)
+
+
+def _gcs_environment(options: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        "STORAGE_EMULATOR_HOST": options["endpoint_url"],
+        "FSSPEC_GS_TOKEN": options["token"],
+        # Else gcsfs asks by gRPC of which kind a bucket is.
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +153,9 @@ class _Local:
 
 
 @dataclass(frozen=True, slots=True)
-class _SeaweedFS:
+class _Server:
     root: Path
+    name: str
     is_local: bool = False
 
     @contextmanager
@@ -100,30 +163,41 @@ class _SeaweedFS:
         # A server per place: SeaweedFS gives the space of deleted objects back only after a vacuum.
         if str(_SERVERS) not in sys.path:
             sys.path.append(str(_SERVERS))
-        from servers import seaweedfs
+        import servers
 
-        directory = Path(tempfile.mkdtemp(prefix="seaweedfs-", dir=self.root))
+        directory = Path(tempfile.mkdtemp(prefix=f"{self.name}-", dir=self.root))
+        start = {"seaweedfs": servers.seaweedfs, "fakegcs": servers.fake_gcs}[self.name]
         try:
-            with seaweedfs(directory) as server:
-                url = server.make_bucket("bench")
-                yield Ground(url=f"{url}/place", storage_options=dict(server.storage_options))
+            with start(directory) as server:
+                url, options = server.make_bucket("bench"), dict(server.storage_options)
+                if self.name == "fakegcs":
+                    environment = _gcs_environment(options)
+                else:
+                    environment = dict(_on_s3(options["endpoint_url"], options["key"], options["secret"]).environment)
+                yield Ground(url=f"{url}/place", storage_options=options, environment=environment)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager
-def open_target(name: str, *, size_bytes: int, directory: Path, sink_nice: int = 0) -> Iterator[Target]:
-    """Run a target until the block ends; `directory` holds what `local` and `seaweedfs` write."""
-    if name in ("s3sink", "s3slow", "s3limited"):
-        is_slow = name == "s3slow"
-        with running_sink(
-            size_bytes + size_bytes // 4 + _HEADROOM_BYTES,
-            latency_ms=SLOW_LATENCY_MS if is_slow else 0.0,
-            mb_per_s=SLOW_MB_PER_S if is_slow else 0.0,
-            total_mb_per_s=LIMIT_MB_PER_S if name == "s3limited" else 0.0,
-            nice=sink_nice,
-        ) as client:
-            yield _Sink(client)
-        return
+def open_target(
+    name: str, *, size_bytes: int, directory: Path, sink_nice: int = 0, latency_ms: float | None = None
+) -> Iterator[Target]:
+    """Run a target until the block ends; `directory` holds what `local` and the real servers write.
+
+    `latency_ms` is a sink's for each request, in place of the target's own.
+    """
+    kind = TARGETS[name]
     with tempfile.TemporaryDirectory(prefix=f"bench-{name}-", dir=directory) as root:
-        yield _Local(Path(root)) if name == "local" else _SeaweedFS(Path(root))
+        if not kind.is_sink:
+            yield _Local(Path(root)) if name == "local" else _Server(Path(root), name)
+            return
+        link = {**kind.link, **({} if latency_ms is None else {"latency_ms": latency_ms})}
+        room_bytes = size_bytes + size_bytes // 4 + _HEADROOM_BYTES
+        certificate = Path(root) / "certificate.pem" if kind.is_behind_tls else None
+        if certificate:
+            from benchmarks.sink.certificate import write_certificate
+
+            write_certificate(certificate)
+        with running_sink(room_bytes, nice=sink_nice, certificate=certificate, **link) as client:
+            yield _Sink(client, kind.scheme)

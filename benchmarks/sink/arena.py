@@ -42,6 +42,11 @@ class Arena:
         self._free = [(0, self.capacity_bytes)]
         self._lock = threading.Lock()
 
+    @property
+    def memory(self) -> memoryview:
+        """All of it, writable."""
+        return self._view
+
     def allocate(self, length_bytes: int) -> list[Extent]:
         """Take memory for one body: one extent where a free run is long enough, several otherwise.
 

@@ -35,9 +35,15 @@ class SinkStats:
 
 @dataclass(frozen=True, slots=True)
 class SinkClient:
-    """The sink's own requests, which it does not count."""
+    """The sink's own requests, which it does not count.
+
+    Attributes:
+        tls_url: the same sink behind TLS, and `authority` the PEM file that vouches for it; or "".
+    """
 
     endpoint_url: str
+    tls_url: str = ""
+    authority: str = ""
 
     def stats(self) -> SinkStats:
         """Return the counters."""
@@ -67,11 +73,18 @@ class SinkClient:
 
 @contextmanager
 def running_sink(
-    memory_bytes: int, *, latency_ms: float = 0.0, mb_per_s: float = 0.0, total_mb_per_s: float = 0.0, nice: int = 0
+    memory_bytes: int,
+    *,
+    latency_ms: float = 0.0,
+    mb_per_s: float = 0.0,
+    total_mb_per_s: float = 0.0,
+    nice: int = 0,
+    certificate: Path | None = None,
 ) -> Iterator[SinkClient]:
     """Run a sink until the block ends; it ends by itself when this process dies."""
     options = {"--memory": memory_bytes, "--latency-ms": latency_ms, "--mb-per-s": mb_per_s}
     options |= {"--total-mb-per-s": total_mb_per_s, "--nice": nice}
+    options |= {"--certificate": certificate} if certificate else {}
     command = [sys.executable, str(_SCRIPT), "--exit-with-stdin"]
     command += [str(word) for pair in options.items() for word in pair]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -79,6 +92,7 @@ def running_sink(
             endpoint_url = process.stdout.readline().strip() if process.stdout else ""
             if not endpoint_url:
                 raise RuntimeError(f"the sink did not start (exit status {process.wait()})")
-            yield SinkClient(endpoint_url)
+            tls_url = process.stdout.readline().strip() if process.stdout and certificate else ""
+            yield SinkClient(endpoint_url, tls_url, str(certificate) if certificate else "")
         finally:
             process.terminate()

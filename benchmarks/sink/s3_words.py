@@ -25,6 +25,7 @@ __all__ = [
     "error",
     "is_create_only",
     "list_page",
+    "names_in",
     "operation_of",
     "range_of",
     "texts_of",
@@ -57,12 +58,22 @@ class RefusalError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Body:
-    """One stored object, or one part of an upload: where its bytes are, and what S3 tells about it."""
+    """One stored object, or one part of an upload: where its bytes are, and what a store tells about it.
+
+    Attributes:
+        offset_bytes: how many bytes stand before its own in the extents.
+    """
 
     extents: list[Extent]
     size_bytes: int
     etag: str
     modified_s: float
+    offset_bytes: int = 0
+
+    @property
+    def generation(self) -> str:
+        """GCS's number of what is stored."""
+        return str(int(self.etag, 16))
 
     @property
     def etag_xml(self) -> str:
@@ -79,6 +90,7 @@ class Body:
         """What a get or a head answers beside the length."""
         return {
             "ETag": f'"{self.etag}"',
+            "X-Goog-Generation": self.generation,
             "Last-Modified": formatdate(self.modified_s, usegmt=True),
             "Accept-Ranges": "bytes",
             "Content-Type": "binary/octet-stream",
@@ -94,7 +106,7 @@ def operation_of(request: Request) -> str:
         return "CreateMultipartUpload" if "uploads" in query else "DeleteObjects" if "delete" in query else "Other"
     if query.get("list-type") == "2":
         return "ListObjectsV2"
-    if set(query) - _SUBRESOURCES:
+    if any(name not in _SUBRESOURCES and not name.startswith("X-Amz-") for name in query):  # those sign a URL
         return "Other"
     if "x-amz-copy-source" in request.headers:
         return "CopyObject"
@@ -124,7 +136,7 @@ def list_page(keys: Sequence[str], find: Callable[[str], Body | None], bucket: s
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
     after = query.get("continuation-token") or query.get("start-after", "")
     limit = min(int(query.get("max-keys", _PAGE_KEYS)), _PAGE_KEYS)
-    found = islice(_names(keys, find, prefix, delimiter, after), limit + 1)
+    found = islice(names_in(keys, find, prefix, delimiter, after), limit + 1)
     page = list(found)
     is_cut, page = len(page) > limit, page[:limit]
     is_url = query.get("encoding-type") == "url"
@@ -139,7 +151,7 @@ def list_page(keys: Sequence[str], find: Callable[[str], Body | None], bucket: s
     return f"<ListBucketResult>{''.join(parts)}</ListBucketResult>"
 
 
-def _names(
+def names_in(
     keys: Sequence[str], find: Callable[[str], Body | None], prefix: str, delimiter: str, after: str
 ) -> Iterator[tuple[str, Body | None]]:
     """Yield keys, and common prefixes once, in order; a page costs what is on it, however many keys there are."""
@@ -174,7 +186,7 @@ def texts_of(document: bytes, name: str) -> list[str]:
 
 def is_create_only(request: Request) -> bool:
     """Tell whether the request may only make a key that is free."""
-    return request.headers.get("if-none-match") == "*"
+    return request.headers.get("if-none-match") == "*" or request.query.get("ifGenerationMatch") == "0"
 
 
 def xml(text: str, status: int = 200) -> Answer:

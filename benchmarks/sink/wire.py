@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import parse_qsl, unquote
 
-__all__ = ["Answer", "Connection", "Gate", "Link", "Reader", "Request", "body_reader"]
+__all__ = ["Answer", "Connection", "Gate", "Link", "Reader", "Request", "Source", "TlsConnection", "body_reader"]
 
 _HEAD_LIMIT_BYTES = 64 * 1024
 _SLICE_BYTES = 256 * 1024
@@ -26,6 +26,7 @@ _REASONS = {
     200: "OK",
     204: "No Content",
     206: "Partial Content",
+    308: "Resume Incomplete",
     400: "Bad Request",
     404: "Not Found",
     411: "Length Required",
@@ -132,6 +133,17 @@ class Reader(Protocol):
         ...
 
 
+class Source(Protocol):
+    """Memory that a file is, too."""
+
+    fd: int
+
+    @property
+    def memory(self) -> memoryview:
+        """All of it."""
+        ...
+
+
 class Connection:
     """One client's connection; reads requests and writes answers, in turn."""
 
@@ -177,8 +189,7 @@ class Connection:
         del self._ahead[:done]
         begun_s, step = time.monotonic(), self._link.slice_bytes(len(view))
         while done < len(view):
-            # WAITALL makes it one call per body: the kernel, not Python, waits for the rest.
-            got = self._sock.recv_into(view[done : done + step], 0, socket.MSG_WAITALL)
+            got = self._take(view[done : done + step])
             if not got:
                 raise ConnectionError("the client left inside a body")
             done += got
@@ -188,26 +199,44 @@ class Connection:
     def finish(self) -> None:
         """Nothing follows a payload of a known length."""
 
-    def answer(self, answer: Answer, *, file: int) -> None:
-        """Send one answer; `file` is what its pieces point into."""
+    def _take(self, into: memoryview) -> int:
+        # WAITALL makes it one call per body: the kernel, not Python, waits for the rest.
+        return self._sock.recv_into(into, 0, socket.MSG_WAITALL)
+
+    def _give(self, source: Source, start: int, length_bytes: int) -> int:
+        return os.sendfile(self._sock.fileno(), source.fd, start, length_bytes)
+
+    def answer(self, answer: Answer, *, source: Source) -> None:
+        """Send one answer; `source` is what its pieces point into."""
         pieces = list(answer.pieces)
         sent_bytes = sum(length for _, length in pieces) + len(answer.body)
         length = sent_bytes if answer.length_bytes is None else answer.length_bytes
         self._sock.sendall(_head_of(answer, length) + answer.body)
         begun_s, sent = time.monotonic(), 0
         for start, length in pieces:
-            self._send_piece(file, start, start + length)
+            self._send_piece(source, start, start + length)
             sent += length
             self._link.wait_for(begun_s, sent)
 
-    def _send_piece(self, file: int, start: int, stop: int) -> None:
+    def _send_piece(self, source: Source, start: int, stop: int) -> None:
         begun_s, at = time.monotonic(), start
         step = self._link.slice_bytes(stop - start)
         while at < stop:
-            sent = os.sendfile(self._sock.fileno(), file, at, min(step, stop - at))
+            sent = self._give(source, at, min(step, stop - at))
             at += sent
             self._link.wait_for(begun_s, at - start)
             self._link.pass_gate(sent)
+
+
+class TlsConnection(Connection):
+    """The same behind TLS, whose bytes pass through the library's own memory."""
+
+    def _take(self, into: memoryview) -> int:
+        return self._sock.recv_into(into)
+
+    def _give(self, source: Source, start: int, length_bytes: int) -> int:
+        self._sock.sendall(source.memory[start : start + length_bytes])
+        return length_bytes
 
 
 class _Chunks:

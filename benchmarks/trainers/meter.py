@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.one_process.measure import _peak_bytes, _reset_peak
+from benchmarks.shared.clocks import peak_bytes, reset_peak
 
 __all__ = ["LAST", "SAVES_AFTER", "STEPS", "Found", "Meter", "ResumedError", "Task", "tensors_of"]
 
@@ -95,7 +95,7 @@ class Meter:
         self._sums[str(step)] = _sum_of(tensors)
         gc.collect()  # what was left before is not this call's
         if self._before_bytes is None:
-            self._before_bytes = _reset_peak()
+            self._before_bytes = reset_peak()
         if step == LAST and self._task.is_gated:
             self._pass_gate()
         began_s = time.perf_counter()
@@ -104,14 +104,14 @@ class Meter:
         if wait is not None:
             wait()
         self._found.save_s = time.perf_counter() - began_s
-        self._found.extra_bytes = _peak_bytes() - self._before_bytes
+        self._found.extra_bytes = peak_bytes() - self._before_bytes
         self._write()
         return result
 
     def loading(self) -> None:
         """Begin to load."""
         gc.collect()
-        self._before_bytes = _reset_peak()
+        self._before_bytes = reset_peak()
         self._began_s = time.perf_counter()
 
     def loaded(self, step: int, tensors: Callable[[], Iterable[torch.Tensor]]) -> None:
@@ -121,7 +121,7 @@ class Meter:
             ResumedError: always.
         """
         self._found.load_s = time.perf_counter() - self._began_s
-        self._found.extra_bytes = _peak_bytes() - (self._before_bytes or 0)
+        self._found.extra_bytes = peak_bytes() - (self._before_bytes or 0)
         self._found.step = step
         if step:
             self._sums[str(step)] = _sum_of(tensors())

@@ -14,7 +14,7 @@ import typer
 from cloudckpt.cli.asking import Access, AsJson, TargetStorageOptions, Url, parsed
 from cloudckpt.convert import Exported, Kind
 from cloudckpt.convert import export as export_to
-from cloudckpt.report import as_bytes
+from cloudckpt.report import as_bytes, plain
 
 __all__ = ["export"]
 
@@ -86,10 +86,11 @@ def _bytes_of(text: str) -> int:
 
 def _print(done: Exported) -> None:
     files = f"{len(done.files)} file{'s' * (len(done.files) > 1)}"
-    typer.echo(f"{done.url}: {done.tensor_count} tensors, {as_bytes(done.total_bytes)} in {files}, from {done.source}")
+    size = as_bytes(done.total_bytes)
+    typer.echo(plain(f"{done.url}: {done.tensor_count} tensors, {size} in {files}, from {done.source}"))
     for why, names in _by_reason(done.left_out).items():
         more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        typer.echo(f"left out: {', '.join(names[:_SHOWN])}{more}: {why}")
+        typer.echo(plain(f"left out: {', '.join(names[:_SHOWN])}{more}: {why}"))
 
 
 def _by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:

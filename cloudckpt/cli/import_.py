@@ -11,7 +11,7 @@ from cloudckpt.cli.asking import Access, AsJson, parsed
 from cloudckpt.cli.printing import summary
 from cloudckpt.convert import Source
 from cloudckpt.convert import import_ as import_from
-from cloudckpt.report import as_bytes
+from cloudckpt.report import as_bytes, plain
 
 __all__ = ["import_"]
 
@@ -55,4 +55,4 @@ def import_(  # noqa: PLR0913 (each option of the command)
         typer.echo(json.dumps(summary(checkpoint)))
     else:
         count = checkpoint.manifest.tensor_count
-        typer.echo(f"{checkpoint.url}: {count} tensors, {as_bytes(checkpoint.total_bytes)}, from {source}")
+        typer.echo(plain(f"{checkpoint.url}: {count} tensors, {as_bytes(checkpoint.total_bytes)}, from {source}"))

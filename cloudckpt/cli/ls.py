@@ -12,7 +12,7 @@ import typer
 from cloudckpt.cli.asking import Access, AsJson, NoCache, Url, cache_of, ended
 from cloudckpt.cli.printing import as_age, in_zone, print_table, summary, zone_name
 from cloudckpt.cli.rules import KeepBestOption, KeepEveryOption, KeepForOption, KeepLastOption, rules_of
-from cloudckpt.report import as_bytes
+from cloudckpt.report import as_bytes, plain
 from cloudckpt.root import Checkpoint, Overview, Roots, nothing_at, overview, the_one_at, why_kept
 
 __all__ = ["ls"]
@@ -142,7 +142,7 @@ def _print(url: str, checkpoints: Sequence[Checkpoint], kept: _Kept, *, is_utc: 
         )
         for one in checkpoints
     ]
-    typer.echo(url)
+    typer.echo(plain(url))
     print_table(columns, rows, numbers=("step", "epoch", "age", "size", "ranks"))
 
 

@@ -21,6 +21,13 @@ LINE_S = 10.0
 """How often a command that no terminal shows says how far it is."""
 
 
+def _shared(checkpoint: Checkpoint) -> dict[str, object]:
+    """Say what of it was sent, and which steps hold the rest; nothing of one that holds itself all that it has."""
+    held = checkpoint.manifest.held_elsewhere
+    names = [f"step {one.step} (epoch {one.epoch}): {one.shard_count} shards, {one.total_bytes} bytes" for one in held]
+    return {"sent_bytes": checkpoint.manifest.sent_bytes, "shares_with": names} if held else {}
+
+
 def summary(checkpoint: Checkpoint) -> dict[str, object]:
     """Return what `--json` says of a checkpoint."""
     manifest = checkpoint.manifest
@@ -31,6 +38,7 @@ def summary(checkpoint: Checkpoint) -> dict[str, object]:
         "url": checkpoint.url,
         "created_at": manifest.created_at,
         "total_bytes": checkpoint.total_bytes,
+        **_shared(checkpoint),
         "shard_count": manifest.shard_count,
         "world_size": checkpoint.world_size,
         # As the manifest has them: JSON has no numbers that are not finite.

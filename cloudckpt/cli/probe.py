@@ -14,7 +14,7 @@ from cloudckpt.cli.command import FOUND
 from cloudckpt.cli.printing import print_table
 from cloudckpt.qualifying import Probe
 from cloudckpt.qualifying import probe as ask
-from cloudckpt.report import as_bytes
+from cloudckpt.report import as_bytes, plain
 
 __all__ = ["probe"]
 
@@ -58,5 +58,5 @@ def _print(found: Probe) -> None:
         rows.append(("", "throughput", speed))
     print_table(("", "look", "found"), rows)
     if found.left:
-        typer.echo(f"left there: {', '.join(found.left)}")
+        typer.echo(plain(f"left there: {', '.join(found.left)}"))
     typer.echo(f"\n{found.verdict}")

@@ -50,7 +50,7 @@ def carry_out(thinning: Thinning, plan: Plan, *, is_yes: bool, is_dry: bool, as_
         raise
     object_count = thinning.finish(_Countdown())
     if not as_json and gone:
-        size = as_bytes(sum(one.total_bytes for one in gone if isinstance(one, Checkpoint)))
+        size = as_bytes(sum(one.manifest.sent_bytes for one in gone if isinstance(one, Checkpoint)))
         typer.echo(f"and {object_count:,} objects of theirs, {size}")
     if spared := count - len(gone):
         typer.echo(f"cloudckpt: {spared} stay, which were pinned, kept or removed by others meanwhile", err=True)

@@ -14,7 +14,9 @@ import typer
 from cloudckpt.cli.asking import Access, NoCache, Url, cache_of, ended
 from cloudckpt.cli.rules import seconds_of
 from cloudckpt.convert import refuse_ours
+from cloudckpt.format import SUMS_SUFFIX
 from cloudckpt.page import page_of, prices_from
+from cloudckpt.report import plain
 from cloudckpt.store import open_store
 
 __all__ = ["report"]
@@ -60,7 +62,7 @@ def report(
         raise ended(
             f"the page could not be written to {output}: {exc.strerror}; name another file (-o)", status=1
         ) from exc
-    typer.echo(str(output))
+    typer.echo(plain(str(output)))
 
 
 def _target(output: Path) -> Path:
@@ -88,6 +90,8 @@ def _write(path: Path, page: str) -> None:
     try:
         new.write_text(page, encoding="utf-8")
         new.replace(path)
+        # Those of what `cloudckpt.open` wrote there would call the page damaged.
+        path.with_name(f"{path.name}{SUMS_SUFFIX}").unlink(missing_ok=True)
     except BaseException:
         with suppress(OSError):
             new.unlink()

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import get_args
 
 from cloudckpt.convert.holding import MARK, Hold, held, taken
-from cloudckpt.convert.opened import Exported, Job, Kind, by_cores, lean
+from cloudckpt.convert.opened import Exported, Job, Kind, by_cores
 from cloudckpt.convert.places import folder_and_name, objects_in, refuse_ours, telling_interrupts
 from cloudckpt.convert.planned import Plan
-from cloudckpt.convert.to_dcp import plan_dcp
-from cloudckpt.convert.to_safetensors import HF_DECIDING, plan_huggingface, plan_safetensors
+from cloudckpt.convert.to_dcp import DCP_FILES, plan_dcp
+from cloudckpt.convert.to_safetensors import HF_DECIDING, HF_FILES, NUMBERED, plan_huggingface, plan_safetensors
 from cloudckpt.convert.to_torch import plan_torch
 from cloudckpt.errors import OptionsError
 from cloudckpt.loading import read_index
@@ -35,6 +35,7 @@ __all__ = ["export", "refuse_model"]
 _REMOTE_SHARD_BYTES = 64 * MIB
 # On a machine of few cores: one waits for a disk while the others work.
 _THREADS = 4
+_BUDGET_BYTES = 64 * MIB
 # Weights are the checkpoint's; a folder of a model has what describes them, which is small.
 _CONFIG_BYTES = 64 * MIB
 _WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|h5|msgpack|gguf|distcp|index\.json|cloudckpt-[a-z]+)\Z")
@@ -77,9 +78,10 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
 
     While an export is under way, `.cloudckpt-export` stands in its folder, or `NAME.cloudckpt-export` beside its file,
     and another one to the same place is refused. With `overwrite` that one takes the place over, and the first one ends
-    with an error before its next file. A kill leaves that mark. Other programs do not know it: what they write there
-    meanwhile is seen right before the last file, and not after. A store that cannot refuse a create lets two begin, of
-    which one ends at its next file.
+    with an error before its next file, or after its last one; what is there then is whole, of whichever last file came
+    last. A kill leaves that mark. Other programs do not know it: without `overwrite` none of their files is replaced
+    that stands when ours is put. A store that cannot refuse a create lets two begin, of which one ends at its next
+    file. Of several files all but the last have names that no other export has.
 
     Args:
         url: a checkpoint, or a root, whose newest one is meant.
@@ -98,7 +100,8 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
         overwrite: replace an export that is there, or one that was killed; other files of a folder stay. The old one
             is whole until the last file of the new one stands, so that there is to be room for both; the files of
             `config` alone take the place of older ones right before that. A kill leaves the old export or the new one,
-            and perhaps files of the other beside it, which the next export with `overwrite` removes.
+            and perhaps files of the other beside it, which the next export with `overwrite` removes; those of one whose
+            place it takes over it leaves, and warns of, because that one may be at work still.
         storage_options: fsspec's own options for `url`.
         target_storage_options: those for `target`.
         engine: what moves the bytes, as for `save`.
@@ -112,8 +115,7 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
         CheckpointNotFoundError: nothing is committed at the URL.
         OptionsError: the target holds an export, or another one is under way there, or it is no such place, or an
             argument is wrong; nothing was written.
-        ConflictError: another export has taken over, or another program has written there; no complete one is there by
-            this call.
+        ConflictError: another export has taken over, or another program has written there; a note says what is there.
         UnsupportedValueError: a dtype, name or value that the target cannot hold (`.key`); nothing was written.
         IntegrityError: an object is missing or differs from what was committed.
         StorageError: a store could not be read or written. In both cases a note says what is there: no export, the one
@@ -123,7 +125,7 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
         raise OptionsError(f"to is {to!r}; give one of {', '.join(get_args(Kind))}")
     given = Options.of(options)
     # Each batch has read buffers of its own, and pages that nobody had before cost as much as the copy.
-    chosen = lean(given if options is not None else replace(given, span_bytes=given.block_bytes))
+    chosen = (given if options is not None else replace(given, span_bytes=given.block_bytes)).lean(_BUDGET_BYTES)
     _check(to, target, prefix=prefix, shard_bytes=max_shard_bytes, config=config)
     folder_url, name = folder_and_name(target) if _KINDS[to].is_file else (os.fspath(target), "")
     with (
@@ -150,14 +152,14 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
             leaves_out=leave_out,
             shard_bytes=max_shard_bytes,
             config={} if config is None else _config_files(config),
-            hold=Hold(folder, name, is_replacing=overwrite),
+            hold=Hold(folder, name, _mark_for(name), is_replacing=overwrite),
             options=chosen,
             gauge=bar,
         )
         plan = _KINDS[to].plan(job)
         if folder.engine == "local":
             _refuse_no_file(Path(local_path(folder_url)), plan)
-        with job.hold.of(plan) as plan:
+        with job.hold.of(plan):
             bar.begin(sum(part.nbytes for saved in plan.taken.tensors.values() for part in job.parts(saved)))
             plan.write()
             written = f"{folder.url}/{name}" if name else folder.url
@@ -171,6 +173,17 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
         tensor_count=len(plan.taken.tensors),
         left_out=plan.taken.left_out,
     )
+
+
+def _mark_for(name: str) -> str:
+    """Return the mark of a target: of all exports that could write or remove one of each other's files the same.
+
+    Those to a folder have that of the folder, and so have those to a file that such a one may have; several files in
+    one folder are exported at once.
+    """
+    if not name or HF_FILES.fullmatch(name) or DCP_FILES.fullmatch(name):
+        return MARK
+    return f"{NUMBERED.sub('.safetensors', name)}{MARK}"
 
 
 def _check(

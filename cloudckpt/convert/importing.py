@@ -19,9 +19,9 @@ from cloudckpt.convert.blob import Blob, refuse_special
 from cloudckpt.convert.from_dcp import METADATA, add_dcp
 from cloudckpt.convert.from_safetensors import add_safetensors, is_safetensors, names_in_index
 from cloudckpt.convert.from_torch import add_torch, is_archive, is_older
-from cloudckpt.convert.opened import by_cores, lean
+from cloudckpt.convert.opened import by_cores
 from cloudckpt.convert.origin import Bytes, Origin
-from cloudckpt.convert.places import folder_and_name, objects_in, telling_interrupts
+from cloudckpt.convert.places import LEAVING_S, folder_and_name, objects_in, telling_interrupts
 from cloudckpt.errors import CommitUnknownError, ManifestError, ObjectNotFoundError, OptionsError, SourceError
 from cloudckpt.format import (
     Box,
@@ -64,8 +64,6 @@ _SHARD_BYTES = 32 * MIB
 _BUDGET_BYTES = 192 * MIB
 # Each holds a shard, so that more than there are cores cost more than they help.
 _THREADS = 2
-# What is under way when a person interrupts is waited for that long.
-_LEAVING_S = 10.0
 _WEIGHTS: tuple[tuple[str, str, Callable[[Origin, Blob], None]], ...] = (
     ("model.safetensors.index.json", "model.safetensors", add_safetensors),
     ("pytorch_model.bin.index.json", "pytorch_model.bin", add_torch),
@@ -126,7 +124,7 @@ def import_(  # noqa: PLR0913 (keyword-only, each of its own kind)
     if kind not in get_args(Source):
         raise OptionsError(f"kind is {kind!r}; give one of {', '.join(get_args(Source))}")
     given = Options.of(options)
-    chosen = lean(given if options is not None else replace(given, shard_bytes=_SHARD_BYTES), _BUDGET_BYTES)
+    chosen = (given if options is not None else replace(given, shard_bytes=_SHARD_BYTES)).lean(_BUDGET_BYTES)
     # A step's epoch may have been begun.
     with telling_interrupts("nothing was committed") as tell, ExitStack() as stack:
         bar = stack.enter_context(Progress(progress).bar("importing", rank=0))
@@ -413,7 +411,7 @@ def _write(prepared: _Prepared, target: Target, record: Record, options: Options
             exc.add_note(f"{place} has the whole checkpoint, or none; `cloudckpt verify {place}` tells")
         else:
             # A put goes on in its thread, and would land after what was written was removed.
-            is_removed = puts.close(_LEAVING_S) & discard(target, [prepared.attempt], options)
+            is_removed = puts.close(LEAVING_S) & discard(target, [prepared.attempt], options)
             left = f"; shards may stay below {place}/{prepared.attempt}: {_sweep(target)}"
             told = ", and what was written is removed" if is_removed else left
             exc.add_note(f"nothing was committed at {place}{told}")

@@ -27,7 +27,7 @@ from cloudckpt.root import Checkpoint
 from cloudckpt.store import RetryingStore, Store
 from cloudckpt.transfer import Gauge, copying_threads
 
-__all__ = ["Exported", "Job", "Kind", "Part", "by_cores", "lean"]
+__all__ = ["Exported", "Job", "Kind", "Part", "by_cores"]
 
 Kind = Literal["safetensors", "huggingface", "torch", "dcp"]
 """What a checkpoint can be exported to."""
@@ -36,7 +36,6 @@ _OURS = "cloudckpt."
 # Of one part, and of a batch of small ones. Half of it costs a tenth of the rate on a disk.
 PART_BYTES = 32 * MIB
 _ALIGNMENT_BYTES = 64
-_BUDGET_BYTES = 64 * MIB
 _SHOWN = 8
 
 
@@ -59,13 +58,6 @@ class Exported:
     total_bytes: int
     tensor_count: int
     left_out: Mapping[str, str]
-
-
-def lean(options: Options, least_bytes: int = _BUDGET_BYTES) -> Options:
-    """Return options whose transfers stay small, unless the caller has said how much memory they may take."""
-    if options.memory_budget_bytes is not None:
-        return options
-    return replace(options, memory_budget_bytes=max(least_bytes, options.shard_bytes, options.span_bytes))
 
 
 def by_cores(options: Options, *stores: RetryingStore, least: int) -> Options:

@@ -13,24 +13,26 @@ from cloudckpt.errors import ObjectNotFoundError, OptionsError
 from cloudckpt.format import EPOCHS_PREFIX, MANIFEST_NAME, PINS_PREFIX, is_attempt
 from cloudckpt.options import Options
 from cloudckpt.root import Catalog, refuse_files
-from cloudckpt.store import ObjectInfo, RetryingStore, Store, local_path, open_store
+from cloudckpt.store import ObjectInfo, RetryingStore, Store, check_key, local_path, open_store
 
-__all__ = ["folder_and_name", "info_of", "objects_in", "refuse_ours", "telling_interrupts"]
+__all__ = ["LEAVING_S", "folder_and_name", "info_of", "objects_in", "refuse_ours", "telling_interrupts"]
 
-# An attempt's shards, a claim or a pin are one below the root or checkpoint that they are of, names two.
-_DEPTH = 2
+LEAVING_S = 10.0
+"""What is under way when one ends early is waited for, and then looked after, no longer than this each: a disk that
+hangs must not keep an interrupt from ending."""
 
 
 def folder_and_name(url: str | os.PathLike[str]) -> tuple[str, str]:
     """Return the URL of the folder that a file is in, and the file's name.
 
     Raises:
-        OptionsError: the URL names no file.
+        OptionsError: the URL names no file, or one whose name not all stores take.
     """
     text = os.fspath(url)
     folder, slash, name = text.rpartition("/")
     if not name or name in (".", "..") or (slash and folder.endswith(":/")):
         raise OptionsError(f"{text!r} names no file; give a path, or a URL such as s3://bucket/folder/file")
+    check_key(name)
     return (folder or "/") if slash else ".", name
 
 
@@ -85,8 +87,9 @@ def refuse_ours(
         parts = place.split("/")
         above = [
             "/".join(parts[:-depth])
-            for depth in range(1, min(_DEPTH, len(parts) - 1) + 1)
-            if is_attempt(parts[-depth]) or f"{parts[-depth]}/" in (EPOCHS_PREFIX, PINS_PREFIX)
+            for depth in range(1, len(parts))
+            if parts[-depth - 1]  # a bucket has nothing above it
+            and (is_attempt(parts[-depth]) or f"{parts[-depth]}/" in (EPOCHS_PREFIX, PINS_PREFIX))
         ]
         for one in [*above, *(place for _ in range(place != url))]:
             with open_store(one, storage_options=storage_options, options=Options.of(options)) as store:

@@ -23,7 +23,7 @@ import xxhash
 
 from cloudckpt.convert.blob import SizedFile
 from cloudckpt.convert.places import folder_and_name, info_of, refuse_ours
-from cloudckpt.errors import ChecksumError, ManifestError, ObjectNotFoundError, OptionsError
+from cloudckpt.errors import ChecksumError, FormatVersionError, ManifestError, ObjectNotFoundError, OptionsError
 from cloudckpt.format import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
 from cloudckpt.options import MIB, Options
 from cloudckpt.store import RetryingStore, appended, local_path, open_store, refuse_beyond_one_put
@@ -95,7 +95,7 @@ def open_file(
         storage_options: fsspec's own options for the URL.
         engine: what moves the bytes, as for `save`.
         options: patience.
-        unverified: read a file that has no sums, because another program wrote it, as it is.
+        unverified: read a file as it is, without its sums: another program wrote it, or they are damaged.
 
     Returns:
         To write: what takes bytes in order (`write`, `tell`, `close`), and never was if it is neither closed nor left
@@ -103,7 +103,8 @@ def open_file(
 
     Raises:
         ObjectNotFoundError: there is no such file (a `FileNotFoundError`); or it has no sums.
-        ChecksumError: it has not the bytes that were written; also later, from a read, and from each after that.
+        ChecksumError: it has not the bytes that were written, or its sums are damaged; also later, from a read, and
+            from each after that.
         OptionsError: another mode, or a URL that names no file or a directory, or one to write in a checkpoint or root.
         StorageError: the store could not be read or written; nothing has changed.
     """
@@ -348,20 +349,28 @@ class _Reading(SizedFile):
         self._stack = stack
 
     def _found(self, *, is_verified: bool) -> FileSums:
-        """Return what the file is to be; without sums, a content of which nothing is known."""
+        """Return what the file is to be; unverified, a content of which nothing is known."""
         info = self._store.head(self._key)
+        if not is_verified:
+            return FileSums(size_bytes=info.size_bytes, block_bytes=_BLOCK_BYTES, digests=())
+        sums = f"{self._key}{SUMS_SUFFIX}"
         try:
-            data = self._store.read(self._key + SUMS_SUFFIX, limit_bytes=SUMS_LIMIT_BYTES)
+            contents = SumsRecord.decode(self._store.read(sums, limit_bytes=SUMS_LIMIT_BYTES), key=sums).contents
         except ObjectNotFoundError as exc:
-            if not is_verified:
-                return FileSums(size_bytes=info.size_bytes, block_bytes=_BLOCK_BYTES, digests=())
             raise ObjectNotFoundError(
-                f"{self._key!r} at {self._store.url} has no sums beside it ({self._key}{SUMS_SUFFIX}): another program "
-                "wrote it, or they were left behind; give unverified=True to read it as it is",
+                f"{self._key!r} at {self._store.url} has no sums beside it ({sums}): another program wrote it, or they "
+                "were left behind; give unverified=True to read it as it is",
                 op="open",
                 key=self._key,
             ) from exc
-        contents = SumsRecord.decode(data, key=self._key + SUMS_SUFFIX).contents
+        except FormatVersionError:
+            raise
+        except ManifestError as exc:
+            raise ChecksumError(
+                f"{self._key!r} at {self._store.url} cannot be verified, because the sums beside it are damaged "
+                f"({sums}); write it anew, or give unverified=True to read it as it is",
+                key=self._key,
+            ) from exc
         possible = [one for one in contents if one.size_bytes == info.size_bytes]
         if not possible:
             raise self._damaged(f"it has {info.size_bytes} bytes, and {contents[0].size_bytes} were written")
@@ -378,7 +387,7 @@ class _Reading(SizedFile):
     def _damaged(self, why: str) -> ChecksumError:
         return ChecksumError(
             f"{self._key!r} at {self._store.url} is not what was written: {why}; write it anew, or open it "
-            "again if it is being replaced just now",
+            "again if it is being replaced just now; what another program has put there, unverified=True reads",
             key=self._key,
         )
 

@@ -30,12 +30,12 @@ class Plan:
 
     Attributes:
         taken: what of the checkpoint goes.
-        files: names of the files, the one that makes the export complete last.
+        files: names of the files, the one that makes the export complete last. Of several large ones all have the tag
+            of the export's hold in their names.
         deciding: names of all files that would make a folder an export of this kind.
         ours: what the names of files of this kind look like; none may be left of another export.
         beginning: of all these names; "" where the folder is the export.
         write: writes them, in order.
-        named: returns the same under names with a tag in them, where the layout allows it; one file has its own.
     """
 
     taken: Taken
@@ -44,8 +44,3 @@ class Plan:
     deciding: frozenset[str] = frozenset()
     ours: re.Pattern[str] = re.compile(r"(?!)")
     beginning: str = ""
-    named: Callable[[str], Plan] | None = None
-
-    def tagged(self, tag: str) -> Plan:
-        """Return the plan under names that have a tag, if it has such."""
-        return self if self.named is None else self.named(tag)

@@ -1,7 +1,7 @@
 """Write a folder that `torch.distributed.checkpoint.load` reads: tensors as `.distcp` files, `.metadata` last.
 
     nested state, tensors without memory ──DCP's own planner──▶ names, values, Metadata
-    parts of tensors, values ──as torch.save writes each──▶ __0_0.distcp, __0_1.distcp, … ──places──▶ .metadata
+    parts of tensors, values ──as torch.save writes each──▶ __0_0-TAG.distcp, __0_1-TAG.distcp, … ──places──▶ .metadata
 
 DCP's reader opens each stored part with `torch.load`, so that a part is what it costs in memory.
 """
@@ -34,11 +34,12 @@ from cloudckpt.convert.writing import Layout, Segment, write_files
 from cloudckpt.format import DTYPES
 from cloudckpt.options import MIB
 
-__all__ = ["plan_dcp"]
+__all__ = ["DCP_FILES", "plan_dcp"]
 
 # A bucket takes a file whole; a reader opens one file after the other, whatever their size.
 _FILE_BYTES = 64 * MIB
-_OURS = re.compile(r"__\d+_\d+(-[0-9a-f]{8})?\.distcp|\.metadata")
+DCP_FILES = re.compile(r"__\d+_\d+(-[0-9a-f]{8})?\.distcp|\.metadata")
+"""The names of the files of a folder."""
 _METADATA = ".metadata"
 
 
@@ -72,14 +73,10 @@ def plan_dcp(job: Job) -> Plan:
             pieces.append(_Piece(fqn, None, partial(_filled, leaf, job, names)))
         else:
             pieces += [_Piece(fqn, part) for part in _parts(job, name)]
-    groups = list(_groups(pieces))
     skeletons = _skeletons(piece.part for piece in pieces if piece.part is not None)
 
-    def plan(tag: str) -> Plan:
-        files = {f"__0_{number}{tag}.distcp": group for number, group in enumerate(groups)}
-        return _plan(job, taken, files, skeletons, partial(_described, metadata, pieces))
-
-    return replace(plan(""), named=plan)
+    files = {f"__0_{number}-{job.hold.tag}.distcp": group for number, group in enumerate(_groups(pieces))}
+    return _plan(job, taken, files, skeletons, partial(_described, metadata, pieces))
 
 
 def _plan(
@@ -105,7 +102,7 @@ def _plan(
         files=(*files, _METADATA),
         write=write,
         deciding=frozenset((_METADATA,)),
-        ours=_OURS,
+        ours=DCP_FILES,
     )
 
 

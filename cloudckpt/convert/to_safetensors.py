@@ -1,6 +1,6 @@
 """Write tensors by name as safetensors: one file, several with an index, or a folder as Hugging Face reads it.
 
-    tensors ──names, dtypes, ties──▶ taken ──by size──▶ files ──header, bytes──▶ NAME-00001-of-00002.safetensors …
+    tensors ──names, dtypes, ties──▶ taken ──by size──▶ files ──header, bytes──▶ NAME-TAG-00001-of-00002.safetensors …
                                                                              ──▶ NAME.safetensors.index.json
 
 The header is ours, and not the safetensors package's, which writes from tensors that are all in memory. Its tests read
@@ -24,7 +24,7 @@ from cloudckpt.convert.writing import Layout, Segment, write_files
 from cloudckpt.errors import UnsupportedValueError
 from cloudckpt.format import DTYPES, SAFETENSORS_NAMES, lone_surrogates
 
-__all__ = ["HF_DECIDING", "NAMED", "plan_huggingface", "plan_safetensors"]
+__all__ = ["HF_DECIDING", "HF_FILES", "NAMED", "NUMBERED", "plan_huggingface", "plan_safetensors"]
 
 NAMED: Mapping[str, str] = {
     **SAFETENSORS_NAMES,
@@ -39,10 +39,14 @@ _METADATA = "__metadata__"
 _HEADER_LIMIT_BYTES = 100_000_000
 _ALIGNMENT_BYTES = 8
 _NUMBER = r"((-[0-9a-f]{8})?-\d+-of-\d+)?"
-_HF_FILES = re.compile(rf"(model|pytorch_model){_NUMBER}\.(safetensors|bin)(\.index\.json)?")
+NUMBERED = re.compile(rf"{_NUMBER}\.safetensors(\.index\.json)?\Z")
+"""How the names end of all files of one safetensors export."""
+HF_FILES = re.compile(rf"(model|pytorch_model){_NUMBER}\.(safetensors|bin)(\.index\.json)?")
+"""The names of a model's weights, in a folder of Hugging Face's."""
 HF_DECIDING = frozenset(
     f"{stem}{end}" for stem in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")
 )
+"""Those of them that make a folder a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ def plan_huggingface(job: Job) -> Plan:
     ties = job.tied(taken.tensors)
     for name, first in ties.items():
         taken.left_out[taken.tensors.pop(name)] = f"it is the same memory as {first!r}, which a model ties again"
-    return _plan(job, taken, ties, _Names("model", _HF_FILES, HF_DECIDING))
+    return _plan(job, taken, ties, _Names("model", HF_FILES, HF_DECIDING))
 
 
 def _problems(job: Job, taken: Taken) -> dict[str, str]:
@@ -100,14 +104,14 @@ def _problems(job: Job, taken: Taken) -> dict[str, str]:
     return found
 
 
-def _plan(job: Job, taken: Taken, dropped: Mapping[str, str], names: _Names, tag: str = "") -> Plan:
+def _plan(job: Job, taken: Taken, dropped: Mapping[str, str], names: _Names) -> Plan:
     groups = list(_groups(job, taken.tensors))
     stem, index_name = names.stem, f"{names.stem}.safetensors.index.json"
     if len(groups) == 1:
         files = [_File(f"{stem}.safetensors", groups[0])]
     else:
         files = [
-            _File(f"{stem}{tag}-{number:05d}-of-{len(groups):05d}.safetensors", group)
+            _File(f"{stem}-{job.hold.tag}-{number:05d}-of-{len(groups):05d}.safetensors", group)
             for number, group in enumerate(groups, start=1)
         ]
     # What a reader may want to know of the names that are not here, as safetensors' own `save_model` says it.
@@ -136,7 +140,6 @@ def _plan(job: Job, taken: Taken, dropped: Mapping[str, str], names: _Names, tag
         deciding=names.deciding,
         ours=names.ours,
         beginning=names.beginning,
-        named=partial(_plan, job, taken, dropped, names),
     )
 
 

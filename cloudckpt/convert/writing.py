@@ -23,6 +23,7 @@ from functools import lru_cache, partial
 import numpy as np
 
 from cloudckpt.convert.opened import Job, Part
+from cloudckpt.convert.places import LEAVING_S
 from cloudckpt.format import ChunkEntry
 from cloudckpt.loading import RankInput, Taker
 from cloudckpt.store import Place, assembled
@@ -33,8 +34,6 @@ __all__ = ["Layout", "Segment", "write_files"]
 
 # One is written while another is put, or made durable.
 _FILES_AT_ONCE = 2
-# A disk that hangs must not keep an interrupt from ending.
-_LEAVING_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +173,7 @@ def _gated(place: Place, go_on: Callable[[], None]) -> Iterator[Place]:
     finally:
         with changed:
             state[1] = 0
-            changed.wait_for(lambda: not state[0], timeout=_LEAVING_S)
+            changed.wait_for(lambda: not state[0], timeout=LEAVING_S)
 
 
 @dataclass(slots=True)

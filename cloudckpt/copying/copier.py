@@ -6,7 +6,8 @@
 Until the manifest stands the target holds nothing but objects that no checkpoint leads to, which a sweep removes. What
 stands there when a copy begins again is not sent again if it has its size: a put is whole or not there, and nobody else
 writes below an attempt's 64 random bits, so that size and name say which bytes these are. Who doubts the store has them
-read back. Holds a few whole shards (FORMAT invariants 1, 2, 4, 12 and 15).
+read back. A copy holds itself what other checkpoints
+of its root hold. Holds a few whole shards (FORMAT invariants 1, 2, 4, 12 and 15).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from cloudckpt.errors import (
 from cloudckpt.format import Index, ShardEntry, Span, index_key
 from cloudckpt.loading import decode_index, read_index_bytes
 from cloudckpt.options import Options
-from cloudckpt.root import Catalog, Checkpoint
+from cloudckpt.root import Catalog, Checkpoint, ShardPlaces
 from cloudckpt.store import note_move
 from cloudckpt.threads import each, new_lock
 from cloudckpt.transfer import (
@@ -54,6 +55,10 @@ logger = logging.getLogger(__name__)
 _READERS = 4
 # How often who waits for its turn says that it is not what stands still.
 _LOOK_S = 0.2
+# With as many under way a target is busy while the next shard is read.
+_BUSY_COUNT = 2
+# As long as the first touch of a shard's memory takes at worst: a fast target gives some back before.
+_PATIENCE_S = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +180,7 @@ class Copier:
 
     def _sizes(self, prefix: str, index: Index) -> Mapping[str, int] | None:
         """Return the sizes of what stands in the target under a checkpoint's attempts; None where nobody may see."""
-        below = f"{prefix}{index.attempt}/" if len(index.attempts) == 1 else prefix
+        below = f"{prefix}{index.attempt}/" if len(index.attempts) == 1 and not index.holders else prefix
         try:
             return {info.key: info.size_bytes for info in self.target.store.list(below).objects}
         except CredentialsExpiredError:
@@ -199,7 +204,7 @@ class Copier:
         fetches = [
             Fetch(shard=shard, span=span, consume=lambda _: None)
             for entry in shards
-            for shard in [source_of(prefix, entry, index.block_bytes)]
+            for shard in [source_of(key_of(prefix, entry), entry, index.block_bytes)]
             for span in spans_of(entry, index.block_bytes, self.options)
         ]
         download(
@@ -216,16 +221,17 @@ class Copier:
 
     def _send(self, checkpoint: Checkpoint, shards: Sequence[ShardEntry], prefix: str, index: Index) -> None:
         budget_bytes = self.options.transfer_budget_bytes
-        # Kept from shard to shard, in huge pages: fresh memory costs more than what is copied into it.
+        # Kept from shard to shard: fresh memory costs more than what is copied into it.
         budget, slabs = Budget(budget_bytes), self.slabs
-        source, target = self.source.store, self.target.store
-        # A disk gives one shard after the other: the first one is on its way while the next ones are read, and a fast
-        # target gives memory back before more of it is touched.
+        places, target = ShardPlaces.of(self.source.store, checkpoint), self.target.store
+        source = places.store
+        # A disk gives one shard after the other: the first one is on its way while the next ones are read.
         turn = new_lock() if source.engine == "local" else None
+        room = _Room(slabs, budget_bytes)
 
         def read(entry: ShardEntry) -> Slab:
-            shard = source_of(checkpoint.prefix, entry, index.block_bytes)
-            slab = slabs.take(entry.size_bytes, limit_bytes=budget_bytes, most_bytes=budget_bytes)
+            shard = source_of(places.key(entry), entry, index.block_bytes)
+            slab = room.take(entry.size_bytes)
 
             def read_span(span: Span) -> None:
                 read_verified(source, shard, span, slab.memory[span.start : span.stop])
@@ -282,6 +288,21 @@ class Copier:
                 )
 
         each(doubtful, look, threads=_READERS, name="cloudckpt-copy")
+
+
+class _Room:
+    """Memory for shards; more of it than keeps the target busy only where that has not given some back in time."""
+
+    def __init__(self, slabs: Slabs, budget_bytes: int) -> None:
+        self._slabs = slabs
+        self._budget_bytes = budget_bytes
+        self._patience_s = _PATIENCE_S
+
+    def take(self, size_bytes: int) -> Slab:
+        """Return memory for a shard."""
+        if self._patience_s and not self._slabs.wait_for_fewer(_BUSY_COUNT, timeout_s=self._patience_s):
+            self._patience_s = 0.0  # it is slow
+        return self._slabs.take(size_bytes, limit_bytes=self._budget_bytes, most_bytes=self._budget_bytes)
 
 
 @contextmanager

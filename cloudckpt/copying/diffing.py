@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from cloudckpt.copying.comparing import Sums
-from cloudckpt.copying.places import lean, opened, runs_of, source_of
+from cloudckpt.copying.places import LOOK_BYTES, opened, runs_of, source_of
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPES, ChunkEntry, Index, ShardEntry, Span, codec, split_box
 from cloudckpt.loading import RankInput, read_index
 from cloudckpt.options import MIB, Options
 from cloudckpt.report import Progress, Show
-from cloudckpt.root import Catalog, Checkpoint
+from cloudckpt.root import Catalog, Checkpoint, ShardPlaces
 from cloudckpt.threads import each
 from cloudckpt.transfer import Gauge, Scratch, Watch, read_verified
 
@@ -139,7 +139,7 @@ def diff(  # noqa: PLR0913 (keyword-only, each of its own kind)
     """
     if tolerance is not None and not tolerance >= 0:
         raise OptionsError(f"tolerance is {tolerance!r}; give a number from 0")
-    chosen = lean(options)
+    chosen = Options.of(options).lean(LOOK_BYTES)
     with (
         opened(a, storage_options=storage_options, engine=engine, options=chosen) as place_a,
         opened(b, storage_options=b_storage_options, engine=b_engine, options=chosen) as place_b,
@@ -157,19 +157,21 @@ class _Side:
     checkpoint: Checkpoint
     index: Index
     input: RankInput
+    places: ShardPlaces
 
     @classmethod
     def of(cls, catalog: Catalog, checkpoint: Checkpoint, options: Options) -> _Side:
         index = read_index(catalog, checkpoint)
         still_s, limit = options.transfer_limit(catalog.store.engine)
         watch = Watch(deadline_s=still_s, limit=limit)
-        return cls(catalog, checkpoint, index, RankInput(catalog.store, checkpoint, index, options, watch))
+        reading = RankInput(catalog.store, checkpoint, index, options, watch)
+        return cls(catalog, checkpoint, index, reading, ShardPlaces.of(catalog.store, checkpoint))
 
     def read(self, entry: ShardEntry, spans: Sequence[tuple[Span, memoryview]]) -> None:
-        shard = source_of(self.checkpoint.prefix, entry, self.index.block_bytes)
+        shard = source_of(self.places.key(entry), entry, self.index.block_bytes)
         each(
             spans,
-            lambda one: read_verified(self.catalog.store, shard, *one),
+            lambda one: read_verified(self.places.store, shard, *one),
             threads=4,
             name="cloudckpt-diff",
         )

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import unquote_to_bytes
 
 from cloudckpt.copying.copier import Copied, Copier
-from cloudckpt.copying.places import Place, is_of_one_object, lean, opened, split_step
+from cloudckpt.copying.places import Place, is_of_one_object, opened, split_step
 from cloudckpt.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -103,8 +103,8 @@ def copy(  # noqa: PLR0913 (keyword-only, each of its own kind)
         target_storage_options: the same for the target.
         engine: what moves the bytes of the sources, as for `save`.
         target_engine: the same for the target.
-        options: sizes, parallelism, patience. Without `memory_budget_bytes` less than 256 MiB are held, unless one
-            shard is larger.
+        options: sizes, parallelism, patience. Without `memory_budget_bytes` 512 MiB are held for what is in flight,
+            by a target that takes a shard as fast as one is read a part of them.
         progress: `bar` or `auto` show a bar on a terminal.
         every_s: where no bar is shown, a line every so many seconds.
         on_copied: is told of each as soon as it is committed.
@@ -121,7 +121,7 @@ def copy(  # noqa: PLR0913 (keyword-only, each of its own kind)
             can read what stands in its place.
         StorageError: a store could not be read or written. In each case what is committed in the target is whole.
     """
-    chosen = lean(options)
+    chosen = Options.of(options)
     selection = Selection(
         steps=tuple(map(step_number, steps)),
         is_all=every,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from cloudckpt.errors import (
@@ -22,19 +22,19 @@ from cloudckpt.errors import (
     StorageError,
     is_transient,
 )
-from cloudckpt.format import ShardEntry, Span, checkpoint_prefix, parse_checkpoint_prefix, plan_spans, shard_key
+from cloudckpt.format import ShardEntry, Span, checkpoint_prefix, parse_checkpoint_prefix, plan_spans
 from cloudckpt.options import MIB, Options
 from cloudckpt.root import Catalog, Checkpoint, Roots, Unreadable
 from cloudckpt.store import open_store
 from cloudckpt.transfer import Gauge, ShardSource
 
 __all__ = [
+    "LOOK_BYTES",
     "All",
     "Onward",
     "Place",
     "is_of_one_object",
     "key_of",
-    "lean",
     "opened",
     "runs_of",
     "source_of",
@@ -42,17 +42,9 @@ __all__ = [
     "split_step",
 ]
 
-# Of what is in flight: eight reads of the usual spans, or three of the usual shards. With what a process takes that has
-# imported nothing else, it stays below 256 MiB.
-BUDGET_BYTES = 200 * MIB
-
-
-def lean(options: Options | Mapping[str, object] | None) -> Options:
-    """Return options whose transfers stay small, unless the caller has said how much memory they may take."""
-    chosen = Options.of(options)
-    if chosen.memory_budget_bytes is not None:
-        return chosen
-    return replace(chosen, memory_budget_bytes=max(BUDGET_BYTES, chosen.shard_bytes, chosen.span_bytes))
+LOOK_BYTES = 200 * MIB
+"""Of what is in flight in a look: eight reads of the usual spans. With what a process takes that has imported nothing
+else, it stays below 256 MiB."""
 
 
 def split_step(url: str | os.PathLike[str]) -> tuple[str, str]:
@@ -161,15 +153,13 @@ def opened(
 
 
 def key_of(prefix: str, entry: ShardEntry) -> str:
-    """Return the key of a shard of the checkpoint under a prefix."""
-    return prefix + shard_key(entry.attempt, entry.rank, entry.number)
+    """Return the key of a shard of the copy under a prefix, which holds all of them itself."""
+    return entry.key(prefix, is_copied=True)
 
 
-def source_of(prefix: str, entry: ShardEntry, block_bytes: int) -> ShardSource:
-    """Return where a shard of the checkpoint under a prefix is, and what it must be."""
-    return ShardSource(
-        key=key_of(prefix, entry), size_bytes=entry.size_bytes, digests=entry.digests, block_bytes=block_bytes
-    )
+def source_of(key: str, entry: ShardEntry, block_bytes: int) -> ShardSource:
+    """Return where a shard is, and what it must be."""
+    return ShardSource(key=key, size_bytes=entry.size_bytes, digests=entry.digests, block_bytes=block_bytes)
 
 
 def spans_of(entry: ShardEntry, block_bytes: int, options: Options) -> list[Span]:

@@ -18,11 +18,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from cloudckpt.copying.places import (
+    LOOK_BYTES,
     Onward,
     Place,
     is_of_one_object,
-    key_of,
-    lean,
     opened,
     runs_of,
     source_of,
@@ -43,7 +42,7 @@ from cloudckpt.format import MANIFEST_NAME, Index, ShardEntry, index_key, parse_
 from cloudckpt.loading import decode_index, read_index_bytes
 from cloudckpt.options import READERS, Options
 from cloudckpt.report import Progress, Show
-from cloudckpt.root import Catalog, Checkpoint, Roots
+from cloudckpt.root import Catalog, Checkpoint, Roots, ShardPlaces
 from cloudckpt.threads import each
 from cloudckpt.transfer import Budget, Fetch, Gauge, Watch, download
 
@@ -136,7 +135,7 @@ def verify(
         CheckpointNotFoundError: nothing is committed at the URL, or it was removed meanwhile.
         StorageError: the store cannot be reached.
     """
-    chosen = lean(options)
+    chosen = Options.of(options).lean(LOOK_BYTES)
     with (
         opened(url, storage_options=storage_options, engine=engine, options=chosen) as place,
         Progress(progress).bar("verifying", rank=0, every_s=every_s) as bar,
@@ -176,7 +175,7 @@ def verify_all(
         ManifestError: nothing is, and something was.
         StorageError: the store cannot be reached.
     """
-    chosen = lean(options)
+    chosen = Options.of(options).lean(LOOK_BYTES)
     with (
         opened(url, storage_options=storage_options, engine=engine, options=chosen) as place,
         Progress(progress).bar("verifying", rank=0, every_s=every_s) as bar,
@@ -256,11 +255,11 @@ class _Look:
         try:
             index, damages = self._index_of(checkpoint)
             if index is not None:
-                shards = list(index.shards())
-                lacks = self._lacks(checkpoint, index, shards)
+                shards, places = list(index.shards()), ShardPlaces.of(self._catalog.store, checkpoint)
+                lacks = self._lacks(places, index, shards)
                 bad = {damage.key for damage in lacks}
-                whole = [entry for entry in shards if key_of(checkpoint.prefix, entry) not in bad]
-                damages += [*lacks, *(self._read(checkpoint, index, whole) if self._deep else ())]
+                whole = [entry for entry in shards if places.key(entry) not in bad]
+                damages += [*lacks, *(self._read(places, index, whole) if self._deep else ())]
         except FormatVersionError as exc:
             reason = str(exc)
         except StorageError as exc:
@@ -328,12 +327,12 @@ class _Look:
         problem = f"it tells of {told} shards, bytes and tensors, and its index of {held}"
         return index, [Damage(key=checkpoint.prefix + MANIFEST_NAME, problem=problem)]
 
-    def _lacks(self, checkpoint: Checkpoint, index: Index, shards: Sequence[ShardEntry]) -> list[Damage]:
+    def _lacks(self, places: ShardPlaces, index: Index, shards: Sequence[ShardEntry]) -> list[Damage]:
         """Return what is wrong with the presence and the sizes of shards."""
-        sizes = self._sizes(checkpoint, index, shards)
+        sizes = self._sizes(places, index, shards)
         found = []
         for entry in shards:
-            size_bytes = sizes.get(key := key_of(checkpoint.prefix, entry))
+            size_bytes = sizes.get(key := places.key(entry))
             if size_bytes == entry.size_bytes:
                 continue
             problem = f"it has {size_bytes} bytes, and {entry.size_bytes} were committed"
@@ -341,19 +340,21 @@ class _Look:
             found.append(Damage(key=key, problem="it is missing" if size_bytes is None else problem, tensors=names))
         return found
 
-    def _sizes(self, checkpoint: Checkpoint, index: Index, shards: Sequence[ShardEntry]) -> Mapping[str, int]:
+    def _sizes(self, places: ShardPlaces, index: Index, shards: Sequence[ShardEntry]) -> Mapping[str, int]:
         """Return the size of each shard that is there: by one listing, or one by one without the right to list."""
-        store = self._catalog.store
-        below = f"{checkpoint.prefix}{index.attempt}/" if len(index.attempts) == 1 else checkpoint.prefix
+        store = places.store
+        below = {f"{places.prefix}{index.attempt}/" if len(index.attempts) == 1 else places.prefix}
+        # Of others' too: a listing for each that holds some.
+        below |= {f"{places.key(entry).rpartition('/')[0]}/" for entry in shards if entry.holder is not None}
         try:
-            return {info.key: info.size_bytes for info in store.list(below).objects}
+            return {info.key: info.size_bytes for one in sorted(below) for info in store.list(one).objects}
         except CredentialsExpiredError:
             raise
         except AccessDeniedError:
             pass
 
         def size_of(entry: ShardEntry) -> tuple[str, int | None]:
-            key = key_of(checkpoint.prefix, entry)
+            key = places.key(entry)
             try:
                 return key, store.head(key).size_bytes
             except ObjectNotFoundError:
@@ -362,9 +363,9 @@ class _Look:
         found = each(shards, size_of, threads=READERS, name="cloudckpt-verify")
         return {key: size_bytes for key, size_bytes in found if size_bytes is not None}
 
-    def _read(self, checkpoint: Checkpoint, index: Index, shards: Sequence[ShardEntry]) -> list[Damage]:
+    def _read(self, places: ShardPlaces, index: Index, shards: Sequence[ShardEntry]) -> list[Damage]:
         """Read every block of these shards, and return what is wrong."""
-        entries = {key_of(checkpoint.prefix, entry): entry for entry in shards}
+        entries = {places.key(entry): entry for entry in shards}
         blocks: dict[str, list[int]] = defaultdict(list)
         problems: dict[str, str] = {}
 
@@ -374,11 +375,11 @@ class _Look:
             else:
                 problems[job.shard.key] = str(error)
 
-        options, store = self._options, self._catalog.store
+        options, store = self._options, places.store
         still_s, limit = options.transfer_limit(store.engine)
         download(
             store,
-            list(_fetches(checkpoint, index, shards, options)),
+            list(_fetches(places, index, shards, options)),
             concurrency=options.concurrency,
             budget=Budget(options.transfer_budget_bytes),
             watch=Watch(deadline_s=still_s, limit=limit, gauge=Onward(self._gauge)),
@@ -394,9 +395,9 @@ class _Look:
         return found
 
 
-def _fetches(checkpoint: Checkpoint, index: Index, shards: Sequence[ShardEntry], options: Options) -> Iterator[Fetch]:
+def _fetches(places: ShardPlaces, index: Index, shards: Sequence[ShardEntry], options: Options) -> Iterator[Fetch]:
     for entry in shards:
-        shard = source_of(checkpoint.prefix, entry, index.block_bytes)
+        shard = source_of(places.key(entry), entry, index.block_bytes)
         spans = spans_of(entry, index.block_bytes, options)
         yield from (Fetch(shard=shard, span=span, consume=lambda _: None) for span in spans)
 

@@ -7,8 +7,29 @@ from cloudckpt.format import codec
 from cloudckpt.format.boxes import Box, BoxTable, Column, ragged_places, row_products
 from cloudckpt.format.builder import IndexBuilder
 from cloudckpt.format.codec import DTYPE_NAMES, DTYPES, JsonValue, register, register_code
+from cloudckpt.format.content import content_kind, content_of, hasher_of
+from cloudckpt.format.header import Holder
 from cloudckpt.format.index import BoxPlace, Index, ShardEntry
-from cloudckpt.format.keys import (
+from cloudckpt.format.layout import Piece, ShardLayout, Span, lay_out, plan_spans, split_box
+from cloudckpt.format.manifest import (
+    MANIFEST_LIMIT_BYTES,
+    EpochClaim,
+    IndexRef,
+    Manifest,
+    Metric,
+    decode_claim,
+    digest_of,
+    record_of_call,
+)
+from cloudckpt.format.near import told_near
+from cloudckpt.format.pin import PIN_LIMIT_BYTES, PinRecord
+from cloudckpt.format.record import FORMAT_VERSION, SHARING_VERSION, lone_surrogates, moment_of
+from cloudckpt.format.section import ChunkEntry, Origins, Section, TensorEntry, Tensors
+from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, has_blocks, verify_blocks
+from cloudckpt.format.sums import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
+from cloudckpt.format.tiling import untiled
+from cloudckpt.format.tree import NOTES, Flat, PathElement, flatten, flatten_at, unflatten
+from cloudckpt.keys import (
     EPOCH_LIMIT,
     EPOCHS_PREFIX,
     MANIFEST_NAME,
@@ -31,27 +52,9 @@ from cloudckpt.format.keys import (
     parse_pin_key,
     pin_key,
     shard_key,
+    shown,
     step_number,
 )
-from cloudckpt.format.layout import Piece, ShardLayout, Span, lay_out, plan_spans, split_box
-from cloudckpt.format.manifest import (
-    MANIFEST_LIMIT_BYTES,
-    EpochClaim,
-    IndexRef,
-    Manifest,
-    Metric,
-    decode_claim,
-    digest_of,
-    record_of_call,
-)
-from cloudckpt.format.near import told_near
-from cloudckpt.format.pin import PIN_LIMIT_BYTES, PinRecord
-from cloudckpt.format.record import FORMAT_VERSION, lone_surrogates, moment_of, shown
-from cloudckpt.format.section import ChunkEntry, Section, TensorEntry, Tensors
-from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, verify_blocks
-from cloudckpt.format.sums import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
-from cloudckpt.format.tiling import untiled
-from cloudckpt.format.tree import NOTES, Flat, PathElement, flatten, flatten_at, unflatten
 
 __all__ = [
     "DTYPES",
@@ -66,6 +69,7 @@ __all__ = [
     "PIN_LIMIT_BYTES",
     "SAFETENSORS_NAMES",
     "SHARD_SUFFIX",
+    "SHARING_VERSION",
     "STEPS_BEGIN",
     "SUMS_LIMIT_BYTES",
     "SUMS_SUFFIX",
@@ -78,12 +82,14 @@ __all__ = [
     "EpochMark",
     "FileSums",
     "Flat",
+    "Holder",
     "Index",
     "IndexBuilder",
     "IndexRef",
     "JsonValue",
     "Manifest",
     "Metric",
+    "Origins",
     "PathElement",
     "Piece",
     "PinRecord",
@@ -98,11 +104,15 @@ __all__ = [
     "check_name",
     "checkpoint_prefix",
     "codec",
+    "content_kind",
+    "content_of",
     "decode_claim",
     "digest_of",
     "epoch_key",
     "flatten",
     "flatten_at",
+    "has_blocks",
+    "hasher_of",
     "index_key",
     "is_attempt",
     "lay_out",

@@ -5,14 +5,15 @@ Pure values; what it gives becomes an `Index`, which checks it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import msgspec
 import numpy as np
 import xxhash
 
 from cloudckpt.format.codec import JsonValue
-from cloudckpt.format.header import Header, RankRecord, TensorRecord
-from cloudckpt.format.record import FORMAT_VERSION, compress
+from cloudckpt.format.header import Header, Holder, RankRecord, TensorRecord
+from cloudckpt.format.record import FORMAT_VERSION, SHARING_VERSION, compress
 from cloudckpt.format.section import Section, TensorEntry, Tensors
 from cloudckpt.format.tree import PathElement
 
@@ -26,7 +27,9 @@ class IndexBuilder:
         tensors: name → dtype and shape; a tensor's place is its number, so more may be added and none removed.
     """
 
-    def __init__(self, *, attempt: str, block_bytes: int) -> None:
+    def __init__(self, *, attempt: str, block_bytes: int, content: str = "", holders: Sequence[Holder] = ()) -> None:
+        """Begin an index; of version 2, with the kind of its contents and who holds shards, if it has a `content`."""
+        self._content, self._holders = content, list(holders)
         self.tensors: dict[str, TensorEntry] = {}
         self._attempt = attempt
         self._block_bytes = block_bytes
@@ -52,7 +55,7 @@ class IndexBuilder:
         writers = self._writers.found.tolist()
         ranks = sorted(self._sections)
         header = Header(
-            format_version=FORMAT_VERSION,
+            format_version=SHARING_VERSION if self._content else FORMAT_VERSION,
             attempt=self._attempt,
             block_bytes=self._block_bytes,
             tensors={
@@ -62,6 +65,8 @@ class IndexBuilder:
             values=dict(values),
             paths=dict(paths),
             ranks=[self._sections[rank][0] for rank in ranks],
+            content=self._content or msgspec.UNSET,
+            holders=self._holders if self._content else msgspec.UNSET,
         )
         return header, [self._sections[rank][1] for rank in ranks]
 

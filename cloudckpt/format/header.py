@@ -12,12 +12,13 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from cloudckpt.format.codec import DTYPES, JsonValue
-from cloudckpt.format.keys import is_attempt
-from cloudckpt.format.record import NUMBER_LIMIT, may_decode, shown
+from cloudckpt.format.content import CONTENT_KINDS
+from cloudckpt.format.record import NUMBER_LIMIT, SHARING_VERSION, may_decode
 from cloudckpt.format.tree import PATH_LIMIT, PathElement
+from cloudckpt.keys import EPOCH_LIMIT, STEP_LIMIT, checkpoint_prefix, is_attempt, shown
 from cloudckpt.options import MAX_BLOCK_BYTES
 
-__all__ = ["Header", "RankRecord", "TensorRecord", "header_problems", "table_problems"]
+__all__ = ["Header", "Holder", "RankRecord", "TensorRecord", "header_problems", "table_problems"]
 
 _DIMENSIONS_LIMIT = 64
 
@@ -43,8 +44,25 @@ class RankRecord(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     digest: str
 
 
+class Holder(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """A checkpoint of the same root that holds shards of another one itself: its place, and the attempt in its keys."""
+
+    step: int
+    epoch: int
+    attempt: str
+
+    @property
+    def prefix(self) -> str:
+        """Where it stands, or stood, below the root, with its slash."""
+        return checkpoint_prefix(self.step, self.epoch)
+
+    def is_possible(self) -> bool:
+        """Tell whether there can be such a checkpoint."""
+        return 0 <= self.step < STEP_LIMIT and 0 < self.epoch < EPOCH_LIMIT and is_attempt(self.attempt)
+
+
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The header's fields, in their order."""
+    """The header's fields, in their order; the last two of version 2 alone."""
 
     format_version: int
     attempt: str
@@ -53,6 +71,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     values: dict[str, JsonValue]
     paths: dict[str, list[PathElement]]
     ranks: list[RankRecord]
+    content: str | msgspec.UnsetType = msgspec.UNSET
+    holders: list[Holder] | msgspec.UnsetType = msgspec.UNSET
 
 
 def header_problems(header: Header) -> Iterator[str]:
@@ -74,6 +94,18 @@ def header_problems(header: Header) -> Iterator[str]:
     for name, path in header.paths.items():
         if not 0 < len(path) <= PATH_LIMIT:
             yield f"the path of {shown(name)} has {len(path)} steps"
+    yield from _sharing_problems(header)
+
+
+def _sharing_problems(header: Header) -> Iterator[str]:
+    is_shared = header.format_version >= SHARING_VERSION
+    if (header.content is not msgspec.UNSET, header.holders is not msgspec.UNSET) != (is_shared, is_shared):
+        yield f"content and holders do not go with its format version {header.format_version}"
+    if header.content is not msgspec.UNSET and header.content not in CONTENT_KINDS:
+        yield f"content is {shown(header.content)}"
+    holders = [] if header.holders is msgspec.UNSET else header.holders
+    if not all(one.is_possible() and one.attempt != header.attempt for one in holders):
+        yield "it names a holder of shards that cannot be, or itself"
 
 
 def table_problems(

@@ -20,11 +20,20 @@ import xxhash
 from cloudckpt.errors import ManifestError, OptionsError
 from cloudckpt.format.builder import Writers
 from cloudckpt.format.cover import Cover
-from cloudckpt.format.header import Header, header_problems, table_problems
-from cloudckpt.format.record import compress, decode_record, decompress, lone_surrogates, may_decode, shown
+from cloudckpt.format.header import Header, Holder, header_problems, table_problems
+from cloudckpt.format.manifest import Reference
+from cloudckpt.format.record import (
+    SHARING_VERSION,
+    compress,
+    decode_record,
+    decompress,
+    lone_surrogates,
+    may_decode,
+)
 from cloudckpt.format.section import ChunkEntry, Section, SectionError, TensorEntry, Tensors
 from cloudckpt.format.shard import DIGEST_BYTES, block_counts
 from cloudckpt.format.tiling import Tiling
+from cloudckpt.keys import shard_key, shown
 
 __all__ = ["BoxPlace", "Index", "ShardEntry"]
 
@@ -40,13 +49,34 @@ _KEPT_PIECES = 1_000_000
 
 
 class ShardEntry(msgspec.Struct, frozen=True, gc=False):
-    """One shard: what its key is derived from, its size, and its digests, 8 bytes per block."""
+    """One shard: what its key is derived from, its size, and its digests, 8 bytes per block.
+
+    Attributes:
+        holder: the checkpoint that holds it; None where that is the one of the index.
+        stored_number: the number in its key there.
+        content: the strong digest of its bytes behind the header, b"" where there is none.
+    """
 
     rank: int
     number: int
     attempt: str
     size_bytes: int
     digests: bytes
+    holder: Holder | None = None
+    stored_number: int = 0
+    content: bytes = b""
+
+    def key(self, prefix: str, *, is_copied: bool = False) -> str:
+        """Return its key below the root, of the checkpoint under a prefix.
+
+        Args:
+            prefix: of the checkpoint, with its slash.
+            is_copied: whether that is a copy, which has what others held below its own prefix.
+        """
+        if self.holder is None:
+            return prefix + shard_key(self.attempt, self.rank, self.number)
+        name = shard_key(self.holder.attempt, self.rank, self.stored_number)
+        return (prefix if is_copied else self.holder.prefix) + name
 
 
 class Index:
@@ -63,6 +93,8 @@ class Index:
         piece_count: pieces of all tensors together.
         shard_count: shards of all ranks together.
         total_bytes: bytes of all shards.
+        content: the kind of the digests of what shards hold; "" where there are none, and all shards are its own.
+        holders: checkpoints that may hold some of them.
     """
 
     def __init__(self, header: Header, frames: Sequence[bytes | memoryview], *, key: str) -> None:
@@ -86,6 +118,8 @@ class Index:
         self.piece_count = sum(record.piece_count for record in header.ranks)
         self.shard_count = sum(record.shard_count for record in header.ranks)
         self.total_bytes = sum(record.stored_bytes for record in header.ranks)
+        self.content = "" if header.content is msgspec.UNSET else header.content
+        self.holders = () if header.holders is msgspec.UNSET else tuple(header.holders)
 
     # -- bytes ---------------------------------------------------------------------------------------------------
 
@@ -126,7 +160,7 @@ class Index:
         if size_bytes > len(data) - at:
             raise _inconsistent(key, f"its header would have {size_bytes} bytes")
         text = decompress(memoryview(data)[at : at + size_bytes], key=key)
-        header = decode_record(text, Header, key=key, written=msgspec.json.encode)
+        header = decode_record(text, Header, key=key, written=msgspec.json.encode, newest=SHARING_VERSION)
         _refuse(header_problems(header), key)
         _refuse(table_problems(header.ranks, len(data) - at - size_bytes, len(data), len(text)), key)
         places = np.cumsum([at + size_bytes, *(record.size_bytes for record in header.ranks)]).tolist()
@@ -171,6 +205,22 @@ class Index:
             self._sections[rank] = self._decoded(rank)
         return self._sections[rank]
 
+    def references(self) -> list[Reference]:
+        """Return who else holds shards of it, how many, and their bytes, in the order of `holders`."""
+        if not self.holders:
+            return []
+        counts, sizes = np.zeros((2, len(self.holders) + 1), dtype=np.int64)
+        for section in self._each_section():
+            if section.origins is not None:
+                counts += np.bincount(section.origins.holder, minlength=len(counts))
+                np.add.at(sizes, section.origins.holder, section.shard_sizes)
+        told = zip(self.holders, counts[1:].tolist(), sizes[1:].tolist(), strict=True)
+        return [
+            Reference(step=one.step, epoch=one.epoch, attempt=one.attempt, shard_count=count, total_bytes=size_bytes)
+            for one, count, size_bytes in told
+            if count
+        ]
+
     def stored(self, rank: int) -> tuple[str, int, int]:
         """Return the attempt of a rank, how many shards it wrote, and their bytes together; decodes nothing."""
         record = self._records[rank]
@@ -180,13 +230,13 @@ class Index:
         """Return one shard; `number` must be one that a piece names."""
         section = self.section(rank)
         if rank not in self._shards:
-            self._shards[rank] = list(_shards_of(section, self.block_bytes))
+            self._shards[rank] = list(self._shards_of(section))
         return self._shards[rank][number]
 
     def shards(self) -> Iterator[ShardEntry]:
         """Yield all shards, by rank and number."""
         for section in self._each_section():
-            yield from _shards_of(section, self.block_bytes)
+            yield from self._shards_of(section)
 
     def tensors_in(self, entry: ShardEntry, start: int, stop: int) -> list[str]:
         """Return the names of the tensors that have bytes in [start, stop) of a shard, in the order of these."""
@@ -195,6 +245,12 @@ class Index:
         firsts, stops = section.start[rows], (section.start + section.nbytes(self._columns))[rows]
         found = section.tensor[rows[(firsts < stop) & (stops > start)]].tolist()
         return [self._names[number] for number in dict.fromkeys(found)]
+
+    def pieces_of(self, rank: int) -> Iterator[tuple[str, ChunkEntry]]:
+        """Yield a rank's pieces in the order of their bytes, each with its tensor's name; an object per piece."""
+        section = self.section(rank)
+        for number, chunk in section.chunks(np.arange(len(section)), self._columns):
+            yield self._names[number], chunk
 
     def piece_counts(self) -> dict[str, int]:
         """Return how many pieces each tensor has."""
@@ -282,6 +338,7 @@ class Index:
                 attempt=record.attempt or self.attempt,
                 counts=(record.shard_count, record.piece_count),
                 block_bytes=self.block_bytes,
+                holder_count=len(self.holders) if self.content else None,
             )
         except SectionError as exc:
             raise _inconsistent(self._key, f"the section of rank {rank} cannot be decoded: {exc}") from exc
@@ -290,12 +347,19 @@ class Index:
             raise _inconsistent(self._key, f"the shards of rank {rank} have not {record.stored_bytes} bytes together")
         return section
 
-
-def _shards_of(section: Section, block_bytes: int) -> Iterator[ShardEntry]:
-    stops = (np.cumsum(block_counts(section.shard_sizes, block_bytes)) * DIGEST_BYTES).tolist()
-    places = zip(section.shard_sizes.tolist(), [0, *stops[:-1]], stops, strict=False)
-    for number, (size_bytes, first, stop) in enumerate(places):
-        yield ShardEntry(section.rank, number, section.attempt, size_bytes, section.digests[first:stop])
+    def _shards_of(self, section: Section) -> Iterator[ShardEntry]:
+        stops = (np.cumsum(block_counts(section.shard_sizes, self.block_bytes)) * DIGEST_BYTES).tolist()
+        places = zip(section.shard_sizes.tolist(), [0, *stops[:-1]], stops, strict=False)
+        origins = section.origins
+        for number, (size_bytes, first, stop) in enumerate(places):
+            digests = section.digests[first:stop]
+            if origins is None:
+                yield ShardEntry(section.rank, number, section.attempt, size_bytes, digests)
+                continue
+            place, stored = int(origins.holder[number]), int(origins.number[number])
+            holder = self.holders[place - 1] if place else None
+            content = origins.contents[number]
+            yield ShardEntry(section.rank, number, section.attempt, size_bytes, digests, holder, stored, content)
 
 
 def _inconsistent(key: str, problem: str) -> ManifestError:

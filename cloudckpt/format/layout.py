@@ -9,7 +9,7 @@ Pure arithmetic over boxes and byte ranges; no tensors, no I/O.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -81,13 +81,24 @@ def split_box(sizes: Sequence[int], *, limit: int) -> Iterator[tuple[tuple[int, 
             yield (index, *offsets), (1, *part)
 
 
-def lay_out(chunks: Sequence[Box], *, shard_bytes: int, metadata: dict[str, str]) -> list[ShardLayout]:
+def lay_out(
+    chunks: Sequence[Box],
+    *,
+    shard_bytes: int,
+    metadata: dict[str, str],
+    group_of: Callable[[str], Hashable] | None = None,
+) -> list[ShardLayout]:
     """Place every chunk's bytes into shards of at most `shard_bytes` data bytes each.
 
     Small chunks share a shard; a chunk larger than a shard is cut into contiguous boxes. Within a shard wider
     dtypes come first, so that every piece is aligned to its own element size. Deterministic.
+    With `group_of` no shard has tensors of two groups: what changes does not stand beside what stays.
     """
-    groups = _pack(_pieces(chunks, shard_bytes), chunks, shard_bytes)
+    pieces: dict[Hashable, list[Piece]] = {}
+    for piece in _pieces(chunks, shard_bytes):
+        group = None if group_of is None else group_of(chunks[piece.chunk].name)
+        pieces.setdefault(group, []).append(piece)
+    groups = [shard for of_group in pieces.values() for shard in _pack(of_group, chunks, shard_bytes)]
     return [_place(number, group, chunks, metadata) for number, group in enumerate(groups)]
 
 

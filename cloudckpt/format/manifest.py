@@ -20,14 +20,22 @@ from cloudckpt.errors import ManifestError, OptionsError
 from cloudckpt.format import codec
 from cloudckpt.format.codec import JsonValue
 from cloudckpt.format.codec.walk import is_text
-from cloudckpt.format.keys import is_attempt
-from cloudckpt.format.record import INDEX_LIMIT_BYTES, NUMBER_LIMIT, decode_record, encode_record, moment_of, shown
+from cloudckpt.format.record import (
+    INDEX_LIMIT_BYTES,
+    NUMBER_LIMIT,
+    SHARING_VERSION,
+    decode_record,
+    encode_record,
+    moment_of,
+)
+from cloudckpt.keys import EPOCH_LIMIT, STEP_LIMIT, checkpoint_prefix, is_attempt, shown
 
 __all__ = [
     "MANIFEST_LIMIT_BYTES",
     "EpochClaim",
     "IndexRef",
     "Manifest",
+    "Reference",
     "decode_claim",
     "digest_of",
     "metadata_to_json",
@@ -65,6 +73,29 @@ class IndexRef(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return 0 < self.size_bytes <= INDEX_LIMIT_BYTES and _SHA256.match(self.sha256) is not None
 
 
+class Reference(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Another checkpoint of the same root that holds some shards: how many, and their bytes; the index says which.
+
+    It holds them itself: nothing refers to a reference.
+    """
+
+    step: int
+    epoch: int
+    attempt: str
+    shard_count: int
+    total_bytes: int
+
+    @property
+    def prefix(self) -> str:
+        """Where that checkpoint stands, or stood, below the root, with its slash."""
+        return checkpoint_prefix(self.step, self.epoch)
+
+    def is_possible(self) -> bool:
+        """Tell whether there can be such a checkpoint, with such shards."""
+        is_place = 0 <= self.step < STEP_LIMIT and 0 < self.epoch < EPOCH_LIMIT and is_attempt(self.attempt)
+        return is_place and 0 < self.shard_count < NUMBER_LIMIT and 0 < self.total_bytes < NUMBER_LIMIT
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The record of one decision on one checkpoint.
 
@@ -85,6 +116,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         metadata: the caller's own, in the codec's JSON.
         environment: versions, platform, device and data path of the job that saved.
         summary: what the save did: seconds, requests, retries; and how long its line of history has been at work.
+        references: of version 2, in which they may be none: who else holds shards of it. Left out of version 1.
         sha256: of this manifest with the field itself empty; always the last field.
     """
 
@@ -104,6 +136,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     metadata: dict[str, JsonValue] = {}
     environment: dict[str, str] = {}
     summary: dict[str, float] = {}
+    references: list[Reference] | msgspec.UnsetType = msgspec.UNSET
     sha256: str = ""
 
     def encode(self) -> bytes:
@@ -138,7 +171,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ManifestError(f"manifest {key} has {len(data)} bytes; restore an older step", key=key)
         if not _is_sealed(data):
             raise ManifestError(f"manifest {key} was changed after it was written; restore an older step", key=key)
-        manifest = decode_record(data, cls, key=key)
+        manifest = decode_record(data, cls, key=key, newest=SHARING_VERSION)
         for problem in manifest.problems():
             raise ManifestError(f"manifest {key} is inconsistent: {problem}; restore an older step", key=key)
         return manifest
@@ -157,7 +190,34 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             problems.append(f"its state is {self.state}, and it has {'an' if self.index else 'no'} index")
         if self.index is not None and not self.index.is_possible():
             problems.append("its index has no digest, or a size that is not read")
-        return problems
+        return problems + self._reference_problems()
+
+    def _reference_problems(self) -> list[str]:
+        if (self.references is msgspec.UNSET) != (self.format_version < SHARING_VERSION):
+            return [f"references do not go with its format version {self.format_version}"]
+        held = self.held_elsewhere
+        places = {(one.step, one.epoch) for one in held} | {(self.step or 0, self.epoch)}
+        if not all(one.is_possible() for one in held) or len(places) <= len(held):
+            return ["it refers to a checkpoint that cannot be, twice to one, or to itself"]
+        shards, size_bytes = sum(one.shard_count for one in held), sum(one.total_bytes for one in held)
+        if shards > self.shard_count or size_bytes > self.total_bytes:
+            return [f"it refers to {shards} shards with {size_bytes} bytes, more than it has"]
+        return []
+
+    @property
+    def held_elsewhere(self) -> list[Reference]:
+        """Who else holds shards of it; nobody, of a checkpoint that is complete in itself."""
+        return [] if self.references is msgspec.UNSET else self.references
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of its own shards, which were sent when it was saved."""
+        return self.total_bytes - sum(one.total_bytes for one in self.held_elsewhere)
+
+    @property
+    def is_sharing(self) -> bool:
+        """Whether others may refer to shards of it, or it to theirs."""
+        return self.format_version >= SHARING_VERSION
 
     def _has_time(self) -> bool:
         try:

@@ -13,9 +13,9 @@ import msgspec
 
 from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError
 from cloudckpt.format.codec.walk import is_text
-from cloudckpt.format.keys import checkpoint_prefix, parse_pin_key, pin_key
 from cloudckpt.format.manifest import MANIFEST_LIMIT_BYTES, Manifest
-from cloudckpt.format.record import FORMAT_VERSION, decode_record, encode_record, moment_of, shown
+from cloudckpt.format.record import FORMAT_VERSION, decode_record, encode_record, moment_of
+from cloudckpt.keys import checkpoint_prefix, parse_pin_key, pin_key, shown
 
 __all__ = ["PIN_LIMIT_BYTES", "PinRecord"]
 

@@ -14,11 +14,13 @@ import msgspec
 import zstandard
 
 from cloudckpt.errors import FormatVersionError, ManifestError, OptionsError, UnsupportedValueError
+from cloudckpt.keys import shown
 
 __all__ = [
     "FORMAT_VERSION",
     "INDEX_LIMIT_BYTES",
     "NUMBER_LIMIT",
+    "SHARING_VERSION",
     "compress",
     "decode_record",
     "decompress",
@@ -26,10 +28,11 @@ __all__ = [
     "lone_surrogates",
     "may_decode",
     "moment_of",
-    "shown",
 ]
 
 FORMAT_VERSION = 1
+# Of the manifest and the index of a checkpoint whose shards may be those of others; an older reader refuses them.
+SHARING_VERSION = 2
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # A day off the ends of what a datetime holds, for the zone of whoever shows it.
@@ -45,7 +48,6 @@ _DECODED_LIMIT_BYTES = 4 << 30
 # a thirtieth), so a small object that claims to be a large index is refused before any of it is decoded.
 _SHRINK_LIMIT = 256
 _SHRINK_FREE_BYTES = 16 << 20
-_SHOWN = 200
 # A seventh smaller than at 3, and still 0.05 ms a section; higher levels cost more and save nothing.
 _LEVEL = 6
 
@@ -71,7 +73,12 @@ def encode_record(value: object) -> bytes:
 
 
 def decode_record(
-    data: bytes, schema: type[_Record], *, key: str, written: Callable[[_Record], bytes] = encode_record
+    data: bytes,
+    schema: type[_Record],
+    *,
+    key: str,
+    written: Callable[[_Record], bytes] = encode_record,
+    newest: int = FORMAT_VERSION,
 ) -> _Record:
     """Decode the JSON of an index, a manifest or a claim, if this library knows its version.
 
@@ -80,6 +87,7 @@ def decode_record(
         schema: what it is to be.
         key: names it in errors.
         written: returns a record's bytes as this library writes them, which says that `data` needs no further look.
+        newest: the highest version of such a record.
 
     Raises:
         FormatVersionError: a newer library wrote it.
@@ -87,9 +95,9 @@ def decode_record(
     """
     try:
         version = msgspec.json.decode(data, type=_Version).format_version
-        if version > FORMAT_VERSION:
+        if version > newest:
             raise FormatVersionError(
-                f"{key} has format version {version}, and this cloudckpt reads versions up to {FORMAT_VERSION}; "
+                f"{key} has format version {version}, and this cloudckpt reads versions up to {newest}; "
                 "upgrade cloudckpt to read it",
                 key=key,
             )
@@ -112,12 +120,6 @@ def _refuse_double_names(data: bytes, canonical: bytes, key: str) -> None:
     # What encodes to the same bytes again has none; only other text, such as another library's, is searched, in Python.
     if data != canonical:
         json.loads(data, object_pairs_hook=refuse)
-
-
-def shown(value: object) -> str:
-    """Return `repr(value)` for a message, where foreign text has neither control characters nor megabytes."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def lone_surrogates(name: str) -> UnsupportedValueError:

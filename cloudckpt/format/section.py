@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from cloudckpt.format.boxes import Column, ragged_places, row_products, starts_of
 from cloudckpt.format.codec import DTYPES
-from cloudckpt.format.record import NUMBER_LIMIT, shown
+from cloudckpt.format.content import CONTENT_BYTES
+from cloudckpt.format.record import NUMBER_LIMIT
 from cloudckpt.format.shard import DIGEST_BYTES, block_counts
+from cloudckpt.keys import shown
 
-__all__ = ["ChunkEntry", "Section", "SectionError", "TensorEntry", "Tensors"]
+__all__ = ["ChunkEntry", "Origins", "Section", "SectionError", "TensorEntry", "Tensors"]
 
 # The length of a safetensors header stands before it, so no piece starts earlier.
 _LENGTH_BYTES = 8
@@ -93,6 +95,37 @@ class Tensors:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Origins:
+    """Whose objects the shards of one rank are, and what they hold; a value for each shard.
+
+    Attributes:
+        holder: 0 where it is the rank's own, else 1 + the place of who holds it among the index's holders.
+        number: that in the key of the object, where it is another's; else 0.
+        contents: the strong digest of its bytes behind the header; b"" where nobody has made one.
+    """
+
+    holder: Column
+    number: Column
+    contents: Sequence[bytes]
+
+    def encode(self) -> bytes:
+        """Return the columns as they stand in a section."""
+        is_known = np.asarray([bool(content) for content in self.contents], dtype=np.int64)
+        return b"".join([_packed(self.holder), _packed(self.number), _packed(is_known), *self.contents])
+
+    @classmethod
+    def decode(cls, source: _Source, count: int, *, holder_count: int) -> Origins:
+        """Read back what `encode` gave of so many shards; raises `SectionError` if it cannot be."""
+        holder, number, is_known = source.column(count), source.column(count), source.column(count)
+        if ((holder < 0) | (holder > holder_count) | (number < 0) | (number >= NUMBER_LIMIT)).any():
+            raise SectionError("it has a shard of a holder that is not listed")
+        if (number[holder == 0] != 0).any() or ((is_known < 0) | (is_known > 1)).any():
+            raise SectionError("it has an own shard with another's number, or a flag that is none")
+        contents = [source.take(CONTENT_BYTES) if one else b"" for one in is_known.tolist()]
+        return cls(holder=holder, number=number, contents=contents)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Section:
     """What one rank wrote.
 
@@ -106,6 +139,7 @@ class Section:
         start: of each piece, its first byte in the shard object.
         offsets: where the pieces start in their tensors, one value per dimension, piece after piece.
         sizes: their extents, in the same way.
+        origins: whose objects the shards are; None where all are its own, and no other checkpoint's.
     """
 
     rank: int
@@ -117,10 +151,16 @@ class Section:
     start: Column
     offsets: Column
     sizes: Column
+    origins: Origins | None = None
 
     def __len__(self) -> int:
         """Return how many pieces there are."""
         return len(self.tensor)
+
+    @property
+    def is_own(self) -> NDArray[np.bool_]:
+        """Which of the shards are the rank's own, and not another checkpoint's."""
+        return np.ones(len(self.shard_sizes), dtype=bool) if self.origins is None else self.origins.holder == 0
 
     def nbytes(self, tensors: Tensors) -> Column:
         """Return each piece's bytes."""
@@ -142,6 +182,7 @@ class Section:
         stops = self.start + self.nbytes(tensors)
         gaps = self.start - np.where(_is_head(self.shard), 0, _before(stops))
         columns = [_packed(self.shard_sizes), self.digests]
+        columns += [] if self.origins is None else [self.origins.encode()]
         columns += [_packed(np.diff(values, prepend=0)) for values in (self.tensor, self.shard)]
         columns.append(_packed(gaps))
         for places in _axes(tensors, self.tensor):
@@ -150,9 +191,17 @@ class Section:
 
     @classmethod
     def decode(
-        cls, data: bytes, tensors: Tensors, *, rank: int, attempt: str, counts: tuple[int, int], block_bytes: int
+        cls,
+        data: bytes,
+        tensors: Tensors,
+        *,
+        rank: int,
+        attempt: str,
+        counts: tuple[int, int],
+        block_bytes: int,
+        holder_count: int | None = None,
     ) -> Section:
-        """Read back what `encode` gave; `counts` are its shards and pieces.
+        """Read back what `encode` gave; `counts` are its shards and pieces, and without holders it has no origins.
 
         Raises:
             SectionError: too short, too long, or it speaks of shards or tensors that cannot be. What is returned
@@ -170,6 +219,7 @@ class Section:
         if blocks.sum(dtype=np.float64) * DIGEST_BYTES > len(data):
             raise SectionError(f"{len(data)} bytes cannot hold the digests of its shards")
         digests = source.take(DIGEST_BYTES * int(blocks.sum()))
+        origins = None if holder_count is None else Origins.decode(source, shards, holder_count=holder_count)
         tensor = np.cumsum(source.column(pieces))
         if ((tensor < 0) | (tensor >= len(tensors))).any():
             raise SectionError("it has a piece of a tensor that is not listed")
@@ -187,6 +237,7 @@ class Section:
             start=_starts(shard, gaps, nbytes),
             offsets=offsets,
             sizes=sizes,
+            origins=origins,
         )
 
     # -- consistency -------------------------------------------------------------------------------------------

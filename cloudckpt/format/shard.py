@@ -8,7 +8,7 @@ block, blocks counted from the object's first byte, so that the header is covere
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import msgspec
 import xxhash
@@ -16,7 +16,15 @@ import xxhash
 from cloudckpt.format.boxes import Box, Column
 from cloudckpt.format.record import lone_surrogates
 
-__all__ = ["DIGEST_BYTES", "SAFETENSORS_NAMES", "block_counts", "block_digests", "encode_header", "verify_blocks"]
+__all__ = [
+    "DIGEST_BYTES",
+    "SAFETENSORS_NAMES",
+    "block_counts",
+    "block_digests",
+    "encode_header",
+    "has_blocks",
+    "verify_blocks",
+]
 
 DIGEST_BYTES = 8
 
@@ -73,9 +81,21 @@ def block_counts(sizes_bytes: Column, block_bytes: int) -> Column:
 
 def block_digests(buffers: Iterable[memoryview], *, block_bytes: int) -> bytes:
     """Return the digests, 8 little-endian bytes per block, of the concatenation of `buffers` (bytes views)."""
-    digests = bytearray()
-    block = xxhash.xxh3_64()
-    room = block_bytes
+    return b"".join(_each_digest(buffers, block_bytes))
+
+
+def has_blocks(buffers: Iterable[memoryview], digests: bytes, *, block_bytes: int) -> bool:
+    """Tell whether the concatenation of `buffers` has these digests; ends at the first block that has another one."""
+    at = 0
+    for digest in _each_digest(buffers, block_bytes):
+        if digest != digests[at : at + DIGEST_BYTES]:
+            return False
+        at += DIGEST_BYTES
+    return at == len(digests)
+
+
+def _each_digest(buffers: Iterable[memoryview], block_bytes: int) -> Iterator[bytes]:
+    block, room = xxhash.xxh3_64(), block_bytes
     for buffer in buffers:
         start = 0
         while start < len(buffer):
@@ -84,11 +104,10 @@ def block_digests(buffers: Iterable[memoryview], *, block_bytes: int) -> bytes:
             start += len(part)
             room -= len(part)
             if room == 0:
-                digests += struct.pack("<Q", block.intdigest())
+                yield struct.pack("<Q", block.intdigest())
                 block, room = xxhash.xxh3_64(), block_bytes
     if room < block_bytes:
-        digests += struct.pack("<Q", block.intdigest())
-    return bytes(digests)
+        yield struct.pack("<Q", block.intdigest())
 
 
 def verify_blocks(data: memoryview, digests: bytes, *, first_block: int, block_bytes: int) -> int | None:

@@ -49,6 +49,7 @@ class Flat:
         notes: what is kept about some names (of leaves, or of what stands above them) beside their bytes.
         of_others: names of leaves of which another rank's contents count, and not the ones here.
         of_first_rank: names of leaves that the first rank alone has, of whom all ranks take them.
+        frozen: names of leaves that training does not change, as far as is known; where nobody asked, none.
         alike: of an object whose names must be the same on all ranks, these names, sorted.
     """
 
@@ -57,6 +58,7 @@ class Flat:
     notes: dict[str, JsonValue] = field(default_factory=dict)
     of_others: set[str] = field(default_factory=set)
     of_first_rank: set[str] = field(default_factory=set)
+    frozen: set[str] = field(default_factory=set)
     alike: dict[str, list[str]] = field(default_factory=dict)
 
 

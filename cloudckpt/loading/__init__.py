@@ -15,12 +15,14 @@ from cloudckpt.loading.landing import Taker
 from cloudckpt.loading.lead import load_state
 from cloudckpt.loading.numbers import Group, groups_of, tensor_numbers
 from cloudckpt.loading.reading import Contents, TensorInfo, read_contents, read_state
+from cloudckpt.loading.rest import Rest
 
 __all__ = [
     "Contents",
     "Group",
     "Pieces",
     "RankInput",
+    "Rest",
     "Taker",
     "TensorInfo",
     "by_part_name",

@@ -54,11 +54,10 @@ from cloudckpt.format import (
     digest_of,
     index_key,
     plan_spans,
-    shard_key,
 )
 from cloudckpt.loading.landing import Landing, Taker, Taking, deliver
 from cloudckpt.options import Options
-from cloudckpt.root import Catalog, Checkpoint
+from cloudckpt.root import Catalog, Checkpoint, ShardPlaces
 from cloudckpt.state import collector_at_rest
 from cloudckpt.store import Store, one_deadline
 from cloudckpt.transfer import Budget, Fetch, ShardSource, Watch, download
@@ -204,9 +203,10 @@ class RankInput:
         budget = Budget(self.options.transfer_budget_bytes)
         with collector_at_rest():
             landings = self._landings(items, planner, pieces, budget)
-            fetches = self._all_fetches(landings)
+            places = ShardPlaces.of(self.store, self.checkpoint)
+            fetches = self._all_fetches(landings, places)
         concurrency = self.options.concurrency
-        download(self.store, fetches, concurrency=concurrency, budget=budget, watch=self.watch)
+        download(places.store, fetches, concurrency=concurrency, budget=budget, watch=self.watch)
 
     def hand_on(self, takers: Mapping[tuple[int, int], Sequence[Taker]]) -> None:
         """Read ranges of shards, and hand their verified bytes on as they come; raises as `read` does.
@@ -215,12 +215,18 @@ class RankInput:
             takers: who takes them, by rank and number of the shard.
         """
         with collector_at_rest():
-            fetches = self._all_fetches(takers)
+            places = ShardPlaces.of(self.store, self.checkpoint)
+            fetches = self._all_fetches(takers, places)
         budget = Budget(self.options.transfer_budget_bytes)
-        download(self.store, fetches, concurrency=self.options.concurrency, budget=budget, watch=self.watch)
+        download(places.store, fetches, concurrency=self.options.concurrency, budget=budget, watch=self.watch)
 
-    def _all_fetches(self, takers: Mapping[tuple[int, int], Sequence[Taker]]) -> list[Fetch]:
-        return [fetch for place in sorted(takers) for fetch in self._fetches(self.index.shard(*place), takers[place])]
+    def _all_fetches(self, takers: Mapping[tuple[int, int], Sequence[Taker]], places: ShardPlaces) -> list[Fetch]:
+        entries = {place: self.index.shard(*place) for place in sorted(takers)}
+        return [
+            fetch
+            for place, entry in entries.items()
+            for fetch in self._fetches(entry, places.key(entry), takers[place])
+        ]
 
     def _landings(
         self, items: Sequence[ReadItem], planner: LoadPlanner, pieces: Pieces, budget: Budget
@@ -246,9 +252,9 @@ class RankInput:
             landings[piece.rank, piece.number].append(Landing(item, taking, self.index.tensors[name], piece))
         return landings
 
-    def _fetches(self, entry: ShardEntry, landings: Sequence[Taker]) -> list[Fetch]:
+    def _fetches(self, entry: ShardEntry, key: str, landings: Sequence[Taker]) -> list[Fetch]:
         source = ShardSource(
-            key=self.checkpoint.prefix + shard_key(entry.attempt, entry.rank, entry.number),
+            key=key,
             size_bytes=entry.size_bytes,
             digests=entry.digests,
             block_bytes=self.index.block_bytes,

@@ -17,6 +17,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TypeGuard, cast
@@ -28,16 +30,29 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
 from torch.distributed.tensor import DTensor, Replicate
 
+from cloudckpt.ahead import Ahead
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPE_NAMES, DTYPES, NOTES, Box, BoxPlace, BoxTable, Index, codec
 from cloudckpt.loading.input import RankInput, by_part_name, decode_index, describe, part_targets
 from cloudckpt.loading.passing import Step, plan_passing
+from cloudckpt.loading.rest import Rest
 from cloudckpt.loading.search import Found, Search
 from cloudckpt.options import Options
-from cloudckpt.ranks import Countdown, Group, Packet, RanksFailedError, plain_errors
+from cloudckpt.ranks import Countdown, Group, MissingPartsError, Packet, RanksFailedError, plain_errors
 from cloudckpt.report import Journal
-from cloudckpt.root import Candidate, Catalog, Checkpoint, Fit, Roots
-from cloudckpt.state import Allowed, Entry, Restoration, Saved, bind, collector_at_rest, plan_restore
+from cloudckpt.root import Candidate, Checkpoint, Fit, Roots
+from cloudckpt.state import (
+    Allowed,
+    Entry,
+    Restoration,
+    Saved,
+    bind,
+    collector_at_rest,
+    local_parts,
+    plan_restore,
+    taken_over,
+)
+from cloudckpt.store import Store
 from cloudckpt.transfer import Gauge, inner_names
 
 __all__ = ["load_state"]
@@ -56,6 +71,7 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     what: str,
     shown: str,
     generators: bool = False,
+    rest: Rest | None = None,
 ) -> Checkpoint | None:
     """Restore a state on all ranks from the first candidate that is whole.
 
@@ -70,6 +86,7 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
         what: what the ranks do; ranks that do different things are told so.
         shown: the same for a person who watches.
         generators: whether the process's generators are restored, too, also into a state without a `RandomState`.
+        rest: takes over what may come after the return; None: all is whole then.
 
     Returns:
         The checkpoint, with what of it fits this rank's state, or None when there was no candidate.
@@ -86,25 +103,32 @@ def load_state(  # noqa: PLR0913 (keyword-only, each of its own kind)
     # One process refuses a wrong call before anything is asked of the store; with several, all hear of it.
     with collector_at_rest():
         entries = allowed.checked(bind(state, generators=generators)) if group.size == 1 else None
-    search = Search(candidates, roots)
+    ahead = Ahead(one.store for one in roots.catalogs)
+    search = Search(candidates, roots, over=ahead.over)
     checkpoint = None
-    with (
-        entry.bar(shown) as bar,
-        plain_errors(about=group.about),
-        group.session(what, deadline_s=options.progress_timeout_s),
-    ):
+    with taken_over() as tell_restored, ExitStack() as stack:
+        stack.enter_context(closing(ahead))
+        bar = stack.enter_context(entry.bar(shown))
+        stack.enter_context(plain_errors(about=group.about))
+        stack.enter_context(group.session(what, deadline_s=options.progress_timeout_s))
         while (found := group.agree(f"{what}: finding", lambda: None, lambda _: search.next())) is not None:
             catalog = roots.catalogs[found.root]
             checkpoint = catalog.adopt(found.manifest, prefix=found.prefix)
-            loading = _Loading(checkpoint, found, catalog, group, options, bar, entries, generators)
+            store = ahead.over(catalog.store)
+            loading = _Loading(checkpoint, found, store, group, options, bar, entries, generators, rest)
             entries = None  # they remember what they saw of one checkpoint
+            told = f"{what} of {checkpoint.url}"
             try:
-                fit = loading.run(f"{what} of {checkpoint.url}", state, allowed)
+                fit = loading.run(told, state, allowed)
             except RanksFailedError as exc:
                 if not search.may_go_on(checkpoint, exc.failures):
                     raise
             else:
                 checkpoint = replace(checkpoint, fit=fit)
+                tell_restored(loading.subjects)
+                if rest is not None and loading.has_rest:
+                    loading.leave_to(rest, told, stack, partial(entry.restored, checkpoint))
+                    return checkpoint
                 break
     entry.restored(checkpoint)
     return checkpoint
@@ -134,17 +158,19 @@ class _Loading:
 
     checkpoint: Checkpoint
     found: Found
-    catalog: Catalog
+    store: Store
     group: Group
     options: Options
     gauge: Gauge | None
     entries: Sequence[Entry] | None
     generators: bool
+    rest: Rest | None
     # What this rank found on the way, for the steps after it.
     _parts: Mapping[str, Mapping[int, torch.Tensor]] = field(init=False, default_factory=dict)
     _saved: Saved = field(init=False)
     _restoration: Restoration = field(init=False)
     _filling: _Filling = field(init=False)
+    _late: Mapping[str, object] = field(init=False, default_factory=dict)
 
     def run(self, what: str, state: MutableMapping[str, object], allowed: Allowed) -> Fit:
         """Go through the steps; raises as the group's exchanges do."""
@@ -155,14 +181,58 @@ class _Loading:
             self.group.agree(f"{what}: ask", lambda: self._ask(met.unexpected), lambda _: None)
             if met.needs_memory:
                 self.group.agree(f"{what}: memory", lambda: self._give_memory(state, allowed), lambda _: None)
-            steps = self._deal(what, lambda: self._restoration.tensors)
-            self.group.agree(f"{what}: read", lambda: self._read(steps), lambda _: None)
+            self._fill(what, self._due)
         except BaseException:
             # An object has its new state already, and what belongs to it does not come.
             self._restoration.undo()
             raise
         self.group.agree(f"{what}: apply", self._restoration.apply, lambda _: None)
         return self._restoration.fit
+
+    @property
+    def subjects(self) -> Sequence[object]:
+        """The objects that are restored."""
+        return self._restoration.subjects
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether something is left to be filled, on any rank."""
+        return bool(self._late) or self.group.size > 1
+
+    def _due(self) -> Mapping[str, object]:
+        """Return what is filled before all is applied."""
+        if self.rest is not None:
+            self._late = self._restoration.put_off(self.rest.wait_for)
+        return self._restoration.tensors
+
+    def leave_to(self, rest: Rest, what: str, stack: ExitStack, note: Callable[[], None]) -> None:
+        """Fill what is left in another thread, and hold those whose state it is until it is there.
+
+        Args:
+            rest: has the thread.
+            what: is restored.
+            stack: ends what the ranks are in together; it goes along.
+            note: is called when all is whole.
+        """
+        going, optimizers, copies = stack.pop_all(), self._restoration.late, self._restoration.copies()
+
+        def work() -> None:
+            with going:
+                self.group.take_over()
+                self._fill(f"{what}: the rest", lambda: self._late)
+                with torch.no_grad():
+                    for copy, filled in copies or ():
+                        copy.copy_(filled)
+                for device in {part.device for one in self._late.values() for part in local_parts(one)}:
+                    if device.type == "cuda":
+                        torch.cuda.synchronize(device)  # training may use another stream
+            note()
+
+        self.group.hand_over()
+        rest.begin(what, optimizers, work)
+        if copies is None:
+            rest.wait()
+            self._restoration.load_late()
 
     def _fill(self, what: str, plan: Callable[[], Mapping[str, object]]) -> None:
         """Have every rank plan what it wants filled, and read it together."""
@@ -229,12 +299,14 @@ class _Loading:
         choice = self.options.read_once
         if self.group.size == 1:
             return False
-        return choice == "always" or (choice == "auto" and self.catalog.store.engine != "local")
+        return choice == "always" or (choice == "auto" and self.store.engine != "local")
 
     def _source(self) -> RankInput:
-        still_s, limit = self.options.transfer_limit(self.catalog.store.engine)
+        still_s, limit = self.options.transfer_limit(self.store.engine)
         watch = replace(self.group.watch(still_s), gauge=self.gauge, limit=limit)
-        return RankInput(self.catalog.store, self.checkpoint, self._index, self.options, watch)
+        if (rest := self.rest) is not None:
+            watch = replace(watch, check=partial(_all_of, self.group.check, rest.check))
+        return RankInput(self.store, self.checkpoint, self._index, self.options, watch)
 
     def _ask(self, unexpected: set[str]) -> None:
         self._restoration.leave(unexpected)
@@ -247,10 +319,22 @@ class _Loading:
         passing = self.group.begin_passing(packets)
         try:
             self._filling.read(self._source())
-        finally:
-            for packet in packets:
-                packet.give_up()
-            self.group.end_passing(passing)
+        except BaseException:
+            # What this rank met says more than that another one, too, has not read what it was to pass on.
+            with suppress(MissingPartsError):
+                self._end_passing(packets, passing)
+            raise
+        self._end_passing(packets, passing)
+
+    def _end_passing(self, packets: Sequence[Packet], passing: Future[list[int]] | None) -> None:
+        for packet in packets:
+            packet.give_up()
+        self.group.end_passing(passing)
+
+
+def _all_of(*checks: Callable[[], None]) -> None:
+    for check in checks:
+        check()
 
 
 def _wanted_values(index: Index, state: Mapping[str, object], allowed: Allowed) -> set[str]:

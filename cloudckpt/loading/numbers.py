@@ -15,9 +15,9 @@ from functools import partial
 import torch
 
 from cloudckpt.errors import CheckpointNotFoundError
-from cloudckpt.format import DTYPES, ChunkEntry, Index, plan_spans, shard_key
+from cloudckpt.format import DTYPES, ChunkEntry, Index, plan_spans
 from cloudckpt.options import Options
-from cloudckpt.root import Checkpoint
+from cloudckpt.root import Checkpoint, ShardPlaces
 from cloudckpt.store import Store
 from cloudckpt.transfer import Budget, Fetch, Gauge, ShardSource, download
 
@@ -126,11 +126,11 @@ def tensor_numbers(
         )
     dtype = DTYPES[saved.dtype]
     pieces = index.covering({name: [((0,) * len(saved.shape), saved.shape)]})[name]
-    sums = _Sums()
+    sums, places = _Sums(), ShardPlaces.of(store, checkpoint)
     if gauge is not None:
         gauge.begin(math.prod(saved.shape) * dtype.itemsize)
     for piece in pieces:
-        for run in _runs(store, checkpoint, index, piece, dtype.itemsize, options or Options()):
+        for run in _runs(places, index, piece, dtype.itemsize, options or Options()):
             # A part at a time: in float64 it takes up to eight times as much, and more than once.
             for part in torch.split(torch.frombuffer(run, dtype=dtype), _PART_ELEMENTS):
                 sums.add(part)
@@ -151,13 +151,11 @@ def tensor_numbers(
     )
 
 
-def _runs(
-    store: Store, checkpoint: Checkpoint, index: Index, piece: ChunkEntry, itemsize: int, options: Options
-) -> Iterator[bytearray]:
+def _runs(places: ShardPlaces, index: Index, piece: ChunkEntry, itemsize: int, options: Options) -> Iterator[bytearray]:
     """Yield the bytes of one piece, whole elements at a time; what is yielded is overwritten by the next."""
     entry = index.shard(piece.rank, piece.number)
     source = ShardSource(
-        key=checkpoint.prefix + shard_key(entry.attempt, entry.rank, entry.number),
+        key=places.key(entry),
         size_bytes=entry.size_bytes,
         digests=entry.digests,
         block_bytes=index.block_bytes,
@@ -173,7 +171,7 @@ def _runs(
         take = partial(_take, run, start)
         fetches = [Fetch(shard=source, span=span, consume=partial(take, span.start)) for span in spans]
         budget = Budget(options.transfer_budget_bytes)
-        download(store, fetches, concurrency=options.concurrency, budget=budget)
+        download(places.store, fetches, concurrency=options.concurrency, budget=budget)
         yield run
 
 

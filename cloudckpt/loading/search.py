@@ -8,7 +8,7 @@ Keeps FORMAT invariants 1, 11 and 12.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from cloudckpt.errors import IntegrityError, MissingShardError
@@ -16,6 +16,7 @@ from cloudckpt.format import codec
 from cloudckpt.loading.input import decode_index, read_index_bytes
 from cloudckpt.ranks import own_failures
 from cloudckpt.root import Candidate, Checkpoint, Roots
+from cloudckpt.store import Store
 
 __all__ = ["Found", "Search"]
 
@@ -36,8 +37,22 @@ class Found:
 class Search:
     """Which checkpoint is tried next, on rank 0."""
 
-    def __init__(self, candidates: Iterator[Candidate], roots: Roots, doing: str = "restoring") -> None:
-        """Search `candidates`, best first; `doing` is what the log says is not done with those that are corrupt."""
+    def __init__(
+        self,
+        candidates: Iterator[Candidate],
+        roots: Roots,
+        doing: str = "restoring",
+        over: Callable[[Store], Store] = lambda store: store,
+    ) -> None:
+        """Search `candidates`, best first.
+
+        Args:
+            candidates: checkpoints, or why one cannot be tried.
+            roots: where they are.
+            doing: what the log says is not done with those that are corrupt.
+            over: returns the store through which an index is read.
+        """
+        self._over = over
         self._candidates = candidates
         self._roots = roots
         self._doing = doing
@@ -54,7 +69,7 @@ class Search:
                 if isinstance(candidate, IntegrityError):
                     raise candidate
                 catalog = self._roots.catalog_of(candidate)
-                data = read_index_bytes(catalog, candidate)
+                data = read_index_bytes(catalog.with_store(self._over(catalog.store)), candidate)
                 index = decode_index(candidate, data)
             except IntegrityError as exc:
                 self._note(candidate if isinstance(candidate, Checkpoint) else None, exc)

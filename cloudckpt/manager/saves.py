@@ -61,6 +61,8 @@ from cloudckpt.saving import (
     Background,
     PendingSave,
     PlanMemory,
+    Reuse,
+    ReuseMemory,
     SaveHandle,
     Session,
     Uncommitted,
@@ -191,6 +193,7 @@ class Saves:
         journal: Journal,
         tolerance: Tolerance,
         save_rng: bool,
+        reuse_unchanged: bool,
     ) -> None:
         self.homes = tuple(homes)
         self.roots = Roots([home.catalog for home in homes])
@@ -203,6 +206,8 @@ class Saves:
         self._journal = journal
         self.save_rng = save_rng
         self._plan = PlanMemory()
+        # Of the shards that were saved last; None where all are sent each time.
+        self._shards = ReuseMemory() if reuse_unchanged else None
         self._slabs = Slabs()
         self._vote: Vote | None = None
         self._accord: Accord | None = None
@@ -790,7 +795,7 @@ class Saves:
             ):
                 pending = begin_save(
                     session,
-                    captured(state, generators=self.save_rng, files=asked.files),
+                    captured(state, generators=self.save_rng, files=asked.files, marks_frozen=self._shards is not None),
                     destinations[0],
                     fallback=destinations[1] if len(destinations) > 1 else None,
                     end=self._schedule.end_of_saves if self._schedule.may_end else None,
@@ -799,6 +804,7 @@ class Saves:
                     metadata=asked.metadata,
                     slabs=slabs,
                     room=self._make_room,
+                    reuse=self._reuse(asked, group, options),
                 )
         finally:
             self._is_beginning = False
@@ -808,6 +814,17 @@ class Saves:
         self._to_replace = before
         self._schedule.begun(step, entry.work_began_s)
         return pending
+
+    def _reuse(self, asked: Asked, group: Group, options: Options) -> Reuse | None:
+        """Return what leaves out of a save what the newest checkpoint of this line holds; the same on every rank.
+
+        A save in two phases sends all: it may be committed when its base is long gone.
+        """
+        if self._shards is None or not asked.commits:
+            return None
+        epoch = self.homes[0].epoch
+        base = epoch.newest or epoch.resumed_from
+        return Reuse(self._shards, base, rank=group.rank, size=group.size, block_bytes=options.block_bytes)
 
     def _wait_for_turn(self, step: int) -> None:
         """Wait for the save under way, as long as there is time; an end may be announced meanwhile."""

@@ -29,12 +29,16 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     Attributes:
         storage_gib_month: for one GiB (2³⁰ bytes, which clouds call a GB) kept for a month.
         writes_1000: for 1,000 requests that write or list.
-        currency: of both.
+        reads_1000: for 1,000 other requests but deletes, which are free.
+        sent_gib: for one GiB that the store sends; inside its region most send for nothing.
+        currency: of all.
         source: where they come from and when, for people.
     """
 
     storage_gib_month: float
     writes_1000: float
+    reads_1000: float = 0.0
+    sent_gib: float = 0.0
     currency: str = "USD"
     source: str = ""
 
@@ -45,11 +49,24 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         host = store.endpoint.partition("://")[2].partition("/")[0].partition(":")[0]
         if scheme not in _HOSTS or (host and not host.endswith(_HOSTS[scheme])):
             return None
-        if scheme == "s3":
-            source = "S3 Standard in us-east-1, the first 50 TB; aws.amazon.com/s3/pricing as of 2025"
-            return cls(storage_gib_month=0.023, writes_1000=0.005, source=source)
-        source = "Standard storage in us-central1, class A operations; cloud.google.com/storage/pricing as of 2025"
-        return cls(storage_gib_month=0.020, writes_1000=0.005, source=source)
+        return cls.usual(scheme)
+
+    @classmethod
+    def usual(cls, scheme: str) -> Self:
+        """Return the usual ones of S3 (`s3`) or GCS (`gs`).
+
+        Raises:
+            KeyError: none are known for `scheme`.
+        """
+        storage_gib_month, source = {
+            "s3": (0.023, "S3 Standard in us-east-1, the first 50 TB; aws.amazon.com/s3/pricing as of 2025"),
+            "gs": (0.020, "Standard storage in us-central1; cloud.google.com/storage/pricing as of 2025"),
+        }[scheme]
+        return cls(storage_gib_month=storage_gib_month, writes_1000=0.005, reads_1000=0.0004, source=source)
+
+    def cost(self, *, writes: int, reads: int, sent_bytes: int = 0) -> float:
+        """Return what so many requests cost, and so many bytes that the store sends."""
+        return (writes * self.writes_1000 + reads * self.reads_1000) / 1_000 + sent_bytes / 2**30 * self.sent_gib
 
 
 def prices_from(path: str | os.PathLike[str]) -> Prices:
@@ -66,6 +83,7 @@ def prices_from(path: str | os.PathLike[str]) -> Prices:
             f"the prices in {os.fspath(path)} cannot be taken ({exc}); write for example "
             '{"storage_gib_month": 0.023, "writes_1000": 0.005, "currency": "USD", "source": "our contract"}'
         ) from exc
-    if not all(0 <= price < math.inf for price in (prices.storage_gib_month, prices.writes_1000)):
+    told = (prices.storage_gib_month, prices.writes_1000, prices.reads_1000, prices.sent_gib)
+    if not all(0 <= price < math.inf for price in told):
         raise OptionsError(f"a price in {os.fspath(path)} is below 0")
     return prices if prices.source else msgspec.structs.replace(prices, source=os.fspath(path))

@@ -45,7 +45,7 @@ class Run:
     @property
     def total_bytes(self) -> int:
         """Bytes of all that is there, with what no commit owns."""
-        checkpoints = sum(save.checkpoint.total_bytes for save in self.facts.saves)
+        checkpoints = sum(save.checkpoint.manifest.sent_bytes for save in self.facts.saves)
         return checkpoints + sum(orphan.total_bytes for orphan in self.found.unfinished)
 
 
@@ -263,7 +263,7 @@ def _cost(run: Run) -> Html:
     if prices is None:
         rows.append(("Prices", "none are known for this store; give --prices FILE.json"))
         return _section(title, pairs(rows))
-    gib_months = sum(save.checkpoint.total_bytes / 2**30 * _age_s(run, save) / MONTH_S for save in saves)
+    gib_months = sum(save.checkpoint.manifest.sent_bytes / 2**30 * _age_s(run, save) / MONTH_S for save in saves)
     # All that rank 0 has asked, as if all of it were writes, and a put for each shard of the other ranks: of as many as
     # it has itself.
     others = sum(one.shard_count * (one.world_size - 1) // max(1, one.world_size) for one in manifests)

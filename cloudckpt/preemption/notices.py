@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol, SupportsFloat, SupportsIndex, cast
 
+from cloudckpt.errors import text_of
 from cloudckpt.threads import started
 
 __all__ = ["CheckSource", "Notice", "NoticeSource", "PartError", "SourceError", "Watcher"]
@@ -120,7 +121,7 @@ class CheckSource:
 
     def poll(self) -> Iterator[Notice]:
         said = self._check()
-        complaint = f"check returned {said!r:.200}; it must return None, False, True or the seconds left"
+        complaint = f"check returned {text_of(said, repr):.200}; it must return None, False, True or the seconds left"
         try:
             left_s, is_odd = _meaning(said)
         except Exception as exc:
@@ -280,4 +281,4 @@ class Watcher:
             if is_part
             else "%s gives no answer, so a notice of its would not be heard; it is asked on: %s"
         )
-        logger.log(level, text, self.name, str(exc) if isinstance(exc, SourceError) else repr(exc))
+        logger.log(level, text, self.name, text_of(exc, str if isinstance(exc, SourceError) else repr))

@@ -5,7 +5,7 @@ Over a gloo group of our own. Here is the only pickle of the package: between pr
 
 from cloudckpt.ranks.accord import Accord
 from cloudckpt.ranks.group import Group
-from cloudckpt.ranks.outcome import RanksFailedError, named_ranks, own_failures, plain_errors
+from cloudckpt.ranks.outcome import MissingPartsError, RanksFailedError, named_ranks, own_failures, plain_errors
 from cloudckpt.ranks.packet import Countdown, Packet
 from cloudckpt.ranks.vote import Vote
 from cloudckpt.ranks.world import ProcessGroup, Ranks, check_part, refuse_lonely_rank, taking_part, those_taking_part
@@ -14,6 +14,7 @@ __all__ = [
     "Accord",
     "Countdown",
     "Group",
+    "MissingPartsError",
     "Packet",
     "ProcessGroup",
     "Ranks",

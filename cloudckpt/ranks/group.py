@@ -26,7 +26,7 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 
-from cloudckpt.errors import OptionsError, RankLostError
+from cloudckpt.errors import OptionsError, RankLostError, text_of
 from cloudckpt.ranks.accord import Accord
 from cloudckpt.ranks.calling import Caller
 from cloudckpt.ranks.link import Link
@@ -176,7 +176,7 @@ class Group:
         if self._settled is not None and (error is self._settled or error.__cause__ is self._settled):
             return
         if not isinstance(error, RankLostError | UndecidedError):
-            pulse.leave(f"{type(error).__name__}: {error}")
+            pulse.leave(f"{type(error).__name__}: {text_of(error)}")
         pulse.linger()
         self._leave_link()
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
-from cloudckpt.errors import CloudCkptError, CommitUnknownError, OptionsError, RankLostError
+from cloudckpt.errors import CloudCkptError, CommitUnknownError, OptionsError, RankLostError, text_of
 
 __all__ = [
     "MissingPartsError",
@@ -97,7 +97,7 @@ def pickled(sent: Sent) -> bytes:
         if sent.error is not None:
             pickle.loads(data)  # noqa: S301 (our own)
     except Exception as exc:  # noqa: BLE001 (an error of a user's own may raise anything here)
-        text = f"{type(sent.error).__name__}: {sent.error}" if sent.error is not None else str(exc)
+        text = f"{type(sent.error).__name__}: {text_of(sent.error)}" if sent.error is not None else str(exc)
         return pickle.dumps(Sent(sent.phase, error=CloudCkptError(text)))
     return data
 
@@ -192,11 +192,11 @@ def _first(failures: Mapping[int, BaseException]) -> BaseException:
 def _same(failures: Mapping[int, BaseException], size: int) -> CloudCkptError | None:
     """Return the error of ours that every rank met."""
     first = failures[min(failures)]
-    kinds = {(type(error), str(error)) for error in failures.values()}
+    kinds = {(type(error), text_of(error)) for error in failures.values()}
     return first if isinstance(first, CloudCkptError) and len(failures) == size and len(kinds) == 1 else None
 
 
 def _text(failures: Mapping[int, BaseException], size: int) -> str:
     if size == 1:
-        return repr(failures[0])
-    return "; ".join(f"rank {rank}: {error}" for rank, error in sorted(failures.items())[:_SHOWN])
+        return text_of(failures[0], repr)
+    return "; ".join(f"rank {rank}: {text_of(error)}" for rank, error in sorted(failures.items())[:_SHOWN])

@@ -75,6 +75,7 @@ class SaveCommitted(Event):
     Attributes:
         epoch: incarnation of the job, 0 outside a root.
         total_bytes: bytes of all its shards, of all ranks.
+        sent_bytes: those among them that were sent; an older checkpoint holds the rest (`reuse_unchanged`).
         in_background: whether training went on meanwhile.
         seconds: from its begin (after the wait for the save before) to the commit; else training was kept for them.
         phases: seconds of `plan`, `stage` (of the rank that took longest), `upload` (likewise), `gather` and
@@ -87,6 +88,7 @@ class SaveCommitted(Event):
 
     epoch: int
     total_bytes: int
+    sent_bytes: int
     in_background: bool
     seconds: float
     phases: Mapping[str, float]

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Literal, TypedDict
 
-from cloudckpt.errors import CloudCkptError
+from cloudckpt.errors import CloudCkptError, text_of
 from cloudckpt.report.events import (
     Event,
     OnEvent,
@@ -79,11 +79,11 @@ class Journal:
         try:
             yield
         except Exception as exc:  # noqa: BLE001 (rules, handlers and streams are anybody's code)
-            self.note(f"{what}: {exc if isinstance(exc, CloudCkptError) else repr(exc)}")
+            self.note(f"{what}: {text_of(exc, str if isinstance(exc, CloudCkptError) else repr)}")
         except BaseException as exc:
             # Who ends the program, by an interrupt or an exit, is not kept from it, and hears what is safe.
-            exc.add_note(f"{what}: {exc!r}")
-            self.note(f"{what}: {exc!r}")
+            exc.add_note(f"{what}: {text_of(exc, repr)}")
+            self.note(f"{what}: {text_of(exc, repr)}")
             raise
 
     def begin(self, *, rank: int, world_size: int = 1) -> Entry:
@@ -202,6 +202,7 @@ class Entry:
             **_of_checkpoint(checkpoint),
             epoch=checkpoint.epoch,
             total_bytes=checkpoint.total_bytes,
+            sent_bytes=checkpoint.manifest.sent_bytes,
             in_background=self._in_background,
             seconds=elapsed_s,
             phases=_phases_of(checkpoint),
@@ -228,7 +229,7 @@ class Entry:
                 requests=requests,
                 retries=retries,
                 kind=type(error).__name__,
-                error=hide(str(error)),
+                error=hide(text_of(error)),
                 is_forgiven=is_forgiven,
             )
         )
@@ -262,13 +263,17 @@ class Entry:
         self, did: str, checkpoint: Checkpoint, elapsed_s: float, spent: tuple[int, int], *, phases: str = ""
     ) -> None:
         requests, retries = spent
+        # What is read is all of it.
+        moved_bytes = checkpoint.manifest.sent_bytes if did == "saved" else checkpoint.total_bytes
+        shared = f" ({moved_bytes} of them sent)" if moved_bytes < checkpoint.total_bytes else ""
         logger.info(
-            "rank %d: %s step %s of epoch %d: %d bytes in %.3f s%s, %d requests, %d retries",
+            "rank %d: %s step %s of epoch %d: %d bytes%s in %.3f s%s, %d requests, %d retries",
             self.rank,
             did,
             checkpoint.step,
             checkpoint.epoch,
             checkpoint.total_bytes,
+            shared,
             elapsed_s,
             phases,
             requests,
@@ -278,8 +283,9 @@ class Entry:
         way = "to" if did == "saved" else "from"
         after = f", after {retries} retries" if retries else ""
         self._journal.progress.say(
-            f"{did}{step} {way} {checkpoint.url}: {as_bytes(checkpoint.total_bytes)} in {elapsed_s:.2f} s "
-            f"({as_bytes(checkpoint.total_bytes / max(elapsed_s, 1e-9))}/s){after}",
+            f"{did}{step} {way} {checkpoint.url}: {as_bytes(checkpoint.total_bytes)}"
+            f"{f', {as_bytes(moved_bytes)} of it sent,' if shared else ''} in {elapsed_s:.2f} s "
+            f"({as_bytes(moved_bytes / max(elapsed_s, 1e-9))}/s){after}",
             rank=self.rank,
         )
 

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from cloudckpt.errors import CloudCkptError, OptionsError
+from cloudckpt.errors import CloudCkptError, OptionsError, text_of
 from cloudckpt.report.events import Event, OnEvent
 from cloudckpt.threads import new_lock, started
 
@@ -101,7 +101,7 @@ class Teller:
                 try:
                     self._note_if_unrun(call, call(event))
                 except BaseException as exc:  # noqa: BLE001 (anybody's code; an exit of this thread would end the telling)
-                    self._note_once(f"on_event {_name(call)} failed at {type(event).__name__}: {exc!r}")
+                    self._note_once(f"on_event {_name(call)} failed at {type(event).__name__}: {text_of(exc, repr)}")
 
     def _note_if_unrun(self, call: Callable[[Event], object], result: object) -> None:
         """Note a result that stands for work which nobody does: who wrote the callable takes it for told."""
@@ -135,9 +135,11 @@ def _callables(on_event: object) -> tuple[Callable[[Event], object], ...]:
     given = on_event if isinstance(on_event, Sequence) and not isinstance(on_event, str) else (on_event,)
     for one in given:
         if not callable(one) or isinstance(one, type):
-            raise OptionsError(f"on_event is {one!r}; give a callable that takes an event, or a list of them")
+            raise OptionsError(
+                f"on_event is {text_of(one, repr)}; give a callable that takes an event, or a list of them"
+            )
         if any(does(one) or does(getattr(one, "__call__", None)) for does in _MAKING):  # noqa: B004 (it is looked into)
-            raise OptionsError(f"on_event is {one!r}, and a call of it runs nothing; {_PLAIN}")
+            raise OptionsError(f"on_event is {text_of(one, repr)}, and a call of it runs nothing; {_PLAIN}")
     return tuple(given)
 
 

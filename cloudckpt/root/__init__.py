@@ -9,6 +9,7 @@ from cloudckpt.root.checkpoint import Checkpoint, Fit, Unreadable, prefix_of
 from cloudckpt.root.choice import Candidate, Choice, Wanted, newest_or_the_one, nothing_at, the_one_at
 from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.root.destination import Destination, Epoch, Target, own_url
+from cloudckpt.root.holders import ShardPlaces, index_of
 from cloudckpt.root.known import ManifestCache
 from cloudckpt.root.naming import committed_as, give_name, named, named_candidates, names_of, no_name
 from cloudckpt.root.overview import Overview, overview
@@ -36,11 +37,13 @@ from cloudckpt.root.retention import (
     why_kept,
 )
 from cloudckpt.root.roots import Roots
+from cloudckpt.root.sharing import BaseGoneError
 from cloudckpt.root.sweep import Orphan, sweep
 from cloudckpt.root.thinning import Plan, Thinning
 from cloudckpt.root.waiting import wait_for_next
 
 __all__ = [
+    "BaseGoneError",
     "Candidate",
     "Catalog",
     "Checkpoint",
@@ -65,6 +68,7 @@ __all__ = [
     "RetentionRule",
     "RetentionScope",
     "Roots",
+    "ShardPlaces",
     "Target",
     "Thinning",
     "Unreadable",
@@ -76,6 +80,7 @@ __all__ = [
     "committed_as",
     "copy_pin",
     "give_name",
+    "index_of",
     "mistaken_for",
     "named",
     "named_candidates",

@@ -41,6 +41,7 @@ from cloudckpt.format import (
     MANIFEST_NAME,
     PINS_PREFIX,
     SHARD_SUFFIX,
+    SHARING_VERSION,
     STEPS_BEGIN,
     Manifest,
     digest_of,
@@ -54,6 +55,7 @@ from cloudckpt.options import READERS
 from cloudckpt.root.absence import lost, what_is_there
 from cloudckpt.root.checkpoint import Checkpoint, Survey, Unreadable
 from cloudckpt.root.claims import Claims
+from cloudckpt.root.holders import lack_of_shared
 from cloudckpt.root.known import Known
 from cloudckpt.root.looking import Walk
 from cloudckpt.root.pins import Held, Pins
@@ -88,6 +90,7 @@ class _Memory:
         deleted: prefixes whose manifest was asked to be deleted.
         by_pin: prefixes at which the last look found what is pinned, and no manifest.
         shows_pins: whether the last listing of the root had pins in it.
+        named: digest of a manifest → the keys that it names of what others hold.
     """
 
     found: dict[str, _Found] = field(default_factory=dict)
@@ -98,6 +101,7 @@ class _Memory:
     deleted: set[str] = field(default_factory=set)
     by_pin: set[str] = field(default_factory=set)
     shows_pins: bool = True
+    named: dict[str, frozenset[str]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=new_lock)
 
 
@@ -362,6 +366,25 @@ class Catalog:
         new = self._survey([prefix for prefix in asked if prefix not in found], self._look)
         return Survey.of([*found.values(), *new.checkpoints, *new.unreadable])
 
+    def committed(self, prefixes: Iterable[str]) -> Survey:
+        """Return what stands, or stood, under these prefixes; where nothing did, it is looked at again."""
+        asked = list(prefixes)
+        with self._memory.lock:
+            known = [one for prefix in asked if isinstance(one := self._memory.found.get(prefix), Checkpoint)]
+        seen = {one.prefix for one in known}
+        new = self._survey([prefix for prefix in asked if prefix not in seen], self._look)
+        return Survey.of([*known, *new.checkpoints, *new.unreadable])
+
+    def once(self, digest: str, ask: Callable[[], frozenset[str]]) -> frozenset[str]:
+        """Return the keys that a manifest with this digest names of what others hold, asked for once."""
+        with self._memory.lock:
+            found = self._memory.named.get(digest)
+        if found is None:
+            found = ask()
+            with self._memory.lock:
+                self._memory.named[digest] = found
+        return found
+
     def standing(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         """Return which of these are still there, manifest and objects, as far as a listing of each tells."""
         lacks = self._each(checkpoints, self._lack)
@@ -393,13 +416,34 @@ class Catalog:
             return f"its index {key}"
         shards = {name: size for name, size in below.items() if name.endswith(SHARD_SUFFIX)}
         own = [size for name, size in shards.items() if name.startswith(f"{checkpoint.attempt}/")]
-        if (len(own), sum(own)) == (manifest.shard_count, manifest.total_bytes):
-            return ""
+        held = manifest.held_elsewhere
+        own_count = manifest.shard_count - sum(one.shard_count for one in held)
+        if (len(own), sum(own)) == (own_count, manifest.sent_bytes):
+            return lack_of_shared(self.store, manifest, below) if held else ""
+        if held:
+            return f"{len(own)} of the {own_count} shards that it holds itself are there, or of another size"
         # Of several ranks through DCP each has an attempt of its own; which of them, only the index says.
         is_maybe_whole = len(own) < len(shards) >= manifest.shard_count and sum(shards.values()) >= manifest.total_bytes
         return (
             "" if is_maybe_whole else f"{len(own)} of its {manifest.shard_count} shards are there, or of another size"
         )
+
+    def lack_of_others(self, checkpoint: Checkpoint) -> str:
+        """Say what keeps others from holding shards of a checkpoint: they are being removed, or gone; "" if nothing."""
+        held = checkpoint.manifest.held_elsewhere
+        if closed := next((one for one in held if self._is_closed(one.prefix)), None):
+            return f"what step {closed.step} of epoch {closed.epoch} holds of it is being removed"
+        return lack_of_shared(self.store, checkpoint.manifest, self._below(checkpoint)) if held else ""
+
+    def _is_closed(self, prefix: str) -> bool:
+        """Tell whether a removal may be at work under a prefix, by another look: what is void, or nobody knows."""
+        try:
+            self.open(prefix)
+        except ManifestError:
+            return True
+        except CheckpointNotFoundError:
+            return self.is_taken(prefix)
+        return False
 
     def _tell_broken(self, checkpoint: Checkpoint, lack: str) -> None:
         with self._memory.lock:
@@ -599,7 +643,7 @@ class Catalog:
         with suppress(ObjectExistsError):
             self.recommit(data, prefix=prefix)
             # What was removed meanwhile had the key void for that time alone, in which this may have been on its way.
-            if lack := self._lack_of_objects(pinned, self._below(pinned)):
+            if lack := self._lack_of_objects(pinned, self._below(pinned)) or self.lack_of_others(pinned):
                 self.uncommit(prefix)
                 self._tell_pin(prefix, lack)
                 return None
@@ -727,13 +771,17 @@ class Catalog:
             return [key for key in keys if not key.startswith(others)]
         return [key for key in keys if key.startswith(f"{prefix}{attempt}/")]
 
-    def void(self, prefix: str) -> bool:
-        """Decide that no attempt under `prefix` ever commits: create its manifest as `void`. False if one committed."""
+    def void(self, prefix: str, *, is_sharing: bool = False) -> bool:
+        """Decide that no attempt under `prefix` ever commits: create its manifest as `void`. False if one committed.
+
+        Where others may share what stands there, in a version that no older release sweeps.
+        """
         place = parse_checkpoint_prefix(prefix)
         if place is None:
             raise CheckpointNotFoundError(f"{prefix!r} is no checkpoint prefix")
         manifest = Manifest(
-            format_version=FORMAT_VERSION,
+            format_version=SHARING_VERSION if is_sharing else FORMAT_VERSION,
+            references=[] if is_sharing else msgspec.UNSET,
             state="void",
             step=place[0],
             epoch=place[1],

@@ -2,6 +2,7 @@
 
     uncommitted by this job ──grace time──▶ pinned meanwhile? ──▶ put back
                                              ╰──▶ void ──still not pinned──▶ shards deleted ──▶ void deleted
+                                                                                ╰─ what others share stays, void
     left by other jobs      ──▶ `sweep`
 
 Who puts a pinned checkpoint back creates its manifest; who removes its shards creates it, too, as `void`: the store
@@ -24,6 +25,7 @@ from cloudckpt.options import as_seconds
 from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.checkpoint import Checkpoint, prefix_of
 from cloudckpt.root.removal import delete_below
+from cloudckpt.root.sharing import Shared, shared_below
 from cloudckpt.root.sweep import find_orphans, remove_orphan, remove_unfinished
 from cloudckpt.threads import new_lock, started
 
@@ -82,6 +84,9 @@ class Cleaner:
         # What does not exist any more, by prefix and attempt, and since when: its shards go once readers had time to
         # notice.
         self._uncommitted_s: dict[tuple[str, str], float] = {}
+        # Of these others may share shards; and what of them is left because somebody does.
+        self._sharing: set[tuple[str, str]] = set()
+        self._remnants: set[tuple[str, str]] = set()
         self._removed_count = 0
         self._next_sweep_s = clock()
         self._lock = new_lock()
@@ -100,6 +105,8 @@ class Cleaner:
         # Whoever holds the lock knows of all that this job has uncommitted.
         with self._lock:
             by.uncommit(place[0])
+            if not isinstance(found, Checkpoint) or found.manifest.is_sharing:
+                self._sharing.add(place)
             self._uncommitted_s[place] = self._clock()
 
     def put_back(self, prefix: str, *, by: Catalog) -> bool:
@@ -259,13 +266,17 @@ class Cleaner:
         closed = [place for place in due if place[0] not in pinned and go_on() and self._close(place)]
         # A pin of which anybody was told that it holds was there before: none is put back where a void one stands.
         pinned = self._catalog.pins.prefixes() if closed else set()
-        for place in closed:
+        # What was shared before may not be by now: the last one that did is perhaps among these.
+        left = sorted(self._remnants) if closed else []
+        sharing = {place[0] for place in [*closed, *left] if place in self._sharing and place[0] not in pinned}
+        shared = shared_below(self._catalog, sharing) if sharing else Shared()
+        for place in [*closed, *left]:
             if not go_on():
                 return
             if place[0] in pinned:
                 self._forget(place)
             else:
-                self._remove(place, go_on)
+                self._remove(place, shared, go_on)
 
     def _close(self, place: tuple[str, str]) -> bool:
         """Keep what is to go from being put back; False if it was put back meanwhile."""
@@ -273,31 +284,39 @@ class Cleaner:
             if place not in self._uncommitted_s:
                 return False
             try:
-                self._catalog.void(place[0])
+                self._catalog.void(place[0], is_sharing=place in self._sharing)
             except StorageError as exc:
                 # Where there is no room for a void manifest, there is none for a whole one, nor for a pin.
                 if not exc.is_full:
                     raise
             return True
 
-    def _remove(self, place: tuple[str, str], go_on: Callable[[], bool]) -> None:
+    def _remove(self, place: tuple[str, str], shared: Shared, go_on: Callable[[], bool]) -> None:
         prefix, attempt = place
+        is_shared = False
         try:
-            keys = self._catalog.leftovers(prefix, attempt)
+            found = self._catalog.leftovers(prefix, attempt)
+            keys = [key for key in found if not shared.spares(key)]
+            is_shared = len(keys) < len(found)
             below = f"{prefix}{attempt}/" if attempt else prefix
             is_gone = delete_below(self._catalog.store, keys, below=[below], go_on=go_on)
             self._removed_count += len(keys) if is_gone else 0
-            if is_gone:
+            if is_gone and not is_shared:
                 self._catalog.withdraw_void(prefix)
         except CheckpointExistsError:
             logger.warning("%s stands there again, which was pruned; it stays", prefix)
             is_gone = True
         if is_gone:
             self._forget(place)
+        if is_shared:
+            self._remnants.add(place)
+            self._sharing.add(place)
 
     def _forget(self, place: tuple[str, str]) -> None:
         with self._lock:
             self._uncommitted_s.pop(place, None)
+        self._remnants.discard(place)
+        self._sharing.discard(place)
 
     def _sweep(self, go_on: Callable[[], bool], *, is_asked: bool = False) -> None:
         """Remove what other jobs left, and note when to look again: never, if all of it is gone."""
@@ -309,7 +328,7 @@ class Cleaner:
         unfinished_left_s = remove_unfinished(self._catalog.store, older_than_s=self._sweep_after_s)
         found = find_orphans(self._catalog, older_than_s=self._sweep_after_s)
         with self._lock:
-            own = {prefix for prefix, _ in self._uncommitted_s}
+            own = {prefix for prefix, _ in [*self._uncommitted_s, *self._remnants]}
         orphans = [orphan for orphan in found if orphan.prefix not in own]
         removed_bytes = 0
         for orphan in orphans:

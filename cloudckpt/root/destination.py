@@ -23,6 +23,7 @@ from cloudckpt.root.checkpoint import WORKED, Checkpoint
 from cloudckpt.root.claims import Claims, Line, leading_to
 from cloudckpt.root.pins import Named
 from cloudckpt.root.replacing import Exists, check_place, check_root, replace
+from cloudckpt.root.sharing import commit_sharing
 from cloudckpt.store import RetryingStore, probe_create, probe_write
 
 __all__ = ["Destination", "Epoch", "Target", "own_url"]
@@ -53,8 +54,13 @@ class Target:
     worked_s: Callable[[], float] | None = None
     name: str = ""
 
-    def commit(self, manifest: Manifest) -> Checkpoint:
-        """Make a finished attempt the checkpoint there; raises what `Catalog.commit` or `replace` raises."""
+    def commit(self, manifest: Manifest, base: Checkpoint | None = None) -> Checkpoint:
+        """Make a finished attempt the checkpoint there; raises what `Catalog.commit`, `replace` or `commit_sharing` do.
+
+        Args:
+            manifest: what is to be committed.
+            base: with which it shares shards, if it does.
+        """
         if self.exists == "replace":
             return replace(self.catalog, manifest)
         if self.worked_s is not None:
@@ -62,6 +68,8 @@ class Target:
         if self.name:
             # First: it says nothing while nothing is committed, and so moves in the very request that commits.
             self.catalog.pins.give(Named(self.name, self.prefix, manifest.attempt))
+        if base is not None and manifest.held_elsewhere:
+            return commit_sharing(self.catalog, manifest, prefix=self.prefix, base=base)
         return self.catalog.commit(manifest, prefix=self.prefix)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, Protocol, cast, runtime_checkable
 
-from cloudckpt.errors import CloudCkptError, OptionsError
+from cloudckpt.errors import CloudCkptError, OptionsError, text_of
 from cloudckpt.options import as_count, as_seconds
 from cloudckpt.root.checkpoint import Checkpoint, best_first, check_metric
 
@@ -264,7 +264,9 @@ def _rule(given: object) -> RetentionRule:
         return given
     if callable(given) and not isinstance(given, type):
         return _Said(cast("Callable[[Sequence[Checkpoint]], set[tuple[int, int]]]", given))
-    raise OptionsError(f"retention holds {given!r}, which is no rule; give KeepLast(3), a list of rules, or 3")
+    raise OptionsError(
+        f"retention holds {text_of(given, repr)}, which is no rule; give KeepLast(3), a list of rules, or 3"
+    )
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -324,9 +326,13 @@ def kept_by(rule: RetentionRule, oldest_first: Sequence[Checkpoint]) -> Collecti
     except CloudCkptError:
         raise
     except Exception as exc:
-        raise OptionsError(f"retention rule {_name_of(rule)} raised {type(exc).__name__}: {exc}; mend it") from exc
+        raise OptionsError(
+            f"retention rule {_name_of(rule)} raised {type(exc).__name__}: {text_of(exc)}; mend it"
+        ) from exc
     if kept is None:
-        raise OptionsError(f"retention rule {_name_of(rule)} returns {said!r}; return the checkpoints that are to stay")
+        raise OptionsError(
+            f"retention rule {_name_of(rule)} returns {text_of(said, repr)}; return the checkpoints that are to stay"
+        )
     return [_order(rule, one, given) for one in kept]
 
 
@@ -348,6 +354,6 @@ def _order(rule: RetentionRule, said: object, given: Mapping[object, tuple[int, 
         return found
     why = "the (step, epoch)" if is_swapped else "neither a checkpoint nor the (epoch, step)"
     raise OptionsError(
-        f"retention rule {_name_of(rule)} keeps {said!r}, which is {why} of one that it was given; return the "
-        "`order` of each checkpoint that is to stay"
+        f"retention rule {_name_of(rule)} keeps {text_of(said, repr)}, which is {why} of one that it was given; return "
+        "the `order` of each checkpoint that is to stay"
     )

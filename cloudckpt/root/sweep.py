@@ -2,6 +2,7 @@
 
     one flat listing ──▶ Orphan, of a prefix without a commit ──old enough──▶ void ──▶ listed again ──▶ objects deleted
                           ╰── pinned: put back, never removed                  ╰── nobody can be alive ──▶ void deleted
+                          ╰── what others share stays, under the void one
 
 An orphan is voided before its objects go, so that a zombie's late commit loses to the sweep, or the sweep to it, and
 never both succeed (FORMAT invariant 9). The void manifest stays as long as a zombie could be alive: it is what keeps
@@ -33,6 +34,7 @@ from cloudckpt.root.catalog import Catalog
 from cloudckpt.root.claims import highest_claim
 from cloudckpt.root.pins import Named
 from cloudckpt.root.removal import delete_below, nested
+from cloudckpt.root.sharing import Shared, shared_below
 from cloudckpt.store import ObjectInfo, Store, one_deadline, scrub
 
 __all__ = ["Orphan", "find_orphans", "remove_orphan", "remove_unfinished", "sweep"]
@@ -53,12 +55,14 @@ class Orphan:
         object_count: objects, the void manifest of an earlier sweep not counted; 0 where that is all.
         total_bytes: their size.
         age_s: seconds since the newest of them was written, by the store's clock.
+        may_be_shared: whether checkpoints of this root share anything; what they do share of this is not counted.
     """
 
     prefix: str
     object_count: int
     total_bytes: int
     age_s: float
+    may_be_shared: bool = False
 
     def is_due(self, older_than_s: float) -> bool:
         """Tell whether it is old enough to go; a void manifest alone only when no zombie can be alive."""
@@ -119,6 +123,8 @@ def find_orphans(catalog: Catalog, *, older_than_s: float, clock: Callable[[], f
         and _is_orphan(catalog, prefix, found, highest)
         and not _holds_another(catalog, prefix, found)
     }
+    shared = shared_below(catalog, left, committed=listed.committed(), pinned=listed.pinned)
+    left = {prefix: found for prefix, found in left.items() if not _is_all_shared(prefix, found, shared)}
     if not (left or listed.clocks):
         return []
     if clock is None:
@@ -132,7 +138,7 @@ def find_orphans(catalog: Catalog, *, older_than_s: float, clock: Callable[[], f
     else:
         # Whatever the local clock says, nothing was written in the future.
         now_s = max(clock(), *(info.modified_s for found in left.values() for info in found), 0.0)
-    return [_orphan(prefix, found, now_s) for prefix, found in left.items()]
+    return [_orphan(prefix, found, now_s, shared) for prefix, found in left.items()]
 
 
 @dataclass(slots=True)
@@ -163,10 +169,13 @@ class _Listed:
                 listed.below.setdefault(top, []).append(info)
         return listed
 
+    def committed(self) -> set[str]:
+        """Return the prefixes at which a manifest stands."""
+        return {top for top, found in self.below.items() if any(one.key == top + MANIFEST_NAME for one in found)}
+
     def idle_names(self, highest: int) -> list[Named]:
         """Return what gives a name to nothing, nor ever will: of older epochs, where no manifest stands."""
-        committed = {top for top, found in self.below.items() if any(one.key == top + MANIFEST_NAME for one in found)}
-        kept = committed | self.pinned
+        kept = self.committed() | self.pinned
         return [one for one in self.names if one.order[0] < highest and one.prefix not in kept]
 
     def uncommitted_pins(self) -> list[str]:
@@ -195,13 +204,21 @@ def _holds_another(catalog: Catalog, prefix: str, found: Sequence[ObjectInfo]) -
     return bool(others)
 
 
-def _orphan(prefix: str, found: Sequence[ObjectInfo], now_s: float) -> Orphan:
-    rest = [info for info in found if info.key != prefix + MANIFEST_NAME]
+def _is_all_shared(prefix: str, found: Sequence[ObjectInfo], shared: Shared) -> bool:
+    """Tell whether what stands there is others' alone, beside a void manifest; nothing is, where nothing is shared."""
+    rest = [info.key for info in found if info.key != prefix + MANIFEST_NAME]
+    return bool(rest) and all(map(shared.spares, rest))
+
+
+def _orphan(prefix: str, found: Sequence[ObjectInfo], now_s: float, shared: Shared) -> Orphan:
+    own = [info for info in found if info.key != prefix + MANIFEST_NAME]
+    rest = [info for info in own if not shared.spares(info.key)]
     return Orphan(
         prefix=prefix,
         object_count=len(rest),
         total_bytes=sum(info.size_bytes for info in rest),
         age_s=now_s - max(info.modified_s for info in rest or found),
+        may_be_shared=shared.is_used,
     )
 
 
@@ -231,13 +248,16 @@ def remove_orphan(catalog: Catalog, orphan: Orphan, *, go_on: Callable[[], bool]
     if catalog.pins.is_pinned(orphan.prefix):
         catalog.put_back(orphan.prefix)
         return False
-    if not catalog.void(orphan.prefix) or catalog.pins.is_pinned(orphan.prefix):
+    is_voided = catalog.void(orphan.prefix, is_sharing=orphan.may_be_shared)
+    if not is_voided or catalog.pins.is_pinned(orphan.prefix):
         return False
+    # Asked again, now that nobody refers to it any more unseen.
+    shared = shared_below(catalog, [orphan.prefix]) if orphan.may_be_shared else Shared()
     # Listed again: what a zombie has put since then goes, too.
     keys = [info.key for info in catalog.store.list(orphan.prefix).objects]
-    rest = [key for key in keys if key != orphan.prefix + MANIFEST_NAME]
+    rest = [key for key in keys if key != orphan.prefix + MANIFEST_NAME and not shared.spares(key)]
     is_gone = delete_below(catalog.store, rest, below=[orphan.prefix], go_on=go_on)
-    if not orphan.object_count and not rest:
+    if not orphan.object_count and len(keys) <= 1:
         catalog.unvoid(orphan.prefix)
     return is_gone
 

@@ -52,8 +52,8 @@ class Plan:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of the shards that are to go, as far as that is known."""
-        return sum(one.total_bytes for one in self.going)
+        """Bytes of the shards that they hold, as far as that is known; those that others share will stay."""
+        return sum(one.manifest.sent_bytes for one in self.going)
 
 
 class Thinning:

@@ -3,6 +3,7 @@
 from cloudckpt.saving.background import Background, SaveHandle
 from cloudckpt.saving.lead import PendingSave, PlanMemory, begin_save
 from cloudckpt.saving.output import RankOutput, Record, commit_index, discard, made, stats_of
+from cloudckpt.saving.reuse import Reuse, ReuseMemory
 from cloudckpt.saving.session import Session
 from cloudckpt.saving.snapshot import expected_shards
 from cloudckpt.saving.source import Source, Staging, chunk_of, is_elsewhere, object_of
@@ -15,6 +16,8 @@ __all__ = [
     "PlanMemory",
     "RankOutput",
     "Record",
+    "Reuse",
+    "ReuseMemory",
     "SaveHandle",
     "Session",
     "Source",

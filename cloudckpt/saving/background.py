@@ -20,7 +20,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from cloudckpt.errors import CloudCkptError, CommitUnknownError, EarlierSaveFailedError, OptionsError, SaveFailedError
+from cloudckpt.errors import (
+    CloudCkptError,
+    CommitUnknownError,
+    EarlierSaveFailedError,
+    OptionsError,
+    SaveFailedError,
+    text_of,
+)
 from cloudckpt.root import Checkpoint
 from cloudckpt.saving.lead import PendingSave
 from cloudckpt.threads import begin, new_lock, revoke, started, worker
@@ -355,7 +362,7 @@ class Background:
             if failed is not handle:
                 failed._is_told = True
                 raise EarlierSaveFailedError(
-                    f"the save of step {failed.step} failed in the background: {failed._error}; that of step "
+                    f"the save of step {failed.step} failed in the background: {text_of(failed._error)}; that of step "
                     f"{handle.step} is under way all the same",
                     step=failed.step,
                     handle=handle,
@@ -365,7 +372,9 @@ class Background:
         """Tell of them beside the error with which the save that was asked for could not be begun."""
         for failed in self._untold():
             failed._is_told = True
-            error.add_note(f"before that, the save of step {failed.step} failed in the background: {failed._error}")
+            error.add_note(
+                f"before that, the save of step {failed.step} failed in the background: {text_of(failed._error)}"
+            )
 
     def log_earlier(self, step: int, handle: SaveHandle | None = None) -> None:
         """Tell the log instead, because the save of `step`, of `handle` if any, may be the last one of this process."""

@@ -25,6 +25,7 @@ from cloudckpt.root import Catalog, Checkpoint, Destination, Target
 from cloudckpt.saving.dedup import Replicas, share_out
 from cloudckpt.saving.output import Record, discard, made, write_index
 from cloudckpt.saving.replicas import doubtful_sets
+from cloudckpt.saving.reuse import Reuse
 from cloudckpt.saving.tally import Written, assemble, check_against_names
 from cloudckpt.saving.turns import Turn
 from cloudckpt.state import collector_at_rest
@@ -74,12 +75,14 @@ class Opening:
         values: a digest of its values.
         plan_id: which plan it could use again, "" for none.
         replicas: digests of its replicas by that plan, at the turn that follows.
+        base: the manifest's digest of the checkpoint whose shards it would share, "" for none.
     """
 
     url: str
     values: bytes
     plan_id: str
     replicas: Mapping[int, bytes]
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ class Order:
     Attributes:
         turn: which blocks of large replicas are compared.
         doubtful: the sets of replicas that seem to differ, where the plan is used again.
+        base: the base of all ranks, "" where they have different ones.
     """
 
     prefix: str | None = None
@@ -97,6 +101,7 @@ class Order:
     is_planned: bool = False
     turn: int = 0
     doubtful: frozenset[int] = frozenset()
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,7 @@ class Coordinator:
         fallback: where it goes instead if that is down.
         end: tells by when the save must be done, as far as is known; None if none will ever be known.
         room: removes what nobody needs where a save had no room, while it may go on; None where nobody can.
+        reuse: rank 0's, where what did not change is not sent.
         turn: of the destination.
     """
 
@@ -137,6 +143,7 @@ class Coordinator:
     fallback: Destination | None = None
     end: Callable[[], Deadline] | None = None
     room: MakeRoom | None = None
+    reuse: Reuse | None = None
     turn: Turn = field(init=False)
     _target: Target | None = None
     _left: Target | None = None
@@ -179,6 +186,7 @@ class Coordinator:
             attempt=self._attempt,
             is_planned=is_planned,
             turn=self.memory.turn + 1,
+            base=bases.pop() if len(bases := {opening.base for opening in openings}) == 1 else "",
             doubtful=doubtful_sets([opening.replicas for opening in openings]) if is_planned else frozenset(),
         )
 
@@ -257,6 +265,8 @@ class Coordinator:
                 block_bytes=self.options.block_bytes,
                 paths=self.memory.paths,
                 notes=self.memory.notes,
+                content=next((one.content for one in written if one.content), ""),
+                holders=[] if self.reuse is None else self.reuse.holders,
             )
         group.tick()
         check_against_names(self.memory.tensors, index)
@@ -273,7 +283,8 @@ class Coordinator:
             target = replace(self._target, catalog=self.destination.by(self.turn.for_commits).catalog)
             was_asked, self._is_committing = self._is_committing, True
             found = self._made(target) if was_asked else None
-            self._committed = (found or target.commit(self._manifest)).manifest.encode()
+            base = None if self.reuse is None else self.reuse.base
+            self._committed = (found or target.commit(self._manifest, base)).manifest.encode()
         return self._committed
 
     def _made(self, target: Target) -> Checkpoint | None:

@@ -42,10 +42,11 @@ from cloudckpt.errors import (
 from cloudckpt.format import BoxTable, Column, Flat, JsonValue, codec, record_of_call
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, RanksFailedError
-from cloudckpt.root import Checkpoint, Destination, Target
+from cloudckpt.root import BaseGoneError, Checkpoint, Destination, Target
 from cloudckpt.saving.coordinator import Coordinator, MakeRoom, Opening, Order, PlanMemory, RankPart
 from cloudckpt.saving.output import RankOutput, Record, stats_of
 from cloudckpt.saving.replicas import Details, details_of, digests_of_sets, doubtful_sets, refuse_replicas
+from cloudckpt.saving.reuse import Reuse
 from cloudckpt.saving.session import Session
 from cloudckpt.saving.snapshot import Staged, take_snapshot
 from cloudckpt.saving.source import Source, check_tensor, chunk_of, is_elsewhere, tensor_of
@@ -78,6 +79,7 @@ def begin_save(  # noqa: PLR0913 (keyword-only options, each of its own kind)
     metadata: Mapping[str, object] | None = None,
     slabs: Slabs | None = None,
     room: MakeRoom | None = None,
+    reuse: Reuse | None = None,
 ) -> PendingSave:
     """Agree with all ranks on what is saved and who writes it; `PendingSave` does the rest, and ends the session.
 
@@ -96,6 +98,7 @@ def begin_save(  # noqa: PLR0913 (keyword-only options, each of its own kind)
         slabs: memory for copies of the tensors, which may change once they were staged; None uploads them as they are.
         room: removes what nobody needs at a root that has no room for the save, which is tried again then; rank 0's is
             asked, and all ranks have one or none has.
+        reuse: leaves out what another checkpoint holds already; all ranks have one, or none has.
 
     Raises:
         RanksFailedError: ranks failed, or hold different states; nothing was committed.
@@ -105,13 +108,15 @@ def begin_save(  # noqa: PLR0913 (keyword-only options, each of its own kind)
     group, what, options = session.group, session.what, session.options
     memory = memory or PlanMemory()
     coordinator = Coordinator(
-        destination, memory, options, claims_later=slabs is not None, fallback=fallback, end=end, room=room
+        destination, memory, options, claims_later=slabs is not None, fallback=fallback, end=end, room=room, reuse=reuse
     )
     places = [one for one in (destination, fallback) if one is not None]
     opened = _tried(lambda: _open(_got(flat), group))
     record = _tried(lambda: _record(session, metrics, metadata, destination))
     with _waiting(group):
-        order = group.agree(f"{what}: opening", lambda: _opening(opened, record, memory, places), coordinator.decide)
+        order = group.agree(
+            f"{what}: opening", lambda: _opening(opened, record, memory, places, reuse), coordinator.decide
+        )
     mine, record = _got(opened), _got(record)
     with _waiting(group):
         if not order.is_alike:
@@ -121,11 +126,20 @@ def begin_save(  # noqa: PLR0913 (keyword-only options, each of its own kind)
         if doubtful:
             phase = f"{what}: comparing replicas"
             group.agree(phase, lambda: mine.details(memory, doubtful, group.rank), refuse_replicas)
+    if reuse is not None:
+        reuse.agree(order.base)
     engines = [one.catalog.store.engine for one in places]
     # What this raises is raised by `finish`, which all ranks hear of.
     staged = partial(Staged.of, options=options, engines=engines, rank=group.rank, is_kept=room is not None)
     laid = _tried(
-        lambda: _lay_out(mine, memory.rows, order.attempt, options, None if slabs is None else partial(staged, slabs))
+        lambda: _lay_out(
+            mine,
+            memory.rows,
+            order.attempt,
+            options,
+            None if slabs is None else partial(staged, slabs),
+            is_grouped=reuse is not None,
+        )
     )
     lead = _Lead(
         what=what,
@@ -139,6 +153,7 @@ def begin_save(  # noqa: PLR0913 (keyword-only options, each of its own kind)
         ),
         # All ranks have the same, which was checked; one of them writes them down.
         values=mine.values if group.rank == 0 else {},
+        reuse=reuse,
     )
     return PendingSave(lead, laid, session.hand_over())
 
@@ -283,6 +298,7 @@ class PendingSave:
             options=lead.options,
             watch=watch,
             puts=self._puts,
+            sieve=None if lead.reuse is None else lead.reuse.at(target.catalog),
         )
         written = output.write(laid.source, lead.values, laid.staged)
         return RankPart(written.encode(), time.monotonic() - began_s, self._stage_s + output.stage_s, time.monotonic())
@@ -308,6 +324,7 @@ class _Opened:
     boxes: BoxTable
     message: bytes
     digest: bytes
+    frozen: frozenset[str]
 
     def told(self) -> dict[str, JsonValue]:
         """Return what is to be the same on all ranks: each value, and a digest of its parts if it has some."""
@@ -347,6 +364,7 @@ class _Lead:
     order: Order
     record: Record
     values: Mapping[str, JsonValue]
+    reuse: Reuse | None
 
     def finish(
         self,
@@ -372,6 +390,8 @@ class _Lead:
                     )
                 return end(partial(upload, prefix), check, prefix, record)
             except Exception as exc:
+                if self._sends_all(exc, is_whole):
+                    continue
                 if self._has_room_again(exc, is_whole, check, is_first=not has_made_room):
                     has_made_room = True
                     continue
@@ -411,6 +431,14 @@ class _Lead:
 
         return self.group.agree(f"{self.what}: making room", is_whole, make_room)
 
+    def _sends_all(self, error: Exception, is_whole: Callable[[], bool]) -> bool:
+        """Tell whether the save is to be tried again without its base, which is gone; the same on all ranks."""
+        if self.reuse is None or not all(isinstance(cause, BaseGoneError) for cause in _causes_of(error)):
+            return False
+        self.reuse.forget_base()
+        logger.warning("rank %d: %s sends all of its bytes: %s", self.group.rank, self.what, _causes_of(error)[0])
+        return self.group.agree(f"{self.what}: sending all", is_whole, all)
+
     def _is_diverted(self, error: Exception, is_whole: Callable[[], bool]) -> bool:
         """Tell whether the fallback takes the save from here on; all ranks have the same error, and the same answer."""
         causes = _causes_of(error)
@@ -449,7 +477,11 @@ class _Lead:
             return self.coordinator.commit()
 
         data = self.group.conclude(f"{self.what}: upload and commit", upload, commit)
-        return self.coordinator.destination.catalog.adopt(data, prefix=prefix)
+        catalog = self.coordinator.destination.catalog
+        made = catalog.adopt(data, prefix=prefix)
+        if self.reuse is not None:
+            self.reuse.remember(catalog, made)
+        return made
 
     def write(
         self, upload: Callable[[], RankPart], check: Callable[[], None], prefix: str, record: Record
@@ -534,6 +566,7 @@ def _open(flat: Flat, group: Group) -> _Opened:
         boxes=boxes,
         message=message,
         digest=digest,
+        frozen=frozenset(flat.frozen),
     )
 
 
@@ -550,7 +583,11 @@ def _record(
 
 
 def _opening(
-    opened: _Opened | Exception, record: Record | Exception, memory: PlanMemory, places: Sequence[Destination]
+    opened: _Opened | Exception,
+    record: Record | Exception,
+    memory: PlanMemory,
+    places: Sequence[Destination],
+    reuse: Reuse | None,
 ) -> Opening:
     mine = _got(opened)
     _got(record)
@@ -558,7 +595,7 @@ def _opening(
     plan_id = memory.plan_id if memory.digest == mine.digest else ""
     replicas = mine.digests(memory, memory.turn + 1, is_first=False) if plan_id else {}
     urls = " or ".join(one.catalog.store.url for one in places)
-    return Opening(urls, values, plan_id, replicas)
+    return Opening(urls, values, plan_id, replicas, "" if reuse is None else reuse.digest)
 
 
 def _tell_values_apart(mine: _Opened, group: Group, what: str) -> None:
@@ -592,10 +629,22 @@ def _lay_out(
     attempt: str,
     options: Options,
     staged: Callable[[Source], Staged] | None,
+    *,
+    is_grouped: bool,
 ) -> _Laid:
     """Place what this rank writes into shards, and find room for copies of them."""
     items = [mine.items[row] for row in rows.tolist()]
-    source = Source(items, mine.planner, attempt=attempt, shard_bytes=options.shard_bytes)
+
+    def group_of(name: str) -> tuple[str, bool]:
+        return name.partition(".")[0], name in mine.frozen
+
+    source = Source(
+        items,
+        mine.planner,
+        attempt=attempt,
+        shard_bytes=options.shard_bytes,
+        group_of=group_of if is_grouped else None,
+    )
     return _Laid(source, None if staged is None else staged(source))
 
 

@@ -16,8 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+
+import msgspec
 
 from cloudckpt.deadline import Deadline
 from cloudckpt.errors import (
@@ -29,6 +31,7 @@ from cloudckpt.errors import (
 )
 from cloudckpt.format import (
     FORMAT_VERSION,
+    SHARING_VERSION,
     Index,
     IndexRef,
     JsonValue,
@@ -42,6 +45,7 @@ from cloudckpt.format import (
 from cloudckpt.options import Options
 from cloudckpt.root import Catalog, Checkpoint, Target
 from cloudckpt.saving.environment import environment
+from cloudckpt.saving.reuse import Sieve, layout_of
 from cloudckpt.saving.snapshot import Staged
 from cloudckpt.saving.source import PieceSource, Staging
 from cloudckpt.saving.tally import Written
@@ -89,6 +93,7 @@ class RankOutput:
 
     Attributes:
         stage_s: thread seconds spent on copies into host memory.
+        sieve: tells what need not be sent.
     """
 
     target: Target
@@ -97,6 +102,7 @@ class RankOutput:
     options: Options
     watch: Watch | None = None
     puts: Puts | None = None
+    sieve: Sieve | None = None
     stage_s: float = 0.0
     _lock: threading.Lock = field(default_factory=new_lock)
 
@@ -106,10 +112,16 @@ class RankOutput:
         The bytes are those of the tensors themselves, or what was copied from them into `staged`.
         """
         with collector_at_rest():  # and not while bytes travel
+            layouts = [] if self.sieve is None else [layout_of(source.chunks, shard) for shard in source.shards]
             jobs = [
                 self._job(shard, source) if staged is None else self._staged_job(shard, staged)
                 for shard in source.shards
             ]
+            if (sieve := self.sieve) is not None:
+                jobs = [
+                    replace(job, unchanged=partial(sieve.unchanged, layout, shard))
+                    for job, layout, shard in zip(jobs, layouts, source.shards, strict=True)
+                ]
         digests = upload(
             self.target.catalog.store,
             jobs,
@@ -120,7 +132,10 @@ class RankOutput:
             puts=self.puts,
         )
         with collector_at_rest():
-            return Written.of(source.chunks, source.shards, digests, values, rank=self.rank, attempt=self.attempt)
+            written = Written.of(source.chunks, source.shards, digests, values, rank=self.rank, attempt=self.attempt)
+            if sieve is None:
+                return written
+            return replace(written, origins=sieve.origins(layouts, source.shards, digests), content=sieve.kind)
 
     def _job(self, shard: ShardLayout, source: PieceSource) -> ShardJob:
         def open_shard(staging: memoryview) -> list[memoryview]:
@@ -226,9 +241,9 @@ def _refuse_shards_elsewhere(target: Target, index: Index, world_size: int) -> N
         return
     for rank in sorted(set(range(1, world_size)).intersection(index.ranks)):
         section = index.section(rank)
-        if not len(section.shard_sizes):
+        if not section.is_own.any():
             continue
-        key = target.prefix + shard_key(section.attempt, rank, 0)
+        key = target.prefix + shard_key(section.attempt, rank, int(section.is_own.argmax()))
         try:
             store.head(key)
         except ObjectNotFoundError as exc:
@@ -264,8 +279,9 @@ def _refuse_lost_shards(target: Target, index: Index) -> None:
         keys = [target.prefix + shard_key(attempt, rank, number) for number in range(count)]
         if sum(sizes.get(key, -1) for key in keys) == total_bytes:
             continue
-        for key, size_bytes in zip(keys, index.section(rank).shard_sizes.tolist(), strict=True):
-            if sizes.get(key) != size_bytes:
+        section = index.section(rank)
+        for key, size_bytes, is_own in zip(keys, section.shard_sizes.tolist(), section.is_own, strict=True):
+            if is_own and sizes.get(key) != size_bytes:
                 _refuse_lost(store, key, size_bytes, rank)
 
 
@@ -290,10 +306,13 @@ def _refuse_lost(store: Store, key: str, size_bytes: int, rank: int) -> None:
 def _manifest(target: Target, index: Index, data: bytes, record: Record, seconds: Mapping[str, float]) -> Manifest:
     store = target.catalog.store
     elapsed_s = time.monotonic() - record.began_s
+    references = index.references() if index.content else msgspec.UNSET
+    held_bytes = sum(one.total_bytes for one in references or ())
     spent = stats_of(store) - record.spent_before
     to_come = _MANIFEST_REQUESTS + (_FENCE_REQUESTS if target.epoch else 0)
     return Manifest(
-        format_version=FORMAT_VERSION,
+        format_version=SHARING_VERSION if index.content else FORMAT_VERSION,
+        references=references,
         state="committed",
         step=target.step,
         epoch=target.epoch,
@@ -310,6 +329,7 @@ def _manifest(target: Target, index: Index, data: bytes, record: Record, seconds
         summary={
             "seconds": round(elapsed_s, 4),
             "bytes_per_s": round(index.total_bytes / max(elapsed_s, 1e-9), 1),
+            **({"sent_bytes": float(index.total_bytes - held_bytes)} if index.content else {}),
             "requests": float(spent.requests + to_come),
             "retries": float(spent.retries),
             **{phase: round(value, 4) for phase, value in seconds.items()},

@@ -9,7 +9,7 @@ Columns all the way: the coordinator of thousands of ranks makes no object per p
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import msgspec
@@ -24,9 +24,11 @@ from cloudckpt.format import (
     Box,
     BoxTable,
     Column,
+    Holder,
     Index,
     IndexBuilder,
     JsonValue,
+    Origins,
     PathElement,
     Section,
     ShardLayout,
@@ -41,8 +43,10 @@ __all__ = ["Written", "assemble", "check_against_names", "check_against_plan"]
 _REPORTED = 10
 
 
-# Rank, attempt, boxes; shard, start and shard_sizes; digests and values.
-_Message = tuple[int, str, bytes, bytes, bytes, bytes, bytes, dict[str, JsonValue]]
+# Holders, numbers, contents and their kind, where there are any.
+_Shared = tuple[bytes, bytes, list[bytes], str]
+# Rank, attempt, boxes; shard, start and shard_sizes; digests, values and origins.
+_Message = tuple[int, str, bytes, bytes, bytes, bytes, bytes, dict[str, JsonValue], _Shared | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,6 +62,8 @@ class Written:
         shard_sizes: bytes of its shards, which count from 0.
         digests: of their blocks, 8 bytes each, shard after shard.
         values: the values that it encoded.
+        origins: whose objects its shards are; None where nobody has looked.
+        content: the kind of the strong digests there.
     """
 
     rank: int
@@ -68,6 +74,8 @@ class Written:
     shard_sizes: Column
     digests: bytes
     values: dict[str, JsonValue]
+    origins: Origins | None = None
+    content: str = ""
 
     @classmethod
     def of(
@@ -103,7 +111,9 @@ class Written:
         """
         columns = (column.tobytes() for column in (self.shard, self.start, self.shard_sizes))
         try:
-            message = (self.rank, self.attempt, self.boxes.encode(), *columns, self.digests, self.values)
+            of = self.origins
+            shared = None if of is None else (of.holder.tobytes(), of.number.tobytes(), [*of.contents], self.content)
+            message = (self.rank, self.attempt, self.boxes.encode(), *columns, self.digests, self.values, shared)
             return zstandard.ZstdCompressor(level=1).compress(msgspec.msgpack.encode(message))
         except UnicodeEncodeError as exc:
             raise lone_surrogates(exc.object) from exc
@@ -112,7 +122,7 @@ class Written:
     def decode(cls, data: bytes) -> Written:
         """Read back what `encode` gave."""
         message = msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(data), type=_Message)
-        rank, attempt, boxes, *columns, digests, values = message
+        rank, attempt, boxes, *columns, digests, values, shared = message
         shard, start, shard_sizes = (np.frombuffer(column, dtype=np.int64) for column in columns)
         return cls(
             rank=rank,
@@ -123,6 +133,14 @@ class Written:
             shard_sizes=shard_sizes,
             digests=digests,
             values=values,
+            origins=None
+            if shared is None
+            else Origins(
+                holder=np.frombuffer(shared[0], dtype=np.int64),
+                number=np.frombuffer(shared[1], dtype=np.int64),
+                contents=shared[2],
+            ),
+            content="" if shared is None else shared[3],
         )
 
 
@@ -133,13 +151,18 @@ def assemble(
     block_bytes: int,
     paths: Mapping[str, list[PathElement]],
     notes: Mapping[str, JsonValue] | None = None,
+    content: str = "",
+    holders: Sequence[Holder] = (),
 ) -> Index:
     """Return the index of what all ranks wrote; takes them one by one, so that they need not all be in memory.
+
+    With the kind of their strong digests, `content`, it says whose objects the shards are: the ranks' own or those of
+    `holders`.
 
     Raises:
         SaveFailedError: ranks contradict each other.
     """
-    assembly = _Assembly(attempt, block_bytes)
+    assembly = _Assembly(attempt, block_bytes, content, holders)
     for of_rank in written:
         assembly.take(of_rank)
     values = {**assembly.values, **({NOTES: codec.encode_json(dict(notes), key=NOTES)} if notes else {})}
@@ -149,8 +172,9 @@ def assemble(
 class _Assembly:
     """Give the tensors of all ranks common numbers, and notice where ranks contradict each other."""
 
-    def __init__(self, attempt: str, block_bytes: int) -> None:
-        self.builder = IndexBuilder(attempt=attempt, block_bytes=block_bytes)
+    def __init__(self, attempt: str, block_bytes: int, content: str, holders: Sequence[Holder]) -> None:
+        self.builder = IndexBuilder(attempt=attempt, block_bytes=block_bytes, content=content, holders=holders)
+        self._content = content
         self.values: dict[str, JsonValue] = {}
         self._numbers: dict[str, int] = {}
         self._ranks: dict[str, int] = {}
@@ -174,8 +198,16 @@ class _Assembly:
                 start=written.start,
                 offsets=written.boxes.offsets,
                 sizes=written.boxes.sizes,
+                origins=self._origins(written) if self._content else None,
             )
         )
+
+    def _origins(self, written: Written) -> Origins:
+        """Return whose objects a rank's shards are; digests of another kind than the index's are of no use."""
+        count, found = len(written.shard_sizes), written.origins
+        if found is None:
+            return Origins(holder=np.zeros(count, np.int64), number=np.zeros(count, np.int64), contents=[b""] * count)
+        return found if written.content == self._content else replace(found, contents=[b""] * count)
 
     def _take_value(self, name: str, value: JsonValue, rank: int) -> None:
         if name in self.values:

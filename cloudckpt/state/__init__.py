@@ -10,7 +10,9 @@ from cloudckpt.state.capture import bind, capture, captured
 from cloudckpt.state.collector import collector_at_rest, collector_awake
 from cloudckpt.state.entry import Entry, is_tensor
 from cloudckpt.state.files import FILES, Files
+from cloudckpt.state.later import hold, taken_over
 from cloudckpt.state.matching import plan_restore
+from cloudckpt.state.overlap import local_parts
 from cloudckpt.state.per_rank import PerRank, RankName
 from cloudckpt.state.rank_zero import RankZero
 from cloudckpt.state.restoration import Allowed, Resize, Restoration
@@ -40,9 +42,12 @@ __all__ = [
     "captured",
     "collector_at_rest",
     "collector_awake",
+    "hold",
     "is_tensor",
+    "local_parts",
     "notes_of",
     "plan_restore",
     "stateless_module",
+    "taken_over",
     "with_attributes",
 ]

@@ -28,11 +28,12 @@ from cloudckpt.errors import OptionsError, UnsupportedValueError
 from cloudckpt.format import Flat, PathElement, codec
 from cloudckpt.ranks import Group
 from cloudckpt.state.accumulation import AccumulationWindow, WindowEntry
-from cloudckpt.state.attributes import is_foreign
+from cloudckpt.state.attributes import is_foreign, names_above
 from cloudckpt.state.beside import Beside
 from cloudckpt.state.entry import Entry, Place, in_common_order, is_tensor, named_twice
 from cloudckpt.state.files import Files, files_of
 from cloudckpt.state.fsdp1 import flat_optimizer_entry
+from cloudckpt.state.later import settle
 from cloudckpt.state.modules import ModuleEntry
 from cloudckpt.state.optimizers import OptimizerEntry
 from cloudckpt.state.overlap import tied_names
@@ -196,6 +197,7 @@ def _marked(place: Place, beside: Beside, shared: Collection[int], plain: PlainM
 
 def capture(entries: Sequence[Entry]) -> Flat:
     """Return every tensor and value of the state by name; tensors are the live ones, not copies."""
+    settle(entry.subject for entry in entries)
     flat = Flat()
     talked = {id(entry): entry.flat(entry.current()) for entry in in_common_order(entries) if entry.talks}
     is_first = Group.of_world().rank == 0
@@ -236,17 +238,29 @@ def _refuse_subclasses(flat: Flat) -> None:
             )
 
 
+def _frozen(entries: Sequence[Entry], flat: Flat) -> Iterator[str]:
+    """Yield the names of modules' parameters that need no gradient, and of what is kept below these."""
+    found = {name for entry in entries if isinstance(entry, ModuleEntry) for name in entry.frozen()}
+    return (name for name in flat.leaves if name in found or any(above in found for above in names_above(name)))
+
+
 def captured(
-    state: MutableMapping[str, object], *, generators: bool = False, files: Files | None = None
+    state: MutableMapping[str, object],
+    *,
+    generators: bool = False,
+    files: Files | None = None,
+    marks_frozen: bool = False,
 ) -> Flat | Exception:
     """Return the leaves of a state, with the process's generators or without, or what an object raised at that.
 
-    With them go files, on the first rank.
+    With them go files, on the first rank; and which of them are frozen parameters, if that is asked for.
 
     An error is a value here, so that all ranks can be told of it.
     """
     try:
-        flat = capture(bind(state, generators=generators))
+        flat = capture(entries := bind(state, generators=generators))
+        if marks_frozen:
+            flat.frozen.update(_frozen(entries, flat))
         if files is not None and Group.of_world().rank == 0:
             flat.leaves.update(found := files_of(files))
             flat.of_first_rank.update(found)

@@ -22,8 +22,10 @@ def is_chosen(name: str, only: Sequence[str] | None) -> bool:
     return only is None or any(name == one or name.startswith(f"{one}.") for one in only)
 
 
-def parted(entries: Sequence[Entry], only: Sequence[str] | None) -> tuple[list[Entry], list[Entry]]:
-    """Return the entries that are meant by names, and the others.
+def parted(
+    entries: Sequence[Entry], only: Sequence[str] | None, option: str = "only"
+) -> tuple[list[Entry], list[Entry]]:
+    """Return the entries that are meant by the names in an option, and the others.
 
     Raises:
         OptionsError: a name means none of them; says what is near it.
@@ -32,8 +34,8 @@ def parted(entries: Sequence[Entry], only: Sequence[str] | None) -> tuple[list[E
     for one in only or ():
         if not any(is_chosen(name, [one]) for name in names):
             raise OptionsError(
-                f"only names {one!r}, which is nothing that the state has for itself{told_near(one, names)}; nothing "
-                "was restored"
+                f"{option} names {one!r}, which is nothing that the state has for itself{told_near(one, names)}; "
+                "nothing was restored"
             )
     chosen = [entry for entry in entries if is_chosen(entry.name, only)]
     return chosen, [entry for entry in entries if not is_chosen(entry.name, only)]

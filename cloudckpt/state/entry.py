@@ -223,6 +223,24 @@ class Entry(ABC):
         """Return what puts the object back to how it is now; None if that cannot be done, or takes much memory."""
         return None
 
+    def late(self, leaves: Mapping[str, object], paths: Mapping[str, Sequence[PathElement]]) -> list[str]:
+        """Return which tensors `load` puts in their place without a look at what they hold: that may come later.
+
+        Args:
+            leaves: what `load` will be given, by name.
+            paths: their paths in the state.
+        """
+        return []
+
+    def copied(
+        self, late: Mapping[str, object], paths: Mapping[str, Sequence[PathElement]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return of which of those there are copies in their places by now: (the copy, what it is of).
+
+        None: it cannot be told.
+        """
+        return None
+
     # -- what each rank has for itself -------------------------------------------------------------------------
 
     def holds_own(self, name: str) -> bool:

@@ -25,6 +25,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from cloudckpt.format import Flat, JsonValue, codec, flatten
 from cloudckpt.state.attributes import metadata_of, names_above
+from cloudckpt.state.beside import named_parameters
 from cloudckpt.state.collector import collector_awake
 from cloudckpt.state.entry import Entry, Left, Misfit, Place, is_tensor, mapping_of, named_twice
 from cloudckpt.state.fsdp1 import refuse_fsdp1_elsewhere, sharded
@@ -137,6 +138,10 @@ class ModuleEntry(Entry):
         if self._own_names is None:
             self._own_names = set(self._names_of_their_own())
         return name in self._own_names or any(one in self._own_names for one in names_above(name))
+
+    def frozen(self) -> Iterator[str]:
+        """Yield the names of its parameters that need no gradient."""
+        return (f"{self.name}.{name}" for name, one in named_parameters(self._module) if not one.requires_grad)
 
     def hands_over(self, name: str) -> bool:
         return _EXTRA_STATE in name.split(".")

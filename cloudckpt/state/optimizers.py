@@ -479,6 +479,43 @@ class OptimizerEntry(NamedEntry):
             return Misfit(reasons=[f"{text} they were saved in (give them in that order)"])
         return Misfit()
 
+    def late(self, leaves: Mapping[str, object], paths: Mapping[str, Sequence[PathElement]]) -> list[str]:
+        # Of PyTorch's own code it is known that it puts what has a parameter's dtype and device there as it is.
+        if not (self._beside.plain.holds(self._optimizer) and _is_loaded_by_torch(self._optimizer)):
+            return []
+        return [name for name, leaf in leaves.items() if self._is_kept(leaf, paths[name])]
+
+    def _is_kept(self, leaf: object, path: Sequence[PathElement]) -> bool:
+        place = self._place(path)
+        if place is None or not isinstance(leaf, torch.Tensor):
+            return False
+        parameter, key = place
+        return key == "step" or (leaf.size(), leaf.dtype, leaf.device) == (
+            *(parameter.size(), parameter.dtype, parameter.device),
+        )
+
+    def _place(self, path: Sequence[PathElement]) -> tuple[torch.Tensor, str] | None:
+        """Return the parameter of a part of the state, and what the part is called there."""
+        below = path[len(self.path) :]
+        parameter = self._parameters.get(self.own_name(parameter_of(below)))
+        if parameter is None or len(below) != 3 or not isinstance(key := below[2], str):
+            return None
+        return parameter, key
+
+    def copied(
+        self, late: Mapping[str, object], paths: Mapping[str, Sequence[PathElement]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        found = []
+        for name, tensor in late.items():
+            place = self._place(paths[name])
+            here = None if place is None else self._optimizer.state.get(place[0], {}).get(place[1])
+            if here is tensor:
+                continue
+            if not (isinstance(here, torch.Tensor) and isinstance(tensor, torch.Tensor)) or here.shape != tensor.shape:
+                return None
+            found.append((here, tensor))
+        return found
+
     def load(self, restored: object, live: object) -> None:
         now = self._optimizer.state_dict()
         numbers = self._numbers(now)

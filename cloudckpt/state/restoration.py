@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
-from cloudckpt.errors import OptionsError, RestoreFailedError, StateMismatchError
+from cloudckpt.errors import OptionsError, RestoreFailedError, StateMismatchError, text_of
 from cloudckpt.format import Flat, PathElement, unflatten
 from cloudckpt.root import Fit
 from cloudckpt.state.attributes import as_it_was, with_attributes
@@ -198,6 +199,7 @@ class Restoration:
         self._undos: list[tuple[str, Callable[[], None] | None]] = []
         self._on_meta: dict[Entry, list[str]] = {}
         self.moved: dict[str, list[str]] = {}
+        self._late: list[tuple[Part, dict[str, object]]] = []
         self.stateless: list[str] = []
 
     @property
@@ -248,6 +250,54 @@ class Restoration:
         self._resized.append(resized)
         self.early[resized.name] = resized.saved
 
+    def put_off(self, wait_for: Sequence[str]) -> dict[str, object]:
+        """Take out of `tensors`, and return, what of optimizers may be filled after `apply`.
+
+        Args:
+            wait_for: names of what may not.
+
+        Raises:
+            OptionsError: a name means nothing that is restored of the state.
+        """
+        parted([part.entry for part in self._parts], wait_for, "wait")
+        late: dict[str, object] = {}
+        for part in self._parts:
+            if part.is_shared and not part.entry.is_asked and not is_chosen(part.entry.name, wait_for):
+                names = [name for name in part.entry.late(part.leaves, part.paths) if name in self.tensors]
+                if names:
+                    self._late.append((part, {name: self.tensors.pop(name) for name in names}))
+                    late.update(self._late[-1][1])
+        return late
+
+    @property
+    def late(self) -> dict[str, Optimizer]:
+        """The optimizers of which something may be filled after `apply`, by name."""
+        found = {part.entry.name: part.entry.subject for part, _ in self._late}
+        return {name: subject for name, subject in found.items() if isinstance(subject, Optimizer)}
+
+    @property
+    def subjects(self) -> list[object]:
+        """The objects that are restored."""
+        return [part.entry.subject for part in self._parts]
+
+    def copies(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return of what is filled after `apply` objects have made copies: (the copy, what it is of).
+
+        None: it cannot be told, so that `load_late` has to hand it over once more.
+        """
+        found = []
+        for part, tensors in self._late:
+            copies = part.entry.copied(tensors, part.paths)
+            if copies is None:
+                return None
+            found += copies
+        return found
+
+    def load_late(self) -> None:
+        """Hand their state once more to those of which a part came after `apply`."""
+        for part, _ in self._late:
+            part.load()
+
     def leave(self, names: Collection[str]) -> None:
         """Leave out what the checkpoint has and this rank's state has not; changes nothing.
 
@@ -283,7 +333,7 @@ class Restoration:
             try:
                 part.load()
             except Exception as exc:
-                why = f"{part.entry.name} refuses the state that was saved: {type(exc).__name__}: {exc}"
+                why = f"{part.entry.name} refuses the state that was saved: {type(exc).__name__}: {text_of(exc)}"
                 raise self._taken_back(why) from exc
         for pair, members, before in watched:
             if _bits(members) != before:
@@ -303,7 +353,7 @@ class Restoration:
             new = self._allowed.resize(one.name, one.saved, one.live.detach().clone())
         except Exception as exc:
             raise StateMismatchError(
-                f"resize raised {type(exc).__name__} for {one.name}: {exc}; nothing was restored"
+                f"resize raised {type(exc).__name__} for {one.name}: {text_of(exc)}; nothing was restored"
             ) from exc
         if isinstance(one.live, DTensor) and not isinstance(new, DTensor):
             raise StateMismatchError(
@@ -354,9 +404,9 @@ class Restoration:
                 self._take(part.load(), part.entry.name)
             except Exception as exc:
                 raise RestoreFailedError(
-                    f"{part.entry.name} did not take the state that was saved: {exc}. It may be half restored, "
-                    f"{', '.join(done) or 'nothing else'} is restored, and so are tensors that are filled in place; "
-                    "load a checkpoint that fits before going on",
+                    f"{part.entry.name} did not take the state that was saved: {text_of(exc)}. It may be half "
+                    f"restored, {', '.join(done) or 'nothing else'} is restored, and so are tensors that are filled in "
+                    "place; load a checkpoint that fits before going on",
                     name=part.entry.name,
                     changed=done,
                 ) from exc

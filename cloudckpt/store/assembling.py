@@ -20,6 +20,7 @@ import numpy as np
 from cloudckpt.errors import OptionsError, StorageError
 from cloudckpt.options import MIB
 from cloudckpt.store.base import Store
+from cloudckpt.store.buffers import new_memory
 from cloudckpt.store.local import local_below
 
 __all__ = ["Append", "Place", "appended", "assembled", "refuse_beyond_one_put"]
@@ -115,8 +116,7 @@ def _in_spool(store: Store, key: str) -> Iterator[Append]:
 
 @contextmanager
 def _in_memory(store: Store, key: str, size_bytes: int) -> Iterator[Place]:
-    # From the kernel: what malloc had is kept in the arena of the thread that took it.
-    memory = memoryview(mmap.mmap(-1, max(1, size_bytes)))[:size_bytes]
+    memory = memoryview(new_memory(max(1, size_bytes)))[:size_bytes]
     array = np.frombuffer(memory, dtype=np.uint8)
 
     def place(at: int, data: memoryview) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from cloudckpt.errors import OptionsError
+from cloudckpt.keys import shown
 
 __all__ = ["Listing", "ObjectInfo", "Store", "check_delimiter", "check_key", "is_key"]
 
@@ -144,21 +145,15 @@ def check_key(key: str) -> str:
     if not key:
         raise OptionsError("an object key is empty")
     if (size_bytes := len(key.encode("utf-8", "surrogatepass"))) > _KEY_BYTES:
-        raise OptionsError(f"object key {_shown(key)} has {size_bytes} bytes; choose one of at most {_KEY_BYTES}")
+        raise OptionsError(f"object key {shown(key)} has {size_bytes} bytes; choose one of at most {_KEY_BYTES}")
     if refused := _REFUSED.search(key):
         raise OptionsError(
-            f"object key {_shown(key)} has {refused.group()!r}, which stores refuse or do not all read alike; choose "
+            f"object key {shown(key)} has {refused.group()!r}, which stores refuse or do not all read alike; choose "
             "one without it"
         )
     if any(_BAD_SEGMENT.match(segment) for segment in key.split("/")):
-        raise OptionsError(f"object key {_shown(key)} has an empty, '.' or '..' segment")
+        raise OptionsError(f"object key {shown(key)} has an empty, '.' or '..' segment")
     return key
-
-
-def _shown(key: str) -> str:
-    from cloudckpt.format import shown  # which imports torch, and a store that refuses no key needs none
-
-    return shown(key)
 
 
 def is_key(name: str) -> bool:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from botocore.auth import S3SigV4Auth
+from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials as AwsKeys
 from botocore.credentials import ReadOnlyCredentials, RefreshableCredentials
 from botocore.exceptions import NoCredentialsError, PartialCredentialsError
@@ -28,7 +30,6 @@ from cloudckpt.store.limit import Errand
 from cloudckpt.store.redact import remember_secrets
 
 if TYPE_CHECKING:
-    from botocore.credentials import ReadOnlyCredentials
     from gcsfs.credentials import GoogleCredentials
     from google.auth.credentials import Credentials as GoogleKeys
     from obstore.store import GCSCredential, S3Credential
@@ -113,6 +114,12 @@ class AwsCredentials:
             "token": token,
             "expires_at": _soon() if self._is_renewed else None,
         }
+
+    def authorise(self, url: str, headers: Mapping[str, str], *, region: str) -> dict[str, str]:
+        """Return the headers of a get of S3's with what proves who asks in them."""
+        request = AWSRequest(method="GET", url=url, headers=dict(headers))
+        S3SigV4Auth(ReadOnlyCredentials(*self._frozen()), "s3", region).add_auth(request)
+        return dict(request.headers)
 
     def __repr__(self) -> str:
         return "AwsCredentials(…)"

@@ -7,7 +7,7 @@ the structured part of it, and nothing else here looks at a message to decide. P
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -27,6 +27,7 @@ __all__ = [
     "facts_of",
     "is_bare_redirect",
     "is_certificate_refused",
+    "refusal",
 ]
 
 # Port 0 is nobody's: where obstore's connection to another host than the store's own ends.
@@ -271,6 +272,20 @@ def _obstore_facts(text: str) -> Facts:
         name = "Parse" if _PARSE_LINE.search(debug) else kind.group(1)
         return Facts(types=(f"obstore.HttpError:{name}",))
     return Facts(types=(f"obstore.{other.group(1)}",)) if other else Facts()
+
+
+def refusal(status: int, header: Callable[[str, str], str], body: bytes) -> HttpStatusError:
+    """Return what a reply of S3's, or of GCS's XML API, says that refuses a request; `header` has a default."""
+    text = body.decode("utf-8", "replace")
+    code = _inner(_CODE_ELEMENT, text)
+    return HttpStatusError(
+        status,
+        code,
+        _inner(_MESSAGE_ELEMENT, text),
+        retry_after=header("Retry-After", ""),
+        region=_inner(_REGION_ELEMENT, text) or header("x-amz-bucket-region", ""),
+        is_foreign=not code,
+    )
 
 
 def is_bare_redirect(exc: BaseException) -> bool:

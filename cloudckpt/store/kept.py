@@ -37,6 +37,11 @@ _FILES = {
     "AWS_WEB_IDENTITY_TOKEN_FILE": "",
     "GOOGLE_APPLICATION_CREDENTIALS": "~/.config/gcloud/application_default_credentials.json",
 }
+# Variables that no store's library reads; torch sets some while it is imported, which a connection may come before.
+_OF_TRAINING = (
+    *("TORCH", "PYTORCH_", "TRITON_", "CUDA_", "NCCL_", "GLOO_", "OMP_", "KMP_", "MKL_"),
+    *("TOKENIZERS_", "WANDB_", "TF_", "XLA_"),
+)
 
 
 class Lease:
@@ -74,7 +79,8 @@ def key_of(*said: object) -> Hashable | None:
         hash(words)
     except TypeError:
         return None
-    return words, tuple(sorted(os.environ.items())), tuple(map(_stamp, _files()))
+    said_here = tuple(sorted(pair for pair in os.environ.items() if not pair[0].startswith(_OF_TRAINING)))
+    return words, said_here, tuple(map(_stamp, _files()))
 
 
 def _frozen(value: object) -> Hashable:

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote_from_bytes
 
@@ -114,6 +115,19 @@ class LocalStore:
 
     def __repr__(self) -> str:
         return f"LocalStore({self.url!r})"
+
+    def file_system(self) -> str:
+        """Return what tells the mounted file system of the root from others, or of where it will be made.
+
+        "" where that is not known, or where not the kernel serves the disk's calls.
+        """
+        if type(self._disk) is not Disk:
+            return ""
+        try:
+            with limited():
+                return self._asked("stat", "", lambda: _file_system_of(self._root))
+        except (OSError, TransientError):
+            return ""
 
     def put(self, key: str, buffers: Sequence[memoryview]) -> None:
         self._write("put", key, buffers, self._replace)
@@ -422,6 +436,12 @@ def local_below(store: object) -> LocalStore | None:
     while below is not None and not isinstance(below, LocalStore):
         below = getattr(below, "inner", None)
     return below
+
+
+def _file_system_of(root: str) -> str:
+    # The number of a device may be given to another file system later, and some have no id.
+    there = next(path for path in (Path(root), *Path(root).parents) if os.path.lexists(path))
+    return f"{there.stat().st_dev}.{os.statvfs(there).f_fsid}"
 
 
 def _batches(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:

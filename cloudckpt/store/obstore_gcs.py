@@ -5,6 +5,7 @@ gcsfs itself reads them: endpoint, project and credentials are those that it wou
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import Mapping
 from datetime import timedelta
 
@@ -14,7 +15,8 @@ from obstore.store import GCSStore
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.credentials import GcsCredentials
-from cloudckpt.store.obstore_s3 import ObstoreClient, client_options, refuse_rest, usual_limit_s
+from cloudckpt.store.obstore_s3 import ObstoreClient, chosen_proxy, client_options, refuse_rest, usual_limit_s
+from cloudckpt.store.ranged import RangeReader
 from cloudckpt.store.wire_gcs import gcs_filesystem
 
 __all__ = ["check_gcs_options", "gcs_client"]
@@ -45,8 +47,9 @@ def gcs_client(bucket: str, options: Mapping[str, object], retry: RetryPolicy) -
     payer = reader._get_params({})  # noqa: SLF001
     if payer and not payer["userProject"]:
         raise OptionsError("requester_pays needs the project that pays; set project in storage_options")
-    if payer:
-        transport["default_headers"] = {"x-goog-user-project": str(payer["userProject"])}
+    payer_headers = {"x-goog-user-project": str(payer["userProject"])} if payer else {}
+    if payer_headers:
+        transport["default_headers"] = payer_headers
     credentials = GcsCredentials(reader.credentials)
     store = GCSStore(
         bucket,
@@ -55,4 +58,17 @@ def gcs_client(bucket: str, options: Mapping[str, object], retry: RetryPolicy) -
         retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=retry.request_timeout_s)},
         credential_provider=credentials,
     )
-    return ObstoreClient(store=store, credentials=credentials, limit_s=usual_limit_s(retry), has_generations=True)
+    ranges = RangeReader(
+        f"{origin}/{bucket}",
+        lambda _, headers: credentials.authorise({**payer_headers, **headers}),
+        proof="x-goog-generation",
+        connect_s=retry.connect_timeout_s,
+        context=ssl.create_default_context,
+    )
+    return ObstoreClient(
+        store=store,
+        credentials=credentials,
+        limit_s=usual_limit_s(retry),
+        has_generations=True,
+        ranges=None if chosen_proxy(origin) else ranges,
+    )

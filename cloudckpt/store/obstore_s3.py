@@ -7,9 +7,11 @@ environment, profile, dual stack, FIPS and acceleration count as they do for s3f
 from __future__ import annotations
 
 import base64
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 from urllib.parse import urlsplit
@@ -18,6 +20,7 @@ import botocore
 import botocore.session
 from botocore.awsrequest import AWSRequest, AWSResponse
 from botocore.config import Config
+from botocore.httpsession import get_cert_path
 from obstore.store import S3Store
 
 from cloudckpt.errors import OptionsError
@@ -25,6 +28,7 @@ from cloudckpt.options import Checksum, RetryPolicy
 from cloudckpt.store.credentials import AwsCredentials, GcsCredentials
 from cloudckpt.store.facts import NOWHERE
 from cloudckpt.store.proxies import proxy_of
+from cloudckpt.store.ranged import RangeReader
 from cloudckpt.store.s3_config import check_bundle, headers_for, refuse_policy
 
 if TYPE_CHECKING:
@@ -52,6 +56,7 @@ class ObstoreClient:
     Attributes:
         has_generations: whether the store numbers what it stores, as GCS does, and says so in each answer.
         limit_s: seconds that each of its requests may take, the body included.
+        ranges: reads ranges of objects without obstore; None: by a proxy, or with keys of the customer's, it does.
     """
 
     store: ObjectStore
@@ -59,6 +64,7 @@ class ObstoreClient:
     limit_s: float
     attributes: Mapping[str, str] = field(default_factory=dict)
     has_generations: bool = False
+    ranges: RangeReader | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +144,13 @@ def s3_client(
         credential_provider=credentials,
     )
     limit_s = usual_limit_s(retry)
-    return ObstoreClient(store=store, credentials=credentials, limit_s=limit_s, attributes=options.attributes)
+    return ObstoreClient(
+        store=store,
+        credentials=credentials,
+        limit_s=limit_s,
+        attributes=options.attributes,
+        ranges=_ranges(session, bucket, options, where, credentials, retry),
+    )
 
 
 def usual_limit_s(retry: RetryPolicy) -> float:
@@ -157,8 +169,13 @@ def client_options(origin: str, retry: RetryPolicy, proxies: Mapping[str, str] |
         "connect_timeout": timedelta(seconds=retry.connect_timeout_s),
         "allow_http": origin.startswith("http://"),
     }
-    proxy = proxy_of(origin) if proxies is None else proxies.get(urlsplit(origin).scheme)
+    proxy = chosen_proxy(origin, proxies)
     return {**found, **(_by_proxy(proxy) if proxy else _to_one_host(origin))}
+
+
+def chosen_proxy(origin: str, proxies: Mapping[str, str] | None = None) -> str | None:
+    """Return the proxy that `proxies` (scheme → URL), or the environment, name for a store; None if there is none."""
+    return proxy_of(origin) if proxies is None else proxies.get(urlsplit(origin).scheme)
 
 
 def _by_proxy(proxy: str) -> ClientConfig:
@@ -173,8 +190,7 @@ def _to_one_host(origin: str) -> ClientConfig:
 
 def _transport(session: botocore.session.Session, options: S3Options, origin: str, retry: RetryPolicy) -> ClientConfig:
     found = client_options(origin, retry, options.proxies)
-    verify = options.client.get("verify")
-    verify = session.get_config_variable("ca_bundle") if verify is None else verify
+    verify = _verify(session, options)
     if verify is False:
         found["allow_invalid_certificates"] = True
     elif isinstance(verify, str):
@@ -183,6 +199,45 @@ def _transport(session: botocore.session.Session, options: S3Options, origin: st
     if headers := headers_for(origin):
         found["default_headers"] = headers
     return found
+
+
+def _ranges(
+    session: botocore.session.Session,
+    bucket: str,
+    options: S3Options,
+    where: Mapping[str, object],
+    credentials: AwsCredentials | None,
+    retry: RetryPolicy,
+) -> RangeReader | None:
+    origin, region = str(where["endpoint"]), str(where["region"])
+    if chosen_proxy(origin, options.proxies) or "sse_customer_key_base64" in options.store:
+        return None
+    more = headers_for(origin) | ({"x-amz-request-payer": "requester"} if options.store["request_payer"] else {})
+
+    def sign(url: str, headers: Mapping[str, str]) -> Mapping[str, str]:
+        wanted = {**more, **headers}
+        return wanted if credentials is None else credentials.authorise(url, wanted, region=region)
+
+    return RangeReader(
+        origin if where["virtual_hosted_style_request"] else f"{origin}/{bucket}",
+        sign,
+        proof="ETag",
+        connect_s=retry.connect_timeout_s,
+        context=partial(_trusting, _verify(session, options)),
+    )
+
+
+def _verify(session: botocore.session.Session, options: S3Options) -> object:
+    """Return whose certificates are trusted, as botocore says it: a file, or whether any have to be."""
+    verify = options.client.get("verify")
+    return session.get_config_variable("ca_bundle") if verify is None else verify
+
+
+def _trusting(verify: object) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=verify if isinstance(verify, str) else get_cert_path(verify=True))
+    if verify is False:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 def _credentials(session: botocore.session.Session, options: S3Options) -> AwsCredentials | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -85,7 +86,9 @@ def open_store(
             store = _open_remote(text, name, given, chosen)
         except RuntimeError as exc:  # so do imports end once the interpreter shuts down
             raise classify(exc, op="open", key="", url=f"{scheme}://") from exc
-    return RetryingStore(store, chosen.retry, single_writer=chosen.single_writer)
+    opened = RetryingStore(store, chosen.retry, single_writer=chosen.single_writer)
+    opened.opens = partial(open_store, storage_options=storage_options, engine=engine, options=chosen)
+    return opened
 
 
 def _text_of(url: object) -> str:

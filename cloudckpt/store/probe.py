@@ -35,6 +35,7 @@ from cloudckpt.options import KIB
 from cloudckpt.store.aside import ended
 from cloudckpt.store.base import Store
 from cloudckpt.store.limit import one_deadline
+from cloudckpt.store.local import local_below
 from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.threads import new_lock, started
 
@@ -63,8 +64,8 @@ def probe_create(store: Store, *, single_writer: bool = False) -> None:
     """Make sure that of writers who create one object at the same time exactly one wins.
 
     Costs up to three races, each of eight creates and the reads after them, and a delete, once per process, engine,
-    endpoint and bucket; where faults spoil them, more, until the store's deadline. With `single_writer` it costs
-    nothing and proves nothing: the caller promises that nobody else writes there.
+    endpoint and bucket or mounted file system; where faults spoil them, more, until the store's deadline. With
+    `single_writer` it costs nothing and proves nothing: the caller promises that nobody else writes there.
 
     Raises:
         CreateNotEnforcedError: several won, or the store's engine cannot refuse.
@@ -74,7 +75,8 @@ def probe_create(store: Store, *, single_writer: bool = False) -> None:
         return
     if not store.is_create_atomic:
         raise _not_enforced(store, f"the {store.engine} engine cannot create an object only if its key is free")
-    place = (store.engine, store.endpoint, _bucket_of(store.url))
+    local = local_below(store)
+    place = (store.engine, store.endpoint, (local and local.file_system()) or _bucket_of(store.url))
     with _lock:
         if place in _proven:
             return

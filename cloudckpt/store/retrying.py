@@ -145,6 +145,8 @@ class RetryingStore:
         self._hints: tuple[End, ...] = ()
         self._policy = policy
         self._means = _Means(store=store, sleep=sleep, clock=clock, rng=rng or random.Random())
+        self._beside: dict[str, RetryingStore] = {}
+        self.opens: Callable[[str], RetryingStore] | None = None
         self._is_closed = False
 
     @property
@@ -172,8 +174,15 @@ class RetryingStore:
     def _with(self, last: Deadline, limits: tuple[End, ...], hints: tuple[End, ...]) -> RetryingStore:
         other = RetryingStore(self.inner, self._policy, single_writer=self._single_writer)
         other._means = self._means
+        other.opens, other._beside = self.opens, self._beside
         other._last, other._limits, other._hints = last, limits, hints
         return other
+
+    def beside(self, url: str) -> RetryingStore | None:
+        """Return the store of another URL, opened as this one, and closed with it; None where nobody knows how."""
+        if url not in self._beside and self.opens is not None:
+            self._beside[url] = self.opens(url)
+        return self._beside.get(url)
 
     def __repr__(self) -> str:
         return f"RetryingStore({self.engine}, {self.url!r})"
@@ -294,6 +303,8 @@ class RetryingStore:
     def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
+            for other in self._beside.values():
+                other.close()
             self.inner.close()
 
     def stats(self) -> StoreStats:

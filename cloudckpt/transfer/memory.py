@@ -1,11 +1,9 @@
-"""Hold host memory: look at a tensor's as bytes, and use again what was taken once; fresh pages cost more than a copy.
+"""Hold host memory: look at a tensor's as bytes, and use again what was taken once; fresh pages cost about a copy.
 
     Scratch   lent for a moment to whoever stages a piece, or completes one
     Slabs     kept from save to save for the copies of whole shards, and touched ahead of time
 
-Memory comes from the kernel in whole pages, not from malloc: that keeps what was freed in one arena per thread, so
-that eight threads with 16 MiB each would hold hundreds of MiB. Pages that nobody has touched cost nothing. Knows
-sizes only; how much may be held at once is its callers' business (FORMAT invariant 15). Any thread may enter.
+Knows sizes only; how much may be held at once is its callers' business (FORMAT invariant 15). Any thread may enter.
 """
 
 from __future__ import annotations
@@ -25,11 +23,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from cloudckpt.errors import CloudCkptError
+from cloudckpt.store import HUGE_BYTES, new_memory
 from cloudckpt.threads import new_lock, started
 
 __all__ = ["Scratch", "Slab", "Slabs", "address_of", "bytes_of", "slab_bytes"]
 
-_HUGE_BYTES = 2 << 20
 # Between two touches of huge pages: training gets the core.
 _TOUCH_PAUSE_S = 0.0005
 
@@ -85,7 +83,7 @@ class Scratch:
             if self._idle:
                 # Too small for what is wanted now: it makes room for a larger one.
                 self._idle.pop()
-        return memoryview(mmap.mmap(-1, size_bytes))[:size_bytes]
+        return memoryview(new_memory(size_bytes))
 
     def give(self, memory: memoryview) -> None:
         """Take memory back, which nobody uses any more."""
@@ -123,18 +121,21 @@ class Slab:
 class Slabs:
     """Host memory that is taken, given back and taken again. Any thread may enter.
 
-    First touches of fresh pages cost ten times the copy into them (0.2 to 0.5 GB/s on a virtual machine), so memory
-    is kept from save to save and can be touched ahead of time.
+    First touches of fresh pages cost as much as the copy into them where the kernel has huge ones, and ten times as
+    much where it has to make room for those, so memory is kept from save to save and can be touched ahead of time.
 
     Attributes:
         is_short: whether whoever stages has told that a state does not fit at once; not read here.
+        lent_count: how many are lent.
     """
 
     def __init__(self) -> None:
         self.is_short = False
+        self.lent_count = 0
         self._idle: list[Slab] = []
         self._held_bytes = 0
         self._lock = new_lock()
+        self._given = threading.Condition(self._lock)
         self._toucher: threading.Thread | None = None
         self._is_hurried = threading.Event()
         self._is_closed = False
@@ -164,6 +165,7 @@ class Slabs:
             if fitting:
                 slab = min(fitting, key=lambda slab: slab.size_bytes)
                 self._idle.remove(slab)
+                self.lent_count += 1
                 return slab
             while self._idle and self._held_bytes + slab_bytes(size_bytes) > limit_bytes:
                 smallest = min(self._idle, key=lambda slab: slab.size_bytes)
@@ -171,15 +173,26 @@ class Slabs:
                 self._held_bytes -= smallest.size_bytes
             slab = _new_slab(size_bytes, is_pinned=is_pinned)
             self._held_bytes += slab.size_bytes
+            self.lent_count += 1
             return slab
+
+    def wait_for_fewer(self, lent_count: int, *, timeout_s: float) -> bool:
+        """Wait until fewer than so many are lent; tell whether it came to that."""
+        with self._lock:
+            return self._given.wait_for(lambda: self.lent_count < lent_count, timeout=timeout_s)
 
     def give(self, slab: Slab) -> None:
         """Take a slab back, which nobody uses any more."""
         with self._lock:
-            if self._is_closed:
-                self._held_bytes -= slab.size_bytes
-            else:
-                self._idle.append(slab)
+            self.lent_count -= 1
+            self._keep(slab)
+
+    def _keep(self, slab: Slab) -> None:
+        if self._is_closed:
+            self._held_bytes -= slab.size_bytes
+        else:
+            self._idle.append(slab)
+        self._given.notify_all()
 
     def touch_ahead(self, sizes_bytes: Sequence[int], *, is_pinned: bool = False) -> None:
         """Have slabs of these sizes ready, touched, some time from now; returns at once."""
@@ -210,16 +223,17 @@ class Slabs:
             with self._lock:
                 self._held_bytes += slab.size_bytes
             self._touch_slab(slab)
-            self.give(slab)
+            with self._lock:
+                self._keep(slab)
 
     def _touch_slab(self, slab: Slab) -> None:
         """Write to every page; a slab that is given up in the middle is as good, but for the time of its first use."""
         address = address_of(slab.memory)
-        for start in range(0, slab.size_bytes, _HUGE_BYTES):
+        for start in range(0, slab.size_bytes, HUGE_BYTES):
             if self._is_hurried.is_set():
                 return
             # Called without Python's lock, and in small parts, so that training gets the core in between.
-            ctypes.memset(address + start, 0, min(_HUGE_BYTES, slab.size_bytes - start))
+            ctypes.memset(address + start, 0, min(HUGE_BYTES, slab.size_bytes - start))
             time.sleep(_TOUCH_PAUSE_S)
 
     def stop_touching(self) -> None:
@@ -243,14 +257,10 @@ def _new_slab(size_bytes: int, *, is_pinned: bool) -> Slab:
     if is_pinned:
         pinned = torch.empty(slab_bytes(size_bytes), dtype=torch.uint8, device="cpu", pin_memory=True)
         return Slab(memory=pinned.numpy().data, is_pinned=True)
-    memory = mmap.mmap(-1, slab_bytes(size_bytes))
-    if size_bytes >= _HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return Slab(memory=memoryview(memory), is_pinned=False)
+    return Slab(memory=memoryview(new_memory(slab_bytes(size_bytes))), is_pinned=False)
 
 
 def slab_bytes(size_bytes: int) -> int:
     """Return the bytes of a slab for so many; a shard of empty tensors has a page, too."""
-    rounding = _HUGE_BYTES if size_bytes >= _HUGE_BYTES else mmap.PAGESIZE
+    rounding = HUGE_BYTES if size_bytes >= HUGE_BYTES else mmap.PAGESIZE
     return max(1, -(-size_bytes // rounding)) * rounding

@@ -123,8 +123,13 @@ class Watch:
     limit: str = "the patience with transfers"
 
 
-def run_all(work: Sequence[Work[_Result]], *, concurrency: int, budget: Budget, watch: Watch) -> list[_Result]:
+def run_all(
+    work: Sequence[Work[_Result]], *, concurrency: int, budget: Budget, watch: Watch, hires_ahead: bool = False
+) -> list[_Result]:
     """Call everything in `work`, each once its cost was admitted; return the results in order.
+
+    Threads are hired as they are needed, or all before the first call: where calls are long and keep the processors
+    busy, each thread that is to come waits for these, and so does all work behind it.
 
     On the first fault nothing more begins; what is under way is waited for, and the fault is raised. What stands still
     for `watch.deadline_s` is left to itself: `StalledError` names it, unless something else has failed before. So is
@@ -135,6 +140,8 @@ def run_all(work: Sequence[Work[_Result]], *, concurrency: int, budget: Budget, 
     pool = _Pool(max(1, min(concurrency, len(work))), budget, watch)
     futures: list[Future[_Result]] = []
     try:
+        if hires_ahead:
+            pool.hire_all()
         for item in work:
             while not budget.admit(item.cost_bytes, timeout_s=_LOOK_S):
                 pool.look()
@@ -192,12 +199,17 @@ class _Pool:
         self._calls.put(None)
 
     def _hire(self) -> None:
-        """Start a thread if none is idle: each one that works keeps read buffers and an arena of the allocator.
+        """Start a thread if none is idle: each one that works keeps read buffers and an arena of the allocator."""
+        if not self._idle.acquire(blocking=False) and len(self._threads) < self._size:
+            self._hire_one()
 
-        Where the machine has no more, those that are there do all.
-        """
-        if self._idle.acquire(blocking=False) or len(self._threads) >= self._size:
-            return
+    def hire_all(self) -> None:
+        """Start all threads that there may be."""
+        while len(self._threads) < self._size:
+            self._hire_one()
+
+    def _hire_one(self) -> None:
+        """Start a thread; where the machine has no more, those that are there do all."""
         try:
             self._threads.append(started(self._serve, name=f"cloudckpt-transfer-{len(self._threads)}"))
         except CloudCkptError as exc:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from cloudckpt.errors import CloudCkptError
+from cloudckpt.errors import CloudCkptError, text_of
 from cloudckpt.threads import new_lock, started
 from cloudckpt.transfer.memory import Slab, Slabs, address_of, slab_bytes
 
@@ -176,7 +176,7 @@ class Stage:
         with self._changed:
             self._changed.wait_for(lambda: number in self._staged or self._error is not None)
             if number not in self._staged:
-                raise CloudCkptError(f"the state could not be staged: {self._error!r}") from self._error
+                raise CloudCkptError(f"the state could not be staged: {text_of(self._error, repr)}") from self._error
             if not self._is_kept:
                 self._staged.remove(number)
             if number in self._opened:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.one_process import measure
+from benchmarks.shared import child
 from tests.programs import run_forked
 from tests.ranks.processes import start_server
 
@@ -27,4 +27,4 @@ def forked_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
         assert command[:2] == [sys.executable, "-m"]
         return run_forked(*command[1:], cwd=cwd, env=env)
 
-    monkeypatch.setattr(measure.subprocess, "run", run)
+    monkeypatch.setattr(child.subprocess, "run", run)

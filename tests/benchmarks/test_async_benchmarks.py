@@ -21,9 +21,9 @@ from benchmarks.background.peers import AsyncPeerKind
 from benchmarks.background.process import AsyncSpec, Blocked, Lost, Memory, Outcome, Save, measure_async
 from benchmarks.background.report import AsyncResults, AsyncRow, goals_of, lost_s, step_ratio, table
 from benchmarks.background.yardstick import _host_copy, opened_yardstick
-from benchmarks.one_process.measure import MeasurementError
-from benchmarks.one_process.peers import Place
-from benchmarks.shared.states import State, gpt, size_of
+from benchmarks.peers import Place
+from benchmarks.shared.child import MeasurementError
+from benchmarks.shared.states import STATES, State, build, bytes_of
 from benchmarks.sink.process import SinkClient, running_sink
 from benchmarks.sink.wire import Connection, Gate, Link
 
@@ -112,7 +112,7 @@ def test_the_dcp_peer_writes_to_the_sink_and_its_saves_are_counted(sink: SinkCli
         spec_of("lost", "dcp", "s3://bench/place", storage_options=options, stats_url=sink.endpoint_url)
     )
     assert isinstance(found, Lost)
-    assert found.state_bytes == size_of(SIZE)
+    assert found.state_bytes == bytes_of(STATES["gpt"].shapes(SIZE))
     assert [len(save.idle_s) for save in found.saves] == [3, 3]
     assert all(0 < save.blocked_s <= save.total_s for save in found.saves)
     assert all(sum(save.steps_s) <= save.total_s for save in found.saves)
@@ -131,7 +131,7 @@ def test_a_peer_that_fails_is_named_with_its_last_words(part: str) -> None:
 
 
 def test_the_copy_that_saves_are_compared_with_copies_every_byte() -> None:
-    state = gpt(SIZE) | {"odd": torch.arange(20 * MIB + 3, dtype=torch.int32).to(torch.uint8)}
+    state = build(STATES["gpt"].shapes(SIZE)) | {"odd": torch.arange(20 * MIB + 3, dtype=torch.int32).to(torch.uint8)}
     with ThreadPoolExecutor(2) as pool:
         copy = _host_copy(state, pool)
         copy()

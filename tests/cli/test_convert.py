@@ -31,6 +31,15 @@ def test_export_says_what_it_wrote_and_what_it_left_out(saved: Path, tmp_path: P
     assert "left out: step: it is a value, and safetensors holds tensors alone" in done.stdout
 
 
+def test_no_name_of_a_state_or_file_steers_the_terminal(saved: Path, tmp_path: Path) -> None:
+    cloudckpt.save({"a": torch.ones(3), "x\x1b[2J": 4}, tmp_path / "odd", progress="off")
+    told = [called("export", tmp_path / "odd", tmp_path / "x.safetensors", "--to", "safetensors", "--leave-out")]
+    torch.save({"w": torch.ones(1)}, tmp_path / "x\u202e.pt")
+    told.append(called("import", tmp_path / "x\u202e.pt", tmp_path / "back"))
+    told.append(called("report", saved, "-o", tmp_path / "x\u202e.html"))
+    assert [(one.exit_code, "\x1b" in one.stdout, "\u202e" in one.stdout) for one in told] == [(0, False, False)] * 3
+
+
 def test_export_in_json_is_one_object(saved: Path, tmp_path: Path) -> None:
     done = called("export", saved, tmp_path / "x.pt", "--to", "torch", "--json")
     assert json.loads(done.stdout)["files"] == ["x.pt"]

@@ -14,9 +14,9 @@ from torch.distributed import checkpoint as dcp
 import cloudckpt
 from cloudckpt import ChecksumError, CloudHFReader, CloudHFWriter, OptionsError
 from cloudckpt.convert.exporting import Kind
-from cloudckpt.convert.holding import MARK, Hold
+from cloudckpt.convert.holding import MARK, Hold, held
 from cloudckpt.errors import ConflictError, StorageError
-from cloudckpt.store import RetryingStore, open_store
+from cloudckpt.store import ObjectInfo, RetryingStore, open_store
 from servers import FreshPrefix
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -101,6 +101,176 @@ def test_of_two_exports_at_once_one_is_refused(
     assert not [name for name in files(out) if name.endswith(MARK)]
 
 
+@pytest.mark.parametrize(
+    ("to", "other", "name"),
+    [
+        ("huggingface", "safetensors", "model.safetensors"),
+        ("huggingface", "torch", "pytorch_model.bin"),
+        ("dcp", "torch", ".metadata"),
+        ("safetensors", "torch", "x-00001-of-00002.safetensors"),
+    ],
+)
+def test_exports_of_which_one_could_remove_the_others_files_exclude_each_other(
+    to: Kind, other: Kind, name: str, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def begin() -> None:
+        with pytest.raises(OptionsError, match=r"is under way, or was killed"):
+            cloudckpt.export(saved(2), out / name, to=other, progress="off")
+
+    at_the_last_file(monkeypatch, begin)
+    exported(saved(1), out, to)
+    assert value_in(out, to) == 1
+
+
+def test_exports_to_two_files_of_one_folder_are_under_way_at_once(
+    saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_the_last_file(monkeypatch, lambda: exported(saved(2), tmp_path / "out", "safetensors"))
+    exported(saved(1), tmp_path / "out", "torch")
+    assert files(tmp_path / "out").keys() == {"x.pt", "x.safetensors"}
+
+
+def before_it_is_put(monkeypatch: pytest.MonkeyPatch, verb: str, act: Callable[[], object], ends: str) -> None:
+    """Do something, once, between the request for a file and what the store does of it."""
+    request, todo = getattr(RetryingStore, verb), [act]
+
+    def requested(store: RetryingStore, key: str, data: object) -> None:
+        if key.endswith(ends) and todo:
+            todo.pop()()
+        request(store, key, data)
+
+    monkeypatch.setattr(RetryingStore, verb, requested)
+
+
+LAST = {"huggingface": "index.json", "dcp": ".metadata"}
+
+
+@pytest.mark.parametrize("to", LAST)
+def test_a_last_file_that_comes_late_names_files_that_are_there(
+    to: Kind, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    exported(saved(1), out, to)
+    before_it_is_put(monkeypatch, "put", lambda: exported(saved(2), out, to, overwrite=True), LAST[to])
+    with pytest.raises(ConflictError, match="has taken over while the last file of this one was put") as failed:
+        exported(saved(3), out, to, overwrite=True)
+    assert failed.value.__notes__ == [f"the export is whole at {out.as_uri()}"]
+    assert value_in(out, to) == 3
+
+
+@pytest.mark.parametrize("to", KINDS)
+def test_an_export_that_takes_over_and_fails_gives_the_place_back(
+    to: Kind, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, bad = tmp_path / "out", damaged(saved(2))
+
+    def fail() -> None:
+        with pytest.raises(ChecksumError):
+            exported(bad, out, to, overwrite=True)
+
+    at_the_last_file(monkeypatch, fail)
+    done = exported(saved(1), out, to)
+    assert (value_in(out, to), files(out).keys()) == (1, set(done.files))
+
+
+@pytest.mark.parametrize("to", LAST)
+def test_a_last_file_that_would_replace_what_came_meanwhile_is_not_put(
+    to: Kind, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    before_it_is_put(monkeypatch, "create", lambda: exported(saved(2), out, to, overwrite=True), LAST[to])
+    with pytest.raises(ConflictError, match="another program has written"):
+        exported(saved(1), out, to)
+    assert value_in(out, to) == 2
+    assert len(files(out)) == (4 if to == "huggingface" else 2)
+
+
+@pytest.mark.parametrize("to", LAST)
+def test_a_last_file_whose_put_was_interrupted_names_files_that_are_there_if_it_lands(
+    to: Kind, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, put = tmp_path / "out", list[tuple[str, bytes]]()
+    create = RetryingStore.create
+
+    def interrupted(store: RetryingStore, key: str, data: bytes) -> None:
+        if key.endswith(LAST[to]):
+            put.append((key, data))
+            raise KeyboardInterrupt
+        create(store, key, data)
+
+    url, other = saved(1), saved(2)
+    monkeypatch.setattr(RetryingStore, "create", interrupted)
+    with pytest.raises(KeyboardInterrupt) as failed:
+        exported(url, out, to)
+    assert "may still come to stand there" in failed.value.__notes__[-1]
+    monkeypatch.undo()
+    exported(other, out, to, overwrite=True)
+    assert value_in(out, to) == 2
+    (out / put[0][0]).write_bytes(put[0][1])
+    assert value_in(out, to) == 1
+
+
+def test_what_another_program_has_written_meanwhile_stays(
+    saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = {f"model-{number:05d}-of-00003.safetensors": b"theirs" for number in range(1, 4)}
+    theirs["model.safetensors.index.json"] = b"{}"
+
+    def write() -> None:
+        for name, data in theirs.items():
+            (tmp_path / "hf" / name).write_bytes(data)
+
+    at_the_last_file(monkeypatch, write)
+    with pytest.raises(ConflictError, match="another program has written"):
+        exported(saved(1), tmp_path / "hf", "huggingface")
+    assert files(tmp_path / "hf") == theirs
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "config").mkdir()
+    for number in range(3):
+        (tmp_path / "config" / f"{number}.json").write_text("{}")
+    return tmp_path / "config"
+
+
+def described(url: str, out: Path, config: Path, *, overwrite: bool = False) -> cloudckpt.Exported:
+    return cloudckpt.export(
+        url, out, to="huggingface", config=config, max_shard_bytes=256, overwrite=overwrite, progress="off"
+    )
+
+
+def test_what_describes_a_model_is_not_taken_from_the_export_that_has_taken_over(
+    saved: Callable[[int], str], tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, done = tmp_path / "out", list[cloudckpt.Exported]()
+    before_it_is_put(
+        monkeypatch, "create", lambda: done.append(described(saved(2), out, config, overwrite=True)), "1.json"
+    )
+    with pytest.raises(ConflictError):
+        described(saved(1), out, config)
+    assert files(out).keys() == set(done[0].files)
+
+
+@pytest.mark.parametrize("name", ["1.json", "model.safetensors"])
+def test_what_describes_a_model_replaces_no_other_that_came_meanwhile(
+    name: str, saved: Callable[[int], str], tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, todo = Hold._begin, [name]
+
+    def began(hold: Hold, file: str, text: bytes | None) -> None:
+        if text is not None and todo:
+            (tmp_path / "out" / todo.pop()).write_bytes(b"theirs")
+        begin(hold, file, text)
+
+    monkeypatch.setattr(Hold, "_begin", began)
+    with pytest.raises(ConflictError, match="another program has written"):
+        described(saved(1), tmp_path / "out", config)
+    assert files(tmp_path / "out") == {name: b"theirs"}
+
+
 @pytest.mark.parametrize("to", KINDS)
 def test_an_export_whose_place_is_taken_over_ends_and_takes_nothing_away(
     to: Kind, saved: Callable[[int], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -120,8 +290,8 @@ def test_where_a_store_without_create_has_let_in_two_the_first_ends(
     at_the_last_file(monkeypatch, lambda: (out / MARK).write_bytes(b"another's"))
     with pytest.raises(ConflictError) as failed:
         exported(saved(1), out, "dcp")
-    assert "__0_0.distcp of this one, which another export may have as well" in failed.value.__notes__[-1]
-    assert (out / MARK).read_bytes() == b"another's"
+    assert "the files that were written were removed" in failed.value.__notes__[-1]
+    assert files(out) == {MARK: b"another's"}
 
 
 @pytest.mark.parametrize("error", [StorageError("the disk is full", op="put", key="x"), KeyboardInterrupt()])
@@ -152,13 +322,13 @@ def test_an_export_that_fails_leaves_the_one_that_it_was_to_replace(
     assert "the export before it is there as it was" in failed.value.__notes__[-1]
 
 
-def test_whoever_writes_beside_a_file_that_fails_is_told_why_that_did(tmp_path: Path) -> None:
-    failed = ChecksumError("damaged", key="x")
+@pytest.mark.parametrize("failed", [ChecksumError("damaged", key="x"), KeyboardInterrupt()], ids=["fault", "interrupt"])
+def test_whoever_writes_beside_a_file_that_fails_is_told_why_that_did(failed: BaseException, tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
-        hold = Hold(store, "", is_replacing=False)
-        with pytest.raises(ChecksumError), hold.standing("2"):
+        hold = Hold(store, "", MARK, is_replacing=False)
+        with pytest.raises(type(failed)), hold.standing("2"):
             raise failed
-        with pytest.raises(ChecksumError) as told, hold.standing("1"):
+        with pytest.raises(type(failed)) as told, hold.standing("1"):
             pass
     assert told.value is failed
 
@@ -176,21 +346,32 @@ def test_until_the_last_file_of_an_export_stands_the_old_one_is_read(
 
 
 @pytest.mark.parametrize("to", KINDS)
-def test_what_a_kill_left_is_named_and_can_be_replaced(to: Kind, saved: Callable[[int], str], tmp_path: Path) -> None:
+def test_what_a_kill_left_is_named_and_can_be_replaced(
+    to: Kind, saved: Callable[[int], str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     out = tmp_path / "out"
     exported(saved(1), out, to)
     mark = out / (MARK if target_of(to, out) == out else target_of(to, out).name + MARK)
     for path in out.iterdir():
         path.unlink()
     mark.write_bytes(b"0" * 32)
-    (out / ("__0_0-00000000.distcp" if to == "dcp" else "model-00000000-00001-of-00002.safetensors")).touch()
+    stray = out / ("__0_0-00000000.distcp" if to == "dcp" else "model-00000000-00001-of-00002.safetensors")
+    stray.touch()
     with pytest.raises(OptionsError, match=r"overwrite=True, --force"):
         exported(saved(2), out, to)
     done = exported(saved(2), out, to, overwrite=True)
     assert value_in(out, to) == 2
     assert not mark.exists()
     if to in ("dcp", "huggingface"):
+        assert files(out).keys() - set(done.files) == {stray.name}  # whose export may be at work still
+        assert stray.name in caplog.text
+        done = exported(saved(2), out, to, overwrite=True)
         assert files(out).keys() == set(done.files)
+
+
+def test_a_mark_of_a_time_beyond_all_calendars_is_told_all_the_same() -> None:
+    told = str(held("file:///x", MARK, ObjectInfo(key=MARK, size_bytes=1, modified_s=1e12)))
+    assert f"its mark {MARK} is there since 9999-12-30" in told
 
 
 def test_a_save_for_hugging_face_is_refused_early_where_an_export_is_under_way(tmp_path: Path) -> None:

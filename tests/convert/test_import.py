@@ -273,7 +273,7 @@ def test_an_interrupt_removes_what_is_still_being_put_or_says_that_it_may_stay(
         ended.set()
 
     monkeypatch.setattr(RetryingStore, "put", slow)
-    monkeypatch.setattr(importing, "_LEAVING_S", leaving_s)
+    monkeypatch.setattr(importing, "LEAVING_S", leaving_s)
     with pytest.raises(KeyboardInterrupt) as raised:
         cloudckpt.import_(tmp_path / "x.pt", tmp_path / "out", step=step, progress="off")
     assert ended.wait(60)

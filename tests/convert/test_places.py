@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def test_a_job_goes_on_in_what_is_both(root: Path, own: Path) -> None:
 INSIDE: dict[str, Callable[[Path, Path], Path]] = {
     "a root": lambda root, own: root / "x.pt",
     "its epochs": lambda root, own: root / "epochs" / "0000000001.json",
+    "far below its epochs": lambda root, own: root / "epochs" / "x" / "y" / "z" / "x.pt",
     "its pins": lambda root, own: root / "pins" / "x.json",
     "its names": lambda root, own: root / "pins" / "last" / "step-0000000001-e0001.0",
     "a step": lambda root, own: next(root.glob("step-*")) / "x.pt",
@@ -137,6 +139,14 @@ def test_a_folder_of_a_root_that_is_none_of_its_own_takes_an_export(root: Path) 
     assert exported(root, root / "weights" / "x.pt").tensor_count == 1
     with pytest.raises(OptionsError, match="a root with checkpoints"):
         exported(root, root, to="dcp")
+
+
+def test_a_file_name_that_is_no_text_is_refused_by_the_name_that_was_given(own: Path, tmp_path: Path) -> None:
+    name = os.fsdecode(b"x\xff.pt")
+    for write in (exported, opened):
+        with pytest.raises(OptionsError, match=r"'x\\udcff.pt'"):
+            write(own, tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} == {"own"}
 
 
 def test_a_prefix_that_is_all_of_a_name_is_told_as_that(tmp_path: Path) -> None:

@@ -149,6 +149,34 @@ def test_a_file_of_another_program_is_read_only_if_that_is_asked_for(tmp_path: P
         cloudckpt.open("s3://bucket/", "wb")
 
 
+def test_a_file_whose_sums_are_damaged_is_named_and_read_only_if_that_is_asked_for(tmp_path: Path) -> None:
+    with cloudckpt.open(tmp_path / "f", "wb") as file:
+        file.write(b"whole")
+    sums = tmp_path / f"f{SUMS_SUFFIX}"
+    sums.write_bytes(sums.read_bytes()[1:])
+    with pytest.raises(
+        ChecksumError, match=r"'f' at .* the sums beside it are damaged.*write it anew.*unverified=True"
+    ):
+        cloudckpt.open(tmp_path / "f")
+    with cloudckpt.open(tmp_path / "f", unverified=True) as reader:
+        assert reader.read() == b"whole"
+
+
+@pytest.mark.parametrize("is_orphan", [False, True])
+def test_an_export_leaves_no_sums_of_the_file_that_it_replaces(tmp_path: Path, *, is_orphan: bool) -> None:
+    url = cloudckpt.save(dict(state_of(2.0)), tmp_path / "saved", progress="off").url
+    with cloudckpt.open(tmp_path / "x.pt", "wb") as file:
+        torch.save(state_of(1.0), file)
+    if is_orphan:
+        (tmp_path / "x.pt").unlink()
+    with pytest.raises(OptionsError, match=r"x\.pt.* already, and nothing was written"):
+        cloudckpt.export(url, tmp_path / "x.pt", to="torch", progress="off")
+    cloudckpt.export(url, tmp_path / "x.pt", to="torch", overwrite=True, progress="off")
+    with cloudckpt.open(tmp_path / "x.pt", unverified=True) as reader:
+        assert torch.equal(torch.load(reader)["w"], state_of(2.0)["w"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "x.pt"]
+
+
 @pytest.fixture
 def clients(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FaultStore]]:
     """Let files be on the store that was pushed last."""
@@ -207,7 +235,8 @@ def test_a_crash_at_any_request_leaves_a_file_of_another_program_readable_as_bef
         with suppress(Crash, CloudCkptError):
             write(clients, client, b"new")
         clients.append(FaultStore(client.bucket))
-        with cloudckpt.open("memory://bucket/f", unverified=True) as reader:
+        is_foreign = f"f{SUMS_SUFFIX}" not in client.bucket.raw_list()
+        with cloudckpt.open("memory://bucket/f", unverified=is_foreign) as reader:
             assert reader.read() == client.bucket.raw_get("f")
         assert client.bucket.raw_get("f") in (b"theirs", b"new")
 

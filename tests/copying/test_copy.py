@@ -30,7 +30,7 @@ from cloudckpt import (
     OptionsError,
     StorageError,
 )
-from cloudckpt.copying import copier
+from cloudckpt.copying import copier, lead
 from cloudckpt.copying.copier import Copier
 from cloudckpt.copying.lead import Selection, copy_places
 from cloudckpt.copying.places import Place
@@ -39,6 +39,7 @@ from cloudckpt.root import Catalog, Checkpoint, sweep
 from cloudckpt.store import RetryingStore, open_store, told_of_moves
 from cloudckpt.store.local import LocalStore
 from cloudckpt.store.probe import _proven
+from cloudckpt.transfer import Slab, Slabs
 from servers import FreshPrefix
 from tests.copying.roots import (
     OPTIONS,
@@ -94,6 +95,35 @@ def test_a_copy_has_the_same_bytes_under_the_same_keys(made: Path, tmp_path: Pat
     assert (copied.step, copied.epoch, copied.is_new, copied.kept_count) == (3, 1, True, 0)
     assert copied.url == f"file://{tmp_path}/to/{prefix_of(3)}"
     assert (copied.sent_count, copied.sent_bytes) == (len(there) - 1, sum(map(len, there.values())) - _manifest(there))
+
+
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_a_copy_takes_memory_for_as_many_shards_as_its_target_keeps_waiting(
+    is_fast: bool, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lent = [0]
+
+    class Counted(Slabs):
+        def take(self, size_bytes: int, **how: Any) -> Slab:
+            slab = super().take(size_bytes, **how)
+            lent.append(self.lent_count)
+            return slab
+
+    monkeypatch.setattr(lead, "Slabs", Counted)
+    monkeypatch.setattr(copier, "_PATIENCE_S", 30.0 if is_fast else 0.001)
+    count = len(shards_of(made / prefix_of(3)))
+    all_are_there = threading.Barrier(count, timeout=30.0)
+    put = LocalStore.put
+
+    def put_slowly(self: LocalStore, key: str, buffers: Sequence[memoryview]) -> None:
+        if key.endswith(".safetensors"):
+            all_are_there.wait()
+        put(self, key, buffers)
+
+    if not is_fast:
+        monkeypatch.setattr(LocalStore, "put", put_slowly)
+    cloudckpt.copy(made, tmp_path / "to", options=replace(OPTIONS, concurrency=count), progress="off")
+    assert max(lent) <= 2 if is_fast else max(lent) == count
 
 
 def _manifest(there: dict[str, bytes]) -> int:

@@ -140,7 +140,7 @@ def test_all_of_a_root_are_told_of_the_oldest_first(root: Path) -> None:
 def test_what_a_newer_version_wrote_is_unreadable_and_not_damaged(root: Path) -> None:
     path = root / prefix_of(3) / MANIFEST_NAME
     newer = Manifest.decode(path.read_bytes(), key="x")
-    data = newer.encode().replace(b'"format_version": 1', b'"format_version": 2')
+    data = newer.encode().replace(b'"format_version": 1', b'"format_version": 3')
     path.write_bytes(_sealed(data))
     (*_, found) = cloudckpt.verify_all(root)
     assert (found.state, found.damages) == ("unreadable", ())

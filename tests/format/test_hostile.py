@@ -31,9 +31,9 @@ import zstandard
 from cloudckpt.errors import FormatVersionError, ManifestError
 from cloudckpt.format import codec
 from cloudckpt.format.index import Index
-from cloudckpt.format.keys import checkpoint_prefix, shard_key
 from cloudckpt.format.manifest import MANIFEST_LIMIT_BYTES, Manifest, decode_claim
 from cloudckpt.format.tree import unflatten
+from cloudckpt.keys import checkpoint_prefix, shard_key
 from cloudckpt.options import KIB, MIB
 from cloudckpt.store.base import check_key
 

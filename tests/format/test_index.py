@@ -26,7 +26,7 @@ from cloudckpt.format import record as record_module
 from cloudckpt.format.builder import IndexBuilder
 from cloudckpt.format.codec import DTYPES
 from cloudckpt.format.index import Index, ShardEntry
-from cloudckpt.format.record import FORMAT_VERSION
+from cloudckpt.format.record import SHARING_VERSION
 from cloudckpt.format.section import ChunkEntry, Section, TensorEntry
 from cloudckpt.options import MAX_BLOCK_BYTES, MIB, Options
 from tests.effort import examples
@@ -730,7 +730,7 @@ def test_another_spelling_of_the_same_record_is_read() -> None:
     assert content_of(Index.decode(with_header(spelled), key=KEY)) == content_of(INDEX)
 
 
-@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99, 10**30])
+@pytest.mark.parametrize("version", [SHARING_VERSION + 1, 99, 10**30])
 def test_a_newer_index_says_to_upgrade_whatever_else_it_holds(version: int) -> None:
     text = json.dumps({"format_version": version, "pieces": [], "attempt": None}).encode()
 

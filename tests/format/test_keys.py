@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.format.keys import (
+from cloudckpt.keys import (
     EPOCHS_PREFIX,
     MANIFEST_NAME,
     checkpoint_prefix,

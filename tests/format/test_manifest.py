@@ -28,7 +28,7 @@ from cloudckpt.format.manifest import (
     metadata_to_json,
     metrics_to_json,
 )
-from cloudckpt.format.record import FORMAT_VERSION, INDEX_LIMIT_BYTES
+from cloudckpt.format.record import FORMAT_VERSION, INDEX_LIMIT_BYTES, SHARING_VERSION
 from tests.effort import examples
 
 KEY = "step-0000012000-e0003/manifest.json"
@@ -445,7 +445,7 @@ def test_the_digest_is_that_of_sha256sum() -> None:
 # -- versions ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 99, 2**53, 10**30])
+@pytest.mark.parametrize("version", [SHARING_VERSION + 1, 99, 2**53, 10**30])
 def test_a_newer_manifest_says_to_upgrade_whatever_else_it_holds(version: int) -> None:
     data = changed(COMMITTED, format_version=version, state="leased", replicas=[1, 2])
 

@@ -155,3 +155,24 @@ def load_into_a_wider_dtype(url: str) -> list[float]:
 
 def test_what_is_widened_by_its_reader_is_passed_on_wide(tmp_path: Path) -> None:
     assert run(2, load_into_a_wider_dtype, str(tmp_path / "c")) == [[0.5] * 3] * 2
+
+
+def restore_what_both_find_damaged(url: str) -> int | None:
+    small = Options(shard_bytes=4096, block_bytes=1024, span_bytes=1024, read_once="always", memory_budget_bytes=65536)
+    with cloudckpt.CheckpointManager(url, options=small) as manager:
+        for step in (1, 2):
+            manager.save(step, {f"w{number}": torch.full((900,), float(step)) for number in range(4)})
+        if dist.get_rank() == 0:
+            for path in Path(url).glob("step-0000000002*/*/*.safetensors"):
+                data = bytearray(path.read_bytes())
+                data[-1] ^= 1
+                path.write_bytes(data)
+        dist.barrier()
+        state = {f"w{number}": torch.zeros(900) for number in range(4)}
+        restored = manager.restore(state)
+        assert all(torch.equal(one, torch.ones(900)) for one in state.values())
+        return None if restored is None else restored.step
+
+
+def test_an_older_step_is_taken_where_each_rank_finds_what_it_was_to_pass_on_damaged(tmp_path: Path) -> None:
+    assert run(2, restore_what_both_find_damaged, str(tmp_path)) == [1, 1]

@@ -624,7 +624,7 @@ def test_only_a_store_that_is_down_is_an_outage(error: BaseException, expected: 
 
 
 def of_a_newer_format(manifest: Path) -> None:
-    data = manifest.read_bytes().replace(b'"format_version": 1', b'"format_version": 2', 1)
+    data = manifest.read_bytes().replace(b'"format_version": 1', b'"format_version": 3', 1)
     bare = data[: data.rindex(b'"sha256": "')] + b'"sha256": ""\n}\n'
     manifest.write_bytes(bare.replace(b'"sha256": ""', b'"sha256": "%s"' % hashlib.sha256(bare).hexdigest().encode()))
 

@@ -26,7 +26,7 @@ from cloudckpt import (
     SaveFailedError,
     StorageError,
 )
-from cloudckpt.format.keys import MANIFEST_NAME
+from cloudckpt.keys import MANIFEST_NAME
 from tests.ranks.processes import World, run
 from tests.store.fault_store import Bucket, FaultKind, FaultStore, opening_the_last, transient
 

@@ -374,6 +374,13 @@ def test_the_command_writes_the_page_whole_or_not_at_all(root: Path, tmp_path: P
     assert "b.html" in no_folder.stderr
 
 
+def test_a_page_leaves_no_sums_of_the_file_that_it_replaces(root: Path, tmp_path: Path) -> None:
+    with cloudckpt.open(tmp_path / "out.html", "wb") as file:
+        file.write(b"before")
+    assert CliRunner().invoke(app, ["report", str(root), "-o", str(tmp_path / "out.html")]).exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out.html"]
+
+
 def test_the_command_writes_to_a_pipe_or_a_device_and_puts_no_file_in_its_place(root: Path, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -821,6 +821,21 @@ def test_a_failing_source_warns_once_per_outage_and_says_when_it_is_back(caplog:
     assert "disk on fire" in caplog.messages[0]
 
 
+def test_a_source_whose_error_has_no_text_is_asked_on(caplog: pytest.LogCaptureFixture) -> None:
+    def mute() -> list[Notice]:
+        raise type("MuteError", (Exception,), {"__repr__": lambda _: 1 // 0})
+
+    watcher = Watcher(Scripted(mute, list), print, poll_s=5.0)
+    watcher.ask()
+    watcher.ask()
+    assert "MuteError, whose text fails with ZeroDivisionError" in caplog.messages[0]
+
+
+def test_a_check_that_returns_what_has_no_text_is_heard() -> None:
+    odd = type("Odd", (), {"__repr__": lambda _: 1 // 0, "__bool__": lambda _: True})
+    assert next(iter(CheckSource(odd).poll())).deadline_s is None
+
+
 def test_a_failing_source_is_asked_less_and_less_often_up_to_a_bound() -> None:
     watcher = Watcher(Scripted(*[failing] * 6, list), print, poll_s=4.0)
 

@@ -8,7 +8,7 @@ import pytest
 
 from cloudckpt.errors import CloudCkptError, CommitUnknownError, OptionsError, RankLostError, SaveFailedError
 from cloudckpt.ranks import RanksFailedError, named_ranks, plain_errors
-from cloudckpt.ranks.outcome import MissingPartsError, UndecidedError
+from cloudckpt.ranks.outcome import MissingPartsError, Sent, UndecidedError, pickled, unpickled
 
 
 def told(
@@ -106,3 +106,12 @@ def test_a_rank_0_that_was_lost_about_to_commit_leaves_the_outcome_unknown() -> 
 )
 def test_ranks_are_named_in_runs_and_no_more_than_people_read(ranks: list[int], text: str) -> None:
     assert named_ranks(ranks) == text
+
+
+def test_an_error_that_neither_pickles_nor_has_a_text_is_sent_by_its_type() -> None:
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    sent = unpickled(pickled(Sent("save", error=MuteError())))
+    assert str(sent.error).endswith("MuteError, whose text fails with RuntimeError")

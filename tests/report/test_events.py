@@ -180,6 +180,29 @@ def test_what_a_callable_raises_is_noted_once_and_fails_neither_a_save_nor_the_o
     assert all("broken failed at Save" in trouble and "canary" in trouble for trouble in troubles)
 
 
+class _MuteError(Exception):
+    """Has no text."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+def test_what_is_raised_without_a_text_is_noted_and_the_others_are_told(tmp_path: Path) -> None:
+    def mute(_: object) -> list[Any]:
+        raise _MuteError
+
+    told: list[Event] = []
+    rule = type("Rule", (), {"keep": lambda _, given: mute(given)})()
+    with manager_of(tmp_path, [mute, told.append], retention=[rule]) as manager:
+        manager.save(1, state_of(1))
+        assert manager._journal.teller.wait(30)
+        troubles = manager.report().troubles
+    assert kinds(told) == [("SaveBegun", 1), ("SaveCommitted", 1)]
+    assert len([one for one in troubles if "_MuteError, whose text fails with RuntimeError" in one]) == 3
+
+
 def test_a_callable_that_hangs_delays_no_save_and_what_is_dropped_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -152,7 +152,7 @@ def test_where_all_goes_the_next_job_begins_afresh(bucket: Bucket) -> None:
 
 
 def newer_format(bucket: Bucket) -> None:
-    bare = encode_record(msgspec.structs.replace(manifest_of(3, 1, 0.0), format_version=2))
+    bare = encode_record(msgspec.structs.replace(manifest_of(3, 1, 0.0), format_version=3))
     sealed = bare.replace(b'"sha256": ""', b'"sha256": "%s"' % digest_of(bare).encode())
     bucket.raw_put(checkpoint_prefix(3, 1) + MANIFEST_NAME, sealed)
 

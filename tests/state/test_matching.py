@@ -307,6 +307,8 @@ def test_a_grown_tensor_takes_what_resize_makes_of_the_saved_one(tmp_path: Path)
 
 
 class Refusing:
+    error: Exception = KeyError("no")
+
     def __init__(self, value: int, *, is_willing: bool = True) -> None:
         self.value, self.is_willing = value, is_willing
 
@@ -316,7 +318,7 @@ class Refusing:
     def load_state_dict(self, state: State) -> None:
         if state["value"] == 99 or not self.is_willing:
             self.value = -1
-            raise KeyError("no")
+            raise self.error
         self.value = state["value"]
 
 
@@ -335,6 +337,14 @@ def test_an_object_that_refuses_leaves_everything_as_it_was(tmp_path: Path, *, i
 
     assert isinstance(e.value.__cause__, KeyError)
     assert (model.weight.item(), other.value, refusing.value, live["n"]) == (0.0, 1, 2, 3)
+
+
+def test_an_object_whose_error_has_no_text_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    model, refusing = line(0.0), Refusing(2)
+    refusing.error = type("MuteError", (Exception,), {"__str__": lambda _: 1 // 0})()
+    with pytest.raises(StateMismatchError, match="MuteError, whose text fails with ZeroDivisionError; nothing was"):
+        trip(tmp_path, {"model": line(5.0), "last": Refusing(99)}, {"model": model, "last": refusing})
+    assert (model.weight.item(), refusing.value) == (0.0, 2)
 
 
 def test_an_object_that_takes_no_state_back_is_named(tmp_path: Path) -> None:

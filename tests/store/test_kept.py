@@ -141,6 +141,14 @@ def test_other_options_are_another_key(change: dict[str, object]) -> None:
     assert key_of(options) != key_of({**options, **change})
 
 
+def test_what_torch_sets_while_it_is_imported_makes_no_other_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key_of("a")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    assert key_of("a") == before
+    monkeypatch.setenv("AWS_PROFILE", "other")
+    assert key_of("a") != before
+
+
 def test_another_environment_or_a_file_of_keys_that_changed_is_another_key(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ from cloudckpt.errors import (
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store import probe
 from cloudckpt.store.base import Store
+from cloudckpt.store.disk import Disk
 from cloudckpt.store.local import LocalStore
 from cloudckpt.store.location import named_endpoint
 from cloudckpt.store.probe import _proven, probe_create
@@ -79,6 +80,37 @@ def test_a_store_that_overwrites_is_refused_and_cleaned(layer: str) -> None:
     with pytest.raises(CreateNotEnforcedError, match=r"memory://bucket/root.*single_writer=True"):
         probe_create(over(inner, layer))
     assert inner.bucket.raw_list() == []
+
+
+def test_a_mounted_file_system_is_asked_once_for_all_roots_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Store] = []
+    monkeypatch.setattr("cloudckpt.store.probe._ask", asked.append)
+    roots = [LocalStore(tmp_path / "one"), LocalStore(tmp_path / "not" / "yet" / "there")]
+    for root in roots:
+        probe_create(RetryingStore(root, RetryPolicy()))
+    assert [store.url for store in asked] == [roots[0].url]
+
+
+def test_another_file_system_is_asked_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Store] = []
+    monkeypatch.setattr("cloudckpt.store.probe._ask", asked.append)
+    roots = [LocalStore(tmp_path / "one"), LocalStore("/proc/self")]
+    for root in roots:
+        probe_create(root)
+    assert asked == roots
+
+
+def test_a_disk_whose_calls_are_not_the_kernel_s_is_asked_for_each_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Store] = []
+    monkeypatch.setattr("cloudckpt.store.probe._ask", asked.append)
+    roots = [LocalStore(tmp_path / name, disk=type("Other", (Disk,), {})()) for name in ("one", "two")]
+    for root in roots:
+        probe_create(root)
+    assert asked == roots
 
 
 def test_an_engine_that_cannot_refuse_is_refused_without_a_request(layer: str) -> None:

@@ -276,6 +276,18 @@ def test_idle_slabs_that_are_too_small_make_room_for_a_new_one() -> None:
     assert slabs.held_bytes == 4 * PAGE
 
 
+def test_who_has_patience_gets_a_slab_that_is_given_back_and_else_a_new_one() -> None:
+    slabs = Slabs()
+    lent = slabs.take(PAGE, limit_bytes=9 * PAGE, most_bytes=PAGE, patience_s=PATIENCE_S)
+    other = slabs.take(PAGE, limit_bytes=9 * PAGE, most_bytes=PAGE, patience_s=0.001)
+    assert (other is lent, slabs.lent_count, slabs.held_bytes) == (False, 2, 2 * PAGE)
+    with ThreadPoolExecutor(1) as pool:
+        taking = pool.submit(slabs.take, PAGE, limit_bytes=9 * PAGE, most_bytes=PAGE, patience_s=PATIENCE_S)
+        slabs.give(lent)
+        assert taking.result() is lent
+    assert (slabs.lent_count, slabs.held_bytes) == (2, 2 * PAGE)
+
+
 def wait_until_touched() -> None:
     for thread in threading.enumerate():
         if thread.name == "cloudckpt-touch":

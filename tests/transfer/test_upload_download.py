@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ from cloudckpt import (
     AccessDeniedError,
     CheckpointNotFoundError,
     ChecksumError,
+    CloudCkptError,
     MissingShardError,
     Options,
     RetryExhaustedError,
@@ -29,7 +32,7 @@ from cloudckpt import (
 )
 from cloudckpt.format.layout import Span
 from cloudckpt.format.shard import block_digests
-from cloudckpt.options import KIB
+from cloudckpt.options import KIB, MIB
 from cloudckpt.store import LeftBehindError, RetryingStore
 from cloudckpt.store.base import Store
 from cloudckpt.store.limit import note_move
@@ -40,7 +43,11 @@ from cloudckpt.transfer.pool import Budget, Watch
 from cloudckpt.transfer.upload import Puts, ShardJob, upload
 from tests.store.fault_store import Bucket, FaultKind, FaultStore, Op, denied, refused, transient
 
+# By name: the package hands out a function of the module's name.
+UPLOAD = importlib.import_module("cloudckpt.transfer.upload")
+
 BLOCK_BYTES = 10
+LARGE_BYTES = 2 * MIB
 # Long enough for any thread of a busy machine; only a broken law waits for it.
 PATIENCE_S = 30.0
 
@@ -58,6 +65,12 @@ def job(number: int, size_bytes: int = 100, cost_bytes: int | None = None) -> Sh
 
 def put_all(store: Store, jobs: Sequence[ShardJob], *, concurrency: int = 4, limit_bytes: int = 1000) -> list[bytes]:
     return upload(store, jobs, block_bytes=BLOCK_BYTES, concurrency=concurrency, budget=Budget(limit_bytes))
+
+
+def put_large(store: Store, **changed: Callable[[], None]) -> list[bytes]:
+    """Put one shard of zeros that is worth a thread for its digests."""
+    one = replace(job(0, size_bytes=LARGE_BYTES), **changed)  # type: ignore[arg-type]
+    return upload(store, [one], block_bytes=LARGE_BYTES, concurrency=1, budget=Budget(LARGE_BYTES))
 
 
 class InFlight:
@@ -170,6 +183,57 @@ def test_a_shard_that_cannot_be_opened_is_the_error() -> None:
     bad = ShardJob(key="bad", size_bytes=1, cost_bytes=1, staging_bytes=0, open=broken)
     with pytest.raises(ValueError, match="a tensor that is gone"):
         put_all(FaultStore(), [job(1), bad, job(2)])
+
+
+def test_a_put_does_not_wait_for_the_digests_of_its_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_sent = threading.Event()
+
+    def digests_of(buffers: Sequence[memoryview], *, block_bytes: int) -> bytes:
+        assert is_sent.wait(PATIENCE_S)
+        return block_digests(buffers, block_bytes=block_bytes)
+
+    monkeypatch.setattr(UPLOAD, "block_digests", digests_of)
+    put_large(FaultStore(hook=lambda op: is_sent.set()))
+
+
+def test_a_failed_put_gives_its_memory_back_when_the_digests_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def digests_of(buffers: Sequence[memoryview], *, block_bytes: int) -> bytes:
+        if is_released.wait(0.05):
+            too_early.append(True)
+        return b""
+
+    is_released, too_early = threading.Event(), list[bool]()
+    monkeypatch.setattr(UPLOAD, "block_digests", digests_of)
+    store = FaultStore()
+    store.inject(verbs=["put"], error=denied)
+    with pytest.raises(AccessDeniedError):
+        put_large(store, release=is_released.set)
+    assert is_released.is_set()
+    assert not too_early
+
+
+def test_digests_that_cannot_be_made_are_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def digests_of(buffers: Sequence[memoryview], *, block_bytes: int) -> bytes:
+        raise MemoryError("no room for digests")
+
+    monkeypatch.setattr(UPLOAD, "block_digests", digests_of)
+    with pytest.raises(MemoryError, match="no room for digests"):
+        put_large(FaultStore())
+
+
+def test_digests_are_made_by_the_putting_threads_where_the_machine_has_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object, **__: object) -> threading.Thread:
+        raise CloudCkptError("no thread")
+
+    monkeypatch.setattr(UPLOAD, "started", none_left)
+    assert put_large(FaultStore()) == [block_digests([memoryview(bytes(LARGE_BYTES))], block_bytes=LARGE_BYTES)]
+
+
+def test_all_threads_of_an_upload_are_there_before_its_first_put() -> None:
+    names: list[set[str]] = []
+    hook: Callable[[Op], None] = lambda op: names.append({thread.name for thread in threading.enumerate()})  # noqa: E731
+    put_all(FaultStore(hook=hook), [job(number) for number in range(9)], concurrency=4, limit_bytes=10_000)
+    assert {f"cloudckpt-transfer-{number}" for number in range(4)} <= names[0]
 
 
 def test_staging_memory_is_of_the_size_asked_for_and_stays_until_the_put_has_returned() -> None:
@@ -599,3 +663,13 @@ def test_a_failed_put_is_made_again_unless_it_may_still_land(error: StorageError
         with pytest.raises(StorageError):
             puts.once(("root", "key"), put)
     assert len(calls) == count
+
+
+def test_whether_a_shard_is_unchanged_is_asked_of_the_views_that_it_was_opened_as() -> None:
+    views = [memoryview(b"head"), memoryview(b"one"), memoryview(b"two")]
+    asked: list[Sequence[memoryview]] = []
+    one = replace(job(0), open=lambda _: views, unchanged=lambda given: asked.append(given))  # noqa: PLW0108 (None)
+    bucket = Bucket()
+    put_all(FaultStore(bucket), [one])
+    assert asked == [views]
+    assert bucket.raw_get(one.key) == b"headonetwo"

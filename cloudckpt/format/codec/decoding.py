@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from cloudckpt.errors import ManifestError, UnsupportedValueError
+from cloudckpt.errors import ManifestError, UnsupportedValueError, text_of
 from cloudckpt.format.codec.configs import CONFIG_KINDS
 from cloudckpt.format.codec.dtypes import DTYPES, extent_bytes, numpy_dtype, tensor_from_bytes
 from cloudckpt.format.codec.encoding import KINDS, Encoder
@@ -348,7 +348,9 @@ def _decode_registered(walk: Decoder, data: object) -> object:
     try:
         made = known.decode(plain)
     except Exception as exc:  # whatever the program's own function raises
-        raise walk.not_here(f"cannot be had: the `decode` registered as {name!r} raised {exc!r}", name) from exc
+        raise walk.not_here(
+            f"cannot be had: the `decode` registered as {name!r} raised {text_of(exc, repr)}", name
+        ) from exc
     if type(made) is not known.kind:
         raise walk.not_here(f"cannot be had: the `decode` registered as {name!r} made a {type_name(made)}", name)
     return made

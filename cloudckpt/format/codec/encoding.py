@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from cloudckpt.errors import UnsupportedValueError
+from cloudckpt.errors import UnsupportedValueError, text_of
 from cloudckpt.format.codec.configs import config_kind
 from cloudckpt.format.codec.dtypes import DTYPE_NAMES, extent_bytes, numpy_dtype, tensor_to_bytes
 from cloudckpt.format.codec.generators import generator_kinds
@@ -179,7 +179,9 @@ def _encode_registered(walk: Encoder, value: object, known: Registered) -> JsonV
     try:
         plain = known.encode(value)
     except Exception as exc:  # whatever the program's own function raises
-        raise walk.refusal(value, f"the `encode` it was registered with raised {exc!r}; mend that") from exc
+        raise walk.refusal(
+            value, f"the `encode` it was registered with raised {text_of(exc, repr)}; mend that"
+        ) from exc
     return {"$registered": [known.name, walk.child(plain, WITHIN)]}
 
 

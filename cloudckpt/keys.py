@@ -12,8 +12,7 @@ import secrets
 from collections.abc import Iterable
 from typing import Literal
 
-from cloudckpt.errors import OptionsError
-from cloudckpt.format.record import shown
+from cloudckpt.errors import OptionsError, text_of
 
 __all__ = [
     "EPOCHS_PREFIX",
@@ -22,6 +21,7 @@ __all__ = [
     "PINS_PREFIX",
     "SHARD_SUFFIX",
     "STEPS_BEGIN",
+    "STEP_LIMIT",
     "EpochMark",
     "check_name",
     "checkpoint_prefix",
@@ -38,6 +38,7 @@ __all__ = [
     "parse_pin_key",
     "pin_key",
     "shard_key",
+    "shown",
     "step_number",
 ]
 
@@ -48,7 +49,7 @@ MANIFEST_NAME = "manifest.json"
 SHARD_SUFFIX = ".safetensors"
 
 # Ten digits keep keys in step order for every listing; more steps than that would break the order silently.
-_STEP_LIMIT = 10**10
+STEP_LIMIT = 10**10
 EPOCH_LIMIT = 10**10
 EpochMark = Literal["committed", "emptied"]
 _CHECKPOINT = re.compile(r"\Astep-([0-9]{10})-e([0-9]{4,10})/\Z")
@@ -58,6 +59,13 @@ _ATTEMPT = re.compile(r"\A[0-9a-f]{16}\Z")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*(/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*")
 _NAME_LIMIT = 200
 _NOT_NAMES = ("latest", "best")
+_SHOWN = 200
+
+
+def shown(value: object) -> str:
+    """Return `repr(value)` for a message, where foreign text has neither control characters nor megabytes."""
+    text = text_of(value, repr)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def step_number(step: object) -> int:
@@ -76,8 +84,8 @@ def step_number(step: object) -> int:
 
 def checkpoint_prefix(step: int, epoch: int) -> str:
     """Return the prefix (with its slash) of the checkpoint that `epoch` saves at `step`."""
-    if not 0 <= step < _STEP_LIMIT:
-        raise OptionsError(f"step {step} is not between 0 and {_STEP_LIMIT - 1}; give the training step")
+    if not 0 <= step < STEP_LIMIT:
+        raise OptionsError(f"step {step} is not between 0 and {STEP_LIMIT - 1}; give the training step")
     if not 0 <= epoch < EPOCH_LIMIT:
         raise OptionsError(f"epoch {epoch} is not between 0 and {EPOCH_LIMIT - 1}")
     return f"{STEPS_BEGIN}{step:010d}-e{epoch:04d}/"

@@ -1,0 +1,136 @@
+"""Say where the shards of a checkpoint are, of which others may hold some, and whether they are there.
+
+    its own      <prefix>/<attempt>/…
+    another's    <prefix of the holder>/<attempt of the holder>/…, or in a copy <own prefix>/<attempt of the holder>/…
+
+A copy has all of them below its own prefix, or none: one look tells. Knows keys and one store; decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from cloudckpt.errors import IntegrityError, MissingShardError
+from cloudckpt.format import (
+    SHARD_SUFFIX,
+    Index,
+    Manifest,
+    ShardEntry,
+    digest_of,
+    index_key,
+    parse_checkpoint_prefix,
+)
+from cloudckpt.root.checkpoint import Checkpoint
+from cloudckpt.store import Store
+
+__all__ = ["ShardPlaces", "index_of", "is_copied", "lack_of_shared", "shared_keys_of"]
+
+
+@runtime_checkable
+class _Sociable(Protocol):
+    def beside(self, url: str) -> Store | None:
+        """Return the store of another URL, opened as this one; None where nobody knows how."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlaces:
+    """Where the shards of one checkpoint are.
+
+    Attributes:
+        store: where all of them are.
+        prefix: of the checkpoint there.
+        is_copied: whether those that others hold stand below that, too.
+    """
+
+    store: Store
+    prefix: str
+    is_copied: bool = False
+
+    @classmethod
+    def of(cls, store: Store, checkpoint: Checkpoint) -> ShardPlaces:
+        """Look where they are; one listing if others hold some. From its own URL the root is reached by its form.
+
+        Raises:
+            MissingShardError: others hold some, and the URL is not that of a step below their root.
+        """
+        held, prefix = checkpoint.manifest.held_elsewhere, checkpoint.prefix
+        if not held:
+            return cls(store, prefix)
+        if store.list(below := f"{prefix}{held[0].attempt}/").objects:
+            return cls(store, prefix, is_copied=True)
+        if prefix:
+            return cls(store, prefix)
+        above, _, name = store.url.rstrip("/").rpartition("/")
+        is_step = parse_checkpoint_prefix(f"{name}/") == (checkpoint.step, checkpoint.epoch)
+        root = store.beside(above) if is_step and isinstance(store, _Sociable) else None
+        if root is None:
+            raise MissingShardError(
+                f"{checkpoint.url} shares shards with step {held[0].step} of epoch {held[0].epoch} of its root, and "
+                f"neither {below} is there nor the root beside it: it was copied by other means. Copy it with "
+                "`cloudckpt cp`, which makes it complete in itself",
+                key=below,
+            )
+        return cls(root, f"{name}/")
+
+    def key(self, entry: ShardEntry) -> str:
+        """Return the key of a shard."""
+        return entry.key(self.prefix, is_copied=self.is_copied)
+
+
+def is_copied(manifest: Manifest, below: Mapping[str, int]) -> bool:
+    """Tell whether what others hold of a checkpoint stands below its own prefix, too; `below` are names and sizes."""
+    for one in manifest.held_elsewhere:
+        sizes = [size for name, size in below.items() if name.startswith(f"{one.attempt}/") and _is_shard(name)]
+        if (len(sizes), sum(sizes)) != (one.shard_count, one.total_bytes):
+            return False
+    return True
+
+
+def lack_of_shared(store: Store, manifest: Manifest, below: Mapping[str, int]) -> str:
+    """Say what others should hold of a checkpoint and do not, "" if nothing; a listing of each of them.
+
+    By counts and bytes: which they are only the index tells.
+    """
+    if is_copied(manifest, below):
+        return ""
+    for one in manifest.held_elsewhere:
+        found = store.list(f"{one.prefix}{one.attempt}/").objects
+        sizes = [info.size_bytes for info in found if _is_shard(info.key)]
+        if len(sizes) < one.shard_count or sum(sizes) < one.total_bytes:
+            return (
+                f"step {one.step} of epoch {one.epoch} holds {one.shard_count} shards of it, and {len(sizes)} are there"
+            )
+    return ""
+
+
+def shared_keys_of(store: Store, prefix: str, manifest: Manifest) -> frozenset[str]:
+    """Return the keys of all shards of a checkpoint that others hold; none of a copy, which has them itself.
+
+    Raises:
+        CloudCkptError: nobody can tell.
+    """
+    held = manifest.held_elsewhere
+    if not held or store.list(f"{prefix}{held[0].attempt}/").objects:
+        return frozenset()
+    index = index_of(store, prefix, manifest)
+    return frozenset(entry.key(prefix) for entry in index.shards() if entry.holder is not None)
+
+
+def index_of(store: Store, prefix: str, manifest: Manifest) -> Index:
+    """Read the index of a checkpoint, for what stands in the same room or above; one request.
+
+    Raises:
+        IntegrityError: it is not what was committed.
+        StorageError: it cannot be read.
+    """
+    key, committed = prefix + index_key(manifest.attempt), manifest.index
+    data = b"" if committed is None else store.read(key, limit_bytes=committed.size_bytes)
+    if committed is None or digest_of(data) != committed.sha256:
+        raise IntegrityError(f"index {key} is not what was committed")
+    return Index.decode(data, key=key)
+
+
+def _is_shard(name: str) -> bool:
+    return name.endswith(SHARD_SUFFIX)

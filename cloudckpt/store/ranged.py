@@ -1,0 +1,192 @@
+"""Read ranges of objects by HTTP of our own: the kernel copies what comes straight into the caller's memory.
+
+    get ──▶ a signed head ──▶ an idle connection, or a new one ──▶ the reply's head, checked ──▶ its body, into memory
+
+An engine's client gathers a body in memory of its own, which is touched and copied once more: most of what a restore
+costs. One request per call, nothing is followed and nothing repeated; bytes are seen to move. What it raises are the
+exceptions that `classify` knows. Keeps FORMAT 14 and 16. Any thread may enter, a signal's handler, too.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import ssl
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import cache
+from http import HTTPStatus
+from typing import TYPE_CHECKING, cast
+from urllib.parse import quote, urlsplit
+
+from cloudckpt.options import KIB, MIB
+from cloudckpt.store.buffers import check_length
+from cloudckpt.store.connection import Clock, Connection, Endpoint
+from cloudckpt.store.facts import GarbledReplyError, before_sending, refusal
+from cloudckpt.store.limit import note_move
+from cloudckpt.store.proof import check_object
+from cloudckpt.store.wire import check_range, memory_for
+
+if TYPE_CHECKING:
+    import socket
+
+    from _typeshed import WriteableBuffer
+
+__all__ = ["RangeReader"]
+
+# Stores hang up after 20 s and more; what is older may be gone without a word.
+_IDLE_S = 10.0
+# What is read of a refusal: more than its code and its message.
+_REFUSAL_BYTES = 64 * KIB
+
+Signer = Callable[[str, Mapping[str, str]], Mapping[str, str]]
+"""URL and headers of a get → the headers that prove who asks, those given among them."""
+
+
+class RangeReader:
+    """The ranged gets of one bucket."""
+
+    def __init__(
+        self, base_url: str, sign: Signer, *, proof: str, connect_s: float, context: Callable[[], ssl.SSLContext]
+    ) -> None:
+        """Take where the bucket is.
+
+        Args:
+            base_url: what the names in the bucket follow, after a slash.
+            sign: proves who asks; may ask for credentials.
+            proof: the header that only an object's reply has.
+            connect_s: seconds that a connection attempt may take.
+            context: makes what says whose certificates are trusted, once, if the URL is https.
+        """
+        url = urlsplit(base_url)
+        is_tls = url.scheme == "https"
+        self._base_url = base_url
+        self._sign = sign
+        self._proof = proof
+        # As it is signed.
+        self._host = url.netloc.lower().removesuffix(":443" if is_tls else ":80")
+        self._endpoint = Endpoint(
+            host=str(url.hostname),
+            port=url.port or (443 if is_tls else 80),
+            connect_s=connect_s,
+            make_context=cache(context) if is_tls else None,
+        )
+        # A list alone: a signal's handler may come at any moment, and a lock be held then.
+        self._idle: list[tuple[float, Connection]] = []
+        weakref.finalize(self, _close_all, self._idle)
+
+    def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
+        """Read the bytes [start, stop), one or more, in one request; see `Wire.get`.
+
+        Raises:
+            UnsentError: nothing was sent; of an `ssl.SSLCertVerificationError`, if the certificate is not trusted.
+        """
+        memory, head, clock = memory_for(start, stop, into), self._head(name, start, stop), Clock()
+        with _network_errors():
+            connection = self._connection(clock)
+            try:
+                connection.send(head)
+                is_reusable = self._receive(connection, start, stop, memory)
+            except BaseException:
+                connection.close()
+                raise
+        if is_reusable:
+            self._idle.append((time.monotonic(), connection))
+        else:
+            connection.close()
+        return memory
+
+    def close(self) -> None:
+        """Close what is idle; what is in use is closed by its user, or with this object."""
+        _close_all(self._idle)
+
+    def _head(self, name: str, start: int, stop: int) -> bytes:
+        url = f"{self._base_url}/{quote(name, safe='/~')}"
+        with before_sending():
+            signed = self._sign(url, {"Range": f"bytes={start}-{stop - 1}"})
+        # What a gateway may change is not signed.
+        headers = {"Host": self._host, **signed, "Accept-Encoding": "identity", "User-Agent": "cloudckpt"}
+        target = "/" + url.split("/", 3)[3]
+        lines = [f"GET {target} HTTP/1.1", *(f"{key}: {text}" for key, text in headers.items()), "", ""]
+        return "\r\n".join(lines).encode("latin-1")
+
+    def _connection(self, clock: Clock) -> Connection:
+        while self._idle:
+            try:
+                since_s, connection = self._idle.pop()
+            except IndexError:  # another thread has it
+                break
+            if time.monotonic() - since_s < _IDLE_S and connection.is_quiet:
+                connection.clock = clock
+                return connection
+            connection.close()
+        with before_sending(), _network_errors():
+            return self._endpoint.connect(clock)
+
+    def _receive(self, connection: Connection, start: int, stop: int, memory: memoryview) -> bool:
+        """Fill memory with what was asked for; tell whether the connection may carry another request."""
+        reply = http.client.HTTPResponse(cast("socket.socket", _Stream(connection)), method="GET")
+        reply.begin()
+        if reply.status not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
+            raise refusal(reply.status, reply.getheader, _refusal_of(reply))
+        check_object(reply.headers.get(self._proof), reply.headers.get("Content-Type"))
+        length_bytes = stop - start if reply.length is None else reply.length
+        check_range(reply.headers.get("Content-Range", ""), length_bytes, start, stop)
+        filled = 0
+        while filled < memory.nbytes and (count := reply.readinto(memory[filled : filled + MIB])):
+            filled += count
+            note_move(filled)
+        # A reply in chunks is over once one more read has found its end.
+        check_length(filled + (0 if reply.isclosed() else len(reply.read(1))), memory.nbytes)
+        return not reply.will_close
+
+
+class _Stream:
+    """A connection as `http.client` wants to be given one."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        # Not the connection itself: it is closed with the reply, and the connection goes on.
+        return io.BufferedReader(_Reading(self._connection), 16 * KIB)
+
+
+class _Reading(io.RawIOBase):
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self._connection = connection
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, memory: WriteableBuffer) -> int:
+        return self._connection.read(memoryview(memory))
+
+
+@contextmanager
+def _network_errors() -> Iterator[None]:
+    """Raise what the network, or a reply that is none, brings as what `classify` knows."""
+    try:
+        yield
+    except (TimeoutError, ConnectionError, ssl.SSLCertVerificationError):
+        raise
+    except (OSError, http.client.IncompleteRead) as exc:
+        raise ConnectionError(type(exc).__name__) from exc
+    except http.client.HTTPException as exc:
+        raise GarbledReplyError("the reply is no HTTP") from exc
+
+
+def _refusal_of(reply: http.client.HTTPResponse) -> bytes:
+    try:
+        return reply.read(_REFUSAL_BYTES)
+    except (OSError, http.client.HTTPException):  # its status says enough
+        return b""
+
+
+def _close_all(idle: list[tuple[float, Connection]]) -> None:
+    while idle:
+        with suppress(IndexError):  # another thread has it
+            idle.pop()[1].close()
