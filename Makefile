@@ -9,11 +9,13 @@ PINNED := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 INSTALL := -m pip install --quiet --disable-pip-version-check
 # Many tests wait: for deadlines, for other processes. The workers share the servers; a file stays on one worker.
 WORKERS ?= 6
+# Where benchmarks write their results.
+OUT ?= bench-results
 # In the order of collection, which begins with what takes longest (`tests/effort.py`). Each worker imports all tests,
 # which takes it twice as long where what pytest makes of them is not kept.
 PYTEST = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help setup setup-localstack dev demo test test-all test-lowest integrations examples lint check format bench docs
+.PHONY: help setup setup-localstack dev demo test test-all test-lowest integrations examples lint check format bench bench-quick docs
 .PHONY: package servers-up servers-down constraints
 # Two installations into one environment must not meet.
 .NOTPARALLEL:
@@ -24,7 +26,8 @@ help:
 	@echo "make test-lowest                   formats, stores and saves with the oldest libraries that a user may have"
 	@echo "make integrations                  the adapters and all of examples/, with the frameworks that they are for"
 	@echo "make examples [ARGS='-k lightning']  each program of examples/ once, as one starts it from a shell"
-	@echo "make bench [ARGS='--quick']        measure against other ways to save"
+	@echo "make bench [OUT=DIR] [ARGS='--sections peers']  measure beside other ways to save: hours; tables and plots in DIR"
+	@echo "make bench-quick [OUT=DIR]         the same, small, once each: three minutes"
 	@echo "make servers-up | servers-down     SeaweedFS, LocalStack and fake-gcs-server in the background"
 	@echo "make setup | setup-localstack      the environments of the tests; the other targets call them"
 	@echo "make dev                           install what the targets below need, too"
@@ -42,10 +45,9 @@ $(BIN)/pip:
 	$(PINNED) $(BIN)/python $(INSTALL) -e '.[$*]'
 	@touch $@
 
-# Not on every platform is there a wheel of each; a peer that is not there has a row that says so.
-.venv/.ready-peers: pyproject.toml constraints.txt | $(BIN)/pip
-	@$(PINNED) $(BIN)/python $(INSTALL) -e '.[peers]' && touch $@ \
-	|| echo "not installed: s3torchconnector, for the reason above; the other peers are measured without it"
+# Not on every platform is there a wheel of each; a peer that is not there has a row that says so, and why.
+.venv/.ready-peers: pyproject.toml constraints.txt benchmarks/peers/install.py | $(BIN)/pip
+	@$(PINNED) $(BIN)/python benchmarks/peers/install.py && touch $@
 
 $(LOCALSTACK_READY): localstack/requirements.txt
 	@test -x $(LOCALSTACK_VENV)/bin/pip || $(PYTHON) -m venv $(LOCALSTACK_VENV)
@@ -91,7 +93,10 @@ examples: .venv-integrations/.ready
 	.venv-integrations/bin/python -m pytest tests/integrations/test_examples.py -v $(ARGS)
 
 bench: .venv/.ready-bench .venv/.ready-peers
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python benchmarks/run.py --out '$(OUT)' $(ARGS)
+
+bench-quick: .venv/.ready-bench .venv/.ready-peers
+	$(BIN)/python benchmarks/run.py --quick --out '$(OUT)' $(ARGS)
 
 # Against the empty tree git checks every line: for what a merge left open, and for blanks at ends.
 lint: dev

@@ -83,7 +83,7 @@ def _cases(options: argparse.Namespace) -> list[Case]:
                 section="asked",
                 target=target,
                 state=state,
-                size_bytes=options.size or (plan.MIB * 64 if options.quick else STATES[state].usual_bytes),
+                size_bytes=options.size or (plan.QUICK_BYTES if options.quick else STATES[state].usual_bytes),
                 ranks=int(ranks),
                 layout=options.layout or "fsdp",
                 latency_ms=options.latency_ms,
@@ -159,7 +159,7 @@ def _take_turn(row: Row, case: Case, target: Target, *, is_cold: bool) -> None:
 
 
 def _write(all_results: Sequence[Results], told: str, command: Sequence[str], options: argparse.Namespace) -> None:
-    """Write all that was measured so far: JSON, Markdown, and a plot for each case and curve."""
+    """Write all that was measured so far as JSON and Markdown, and plots of the newest case and its curve."""
     options.out.mkdir(parents=True, exist_ok=True)
     prices = {scheme: _prices_of(scheme, options) for scheme in ("s3", "gs")}
     document = {
@@ -175,12 +175,14 @@ def _write(all_results: Sequence[Results], told: str, command: Sequence[str], op
     parts += [f"- prices of {scheme}: {one.source or 'given'}" for scheme, one in prices.items()]
     for results in all_results:
         name = f"{results.case.name}.svg"
-        draw_bars(results, options.out / name)
+        if results is all_results[-1]:
+            draw_bars(results, options.out / name)
         command_line = shlex.join(["python", "benchmarks/run.py", *results.case.words])
         parts += [table(results, _prices(results.case, options)), f"![]({name})", f"`{command_line}`"]
     for section, target, points in _curves(all_results):
         name = f"curve-{section}-{target}.svg"
-        draw_curve(section, points, options.out / name)
+        if all_results[-1] in points:
+            draw_curve(section, points, options.out / name)
         parts += [curve_table(section, target, points), f"![]({name})"]
     goals = _with_goals(all_results, options)
     parts += [goals_table(goals)] if goals else []

@@ -12,7 +12,6 @@ child begins with nothing.
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import threading
 from collections import deque
@@ -25,7 +24,7 @@ from typing import Self
 from cloudckpt.errors import CloudCkptError
 from cloudckpt.keys import MANIFEST_NAME, SHARD_SUFFIX, index_key, parse_checkpoint_prefix
 from cloudckpt.options import Options
-from cloudckpt.store import Listing, ObjectInfo, RetryingStore, Store, open_store
+from cloudckpt.store import Listing, ObjectInfo, RetryingStore, Store, new_memory, open_store
 from cloudckpt.threads import new_lock, started
 
 __all__ = ["Ahead", "Prefetch", "prefetch"]
@@ -243,7 +242,7 @@ class Prefetch:
         """Read one piece after the other, until somebody asks: then what is not begun is the restore's own."""
         while (piece := self._next()) is not None:
             try:
-                memory = _fresh(piece.stop - piece.start)
+                memory = memoryview(new_memory(piece.stop - piece.start))
                 data = self._store.get(piece.key, start=piece.start, stop=piece.stop, into=memory)
             except BaseException:
                 self._note(piece, None)
@@ -303,14 +302,6 @@ class Prefetch:
 
     def _within(self, key: str, start: int, stop: int) -> list[_Piece]:
         return [one for one in self._pieces.get(key, ()) if max(start, one.start) < min(stop, one.stop)]
-
-
-def _fresh(size_bytes: int) -> memoryview:
-    """Return memory that nobody has touched, in huge pages where the kernel has some: faults cost more than copies."""
-    memory = mmap.mmap(-1, size_bytes)
-    with suppress(AttributeError, OSError):  # not on each system
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
 
 
 def _by_number(name: str) -> tuple[str, str]:

@@ -7,23 +7,20 @@ over, unless making new ones is what it measures. Knows nothing of clocks, proce
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Protocol
 
+from benchmarks.peers.install import NOT_INSTALLED
 from benchmarks.shared.states import State
 
-__all__ = ["ANYWHERE", "LOCAL", "NOT_INSTALLED", "REMOTE", "S3", "Calls", "Opened", "Peer", "Place", "copied"]
+__all__ = ["ANYWHERE", "LOCAL", "REMOTE", "S3", "Calls", "Opened", "Peer", "Place", "copied"]
 
 LOCAL = frozenset({""})
 S3 = frozenset({"s3"})
 REMOTE = frozenset({"s3", "gs"})
 ANYWHERE = LOCAL | REMOTE
-# What `install.py` could not install, and why.
-NOT_INSTALLED = Path(sys.prefix) / "peers-not-installed.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

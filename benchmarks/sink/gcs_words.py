@@ -32,6 +32,7 @@ __all__ = [
 
 _PATH = re.compile(r"/(?:(download|upload)/)?storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?/?\Z")
 _REWRITE = re.compile(r"(.+)/rewriteTo/b/([^/]+)/o/(.+)\Z")
+_MOVE = re.compile(r"(.+)/moveTo/o/(.+)\Z")
 _BOUNDARY = re.compile(r'boundary="?([^";]+)"?')
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 _RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)\Z")
@@ -40,11 +41,12 @@ _PAGE_NAMES = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GcsName:
-    """What a request is about; `key` is "" for a bucket, `into` where a rewrite goes."""
+    """What a request is about; `key` is "" for a bucket, `into` where a rewrite or a move goes."""
 
     bucket: str
     key: str
     is_upload: bool = False
+    is_move: bool = False
     into: tuple[str, str] | None = None
 
 
@@ -57,13 +59,16 @@ def gcs_name_of(request: Request) -> GcsName | None:
     rewrite = _REWRITE.match(key or "") if request.method == "POST" else None
     if rewrite:
         return GcsName(bucket=bucket, key=rewrite[1], into=(rewrite[2], rewrite[3]))
+    move = _MOVE.match(key or "") if request.method == "POST" else None
+    if move:
+        return GcsName(bucket=bucket, key=move[1], into=(bucket, move[2]), is_move=True)
     return GcsName(bucket=bucket, key=key or request.query.get("name", ""), is_upload=api == "upload")
 
 
 def gcs_operation_of(request: Request, name: GcsName) -> str:
     """Name the operation that a request asks for, or `Other`."""
     if name.into:
-        return "objects.rewrite"
+        return "objects.move" if name.is_move else "objects.rewrite"
     if name.is_upload:
         kind = request.query.get("uploadType", "")
         if "upload_id" in request.query:

@@ -3,10 +3,10 @@
 It hashes no more than 1 MiB, whose ETag is their MD5 as S3's is, and checks no signature; every bucket name exists;
 objects live in an `Arena`. What it answers is S3's: put (also `If-None-Match: *`), ranged get, head, ListObjectsV2 with
 delimiter and pages, delete, bulk delete, copy and multipart upload; and GCS's insert (media, multipart, resumable),
-get, list, delete and rewrite. With a certificate it answers behind TLS, too, at a second port. Beside that, uncounted:
-`GET /_stats` tells the requests by operation, `GET /_objects` the size of each object, `POST /_reset` zeroes the
-counts, `POST /_clear` drops the objects too. Loopback only: it is a measuring instrument, not a store; bytes may change
-under a reader whose object is removed while it reads.
+get, list, delete, move and rewrite. With a certificate it answers behind TLS, too, at a second port. Beside that,
+uncounted: `GET /_stats` tells the requests by operation, `GET /_objects` the size of each object, `POST /_reset` zeroes
+the counts, `POST /_clear` drops the objects too. Loopback only: it is a measuring instrument, not a store; bytes may
+change under a reader whose object is removed while it reads.
 
     python benchmarks/sink/server.py --port 9555 --memory 4GiB --latency-ms 20 --mb-per-s 90
 
@@ -74,7 +74,7 @@ _HASHED_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """One request with its payload, which already lies in the arena; `into` is where a rewrite goes."""
+    """One request with its payload, which already lies in the arena; `into` is where a rewrite or a move goes."""
 
     request: Request
     bucket: str
@@ -390,6 +390,15 @@ class Sink:
         self._find(call.name)
         return self.delete(call)
 
+    def gcs_move(self, call: _Call) -> Answer:
+        body, into = self._find(call.name), call.into or call.name
+        self._publish(call, body, into)
+        with self._lock:
+            if into != call.name:
+                self._objects.pop(call.name, None)
+            self._keys = None
+        return answer_resource(*into, body)
+
     def gcs_rewrite(self, call: _Call) -> Answer:
         body, into = self._copied(call.name), call.into or call.name
         self._publish(call, body, into)
@@ -430,6 +439,7 @@ _VERBS: Mapping[str, Callable[[Sink, _Call], Answer]] = {
     "objects.list": Sink.gcs_list,
     "objects.delete": Sink.gcs_delete,
     "objects.rewrite": Sink.gcs_rewrite,
+    "objects.move": Sink.gcs_move,
     "buckets.get": Sink.gcs_describe_bucket,
     "Other": Sink.refuse,
 }

@@ -8,6 +8,7 @@ interpreter lock. Knows nothing of S3's verbs. One thread per connection.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ __all__ = ["Answer", "Connection", "Gate", "Link", "Reader", "Request", "Source"
 _HEAD_LIMIT_BYTES = 64 * 1024
 _SLICE_BYTES = 256 * 1024
 _SOCKET_BYTES = 256 * 1024
+_SERVER = re.compile(r"\Ahttps?://[^/?]*")
 _BURST_S = 0.01  # sleeps end late; what was missed for so long may be caught up
 _REASONS = {
     200: "OK",
@@ -306,7 +308,8 @@ def _is_aws_chunked(headers: Mapping[str, str]) -> bool:
 def _parse_head(head: str) -> Request:
     start, *lines = head.split("\r\n")
     method, target, _ = start.split(" ", 2)
-    path, _, query = target.partition("?")
+    # Some clients name the server here as well, as they may.
+    path, _, query = _SERVER.sub("", target).partition("?")
     headers = (line.partition(":") for line in lines)
     return Request(
         method=method,

@@ -10,7 +10,7 @@ __all__ = ["cost_of"]
 # By how S3 and GCS charge for them; what is in neither (deletes, aborts) is free.
 _WRITES = frozenset(
     {"PutObject", "CopyObject", "ListObjectsV2", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"}
-    | {"CreateBucket", "objects.insert", "objects.insert (begin)", "objects.list", "objects.rewrite"}
+    | {"CreateBucket", "objects.insert", "objects.insert (begin)", "objects.list", "objects.rewrite", "objects.move"}
 )
 # The chunks of a resumable upload belong to the request that began it.
 _FREE = frozenset({"DeleteObject", "DeleteObjects", "AbortMultipartUpload", "objects.delete", "objects.insert (chunk)"})

@@ -11,7 +11,7 @@ from benchmarks.shared.states import STATES
 from benchmarks.shared.targets import TARGETS
 from benchmarks.shared.units import format_bytes
 
-__all__ = ["CURVES", "SECTIONS", "Axis", "Case", "quick", "whole"]
+__all__ = ["CURVES", "QUICK_BYTES", "SECTIONS", "Axis", "Case", "quick", "whole"]
 
 Axis = Literal["size_bytes", "tensors", "ranks", "latency_ms"]
 
@@ -36,11 +36,14 @@ _BEST = {
     "gs": ("cloudckpt-fsspec", STOCK, "dcp-threads", "raw-fsspec"),
     "": ("cloudckpt", STOCK, "dcp-threads", "torch-fsync", "raw-disk"),
 }
+# A process costs three seconds of imports and warm-up, a pair of them a peer: so many fit into three minutes.
 _QUICK = {
-    "s3": ("cloudckpt-obstore", "cloudckpt-fsspec", STOCK, CONNECTOR, "torch-fsspec", "raw-obstore"),
-    "gs": ("cloudckpt-fsspec", STOCK),
-    "": ("cloudckpt", STOCK, "torch", "safetensors", "raw-disk"),
+    "s3sink": ("cloudckpt-obstore", "cloudckpt-fsspec", STOCK, CONNECTOR, "raw-obstore"),
+    "local": ("cloudckpt", STOCK, "torch", "safetensors"),
+    "s3tls": ("cloudckpt-obstore", STOCK),
+    "gcssink": ("cloudckpt-fsspec",),
 }
+QUICK_BYTES = 32 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,19 +122,15 @@ def whole() -> Iterator[Case]:
         yield Case(section="latency", target="s3sink", size_bytes=_CURVE_BYTES, latency_ms=latency_ms, peers=peers)
 
 
-def quick(size_bytes: int = 64 * MIB) -> Iterator[Case]:
+def quick(size_bytes: int = QUICK_BYTES) -> Iterator[Case]:
     """Yield a few cases of each kind, small: does everything run, and where about are the numbers?"""
-    for target in ("s3sink", "local", "s3tls", "gcssink"):
-        names = _QUICK[TARGETS[target].scheme]
-        yield Case(
-            section="peers", target=target, size_bytes=size_bytes, peers=names[::2] if target == "s3tls" else names
-        )
-    pair = ("cloudckpt-obstore", STOCK)
-    yield Case(section="states", target="s3sink", state="lora", size_bytes=size_bytes, peers=pair)
-    yield Case(section="ranks", target="s3sink", size_bytes=size_bytes, ranks=2, peers=pair)
+    for target, peers in _QUICK.items():
+        yield Case(section="peers", target=target, size_bytes=size_bytes, peers=peers)
+    ours = ("cloudckpt-obstore",)
+    yield Case(section="ranks", target="s3sink", size_bytes=size_bytes, ranks=2, peers=(*ours, STOCK))
     for state in ("tensors-100", "tensors-1000"):
-        yield Case(section="tensors", target="s3sink", state=state, size_bytes=size_bytes, peers=pair)
-    yield Case(section="latency", target="s3sink", size_bytes=size_bytes, latency_ms=20.0, peers=pair)
+        yield Case(section="tensors", target="s3sink", state=state, size_bytes=size_bytes, peers=ours)
+    yield Case(section="latency", target="s3sink", size_bytes=size_bytes, latency_ms=20.0, peers=ours)
 
 
 def _best(target: str) -> tuple[str, ...]:

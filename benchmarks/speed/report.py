@@ -117,7 +117,7 @@ def _cells(results: Results, row: Row, op: str, prices: Prices | None) -> list[s
 
 def _cost_cell(runs: Iterable[Measurement], prices: Prices) -> str:
     costs = [cost for run in runs if (cost := cost_of(run, prices)) is not None]
-    return f"{median(costs) * 1000:.2f}" if costs else "–"
+    return f"{median(costs) * 1000:.3g}" if costs else "–"
 
 
 def _rate_cell(rates: Sequence[float]) -> str:

@@ -33,8 +33,8 @@ def report(
         Path | None,
         typer.Option(
             metavar="FILE.json",
-            help='The store\'s prices: {"storage_gib_month": 0.023, "writes_1000": 0.005, "currency": "USD", '
-            '"source": "…"}; else the usual ones of S3 and GCS.',
+            help='The store\'s prices: {"storage_gib_month": 0.023, "writes_1000": 0.005, "reads_1000": '
+            '0.0004, "sent_gib": 0.0, "currency": "USD", "source": "…"}; else the usual ones of S3 and GCS.',
         ),
     ] = None,
     mtbf: Annotated[

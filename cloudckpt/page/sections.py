@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from statistics import fmean
 
+from cloudckpt.options import Options
 from cloudckpt.page.charts import PHASES, bars_of_bytes, bars_of_seconds, lanes, metric_curve
 from cloudckpt.page.history import Break, Facts, Job, Save, claimed_at
 from cloudckpt.page.markup import Child, Html, tag
@@ -271,7 +272,8 @@ def _cost(run: Run) -> Html:
     rows += [
         ("Storage, a month as it stands", money(run.total_bytes / 2**30 * prices.storage_gib_month, prices.currency)),
         ("Storage so far of what is there", money(gib_months * prices.storage_gib_month, prices.currency)),
-        ("Requests of its saves, about", money(writes / 1_000 * prices.writes_1000, prices.currency)),
+        ("Requests of its saves, about", money(prices.cost(writes=writes, reads=0), prices.currency)),
+        *(_restore_cost(saves[-1], prices) if saves else []),
         ("Prices", _prices(prices)),
     ]
     note = "Prices depend on region, class and contract, and change: --prices FILE.json takes yours. Not in it: what "
@@ -279,17 +281,28 @@ def _cost(run: Run) -> Html:
         title,
         pairs(rows),
         _note(
-            f"{note}was removed, what retention asks after each commit, retries of other ranks, restores, reads by "
-            "others, and traffic out of the region."
+            f"{note}was removed, what retention asks after each commit, retries of other ranks, restores, and reads by "
+            "others."
         ),
     )
 
 
+def _restore_cost(save: Save, prices: Prices) -> list[tuple[str, str]]:
+    """Say what it takes to restore a checkpoint once: a listing, its records, and each byte of its shards once."""
+    size_bytes, shards = save.checkpoint.total_bytes, save.checkpoint.manifest.shard_count
+    reads = 2 + shards + size_bytes // Options().span_bytes
+    cost = money(prices.cost(writes=1, reads=reads, sent_bytes=size_bytes), prices.currency)
+    return [("A restore of the newest, about", f"{cost}: {reads:,} reads and {as_bytes(size_bytes)}")]
+
+
 def _prices(prices: Prices) -> str:
-    return (
-        f"{prices.storage_gib_month:g} {prices.currency} for a GiB and month, {prices.writes_1000:g} {prices.currency} "
-        f"for 1,000 writes: {prices.source or 'given'}"
-    )
+    told = [
+        f"{prices.storage_gib_month:g} {prices.currency} for a GiB and month",
+        f"{prices.writes_1000:g} {prices.currency} for 1,000 writes",
+        *([f"{prices.reads_1000:g} {prices.currency} for 1,000 reads"] if prices.reads_1000 else []),
+        *([f"{prices.sent_gib:g} {prices.currency} for a GiB that it sends"] if prices.sent_gib else []),
+    ]
+    return f"{', '.join(told)}: {prices.source or 'given'}"
 
 
 def _age_s(run: Run, save: Save) -> float:

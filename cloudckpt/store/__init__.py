@@ -7,7 +7,7 @@ errors; the one layer around it is the only place that tries again. No cloud lib
 from cloudckpt.store.aside import undisturbed
 from cloudckpt.store.assembling import Place, appended, assembled, refuse_beyond_one_put
 from cloudckpt.store.base import Listing, ObjectInfo, Store, check_key, is_key
-from cloudckpt.store.buffers import HUGE_BYTES, joined, new_memory
+from cloudckpt.store.buffers import joined, new_memory
 from cloudckpt.store.limit import LeftBehindError, note_move, one_deadline, told_of_moves, watched
 from cloudckpt.store.local import scrub
 from cloudckpt.store.location import TEXT_OPTIONS, local_path
@@ -19,7 +19,6 @@ from cloudckpt.store.retrying import RetryingStore
 from cloudckpt.store.stats import StoreStats
 
 __all__ = [
-    "HUGE_BYTES",
     "PROVEN_BYTES",
     "TEXT_OPTIONS",
     "LeftBehindError",

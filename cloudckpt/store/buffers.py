@@ -7,6 +7,7 @@ and what it fills.
 from __future__ import annotations
 
 import mmap
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 
@@ -15,7 +16,6 @@ from cloudckpt.options import KIB, MIB
 from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
 
 __all__ = [
-    "HUGE_BYTES",
     "check_destination",
     "check_end",
     "check_length",
@@ -27,12 +27,8 @@ __all__ = [
     "place",
 ]
 
-HUGE_BYTES = 2 * MIB
-"""A huge page of the kernel's."""
-
 # Linux's; Python names it not.
 _WIPE_ON_FORK = 18
-
 # 64 KiB to 4 MiB were measured on loopback: 1 MiB carries 2.7 GB/s, 64 KiB 2.0, 4 MiB 1.5 (asyncio copies the rest).
 _STEP_BYTES = MIB
 # A system call for each view of a few KiB costs more than copying them: 0.6 GB/s, where joined views carry 1.1.
@@ -40,21 +36,19 @@ _SMALL_BYTES = 64 * KIB
 
 
 def new_memory(size_bytes: int) -> mmap.mmap:
-    """Return so many bytes from the kernel, all 0, in huge pages where it has some; nobody else's, a child's neither.
+    """Return so many bytes from the kernel, all 0, in whole pages; a forked child finds zeros there, and none of them.
 
     They cost nothing until they are touched, and go back once nobody has a view of them: what malloc has is kept in one
     arena per thread, so that eight threads with 16 MiB each would hold hundreds of MiB.
     """
-    # Private, since what processes may share is given in small pages, whose first touch takes ten times as long: 0.6
-    # and 0.06 s for a GiB. A child would write to what its parent sends, too, by what it has inherited.
+    # Private, since what processes may share costs half as much again to touch, twice as much to give back, and a child
+    # would write to what its parent sends. Not in huge pages: each took 0.1 ms to touch or, where the host of a virtual
+    # machine had taken free memory back, 20 ms; 512 small ones took 0.9.
     memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # Else the parent would copy each page that it writes to while a child lives, and both would hold it.
-    wanted = [_WIPE_ON_FORK] if hasattr(mmap, "MADV_DONTFORK") else []
-    if size_bytes >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
-        wanted.append(mmap.MADV_HUGEPAGE)
-    for advice in wanted:
+    if sys.platform == "linux":
+        # Else the parent would copy each page that it writes to while a child lives, and both would hold it.
         with suppress(OSError):  # a kernel without it
-            memory.madvise(advice)
+            memory.madvise(_WIPE_ON_FORK)
     return memory
 
 

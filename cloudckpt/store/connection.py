@@ -30,8 +30,9 @@ T = TypeVar("T")
 
 # How long the kernel waits before limits and signals are looked at.
 _LOOK_S = 0.1
-# What one call of the kernel's brings, so that Python's part of it does not count.
-_PIECE_BYTES = MIB
+# What one call of the kernel's may bring. It takes what is there: to have it wait for a MiB made both ends slower, as
+# what has come by then is in no cache any more.
+_PIECE_BYTES = 4 * MIB
 # Whoever asks for less reads a head, whose end nobody knows.
 _HEAD_BYTES = 16 * KIB
 # Many records of TLS for one call of the kernel's, still in the cache when they are decrypted.
@@ -137,16 +138,14 @@ class Connection:
         self._socket = sock
         sock.settimeout(None)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # The kernel waits itself: without `select`, a piece is one call.
+        # The kernel waits itself: a timeout of Python's is one more call for each that reads.
         wait = struct.pack("@ll", 0, int(_LOOK_S * 1e6))
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
 
     def read(self, memory: memoryview) -> int:
         """Read into memory, one byte or more; return how many, 0 at the end."""
-        view = memory[:_PIECE_BYTES]
-        # A body is asked for as far as it goes and no further, so that it can be waited for.
-        return self._receive(view, socket.MSG_WAITALL if view.nbytes > _HEAD_BYTES else 0)
+        return self._receive(memory[:_PIECE_BYTES])
 
     def send(self, data: bytes) -> None:
         """Send all of it."""
@@ -168,10 +167,10 @@ class Connection:
         """Close it."""
         self._socket.close()
 
-    def _receive(self, view: memoryview, flags: int = 0) -> int:
+    def _receive(self, view: memoryview) -> int:
         while True:
             try:
-                count = self._socket.recv_into(view, 0, flags)
+                count = self._socket.recv_into(view)
             except BlockingIOError:
                 self.clock.check()
             else:

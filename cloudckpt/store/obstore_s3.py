@@ -221,7 +221,7 @@ def _ranges(
     return RangeReader(
         origin if where["virtual_hosted_style_request"] else f"{origin}/{bucket}",
         sign,
-        proof="ETag",
+        proof="etag",
         connect_s=retry.connect_timeout_s,
         context=partial(_trusting, _verify(session, options)),
     )

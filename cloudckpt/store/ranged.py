@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, cast
 from urllib.parse import quote, urlsplit
 
 from cloudckpt.options import KIB, MIB
-from cloudckpt.store.buffers import check_length
+from cloudckpt.store.buffers import check_length, place
 from cloudckpt.store.connection import Clock, Connection, Endpoint
-from cloudckpt.store.facts import GarbledReplyError, before_sending, refusal
+from cloudckpt.store.facts import BodyLengthError, GarbledReplyError, before_sending, refusal
 from cloudckpt.store.limit import note_move
 from cloudckpt.store.proof import check_object
 from cloudckpt.store.wire import check_range, memory_for
@@ -40,6 +40,10 @@ __all__ = ["RangeReader"]
 _IDLE_S = 10.0
 # What is read of a refusal: more than its code and its message.
 _REFUSAL_BYTES = 64 * KIB
+# More than the head of an object's reply: what comes of the body with it is copied once more.
+_HEAD_BYTES = 4 * KIB
+_BLANK_LINE = b"\r\n\r\n"
+_ANSWERS = ("HTTP/1.1 206", "HTTP/1.1 200")
 
 Signer = Callable[[str, Mapping[str, str]], Mapping[str, str]]
 """URL and headers of a get → the headers that prove who asks, those given among them."""
@@ -56,7 +60,7 @@ class RangeReader:
         Args:
             base_url: what the names in the bucket follow, after a slash.
             sign: proves who asks; may ask for credentials.
-            proof: the header that only an object's reply has.
+            proof: the header, in lower case, that only an object's reply has.
             connect_s: seconds that a connection attempt may take.
             context: makes what says whose certificates are trusted, once, if the URL is https.
         """
@@ -127,43 +131,82 @@ class RangeReader:
 
     def _receive(self, connection: Connection, start: int, stop: int, memory: memoryview) -> bool:
         """Fill memory with what was asked for; tell whether the connection may carry another request."""
-        reply = http.client.HTTPResponse(cast("socket.socket", _Stream(connection)), method="GET")
+        came = _until_blank_line(connection)
+        head, _, ahead = came.partition(_BLANK_LINE)
+        headers = _plain_headers(head)
+        if headers is None:
+            return self._receive_other(_Coming(came, connection), start, stop, memory)
+        self._check(headers.get, int(headers["content-length"]), start, stop)
+        filled = place(ahead, memory, 0)
+        while filled < memory.nbytes:
+            if not (count := connection.read(memory[filled:])):
+                raise BodyLengthError(filled, memory.nbytes)
+            filled += count
+            note_move(filled)
+        return headers.get("connection", "").lower() != "close"
+
+    def _receive_other(self, coming: _Coming, start: int, stop: int, memory: memoryview) -> bool:
+        """The same of what is no plain reply: a refusal, one in chunks or without a length, one that others precede."""
+        reply = http.client.HTTPResponse(cast("socket.socket", coming), method="GET")
         reply.begin()
         if reply.status not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
             raise refusal(reply.status, reply.getheader, _refusal_of(reply))
-        check_object(reply.headers.get(self._proof), reply.headers.get("Content-Type"))
-        length_bytes = stop - start if reply.length is None else reply.length
-        check_range(reply.headers.get("Content-Range", ""), length_bytes, start, stop)
+        self._check(reply.getheader, stop - start if reply.length is None else reply.length, start, stop)
         filled = 0
         while filled < memory.nbytes and (count := reply.readinto(memory[filled : filled + MIB])):
             filled += count
             note_move(filled)
-        # A reply in chunks is over once one more read has found its end.
+        # One in chunks is over once one more read has found its end.
         check_length(filled + (0 if reply.isclosed() else len(reply.read(1))), memory.nbytes)
         return not reply.will_close
 
+    def _check(self, header: Callable[[str], str | None], length_bytes: int, start: int, stop: int) -> None:
+        check_object(header(self._proof), header("content-type"))
+        check_range(header("content-range") or "", length_bytes, start, stop)
 
-class _Stream:
-    """A connection as `http.client` wants to be given one."""
 
-    def __init__(self, connection: Connection) -> None:
+def _until_blank_line(connection: Connection) -> bytes:
+    """Return what has come once the head of a reply is whole, and perhaps the begin of its body."""
+    piece = memoryview(bytearray(_HEAD_BYTES))
+    came = b""
+    while _BLANK_LINE not in came:
+        if not (count := connection.read(piece)):
+            raise ConnectionResetError("the connection ended before a reply")
+        came += piece[:count]
+        if len(came) > _REFUSAL_BYTES or not came.startswith(b"HTTP/"[: len(came)]):
+            raise GarbledReplyError("the reply is no HTTP")
+    return came
+
+
+def _plain_headers(head: bytes) -> dict[str, str] | None:
+    """Return the headers, by lower-case names, of a reply with a body of a known length that refuses nothing."""
+    first, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): text.strip() for name, _, text in (line.partition(":") for line in lines)}
+    is_plain = first.startswith(_ANSWERS) and "transfer-encoding" not in headers
+    return headers if is_plain and headers.get("content-length", "").isdecimal() else None
+
+
+class _Coming(io.RawIOBase):
+    """What has come, and then what a connection brings, as `http.client` wants to be given it."""
+
+    def __init__(self, came: bytes, connection: Connection) -> None:
+        super().__init__()
+        self._came = came
         self._connection = connection
 
     def makefile(self, _mode: str) -> io.BufferedReader:
-        # Not the connection itself: it is closed with the reply, and the connection goes on.
-        return io.BufferedReader(_Reading(self._connection), 16 * KIB)
-
-
-class _Reading(io.RawIOBase):
-    def __init__(self, connection: Connection) -> None:
-        super().__init__()
-        self._connection = connection
+        return io.BufferedReader(self)
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, memory: WriteableBuffer) -> int:
-        return self._connection.read(memoryview(memory))
+        view = memoryview(memory)
+        if not self._came:
+            return self._connection.read(view)
+        count = min(len(self._came), view.nbytes)
+        view[:count], self._came = self._came[:count], self._came[count:]
+        return count
 
 
 @contextmanager

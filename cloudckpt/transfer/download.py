@@ -11,6 +11,7 @@ invariants 12 and 15.
 from __future__ import annotations
 
 import logging
+import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from cloudckpt.errors import (
     StorageError,
 )
 from cloudckpt.format import Span, verify_blocks
-from cloudckpt.store import Store, one_deadline
+from cloudckpt.store import Store, new_memory, one_deadline
 from cloudckpt.transfer.pool import AbandonedError, Budget, Watch, Work, run_all
 
 __all__ = ["Fetch", "ShardSource", "download", "read_verified"]
@@ -86,20 +87,20 @@ class _ReadBuffer(threading.local):
     """
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._buffer: mmap.mmap | None = None
         self._is_wanted = True
 
     def take(self, size_bytes: int) -> memoryview | None:
         if not self._is_wanted:
             return None
-        if len(self._buffer) < size_bytes:
-            self._buffer = bytearray(size_bytes)
+        if self._buffer is None or len(self._buffer) < size_bytes:
+            self._buffer = new_memory(size_bytes)
         return memoryview(self._buffer)[:size_bytes]
 
     def note(self, offered: memoryview | None, returned: memoryview) -> None:
         if offered is not None and returned.obj is not self._buffer:
             self._is_wanted = False
-            self._buffer = bytearray()
+            self._buffer = None
 
 
 @dataclass(frozen=True, slots=True)

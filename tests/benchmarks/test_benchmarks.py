@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 from benchmarks import run
 from benchmarks.peers import PEERS, Place, kinds
+from benchmarks.peers.install import install
 from benchmarks.shared.states import STATES, Shapes, blank, build, bytes_of, differences
 from benchmarks.shared.targets import TARGETS, Ground, Target, open_target
 from benchmarks.shared.units import parse_bytes
@@ -104,11 +105,21 @@ def test_sink_answers_a_range_with_its_bytes_alone(s3: Any, wanted: str, found: 
     assert read(s3, "digits", Range=wanted) == found
 
 
-def test_sink_answers_a_signed_url(s3: Any) -> None:
+def test_sink_answers_a_signed_url(sink: SinkClient, s3: Any) -> None:
     s3.put_object(Bucket=BUCKET, Key="digits", Body=b"0123456789")
-    url = s3.generate_presigned_url("get_object", Params={"Bucket": BUCKET, "Key": "digits"})
+    client = s3_client(sink, signature_version="s3v4")
+    url = client.generate_presigned_url("get_object", Params={"Bucket": BUCKET, "Key": "digits"})
+    client.close()
     with urlopen(url) as reply:
         assert reply.read() == b"0123456789"
+
+
+def test_sink_answers_a_request_that_names_the_server_with_the_path(sink: SinkClient, s3: Any) -> None:
+    s3.put_object(Bucket=BUCKET, Key="digits", Body=b"0123456789")
+    connection = http.client.HTTPConnection(urlsplit(sink.endpoint_url).netloc)
+    connection.request("GET", f"{sink.endpoint_url}/bench/digits")
+    assert connection.getresponse().read() == b"0123456789"
+    connection.close()
 
 
 def test_sink_refuses_a_range_behind_the_end(s3: Any) -> None:
@@ -292,8 +303,10 @@ def test_gcs_sink_lists_renames_and_deletes(gcs: Any, sink: SinkClient) -> None:
     assert sorted(gcs.ls("bench/a", detail=False)) == ["bench/a/1", "bench/a/b"]
     assert gcs.cat_file("bench/a/b/2", start=1, end=3) == b"/b"
     gcs.mv("bench/c", "bench/d")
+    gcs.cp_file("bench/d", "bench/e")
     gcs.rm_file("bench/a/1")
-    assert sink.objects() == {"bench/a/b/2": 5, "bench/d": 1}
+    assert sink.objects() == {"bench/a/b/2": 5, "bench/d": 1, "bench/e": 1}
+    assert sink.stats().requests["objects.move"] == 1
     with pytest.raises(FileNotFoundError):
         gcs.cat_file("bench/a/1")
 
@@ -529,7 +542,7 @@ def test_what_a_save_costs_is_its_requests_and_what_the_store_sends_by_the_users
     assert cost_of(replace(took(1), requests=None), prices_from(path)) is None
     lines = table(results_of(ours_s=0.5), prices_from(path)).splitlines()
     assert lines[2].endswith("| requests | bytes × | EUR per 1,000 |")
-    assert lines[5].endswith("| 3 | – | 6.00 |")
+    assert lines[5].endswith("| 3 | – | 6 |")
 
 
 def test_an_unknown_peer_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -558,6 +571,17 @@ def test_what_could_not_be_installed_is_named_with_the_reason(tmp_path: Path, mo
     monkeypatch.setattr(kinds, "NOT_INSTALLED", told)
     peer = replace(PEERS["safetensors"], package="no_such_package")
     assert peer.row_title.endswith("not installed: no_such_package (no wheel for this Python)")
+
+
+def test_a_package_that_cannot_be_installed_keeps_none_from_the_others() -> None:
+    asked: list[str] = []
+
+    def pip(requirement: str) -> tuple[int, str]:
+        asked.append(requirement)
+        return (1, "building\nERROR: no wheel\nhint") if requirement.startswith("bad") else (0, "")
+
+    assert install(["one>=1", "bad_peer>=2", "two"], pip) == {"bad-peer": "ERROR: no wheel"}
+    assert asked == ["one>=1", "bad_peer>=2", "two"]
 
 
 def took(seconds: float, extra_bytes: int = 0) -> Measurement:

@@ -9,6 +9,7 @@ from benchmarks import first_step
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.usefixtures("forked_measurements")
 def test_each_way_is_a_row_beside_the_links_time(capsys: pytest.CaptureFixture[str]) -> None:
     assert first_step.main(["--quick", "--target", "s3sink"]) == 0
     told = capsys.readouterr().out

@@ -19,6 +19,7 @@ from cloudckpt import CheckpointManager, Options, OptionsError, Prefetch
 from cloudckpt.ahead import Ahead
 from cloudckpt.options import KIB
 from cloudckpt.store import RetryingStore
+from raw_access import FreshPrefix
 from tests.store.fault_store import Bucket, FaultKind, FaultStore, Op, denied
 from tests.test_import import modules_after
 
@@ -221,6 +222,18 @@ def test_a_load_of_one_checkpoint_has_its_bytes_from_there(tmp_path: Path) -> No
         state = new_state(0)
         cloudckpt.load(state, tmp_path / "c")
         assert (before > 3 * 1500 * 4, held.held_bytes, same(state, new_state(1))) == (True, 0, True)
+
+
+def test_it_reads_from_a_real_server_over_a_connection_that_the_restore_shares(s3_url: FreshPrefix) -> None:
+    options = s3_url.storage_options
+    with CheckpointManager(s3_url.url, storage_options=options, options=SMALL) as manager:
+        manager.save(1, new_state(1))
+    with cloudckpt.prefetch(s3_url.url, storage_options=options, options=SMALL) as held:
+        assert held.wait(WAIT_S)
+        before, found = held.held_bytes, new_state(0)
+        with CheckpointManager(s3_url.url, storage_options=options, options=SMALL) as manager:
+            manager.restore(found, wait=["w"])
+        assert (before > 3 * 1500 * 4, held.held_bytes, same(found, new_state(1))) == (True, 0, True)
 
 
 def test_a_checkpoint_whose_shards_others_hold_is_found_as_without(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import torch
 from typer.testing import CliRunner
 
 import cloudckpt
-from cloudckpt import CheckpointManager, CheckpointNotFoundError, OptionsError
+from cloudckpt import CheckpointManager, CheckpointNotFoundError, Options, OptionsError
 from cloudckpt.cli import app
 from cloudckpt.page import Prices, page_of, prices_from
 from cloudckpt.page.charts import metric_curve
@@ -334,6 +334,17 @@ def test_prices_of_one_s_own_are_said_with_their_source(tmp_path: Path, root: Pa
     assert "8.96 EUR" in page
 
 
+def test_a_restore_is_priced_by_its_reads_and_by_what_the_store_sends() -> None:
+    prices = Prices(storage_gib_month=0.0, writes_1000=1000.0, reads_1000=1000.0, sent_gib=0.5)
+    checkpoints, claims = a_run()
+    newest = max(checkpoints, key=lambda one: one.order)
+    reads = 2 + newest.manifest.shard_count + newest.total_bytes // Options().span_bytes
+    page = page_about(facts_of(checkpoints, claims), prices=prices)
+    assert f"{1 + reads + newest.total_bytes / 2**30 * 0.5:,.2f} USD: {reads:,} reads and" in page
+    assert "1000 USD for 1,000 reads, 0.5 USD for a GiB that it sends" in page
+    assert prices.cost(writes=2, reads=3, sent_bytes=2**30) == 5.5
+
+
 def test_the_prices_that_the_documentation_shows_can_be_read(tmp_path: Path) -> None:
     page = Path(__file__).resolve().parents[2] / "docs" / "report.md"
     shown = re.search(r"^(\{.*storage_gib_month.*\})$", page.read_text(encoding="utf-8"), re.MULTILINE)
@@ -349,6 +360,8 @@ def test_the_prices_that_the_documentation_shows_can_be_read(tmp_path: Path) -> 
         '{"storage_gib_month": -1, "writes_1000": 1}',
         '{"storage_gib_month": 1, "writes_1000": 1, "rebate": 1}',
         '{"storage_gib_month": 1e999, "writes_1000": 1}',
+        '{"storage_gib_month": 1, "writes_1000": 1, "reads_1000": -1}',
+        '{"storage_gib_month": 1, "writes_1000": 1, "sent_gib": -1}',
     ],
 )
 def test_prices_that_are_none_are_refused_by_the_name_of_their_file(tmp_path: Path, text: str) -> None:

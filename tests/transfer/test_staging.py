@@ -276,16 +276,14 @@ def test_idle_slabs_that_are_too_small_make_room_for_a_new_one() -> None:
     assert slabs.held_bytes == 4 * PAGE
 
 
-def test_who_has_patience_gets_a_slab_that_is_given_back_and_else_a_new_one() -> None:
+def test_who_waits_for_fewer_goes_on_when_memory_is_given_back_and_else_after_a_while() -> None:
     slabs = Slabs()
-    lent = slabs.take(PAGE, limit_bytes=9 * PAGE, most_bytes=PAGE, patience_s=PATIENCE_S)
-    other = slabs.take(PAGE, limit_bytes=9 * PAGE, most_bytes=PAGE, patience_s=0.001)
-    assert (other is lent, slabs.lent_count, slabs.held_bytes) == (False, 2, 2 * PAGE)
+    lent = slabs.take(PAGE, limit_bytes=9 * PAGE, most_bytes=PAGE)
+    assert not slabs.wait_for_fewer(1, timeout_s=0.001)
     with ThreadPoolExecutor(1) as pool:
-        taking = pool.submit(slabs.take, PAGE, limit_bytes=9 * PAGE, most_bytes=PAGE, patience_s=PATIENCE_S)
+        waiting = pool.submit(slabs.wait_for_fewer, 1, timeout_s=PATIENCE_S)
         slabs.give(lent)
-        assert taking.result() is lent
-    assert (slabs.lent_count, slabs.held_bytes) == (2, 2 * PAGE)
+        assert waiting.result()
 
 
 def wait_until_touched() -> None:
