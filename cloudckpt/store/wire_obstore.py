@@ -1,6 +1,6 @@
 """Carry verbs by obstore, whose Rust threads send tensor memory without a copy and without Python's lock.
 
-    buffers ──▶ obstore.put ──▶ socket          socket ──▶ obstore's memory ──▶ a view of it, or the caller's memory
+    buffers ──▶ obstore.put ──▶ socket          socket ──▶ `ranged`, or obstore's memory ──▶ the caller's memory
 
 Keeping house goes over fsspec's wire. obstore shows no headers, and a HEAD has no body, so that nothing would tell what
 its refusal means; obstore's listings fail as a whole on one foreign name with an empty segment (`a//b`), cannot tell a
