@@ -166,7 +166,7 @@ class RetryPolicy:
             further than ever, and end no request whose bytes move. A request may stand still for at most half of what
             is left, so that another one fits behind it.
         request_timeout_s: seconds that one request may stand still, none of its bytes moving. obstore does not show
-            its bytes, so that there it is what a request may take in all; one that took longer is sent again by
+            the bytes of a put, so that there it is what one may take in all; one that took longer is sent again by
             fsspec's client, which does show them.
         connect_timeout_s: seconds that one connection attempt may take.
         backoff_base_s: upper bound of the first wait; it doubles per attempt (full jitter below the bound).
