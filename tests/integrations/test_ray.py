@@ -165,4 +165,5 @@ def test_workers_that_are_killed_are_replaced_and_have_the_losses_of_a_run_left_
     }
     assert len(found[0, 6]) == 2, "a step after the newest checkpoint is trained again, by another process"
     kept = [attempt for attempt in Bucket(struck.url, struck.storage_options).attempts() if attempt.is_committed]
-    assert [attempt.step for attempt in kept] == [12, 16, 20, 24], "what Ray kept when the last one was committed"
+    # What Ray named when the last one was committed: it may not have heard of the one before by then.
+    assert [attempt.step for attempt in kept] in ([16, 20, 24], [12, 16, 20, 24])
