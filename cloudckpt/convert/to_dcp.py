@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -28,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from cloudckpt.convert.dcp_metadata import Place, encode_metadata
 from cloudckpt.convert.opened import Job, Part
 from cloudckpt.convert.planned import Plan, Taken
-from cloudckpt.convert.skeleton import Skeleton
+from cloudckpt.convert.skeleton import Skeleton, hollow
 from cloudckpt.convert.to_torch import nested, unloadable
 from cloudckpt.convert.writing import Layout, Segment, write_files
 from cloudckpt.format import DTYPES
@@ -139,14 +138,9 @@ def _groups(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
 
 def _skeletons(parts: Iterable[Part]) -> dict[tuple[str, tuple[int, ...]], Skeleton]:
     """Return what torch.save writes around the bytes of each kind of part, by dtype and sizes."""
-    found: dict[tuple[str, tuple[int, ...]], Skeleton] = {}
-    for part in parts:
-        kind = part.dtype, part.sizes
-        if kind not in found:
-            with FakeTensorMode():
-                fake = torch.empty(part.sizes, dtype=DTYPES[part.dtype])
-            found[kind] = Skeleton.of(fake, "archive")
-    return found
+    kinds = list(dict.fromkeys((part.dtype, part.sizes) for part in parts))
+    tensors = hollow([(sizes, DTYPES[dtype]) for dtype, sizes in kinds])
+    return {kind: Skeleton.of(tensor, "archive") for kind, tensor in zip(kinds, tensors, strict=True)}
 
 
 def _laid_out(

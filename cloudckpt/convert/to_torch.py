@@ -1,6 +1,6 @@
 """Write the nested state as `torch.save` does, for `torch.load(weights_only=True)`, without having it in memory.
 
-    paths, values, tensors without memory ──torch.save──▶ skeleton with holes ──each a tensor's──▶ the file's layout
+    paths, values, hollow tensors ──torch.save──▶ skeleton with holes ──each a tensor's──▶ the file's layout
 
 Its sums are right, though PyTorch itself compares none: whoever else opens the archive does.
 """
@@ -8,15 +8,13 @@ Its sums are right, though PyTorch itself compares none: whoever else opens the 
 from __future__ import annotations
 
 import io
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cloudckpt.convert.opened import Job
 from cloudckpt.convert.planned import Plan, Taken
-from cloudckpt.convert.skeleton import Skeleton, place_of
+from cloudckpt.convert.skeleton import Skeleton, hollow, place_of
 from cloudckpt.convert.writing import Layout, Segment, write_files
 from cloudckpt.format import DTYPES, unflatten
 from cloudckpt.state import with_attributes
@@ -77,20 +75,17 @@ def nested(job: Job, leaves: Mapping[str, object]) -> dict[str, object]:
 
 def _layout(job: Job, taken: Taken) -> Layout:
     """Save the state with holes for its tensors, and say which tensor belongs into which."""
-    notes, fakes, leaves = job.notes, dict[str, torch.Tensor](), dict[str, object](taken.values)
-    with FakeTensorMode():
-        for name in taken.tensors.values():
-            entry = job.entry(name)
-            fakes[name] = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-            leaves[name] = _as_noted(fakes[name], notes.get(name))
-    state = nested(job, leaves)
+    entries = {name: job.entry(name) for name in taken.tensors.values()}
+    hollows = hollow([(entry.shape, DTYPES[entry.dtype]) for entry in entries.values()])
+    stand_ins = {name: _as_noted(tensor, job.notes.get(name)) for name, tensor in zip(entries, hollows, strict=True)}
+    state = nested(job, {**taken.values, **stand_ins})
     skeleton = Skeleton.of(state, job.name)
     # What it is read back as has its tensors in the same places, and says where their bytes are to be.
-    names = {id(fake): name for name, fake in fakes.items()}
+    names = {id(tensor): name for name, tensor in stand_ins.items()}
     of_places = {
-        place_of(there): names[id(fake)]
-        for fake, there in zip(tensors_in(state), tensors_in(skeleton.read_back), strict=True)
-        if fake.numel()
+        place_of(there): names[id(tensor)]
+        for tensor, there in zip(tensors_in(state), tensors_in(skeleton.read_back), strict=True)
+        if tensor.numel()
     }
     return Layout(
         name=job.name,
@@ -103,9 +98,7 @@ def _layout(job: Job, taken: Taken) -> Layout:
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
     """Yield the tensors in nested containers, always in the same order."""
-    if isinstance(value, _Parameter):
-        yield value.data
-    elif isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for child in value.values():
@@ -115,20 +108,10 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
             yield from tensors_in(child)
 
 
-class _Parameter:
-    """Is saved as a Parameter: a tensor without memory is one in name only."""
-
-    def __init__(self, data: torch.Tensor) -> None:
-        self.data = data
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return torch._utils._rebuild_parameter, (self.data, True, OrderedDict())  # noqa: SLF001 (what torch.save names)
-
-
-def _as_noted(tensor: torch.Tensor, note: object) -> torch.Tensor | _Parameter:
+def _as_noted(tensor: torch.Tensor, note: object) -> torch.Tensor:
     """Return a tensor as its note says that it was."""
     if not isinstance(note, dict) or note.get("requires_grad") is not True:
         return tensor
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return tensor
-    return _Parameter(tensor) if note.get("parameter") is True else tensor.requires_grad_()
+    return torch.nn.Parameter(tensor) if note.get("parameter") is True else tensor.requires_grad_()
