@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
-from cloudckpt import CheckpointManager, KeepLast
+from cloudckpt import CheckpointManager, KeepLast, Options
+from tests.ranks.processes import run
 
 
 def state_of(value: float) -> dict[str, torch.Tensor]:
@@ -31,3 +33,22 @@ def test_before_the_first_save_there_is_nothing_to_begin_anew(tmp_path: Path) ->
     with CheckpointManager(tmp_path, progress="off") as manager:
         manager.begin_anew()
         assert manager.save(1, state_of(1.0)).epoch == 1
+
+
+def begins_anew_and_prunes(root: str) -> list[tuple[int, int]]:
+    with CheckpointManager(root, prune_grace_s=0.0, progress="off", options=Options(progress_timeout_s=20)) as manager:
+        for value in (1.0, 2.0):
+            for step in (1, 2):
+                manager.save(step, state_of(value))
+            manager.begin_anew()
+        manager.save(1, state_of(3.0))
+        manager.prune(KeepLast(2))
+        dist.barrier()  # rank 0 removes, and nobody waits for it
+        return [(one.epoch, one.step) for one in manager.checkpoints()]
+
+
+def test_ranks_begin_anew_and_prune_together(tmp_path: Path) -> None:
+    found = run(2, begins_anew_and_prunes, str(tmp_path))
+    assert found == [[(2, 2), (3, 1)]] * 2
+    with CheckpointManager(tmp_path, progress="off") as manager:
+        assert manager.read()["w"][0] == 3.0
