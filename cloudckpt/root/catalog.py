@@ -91,6 +91,7 @@ class _Memory:
         by_pin: prefixes at which the last look found what is pinned, and no manifest.
         shows_pins: whether the last listing of the root had pins in it.
         named: digest of a manifest → the keys that it names of what others hold.
+        sizes: digest of a manifest → its size: a void manifest, which others may put in its place, has another.
     """
 
     found: dict[str, _Found] = field(default_factory=dict)
@@ -102,6 +103,7 @@ class _Memory:
     by_pin: set[str] = field(default_factory=set)
     shows_pins: bool = True
     named: dict[str, frozenset[str]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=new_lock)
 
 
@@ -200,6 +202,9 @@ class Catalog:
         return checkpoint
 
     def _described(self, manifest: Manifest, data: bytes, prefix: str) -> Checkpoint:
+        digest = digest_of(data)
+        with self._memory.lock:
+            self._memory.sizes[digest] = len(data)
         return Checkpoint(
             step=-1 if manifest.step is None else manifest.step,
             epoch=manifest.epoch,
@@ -209,7 +214,7 @@ class Catalog:
             created_at=manifest.created(),
             total_bytes=manifest.total_bytes,
             world_size=manifest.world_size,
-            digest=digest_of(data),
+            digest=digest,
             manifest=manifest,
             prefix=prefix,
         )
@@ -402,7 +407,10 @@ class Catalog:
     def _lack(self, checkpoint: Checkpoint) -> str:
         """Say what of a checkpoint is not there, "" if nothing is missing. A request for each 1,000 objects."""
         below = self._below(checkpoint)
-        return self._lack_of_objects(checkpoint, below) if MANIFEST_NAME in below else "its manifest"
+        size_bytes = below.get(MANIFEST_NAME)
+        if size_bytes is None or not self._is_size_of(checkpoint, size_bytes):
+            return "its manifest"
+        return self._lack_of_objects(checkpoint, below)
 
     def _below(self, checkpoint: Checkpoint) -> Mapping[str, int]:
         """Return the sizes of what stands under its prefix, by their keys without that."""
@@ -478,8 +486,10 @@ class Catalog:
             return None
         attempts = [name for name in listing.prefixes if is_attempt(name.removeprefix(prefix).rstrip("/"))]
         now = (known.digest, info.modified_s, info.size_bytes)
-        # Of the time nothing is known of one that this catalog has made; but nobody else has its attempt.
-        if stamp != now and (stamp is not None or attempts != [f"{prefix}{known.attempt}/"]):
+        # Of the time nothing is known of one that this catalog has made; but nobody else has its attempt, and a void
+        # manifest in its place another size.
+        is_made_here = stamp is None and attempts == [f"{prefix}{known.attempt}/"]
+        if stamp != now and not (is_made_here and self._is_size_of(known, info.size_bytes)):
             found = self._look(prefix)
             if not isinstance(found, Checkpoint):
                 return found
@@ -487,6 +497,12 @@ class Catalog:
         with self._memory.lock:
             self._memory.stamps[prefix] = now
         return known
+
+    def _is_size_of(self, checkpoint: Checkpoint, size_bytes: int) -> bool:
+        """Tell whether an object of this size, in the place of its manifest, is that."""
+        with self._memory.lock:
+            known = self._memory.sizes.get(checkpoint.digest)
+        return self.is_still(checkpoint) if known is None else size_bytes == known
 
     def _look(self, prefix: str) -> _Found:
         try:

@@ -1,15 +1,18 @@
-"""Which of the committed checkpoints a catalog names as the best."""
+"""Which of the committed checkpoints a catalog names as the best, and which it takes to stand."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+import torch
 
+from cloudckpt import CheckpointManager
 from cloudckpt.errors import OptionsError
-from cloudckpt.format import FORMAT_VERSION, IndexRef, Manifest, checkpoint_prefix, new_attempt
+from cloudckpt.format import FORMAT_VERSION, MANIFEST_NAME, IndexRef, Manifest, checkpoint_prefix, new_attempt
 from cloudckpt.format.manifest import metrics_to_json
 from cloudckpt.root import Catalog, Roots
 from cloudckpt.store import open_store
@@ -84,3 +87,20 @@ def test_the_url_of_a_checkpoint_below_the_root_of_a_disk_has_three_slashes() ->
         catalog = Catalog(store)
         assert "at file:///step-1;" in str(catalog.exists_error("step-1/"))
         assert "at file:///;" in str(catalog.exists_error(""))
+
+
+def test_what_another_process_has_made_void_stands_for_nobody(tmp_path: Path) -> None:
+    prefix = checkpoint_prefix(2, 1)
+    with CheckpointManager(tmp_path, progress="off") as manager, closing(open_store(str(tmp_path))) as store:
+        for step in (1, 2):
+            manager.save(step, {"w": torch.zeros(10)})
+        mine, others = Catalog(store), Catalog(store)
+        newest = mine.adopt((tmp_path / prefix / MANIFEST_NAME).read_bytes(), prefix=prefix)
+        assert mine.standing([newest]) == [newest]
+
+        others.uncommit(prefix)
+        assert others.void(prefix)  # its shards stand still
+
+        assert mine.standing([newest]) == []
+        assert [one.step for one in mine.survey().checkpoints] == [1]
+        assert manager.all_steps() == [1]
