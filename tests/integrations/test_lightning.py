@@ -22,7 +22,9 @@ import cloudckpt
 from cloudckpt import CheckpointManager, CheckpointNotFoundError, FencedError, OptionsError, UnsupportedValueError
 from raw_access import FreshPrefix
 
-lightning = pytest.importorskip("lightning", reason="the frameworks are in an environment of their own")
+# The benchmarks' peers have Lightning in an environment without the others.
+pytest.importorskip("ray", reason="make integrations installs the frameworks")
+lightning = pytest.importorskip("lightning", reason="make integrations installs the frameworks")
 
 from lightning.fabric.plugins import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402

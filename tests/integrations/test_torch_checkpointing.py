@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+# The benchmarks' peers have it in an environment without the others.
+pytest.importorskip("ray", reason="make integrations installs the frameworks")
 pytest.importorskip("torch_checkpointing", reason="make integrations installs the frameworks")
 
 import torch
