@@ -103,7 +103,7 @@ def named(tree: dict[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 def test_a_rank_that_fails_fails_the_measurement_with_its_last_words(sink: SinkClient) -> None:
     spec = Spec(peer="nobody", op="save", url="s3://bench/place", ranks=2, size_bytes=MIB)
-    with pytest.raises(MeasurementError, match=r"nobody save: rank 0: .*KeyError: 'nobody'"):
+    with pytest.raises(MeasurementError, match=r"nobody save: rank [01]: .*KeyError: 'nobody'"):
         measure(spec)
 
 
@@ -122,7 +122,8 @@ def test_replicas_are_stored_once_by_every_peer(tmp_path: Path) -> None:
     assert {row["peer"] for row in measured} >= set(names[:3])
     for row in measured:
         save, load = (row["runs"][op][0] for op in ("save", "load"))
-        assert 1.0 <= save["received_bytes"] / save["state_bytes"] < 1.1
+        # What torch.save puts around each small tensor counts, too: all of it twice would be 2.
+        assert 1.0 <= save["received_bytes"] / save["state_bytes"] < 1.5
         assert load["sent_bytes"] >= load["state_bytes"]
 
 
