@@ -27,7 +27,7 @@ help:
 	@echo "make integrations                  the adapters and all of examples/, with the frameworks that they are for"
 	@echo "make examples [ARGS='-k lightning']  each program of examples/ once, as one starts it from a shell"
 	@echo "make bench [OUT=DIR] [ARGS='--sections peers']  measure beside other ways to save: hours; tables and plots in DIR"
-	@echo "make bench-quick [OUT=DIR]         the same, small, once each: three minutes"
+	@echo "make bench-quick [OUT=DIR]         the same, small, once each: some minutes"
 	@echo "make servers-up | servers-down     SeaweedFS, LocalStack and fake-gcs-server in the background"
 	@echo "make setup | setup-localstack      the environments of the tests; the other targets call them"
 	@echo "make dev                           install what the targets below need, too"
