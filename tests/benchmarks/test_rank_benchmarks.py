@@ -115,15 +115,15 @@ def test_a_rank_that_fails_fails_the_measurement_with_its_last_words(sink: SinkC
 def test_replicas_are_stored_once_by_every_peer(tmp_path: Path) -> None:
     names = ["cloudckpt-obstore", "cloudckpt-fsspec", "dcp", "s3torchconnector"]
     words = ["--quick", "--size", "16MiB", "--targets", "s3sink", "--ranks", "2", "--layout", "ddp"]
-    assert run.main([*words, "--peers", ",".join(names), "--out", str(tmp_path)]) == 0
+    # Weights alone: around each of AdamW's small tensors torch.save puts more than their bytes.
+    assert run.main([*words, "--states", "gpt", "--peers", ",".join(names), "--out", str(tmp_path)]) == 0
     (found,) = json.loads((tmp_path / "results.json").read_text())["cases"]
     assert (found["case"]["layout"], found["case"]["ranks"]) == ("ddp", 2)
     measured = [row for row in found["rows"] if PEERS[row["peer"]].is_installed]
     assert {row["peer"] for row in measured} >= set(names[:3])
     for row in measured:
         save, load = (row["runs"][op][0] for op in ("save", "load"))
-        # What torch.save puts around each small tensor counts, too: all of it twice would be 2.
-        assert 1.0 <= save["received_bytes"] / save["state_bytes"] < 1.5
+        assert 1.0 <= save["received_bytes"] / save["state_bytes"] < 1.1
         assert load["sent_bytes"] >= load["state_bytes"]
 
 
