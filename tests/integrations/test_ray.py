@@ -165,5 +165,8 @@ def test_workers_that_are_killed_are_replaced_and_have_the_losses_of_a_run_left_
     }
     assert len(found[0, 6]) == 2, "a step after the newest checkpoint is trained again, by another process"
     kept = [attempt for attempt in Bucket(struck.url, struck.storage_options).attempts() if attempt.is_committed]
-    # What Ray named when the last one was committed: it may not have heard of the one before by then.
-    assert [attempt.step for attempt in kept] in ([16, 20, 24], [12, 16, 20, 24])
+    steps = [attempt.step for attempt in kept]
+    assert steps[-3:] == [16, 20, 24]
+    # Beside them, the oldest of the three that Ray named when the last one was committed. Of the twelfth it never hears
+    # where its worker is killed between that commit and its report.
+    assert steps[:-3] in ([], [8], [12])
