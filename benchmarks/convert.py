@@ -2,7 +2,7 @@
 
 Rates are bytes of tensors. Each of some rounds loads, and then converts once in each way; a ratio is that of a
 conversion to the load of its own round, and the median of the rounds is printed. So whoever else uses the machine slows
-both. All in one process; its peak of memory in each call, above that in a load, is given beside; processor time is that
+both. A first round is not counted: in a virtual machine, memory that nobody has used yet costs several times as much. All in one process; its peak of memory in each call, above that in a load, is given beside; processor time is that
 of all its threads.
 A conversion reads and writes; a load only reads, into memory that is there. Half of its rate is the goal.
 """
@@ -74,9 +74,11 @@ def run(folder: Path, size_bytes: int, rounds: int, count: int) -> None:
         calls[f"export {kind}"] = partial(took, out, place)
         calls[f"import {kind}"] = partial(took, into, back)
     found: dict[str, list[Took]] = defaultdict(list)
-    for _ in range(rounds):
+    for number in range(rounds + 1):
         for what, call in calls.items():
-            found[what].append(call())
+            one = call()
+            if number > 0:
+                found[what].append(one)
     load = os.getloadavg()[0]
     print(f"{size_bytes / 1e9:.2f} GB, {rounds} rounds, load average {load:.1f}, {os.cpu_count()} cores\n")
     print("| what | GB/s | x load | processor s | x load's | MiB more |\n|---|---|---|---|---|---|")
