@@ -26,8 +26,10 @@ __all__ = ["begin", "each", "new_lock", "revoke", "started", "worker"]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-# Longer than a thread takes to come on a machine that is busy.
-_COMING_S = 5.0
+# How long a thread may take to come. In turns of this thread: where processors are so busy that one waits long for its
+# turn, the other does, too.
+_TURNS = 100
+_TURN_S = 0.05
 
 
 # Of this process; a thread that holds one of them when the process forks is not there in the child. References without
@@ -65,7 +67,12 @@ class _Coming(threading.Event):
         self.lock = threading.Lock()
 
     def wait(self, timeout: float | None = None) -> bool:
-        return super().wait(_COMING_S if timeout is None else timeout)
+        if timeout is not None:
+            return super().wait(timeout)
+        for _ in range(_TURNS):
+            if super().wait(_TURN_S):
+                return True
+        return False
 
 
 def worker(work: Callable[[], object], *, name: str) -> threading.Thread:

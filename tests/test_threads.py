@@ -27,7 +27,7 @@ def allow(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         def start(*args: Any) -> Any:
             is_there = next(left, None) is not None
-            monkeypatch.setattr(threads_room, "_COMING_S", 5.0 if is_there else 0.0)
+            monkeypatch.setattr(threads_room, "_TURNS", 100 if is_there else 0)
             if not is_there and not is_silent:
                 raise RuntimeError("can't start new thread")
             return real(*args) if is_there else 0
