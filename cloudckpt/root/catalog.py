@@ -12,6 +12,7 @@ protects another checkpoint is looked for in the store.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -436,12 +437,29 @@ class Catalog:
             "" if is_maybe_whole else f"{len(own)} of its {manifest.shard_count} shards are there, or of another size"
         )
 
-    def lack_of_others(self, checkpoint: Checkpoint) -> str:
-        """Say what keeps others from holding shards of a checkpoint: they are being removed, or gone; "" if nothing."""
+    def lack_of_others(self, checkpoint: Checkpoint, *, is_pinned: bool = False) -> str:
+        """Say what keeps others from holding shards of a checkpoint: they are being removed, or gone; "" if nothing.
+
+        Args:
+            checkpoint: of which others hold some.
+            is_pinned: whether what was closed after its pin was made, by the store's clock, keeps nothing: that pin was
+                seen, and what it holds is spared.
+        """
         held = checkpoint.manifest.held_elsewhere
-        if closed := next((one for one in held if self._is_closed(one.prefix)), None):
-            return f"what step {closed.step} of epoch {closed.epoch} holds of it is being removed"
+        closed = [one for one in held if self._is_closed(one.prefix)]
+        for one in closed:
+            is_later = is_pinned and self._modified_s(one.prefix + MANIFEST_NAME) > self._modified_s(
+                pin_key(checkpoint.prefix)
+            )
+            if not is_later:
+                return f"what step {one.step} of epoch {one.epoch} holds of it is being removed"
         return lack_of_shared(self.store, checkpoint.manifest, self._below(checkpoint)) if held else ""
+
+    def _modified_s(self, key: str) -> float:
+        """Return when an object was made, by the store's clock; of none, now."""
+        with suppress(ObjectNotFoundError):
+            return self.store.head(key).modified_s
+        return math.inf
 
     def _is_closed(self, prefix: str) -> bool:
         """Tell whether a removal may be at work under a prefix, by another look: what is void, or nobody knows."""
@@ -610,6 +628,11 @@ class Catalog:
             return False
         return True
 
+    def is_shown(self, prefix: str) -> bool:
+        """Tell whether a listing shows a manifest under `prefix` that is not known to be void. One request, or none."""
+        key = prefix + MANIFEST_NAME
+        return not self._is_decided(prefix) and any(one.key == key for one in self.store.list(key).objects)
+
     def root_above(self) -> str:
         """Say that the URL is that of one checkpoint, and which root to give; "" if it is not. One request."""
         if not self.is_taken(""):
@@ -659,7 +682,9 @@ class Catalog:
         with suppress(ObjectExistsError):
             self.recommit(data, prefix=prefix)
             # What was removed meanwhile had the key void for that time alone, in which this may have been on its way.
-            if lack := self._lack_of_objects(pinned, self._below(pinned)) or self.lack_of_others(pinned):
+            if lack := self._lack_of_objects(pinned, self._below(pinned)) or self.lack_of_others(
+                pinned, is_pinned=True
+            ):
                 self.uncommit(prefix)
                 self._tell_pin(prefix, lack)
                 return None

@@ -19,14 +19,13 @@ from functools import partial
 from cloudckpt.errors import (
     CloudCkptError,
     CommitUnknownError,
-    FormatVersionError,
     ManifestError,
     SaveFailedError,
     StorageError,
 )
 from cloudckpt.format import Manifest, parse_checkpoint_prefix
 from cloudckpt.root.catalog import Catalog
-from cloudckpt.root.checkpoint import Checkpoint, Unreadable
+from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.root.holders import shared_keys_of
 
 __all__ = ["BaseGoneError", "Shared", "commit_sharing", "shared_below"]
@@ -111,13 +110,19 @@ def shared_below(
         return Shared()
     oldest = min(map(_order, prefixes))
     found = catalog.places() if committed is None else committed
-    survey = catalog.committed([one for one in found if _order(one) > oldest and one not in prefixes])
+    asked = [one for one in found if _order(one) > oldest and one not in prefixes]
+    survey = catalog.committed(asked)
     keys, below = set[str](), set[str]()
     is_used = any(one.manifest.is_sharing for one in survey.checkpoints)
-    if hidden := next((one for one in survey.unreadable if _may_be_whole(one)), None):
-        return _all_of(prefixes, hidden.url, hidden.error)
+    # What this process takes for damaged, others may read: not always is it the store that has the wrong bytes.
+    if survey.unreadable:
+        return _all_of(prefixes, survey.unreadable[0].url, survey.unreadable[0].error)
     told = {one.prefix: one.manifest for one in survey.checkpoints if _refers(one.manifest, prefixes)}
-    told = {prefix: manifest for prefix, manifest in told.items() if catalog.is_taken(prefix)}
+    gone = {prefix for prefix in told if not catalog.is_taken(prefix)}
+    told = {prefix: manifest for prefix, manifest in told.items() if prefix not in gone}
+    unseen = gone.union(asked).difference(told, (one.prefix for one in survey.checkpoints if one.prefix not in gone))
+    if hidden_prefix := next((prefix for prefix in sorted(unseen) if catalog.is_shown(prefix)), None):
+        return _all_of(prefixes, hidden_prefix, "a listing shows its manifest, which a read does not find")
     # After the manifests: a pin that was acknowledged was there before its manifest went.
     held = catalog.pins.prefixes() if pinned is None else pinned
     for prefix in [one for one in held if one not in told and _order(one) > oldest]:
@@ -142,13 +147,13 @@ def _order(prefix: str) -> tuple[int, int]:
     return epoch, step
 
 
-def _may_be_whole(found: Unreadable) -> bool:
-    """Tell whether others may read what this process cannot; what is damaged nobody reads, but by a pin."""
-    return isinstance(found.error, FormatVersionError) or not isinstance(found.error, ManifestError)
-
-
-def _all_of(prefixes: Collection[str], what: str, why: Exception) -> Shared:
-    logger.warning("nobody can tell what %s shares with older checkpoints, so they stay: %s", what, why)
+def _all_of(prefixes: Collection[str], what: str, why: object) -> Shared:
+    logger.warning(
+        "nobody can tell what %s shares with older checkpoints, so their shards stay until it can be read, or is "
+        "deleted by name: %s",
+        what,
+        why,
+    )
     return Shared(below=tuple(prefixes), is_used=True)
 
 

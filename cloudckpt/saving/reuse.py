@@ -35,7 +35,7 @@ from cloudckpt.format import (
     has_blocks,
     hasher_of,
 )
-from cloudckpt.root import Catalog, Checkpoint, index_of
+from cloudckpt.root import Catalog, Checkpoint, ShardPlaces, index_of
 
 __all__ = ["Reuse", "ReuseMemory", "Sieve"]
 
@@ -81,7 +81,9 @@ class ReuseMemory:
         self.digest, self.kind, self.block_bytes = base.digest, index.content, index.block_bytes
         # Of several attempts, through DCP, none is referred to: a key has one.
         is_ours = rank in index.ranks and len(index.attempts) == 1
-        self.shards = dict(_shards_of(index, rank, own)) if is_ours else {}
+        # Where the base is a copy, those that it names as holders may never have been in this root.
+        has_holders = bool(index.holders) and not ShardPlaces.of(catalog.store, base).is_copied
+        self.shards = dict(_shards_of(index, rank, own, has_holders=has_holders)) if is_ours else {}
 
 
 class Reuse:
@@ -250,13 +252,15 @@ def _layout(rows: Iterable[_Row]) -> bytes:
     return xxhash.xxh3_128_digest(msgspec.msgpack.encode(list(rows)))
 
 
-def _shards_of(index: Index, rank: int, own: Holder) -> Iterable[tuple[bytes, _Known]]:
+def _shards_of(index: Index, rank: int, own: Holder, *, has_holders: bool) -> Iterable[tuple[bytes, _Known]]:
     rows: dict[int, list[_Row]] = {}
     for name, piece in index.pieces_of(rank):
         row = (name, index.tensors[name].dtype, piece.offsets, piece.sizes, piece.start)
         rows.setdefault(piece.number, []).append(row)
     for number, of_shard in rows.items():
-        yield _layout(of_shard), _known(index.shard(rank, number), own)
+        entry = index.shard(rank, number)
+        if entry.holder is None or has_holders:
+            yield _layout(of_shard), _known(entry, own)
 
 
 def _known(entry: ShardEntry, own: Holder) -> _Known:

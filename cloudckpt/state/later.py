@@ -1,6 +1,6 @@
 """Keep optimizers from being used while the contents of their state are still to come.
 
-    hold ──▶ step, state_dict and load_state_dict of torch's, `settle` of ours ──▶ wait until all is there, or raise why
+    hold ──▶ step, state_dict, load_state_dict, copies and pickles, `settle` of ours ──▶ wait for all, or raise why
     taken_over ──▶ a restore may fill what an earlier one left, whatever became of that
 
 All else of such an optimizer is final before it is held: its groups, and which tensors it has. Knows optimizers and who
@@ -12,7 +12,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from functools import partial
+from typing import Protocol, cast
 
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -41,10 +42,20 @@ class _Held:
                 optimizer.register_load_state_dict_pre_hook,
             )
         ]
+        # What copy and pickle ask an object for; a copy has no hooks that would wait.
+        self._attributes = vars(optimizer)
+        self._attributes["__getstate__"] = partial(_state_once_there, weakref.ref(optimizer), coming)
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
+        self._attributes.pop("__getstate__", None)
+
+
+def _state_once_there(optimizer: weakref.ref[Optimizer], coming: Coming) -> object:
+    coming.wait()
+    one = cast("Optimizer", optimizer())  # who asks for its state holds it
+    return type(one).__getstate__(one)
 
 
 _HELD: weakref.WeakKeyDictionary[Optimizer, _Held] = weakref.WeakKeyDictionary()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -177,6 +179,8 @@ FIRST_USES: dict[str, Callable[[CheckpointManager, dict[str, Any]], object]] = {
     "step": lambda _, state: train(state),
     "state_dict": lambda _, state: state["optimizer"].state_dict(),
     "load_state_dict": lambda _, state: state["optimizer"].load_state_dict({"state": {}, "param_groups": []}),
+    "deepcopy": lambda _, state: copy.deepcopy(state),
+    "pickle": lambda _, state: pickle.dumps(state["optimizer"]),
     "save": lambda manager, state: manager.save(2, state),
     "async_save": lambda manager, state: manager.async_save(2, state).result(),
     "save by a function": lambda _, state: cloudckpt.save(state, "memory:///elsewhere", exists="replace"),
@@ -199,6 +203,25 @@ def test_the_first_use_waits_until_all_is_there(store: Store, use: str) -> None:
         assert store.may_go_on.is_set()
         if use != "step":
             assert same(bits(state), bits(was))
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda state: pickle.loads(pickle.dumps(state))], ids=["copy", "pickle"]
+)
+def test_a_copy_that_is_made_before_all_is_there_is_one_of_the_whole(
+    store: Store, copied: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    was = saved()
+    store.may_go_on.clear()
+    state = new_state(9)
+    with opened() as manager:
+        manager.restore(state, wait=["model"])
+        assert store.asked.wait(WAIT_S)
+        threading.Timer(0.02, store.may_go_on.set).start()
+        made = copied(state)
+        assert same(bits(made), bits(was))
+        manager.wait()
+    assert "__getstate__" not in vars(made["optimizer"])
 
 
 @pytest.mark.parametrize("use", [name for name in FIRST_USES if name not in ("restore", "close")])

@@ -19,7 +19,7 @@ from torch import nn
 
 import cloudckpt
 from cloudckpt import CheckpointManager, CloudCkptError, KeepLast, Options
-from cloudckpt.errors import FormatVersionError, MissingShardError
+from cloudckpt.errors import FormatVersionError, MissingShardError, ObjectNotFoundError, StorageError
 from cloudckpt.format import MANIFEST_NAME, SHARD_SUFFIX, checkpoint_prefix
 from cloudckpt.options import KIB, RetryPolicy
 from cloudckpt.root import Catalog, Thinning, sweep
@@ -262,6 +262,22 @@ def whole_of(manager: CheckpointManager, step: int) -> bool:
     return is_state_of(state, step)
 
 
+def test_a_removal_to_which_manifests_come_spoilt_takes_nothing_that_they_may_name(
+    bucket: Bucket, job: Open, caplog: pytest.LogCaptureFixture
+) -> None:
+    with job() as manager:
+        saved(manager, 1, 2, 3)
+    client = FaultStore(bucket)
+    for step in (2, 3):
+        client.inject(kind=FaultKind.FLIP, verbs=["read"], key=checkpoint_prefix(step, 1) + MANIFEST_NAME, times=None)
+    with job(client) as manager:
+        manager.delete(1)
+        manager.sweep(dry_run=False, older_than_s=0)
+    assert "nobody can tell what" in caplog.text
+    with job() as manager:
+        assert whole(manager) == [2, 3]
+
+
 def test_an_older_release_takes_what_is_left_of_a_holder_for_no_orphan(bucket: Bucket, job: Open) -> None:
     with job() as manager:
         saved(manager, 1, 2)
@@ -287,6 +303,49 @@ def test_a_pin_holds_what_its_checkpoint_shares(bucket: Bucket, job: Open) -> No
             manager.save(step, state_of(step, BASE + 1))
         manager._saves.homes[0].pruner.settle()
         assert whole_of(manager, 2)
+
+
+@pytest.mark.parametrize("is_pinned_first", [True, False], ids=["pin-first", "removal-first"])
+def test_a_lost_manifest_is_put_back_if_the_pin_was_seen_by_whoever_removes_its_holder(
+    bucket: Bucket, job: Open, *, is_pinned_first: bool
+) -> None:
+    with job() as manager:
+        saved(manager, 1, 2)
+        for step in (1, 2):
+            bucket.advance(5)
+            if is_pinned_first == (step == 1):
+                manager.pin(2)
+            else:
+                manager.delete(1)
+                manager._saves.homes[0].pruner.clean()
+                manager._saves.homes[0].pruner.settle()
+    del bucket.objects[checkpoint_prefix(2, 1) + MANIFEST_NAME]
+    with job() as manager:
+        manager.sweep(dry_run=False)
+        assert ((checkpoint_prefix(2, 1) + MANIFEST_NAME) in bucket.objects) is is_pinned_first
+        assert whole_of(manager, 2), "by its pin"
+
+
+@pytest.mark.parametrize("way", ["read", "head"])
+def test_what_a_listing_shows_and_a_read_does_not_is_not_gone(
+    bucket: Bucket, job: Open, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    with job() as manager:
+        saved(manager, 1, 2, 3)
+    client = FaultStore(bucket)
+    for step in (2, 3):
+        key = checkpoint_prefix(step, 1) + MANIFEST_NAME
+        client.inject(error=missing, verbs=[way], key=key, times=None)
+    with job(client) as manager:
+        manager.delete(1)
+        manager.sweep(dry_run=False, older_than_s=0)
+    assert "which a read does not find" in caplog.text
+    with job() as manager:
+        assert whole(manager) == [2, 3]
+
+
+def missing(op: Op) -> StorageError:
+    return ObjectNotFoundError(f"there is no {op.key!r}", op=op.verb, key=op.key)
 
 
 def test_a_save_whose_base_was_deleted_meanwhile_sends_all(bucket: Bucket, job: Open) -> None:
@@ -380,7 +439,7 @@ def test_a_save_and_a_removal_that_meet_anywhere_leave_whole_what_is_acknowledge
     with job() as manager:
         saved(manager, 1, 2)
     before, ends = bucket.copy(), set[str]()
-    meetings = [(save_at, remove_at) for save_at in range(1, 15) for remove_at in range(1, 23)]
+    meetings = [(save_at, remove_at) for save_at in range(1, 16) for remove_at in range(1, 23)]
     for save_at, remove_at in portion(meetings, int(is_save_first), of=9):
         bucket.objects = dict(before.objects)
         ends.add(Race(bucket, job).run(save_at, remove_at, is_save_first=is_save_first))
@@ -443,6 +502,24 @@ def test_a_copy_holds_itself_what_others_hold_and_is_the_same_checkpoint(tmp_pat
     assert cloudckpt.verify(copied.url, deep=True).is_whole
     (again,) = cloudckpt.copy(copied.url, tmp_path / "second", own_url=own_url)
     assert cloudckpt.verify(again.url, deep=True).is_whole
+
+
+@pytest.mark.parametrize(("kept", "left"), [((), [2, 3, 4, 5]), (KeepLast(1), [5])], ids=["all", "newest"])
+def test_a_job_that_goes_on_from_a_copy_refers_to_nothing_that_is_not_there(
+    tmp_path: Path, kept: object, left: list[int]
+) -> None:
+    _, url = on_disk(tmp_path / "root", 1, 2)
+    copy = tmp_path / "copy"
+    cloudckpt.copy(url, copy)
+    shutil.rmtree(tmp_path / "root")
+    given = {"save_rng": False, "progress": "off", "options": OPTIONS, "prune_grace_s": 0, "retention_scope": "root"}
+    with CheckpointManager(copy, reuse_unchanged=True, retention=kept, **given) as manager:  # type: ignore[arg-type]
+        manager.restore(state_of(0))
+        sent = [manager.save(step, state_of(step)).manifest.sent_bytes for step in (3, 4, 5)]
+        manager._saves.homes[0].pruner.settle()
+        assert whole(manager) == left
+    assert sent[0] > BASE.nbytes > 5 * sent[2], "what only the copy holds is sent once, and shared from then on"
+    assert all(one.is_whole for one in cloudckpt.verify_all(copy, deep=True))
 
 
 def test_what_is_wrong_with_a_shared_shard_is_told_of_each_that_shares_it(tmp_path: Path) -> None:
