@@ -1,17 +1,19 @@
 """Read the newest checkpoint of a root before anybody can ask for it: while torch is imported and a model is built.
 
     prefetch(url) ──▶ thread: connect, list ──▶ newest prefix with a manifest ──▶ its index and its shards, span by span
+                                                of several ranks, where as many saved it: each rank's own shards
     restore       ──▶ over(store) ──▶ bytes that are here or on their way, else the store's     ──▶ verified as ever
 
 A guess, and no more: which checkpoint is restored the restore looks for anew, and it compares every block with its
 digest, wherever the bytes came from. What an attempt wrote under a key never changes, so that no bytes are stale. Knows
-keys and bytes, and nothing of what is in them; imports nothing of torch. Daemons read, any thread may ask. A forked
-child begins with nothing.
+keys and bytes; what is in them it asks the index only where a part is wanted, and only then it needs torch. Daemons
+read, any thread may ask. A forked child begins with nothing.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections import deque
@@ -21,8 +23,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from cloudckpt.errors import CloudCkptError
-from cloudckpt.keys import MANIFEST_NAME, SHARD_SUFFIX, index_key, parse_checkpoint_prefix
+from cloudckpt.errors import CloudCkptError, OptionsError
+from cloudckpt.keys import MANIFEST_NAME, index_key, parse_checkpoint_prefix, parse_shard_name
 from cloudckpt.options import Options
 from cloudckpt.store import Listing, ObjectInfo, RetryingStore, Store, new_memory, open_store
 from cloudckpt.threads import new_lock, started
@@ -44,6 +46,7 @@ def prefetch(
     storage_options: Mapping[str, object] | None = None,
     engine: str = "auto",
     options: Options | Mapping[str, object] | None = None,
+    only: str | Sequence[str] | None = None,
 ) -> Prefetch:
     """Begin to read what `restore` will ask for, in the background, and return at once.
 
@@ -53,29 +56,42 @@ def prefetch(
     newest checkpoint anew and verifies all bytes as without this; so what it restores is the same. What goes wrong
     here is told to the log, and costs no more than the time that would have been saved.
 
-    A process of several (`WORLD_SIZE`) connects and lists, and reads no shards: who reads what, the ranks agree on.
+    One process of several (`RANK` and `WORLD_SIZE`, as torchrun sets them) reads the shards that the same rank has
+    saved, which is what it will need on the same mesh, if as many ranks have saved it; else it connects and lists, and
+    the log says so (INFO). Rank 0 alone reads the index.
 
     Args:
         url: what the manager, or `load`, will be given.
         storage_options: as there; a connection is shared only where they are the same.
         engine: as there.
         options: as there; so many requests are in flight, and what is read and not yet asked for takes
-            `memory_budget_bytes` at most (512 MiB, if that is None), beside what the restore itself may hold.
+            `memory_budget_bytes` at most (512 MiB, if that is None). The restore may hold as much beside that, so that
+            both together are twice the budget. What it takes is given back as it goes into its tensors, and what
+            nobody has taken when the restore ends (with `wait`, when the rest of it has come).
+        only: as for `restore`: names of what is wanted, with all that is below them; None is all. Then the index is
+            read first, which tells where they are; that needs torch, and the thread imports it.
 
     Returns:
         What holds the bytes; `close` frees them where nothing is to be restored.
 
     Raises:
-        OptionsError: the URL, the engine or an option is wrong.
+        OptionsError: the URL, the engine, an option or a name is wrong.
     """
-    chosen = Options.of(options)
-    made = Prefetch(open_store(url, storage_options=storage_options, engine=engine, options=chosen), chosen)
+    chosen, names = Options.of(options), None if only is None else _names_of(only)
+    made = Prefetch(open_store(url, storage_options=storage_options, engine=engine, options=chosen), chosen, names)
     with _LOCK:
         before, _HELD[made.place] = _HELD.get(made.place), made
     if before is not None:
         before.close()
     made._begin()  # noqa: SLF001 (its own kind)
     return made
+
+
+def _names_of(only: str | Sequence[str]) -> list[str]:
+    names = [only] if isinstance(only, str) else list(only)
+    if not (names and all(isinstance(name, str) and name for name in names)):
+        raise OptionsError(f"only is {only!r}; give one or more names of what the state holds")
+    return names
 
 
 @dataclass(slots=True, eq=False)
@@ -105,11 +121,12 @@ class Prefetch:
         place: URL and endpoint of the root.
     """
 
-    def __init__(self, store: RetryingStore, options: Options) -> None:
+    def __init__(self, store: RetryingStore, options: Options, only: Sequence[str] | None = None) -> None:
         """Made by `prefetch`."""
         self.place: _Place = (store.url, store.endpoint)
         self._store = store
         self._options = options
+        self._only = only
         self._pieces: dict[str, list[_Piece]] = {}
         self._waiting: deque[_Piece] = deque()
         self._changed = threading.Condition()
@@ -190,41 +207,72 @@ class Prefetch:
             logger.warning("%s is not read ahead of a restore, which will read by itself: %s", self._store.url, error)
 
     def _look(self) -> None:
-        pieces = list(self._planned())
-        with self._changed:
-            if self._is_asked or self._is_over:
-                return
-            for one in pieces:
-                self._pieces.setdefault(one.key, []).append(one)
-            self._waiting.extend(pieces)
-            self._changed.notify_all()
-        for _ in range(min(self._options.concurrency, len(pieces)) - 1):
-            self._hire(self._read)
-        self._read()
-
-    def _planned(self) -> Iterator[_Piece]:
-        """Yield what is likely to be asked for, in that order, as far as the budget goes."""
         prefix, objects = self._newest()
         sizes = {info.key.removeprefix(prefix): info.size_bytes for info in objects}
         indexes = [info for info in objects if info.key.endswith(index_key(""))]
         if not indexes:
             return
         # Of several attempts at a step the last one is the likeliest; a wrong guess is never asked for.
-        index = max(indexes, key=lambda info: info.modified_s)
-        attempt = index.key.removeprefix(prefix).partition("/")[0]
-        yield _Piece(index.key, 0, index.size_bytes)
-        if _is_one_of_several():
-            return
+        latest = max(indexes, key=lambda info: info.modified_s)
+        attempt = latest.key.removeprefix(prefix).partition("/")[0]
+        index = _Piece(latest.key, 0, latest.size_bytes)
+        place = _place_among_ranks()
+        mine = self._shards_of(place, [name for name in sizes if name.startswith(f"{attempt}/")])
+        if self._only is None or (place is not None and not mine):
+            whole = ((prefix + name, *span) for name in mine for span in self._spans_of_all(sizes[name]))
+            self._read_these([*([index] if place is None or not place[0] else []), *self._within_budget(index, whole)])
+        elif self._expect([index]) and (data := self._read_one(self._next())) is not None:
+            spans = _wanted_spans(data, self._only, prefix, sizes, None if place is None else place[0], self._options)
+            self._read_these(self._within_budget(index, spans))
+
+    def _shards_of(self, place: tuple[int, int] | None, names: Sequence[str]) -> list[str]:
+        """Return which of the shards of an attempt this process is likely to read, in that order."""
+        numbered = {name: found for name in names if (found := parse_shard_name(name))}
+        if place is None:
+            # By their numbers first: the state's first tensors stand in the first shards of each rank.
+            return sorted(numbered, key=lambda name: numbered[name][::-1])
+        rank, size = place
+        # A rank that has written nothing has no shards; then this is a guess that is not made.
+        saved_by = 1 + max((of for of, _ in numbered.values()), default=-1)
+        if saved_by != size or not 0 <= rank < size:
+            logger.info(
+                "%s: only the connection and the listing are ahead of a restore on rank %d of %d: %d ranks saved it",
+                *(self._store.url, rank, size, saved_by),
+            )
+            return []
+        return sorted(name for name, (of, _) in numbered.items() if of == rank)
+
+    def _spans_of_all(self, size_bytes: int) -> Iterator[tuple[int, int]]:
+        step = self._options.span_bytes
+        return ((start, min(start + step, size_bytes)) for start in range(0, size_bytes, step))
+
+    def _within_budget(self, index: _Piece, spans: Iterable[tuple[str, int, int]]) -> Iterator[_Piece]:
+        """Yield ranges of objects as far as the budget goes, which the index has a part of."""
         span_bytes, budget_bytes = self._options.span_bytes, self._options.transfer_budget_bytes
         # An engine may gather what is in flight in pieces, and then join them.
-        left_bytes = max(budget_bytes - self._options.concurrency * span_bytes, budget_bytes // 2) - index.size_bytes
-        shards = [name for name in sizes if name.startswith(f"{attempt}/") and name.endswith(SHARD_SUFFIX)]
-        for name in sorted(shards, key=_by_number):
-            for start in range(0, sizes[name], span_bytes):
-                stop = min(start + span_bytes, sizes[name])
-                if (left_bytes := left_bytes - (stop - start)) < 0:
-                    return
-                yield _Piece(prefix + name, start, stop)
+        left_bytes = max(budget_bytes - self._options.concurrency * span_bytes, budget_bytes // 2) - index.stop
+        for key, start, stop in spans:
+            if (left_bytes := left_bytes - (stop - start)) < 0:
+                return
+            yield _Piece(key, start, stop)
+
+    def _expect(self, pieces: Sequence[_Piece]) -> bool:
+        """Have pieces read by whoever is next; tell whether there is still somebody whom they are for."""
+        with self._changed:
+            if self._is_asked or self._is_over:
+                return False
+            for one in pieces:
+                self._pieces.setdefault(one.key, []).append(one)
+            self._waiting.extend(pieces)
+            self._changed.notify_all()
+        return True
+
+    def _read_these(self, pieces: Iterable[_Piece]) -> None:
+        found = list(pieces)
+        if self._expect(found):
+            for _ in range(min(self._options.concurrency, len(found)) - 1):
+                self._hire(self._read)
+            self._read()
 
     def _newest(self) -> tuple[str, Sequence[ObjectInfo]]:
         """Return the prefix of the newest checkpoint, and what is below it; that is nothing where there is none."""
@@ -241,13 +289,19 @@ class Prefetch:
     def _read(self) -> None:
         """Read one piece after the other, until somebody asks: then what is not begun is the restore's own."""
         while (piece := self._next()) is not None:
-            try:
-                memory = memoryview(new_memory(piece.stop - piece.start))
-                data = self._store.get(piece.key, start=piece.start, stop=piece.stop, into=memory)
-            except BaseException:
-                self._note(piece, None)
-                raise
-            self._note(piece, data)
+            self._read_one(piece)
+
+    def _read_one(self, piece: _Piece | None) -> memoryview | None:
+        if piece is None:
+            return None
+        try:
+            memory = memoryview(new_memory(piece.stop - piece.start))
+            data = self._store.get(piece.key, start=piece.start, stop=piece.stop, into=memory)
+        except BaseException:
+            self._note(piece, None)
+            raise
+        self._note(piece, data)
+        return data
 
     def _next(self) -> _Piece | None:
         with self._changed:
@@ -304,14 +358,57 @@ class Prefetch:
         return [one for one in self._pieces.get(key, ()) if max(start, one.start) < min(stop, one.stop)]
 
 
-def _by_number(name: str) -> tuple[str, str]:
-    """Order shards by their numbers first: the state's first tensors stand in the first shards of each rank."""
-    return name.rpartition("-")[2], name
+def _wanted_spans(
+    data: memoryview,
+    only: Sequence[str],
+    prefix: str,
+    sizes: Mapping[str, int],
+    rank: int | None,
+    options: Options,
+) -> Iterator[tuple[str, int, int]]:
+    """Yield where the bytes of tensors by some names are: (key, start, stop), as a restore of them reads it.
+
+    Args:
+        data: of the index.
+        only: the names; what is below one of them is meant, too.
+        prefix: of the checkpoint.
+        sizes: of what stands below that, by name.
+        rank: whose shards are meant; None are all.
+        options: the sizes.
+
+    Raises:
+        ManifestError: it is no index.
+    """
+    # Of torch, which who wants a part is about to import anyway.
+    from cloudckpt.format import Index, plan_spans
+
+    index = Index.decode(bytes(data), key=prefix)
+    is_copied = any(name.startswith(f"{one.attempt}/") for one in index.holders for name in sizes)
+    shards = {(one.rank, one.number): one for one in index.shards() if rank is None or one.rank == rank}
+    wanted: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for of in sorted({one for one, _ in shards}):
+        for name, piece in index.pieces_of(of):
+            if any(name == one or name.startswith(f"{one}.") for one in only):
+                stop = piece.start + math.prod(piece.sizes) * index.tensors[name].itemsize_bytes
+                wanted.setdefault((of, piece.number), []).append((piece.start, stop))
+    span_bytes = max(1, options.span_bytes // index.block_bytes) * index.block_bytes
+    for place in sorted(wanted, key=lambda place: place[::-1]):
+        one = shards[place]
+        spans = plan_spans(
+            wanted[place], size_bytes=one.size_bytes, block_bytes=index.block_bytes, span_bytes=span_bytes
+        )
+        yield from ((one.key(prefix, is_copied=is_copied), span.start, span.stop) for span in spans)
 
 
-def _is_one_of_several() -> bool:
-    count = os.environ.get("WORLD_SIZE", "1")
-    return count.isdigit() and int(count) > 1
+def _place_among_ranks() -> tuple[int, int] | None:
+    """Return rank and number of the processes of this job, as launchers tell them; None for a lone one.
+
+    The rank is -1 where nobody tells it.
+    """
+    size, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "")
+    if not size.isdigit() or int(size) < 2:
+        return None
+    return int(rank) if rank.isdigit() else -1, int(size)
 
 
 class Ahead:

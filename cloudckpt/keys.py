@@ -36,6 +36,7 @@ __all__ = [
     "parse_epoch_key",
     "parse_name_key",
     "parse_pin_key",
+    "parse_shard_name",
     "pin_key",
     "shard_key",
     "shown",
@@ -54,6 +55,7 @@ EPOCH_LIMIT = 10**10
 EpochMark = Literal["committed", "emptied"]
 _CHECKPOINT = re.compile(r"\Astep-([0-9]{10})-e([0-9]{4,10})/\Z")
 _EPOCH = re.compile(r"\Aepochs/([0-9]{10})\.json\Z")
+_SHARD = re.compile(r"r([0-9]{5,})-([0-9]{4,})\.safetensors")
 _ATTEMPT = re.compile(r"\A[0-9a-f]{16}\Z")
 # What every store, shell and URL takes as it is.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.=-]*(/[A-Za-z0-9_][A-Za-z0-9_.=-]*)*")
@@ -191,3 +193,9 @@ def shard_key(attempt: str, rank: int, number: int) -> str:
     if rank < 0 or number < 0:
         raise OptionsError(f"shard {number} of rank {rank} has no key; both count from 0")
     return f"{attempt}/r{rank:05d}-{number:04d}{SHARD_SUFFIX}"
+
+
+def parse_shard_name(key: str) -> tuple[int, int] | None:
+    """Return (rank, number) of a key of a shard by its last part, else None."""
+    match = _SHARD.fullmatch(key.rpartition("/")[2])
+    return (int(match[1]), int(match[2])) if match else None

@@ -12,13 +12,16 @@ import typer
 from cloudckpt.cli.asking import Access, AsJson, NoCache, Url, cache_of, ended
 from cloudckpt.cli.printing import as_age, in_zone, print_table, summary, zone_name
 from cloudckpt.cli.rules import KeepBestOption, KeepEveryOption, KeepForOption, KeepLastOption, rules_of
+from cloudckpt.options import READERS
 from cloudckpt.report import as_bytes, plain
-from cloudckpt.root import Checkpoint, Overview, Roots, nothing_at, overview, the_one_at, why_kept
+from cloudckpt.root import Catalog, Checkpoint, Overview, Roots, nothing_at, overview, own_bytes, the_one_at, why_kept
+from cloudckpt.threads import each
 
 __all__ = ["ls"]
 
 _Kept = Mapping[tuple[int, int], Sequence[str]]
 _Pins = Mapping[tuple[int, int], str]
+_Own = Mapping[tuple[int, int], int]
 
 
 def ls(  # noqa: PLR0913 (each option of the command)
@@ -54,6 +57,7 @@ def ls(  # noqa: PLR0913 (each option of the command)
 ) -> None:
     """List the committed checkpoints below a root, or the one at the URL; apart, what is unreadable or unfinished.
 
+    Where one shares shards with others, two columns say what each holds itself and what others hold of it.
     Rules, if any are given, are not carried out: the column says which of them keep a checkpoint. Ends with 1 if there
     is none to be read. An empty directory counts as a missing one, because in a bucket they are the same.
     """
@@ -71,14 +75,25 @@ def ls(  # noqa: PLR0913 (each option of the command)
         pins = {one.order: one.note for one in found.pins}
         kept = why_kept(checkpoints, rules, pinned=pins, names=found.names)
         shown = _chosen(checkpoints, sort, limit)
+        own = _own(catalog, shown, is_quick=check is False)
         if as_json:
-            _print_json(shown, found, kept, pins)
+            _print_json(shown, own, found, kept, pins)
         else:
-            _print(catalog.store.url, shown, kept, is_utc=utc)
+            _print(catalog.store.url, shown, own, kept, is_utc=utc)
             _print_pins(checkpoints, pins)
             _print_others(found)
         if found.unchecked and check is None:
             _tell_unchecked(found)
+
+
+def _own(catalog: Catalog, checkpoints: Sequence[Checkpoint], *, is_quick: bool) -> _Own:
+    """Return the bytes that each holds itself; to be quick, of what shares something, as it was saved."""
+
+    def look(one: Checkpoint) -> int:
+        return one.manifest.sent_bytes if is_quick else own_bytes(catalog.store, one)
+
+    found = each(checkpoints, look, threads=READERS, name="cloudckpt-ls")
+    return {one.order: size_bytes for one, size_bytes in zip(checkpoints, found, strict=True)}
 
 
 def _tell_unchecked(found: Overview) -> None:
@@ -112,12 +127,12 @@ def _rank(value: float | None) -> tuple[int, float]:
     return (1, 0.0) if value != value else (0, value)  # noqa: PLR0124 (NaN)
 
 
-def _print_json(checkpoints: Sequence[Checkpoint], found: Overview, kept: _Kept, pins: _Pins) -> None:
+def _print_json(checkpoints: Sequence[Checkpoint], own: _Own, found: Overview, kept: _Kept, pins: _Pins) -> None:
     now_s = time.time()
     for one in checkpoints:
         age_s = round(now_s - one.created_at.timestamp(), 3)
         facts = {"age_s": age_s, "kept": kept[one.order], "pin": pins.get(one.order)}
-        typer.echo(json.dumps({**summary(one), **facts}))
+        typer.echo(json.dumps({**summary(one, own[one.order]), **facts}))
     for other in found.unreadable:
         facts = {"step": other.step, "epoch": other.epoch, "url": other.url, "error": str(other.error)}
         typer.echo(json.dumps(facts))
@@ -126,9 +141,11 @@ def _print_json(checkpoints: Sequence[Checkpoint], found: Overview, kept: _Kept,
         typer.echo(json.dumps({**facts, "age_s": round(orphan.age_s, 3)}))
 
 
-def _print(url: str, checkpoints: Sequence[Checkpoint], kept: _Kept, *, is_utc: bool) -> None:
+def _print(url: str, checkpoints: Sequence[Checkpoint], own: _Own, kept: _Kept, *, is_utc: bool) -> None:
     now_s = time.time()
-    columns = ("step", "epoch", "age", f"created ({zone_name(is_utc=is_utc)})", "size", "ranks", "kept by", "metrics")
+    is_shared = any(own[one.order] < one.total_bytes for one in checkpoints)
+    sizes = ("size", "own", "shared") if is_shared else ("size",)
+    columns = ("step", "epoch", "age", f"created ({zone_name(is_utc=is_utc)})", *sizes, "ranks", "kept by", "metrics")
     rows = [
         (
             "-" if one.step < 0 else str(one.step),
@@ -136,6 +153,7 @@ def _print(url: str, checkpoints: Sequence[Checkpoint], kept: _Kept, *, is_utc: 
             as_age(now_s - one.created_at.timestamp()),
             in_zone(one.created_at, is_utc=is_utc),
             as_bytes(one.total_bytes),
+            *(map(as_bytes, (own[one.order], one.total_bytes - own[one.order])) if is_shared else ()),
             str(one.world_size),
             ", ".join(kept[one.order]) or "-",
             "  ".join(f"{name} {value:.6g}" for name, value in one.metrics.items()),
@@ -143,7 +161,7 @@ def _print(url: str, checkpoints: Sequence[Checkpoint], kept: _Kept, *, is_utc: 
         for one in checkpoints
     ]
     typer.echo(plain(url))
-    print_table(columns, rows, numbers=("step", "epoch", "age", "size", "ranks"))
+    print_table(columns, rows, numbers=("step", "epoch", "age", *sizes, "ranks"))
 
 
 def _print_pins(checkpoints: Sequence[Checkpoint], pins: _Pins) -> None:

@@ -21,15 +21,29 @@ LINE_S = 10.0
 """How often a command that no terminal shows says how far it is."""
 
 
-def _shared(checkpoint: Checkpoint) -> dict[str, object]:
-    """Say what of it was sent, and which steps hold the rest; nothing of one that holds itself all that it has."""
-    held = checkpoint.manifest.held_elsewhere
-    names = [f"step {one.step} (epoch {one.epoch}): {one.shard_count} shards, {one.total_bytes} bytes" for one in held]
-    return {"sent_bytes": checkpoint.manifest.sent_bytes, "shares_with": names} if held else {}
+def _shared(checkpoint: Checkpoint, own_bytes: int | None) -> dict[str, object]:
+    """Say what of it was sent, how many bytes it holds itself, and which steps hold the rest."""
+    manifest, size_bytes = checkpoint.manifest, checkpoint.total_bytes
+    held = manifest.held_elsewhere
+    facts: dict[str, object] = {}
+    if own_bytes is not None:
+        facts = {"own_bytes": own_bytes, "shared_bytes": size_bytes - own_bytes}
+    if held:
+        facts["sent_bytes"] = manifest.sent_bytes
+    if held and own_bytes != size_bytes:
+        facts["shares_with"] = [
+            f"step {one.step} (epoch {one.epoch}): {one.shard_count} shards, {one.total_bytes} bytes" for one in held
+        ]
+    return facts
 
 
-def summary(checkpoint: Checkpoint) -> dict[str, object]:
-    """Return what `--json` says of a checkpoint."""
+def summary(checkpoint: Checkpoint, own_bytes: int | None = None) -> dict[str, object]:
+    """Return what `--json` says of a checkpoint.
+
+    Args:
+        checkpoint: the checkpoint.
+        own_bytes: of the shards that it holds itself; None where nobody has looked.
+    """
     manifest = checkpoint.manifest
     return {
         "step": manifest.step,
@@ -38,7 +52,7 @@ def summary(checkpoint: Checkpoint) -> dict[str, object]:
         "url": checkpoint.url,
         "created_at": manifest.created_at,
         "total_bytes": checkpoint.total_bytes,
-        **_shared(checkpoint),
+        **_shared(checkpoint, own_bytes),
         "shard_count": manifest.shard_count,
         "world_size": checkpoint.world_size,
         # As the manifest has them: JSON has no numbers that are not finite.

@@ -16,7 +16,7 @@ from cloudckpt.errors import CheckpointNotFoundError
 from cloudckpt.format import Index, told_near
 from cloudckpt.loading import Group, groups_of, read_index, tensor_numbers
 from cloudckpt.report import Progress, as_bytes
-from cloudckpt.root import Checkpoint, newest_or_the_one
+from cloudckpt.root import Checkpoint, newest_or_the_one, own_bytes
 from cloudckpt.state import OURS
 
 __all__ = ["show"]
@@ -54,11 +54,16 @@ def show(  # noqa: PLR0913 (each option of the command)
                 raise CheckpointNotFoundError(f"{checkpoint.url} has no value {value!r}{told_near(value, names)}")
             typer.echo(json.dumps(index.values[value], ensure_ascii=True))
         elif as_json:
-            found = {**summary(checkpoint), "tensors": _tensors(index), "values": index.values}
+            found = {
+                **summary(checkpoint, own_bytes(catalog.store, checkpoint)),
+                "tensors": _tensors(index),
+                "values": index.values,
+            }
             groups = [dataclasses.asdict(group) for group in groups_of(index, depth)]
             typer.echo(json.dumps({**found, "groups": groups, "environment": checkpoint.manifest.environment}))
         else:
-            _print(checkpoint, index, groups_of(index, depth), is_utc=utc)
+            own = own_bytes(catalog.store, checkpoint)
+            _print(checkpoint, own, index, groups_of(index, depth), is_utc=utc)
             if tensors:
                 rows = [(name, *map(str, facts.values())) for name, facts in _tensors(index).items()]
                 _print_titled("tensors", ("name", "dtype", "shape", "chunks"), rows)
@@ -86,12 +91,14 @@ def _tensors(index: Index) -> dict[str, dict[str, object]]:
     }
 
 
-def _print(checkpoint: Checkpoint, index: Index, groups: list[Group], *, is_utc: bool) -> None:
+def _print(checkpoint: Checkpoint, own: int, index: Index, groups: list[Group], *, is_utc: bool) -> None:
     created = f"{in_zone(checkpoint.created_at, is_utc=is_utc)} {zone_name(is_utc=is_utc)}"
     facts: Mapping[str, object] = {
-        **summary(checkpoint),
+        **summary(checkpoint, own),
         "created_at": created,
-        "total_bytes": f"{as_bytes(checkpoint.total_bytes)} ({checkpoint.total_bytes:,} bytes)",
+        "total_bytes": _sized(checkpoint.total_bytes),
+        "own_bytes": _sized(own),
+        "shared_bytes": _sized(checkpoint.total_bytes - own),
     }
     print_facts((name, str(fact)) for name, fact in {**facts, **checkpoint.manifest.environment}.items())
     rows = [
@@ -99,6 +106,10 @@ def _print(checkpoint: Checkpoint, index: Index, groups: list[Group], *, is_utc:
     ]
     title = f"tensors: {len(index.tensors):,}, values: {len(index.values):,}; by prefix"
     _print_titled(title, ("prefix", "tensors", "size", "share"), rows, numbers=("tensors", "size", "share"))
+
+
+def _sized(size_bytes: int) -> str:
+    return f"{as_bytes(size_bytes)} ({size_bytes:,} bytes)"
 
 
 def _print_titled(

@@ -2,12 +2,14 @@
 
     index ──▶ shards that the target lacks ──a few at a time──▶ ranged reads, digests compared ──▶ one put each
                                                       ──▶ index ──▶ listed: all are there ──▶ manifest (create)
+                                                                                 of others' ──▶ are these there still?
 
 Until the manifest stands the target holds nothing but objects that no checkpoint leads to, which a sweep removes. What
 stands there when a copy begins again is not sent again if it has its size: a put is whole or not there, and nobody else
 writes below an attempt's 64 random bits, so that size and name say which bytes these are. Who doubts the store has them
-read back. A copy holds itself what other checkpoints
-of its root hold. Holds a few whole shards (FORMAT invariants 1, 2, 4, 12 and 15).
+read back. What other checkpoints of its root hold stays a reference where they hold it in the target, too, or come to
+as one of several that are copied; else the copy holds it itself. Holds a few whole shards (FORMAT invariants 1, 2, 4,
+12, 15 and 17).
 """
 
 from __future__ import annotations
@@ -19,16 +21,17 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
-from cloudckpt.copying.places import Onward, key_of, source_of, spans_of
+from cloudckpt.copying.places import Onward, source_of, spans_of
 from cloudckpt.errors import (
     AccessDeniedError,
     CheckpointNotFoundError,
     CredentialsExpiredError,
     IntegrityError,
+    ManifestError,
     ObjectNotFoundError,
     StorageError,
 )
-from cloudckpt.format import Index, ShardEntry, Span, index_key
+from cloudckpt.format import Index, Reference, ShardEntry, Span, index_key
 from cloudckpt.loading import decode_index, read_index_bytes
 from cloudckpt.options import Options
 from cloudckpt.root import Catalog, Checkpoint, ShardPlaces
@@ -101,6 +104,8 @@ class Copier:
         checks: whether what stands in the target is read back, also of a checkpoint that is committed there.
         gauge: is told of bytes that have moved, or need not.
         slabs: memory for shards in flight, kept from one checkpoint to the next.
+        is_one_of_several: whether what several share is brought to where they share it, though nothing is committed
+            there.
     """
 
     source: Catalog
@@ -109,6 +114,7 @@ class Copier:
     checks: bool
     gauge: Gauge
     slabs: Slabs
+    is_one_of_several: bool = False
 
     def copy(self, checkpoint: Checkpoint, prefix: str, *, is_there: bool) -> Copied:
         """Copy one checkpoint; return once it is committed.
@@ -143,26 +149,29 @@ class Copier:
         manifest = self.source.manifest_bytes(checkpoint)
         data = read_index_bytes(self.source, checkpoint)
         index = decode_index(checkpoint, data)
-        shards, sizes = list(index.shards()), self._sizes(prefix, index) or {}
-        standing = [entry for entry in shards if sizes.get(key_of(prefix, entry)) == entry.size_bytes]
+        shards, key = list(index.shards()), prefix + index_key(index.attempt)
+        goal, sizes = self._looked_at(checkpoint, prefix, index, is_there=is_there)
+        standing = [entry for entry in shards if sizes.get(goal.key(entry)) == entry.size_bytes]
         if self.checks:
-            standing = self._sound(standing, prefix, index)
+            standing = self._sound(standing, goal, index)
+        # On a disk a put also makes durable what a killed copy has put beside it.
+        is_sure = is_there or self.target.store.engine != "local"
+        standing = standing if is_sure else goal.without_doubtful(standing)
         kept = {(entry.rank, entry.number) for entry in standing}
         lacking = [entry for entry in shards if (entry.rank, entry.number) not in kept]
         self.gauge.move(sum(entry.size_bytes for entry in standing))
-        self._send(checkpoint, lacking, prefix, index)
+        self._send(checkpoint, lacking, goal, index)
         sent_bytes, sent_count = sum(entry.size_bytes for entry in lacking), len(lacking)
-        key = prefix + index_key(index.attempt)
-        # On a disk a put also makes durable what a killed copy has put beside it.
-        is_sure = is_there or self.target.store.engine != "local"
         if not (is_sure and self._is_index(key, sizes.get(key), data)):
             self.target.store.put(key, [memoryview(data)])
             sent_bytes, sent_count = sent_bytes + len(data), sent_count + 1
         if sent_count:
-            wanted = {key_of(prefix, entry): entry.size_bytes for entry in shards} | {key: len(data)}
-            self._refuse_lost(wanted, self._sizes(prefix, index))
+            wanted = {goal.key(entry): entry.size_bytes for entry in shards} | {key: len(data)}
+            self._refuse_lost(wanted, self._sizes(goal, index))
         if not is_there:
-            self.target.commit_copy(manifest, prefix=prefix)
+            made = self.target.commit_copy(manifest, prefix=prefix)
+            if not goal.is_whole:
+                self._refuse_removed(made)
         logger.info(
             "copied %s to %s: %d objects with %d bytes, %d stood there",
             *(checkpoint.url, self._url(prefix), sent_count, sent_bytes, len(standing)),
@@ -178,11 +187,49 @@ class Copier:
     def _url(self, prefix: str) -> str:
         return f"{self.target.store.url.removesuffix('/')}/{prefix}".rstrip("/") if prefix else self.target.store.url
 
-    def _sizes(self, prefix: str, index: Index) -> Mapping[str, int] | None:
-        """Return the sizes of what stands in the target under a checkpoint's attempts; None where nobody may see."""
-        below = f"{prefix}{index.attempt}/" if len(index.attempts) == 1 and not index.holders else prefix
+    def _looked_at(
+        self, checkpoint: Checkpoint, prefix: str, index: Index, *, is_there: bool
+    ) -> tuple[_Goal, Mapping[str, int]]:
+        """Return where the shards are to stand, and the sizes of what does there by now."""
+        held = checkpoint.manifest.held_elsewhere
+        goal = _Goal(prefix, is_whole=True)
+        sizes = self._sizes(goal, index)
+        # What stands below it is of a whole copy, that a reader takes for one: a copy goes on as it began.
+        is_begun = sizes is None or any(key.startswith(f"{prefix}{one.attempt}/") for one in held for key in sizes)
+        if not (held and prefix) or is_begun or not (is_there or all(map(self._may_hold, held))):
+            return goal, sizes or {}
+        bare = frozenset(one.prefix for one in held if not self.target.is_taken(one.prefix))
+        goal = _Goal(prefix, is_whole=False, bare=bare)
+        return goal, self._sizes(goal, index) or {}
+
+    def _may_hold(self, one: Reference) -> bool:
+        """Tell whether another checkpoint may hold shards in the target: it stands there, or nothing does."""
         try:
-            return {info.key: info.size_bytes for info in self.target.store.list(below).objects}
+            return self.target.open(one.prefix).attempt == one.attempt
+        except ManifestError:
+            return False
+        except CheckpointNotFoundError:
+            return self.is_one_of_several and not self.target.is_taken(one.prefix)
+
+    def _refuse_removed(self, made: Checkpoint) -> None:
+        """Take a commit back of which what others hold was being removed when it came; from now on it is spared."""
+        if lack := self.target.lack_of_others(made):
+            self.target.uncommit(made.prefix)
+            raise StorageError(
+                f"{made.url} is not copied, because {lack}, in the target; copy again, and it holds all of it itself",
+                op="create",
+                key=made.prefix,
+            )
+
+    def _sizes(self, goal: _Goal, index: Index) -> Mapping[str, int] | None:
+        """Return the sizes of what stands in the target where shards are to; None where nobody may see."""
+        prefix, is_lone = goal.prefix, len(index.attempts) == 1 and not index.holders
+        places = [f"{prefix}{index.attempt}/" if is_lone else prefix]
+        if not goal.is_whole:
+            places += [f"{one.prefix}{one.attempt}/" for one in index.holders]
+        try:
+            found = [info for below in places for info in self.target.store.list(below).objects]
+            return {info.key: info.size_bytes for info in found}
         except CredentialsExpiredError:
             raise
         except AccessDeniedError as exc:
@@ -197,14 +244,14 @@ class Copier:
             return False
         return not self.checks or self.target.store.read(key, limit_bytes=len(data)) == data
 
-    def _sound(self, shards: Sequence[ShardEntry], prefix: str, index: Index) -> list[ShardEntry]:
+    def _sound(self, shards: Sequence[ShardEntry], goal: _Goal, index: Index) -> list[ShardEntry]:
         """Return which of these shards in the target have the bytes that they should have, by reading them."""
         bad: set[str] = set()
         store = self.target.store
         fetches = [
             Fetch(shard=shard, span=span, consume=lambda _: None)
             for entry in shards
-            for shard in [source_of(key_of(prefix, entry), entry, index.block_bytes)]
+            for shard in [source_of(goal.key(entry), entry, index.block_bytes)]
             for span in spans_of(entry, index.block_bytes, self.options)
         ]
         download(
@@ -217,9 +264,9 @@ class Copier:
         )
         for key in sorted(bad):
             logger.warning("%s on %s is not what was sent, and is sent again", key, store.url)
-        return [entry for entry in shards if key_of(prefix, entry) not in bad]
+        return [entry for entry in shards if goal.key(entry) not in bad]
 
-    def _send(self, checkpoint: Checkpoint, shards: Sequence[ShardEntry], prefix: str, index: Index) -> None:
+    def _send(self, checkpoint: Checkpoint, shards: Sequence[ShardEntry], goal: _Goal, index: Index) -> None:
         budget_bytes = self.options.transfer_budget_bytes
         # Kept from shard to shard: fresh memory costs more than what is copied into it.
         budget, slabs = Budget(budget_bytes), self.slabs
@@ -248,7 +295,7 @@ class Copier:
             try:
                 with nullcontext() if turn is None else _in(turn):
                     slab = read(entry)
-                target.put(key_of(prefix, entry), [slab.memory[: entry.size_bytes]])
+                target.put(goal.key(entry), [slab.memory[: entry.size_bytes]])
                 # Not after a fault: a request that was left behind may still read it.
                 slabs.give(slab)
             finally:
@@ -260,7 +307,7 @@ class Copier:
             own_bytes = 0 if source.engine == "local" else _READERS * min(self.options.span_bytes, entry.size_bytes)
             cost_bytes = entry.size_bytes + own_bytes
             call = partial(send, entry, cost_bytes)
-            work.append(Work(name=key_of(prefix, entry), size_bytes=entry.size_bytes, cost_bytes=cost_bytes, call=call))
+            work.append(Work(name=goal.key(entry), size_bytes=entry.size_bytes, cost_bytes=cost_bytes, call=call))
         engine = source.engine if target.engine == "local" else target.engine
         watch = self._watch(engine, url=target.url)
         run_all(work, concurrency=self.options.concurrency, budget=budget, watch=watch)
@@ -288,6 +335,33 @@ class Copier:
                 )
 
         each(doubtful, look, threads=_READERS, name="cloudckpt-copy")
+
+
+@dataclass(frozen=True, slots=True)
+class _Goal:
+    """Where the shards of a copy are to stand.
+
+    Attributes:
+        prefix: of the copy in the target.
+        is_whole: whether it holds itself what others hold in the source.
+        bare: prefixes of those others under which nothing is committed.
+    """
+
+    prefix: str
+    is_whole: bool
+    bare: frozenset[str] = frozenset()
+
+    def key(self, entry: ShardEntry) -> str:
+        """Return the key of a shard there."""
+        return entry.key(self.prefix, is_copied=self.is_whole)
+
+    def without_doubtful(self, standing: Sequence[ShardEntry]) -> list[ShardEntry]:
+        """Leave out, to be put again, the smallest that stands under each prefix without a commit."""
+        firsts: dict[str, ShardEntry] = {}
+        for entry in sorted(standing, key=lambda entry: entry.size_bytes):
+            if entry.holder is not None and entry.holder.prefix in self.bare:
+                firsts.setdefault(entry.holder.prefix, entry)
+        return [entry for entry in standing if entry not in firsts.values()]
 
 
 class _Room:

@@ -85,6 +85,9 @@ def copy(  # noqa: PLR0913 (keyword-only, each of its own kind)
     is committed there is not looked at. Until one is committed nobody sees anything of it; what is left of a copy that
     nobody repeats goes with the sweep of the target's root.
 
+    Shards that another checkpoint of the source's root holds (`reuse_unchanged`) stay references where that stands in
+    the target, too, and are sent once where several are copied together; a lone copy holds all of them itself.
+
     Args:
         sources: checkpoints, or roots, of which the newest is meant.
         target: a root: each checkpoint keeps its prefix there. What was saved outside of a root has none, and goes to
@@ -196,6 +199,7 @@ def copy_places(
                 gauge=gauge,
                 # What is read back takes the memory that slabs would keep.
                 slabs=Slabs() if selection.checks else kept,
+                is_one_of_several=len(jobs) > 1,
             )
             at = job
             try:

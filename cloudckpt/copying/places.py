@@ -34,7 +34,6 @@ __all__ = [
     "Onward",
     "Place",
     "is_of_one_object",
-    "key_of",
     "opened",
     "runs_of",
     "source_of",
@@ -150,11 +149,6 @@ def opened(
     root, prefix = split_step(url)
     with open_store(root, storage_options=storage_options, engine=engine, options=options) as store:
         yield Place(Catalog(store), prefix)
-
-
-def key_of(prefix: str, entry: ShardEntry) -> str:
-    """Return the key of a shard of the copy under a prefix, which holds all of them itself."""
-    return entry.key(prefix, is_copied=True)
 
 
 def source_of(key: str, entry: ShardEntry, block_bytes: int) -> ShardSource:

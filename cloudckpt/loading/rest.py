@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # How long one that was given up may take to notice.
 _NOTICING_S = 2.0
+# How often one who waits for it looks how much time there still is.
+_LOOK_S = 0.1
 
 
 class Rest:
@@ -126,11 +128,26 @@ class Rest:
         self._ended.wait()
         return self._error is None
 
-    def give_up(self, patience_s: float) -> None:
-        """Wait so long for the end; then read nothing more, and wait a moment for that to be noticed."""
-        if self._pid == os.getpid() and not self._ended.wait(patience_s):
+    def ended(self, left_s: Callable[[], float]) -> bool:
+        """Wait for the end, whatever it is, as long as there is time; tell whether it has come.
+
+        Args:
+            left_s: seconds that there still are, asked again and again: an end may be announced meanwhile. Below 0 is
+                none.
+        """
+        while not self._ended.wait(max(0.0, min(_LOOK_S, left := left_s()))):
+            if left <= 0:
+                return False
+        return True
+
+    def give_up(self, left_s: Callable[[], float]) -> None:
+        """Wait for the end as `ended` does; then read nothing more, and wait a moment for that to be noticed."""
+        if self._pid == os.getpid() and not self.ended(left_s):
             self._is_abandoned = True
             self._ended.wait(_NOTICING_S)
+
+    def __str__(self) -> str:
+        return f"the state of {', '.join(self._names)}, which {self._what} left for later"
 
     def _failure(self) -> RestoreFailedError:
         names = ", ".join(self._names)
@@ -147,7 +164,7 @@ _UNDER_WAY: weakref.WeakSet[Rest] = weakref.WeakSet()
 
 def _at_exit() -> None:
     for rest in list(_UNDER_WAY):
-        rest.give_up(0.0)
+        rest.give_up(lambda: 0.0)
 
 
 # Before the pools of concurrent.futures refuse work, as for saves.

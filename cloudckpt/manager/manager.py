@@ -237,7 +237,6 @@ class CheckpointManager:
             save_rng=as_flag("save_rng", save_rng),
             reuse_unchanged=as_flag("reuse_unchanged", reuse_unchanged),
         )
-        self._rest: Rest | None = None
         self._is_closed, self._pid = False, os.getpid()
         if self._preemption is not None:
             self._preemption.start()
@@ -339,7 +338,9 @@ class CheckpointManager:
                 its own.
             FencedError: a newer job has claimed the root; nothing was committed.
             UnsupportedValueError: a value that the format cannot hold; nothing was written.
-            SaveFailedError: ranks failed, were lost, or hold different states (`.failures`); nothing was committed.
+            SaveFailedError: ranks failed, were lost, or hold different states (`.failures`); nothing was committed. Or
+                an end that was announced left no time for what had to come first: another save, or what a restore left
+                for later.
             StorageError: nothing was committed (after `CommitUnknownError`: perhaps).
             BaseException: an interrupt, an exit or what a signal's handler raises, as it comes. One that comes after
                 the commit, also from a retention rule, has a note that the step is saved. Whether one was committed
@@ -462,9 +463,9 @@ class CheckpointManager:
             SaveFailedError: it failed; also one that failed before and nobody was told.
         """
         patience_s = None if timeout is None else as_seconds("timeout", timeout)
-        if self._rest is not None:
+        if self._saves.coming is not None:
             stop_s = math.inf if patience_s is None else time.monotonic() + patience_s
-            self._rest.wait(patience_s)
+            self._saves.coming.wait(patience_s)
             patience_s = None if patience_s is None else max(0.0, stop_s - time.monotonic())
         self._saves.settle(patience_s)
 
@@ -570,8 +571,7 @@ class CheckpointManager:
             generators=self._saves.save_rng,
             rest=rest,
         )
-        self._rest = rest
-        self._saves.resume(checkpoint)
+        self._saves.resume(checkpoint, rest)
         return checkpoint
 
     def read(self, step: Wanted = "latest", keys: str | Sequence[str] | None = None) -> dict[str, object]:
@@ -868,8 +868,7 @@ class CheckpointManager:
         self._saves.background.refuse_own_thread()
         self._is_closed = True
         try:
-            if self._rest is not None:
-                self._rest.give_up(0.0 if self._saves.is_interrupted else self._saves.options.finish_timeout_s)
+            self._saves.give_up_coming()
             with taking_part(self._part):
                 self._saves.end(is_forked=os.getpid() != self._pid)
         finally:

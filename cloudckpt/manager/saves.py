@@ -35,6 +35,7 @@ from cloudckpt.errors import (
     SaveFailedError,
     tells_outcome,
 )
+from cloudckpt.loading import Rest
 from cloudckpt.manager.tolerance import Tolerance
 from cloudckpt.options import Options
 from cloudckpt.preemption import Schedule
@@ -182,6 +183,7 @@ class Saves:
         save_rng: whether the generators of this process go with every state.
         background: the save that may be under way.
         is_interrupted: whether a person has interrupted the job: its end waits for no removals then.
+        coming: what the newest restore left for later; None if nothing.
     """
 
     def __init__(
@@ -221,6 +223,7 @@ class Saves:
         # The step of a save of which nothing is known, and what asks the store.
         self._doubted: tuple[int, Callable[[], Checkpoint | None]] | None = None
         self.is_interrupted = False
+        self.coming: Rest | None = None
         # What the save under way replaces.
         self._to_replace: Checkpoint | None = None
         # What is written, and neither committed nor abandoned.
@@ -304,8 +307,9 @@ class Saves:
         """What raises if other ranks were asked for something else, and will not come."""
         return None if self._accord is None else self._accord.check
 
-    def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Go on from a checkpoint, or from nothing."""
+    def resume(self, checkpoint: Checkpoint | None, coming: Rest | None = None) -> None:
+        """Go on from a checkpoint, of which something may still be to come, or from nothing."""
+        self.coming = coming
         self.homes[0].epoch.resume(checkpoint)
         if not self.homes[0].epoch.number:
             self._doubted = None  # what that save has committed is of the line that was left
@@ -313,7 +317,7 @@ class Saves:
     def begin_anew(self) -> None:
         """Go on from nothing, also after saves; what failed in the background before is told all the same."""
         self.rest()
-        self.resume(None)
+        self.resume(None, self.coming)
 
     def save(
         self,
@@ -827,17 +831,38 @@ class Saves:
         return Reuse(self._shards, base, rank=group.rank, size=group.size, block_bytes=options.block_bytes)
 
     def _wait_for_turn(self, step: int) -> None:
-        """Wait for the save under way, as long as there is time; an end may be announced meanwhile."""
-        stop_s = math.inf
-        while True:
-            stop_s = min(stop_s, self._schedule.end_of_saves().stop_s)
-            if self.background.wait(max(0.0, min(_LOOK_S, stop_s - time.monotonic()))):
-                return
-            if time.monotonic() >= stop_s:
+        """Wait for the save under way, and for what a restore left for later, as long as there is time."""
+        left_s = self._time_left()
+        while not self.background.wait(max(0.0, min(_LOOK_S, left := left_s()))):
+            if left <= 0:
                 raise SaveFailedError(
                     f"step {step} was not saved: the save before it is still under way, and has taken all of the time "
                     "that was left before the end"
                 )
+        # Here, and not where the state is captured: that is in the middle of what the ranks do together.
+        if self.coming is not None and not self.coming.ended(left_s):
+            raise SaveFailedError(
+                f"step {step} was not saved: {self.coming}, is still on its way, and has taken all of the time that "
+                "was left before the end. What it belongs to has made no step since, so that the checkpoint which was "
+                "restored is the one to go on from"
+            )
+
+    def _time_left(self, patience_s: float = math.inf) -> Callable[[], float]:
+        """Return what says how much of some seconds from now is left; less once an end is announced before."""
+        stop_s = time.monotonic() + patience_s
+
+        def left_s() -> float:
+            nonlocal stop_s
+            # The earliest that was ever announced: the next one is for saves after it.
+            stop_s = min(stop_s, self._schedule.end_of_saves().stop_s)
+            return stop_s - time.monotonic()
+
+        return left_s
+
+    def give_up_coming(self) -> None:
+        """Wait for what a restore left for later as the end of a job waits for a save; then read no more of it."""
+        if self.coming is not None:
+            self.coming.give_up(self._time_left(0.0 if self.is_interrupted else self.options.finish_timeout_s))
 
     def _home_of(self, checkpoint: Checkpoint) -> Home:
         return next((home for home in self.homes if home.catalog.holds(checkpoint)), self.homes[0])

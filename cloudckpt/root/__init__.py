@@ -9,7 +9,7 @@ from cloudckpt.root.checkpoint import Checkpoint, Fit, Unreadable, prefix_of
 from cloudckpt.root.choice import Candidate, Choice, Wanted, newest_or_the_one, nothing_at, the_one_at
 from cloudckpt.root.cleaning import Cleaner
 from cloudckpt.root.destination import Destination, Epoch, Target, own_url
-from cloudckpt.root.holders import ShardPlaces, index_of
+from cloudckpt.root.holders import ShardPlaces, index_of, own_bytes
 from cloudckpt.root.known import ManifestCache
 from cloudckpt.root.naming import committed_as, give_name, named, named_candidates, names_of, no_name
 from cloudckpt.root.overview import Overview, overview
@@ -89,6 +89,7 @@ __all__ = [
     "no_name",
     "nothing_at",
     "overview",
+    "own_bytes",
     "own_url",
     "pin",
     "pins_of",

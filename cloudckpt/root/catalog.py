@@ -382,13 +382,16 @@ class Catalog:
         return Survey.of([*known, *new.checkpoints, *new.unreadable])
 
     def once(self, digest: str, ask: Callable[[], frozenset[str]]) -> frozenset[str]:
-        """Return the keys that a manifest with this digest names of what others hold, asked for once."""
+        """Return the keys that a manifest with this digest names of what others hold, asked for once if there are any.
+
+        One that names none holds all itself, as a copy may, in whose place another copy may come that does not.
+        """
         with self._memory.lock:
             found = self._memory.named.get(digest)
         if found is None:
             found = ask()
             with self._memory.lock:
-                self._memory.named[digest] = found
+                self._memory.named |= {digest: found} if found else {}
         return found
 
     def standing(self, checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:

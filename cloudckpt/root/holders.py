@@ -25,7 +25,7 @@ from cloudckpt.format import (
 from cloudckpt.root.checkpoint import Checkpoint
 from cloudckpt.store import Store
 
-__all__ = ["ShardPlaces", "index_of", "is_copied", "lack_of_shared", "shared_keys_of"]
+__all__ = ["ShardPlaces", "index_of", "is_copied", "lack_of_shared", "own_bytes", "shared_keys_of"]
 
 
 @runtime_checkable
@@ -77,6 +77,14 @@ class ShardPlaces:
     def key(self, entry: ShardEntry) -> str:
         """Return the key of a shard."""
         return entry.key(self.prefix, is_copied=self.is_copied)
+
+
+def own_bytes(store: Store, checkpoint: Checkpoint) -> int:
+    """Return the bytes of the shards that a checkpoint holds itself; a copy may hold all. A listing if others do."""
+    held = checkpoint.manifest.held_elsewhere
+    if not held or store.list(f"{checkpoint.prefix}{held[0].attempt}/").objects:
+        return checkpoint.total_bytes
+    return checkpoint.manifest.sent_bytes
 
 
 def is_copied(manifest: Manifest, below: Mapping[str, int]) -> bool:

@@ -315,3 +315,28 @@ def test_every_command_has_the_shared_options() -> None:
 
 def test_completion_can_be_installed() -> None:
     assert "--install-completion" in run("--help").stdout
+
+
+def test_ls_and_show_say_how_much_a_checkpoint_holds_itself_and_how_much_others_do(tmp_path: Path) -> None:
+    base, alone, whole = tmp_path / "root", tmp_path / "alone", tmp_path / "whole"
+    options = cloudckpt.Options(shard_bytes=4096, block_bytes=1024, span_bytes=1024)
+    with CheckpointManager(base, options=options, reuse_unchanged=True, progress="off", save_rng=False) as manager:
+        for step in (1, 2):
+            manager.save(step, {"base": torch.arange(2000), "head": torch.full((300,), float(step))})
+    cloudckpt.copy(base, alone)
+    cloudckpt.copy(base, whole, every=True)
+    held = {
+        where: [(one["own_bytes"], one["shared_bytes"]) for one in lines("ls", where)] for where in (base, alone, whole)
+    }
+    (first, second), (own, shared) = held[base]
+    sizes = [int(str(one["total_bytes"])) for one in lines("ls", base)]
+    stored = [sum(path.stat().st_size for path in base.rglob(f"*{step}-e0001/*/*.safetensors")) for step in (1, 2)]
+    assert (first, second) == (sizes[0], 0)
+    assert [first, own] == stored
+    assert (own + shared, own < shared) == (sizes[1], True)
+    assert held[alone] == [(sizes[1], 0)]
+    assert held[whole] == held[base]
+    (shown,) = lines("show", base)
+    assert (shown["own_bytes"], shown["shared_bytes"]) == (own, shared)
+    assert [("shared" in run("ls", where).stdout) for where in (base, alone)] == [True, False]
+    assert f"({own:,} bytes)" in run("show", base).stdout

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import cloudckpt
 import cloudckpt.ahead as ahead_room
@@ -20,6 +24,7 @@ from cloudckpt.ahead import Ahead
 from cloudckpt.options import KIB
 from cloudckpt.store import RetryingStore
 from raw_access import FreshPrefix
+from tests.ranks.processes import run
 from tests.store.fault_store import Bucket, FaultKind, FaultStore, Op, denied
 from tests.test_import import modules_after
 
@@ -205,13 +210,117 @@ def test_a_second_one_of_a_root_takes_the_place_of_the_first(clients: Clients) -
     second.close()
 
 
-def test_a_process_of_several_reads_no_shards(clients: Clients, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(1, seed=1)
+def _of_ranks(clients: Clients, count: int) -> None:
+    """Let each rank have three shards, as a save of so many would."""
+    attempt = "step-0000000001-e0001/0123456789abcdef"
+    clients.bucket.raw_put("step-0000000001-e0001/manifest.json", b"{}")
+    clients.bucket.raw_put(f"{attempt}/index.bin", b"index")
+    for rank in range(count):
+        for number in range(3):
+            clients.bucket.raw_put(f"{attempt}/r{rank:05d}-{number:04d}.safetensors", bytes(3 * KIB))
+
+
+@pytest.mark.parametrize(
+    ("rank", "saved_by", "read"),
+    [
+        ("0", 2, ["index.bin", "r00000-0000", "r00000-0001", "r00000-0002"]),
+        ("1", 2, ["r00001-0000", "r00001-0001", "r00001-0002"]),
+        ("1", 3, []),
+        ("1", 1, []),
+        ("", 2, []),
+        ("7", 2, []),
+    ],
+)
+def test_a_rank_of_several_reads_its_own_shards_if_as_many_saved_them_and_else_says_that_it_reads_none(
+    clients: Clients,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    rank: str,
+    saved_by: int,
+    read: list[str],
+) -> None:
+    _of_ranks(clients, saved_by)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with begun() as held:
+    monkeypatch.setenv("RANK", rank)
+    with caplog.at_level(logging.INFO, "cloudckpt"), begun() as held:
         assert held.wait(WAIT_S)
-        read = [op.key for op in clients.ahead.trace if op.verb == "get"]
-    assert [key.rpartition("/")[2] for key in read] == ["index.bin"]
+    asked = [op.key.rpartition("/")[2].removesuffix(".safetensors") for op in clients.ahead.trace if op.verb == "get"]
+    assert sorted(set(asked)) == read
+    assert ("only the connection and the listing are ahead" in caplog.text) is (read == [])
+
+
+def _ahead_of_ranks(url: str) -> tuple[int, int, list[str]]:
+    rank = dist.get_rank()
+    shape = (64, 64)
+
+    def state(seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        return {"sharded": distribute_tensor(torch.randn(shape), mesh, [Shard(0)]), "alike": torch.randn(shape)}
+
+    options = replace(SMALL, read_once="always")
+    with CheckpointManager(url, options=options) as manager:
+        manager.save(1, state(1))
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(dist.get_world_size())
+    asked: list[str] = []
+    get = RetryingStore.get
+
+    def noted(self: RetryingStore, key: str, **given: Any) -> memoryview:
+        asked.append(key)
+        return get(self, key, **given)
+
+    with cloudckpt.prefetch(url, options=options) as held, CheckpointManager(url, options=options) as manager:
+        assert held.wait(WAIT_S)
+        ahead_bytes = held.held_bytes
+        found = state(2)
+        RetryingStore.get = noted  # type: ignore[method-assign, assignment]
+        manager.restore(found)
+        RetryingStore.get = get  # type: ignore[method-assign]
+        assert torch.equal(found["sharded"].to_local(), state(1)["sharded"].to_local())
+        assert torch.equal(found["alike"], state(1)["alike"])
+        return ahead_bytes, held.held_bytes, [key for key in asked if key.endswith(".safetensors")]
+
+
+def test_ranks_restore_sharded_and_replicated_tensors_from_what_each_has_read_ahead(tmp_path: Path) -> None:
+    for ahead_bytes, left_bytes, asked in run(2, _ahead_of_ranks, str(tmp_path)):
+        assert ahead_bytes > 64 * 64 * 4
+        assert (left_bytes, asked) == (0, [])
+
+
+@pytest.mark.parametrize("only", ["m", ["m", "v"], ["w"]])
+def test_only_what_is_named_is_read_ahead_just_as_the_restore_of_it_reads_it(clients: Clients, only: Any) -> None:
+    save(1, seed=1)
+    held = cloudckpt.prefetch("memory://bucket/root", options=SMALL, only=only)
+    assert held.wait(WAIT_S)
+    names = [only] if isinstance(only, str) else only
+    assert len(names) * 6000 < held.held_bytes < len(names) * 6000 + 4 * KIB + 2 * KIB * len(names)
+    state, whole = new_state(0), new_state(1)
+    with CheckpointManager("memory://bucket/root", options=SMALL) as manager:
+        manager.restore(state, only=only)
+    assert clients.read_by_manager() == []
+    assert all(torch.equal(state[name], whole[name]) is (name in names) for name in state)
+    assert held.held_bytes == 0
+
+
+def test_of_shards_that_others_hold_what_is_named_is_read_ahead(tmp_path: Path) -> None:
+    state = new_state(1)
+    with CheckpointManager(tmp_path, options=SMALL, reuse_unchanged=True) as manager:
+        manager.save(1, state)
+        state["w"].add_(1)
+        manager.save(2, state)
+    with cloudckpt.prefetch(tmp_path, options=SMALL, only=["m"]) as held:
+        assert held.wait(WAIT_S)
+        assert held.held_bytes > 6000
+        found = new_state(0)
+        with CheckpointManager(tmp_path, options=SMALL) as manager:
+            manager.restore(found, only="m")
+        assert (held.held_bytes, torch.equal(found["m"], state["m"])) == (0, True)
+
+
+@pytest.mark.parametrize("only", [[], "", [1]])
+def test_names_that_mean_nothing_are_refused(tmp_path: Path, only: Any) -> None:
+    with pytest.raises(OptionsError, match="one or more names"):
+        cloudckpt.prefetch(tmp_path, only=only)
 
 
 def test_a_load_of_one_checkpoint_has_its_bytes_from_there(tmp_path: Path) -> None:

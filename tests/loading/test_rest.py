@@ -6,7 +6,9 @@ import copy
 import os
 import pickle
 import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,17 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 import cloudckpt
+import cloudckpt.loading.lead as lead_room
 import cloudckpt.manager.manager as manager_room
-from cloudckpt import CheckpointManager, CloudCkptError, Options, OptionsError, RestoreFailedError, SaveFailedError
+from cloudckpt import (
+    CheckpointManager,
+    CloudCkptError,
+    Options,
+    OptionsError,
+    Preemption,
+    RestoreFailedError,
+    SaveFailedError,
+)
 from cloudckpt.options import KIB
 from cloudckpt.state.optimizers import OptimizerEntry
 from cloudckpt.store import RetryingStore
@@ -309,6 +320,86 @@ def test_no_hook_is_left_behind(store: Store) -> None:
         assert not any(getattr(state["optimizer"], name) for name in hooks)
 
 
+class Notice:
+    """Gives notice of an end that stays as far ahead as it was, until it has passed."""
+
+    def __init__(self, seconds: float) -> None:
+        self._left_s, self._now_s, self._heard = seconds, 0.0, threading.Event()
+
+    def clock(self) -> float:
+        return self._now_s
+
+    def _check(self) -> float:
+        self._heard.set()
+        return self._left_s - self._now_s
+
+    @contextmanager
+    def given(self, url: str = URL, options: Options = SMALL) -> Iterator[CheckpointManager]:
+        """Open a manager that has heard it."""
+        with Preemption(signals=(), sources=(), check=self._check, clock=self.clock) as preemption:
+            assert self._heard.wait(WAIT_S)
+            while not preemption.notice:
+                time.sleep(0.001)
+            with CheckpointManager(url, options=options, preemption=preemption, clock=self.clock) as manager:
+                yield manager
+
+    def passes(self) -> None:
+        self._now_s = self._left_s + 1.0
+
+
+SAVES: dict[str, Callable[[CheckpointManager, dict[str, Any]], object]] = {
+    "save": lambda manager, state: manager.save(2, state),
+    "async_save": lambda manager, state: manager.async_save(2, state).result(),
+    "save_parts": lambda manager, state: manager.save_parts(2, state).commit(),
+    "save of what is here": lambda manager, state: manager.save(2, {"model": state["model"]}),
+}
+
+
+@pytest.mark.parametrize("how", SAVES)
+def test_a_save_at_a_notice_gives_up_before_the_end_what_is_still_to_come_and_commits_no_mixture(
+    store: Store, how: str
+) -> None:
+    was, state, notice = saved(), new_state(9), Notice(0.5)
+    store.may_go_on.clear()
+    with notice.given() as manager:
+        manager.restore(state, wait=["model"])
+        with pytest.raises(SaveFailedError, match=r"the state of optimizer, which restore.*made no step"):
+            SAVES[how](manager, state)
+        assert manager.all_steps() == [1]
+        notice.passes()
+        store.may_go_on.set()
+        manager.wait()
+        assert same(bits(state), bits(was)), "the notice was false, and all goes on"
+        manager.save(2, state)
+        assert manager.all_steps() == [1, 2]
+
+
+def test_a_save_at_a_notice_takes_what_is_still_to_come_if_that_comes_in_time(store: Store) -> None:
+    was, state, found = saved(), new_state(9), new_state(8)
+    store.may_go_on.clear()
+    with Notice(WAIT_S).given() as manager:
+        manager.restore(state, wait=["model"])
+        assert manager.should_save(2)
+        threading.Timer(0.02, store.may_go_on.set).start()
+        manager.save(2, state)
+        assert manager.preempted
+        manager.restore(found, 2)
+    assert same(bits(found), bits(was))
+
+
+def test_the_end_of_a_job_that_is_to_go_waits_no_longer_than_its_machine_is_there(store: Store) -> None:
+    saved()
+    store.may_go_on.clear()
+    state = new_state(9)
+    with Notice(0.5).given() as manager:
+        manager.restore(state, wait=["model"])
+        assert store.asked.wait(WAIT_S)
+    assert not store.may_go_on.is_set()
+    store.may_go_on.set()
+    with pytest.raises(RestoreFailedError, match="given up"):
+        state["optimizer"].step()
+
+
 def test_a_manager_that_is_left_by_an_error_reads_nothing_more(store: Store) -> None:
     saved()
     store.may_go_on.clear()
@@ -484,6 +575,42 @@ def test_damage_of_what_was_left_is_raised_on_every_rank(tmp_path: Path) -> None
         assert first.startswith("RestoreFailedError")
         assert "restore again without wait=" in second
         assert step == "1"
+
+
+def _preempted(url: str) -> list[str]:
+    state = _state_of_rank("alike", 1)
+    _train_here(state)
+    with CheckpointManager(url, options=ONCE) as manager:
+        manager.save(1, state)
+    may_go_on, read = threading.Event(), lead_room._Filling.read
+
+    def held_up(self: Any, source: Any) -> None:
+        if threading.current_thread().name == "cloudckpt-restore":
+            assert may_go_on.wait(WAIT_S)
+        read(self, source)
+
+    lead_room._Filling.read = held_up  # type: ignore[method-assign]
+    found, told, notice = _state_of_rank("alike", 9), [], Notice(0.5)
+    with notice.given(url, ONCE) as manager:
+        manager.restore(found, wait=["model"])
+        try:
+            manager.save(2, found)
+        except SaveFailedError as exc:
+            told.append(str(exc))
+        told.append(str(manager.all_steps()))
+        notice.passes()
+        may_go_on.set()
+        manager.wait()
+        manager.save(2, found)
+        told.append(str(manager.all_steps()))
+    assert same(_local_bits(state), _local_bits({**found, "step": 1}))
+    return told
+
+
+def test_a_save_at_a_notice_gives_up_on_every_rank_what_is_still_to_come(tmp_path: Path) -> None:
+    for why, before, after in run(2, _preempted, str(tmp_path)):
+        assert "made no step since" in why
+        assert (before, after) == ("[1]", "[1, 2]")
 
 
 def _other_names(url: str) -> str:
