@@ -142,7 +142,7 @@ class Rest:
 
     def give_up(self, left_s: Callable[[], float]) -> None:
         """Wait for the end as `ended` does; then read nothing more, and wait a moment for that to be noticed."""
-        if self._pid == os.getpid() and not self.ended(left_s):
+        if self._pid == os.getpid() and (self._is_abandoned or not self.ended(left_s)):
             self._is_abandoned = True
             self._ended.wait(_NOTICING_S)
 

@@ -887,6 +887,8 @@ class CheckpointManager:
     ) -> None:
         if isinstance(error, KeyboardInterrupt):
             self._saves.is_interrupted = True
+        if error is not None:
+            self._saves.give_up_coming(is_wanted=False)
         try:
             self.close()
         except CloudCkptError as exc:

@@ -859,10 +859,11 @@ class Saves:
 
         return left_s
 
-    def give_up_coming(self) -> None:
+    def give_up_coming(self, *, is_wanted: bool = True) -> None:
         """Wait for what a restore left for later as the end of a job waits for a save; then read no more of it."""
         if self.coming is not None:
-            self.coming.give_up(self._time_left(0.0 if self.is_interrupted else self.options.finish_timeout_s))
+            is_left = is_wanted and not self.is_interrupted
+            self.coming.give_up(self._time_left(self.options.finish_timeout_s if is_left else 0.0))
 
     def _home_of(self, checkpoint: Checkpoint) -> Home:
         return next((home for home in self.homes if home.catalog.holds(checkpoint)), self.homes[0])

@@ -400,14 +400,15 @@ def test_the_end_of_a_job_that_is_to_go_waits_no_longer_than_its_machine_is_ther
         state["optimizer"].step()
 
 
-def test_a_manager_that_is_left_by_an_error_reads_nothing_more(store: Store) -> None:
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ZeroDivisionError])
+def test_a_manager_that_is_left_by_an_error_reads_nothing_more(store: Store, kind: type[BaseException]) -> None:
     saved()
     store.may_go_on.clear()
     state = new_state(9)
     manager = opened()
     manager.restore(state, wait=["model"])
     assert store.asked.wait(WAIT_S)
-    manager.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    manager.__exit__(kind, kind(), None)
     store.may_go_on.set()
     with pytest.raises(RestoreFailedError, match="given up"):
         state["optimizer"].step()
