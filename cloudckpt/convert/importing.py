@@ -25,6 +25,7 @@ from cloudckpt.convert.places import LEAVING_S, folder_and_name, objects_in, tel
 from cloudckpt.errors import CommitUnknownError, ManifestError, ObjectNotFoundError, OptionsError, SourceError
 from cloudckpt.format import (
     Box,
+    BoxTable,
     JsonValue,
     PathElement,
     Piece,
@@ -345,18 +346,21 @@ class _Pieces:
 
     def __init__(self, boxes: list[tuple[Box, Bytes]], attempt: str, shard_bytes: int) -> None:
         self.chunks: Sequence[Box] = [box for box, _ in boxes]
+        self.table = BoxTable.of(self.chunks)
         self._readers = [read for _, read in boxes]
         self.shards: Sequence[ShardLayout] = lay_out(
             self.chunks, shard_bytes=shard_bytes, metadata={"cloudckpt": attempt}
         )
 
-    def is_staged(self, piece: Piece) -> bool:
-        return piece.nbytes > 0
+    def staging_bytes(self, pieces: Sequence[Piece]) -> int:
+        return Staging.room_for(piece.nbytes for piece in pieces)
 
-    def view(self, piece: Piece, room: Staging) -> memoryview:
+    def views(self, pieces: Sequence[Piece], room: Staging) -> list[memoryview]:
+        return [self._view(piece, room) for piece in pieces if piece.nbytes]
+
+    def _view(self, piece: Piece, room: Staging) -> memoryview:
         memory = room.take(piece.nbytes)
-        if piece.nbytes:
-            self._readers[piece.chunk](piece.local_start, memory)
+        self._readers[piece.chunk](piece.local_start, memory)
         return memory
 
 

@@ -183,7 +183,9 @@ class CloudWriter(StorageWriter):
         # which holds also where a cached plan is one of another group.
         rank = plan.storage_data if self._rank is None else self._rank
         output = RankOutput(target=self._target(), attempt=self._attempt, rank=rank or 0, options=self._options)
-        source = Source(tensors, planner, attempt=self._attempt, shard_bytes=self._options.shard_bytes, parts=parts)
+        source = Source.planned(
+            tensors, planner, attempt=self._attempt, shard_bytes=self._options.shard_bytes, parts=parts
+        )
         message = output.write(source, values).encode()
         # One message per rank: an object per item would take minutes where thousands of ranks meet.
         return [

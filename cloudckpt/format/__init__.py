@@ -29,7 +29,7 @@ from cloudckpt.format.section import ChunkEntry, Origins, Section, TensorEntry, 
 from cloudckpt.format.shard import SAFETENSORS_NAMES, block_digests, has_blocks, verify_blocks
 from cloudckpt.format.sums import SUMS_LIMIT_BYTES, SUMS_SUFFIX, FileSums, SumsRecord
 from cloudckpt.format.tiling import untiled
-from cloudckpt.format.tree import NOTES, Flat, PathElement, flatten, flatten_at, unflatten
+from cloudckpt.format.tree import NOTES, Flat, PathElement, check_text, flatten, flatten_at, unflatten
 from cloudckpt.keys import (
     EPOCH_LIMIT,
     EPOCHS_PREFIX,
@@ -104,6 +104,7 @@ __all__ = [
     "Tensors",
     "block_digests",
     "check_name",
+    "check_text",
     "checkpoint_prefix",
     "codec",
     "content_kind",

@@ -81,20 +81,29 @@ def header_problems(header: Header) -> Iterator[str]:
         yield f"attempt {shown(header.attempt)} is no attempt id"
     if not 0 < header.block_bytes <= MAX_BLOCK_BYTES:
         yield f"block_bytes is {header.block_bytes}"
-    ranks = {record.rank for record in header.ranks} | {-1}
-    for name, tensor in header.tensors.items():
-        if tensor.dtype not in DTYPES:
-            yield f"tensor {shown(name)} has dtype {shown(tensor.dtype)}, which this PyTorch does not know"
-        elif not _is_shape(tensor.shape, DTYPES[tensor.dtype].itemsize):
-            yield f"tensor {shown(name)} has shape {shown(tensor.shape)}"
-        if tensor.writer not in ranks:
-            yield f"tensor {shown(name)} was written by rank {tensor.writer}, which wrote nothing"
+    yield from _tensor_problems(header)
     for name in header.tensors.keys() & header.values.keys():
         yield f"{shown(name)} is both a tensor and a value"
     for name, path in header.paths.items():
         if not 0 < len(path) <= PATH_LIMIT:
             yield f"the path of {shown(name)} has {len(path)} steps"
     yield from _sharing_problems(header)
+
+
+def _tensor_problems(header: Header) -> Iterator[str]:
+    ranks = {record.rank for record in header.ranks} | {-1}
+    good: set[TensorRecord] = set()  # of thousands of tensors most are alike
+    for name, tensor in header.tensors.items():
+        if tensor in good:
+            continue
+        if tensor.dtype not in DTYPES:
+            yield f"tensor {shown(name)} has dtype {shown(tensor.dtype)}, which this PyTorch does not know"
+        elif not _is_shape(tensor.shape, DTYPES[tensor.dtype].itemsize):
+            yield f"tensor {shown(name)} has shape {shown(tensor.shape)}"
+        elif tensor.writer in ranks:
+            good.add(tensor)
+        if tensor.writer not in ranks:
+            yield f"tensor {shown(name)} was written by rank {tensor.writer}, which wrote nothing"
 
 
 def _sharing_problems(header: Header) -> Iterator[str]:

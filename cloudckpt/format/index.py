@@ -259,6 +259,26 @@ class Index:
             counts += np.bincount(section.tensor, minlength=len(counts))
         return dict(zip(self._names, counts.tolist(), strict=True))
 
+    def single_pieces(self) -> dict[str, tuple[int, int, int]]:
+        """Return where tensors lie that are one piece each, by name: rank and number of their shard, and first byte.
+
+        Of an index that is not checked whole, because it is large, none are told.
+        """
+        if not self._is_checked:
+            return {}
+        counts = np.zeros(len(self._columns), dtype=np.int64)
+        for section in self._each_section():
+            counts += np.bincount(section.tensor, minlength=len(counts))
+        found: dict[str, tuple[int, int, int]] = {}
+        for section in self._each_section():
+            rows = np.flatnonzero(counts[section.tensor] == 1)
+            columns = (section.tensor[rows].tolist(), section.shard[rows].tolist(), section.start[rows].tolist())
+            found.update(
+                (self._names[tensor], (section.rank, shard, start))
+                for tensor, shard, start in zip(*columns, strict=True)
+            )
+        return found
+
     def all_pieces(self) -> dict[str, list[ChunkEntry]]:
         """Return the pieces of every tensor, by name, and check them first; an object per piece."""
         if not self._is_checked:

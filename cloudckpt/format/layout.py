@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from cloudckpt.format.boxes import Box
-from cloudckpt.format.shard import encode_header
+from cloudckpt.format.shard import HeaderEntry, encode_header
 
 __all__ = ["Piece", "ShardLayout", "Span", "lay_out", "plan_spans", "split_box"]
 
@@ -22,8 +23,7 @@ __all__ = ["Piece", "ShardLayout", "Span", "lay_out", "plan_spans", "split_box"]
 _HEADER_LIMIT_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class Piece(NamedTuple):
     """A box of one chunk that lies, dense and row-major, in one shard.
 
     Attributes:
@@ -94,11 +94,14 @@ def lay_out(
     dtypes come first, so that every piece is aligned to its own element size. Deterministic.
     With `group_of` no shard has tensors of two groups: what changes does not stand beside what stays.
     """
-    pieces: dict[Hashable, list[Piece]] = {}
-    for piece in _pieces(chunks, shard_bytes):
-        group = None if group_of is None else group_of(chunks[piece.chunk].name)
-        pieces.setdefault(group, []).append(piece)
-    groups = [shard for of_group in pieces.values() for shard in _pack(of_group, chunks, shard_bytes)]
+    pieces = _pieces(chunks, shard_bytes)
+    if group_of is None:
+        groups = _pack(pieces, chunks, shard_bytes)
+    else:
+        of_groups: dict[Hashable, list[Piece]] = {}
+        for piece in pieces:
+            of_groups.setdefault(group_of(chunks[piece.chunk].name), []).append(piece)
+        groups = [shard for of_group in of_groups.values() for shard in _pack(of_group, chunks, shard_bytes)]
     return [_place(number, group, chunks, metadata) for number, group in enumerate(groups)]
 
 
@@ -106,11 +109,14 @@ def _pieces(chunks: Sequence[Box], shard_bytes: int) -> Iterator[Piece]:
     """Yield the pieces of every chunk, before they have a place in a shard."""
     for number, chunk in enumerate(chunks):
         item = chunk.itemsize_bytes
+        if (nbytes := math.prod(chunk.sizes) * item) <= shard_bytes:
+            yield Piece(number, chunk.offsets, chunk.sizes, 0, 0, nbytes)
+            continue
         local_start = 0
         for offsets, sizes in split_box(chunk.sizes, limit=max(1, shard_bytes // item)):
             nbytes = math.prod(sizes) * item
             origin = tuple(base + offset for base, offset in zip(chunk.offsets, offsets, strict=True))
-            yield Piece(chunk=number, offsets=origin, sizes=sizes, local_start=local_start, start=0, nbytes=nbytes)
+            yield Piece(number, origin, sizes, local_start, 0, nbytes)
             local_start += nbytes
 
 
@@ -133,12 +139,15 @@ def _pack(pieces: Iterable[Piece], chunks: Sequence[Box], shard_bytes: int) -> l
 def _place(number: int, group: list[Piece], chunks: Sequence[Box], metadata: dict[str, str]) -> ShardLayout:
     group = sorted(group, key=lambda piece: -chunks[piece.chunk].itemsize_bytes)
     entries = [
-        chunks[piece.chunk]._replace(name=name, offsets=piece.offsets, sizes=piece.sizes)
+        HeaderEntry(name, chunks[piece.chunk].dtype, piece.sizes, piece.nbytes)
         for name, piece in zip(_unique_names(group, chunks), group, strict=True)
     ]
     header = encode_header(entries, metadata=metadata)
     starts = list(accumulate((piece.nbytes for piece in group), initial=len(header)))
-    pieces = tuple(replace(piece, start=start) for piece, start in zip(group, starts, strict=False))
+    pieces = tuple(
+        Piece(chunk, offsets, sizes, local_start, start, nbytes)
+        for (chunk, offsets, sizes, local_start, _, nbytes), start in zip(group, starts, strict=False)
+    )
     return ShardLayout(number=number, header=header, pieces=pieces, size_bytes=starts[-1])
 
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import msgspec
 import xxhash
 
-from cloudckpt.format.boxes import Box, Column
+from cloudckpt.format.boxes import Column
 from cloudckpt.format.record import lone_surrogates
 
 __all__ = [
     "DIGEST_BYTES",
     "SAFETENSORS_NAMES",
+    "HeaderEntry",
     "block_counts",
     "block_digests",
     "encode_header",
@@ -53,7 +55,16 @@ SAFETENSORS_NAMES = {
 }
 
 
-def encode_header(entries: Iterable[Box], *, metadata: dict[str, str]) -> bytes:
+class HeaderEntry(NamedTuple):
+    """What a header says of one box: its name there, torch's name of its dtype, its extent, and its bytes."""
+
+    name: str
+    dtype: str
+    sizes: tuple[int, ...]
+    nbytes: int
+
+
+def encode_header(entries: Iterable[HeaderEntry], *, metadata: dict[str, str]) -> bytes:
     """Return the head of a safetensors object whose data is the boxes' bytes, in order, without holes.
 
     Raises:
@@ -61,11 +72,14 @@ def encode_header(entries: Iterable[Box], *, metadata: dict[str, str]) -> bytes:
     """
     header: dict[str, object] = {"__metadata__": metadata}
     stop = 0
-    for entry in entries:
-        start, stop = stop, stop + entry.nbytes
-        known = SAFETENSORS_NAMES.get(entry.dtype)
-        shape = entry.sizes if known else (entry.nbytes,)
-        header[entry.name] = {"dtype": known or "U8", "shape": shape, "data_offsets": (start, stop)}
+    for name, dtype, sizes, nbytes in entries:
+        start, stop = stop, stop + nbytes
+        known = SAFETENSORS_NAMES.get(dtype)
+        header[name] = {
+            "dtype": known or "U8",
+            "shape": sizes if known else (nbytes,),
+            "data_offsets": (start, stop),
+        }
     try:
         text = msgspec.json.encode(header)
     except UnicodeEncodeError as exc:

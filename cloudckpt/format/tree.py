@@ -23,7 +23,7 @@ from cloudckpt.format.codec.standard import FACTORIES, factory_name
 from cloudckpt.format.codec.walk import is_key, is_text
 from cloudckpt.format.record import lone_surrogates
 
-__all__ = ["NOTES", "PATH_LIMIT", "Flat", "PathElement", "flatten", "flatten_at", "unflatten"]
+__all__ = ["NOTES", "PATH_LIMIT", "Flat", "PathElement", "check_text", "flatten", "flatten_at", "unflatten"]
 
 # One step down: a string key; a place in a list; {"key": a key that is no string}; {"tuple": a place in a tuple};
 # {"OrderedDict": a key}; {"defaultdict": [name of its factory, a key]}.
@@ -102,8 +102,7 @@ class _Flattening:
                 self.walk(child, [*path, element], f"{name}.{_segment(element)}")
 
     def _add(self, leaf: object, name: str, path: list[PathElement]) -> None:
-        if not is_text(name):
-            raise lone_surrogates(name)
+        check_text(name)
         if name in self.flat.leaves:
             raise OptionsError(f"two entries of the state are both named {name!r}; rename one of the keys")
         self.flat.leaves[name] = leaf
@@ -122,6 +121,12 @@ class _Flattening:
                 return True
         self._without_tensors[id(value)] = value
         return False
+
+
+def check_text(name: str) -> None:
+    """Raise `UnsupportedValueError` for a name that is no Unicode text."""
+    if not name.isascii() and not is_text(name):
+        raise lone_surrogates(name)
 
 
 def _too_deep(value: object) -> UnsupportedValueError:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import io
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -55,7 +57,7 @@ from cloudckpt.format import (
     index_key,
     plan_spans,
 )
-from cloudckpt.loading.landing import Landing, Taker, Taking, deliver
+from cloudckpt.loading.landing import Landing, Taker, Taking, Whole, deliver, takers_of
 from cloudckpt.options import Options
 from cloudckpt.root import Catalog, Checkpoint, ShardPlaces
 from cloudckpt.state import collector_at_rest
@@ -188,13 +190,20 @@ class RankInput:
         with torch.no_grad():
             self.read(items, planner, pieces)
 
-    def read(self, items: Sequence[ReadItem], planner: LoadPlanner, pieces: Pieces) -> None:
+    def read(
+        self,
+        items: Sequence[ReadItem],
+        planner: LoadPlanner,
+        pieces: Pieces,
+        wholes: Mapping[tuple[int, int], Sequence[Whole]] = MappingProxyType({}),
+    ) -> None:
         """Fill every target that the items name; return when all of them are complete.
 
         Args:
             items: what DCP's planner made of `describe(index, pieces)`.
             planner: hands out the targets.
             pieces: what was described.
+            wholes: what else is filled, by rank and number of the shard, in the order of its bytes.
 
         Raises:
             IntegrityError: an object is missing or differs from what was committed.
@@ -204,7 +213,7 @@ class RankInput:
         with collector_at_rest():
             landings = self._landings(items, planner, pieces, budget)
             places = ShardPlaces.of(self.store, self.checkpoint)
-            fetches = self._all_fetches(landings, places)
+            fetches = self._all_fetches(landings, places, wholes)
         concurrency = self.options.concurrency
         download(places.store, fetches, concurrency=concurrency, budget=budget, watch=self.watch)
 
@@ -220,12 +229,17 @@ class RankInput:
         budget = Budget(self.options.transfer_budget_bytes)
         download(places.store, fetches, concurrency=self.options.concurrency, budget=budget, watch=self.watch)
 
-    def _all_fetches(self, takers: Mapping[tuple[int, int], Sequence[Taker]], places: ShardPlaces) -> list[Fetch]:
-        entries = {place: self.index.shard(*place) for place in sorted(takers)}
+    def _all_fetches(
+        self,
+        takers: Mapping[tuple[int, int], Sequence[Taker]],
+        places: ShardPlaces,
+        wholes: Mapping[tuple[int, int], Sequence[Whole]] = MappingProxyType({}),
+    ) -> list[Fetch]:
+        entries = {place: self.index.shard(*place) for place in sorted(takers.keys() | wholes.keys())}
         return [
             fetch
             for place, entry in entries.items()
-            for fetch in self._fetches(entry, places.key(entry), takers[place])
+            for fetch in self._fetches(entry, places.key(entry), takers.get(place, ()), wholes.get(place, ()))
         ]
 
     def _landings(
@@ -252,22 +266,30 @@ class RankInput:
             landings[piece.rank, piece.number].append(Landing(item, taking, self.index.tensors[name], piece))
         return landings
 
-    def _fetches(self, entry: ShardEntry, key: str, landings: Sequence[Taker]) -> list[Fetch]:
+    def _fetches(self, entry: ShardEntry, key: str, landings: Sequence[Taker], wholes: Sequence[Whole]) -> list[Fetch]:
         source = ShardSource(
             key=key,
             size_bytes=entry.size_bytes,
             digests=entry.digests,
             block_bytes=self.index.block_bytes,
         )
+        wanted = [(landing.start, landing.stop) for landing in landings]
         spans = plan_spans(
-            [(landing.start, landing.stop) for landing in landings],
+            [*wanted, *((whole.start, whole.stop) for whole in wholes)],
             size_bytes=entry.size_bytes,
             block_bytes=self.index.block_bytes,
             # The blocks are the writer's choice; a span holds at least one of them.
             span_bytes=max(1, self.options.span_bytes // self.index.block_bytes) * self.index.block_bytes,
         )
         starts = [span.start for span in spans]
-        takers: list[list[Taker]] = [[] for _ in spans]
+        takers: list[list[Taker]] = [
+            takers_of(
+                wholes[bisect_right(wholes, span.start, key=_stop_of) : bisect_left(wholes, span.stop, key=_start_of)],
+                span.start,
+                span.stop,
+            )
+            for span in spans
+        ]
         for landing in landings:
             if landing.start == landing.stop:
                 landing.finish()
@@ -285,6 +307,9 @@ class RankInput:
             )
             for span, taking in zip(spans, takers, strict=True)
         ]
+
+
+_start_of, _stop_of = attrgetter("start"), attrgetter("stop")
 
 
 def describe(index: Index, pieces: Pieces) -> Metadata:

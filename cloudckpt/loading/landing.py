@@ -11,19 +11,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeGuard, cast
 
 import numpy as np
 import torch
+from torch import nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPES, ChunkEntry, TensorEntry
 from cloudckpt.threads import new_lock
-from cloudckpt.transfer import Budget, Scratch, bytes_of
+from cloudckpt.transfer import COMMON_DTYPES, Budget, Scratch, bytes_of, tensor_over
 
-__all__ = ["Landing", "Taker", "Taking", "deliver"]
+__all__ = ["Landing", "Taker", "Taking", "Whole", "deliver", "is_dense_here", "takers_of"]
+
+_PLAIN = frozenset((torch.Tensor, nn.Parameter))
+# Larger ones PyTorch would copy with threads of its own, beside those that call it.
+_SMALL_BYTES = 32 << 10
 
 
 class Taker(Protocol):
@@ -146,6 +151,85 @@ class Landing:
             self._taking.scratch.give(self._buffer)
         self._into = self._buffer = self._target = None
         self._taking.budget.free(self.buffer_bytes)
+
+
+# -- tensors that lie in one piece, and are filled where they are ----------------------------------------------
+
+
+class Whole(NamedTuple):
+    """A tensor that is dense on the host, and the bytes [start, stop) of a shard that are all of it."""
+
+    start: int
+    stop: int
+    tensor: torch.Tensor
+
+
+def is_dense_here(tensor: object) -> TypeGuard[torch.Tensor]:
+    """Tell whether a tensor's memory is on the host, row-major and dense, and may be written to where it is."""
+    return (
+        type(tensor) in _PLAIN
+        and (plain := cast("torch.Tensor", tensor)).is_cpu
+        and plain.layout is torch.strided
+        and plain.is_contiguous()
+        and not (plain.is_conj() or plain.is_neg() or plain.is_inference())
+        and plain.data_ptr() != 0
+    )
+
+
+def takers_of(wholes: Sequence[Whole], start: int, stop: int) -> list[Taker]:
+    """Return who takes tensors, in the order of their bytes, that have some in [start, stop) of a shard.
+
+    Small ones that lie side by side there are taken together.
+    """
+    takers: list[Taker] = []
+    run: list[Whole] = []
+    for one in wholes:
+        is_small = one.stop - one.start <= _SMALL_BYTES and one.tensor.dtype in COMMON_DTYPES
+        is_small = is_small and start <= one.start and one.stop <= stop
+        if run and not (is_small and one.start == run[-1].stop and one.tensor.dtype == run[-1].tensor.dtype):
+            takers.append(_Run(run))
+            run = []
+        if is_small:
+            run.append(one)
+        else:
+            takers.append(_Straight(one))
+    return [*takers, _Run(run)] if run else takers
+
+
+class _Straight:
+    """Takes the bytes of one tensor, in parts, straight into its memory."""
+
+    buffer_bytes = 0
+
+    def __init__(self, whole: Whole) -> None:
+        self.start, self.stop, tensor = whole
+        self._into = bytes_of(tensor)
+
+    def accept(self, data: np.ndarray, at: int) -> None:
+        start, stop = max(at, self.start), min(at + len(data), self.stop)
+        np.copyto(self._into[start - self.start : stop - self.start], data[start - at : stop - at])
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
+class _Run:
+    """Takes the bytes of small tensors of one dtype, side by side in one span, by two calls for all of them."""
+
+    buffer_bytes = 0
+
+    def __init__(self, wholes: Sequence[Whole]) -> None:
+        self.start, self.stop = wholes[0].start, wholes[-1].stop
+        self._tensors = [whole.tensor for whole in wholes]
+
+    def accept(self, data: np.ndarray, at: int) -> None:
+        flat = tensor_over(data[self.start - at : self.stop - at], self._tensors[0].dtype)
+        with torch.no_grad():
+            parts = torch._C._nn.unflatten_dense_tensors(flat, self._tensors)  # noqa: SLF001 (there is no other)
+            torch._foreach_copy_(self._tensors, parts)
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
 
 
 def _dense_strides(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ from cloudckpt.ahead import Ahead
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPE_NAMES, DTYPES, NOTES, Box, BoxPlace, BoxTable, Index, codec
 from cloudckpt.loading.input import RankInput, by_part_name, decode_index, describe, part_targets
+from cloudckpt.loading.landing import Whole, is_dense_here
 from cloudckpt.loading.passing import Step, plan_passing
 from cloudckpt.loading.rest import Rest
 from cloudckpt.loading.search import Found, Search
@@ -292,7 +293,7 @@ class _Loading:
 
     def _shareable(self, tensors: Mapping[str, object]) -> BoxTable:
         with collector_at_rest():
-            self._filling = _Filling(dict(tensors), self._index, near=self.group.rank)
+            self._filling = _Filling(dict(tensors), self._index, near=self.group.rank, is_alone=self.group.size == 1)
         return self._filling.shareable() if self.group.size > 1 else BoxTable.of(())
 
     def _is_read_once(self) -> bool:
@@ -311,7 +312,8 @@ class _Loading:
     def _ask(self, unexpected: set[str]) -> None:
         self._restoration.leave(unexpected)
         if self._restoration.early:
-            _Filling(self._restoration.early, self._index, near=self.group.rank).read(self._source())
+            early = dict(self._restoration.early)
+            _Filling(early, self._index, near=self.group.rank, is_alone=True).read(self._source())
         self._restoration.ask()
 
     def _read(self, steps: Sequence[Step]) -> None:
@@ -350,7 +352,8 @@ def _wanted_values(index: Index, state: Mapping[str, object], allowed: Allowed) 
 class _Filling:
     """The targets of one rank, and which of their boxes it reads itself."""
 
-    def __init__(self, tensors: dict[str, object], index: Index, *, near: int | None) -> None:
+    def __init__(self, tensors: dict[str, object], index: Index, *, near: int, is_alone: bool) -> None:
+        self._wholes = self._take_wholes(tensors, index) if is_alone else {}
         self._tensors = tensors
         self._boxes = {name: _boxes_of(name, tensor) for name, tensor in tensors.items()}
         self._pieces = index.covering(self._boxes, near=near)
@@ -361,6 +364,28 @@ class _Filling:
             self._planner.set_up_planner(dict(tensors), describe(index, self._pieces), is_coordinator=False)
             self._items = self._planner.create_local_plan().items
         self._planner.expect(self._items)
+
+    @staticmethod
+    def _take_wholes(tensors: dict[str, object], index: Index) -> Mapping[tuple[int, int], Sequence[Whole]]:
+        """Take out those that lie in one piece and are dense on the host: of these there is nothing to plan.
+
+        They are nearly all, and DCP's planner would make some objects of each.
+        """
+        single = index.single_pieces()
+        found: dict[tuple[int, int], list[Whole]] = {}
+        for name in list(tensors):
+            tensor, place = tensors[name], single.get(name)
+            if place is None or not is_dense_here(tensor):
+                continue
+            saved = index.tensors[name]
+            if DTYPES[saved.dtype] is tensor.dtype and tensor.size() == saved.shape:
+                rank, number, start = place
+                if size_bytes := tensor.nbytes:
+                    found.setdefault((rank, number), []).append(Whole(start, start + size_bytes, tensor))
+                del tensors[name]
+        for of_shard in found.values():
+            of_shard.sort(key=lambda whole: whole.start)
+        return found
 
     def shareable(self) -> BoxTable:
         """Return the boxes that other ranks may need just as they are, in the order in which they are stored.
@@ -405,7 +430,7 @@ class _Filling:
     def read(self, source: RankInput) -> None:
         """Read what is left to this rank."""
         with torch.no_grad():
-            source.read(self._items, self._planner, self._pieces)
+            source.read(self._items, self._planner, self._pieces, self._wholes)
 
 
 def _boxes_of(name: str, tensor: object) -> list[BoxPlace]:

@@ -18,7 +18,7 @@ import numpy as np
 
 from cloudckpt.deadline import Deadline
 from cloudckpt.errors import CommitUnknownError, OptionsError, SaveFailedError, StorageError, tells_outcome
-from cloudckpt.format import BoxTable, Column, JsonValue, Manifest, PathElement, new_attempt
+from cloudckpt.format import BoxTable, Column, Flat, JsonValue, Manifest, PathElement, new_attempt
 from cloudckpt.options import Options
 from cloudckpt.ranks import Group, named_ranks
 from cloudckpt.root import Catalog, Checkpoint, Destination, Target
@@ -115,9 +115,9 @@ class PlanPart:
 
 @dataclass(frozen=True, slots=True)
 class RankPart:
-    """What one rank has done, and when it was done with it (on its own clock)."""
+    """What one rank has done, encoded if it is one of several, and when it was done with it (on its own clock)."""
 
-    written: bytes
+    written: Written | bytes
     upload_s: float
     stage_s: float
     ended_s: float
@@ -235,6 +235,13 @@ class Coordinator:
         plan_id = secrets.token_hex(8)
         return [PlanPart(plan_id, rows, replicas) for rows, replicas in zip(*shares, strict=True)]
 
+    def share_alone(self, boxes: BoxTable, flat: Flat) -> Column:
+        """Return which of the boxes of a lone rank it writes; raises as `share_out`."""
+        ((rows,), _) = share_out([boxes], [flat.of_others.intersection(boxes.names)])
+        self.memory.paths, self.memory.notes = flat.paths, flat.notes
+        self.memory.tensors = frozenset(boxes.names)
+        return rows
+
     @property
     def epoch(self) -> int:
         """That of the place, on rank 0; 0 outside a root."""
@@ -258,7 +265,8 @@ class Coordinator:
             "slowest_rank": float(slowest),
         }
         with collector_at_rest():
-            written = [Written.decode(part.written) for part in parts]
+            parts_written = [part.written for part in parts]
+            written = [Written.decode(one) if isinstance(one, bytes) else one for one in parts_written]
             index = assemble(
                 written,
                 attempt=attempt,

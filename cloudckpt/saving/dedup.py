@@ -72,6 +72,8 @@ def share_out(tables: Sequence[BoxTable], of_others: Sequence[Collection[str]] =
     Raises:
         SaveFailedError: the ranks differ in what a tensor or a box is, or have no box for some of its elements.
     """
+    if len(tables) == 1 and not any(of_others) and tables[0].is_whole():
+        return Shares([np.arange(len(tables[0]), dtype=np.int64)], [[]])
     tensors = _agree(tables)
     boxes = _Boxes.of(tables, tensors)
     if any(of_others):

@@ -27,9 +27,6 @@ from typing import TypeAlias, TypeVar
 import msgspec
 import torch
 import xxhash
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import WriteItem
 
 from cloudckpt.deadline import Deadline
 from cloudckpt.errors import (
@@ -44,12 +41,13 @@ from cloudckpt.options import Options
 from cloudckpt.ranks import Group, RanksFailedError
 from cloudckpt.root import BaseGoneError, Checkpoint, Destination, Target
 from cloudckpt.saving.coordinator import Coordinator, MakeRoom, Opening, Order, PlanMemory, RankPart
+from cloudckpt.saving.holding import Holding
 from cloudckpt.saving.output import RankOutput, Record, stats_of
 from cloudckpt.saving.replicas import Details, details_of, digests_of_sets, doubtful_sets, refuse_replicas
 from cloudckpt.saving.reuse import Reuse
 from cloudckpt.saving.session import Session
 from cloudckpt.saving.snapshot import Staged, take_snapshot
-from cloudckpt.saving.source import Source, check_tensor, chunk_of, is_elsewhere, tensor_of
+from cloudckpt.saving.source import Source
 from cloudckpt.saving.uncommitted import Uncommitted
 from cloudckpt.saving.values import differences_of, digest_of_values, digests_of, refuse_values, wanted_values
 from cloudckpt.state import collector_awake, is_tensor
@@ -301,7 +299,8 @@ class PendingSave:
             sieve=None if lead.reuse is None else lead.reuse.at(target.catalog),
         )
         written = output.write(laid.source, lead.values, laid.staged)
-        return RankPart(written.encode(), time.monotonic() - began_s, self._stage_s + output.stage_s, time.monotonic())
+        sent = written.encode() if lead.group.size > 1 else written
+        return RankPart(sent, time.monotonic() - began_s, self._stage_s + output.stage_s, time.monotonic())
 
 
 # -- the values on the way ----------------------------------------------------------------------------------
@@ -315,16 +314,18 @@ class _Opened:
     has `of_first_rank`.
     """
 
-    planner: DefaultSavePlanner
-    items: list[WriteItem]
+    holding: Holding
     values: dict[str, JsonValue]
     parts: dict[str, str]
     of_first_rank: set[str]
     alike: dict[str, list[str]]
-    boxes: BoxTable
     message: bytes
     digest: bytes
-    frozen: frozenset[str]
+    flat: Flat
+
+    @property
+    def boxes(self) -> BoxTable:
+        return self.holding.table
 
     def told(self) -> dict[str, JsonValue]:
         """Return what is to be the same on all ranks: each value, and a digest of its parts if it has some."""
@@ -342,7 +343,7 @@ class _Opened:
         return details_of(memory.replicas, self._tensor, self.boxes, sets=sets, rank=rank)
 
     def _tensor(self, row: int) -> torch.Tensor:
-        return tensor_of(self.items[row], self.planner)
+        return self.holding.tensor(row).detach()
 
 
 @dataclass(frozen=True, slots=True)
@@ -541,32 +542,25 @@ def _open(flat: Flat, group: Group) -> _Opened:
     tensors = {name: leaf for name, leaf in flat.leaves.items() if is_tensor(leaf)}
     parts = {name: codec.Parts() for name in flat.leaves if name not in tensors}
     values = {name: codec.encode(flat.leaves[name], key=name, parts=of_name) for name, of_name in parts.items()}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and not isinstance(tensor, ShardedTensor):
-            check_tensor(name, tensor)
     for name, of_name in parts.items():
         tensors |= of_name.tensors(name)
-    planner = DefaultSavePlanner(flatten_state_dict=False)
-    planner.set_up_planner(tensors, None, group.rank == 0)
-    items = [item for item in planner.create_local_plan().items if not is_elsewhere(item)]
-    boxes = BoxTable.of(map(chunk_of, items))
-    about = msgspec.json.encode((flat.paths, flat.notes))
-    message = msgspec.msgpack.encode((boxes.encode(), about, sorted(flat.of_others)))
-    # A plan serves the same ranks only: a process group that was made anew may have others.
-    digest = xxhash.xxh3_128_digest(message + f"{group.rank}/{group.size}".encode())
-    # One process has nobody to compare them with, and they may be large.
-    digests = {name: of_name.digest() if group.size > 1 else "" for name, of_name in parts.items()}
+    holding = Holding.of(tensors)
+    message = digest = b""
+    # One process has nobody to tell, nor to compare with: names may be many, and parts of values large.
+    if group.size > 1:
+        about = msgspec.json.encode((flat.paths, flat.notes))
+        message = msgspec.msgpack.encode((holding.table.encode(), about, sorted(flat.of_others)))
+        # A plan serves the same ranks only: a process group that was made anew may have others.
+        digest = xxhash.xxh3_128_digest(message + f"{group.rank}/{group.size}".encode())
     return _Opened(
-        planner=planner,
-        items=items,
+        holding=holding,
         values=values,
-        parts=digests,
+        parts={name: of_name.digest() if group.size > 1 else "" for name, of_name in parts.items()},
         of_first_rank=flat.of_first_rank,
         alike=flat.alike if group.size > 1 else {},
-        boxes=boxes,
         message=message,
         digest=digest,
-        frozen=frozenset(flat.frozen),
+        flat=flat,
     )
 
 
@@ -591,8 +585,8 @@ def _opening(
 ) -> Opening:
     mine = _got(opened)
     _got(record)
-    values = digest_of_values(mine.told())
-    plan_id = memory.plan_id if memory.digest == mine.digest else ""
+    values = digest_of_values(mine.told()) if mine.digest else b""
+    plan_id = memory.plan_id if mine.digest and memory.digest == mine.digest else ""
     replicas = mine.digests(memory, memory.turn + 1, is_first=False) if plan_id else {}
     urls = " or ".join(one.catalog.store.url for one in places)
     return Opening(urls, values, plan_id, replicas, "" if reuse is None else reuse.digest)
@@ -613,11 +607,13 @@ def _plan(mine: _Opened, memory: PlanMemory, coordinator: Coordinator, group: Gr
     """Learn which boxes this rank writes, and remember it; return the sets of replicas that seem to differ."""
     # Rank 0 overwrites what belongs to the plan before it is known that all ranks get the new one.
     memory.plan_id = ""
+    if group.size == 1:
+        alone = group.deal(f"{what}: plan", lambda: mine, lambda one: [coordinator.share_alone(mine.boxes, mine.flat)])
+        memory.rows, memory.replicas = alone, ()
+        return frozenset()
     part = group.deal(f"{what}: plan", lambda: mine.message, coordinator.share_out)
     memory.plan_id, memory.digest = part.plan_id, mine.digest
     memory.rows, memory.replicas = part.rows, part.replicas
-    if group.size == 1:
-        return frozenset()
     return group.agree(
         f"{what}: comparing replicas", lambda: mine.digests(memory, memory.turn, is_first=True), doubtful_sets
     )
@@ -633,14 +629,16 @@ def _lay_out(
     is_grouped: bool,
 ) -> _Laid:
     """Place what this rank writes into shards, and find room for copies of them."""
-    items = [mine.items[row] for row in rows.tolist()]
+    frozen = mine.flat.frozen
 
     def group_of(name: str) -> tuple[str, bool]:
-        return name.partition(".")[0], name in mine.frozen
+        return name.partition(".")[0], name in frozen
 
+    chosen = mine.holding.some(rows)
     source = Source(
-        items,
-        mine.planner,
+        chosen.boxes,
+        chosen.tensor,
+        table=chosen.table,
         attempt=attempt,
         shard_bytes=options.shard_bytes,
         group_of=group_of if is_grouped else None,

@@ -132,7 +132,7 @@ class RankOutput:
             puts=self.puts,
         )
         with collector_at_rest():
-            written = Written.of(source.chunks, source.shards, digests, values, rank=self.rank, attempt=self.attempt)
+            written = Written.of(source.table, source.shards, digests, values, rank=self.rank, attempt=self.attempt)
             if sieve is None:
                 return written
             return replace(written, origins=sieve.origins(layouts, source.shards, digests), content=sieve.kind)
@@ -142,12 +142,12 @@ class RankOutput:
             began_s = time.monotonic()
             room = Staging(staging)
             with nullcontext() if len(staging) else collector_at_rest():  # copies may take long
-                views = [source.view(piece, room) for piece in shard.pieces]
+                views = source.views(shard.pieces, room)
             with self._lock:
                 self.stage_s += time.monotonic() - began_s
-            return [memoryview(shard.header), *(view for view in views if view.nbytes)]
+            return [memoryview(shard.header), *views]
 
-        staging_bytes = Staging.room_for(piece.nbytes for piece in shard.pieces if source.is_staged(piece))
+        staging_bytes = source.staging_bytes(shard.pieces)
         return ShardJob(
             key=self._key(shard),
             size_bytes=shard.size_bytes,

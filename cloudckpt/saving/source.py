@@ -13,7 +13,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Protocol, TypeGuard
+from typing import Protocol, Self, TypeGuard
 
 import torch
 from torch import nn
@@ -23,16 +23,30 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 from torch.distributed.tensor import DTensor
 
 from cloudckpt.errors import OptionsError, UnsupportedValueError
-from cloudckpt.format import DTYPE_NAMES, Box, Piece, ShardLayout, lay_out
+from cloudckpt.format import DTYPE_NAMES, Box, BoxTable, Piece, ShardLayout, lay_out
 from cloudckpt.threads import new_lock
-from cloudckpt.transfer import bytes_of, has_memory, inner_names
+from cloudckpt.transfer import COMMON_DTYPES, bytes_of, has_memory, inner_names
 
-__all__ = ["PieceSource", "Source", "Staging", "check_tensor", "chunk_of", "is_elsewhere", "object_of", "tensor_of"]
+__all__ = [
+    "PieceSource",
+    "Source",
+    "Staging",
+    "check_tensor",
+    "chunk_of",
+    "is_elsewhere",
+    "is_plainly_dense",
+    "object_of",
+    "tensor_of",
+    "whole_box",
+]
 
 
 # By these newer releases of torch know a plain tensor that is one rank's part of another.
 _PART_OF_ANOTHER = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
 _PLAIN = frozenset((torch.Tensor, nn.Parameter))
+# What is smaller goes joined with its neighbours, until they are so many bytes: a view of each costs more than a copy.
+_SMALL_BYTES = 32 << 10  # (PyTorch copies larger ones with threads of its own)
+_RUN_BYTES = 1 << 20
 
 
 def _check_layout(name: str, layout: torch.layout, dtype: torch.dtype) -> None:
@@ -53,19 +67,19 @@ def _check_layout(name: str, layout: torch.layout, dtype: torch.dtype) -> None:
 
 def check_tensor(name: str, tensor: torch.Tensor) -> None:
     """Raise `UnsupportedValueError` for a quantized, sparse, nested, meta or lazy tensor, or one without own memory."""
-    if not _is_plainly_dense(tensor):
+    if not is_plainly_dense(tensor):
         _check_closely(name, tensor)
 
 
-def _is_plainly_dense(tensor: torch.Tensor) -> bool:
+def is_plainly_dense(tensor: torch.Tensor) -> bool:
     """Tell of what nearly all tensors are, at a fifth of the cost of a close look, that nothing is wrong with it."""
     return (
         type(tensor) in _PLAIN
-        and tensor.is_cpu
+        and (tensor.is_cpu or tensor.is_cuda)
         and tensor.layout is torch.strided
         and not tensor.is_nested
         and tensor.dtype in DTYPE_NAMES
-        and tensor.data_ptr() != 0
+        and (tensor.data_ptr() != 0 or tensor.numel() == 0)
         and not hasattr(tensor, _PART_OF_ANOTHER[0])
     )
 
@@ -172,17 +186,19 @@ class PieceSource(Protocol):
 
     Attributes:
         chunks: the boxes.
+        table: the same as columns.
         shards: where the bytes of these go.
     """
 
     chunks: Sequence[Box]
+    table: BoxTable
     shards: Sequence[ShardLayout]
 
-    def is_staged(self, piece: Piece) -> bool:
-        """Tell whether the piece's bytes will lie in the room that `view` is given."""
+    def staging_bytes(self, pieces: Sequence[Piece]) -> int:
+        """Return the bytes of the room that `views` is to be given for these pieces."""
 
-    def view(self, piece: Piece, room: Staging) -> memoryview:
-        """Return the piece's bytes, which stay unchanged as long as the room."""
+    def views(self, pieces: Sequence[Piece], room: Staging) -> list[memoryview]:
+        """Return the bytes of pieces, one after the other, which stay unchanged as long as the room."""
 
 
 class Source:
@@ -190,40 +206,89 @@ class Source:
 
     Attributes:
         chunks: their boxes.
+        table: the same as columns.
         shards: where the bytes of these go.
     """
 
     def __init__(
         self,
+        chunks: Sequence[Box],
+        resolve: Callable[[int], torch.Tensor],
+        *,
+        attempt: str,
+        shard_bytes: int,
+        table: BoxTable | None = None,
+        is_stock: bool = True,
+        group_of: Callable[[str], Hashable] | None = None,
+    ) -> None:
+        """Place boxes into shards; nothing is resolved yet.
+
+        Args:
+            chunks: the boxes.
+            resolve: returns the tensor of a box, by its place, as `tensor_of` does.
+            attempt: the attempt that the shards' headers name.
+            shard_bytes: the most that one holds.
+            table: the boxes as columns, if somebody has them.
+            is_stock: whether `resolve` hands out what there is, and makes nothing anew.
+            group_of: as for `lay_out`.
+        """
+        self.chunks = chunks
+        self.table = BoxTable.of(chunks) if table is None else table
+        self.shards: Sequence[ShardLayout] = lay_out(
+            chunks, shard_bytes=shard_bytes, metadata={"cloudckpt": attempt}, group_of=group_of
+        )
+        self._resolve: Callable[[int], torch.Tensor] = resolve
+        self._uses = Counter(piece.chunk for shard in self.shards for piece in shard.pieces)
+        self._tensors: dict[int, torch.Tensor] = {}
+        self._lock = new_lock()
+        self._is_stock = is_stock
+
+    @classmethod
+    def planned(
+        cls,
         items: Sequence[WriteItem],
         planner: SavePlanner,
         *,
         attempt: str,
         shard_bytes: int,
         parts: Mapping[str, torch.Tensor] | None = None,
-        group_of: Callable[[str], Hashable] | None = None,
-    ) -> None:
-        """Place the tensors behind planned items into shards, and parts of values; nothing is resolved yet."""
-        chunks = [chunk_of(item) for item in items]
-        chunks += [
-            Box(name, DTYPE_NAMES[part.dtype], tuple(part.shape), (0,) * part.dim(), tuple(part.shape))
-            for name, part in (parts or {}).items()
-        ]
-        self.chunks: Sequence[Box] = chunks
-        self._parts = list((parts or {}).values())
-        self.shards: Sequence[ShardLayout] = lay_out(
-            self.chunks, shard_bytes=shard_bytes, metadata={"cloudckpt": attempt}, group_of=group_of
-        )
-        self._items = items
-        self._planner = planner
-        self._uses = Counter(piece.chunk for shard in self.shards for piece in shard.pieces)
-        self._tensors: dict[int, torch.Tensor] = {}
-        self._lock = new_lock()
-        self._is_stock = _hands_out_its_own(planner)
+    ) -> Self:
+        """Place the tensors behind planned items into shards, and parts of values."""
+        of_values = list((parts or {}).items())
+        chunks = [*map(chunk_of, items), *(whole_box(name, part) for name, part in of_values)]
 
-    def is_staged(self, piece: Piece) -> bool:
-        """Tell whether the piece's bytes will be copied to the host, or together, before they are sent."""
-        return not self._is_stock or not _has_host_bytes(self._held(piece.chunk))
+        def resolve(number: int) -> torch.Tensor:
+            return tensor_of(items[number], planner) if number < len(items) else of_values[number - len(items)][1]
+
+        return cls(chunks, resolve, attempt=attempt, shard_bytes=shard_bytes, is_stock=_hands_out_its_own(planner))
+
+    def staging_bytes(self, pieces: Sequence[Piece]) -> int:
+        """Return the bytes of those of these pieces that will be copied to the host, or together, before they go."""
+        held, is_stock = self._held, self._is_stock
+        return Staging.room_for(
+            piece.nbytes for piece in pieces if not is_stock or not _has_host_bytes(held(piece.chunk))
+        )
+
+    def views(self, pieces: Sequence[Piece], room: Staging) -> list[memoryview]:
+        """Return the bytes of pieces, one after the other; small neighbours of one dtype joined, and none empty."""
+        found: list[memoryview] = []
+        run: list[torch.Tensor] = []
+        run_bytes = 0
+        for piece in pieces:
+            tensor = self._taken(piece)
+            size_bytes = piece.nbytes
+            if size_bytes > _SMALL_BYTES or size_bytes != tensor.nbytes or not _has_host_bytes(tensor):
+                found += _joined(run)
+                found.append(_piece_view(tensor, self.chunks[piece.chunk], piece, room, is_lazy=False))
+                run, run_bytes = [], 0
+            elif size_bytes:
+                if run and (run[0].dtype != tensor.dtype or run_bytes >= _RUN_BYTES):
+                    found += _joined(run)
+                    run, run_bytes = [], 0
+                run.append(tensor)
+                run_bytes += size_bytes
+        found += _joined(run)
+        return [view for view in found if view.nbytes]
 
     def view(self, piece: Piece, room: Staging, *, is_lazy: bool = False) -> memoryview:
         """Return the piece's bytes: the tensor's own memory where it is dense on the host, else some of `room`.
@@ -231,17 +296,20 @@ class Source:
         Where `is_lazy`, a copy from a CUDA device may go on, in that device's current stream, after it was begun;
         whoever has the room waits for it.
         """
+        return _piece_view(self._taken(piece), self.chunks[piece.chunk], piece, room, is_lazy=is_lazy)
+
+    def _taken(self, piece: Piece) -> torch.Tensor:
+        """Return the tensor of a piece, which is let go of after its last one."""
         with self._lock:
             tensor = self._held(piece.chunk)
             self._uses[piece.chunk] -= 1
             if self._uses[piece.chunk] == 0:
                 del self._tensors[piece.chunk]
-        return _piece_view(tensor, self.chunks[piece.chunk], piece, room, is_lazy=is_lazy)
+        return tensor
 
     def forget(self) -> None:
         """Let go of the caller's tensors, all of which were copied."""
-        self._items, self._parts = (), []
-        self._planner = DefaultSavePlanner()
+        self._resolve = _forgotten
         self._tensors.clear()
 
     def cuda_devices(self) -> tuple[torch.device, ...]:
@@ -255,10 +323,15 @@ class Source:
             tensor = self._tensors[number] = self._resolve(number)
         return tensor
 
-    def _resolve(self, number: int) -> torch.Tensor:
-        if number >= len(self._items):
-            return self._parts[number - len(self._items)]
-        return tensor_of(self._items[number], self._planner)
+
+def _forgotten(number: int) -> torch.Tensor:
+    raise OptionsError(f"tensor {number} of a state was copied, and is asked for again")
+
+
+def whole_box(name: str, tensor: torch.Tensor) -> Box:
+    """Return the box that is all of a tensor."""
+    shape = tuple(tensor.shape)
+    return Box(name, DTYPE_NAMES[tensor.dtype], shape, (0,) * len(shape), shape)
 
 
 def tensor_of(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
@@ -284,7 +357,7 @@ def tensor_of(item: WriteItem, planner: SavePlanner) -> torch.Tensor:
 
 
 def _has_host_bytes(tensor: torch.Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _piece_view(tensor: torch.Tensor, chunk: Box, piece: Piece, room: Staging, *, is_lazy: bool) -> memoryview:
@@ -292,6 +365,7 @@ def _piece_view(tensor: torch.Tensor, chunk: Box, piece: Piece, room: Staging, *
         return memoryview(b"")
     if _has_host_bytes(tensor):
         return bytes_of(tensor).data[piece.local_start : piece.local_start + piece.nbytes]
+    tensor = tensor.detach()
     box = tensor.reshape(chunk.sizes) if tensor.shape != chunk.sizes else tensor
     for axis, (start, base, size) in enumerate(zip(piece.offsets, chunk.offsets, piece.sizes, strict=True)):
         box = box.narrow(axis, start - base, size)
@@ -303,6 +377,14 @@ def _piece_view(tensor: torch.Tensor, chunk: Box, piece: Piece, room: Staging, *
     else:
         target.copy_(box)
     return memory
+
+
+def _joined(tensors: list[torch.Tensor]) -> list[memoryview]:
+    """Return the bytes of dense host tensors of one dtype, joined by a single call; nothing for none."""
+    if len(tensors) < 2 or tensors[0].dtype not in COMMON_DTYPES:
+        return [bytes_of(tensor).data for tensor in tensors]
+    with torch.no_grad():
+        return [bytes_of(torch._C._nn.flatten_dense_tensors(tensors)).data]  # noqa: SLF001 (there is no other that joins many)
 
 
 def object_of(item: WriteItem, planner: SavePlanner) -> object:

@@ -8,7 +8,8 @@ Columns all the way: the coordinator of thousands of ranks makes no object per p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
@@ -21,7 +22,6 @@ from cloudckpt.errors import ManifestError, SaveFailedError
 from cloudckpt.format import (
     DTYPE_NAMES,
     NOTES,
-    Box,
     BoxTable,
     Column,
     Holder,
@@ -80,7 +80,7 @@ class Written:
     @classmethod
     def of(
         cls,
-        chunks: Sequence[Box],
+        boxes: BoxTable,
         shards: Sequence[ShardLayout],
         digests: Sequence[bytes],
         values: Mapping[str, JsonValue],
@@ -88,16 +88,23 @@ class Written:
         rank: int,
         attempt: str,
     ) -> Written:
-        """Return what became of chunks that were laid out as `shards`; `digests` are those of each shard's blocks."""
-        pieces = [(shard, piece) for shard in shards for piece in shard.pieces]
+        """Return what became of boxes that were laid out as `shards`; `digests` are those of each shard's blocks."""
+        pieces = [piece for shard in shards for piece in shard.pieces]
+        table = boxes.take([piece.chunk for piece in pieces])
+        if len(pieces) != len(boxes):  # some were cut
+            table = replace(
+                table,
+                offsets=np.asarray([at for piece in pieces for at in piece.offsets], dtype=np.int64),
+                sizes=np.asarray([size for piece in pieces for size in piece.sizes], dtype=np.int64),
+            )
         return cls(
             rank=rank,
             attempt=attempt,
-            boxes=BoxTable.of(
-                chunks[piece.chunk]._replace(offsets=piece.offsets, sizes=piece.sizes) for _, piece in pieces
+            boxes=table,
+            shard=np.repeat([shard.number for shard in shards], [len(shard.pieces) for shard in shards]).astype(
+                np.int64
             ),
-            shard=np.asarray([shard.number for shard, _ in pieces], dtype=np.int64),
-            start=np.asarray([piece.start for _, piece in pieces], dtype=np.int64),
+            start=np.asarray([piece.start for piece in pieces], dtype=np.int64),
             shard_sizes=np.asarray([shard.size_bytes for shard in shards], dtype=np.int64),
             digests=b"".join(digests),
             values=dict(values),
@@ -222,6 +229,12 @@ class _Assembly:
         # Ranks mostly name the same tensors, and then their tables share the names.
         if self._last is not None and boxes.has_same_tensors(self._last[0]):
             return self._last[1]
+        if not self._numbers:  # of the first rank there is nothing to compare
+            self.builder.tensors.update(zip(boxes.names, map(TensorEntry, boxes.dtypes, boxes.shapes), strict=True))
+            self._numbers = {name: number for number, name in enumerate(boxes.names)}
+            self._ranks = self._ranks | dict.fromkeys(boxes.names, written.rank)
+            self._last = boxes, np.arange(len(boxes.names), dtype=np.int64)
+            return self._last[1]
         for name, dtype, shape in zip(boxes.names, boxes.dtypes, boxes.shapes, strict=True):
             entry = TensorEntry(dtype, shape)
             known = self.builder.tensors.setdefault(name, entry)
@@ -237,7 +250,7 @@ class _Assembly:
         return common
 
 
-def check_against_names(planned: Collection[str], index: Index) -> None:
+def check_against_names(planned: AbstractSet[str], index: Index) -> None:
     """Check an index as a reader would, and that it has the tensors that were planned and no others.
 
     What it says of shapes and dtypes comes from those who planned it.
@@ -248,9 +261,10 @@ def check_against_names(planned: Collection[str], index: Index) -> None:
     _refuse(chain(_name_differences(planned, index), _problems(index)))
 
 
-def _name_differences(planned: Collection[str], index: Index) -> Iterator[str]:
-    yield from (f"{name!r} was written and never planned" for name in index.tensors if name not in planned)
-    yield from (f"tensor {name!r} was not written" for name in planned if name not in index.tensors)
+def _name_differences(planned: AbstractSet[str], index: Index) -> Iterator[str]:
+    if planned != index.tensors.keys():
+        yield from (f"{name!r} was written and never planned" for name in index.tensors if name not in planned)
+        yield from (f"tensor {name!r} was not written" for name in planned if name not in index.tensors)
 
 
 def check_against_plan(metadata: Metadata, index: Index) -> None:

@@ -17,6 +17,7 @@ Knows PyTorch's objects; knows nothing of stores, steps or shards, nor of what a
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
+from itertools import groupby
 from typing import cast
 
 import torch
@@ -42,6 +43,7 @@ from cloudckpt.state.plain import PlainModules
 from cloudckpt.state.rank_zero import RankZero, rank_zero_entry
 from cloudckpt.state.rng import RandomState, RandomStateEntry
 from cloudckpt.state.stateful import StatefulEntry
+from cloudckpt.state.tensors import TensorsEntry, is_plain_tensor
 from cloudckpt.state.trainable import Trainable, TrainableEntry
 from cloudckpt.state.values import ValueEntry
 
@@ -75,18 +77,38 @@ def bind(state: MutableMapping[str, object], *, generators: bool = False) -> lis
             raise OptionsError(
                 f"state key {name!r}{what} is not a usable name; give a str that does not start with 'cloudckpt.'"
             )
-    places = [place for name, value in state.items() for place in _places(Place([name], name, value, state, name))]
+    runs = [
+        _run(state, keys, is_plain=is_plain)
+        for is_plain, keys in groupby(state, lambda key: is_plain_tensor(state[key]))
+    ]
     plain = PlainModules()
-    held = {place.name: _inside(place.value) for place in places}
-    beside, values = Beside(held, plain), list(held.values())
-    shared = _held_twice(value for value in values if isinstance(value, _CONTAINERS) and not _is_object(value))
-    entries = [_entry(place, beside, shared, plain) for place in places]
+    held: dict[str, object] = {}
+    for run in runs:
+        held.update(run if isinstance(run, dict) else {place.name: _inside(place.value) for place in run})
+    beside = Beside(held, plain)
+    others = [place.value for run in runs if not isinstance(run, dict) for place in run]
+    shared = _held_twice(value for value in others if isinstance(value, _CONTAINERS) and not _is_object(value))
+    entries: list[Entry] = []
+    for run in runs:
+        if isinstance(run, dict):
+            entries.append(TensorsEntry(run, state))
+        else:
+            entries += [_entry(place, beside, shared, plain) for place in run]
     drawn = [entry.name for entry in entries if isinstance(entry, RandomStateEntry)]
     if len(drawn) > 1:
         raise OptionsError(
             f"{' and '.join(drawn)} are both a RandomState, and a process has its generators once; give one of them"
         )
     return entries if drawn or not generators else [*entries, RandomStateEntry.beside()]
+
+
+def _run(
+    state: MutableMapping[str, object], keys: Iterable[str], *, is_plain: bool
+) -> dict[str, torch.Tensor] | list[Place]:
+    """Return the tensors under keys that follow each other, or the places of what else stands there."""
+    if is_plain:
+        return {key: cast("torch.Tensor", state[key]) for key in keys}
+    return [place for key in keys for place in _places(Place([key], key, state[key], state, key))]
 
 
 def _inside(value: object) -> object:

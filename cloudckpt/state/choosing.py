@@ -30,6 +30,8 @@ def parted(
     Raises:
         OptionsError: a name means none of them; says what is near it.
     """
+    if only:
+        entries = [one for entry in entries for one in entry.singly()]
     names = [entry.name for entry in entries if not entry.is_beside]
     for one in only or ():
         if not any(is_chosen(name, [one]) for name in names):

@@ -153,6 +153,15 @@ class Entry(ABC):
         self.subject = place.value
 
     @property
+    def tops(self) -> Sequence[str]:
+        """The keys of the state below which it stands."""
+        return [str(self.path[0])]
+
+    def singly(self) -> Sequence[Entry]:
+        """Return entries of what it consists of, each of which may be restored without the others."""
+        return [self]
+
+    @property
     def may_write(self) -> bool:
         """Tell whether the object may write into its own tensors when it loads."""
         return self.pins or self.is_asked

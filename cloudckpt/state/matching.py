@@ -31,6 +31,7 @@ from cloudckpt.state.overlap import identity, is_one_memory, overlapping, overla
 from cloudckpt.state.per_rank import RankName
 from cloudckpt.state.restoration import Allowed, Part, Resized, Restoration, mismatch
 from cloudckpt.state.saved import OURS, Saved
+from cloudckpt.state.tensors import TensorsEntry
 
 __all__ = ["plan_restore"]
 
@@ -97,6 +98,10 @@ class _Matching:
         """Decide where each name of one entry comes from."""
         if self._match_whole(entry):
             return
+        if isinstance(entry, TensorsEntry):
+            for one in entry.singly():
+                self.match(one)
+            return
         in_checkpoint = self._saved.below(entry.path)
         owned = {name: found for name, found in self._saved.owned.items() if entry.holds_own(name)}
         self._claimed.update(in_checkpoint)
@@ -116,8 +121,11 @@ class _Matching:
 
     def _begin(self, part: Part) -> Part:
         entry = part.entry
-        self._tops.add(str(entry.path[0]))
-        entry.notes = self._saved.notes_on(entry.name)
+        self._tops.update(entry.tops)
+        if entry.name:
+            entry.notes = self._saved.notes_on(entry.name)
+        elif self._saved.notes:
+            entry.notes = {name: note for top in entry.tops for name, note in self._saved.notes_on(top).items()}
         entry.is_strict = self._allowed.strict
         self._parts.append(part)
         return part
@@ -513,8 +521,10 @@ class _Matching:
         if not held.part.entry.takes(held.name):
             if held.part.entry.is_bound:
                 self._misfit.reasons.append(f"{held.name} shares memory with {other} and stands in a tuple; clone it")
-            self._moved.setdefault(held.part.entry.name, []).append(f"{held.name} with {other}")
+            self._moved.setdefault(held.part.entry.name or held.name, []).append(f"{held.name} with {other}")
         del self._held[held.name]
+        if held.part.leaves is held.part.live.leaves:  # all of them were to be filled where they are
+            held.part.leaves = dict(held.part.leaves)
         self._give_own(held.part, held.name)
 
     def _add(self, misfit: Misfit) -> None:

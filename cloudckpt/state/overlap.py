@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import cast
+from operator import itemgetter
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -36,8 +36,7 @@ __all__ = [
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-@dataclass(frozen=True, slots=True)
-class _Range:
+class _Range(NamedTuple):
     """The bytes of memory that a tensor reaches, from its first to its last."""
 
     device: str
@@ -78,21 +77,24 @@ def _address(tensor: torch.Tensor) -> int:
 
 def _start(tensor: torch.Tensor) -> int:
     """Return where this rank's elements of a tensor begin, the first of its parts'; 0 if it has no memory."""
-    if type(tensor) in _PLAIN and tensor.layout is torch.strided:
-        return tensor.data_ptr()
     parts = local_parts(tensor)
     return _address(parts[0]) if parts else 0
 
 
 def overlapping(tensors: Iterable[tuple[str, object]]) -> list[list[str]]:
     """Return the names of tensors whose memory others of them have, too; each group by its first bytes."""
-    ranges = [
-        _Range(str(part.device), start, start + _reach(part) * part.element_size(), name)
-        for name, tensor in tensors
-        for part in local_parts(tensor)
-        if (start := _address(part))
-    ]
-    ranges.sort(key=lambda one: (one.device, one.start))
+    ranges: list[_Range] = []
+    for name, tensor in tensors:
+        if (plain := _plainly_dense(tensor)) is not None:
+            start = plain.data_ptr()
+            ranges.append(_Range("cpu", start, start + plain.nbytes, name))
+            continue
+        ranges += [
+            _Range(str(part.device), start, start + _reach(part) * part.element_size(), name)
+            for part in local_parts(tensor)
+            if (start := _address(part))
+        ]
+    ranges.sort(key=_place_of)
     groups: list[dict[str, None]] = []
     device, stop = "", 0
     for one in ranges:
@@ -104,8 +106,22 @@ def overlapping(tensors: Iterable[tuple[str, object]]) -> list[list[str]]:
     return [list(group) for group in groups if len(group) > 1]
 
 
+_place_of = itemgetter(0, 1)
+
+
+def _plainly_dense(tensor: object) -> torch.Tensor | None:
+    """Return a tensor of which nothing but its address is to be asked, as nearly all are; None of another."""
+    if type(tensor) in _PLAIN:
+        plain = cast("torch.Tensor", tensor)
+        if plain.is_cpu and plain.layout is torch.strided and plain.is_contiguous() and plain.data_ptr():
+            return plain
+    return None
+
+
 def overlaps_itself(tensor: object) -> bool:
     """Tell whether two elements of a tensor may be one in memory, so that it cannot be filled."""
+    if _plainly_dense(tensor) is not None:
+        return False
     for part in local_parts(tensor):
         reach = 1
         for stride, size in sorted(zip(part.stride(), part.size(), strict=True)):
@@ -147,7 +163,13 @@ def without_memory(tensors: Iterable[tuple[str, object]]) -> list[list[str]]:
 def tied_names(leaves: Mapping[str, object]) -> dict[str, str]:
     """Return name → the first name of the same memory, of all tensors that have several names."""
     # Few tensors begin where another one does, and only those are looked at closely.
-    starts = {name: _start(leaf) for name, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
+    starts = {
+        name: leaf.data_ptr() if type(leaf) in _PLAIN and leaf.layout is torch.strided else _start(leaf)
+        for name, leaf in leaves.items()
+        if isinstance(leaf, torch.Tensor)
+    }
+    if len(set(starts.values())) == len(starts):
+        return {}
     counts = Counter(starts.values())
     firsts: dict[tuple[object, ...], str] = {}
     found = {}

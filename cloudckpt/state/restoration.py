@@ -463,8 +463,8 @@ def some(names: Sequence[str]) -> str:
 
 def _tell_autograd(tensor: object) -> None:
     """Have a backward that still needs what a tensor held before it was filled say so."""
-    for part in local_parts(tensor):
-        if not part.is_inference():
+    for part in [tensor] if type(tensor) is torch.Tensor else local_parts(tensor):
+        if not (part.is_inference() or part.is_meta):
             torch.autograd.graph.increment_version(part)
 
 

@@ -47,14 +47,18 @@ class Saved:
     def owned(self) -> Mapping[str, Mapping[RankName, str]]:
         """What each rank saved for itself: the name in the state, or `RNG` → whose it is → the tensor's name."""
         found: dict[str, dict[RankName, str]] = {}
-        for name in self.shapes:
+        for name in self._own_names:
             owner = RankName.parse(name)
             if owner is not None:
                 found.setdefault(owner.name, {})[owner] = name
-        drawn = {rank: name for name in self.shapes if (rank := RankName.rank_of_generators(name)) is not None}
+        drawn = {rank: name for name in self._own_names if (rank := RankName.rank_of_generators(name)) is not None}
         if drawn:
             found[RNG] = {RankName(RNG, rank, len(drawn)): name for rank, name in drawn.items()}
         return found
+
+    @cached_property
+    def _own_names(self) -> list[str]:
+        return [name for name in self.shapes if name.startswith(OURS)]
 
     def is_of_module(self, name: str) -> bool:
         """Tell whether a name is one of a module that was saved as such."""

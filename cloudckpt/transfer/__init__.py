@@ -5,13 +5,24 @@ in them.
 """
 
 from cloudckpt.transfer.download import Fetch, ShardSource, download, read_verified
-from cloudckpt.transfer.memory import Scratch, Slab, Slabs, bytes_of, has_memory, inner_names, slab_bytes
+from cloudckpt.transfer.memory import (
+    COMMON_DTYPES,
+    Scratch,
+    Slab,
+    Slabs,
+    bytes_of,
+    has_memory,
+    inner_names,
+    slab_bytes,
+    tensor_over,
+)
 from cloudckpt.transfer.pool import AbandonedError, Budget, Gauge, Watch, Work, run_all
 from cloudckpt.transfer.share import copying_threads, free_bytes, ranks_here
 from cloudckpt.transfer.staging import Copy, Stage, StageClosedError
 from cloudckpt.transfer.upload import Puts, ShardJob, upload
 
 __all__ = [
+    "COMMON_DTYPES",
     "AbandonedError",
     "Budget",
     "Copy",
@@ -37,5 +48,6 @@ __all__ = [
     "read_verified",
     "run_all",
     "slab_bytes",
+    "tensor_over",
     "upload",
 ]

@@ -26,7 +26,7 @@ from cloudckpt.errors import CloudCkptError
 from cloudckpt.store import new_memory
 from cloudckpt.threads import new_lock, started
 
-__all__ = ["Scratch", "Slab", "Slabs", "address_of", "bytes_of", "slab_bytes"]
+__all__ = ["COMMON_DTYPES", "Scratch", "Slab", "Slabs", "address_of", "bytes_of", "slab_bytes", "tensor_over"]
 
 _ROUNDING_BYTES = 2 << 20
 # Between two touches of so many bytes: training gets the core.
@@ -36,6 +36,26 @@ _TOUCH_PAUSE_S = 0.0005
 def bytes_of(tensor: torch.Tensor) -> np.ndarray:
     """Return the memory of a dense host tensor as bytes; the array keeps the tensor alive."""
     return np.asarray(_Memory(tensor))
+
+
+class _Bytes:
+    """Bytes for numpy, which is told that they may be written to: PyTorch warns of any that may not."""
+
+    def __init__(self, data: np.ndarray) -> None:
+        self._data = data  # alive as long as somebody has the memory
+        address = data.__array_interface__["data"][0]
+        self.__array_interface__ = {"data": (address, False), "shape": data.shape, "typestr": "|u1", "version": 3}
+
+
+COMMON_DTYPES = frozenset(
+    (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
+)
+"""Those of which PyTorch can join and part tensors, everywhere."""
+
+
+def tensor_over(data: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor of one dimension over bytes, which are not copied; nobody may write to it."""
+    return torch.frombuffer(np.asarray(_Bytes(data)), dtype=dtype)
 
 
 def has_memory(tensor: torch.Tensor) -> bool:

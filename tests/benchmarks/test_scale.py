@@ -45,7 +45,7 @@ def test_the_played_pieces_are_those_of_a_real_layout(rank: int) -> None:
     played = layout.written(rank, rows)
     chunks = list(layout.table(rank).take(rows))
     shards = lay_out(chunks, shard_bytes=Options().shard_bytes, metadata={})
-    real = Written.of(chunks, shards, [b""] * len(shards), {}, rank=rank, attempt=layout.attempt)
+    real = Written.of(BoxTable.of(chunks), shards, [b""] * len(shards), {}, rank=rank, attempt=layout.attempt)
     assert list(played.boxes) == list(real.boxes)
     assert played.shard.tolist() == real.shard.tolist()
 

@@ -19,7 +19,7 @@ from safetensors.torch import load
 from cloudckpt.errors import UnsupportedValueError
 from cloudckpt.format.boxes import Box
 from cloudckpt.format.codec import DTYPES
-from cloudckpt.format.shard import DIGEST_BYTES, block_digests, encode_header, verify_blocks
+from cloudckpt.format.shard import DIGEST_BYTES, HeaderEntry, block_digests, encode_header, verify_blocks
 
 SAFETENSORS_NAMES = {
     "bool": "BOOL",
@@ -53,8 +53,8 @@ def views(data: bytes, cuts: list[int]) -> list[memoryview]:
     return [memoryview(data)[start:stop] for start, stop in pairwise(edges)]
 
 
-def entry(dtype: str, *, name: str = "w", shape: tuple[int, ...] = (3,)) -> Box:
-    return Box(name, dtype, shape, (0,) * len(shape), shape)
+def entry(dtype: str, *, name: str = "w", shape: tuple[int, ...] = (3,)) -> HeaderEntry:
+    return HeaderEntry(name, dtype, shape, Box(name, dtype, shape, (0,) * len(shape), shape).nbytes)
 
 
 def header_of(data: bytes) -> dict[str, object]:

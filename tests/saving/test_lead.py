@@ -52,14 +52,18 @@ def test_a_plan_that_was_lost_on_the_way_leaves_nothing_to_a_later_save_of_the_s
     assert not (tmp_path / "2" / "manifest.json").exists()
 
 
-def test_a_save_that_failed_leaves_no_plan_to_the_next(tmp_path: Path) -> None:
+def _saves_of_which_the_second_fails(root: str) -> None:
     memory = PlanMemory()
-    _save({"a": torch.ones(3)}, tmp_path / "1", Group(), memory)
+    _save({"a": torch.ones(3)}, Path(root, "1"), Group.of_world(), memory)
     memory.tensors = frozenset({"of another world"})
     with pytest.raises(SaveFailedError, match="of another world"):
-        _save({"a": torch.ones(3)}, tmp_path / "2", Group(), memory)
+        _save({"a": torch.ones(3)}, Path(root, "2"), Group.of_world(), memory)
 
-    _save({"a": torch.full((3,), 7.0)}, tmp_path / "3", Group(), memory)
+    _save({"a": torch.full((3,), 7.0)}, Path(root, "3"), Group.of_world(), memory)
+
+
+def test_a_save_that_failed_leaves_no_plan_to_the_next(tmp_path: Path) -> None:
+    run(2, _saves_of_which_the_second_fails, str(tmp_path))
 
     assert torch.equal(cloudckpt.read(tmp_path / "3")["a"], torch.full((3,), 7.0))  # type: ignore[arg-type]
 

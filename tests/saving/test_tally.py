@@ -92,7 +92,7 @@ def test_what_was_laid_out_is_what_is_reported() -> None:
     ]
     shards = lay_out(chunks, shard_bytes=128, metadata={})
 
-    found = Written.of(chunks, shards, [b"01234567"] * len(shards), {"lr": 1}, rank=1, attempt=ATTEMPT)
+    found = Written.of(BoxTable.of(chunks), shards, [b"01234567"] * len(shards), {"lr": 1}, rank=1, attempt=ATTEMPT)
 
     pieces = [(shard, piece) for shard in shards for piece in shard.pieces]
     assert len(shards) > 1

@@ -85,9 +85,12 @@ def _tensor_over(raw: Raw) -> torch.Tensor:
     return torch.from_numpy(raw)
 
 
+_BEGIN = "cloudckpt.value."
+
+
 def part_name(number: int, name: str) -> str:
     """Return what a part of the value `name` is called as a tensor."""
-    return f"cloudckpt.value.{number:05d}.{name}"
+    return f"{_BEGIN}{number:05d}.{name}"
 
 
 def is_part_name(name: str) -> bool:
@@ -99,7 +102,7 @@ def part_names(tensors: Iterable[str]) -> dict[str, dict[int, str]]:
     """Return which tensors are parts: name of the value → number of the part → name of the tensor."""
     found: dict[str, dict[int, str]] = {}
     for tensor in tensors:
-        match = _NAME.fullmatch(tensor)
+        match = _NAME.fullmatch(tensor) if tensor.startswith(_BEGIN) else None
         if match is not None:
             found.setdefault(match[2], {})[int(match[1])] = tensor
     return found
