@@ -154,7 +154,7 @@ def test_a_refused_create_is_no_unknown_commit_though_nothing_can_be_read(
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "http://no-such-host.invalid"])
 def test_what_was_never_sent_is_no_unknown_commit(engine: Engine, endpoint: str) -> None:
     with ObjectServer() as server:
-        store = RetryingStore(engine.open(server, endpoint_url=endpoint), HASTY.retry)
+        store = RetryingStore(engine.open(server, endpoint_url=endpoint, allow_http=True), HASTY.retry)
         with pytest.raises(StorageError) as caught:
             store.create("k", b"x")
         store.close()
