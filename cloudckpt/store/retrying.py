@@ -21,7 +21,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -253,17 +253,21 @@ class RetryingStore:
         seen: set[str] = set()
         with one_deadline():
             while not pages or mark:
-                if mark in seen:
-                    raise StorageError(f"listing {prefix!r} in {self.url} goes round in circles", op="list", key=prefix)
                 seen.add(mark)
-                pages.append(self._run("list", prefix, partial(self._page, prefix, delimiter, mark)))
+                pages.append(self._run("list", prefix, partial(self._page, prefix, delimiter, mark, seen)))
                 mark = pages[-1].mark
         return Listing.of_pages(pages)
 
-    def _page(self, prefix: str, delimiter: str, mark: str) -> Listing:
-        if not mark:
-            return self.inner.list(prefix, delimiter=delimiter)
-        return self.inner.list(prefix, delimiter=delimiter, mark=mark)
+    def _page(self, prefix: str, delimiter: str, mark: str, seen: Collection[str]) -> Listing:
+        """Return the page that begins at `mark`; one that leads back to where we were is another question's answer."""
+        page = self.inner.list(prefix, delimiter=delimiter, **({"mark": mark} if mark else {}))
+        if page.mark and page.mark in seen:
+            raise TransientError(
+                f"listing {prefix!r} in {self.url} goes round in circles: a page came again, as a cache may send it",
+                op="list",
+                key=prefix,
+            )
+        return page
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete any number of objects, in batches that end by one deadline; tried again is what is left of a batch.

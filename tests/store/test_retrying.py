@@ -523,6 +523,22 @@ class TestDeadline:
         with pytest.raises(StorageError, match="circles"):
             retrying(inner, time).list()
 
+    def test_a_page_that_comes_again_is_asked_for_once_more(self, paged: FaultStore, time: Time) -> None:
+        pages: list[Listing] = []
+        ask = paged.list
+
+        def answered_twice(prefix: str = "", **more: str) -> Listing:
+            if len(pages) == 2:  # the third question is answered as the second was
+                pages.append(pages[1])
+            else:
+                pages.append(ask(prefix, **more))
+            return pages[-1]
+
+        paged.list = answered_twice  # type: ignore[method-assign, assignment]
+        found = retrying(paged, time).list("many/").objects
+        assert [info.key for info in found] == [f"many/{number}" for number in range(9)]
+        assert len(pages) == 5 + 1
+
     def test_a_store_that_knows_no_pages_is_asked_once(self, inner: FaultStore, time: Time) -> None:
         inner.list = lambda prefix="", *, delimiter="": Listing()  # type: ignore[method-assign, assignment, misc]
         assert retrying(inner, time).list() == Listing()
