@@ -704,6 +704,7 @@ class _Creation:
         self._data = data
         self._fault: StorageError | None = None
         self._unreadable: StorageError | None = None
+        self._other: bytes | None = None
         self._is_ambiguous = False
 
     @property
@@ -735,9 +736,9 @@ class _Creation:
 
     def _look_after(self, fault: StorageError) -> None:
         try:
-            is_ours = self._is_ours()
+            is_ours = self._is_ours(fault)
         except ObjectNotFoundError:
-            self._fault = self._unreadable = None
+            self._fault = self._unreadable = self._other = None
             error = self._absent_after(fault)
             raise error from error.__cause__
         except StorageError as exc:
@@ -759,7 +760,7 @@ class _Creation:
             ) from fault
         logger.warning("create of %r had landed although it failed (%s)", self._key, type(fault).__name__)
 
-    def _is_ours(self) -> bool:
+    def _is_ours(self, fault: StorageError) -> bool:
         if self._unreadable is not None:
             if self._store.head(self._key).size_bytes == len(self._data):
                 raise self._unreadable
@@ -771,6 +772,10 @@ class _Creation:
                 raise
             self._unreadable = exc  # perhaps too large and no more, which has no type of its own: its size tells
             raise _AgainError(exc, at_once=True) from exc
+        if found not in (self._data, self._other):
+            # As of a damaged answer to any read: what comes twice stands there.
+            self._other = found
+            raise _AgainError(fault, at_once=True)
         return found == self._data
 
     def _absent_after(self, fault: StorageError) -> Exception:

@@ -728,6 +728,20 @@ class TestCreate:
         assert inner.bucket.raw_get("manifest") == other
         assert caught.value.attempts == inner.op_count <= 3
 
+    @pytest.mark.parametrize("kind", [FaultKind.LOST_ACK, None], ids=["lost reply", "taken"])
+    def test_a_look_that_brought_other_bytes_is_made_once_more(
+        self, store: RetryingStore, inner: FaultStore, kind: FaultKind | None
+    ) -> None:
+        if kind is None:
+            inner.bucket.raw_put("manifest", b"ours")
+        else:
+            inner.inject(kind=kind, verbs=["create"])
+        read, spoilt = inner.read, [b"0urs"]
+        inner.read = lambda key, **limit: spoilt.pop() if spoilt else read(key, **limit)  # type: ignore[method-assign]
+        self.create(store)
+        assert spoilt == []
+        assert inner.bucket.raw_get("manifest") == b"ours"
+
     def test_a_fault_that_left_nothing_is_tried_again(self, store: RetryingStore, inner: FaultStore) -> None:
         inner.inject(verbs=["create"], times=2)
         self.create(store)
