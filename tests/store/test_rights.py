@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from urllib.parse import unquote
@@ -102,6 +103,23 @@ def test_a_manager_that_may_not_list_is_told_the_right(server: ObjectServer, eng
         pytest.raises(AccessDeniedError, match="s3:ListBucket"),
     ):
         manager.save(1, _state())
+
+
+@pytest.mark.parametrize("engine", EVERYWHERE)
+def test_a_manager_that_keeps_all_needs_no_right_to_delete(server: ObjectServer, engine: Engine) -> None:
+    _deny(server, lambda request: request.method == "DELETE" or "delete" in request.query)
+    url, about = f"{engine.scheme}://bucket/run", _about(server, engine)
+    for job in range(2):
+        with cloudckpt.CheckpointManager(url, sweep_after_s=None, **about) as manager:  # type: ignore[arg-type]
+            manager.restore(_state())
+            for step in (2 * job, 2 * job + 1):
+                manager.save(step, _state())
+            assert manager.latest() == manager.checkpoints()[-1]
+            assert manager.report().troubles == ()
+    keys = server.keys()
+    kept = [key for key in keys if not re.search(r"/(epochs|step-[0-9-]*e[0-9]*)/", key)]
+    assert [key for key in kept if not key.startswith("run/probe-")] == []
+    assert len(kept) == 1, "what the probe of the store could not delete"
 
 
 @pytest.mark.parametrize("engine", EVERYWHERE)

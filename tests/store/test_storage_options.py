@@ -149,6 +149,18 @@ def test_a_bulk_delete_takes_a_thousand_keys_a_request(server: ObjectServer, eng
     assert server.count("POST") == 3
 
 
+def test_every_request_says_whose_bucket_it_is_meant_for(server: ObjectServer) -> None:
+    store = S3FS.open(server, s3_additional_kwargs={"ExpectedBucketOwner": "111122223333"})
+    server.put_object("root/there", bytes(100))
+    for name, verb in VERBS.items():
+        verb(store)
+        if name == "put":
+            del server.objects["bucket", "root/fresh"]
+    store.close()
+    owners = [request.headers.get("x-amz-expected-bucket-owner") for request in server.requests]
+    assert owners == ["111122223333"] * len(VERBS)
+
+
 # ---- S3: where requests go
 
 
