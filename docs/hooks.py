@@ -25,7 +25,11 @@ from cloudckpt.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent
 # Page of the site → the file that is shown there.
-SHOWN = {"format.md": "cloudckpt/format/FORMAT.md", "architecture.md": "ARCHITECTURE.md"}
+SHOWN = {
+    "format.md": "cloudckpt/format/FORMAT.md",
+    "architecture.md": "ARCHITECTURE.md",
+    "security.md": "SECURITY.md",
+}
 
 _LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)(#[^)\s]*)?\)")
 _NAMES = re.compile(r"^<!-- names: (.*) -->$", re.MULTILINE)

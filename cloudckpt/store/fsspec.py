@@ -13,7 +13,7 @@ from fsspec import AbstractFileSystem, available_protocols, get_filesystem_class
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import Checksum, RetryPolicy
-from cloudckpt.store.location import LOCAL_SCHEMES, Location
+from cloudckpt.store.location import ALLOW_HTTP, LOCAL_SCHEMES, Location
 from cloudckpt.store.terms import PutTerms, checksum_of, refuse_terms
 from cloudckpt.store.wire import Wire
 from cloudckpt.store.wired import WiredStore
@@ -26,6 +26,8 @@ _NO_ROOTS = frozenset(
     {"http", "https", "github", "gist", "git", "data", "zip", "tar", "libarchive", "reference", "dask", "wandb"}
     | {"generic", "dir", "cached", "blockcache", "filecache", "simplecache", "asyncwrapper", "async_wrapper"}
 )
+# What fsspec's metaclass takes, and what is ours.
+_COMMON = frozenset({"listings_expiry_time", "max_paths", "use_listings_cache", ALLOW_HTTP})
 _CHECKSUMS: Mapping[str, tuple[Checksum, ...]] = {
     "s3": ("crc64nvme", "sha256", "crc32c", "crc32"),
     "gs": ("crc32c",),
@@ -104,11 +106,11 @@ def _known_options(scheme: str) -> set[str]:
         from s3fs import S3FileSystem
 
         # What s3fs does not know itself it hands to aiobotocore's session, which knows a profile.
-        return _parameters(S3FileSystem) | {"profile", "listings_expiry_time", "max_paths", "use_listings_cache"}
+        return _parameters(S3FileSystem) | {"profile", *_COMMON}
     if scheme == "gs":
         from gcsfs.core import GCSFileSystem
 
-        return _parameters(GCSFileSystem) | {"listings_expiry_time", "max_paths", "use_listings_cache"}
+        return _parameters(GCSFileSystem) | _COMMON
     return set()
 
 

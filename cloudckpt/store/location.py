@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -16,9 +17,11 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.store.base import Listing, ObjectInfo, check_key, is_key
 
 __all__ = [
+    "ALLOW_HTTP",
     "LOCAL_SCHEMES",
     "TEXT_OPTIONS",
     "Location",
+    "check_encrypted",
     "check_endpoint",
     "check_no_numbers",
     "local_path",
@@ -50,6 +53,8 @@ TEXT_OPTIONS = frozenset(
     )
 )
 """Options of fsspec's filesystems, and of their clients, that are text also where they look like a number."""
+ALLOW_HTTP = "allow_http"
+"""The one storage option that is ours: whether plain http may leave this machine."""
 # Azure writes container@account where others have a bucket.
 _ENDPOINT_VARIABLES = {"s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), "gs": ("STORAGE_EMULATOR_HOST",)}
 # Google's tools take host:port from it.
@@ -175,6 +180,34 @@ def check_endpoint(scheme: str, options: Mapping[str, object]) -> None:
     place, named = _endpoint(scheme, options)
     if named and (reason := _fault_of(named, may_be_bare=place in _BARE)):
         raise OptionsError(f"{place} {reason}; write http(s)://host:port")
+    if named:
+        check_encrypted(named if "://" in named else f"http://{named}", options, place=place)
+
+
+def check_encrypted(origin: str, options: Mapping[str, object], *, place: str = "the endpoint") -> None:
+    """Refuse plain http to another machine, unless the options allow it.
+
+    Whoever is on the way reads weights and session tokens there, and may answer in the store's place: digests tell
+    damage, not who wrote a checkpoint.
+    """
+    allowed = options.get(ALLOW_HTTP, False)
+    if not isinstance(allowed, bool):
+        raise OptionsError(f"storage_options[{ALLOW_HTTP!r}] is of type {type(allowed).__name__}; give true or false")
+    url = urlsplit(origin)
+    if url.scheme == "http" and not (allowed or _is_this_machine(url.hostname or "")):
+        raise OptionsError(
+            f"{place} is plain http to another machine: whoever is on the way could read weights and credentials, and "
+            f"change both; write https://, or give {ALLOW_HTTP!r}: True in storage_options where the network is trusted"
+        )
+
+
+def _is_this_machine(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name, which may be anybody's
+        return False
 
 
 def check_no_numbers(options: Mapping[str, object], where: str = "storage_options") -> None:

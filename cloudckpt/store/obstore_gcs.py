@@ -15,6 +15,7 @@ from obstore.store import GCSStore
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.credentials import GcsCredentials
+from cloudckpt.store.location import ALLOW_HTTP, check_encrypted
 from cloudckpt.store.obstore_s3 import ObstoreClient, chosen_proxy, client_options, refuse_rest, usual_limit_s
 from cloudckpt.store.ranged import RangeReader
 from cloudckpt.store.wire_gcs import gcs_filesystem
@@ -25,7 +26,7 @@ _HONOURED = frozenset({"token", "project", "access", "endpoint_url", "requester_
 # Of these, gcsfs's file objects, caches and bucket making take note, and nothing here uses either.
 _INERT = frozenset(
     {"block_size", "cache_timeout", "consistency", "default_location", "check_connection", "secure_serialize"}
-    | {"use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache"}
+    | {"use_listings_cache", "listings_expiry_time", "max_paths", "skip_instance_cache", ALLOW_HTTP}
 )
 
 
@@ -40,6 +41,7 @@ def gcs_client(bucket: str, options: Mapping[str, object], retry: RetryPolicy) -
     # Never connected: it only reads the options.
     reader = gcs_filesystem(honoured, fsspec.asyn.get_loop())
     origin: str = reader._location  # noqa: SLF001 - also what STORAGE_EMULATOR_HOST says
+    check_encrypted(origin, options)
     if reader.credentials.credentials is None:
         # obstore would ask the metadata server, and write as the instance's own account.
         raise OptionsError('there are no Google credentials, and obstore cannot write without; pass engine="fsspec"')

@@ -27,6 +27,7 @@ from cloudckpt.errors import OptionsError
 from cloudckpt.options import Checksum, RetryPolicy
 from cloudckpt.store.credentials import AwsCredentials, GcsCredentials
 from cloudckpt.store.facts import NOWHERE
+from cloudckpt.store.location import ALLOW_HTTP, check_encrypted
 from cloudckpt.store.proxies import proxy_of
 from cloudckpt.store.ranged import RangeReader
 from cloudckpt.store.s3_config import check_bundle, headers_for, refuse_policy
@@ -79,6 +80,7 @@ class S3Options:
     store: Mapping[str, str | bool] = field(repr=False)
     attributes: Mapping[str, str]
     proxies: Mapping[str, str] | None = field(repr=False)
+    own: Mapping[str, object]
 
     @classmethod
     def read(cls, options: Mapping[str, object], *, signed_payload: bool) -> S3Options:
@@ -104,6 +106,7 @@ class S3Options:
             store=store,
             attributes={"Storage-Class": str(storage_class)} if storage_class else {},
             proxies=_proxies(config),
+            own={name: rest.pop(name) for name in (ALLOW_HTTP,) if name in rest},
         )
         refuse_rest(rest, "storage_options")
         refuse_rest(client, "client_kwargs")
@@ -127,6 +130,7 @@ def s3_client(
         raise OptionsError('access points and directory buckets need engine="fsspec"')
     session = botocore.session.Session(profile=options.profile)
     origin, region, is_virtual = _where(session, bucket, options)
+    check_encrypted(origin, options.own)  # also of a profile, and where `use_ssl` is off
     where = {
         "endpoint": origin,
         "region": region,

@@ -55,9 +55,10 @@ def open_store(
 
     Args:
         url: a path, or a URL without credentials.
-        storage_options: fsspec's own options for that scheme, also when another engine moves the bytes. None: those of
-            the environment's `CLOUDCKPT_STORAGE_OPTIONS`, a JSON object, if it is set; a disk has none. Whatever is
-            given, also `{}`, is taken alone: nothing of the environment's is added to it.
+        storage_options: fsspec's own options for that scheme, also when another engine moves the bytes; and
+            `allow_http`, without which plain http reaches no other machine than this one. None: those of the
+            environment's `CLOUDCKPT_STORAGE_OPTIONS`, a JSON object, if it is set; a disk has none. Whatever is given,
+            also `{}`, is taken alone: nothing of the environment's is added to it.
         engine: `auto` (the first that this module names for the scheme), `local` (paths and file:// alone), `obstore`
             or `fsspec`.
         options: patience, payload signing and who writes are taken from here.

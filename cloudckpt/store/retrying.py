@@ -21,7 +21,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -253,17 +253,21 @@ class RetryingStore:
         seen: set[str] = set()
         with one_deadline():
             while not pages or mark:
-                if mark in seen:
-                    raise StorageError(f"listing {prefix!r} in {self.url} goes round in circles", op="list", key=prefix)
                 seen.add(mark)
-                pages.append(self._run("list", prefix, partial(self._page, prefix, delimiter, mark)))
+                pages.append(self._run("list", prefix, partial(self._page, prefix, delimiter, mark, seen)))
                 mark = pages[-1].mark
         return Listing.of_pages(pages)
 
-    def _page(self, prefix: str, delimiter: str, mark: str) -> Listing:
-        if not mark:
-            return self.inner.list(prefix, delimiter=delimiter)
-        return self.inner.list(prefix, delimiter=delimiter, mark=mark)
+    def _page(self, prefix: str, delimiter: str, mark: str, seen: Collection[str]) -> Listing:
+        """Return the page that begins at `mark`; one that leads back to where we were is another question's answer."""
+        page = self.inner.list(prefix, delimiter=delimiter, **({"mark": mark} if mark else {}))
+        if page.mark and page.mark in seen:
+            raise TransientError(
+                f"listing {prefix!r} in {self.url} goes round in circles: a page came again, as a cache may send it",
+                op="list",
+                key=prefix,
+            )
+        return page
 
     def delete(self, keys: Sequence[str]) -> None:
         """Delete any number of objects, in batches that end by one deadline; tried again is what is left of a batch.
@@ -700,6 +704,7 @@ class _Creation:
         self._data = data
         self._fault: StorageError | None = None
         self._unreadable: StorageError | None = None
+        self._other: bytes | None = None
         self._is_ambiguous = False
 
     @property
@@ -731,9 +736,9 @@ class _Creation:
 
     def _look_after(self, fault: StorageError) -> None:
         try:
-            is_ours = self._is_ours()
+            is_ours = self._is_ours(fault)
         except ObjectNotFoundError:
-            self._fault = self._unreadable = None
+            self._fault = self._unreadable = self._other = None
             error = self._absent_after(fault)
             raise error from error.__cause__
         except StorageError as exc:
@@ -755,7 +760,7 @@ class _Creation:
             ) from fault
         logger.warning("create of %r had landed although it failed (%s)", self._key, type(fault).__name__)
 
-    def _is_ours(self) -> bool:
+    def _is_ours(self, fault: StorageError) -> bool:
         if self._unreadable is not None:
             if self._store.head(self._key).size_bytes == len(self._data):
                 raise self._unreadable
@@ -767,6 +772,10 @@ class _Creation:
                 raise
             self._unreadable = exc  # perhaps too large and no more, which has no type of its own: its size tells
             raise _AgainError(exc, at_once=True) from exc
+        if found not in (self._data, self._other):
+            # As of a damaged answer to any read: what comes twice stands there.
+            self._other = found
+            raise _AgainError(fault, at_once=True)
         return found == self._data
 
     def _absent_after(self, fault: StorageError) -> Exception:

@@ -34,6 +34,7 @@ from cloudckpt.store.buffers import check_end, check_length, check_limit, pieces
 from cloudckpt.store.classify import CredentialKind
 from cloudckpt.store.facts import BodyLengthError, before_sending
 from cloudckpt.store.limit import Limit, LimitNow, limit_now, note_move
+from cloudckpt.store.location import ALLOW_HTTP
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -113,7 +114,7 @@ def own_options(options: Mapping[str, object], refused: Sequence[str]) -> dict[s
     found = [name for name in refused if options.get(name)]
     if found:
         raise OptionsError(f"storage_options {found} cannot be used with cloudckpt; leave them out")
-    left_out = {"skip_instance_cache", "use_listings_cache", *refused}
+    left_out = {ALLOW_HTTP, "skip_instance_cache", "use_listings_cache", *refused}
     return {name: value for name, value in options.items() if name not in left_out}
 
 

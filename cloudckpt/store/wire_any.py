@@ -23,7 +23,7 @@ from cloudckpt.store.buffers import check_end, check_limit
 from cloudckpt.store.classify import CredentialKind
 from cloudckpt.store.facts import AbsentError, BodyLengthError, ForbiddenError
 from cloudckpt.store.redact import hide
-from cloudckpt.store.wire import OnLoop, Page
+from cloudckpt.store.wire import OnLoop, Page, own_options
 
 __all__ = ["AnyWire"]
 
@@ -46,7 +46,7 @@ class AnyWire:
         url = f"{scheme}://{bucket}/"  # without the slash, file:// is the working directory
         try:
             self._fs, root = fsspec.core.url_to_fs(
-                url, **{**options, "skip_instance_cache": True, "use_listings_cache": False}
+                url, **own_options(options, ()), skip_instance_cache=True, use_listings_cache=False
             )
         except (ValueError, ImportError) as exc:
             # Not chained: what it says may repeat an option.

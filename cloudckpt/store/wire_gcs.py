@@ -34,6 +34,7 @@ from cloudckpt.store.buffers import check_length
 from cloudckpt.store.classify import CredentialKind, is_absence
 from cloudckpt.store.credentials import GcsCredentials
 from cloudckpt.store.facts import GarbledReplyError, HttpStatusError
+from cloudckpt.store.location import check_encrypted
 from cloudckpt.store.proof import check_generation, check_object
 from cloudckpt.store.redact import hide
 from cloudckpt.store.terms import PutTerms, checksum_of
@@ -68,6 +69,7 @@ class GcsWire(OnLoop):
     def __init__(self, bucket: str, options: Mapping[str, object], *, retry: RetryPolicy, terms: PutTerms) -> None:
         super().__init__()
         self._fs = gcs_filesystem(own_options(options, _REFUSED), self.loop)
+        check_encrypted(self._fs._location, options)  # noqa: SLF001 - wherever fsspec has it from
         self._credentials = GcsCredentials(self._fs.credentials)
         self._objects = f"b/{quote(bucket, safe='')}/o"
         self._timeout = ClientTimeout(total=None, sock_connect=retry.connect_timeout_s)

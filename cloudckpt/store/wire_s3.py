@@ -32,6 +32,7 @@ from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.classify import CredentialKind, is_absence
 from cloudckpt.store.credentials import check_aws_keys
 from cloudckpt.store.facts import GarbledReplyError, HttpStatusError, facts_of
+from cloudckpt.store.location import ALLOW_HTTP, check_encrypted
 from cloudckpt.store.proof import (
     LISTING,
     check_created,
@@ -114,6 +115,7 @@ class S3Wire(OnLoop):
         if is_in_direct_block(_given_endpoint(own)):
             config = {"proxies": {}, **config}
         self._terms = terms
+        self._allowed = {ALLOW_HTTP: options.get(ALLOW_HTTP, False)}
         self._bucket = bucket
         try:
             self._fs = s3fs.S3FileSystem(
@@ -234,6 +236,8 @@ class S3Wire(OnLoop):
         with preparing():
             client: _Client = await self._fs.set_session()
         if client is not self._client:
+            # Also of a profile, and where `use_ssl` is off.
+            check_encrypted(client.meta.endpoint_url, self._allowed)
             verify = client._endpoint.http_session._verify  # noqa: SLF001 - as options, environment and profile have it
             if isinstance(verify, str):
                 check_bundle(verify)

@@ -253,12 +253,12 @@ def test_checkpoints_can_stand_in_sets(tmp_path: Path) -> None:
 
 
 def test_storage_options_of_the_environment_serve_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CLOUDCKPT_STORAGE_OPTIONS", '{"key": "k", "secret": "canary-1", "endpoint_url": "http://h:1"}')
+    monkeypatch.setenv("CLOUDCKPT_STORAGE_OPTIONS", '{"key": "k", "secret": "canary-1", "endpoint_url": "https://h:1"}')
     with pytest.raises(OptionsError, match="no_such_option"):
         CheckpointManager("s3://bucket/x", storage_options={"no_such_option": 1})
-    assert "http://h:1" in _endpoint(CheckpointManager("s3://bucket/x"))
-    given = {"key": "k", "secret": "s", "endpoint_url": "http://other:1"}
-    assert "http://other:1" in _endpoint(CheckpointManager("s3://bucket/x", storage_options=given))
+    assert "https://h:1" in _endpoint(CheckpointManager("s3://bucket/x"))
+    given = {"key": "k", "secret": "s", "endpoint_url": "https://other:1"}
+    assert "https://other:1" in _endpoint(CheckpointManager("s3://bucket/x", storage_options=given))
 
 
 def _endpoint(manager: CheckpointManager) -> str:

@@ -94,11 +94,11 @@ class ObjectSpace:
         """Return the names of all objects, sorted."""
         return sorted(key for owner, key in self.objects if owner == bucket)
 
-    def handle(self, request: Request) -> Reply:
-        """Answer one request, with its effect."""
+    def handle(self, request: Request, *, refused: str = "") -> Reply:
+        """Answer one request, with its effect; in a bulk delete the first object stays for the reason `refused`."""
         if request.path.startswith(("/storage/v1/", "/upload/storage/v1/", "/download/storage/v1/")):
             return self._json_dialect(request)
-        return self._xml_dialect(request)
+        return self._xml_dialect(request, refused)
 
     def _store(self, bucket: str, key: str, data: bytes | bytearray) -> StoredObject:
         self._generation += 1
@@ -106,12 +106,12 @@ class ObjectSpace:
         self.objects[bucket, key] = stored
         return stored
 
-    def _xml_dialect(self, request: Request) -> Reply:
+    def _xml_dialect(self, request: Request, refused: str) -> Reply:
         bucket, _, key = unquote(request.path).lstrip("/").partition("/")
         if bucket not in self.buckets:
             return error_reply(request, 404, "NoSuchBucket")
         if request.method == "POST" and "delete" in request.query:
-            return self._bulk_delete(bucket, request)
+            return self._bulk_delete(bucket, request, refused)
         if not key:
             return self._xml_list(bucket, request)
         if request.method == "PUT":
@@ -253,7 +253,7 @@ class ObjectSpace:
             answer["nextPageToken"] = mark
         return _json_reply(answer)
 
-    def _bulk_delete(self, bucket: str, request: Request) -> Reply:
+    def _bulk_delete(self, bucket: str, request: Request, refused: str) -> Reply:
         md5 = request.headers.get("content-md5")
         if md5 is None and not any(name.startswith("x-amz-checksum-") for name in request.headers):
             return error_reply(request, 400, "InvalidRequest")
@@ -264,8 +264,8 @@ class ObjectSpace:
             if not element.tag.endswith("Key"):
                 continue
             key = element.text or ""
-            code = self.fail_delete_of.get(key)
-            if code is None:
+            code = self.fail_delete_of.get(key) or (refused if not parts else "")
+            if not code:
                 self.objects.pop((bucket, key), None)
                 parts.append(f"<Deleted><Key>{escape(key)}</Key></Deleted>")
             else:

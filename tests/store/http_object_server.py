@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from tests.store.http_dialects import ObjectSpace, Reply, Request, error_reply, md5_of
 
-__all__ = ["Fault", "FaultKind", "ObjectServer"]
+__all__ = ["Fault", "FaultKind", "Injection", "ObjectServer"]
 
 
 class FaultKind(StrEnum):
@@ -44,9 +44,13 @@ class FaultKind(StrEnum):
     LONG_MATCHING = auto()  # one byte more than asked, and Content-Length agrees
     FLIPPED_BYTE = auto()  # the first byte is inverted
     NO_HTTP = auto()  # no effect, and `body` in place of a reply, then a close
+    TWICE = auto()  # the reply, and the same once more, as the answer to whatever comes next
+    SAME_PAGE = auto()  # where a listing goes on is not heard: its first page comes again
+    PARTIAL = auto()  # of a delete of several objects the first one is refused, by `code`, inside a 200
 
 
 _SLOW_PIECE_BYTES = 16 * 1024
+_MARKS = frozenset({"continuation-token", "start-after", "pageToken"})
 _BEFORE_BODY = frozenset({FaultKind.EARLY_STATUS, FaultKind.STALL_IN_REQUEST, FaultKind.RESET_IN_REQUEST})
 
 
@@ -63,10 +67,13 @@ class Fault:
 
 
 @dataclass(slots=True)
-class _Injection:
+class Injection:
+    """A fault that waits for its requests; `fired` counts those that it broke."""
+
     fault: Fault
     matches: Callable[[Request], bool]
     times: int  # below 0: for ever
+    fired: int = 0
 
 
 class ObjectServer(ObjectSpace):
@@ -85,7 +92,7 @@ class ObjectServer(ObjectSpace):
         self._link_lock = threading.Lock()
         self._link_free_s = 0.0
         self.requests: list[Request] = []
-        self._injections: list[_Injection] = []
+        self._injections: list[Injection] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._connections: set[socket.socket] = set()
@@ -123,19 +130,25 @@ class ObjectServer(ObjectSpace):
         method: str | None = None,
         times: int = 1,
         when: Callable[[Request], bool] | None = None,
-    ) -> None:
+    ) -> Injection:
         """Break the next `times` requests (below 0: all) that have `method` and meet `when`."""
 
         def matches(request: Request) -> bool:
             return (method is None or request.method == method) and (when is None or when(request))
 
+        injection = Injection(fault, matches, times)
         with self._lock:
-            self._injections.append(_Injection(fault, matches, times))
+            self._injections.append(injection)
+        return injection
+
+    def heal(self) -> None:
+        """Break nothing any more."""
+        with self._lock:
+            self._injections.clear()
 
     def reset(self) -> None:
         """Forget objects, requests and faults; connections stay."""
-        with self._lock:
-            self._injections.clear()
+        self.heal()
         self.objects.clear()
         self.buckets = {"bucket"}
         self.fail_delete_of.clear()
@@ -223,6 +236,7 @@ class ObjectServer(ObjectSpace):
             for injection in self._injections:
                 if injection.times != 0 and injection.matches(request):
                     injection.times -= 1
+                    injection.fired += 1
                     return injection.fault
         return None
 
@@ -233,7 +247,9 @@ class ObjectServer(ObjectSpace):
             return _reset(connection) if fault.body is None else _babble(connection, fault.body)
         if fault.kind is FaultKind.STALL:
             return self._stall(connection)
-        reply = self.handle(request)
+        if fault.kind is FaultKind.SAME_PAGE:
+            request = replace(request, query={name: request.query[name] for name in request.query.keys() - _MARKS})
+        reply = self.handle(request, refused=fault.code if fault.kind is FaultKind.PARTIAL else "")
         if fault.kind is FaultKind.LOST_ACK:
             return _reset(connection)
         if fault.kind is FaultKind.LOST_ACK_STALL:
@@ -242,12 +258,15 @@ class ObjectServer(ObjectSpace):
 
     def _spoil(self, connection: socket.socket, request: Request, reply: Reply, kind: FaultKind) -> bool:
         body, half = bytes(reply.body), len(reply.body) // 2
-        if kind is FaultKind.FLIPPED_BYTE:
-            return _send(connection, request, replace(reply, body=bytes(byte ^ 0xFF for byte in body[:1]) + body[1:]))
-        if kind is FaultKind.SHORT_MATCHING:
-            return _send(connection, request, replace(reply, body=body[:half]))
-        if kind is FaultKind.LONG_MATCHING:
-            return _send(connection, request, replace(reply, body=body + b"\0"))
+        sent = {
+            FaultKind.FLIPPED_BYTE: bytes(byte ^ 0xFF for byte in body[:1]) + body[1:],
+            FaultKind.SHORT_MATCHING: body[:half],
+            FaultKind.LONG_MATCHING: body + b"\0",
+            **dict.fromkeys((FaultKind.TWICE, FaultKind.SAME_PAGE, FaultKind.PARTIAL), body),
+        }
+        if kind in sent:
+            is_open = _send(connection, request, replace(reply, body=sent[kind]))
+            return is_open and (kind is not FaultKind.TWICE or _send(connection, request, reply))
         connection.sendall(_head_bytes(reply) + body[:half])
         if kind is FaultKind.RESET_IN_REPLY:
             time.sleep(0.05)  # let the half arrive: a reset discards what the peer has not read yet

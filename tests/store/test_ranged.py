@@ -227,7 +227,7 @@ def test_a_get_goes_by_obstore_where_a_proxy_stands_between(monkeypatch: pytest.
         monkeypatch.setenv("http_proxy", proxy.endpoint)
         monkeypatch.delenv("no_proxy", raising=False)
         monkeypatch.delenv("NO_PROXY", raising=False)
-        store = OBSTORE_S3.open(proxy, endpoint_url="http://store.example")
+        store = OBSTORE_S3.open(proxy, endpoint_url="http://store.example", allow_http=True)
         assert bytes(store.get("k", start=0, stop=10)) == DATA[:10]
         store.close()
         assert "object_store" in proxy.requests[0].headers["user-agent"]

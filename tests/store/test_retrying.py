@@ -523,6 +523,22 @@ class TestDeadline:
         with pytest.raises(StorageError, match="circles"):
             retrying(inner, time).list()
 
+    def test_a_page_that_comes_again_is_asked_for_once_more(self, paged: FaultStore, time: Time) -> None:
+        pages: list[Listing] = []
+        ask = paged.list
+
+        def answered_twice(prefix: str = "", **more: str) -> Listing:
+            if len(pages) == 2:  # the third question is answered as the second was
+                pages.append(pages[1])
+            else:
+                pages.append(ask(prefix, **more))
+            return pages[-1]
+
+        paged.list = answered_twice  # type: ignore[method-assign, assignment]
+        found = retrying(paged, time).list("many/").objects
+        assert [info.key for info in found] == [f"many/{number}" for number in range(9)]
+        assert len(pages) == 5 + 1
+
     def test_a_store_that_knows_no_pages_is_asked_once(self, inner: FaultStore, time: Time) -> None:
         inner.list = lambda prefix="", *, delimiter="": Listing()  # type: ignore[method-assign, assignment, misc]
         assert retrying(inner, time).list() == Listing()
@@ -711,6 +727,20 @@ class TestCreate:
             self.create(store)
         assert inner.bucket.raw_get("manifest") == other
         assert caught.value.attempts == inner.op_count <= 3
+
+    @pytest.mark.parametrize("kind", [FaultKind.LOST_ACK, None], ids=["lost reply", "taken"])
+    def test_a_look_that_brought_other_bytes_is_made_once_more(
+        self, store: RetryingStore, inner: FaultStore, kind: FaultKind | None
+    ) -> None:
+        if kind is None:
+            inner.bucket.raw_put("manifest", b"ours")
+        else:
+            inner.inject(kind=kind, verbs=["create"])
+        read, spoilt = inner.read, [b"0urs"]
+        inner.read = lambda key, **limit: spoilt.pop() if spoilt else read(key, **limit)  # type: ignore[method-assign]
+        self.create(store)
+        assert spoilt == []
+        assert inner.bucket.raw_get("manifest") == b"ours"
 
     def test_a_fault_that_left_nothing_is_tried_again(self, store: RetryingStore, inner: FaultStore) -> None:
         inner.inject(verbs=["create"], times=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from urllib.parse import unquote
@@ -105,6 +106,23 @@ def test_a_manager_that_may_not_list_is_told_the_right(server: ObjectServer, eng
 
 
 @pytest.mark.parametrize("engine", EVERYWHERE)
+def test_a_manager_that_keeps_all_needs_no_right_to_delete(server: ObjectServer, engine: Engine) -> None:
+    _deny(server, lambda request: request.method == "DELETE" or "delete" in request.query)
+    url, about = f"{engine.scheme}://bucket/run", _about(server, engine)
+    for job in range(2):
+        with cloudckpt.CheckpointManager(url, sweep_after_s=None, **about) as manager:  # type: ignore[arg-type]
+            manager.restore(_state())
+            for step in (2 * job, 2 * job + 1):
+                manager.save(step, _state())
+            assert manager.latest() == manager.checkpoints()[-1]
+            assert manager.report().troubles == ()
+    keys = server.keys()
+    kept = [key for key in keys if not re.search(r"/(epochs|step-[0-9-]*e[0-9]*)/", key)]
+    assert [key for key in kept if not key.startswith("run/probe-")] == []
+    assert len(kept) == 1, "what the probe of the store could not delete"
+
+
+@pytest.mark.parametrize("engine", EVERYWHERE)
 def test_to_restore_is_enough_to_read(server: ObjectServer, engine: Engine) -> None:
     about = _about(server, engine)
     with cloudckpt.CheckpointManager(f"{engine.scheme}://bucket/run", **about) as manager:  # type: ignore[arg-type]
@@ -154,7 +172,7 @@ def test_a_refused_create_is_no_unknown_commit_though_nothing_can_be_read(
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:1", "http://no-such-host.invalid"])
 def test_what_was_never_sent_is_no_unknown_commit(engine: Engine, endpoint: str) -> None:
     with ObjectServer() as server:
-        store = RetryingStore(engine.open(server, endpoint_url=endpoint), HASTY.retry)
+        store = RetryingStore(engine.open(server, endpoint_url=endpoint, allow_http=True), HASTY.retry)
         with pytest.raises(StorageError) as caught:
             store.create("k", b"x")
         store.close()

@@ -92,7 +92,7 @@ from cloudckpt.store.aside import begun
 from cloudckpt.store.{module} import {name}
 from cloudckpt.errors import StorageError
 socket.getaddrinfo = lambda *a, **k: time.sleep(600)
-options = {{"key": "k", "secret": "s", "endpoint_url": "http://slow.test:9"}}
+options = {{"key": "k", "secret": "s", "endpoint_url": "http://slow.test:9", "allow_http": True}}
 store = {name}("s3://bucket/root", storage_options=options, retry=RetryPolicy(request_timeout_s=0.5))
 try:
     store.head("k")

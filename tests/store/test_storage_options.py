@@ -149,6 +149,18 @@ def test_a_bulk_delete_takes_a_thousand_keys_a_request(server: ObjectServer, eng
     assert server.count("POST") == 3
 
 
+def test_every_request_says_whose_bucket_it_is_meant_for(server: ObjectServer) -> None:
+    store = S3FS.open(server, s3_additional_kwargs={"ExpectedBucketOwner": "111122223333"})
+    server.put_object("root/there", bytes(100))
+    for name, verb in VERBS.items():
+        verb(store)
+        if name == "put":
+            del server.objects["bucket", "root/fresh"]
+    store.close()
+    owners = [request.headers.get("x-amz-expected-bucket-owner") for request in server.requests]
+    assert owners == ["111122223333"] * len(VERBS)
+
+
 # ---- S3: where requests go
 
 
@@ -378,6 +390,74 @@ def test_an_endpoint_that_is_no_url_is_refused_at_opening(
     with pytest.raises(OptionsError, match=words) as caught:
         open_store("s3://bucket/root", storage_options=options, engine=engine)
     assert endpoint not in str(caught.value), "it may hold a password"
+
+
+FAR = ["http://minio:9000", "http://10.0.0.7:9000", "http://localhost.example", "http://127.0.0.1.example:9000"]
+NEAR = [
+    "http://127.0.0.1:9000",
+    "http://localhost:9000",
+    "http://s3.localhost:4566",
+    "http://[::1]:9000",
+    "https://far",
+]
+ENGINES = [("s3", "obstore"), ("s3", "fsspec"), ("gs", "fsspec"), ("gs", "obstore")]
+
+
+@pytest.mark.parametrize("endpoint", FAR)
+@pytest.mark.parametrize(("scheme", "engine"), ENGINES)
+def test_plain_http_to_another_machine_is_refused_at_opening(scheme: str, engine: str, endpoint: str) -> None:
+    with pytest.raises(OptionsError, match=r"plain http to another machine.* 'allow_http': True in storage_options"):
+        open_store(f"{scheme}://bucket/root", storage_options={"endpoint_url": endpoint}, engine=engine)
+    open_store(
+        f"{scheme}://bucket/root", storage_options={"endpoint_url": endpoint, "allow_http": True}, engine=engine
+    ).close()
+
+
+@pytest.mark.parametrize("endpoint", NEAR)
+@pytest.mark.parametrize(("scheme", "engine"), ENGINES)
+def test_what_leaves_this_machine_encrypted_or_not_at_all_needs_no_leave(
+    scheme: str, engine: str, endpoint: str
+) -> None:
+    open_store(f"{scheme}://bucket/root", storage_options={"endpoint_url": endpoint}, engine=engine).close()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "variable", "text"),
+    [
+        ("s3", "AWS_ENDPOINT_URL", "http://far"),
+        ("s3", "AWS_ENDPOINT_URL_S3", "http://far"),
+        ("gs", "STORAGE_EMULATOR_HOST", "far:1"),
+    ],
+)
+def test_plain_http_of_the_environment_is_refused_by_its_name(
+    scheme: str, variable: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(OptionsError, match=f"{variable} is plain http"):
+        open_store(f"{scheme}://bucket/root")
+    monkeypatch.setenv("CLOUDCKPT_STORAGE_OPTIONS", '{"allow_http": true}')
+    open_store(f"{scheme}://bucket/root").close()
+
+
+@pytest.mark.parametrize("engine", ON_S3)
+@pytest.mark.parametrize("way", ["profile", "use_ssl"])
+def test_plain_http_that_shows_late_is_refused_before_anything_is_sent(
+    engine: Engine, way: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "config").write_text(f"[profile lab]\nendpoint_url = {FAR[1]}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    keys: dict[str, object] = {"key": "K", "secret": "S"}
+    options = {**keys, "use_ssl": False} if way == "use_ssl" else {**keys, "profile": "lab"}
+    store = engine.kind("s3://bucket/root", storage_options=options)
+    with pytest.raises(OptionsError, match="plain http to another machine"):
+        store.head("k")
+    store.close()
+
+
+@pytest.mark.parametrize("allowed", ["true", 1, None])
+def test_leave_for_plain_http_is_true_or_false(allowed: object) -> None:
+    with pytest.raises(OptionsError, match=r"storage_options\['allow_http'\] is of type"):
+        open_store("s3://bucket/root", storage_options={"endpoint_url": FAR[0], "allow_http": allowed})
 
 
 @pytest.mark.parametrize("endpoint", ["", 9000, b"http://127.0.0.1:9000"])
