@@ -1,7 +1,8 @@
 """Stream PyTorch checkpoints straight to local disk, S3 or GCS, whole or not at all.
 
-A name is imported when it is first asked for: most of them stand on `torch.distributed.checkpoint`, which takes longer
-to import than all of the package, and who imports cloudckpt need not save in that process.
+A name is imported when it is first asked for: most of them stand on PyTorch, and who imports cloudckpt need not save in
+that process. `torch.distributed.checkpoint`, which takes longer to import than all of the package, is imported for
+states that have what it plans: distributed tensors.
 """
 
 from importlib import import_module

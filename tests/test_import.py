@@ -61,7 +61,12 @@ def test_a_save_and_a_restore_on_a_directory_load_no_engine_and_nothing_of_opent
     loaded = modules_after(f"import cloudckpt.report\nDIRECTORY = {str(tmp_path / 'root')!r}\n{SAVE_AND_RESTORE}")
     assert loaded & {*ENGINES, *COMMAND_LINE} == set()
     assert [name for name in loaded if "opentelemetry" in name] == []
-    assert DCP in loaded, "the names above are looked for in a program that saved"
+    assert "cloudckpt.saving.lead" in loaded, "the names above are looked for in a program that saved"
+
+
+def test_a_save_and_a_restore_of_plain_tensors_load_nothing_of_dcp_nor_of_distributed_tensors(tmp_path: Path) -> None:
+    loaded = modules_after(f"DIRECTORY = {str(tmp_path / 'root')!r}\n{SAVE_AND_RESTORE}")
+    assert loaded & {DCP, "torch.distributed.tensor", "torch.distributed.fsdp", "sympy"} == set()
 
 
 @pytest.mark.parametrize("name", ["Options", "OptionsError", "RetryPolicy", "store"])

@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
             {"errors"},
             {"options", "deadline", "keys"},
             {"format"},
-            {"threads"},
+            {"threads", "late"},
             {"store"},
             {"ahead", "qualifying", "transfer"},
             {"ranks", "root"},
@@ -43,7 +43,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
 ROOMS = frozenset().union(*LAYERS)
 PURE = frozenset().union(*LAYERS[:3])
 FOLDERS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-KNOWS_RANKS = {"convert", "dcp", "integrations", "loading", "ranks", "saving", "state"}
+KNOWS_RANKS = {"convert", "dcp", "integrations", "late", "loading", "ranks", "saving", "state"}
 ENGINES = {"aiobotocore", "boto3", "botocore", "fsspec", "gcsfs", "google", "obstore", "s3fs"}
 IO_THREADS_CLOCK = {"asyncio", "concurrent", "multiprocessing", "queue", "requests", "shutil", "socket"} | {
     "subprocess",

@@ -19,21 +19,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from types import MappingProxyType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from cloudckpt.errors import (
     BucketNotFoundError,
@@ -57,12 +45,16 @@ from cloudckpt.format import (
     index_key,
     plan_spans,
 )
-from cloudckpt.loading.landing import Landing, Taker, Taking, Whole, deliver, takers_of
+from cloudckpt.loading.landing import Landing, Taker, Taking, Whole, deliver, take_wholes, takers_of
 from cloudckpt.options import Options
 from cloudckpt.root import Catalog, Checkpoint, ShardPlaces
 from cloudckpt.state import collector_at_rest
 from cloudckpt.store import Store, one_deadline
 from cloudckpt.transfer import Budget, Fetch, ShardSource, Watch, download
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+    from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 __all__ = [
     "Pieces",
@@ -159,12 +151,19 @@ class RankInput:
 
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Fill whole tensors on the host, by name; raises as `read` does."""
-        boxes = {name: [((0,) * tensor.dim(), tuple(tensor.shape))] for name, tensor in tensors.items()}
+        others: dict[str, object] = dict(tensors)
+        wholes = take_wholes(others, self.index)
+        if not others:
+            self.read([], None, {}, wholes)
+            return
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+        boxes = {name: [((0,) * tensors[name].dim(), tuple(tensors[name].shape))] for name in others}
         pieces = self.index.covering(boxes)
         planner = DefaultLoadPlanner(flatten_state_dict=False)
         with torch.no_grad():
-            planner.set_up_planner(dict(tensors), describe(self.index, pieces), is_coordinator=False)
-            self.read(planner.create_local_plan().items, planner, pieces)
+            planner.set_up_planner(others, describe(self.index, pieces), is_coordinator=False)
+            self.read(planner.create_local_plan().items, planner, pieces, wholes)
 
     def fill_boxes(self, boxes: Sequence[tuple[str, tuple[int, ...], torch.Tensor]]) -> None:
         """Fill tensors on the host that are boxes of saved ones; raises as `read` does.
@@ -172,6 +171,10 @@ class RankInput:
         Args:
             boxes: the saved tensor's name, where in it the box starts, and the tensor to be filled, none of them empty.
         """
+        from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+        from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
+        from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
         wanted: dict[str, list[BoxPlace]] = defaultdict(list)
         for name, offsets, tensor in boxes:
             wanted[name].append((offsets, tuple(tensor.shape)))
@@ -193,7 +196,7 @@ class RankInput:
     def read(
         self,
         items: Sequence[ReadItem],
-        planner: LoadPlanner,
+        planner: LoadPlanner | None,
         pieces: Pieces,
         wholes: Mapping[tuple[int, int], Sequence[Whole]] = MappingProxyType({}),
     ) -> None:
@@ -201,7 +204,7 @@ class RankInput:
 
         Args:
             items: what DCP's planner made of `describe(index, pieces)`.
-            planner: hands out the targets.
+            planner: hands out the targets; None where there are no items.
             pieces: what was described.
             wholes: what else is filled, by rank and number of the shard, in the order of its bytes.
 
@@ -211,7 +214,7 @@ class RankInput:
         """
         budget = Budget(self.options.transfer_budget_bytes)
         with collector_at_rest():
-            landings = self._landings(items, planner, pieces, budget)
+            landings = {} if planner is None else self._landings(items, planner, pieces, budget)
             places = ShardPlaces.of(self.store, self.checkpoint)
             fetches = self._all_fetches(landings, places, wholes)
         concurrency = self.options.concurrency
@@ -246,6 +249,8 @@ class RankInput:
         self, items: Sequence[ReadItem], planner: LoadPlanner, pieces: Pieces, budget: Budget
     ) -> dict[tuple[int, int], list[Landing]]:
         """Load the values of a plan, and return where its tensors' bytes go, by rank and number of their shard."""
+        from torch.distributed.checkpoint.planner import LoadItemType
+
         landings: dict[tuple[int, int], list[Landing]] = defaultdict(list)
         parts = part_targets(
             self.index, {item.storage_index.fqn for item in items if item.type is LoadItemType.BYTE_IO}
@@ -320,6 +325,15 @@ def describe(index: Index, pieces: Pieces) -> Metadata:
         pieces: those to list, by name: all of them, or those that cover what is wanted (`Index.covering`). Only
             tensors that are named here are described.
     """
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        StorageMeta,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
     for name, of_name in pieces.items():
         tensor = index.tensors[name]

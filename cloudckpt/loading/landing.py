@@ -11,20 +11,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeGuard, cast
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, cast
 
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.format import DTYPES, ChunkEntry, TensorEntry
+from cloudckpt.format import DTYPES, ChunkEntry, Index, TensorEntry
 from cloudckpt.threads import new_lock
 from cloudckpt.transfer import COMMON_DTYPES, Budget, Scratch, bytes_of, tensor_over
 
-__all__ = ["Landing", "Taker", "Taking", "Whole", "deliver", "is_dense_here", "takers_of"]
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
+
+__all__ = ["Landing", "Taker", "Taking", "Whole", "deliver", "take_wholes", "takers_of"]
 
 _PLAIN = frozenset((torch.Tensor, nn.Parameter))
 # Larger ones PyTorch would copy with threads of its own, beside those that call it.
@@ -65,11 +66,17 @@ class Taking:
         self.scratch = Scratch()
         self.lock = new_lock()
         # A stock planner answers with a view of what it holds, as often as it is asked; another may allocate.
-        self.is_stock = isinstance(planner, DefaultLoadPlanner) and (
-            type(planner).resolve_tensor is DefaultLoadPlanner.resolve_tensor
-            and type(planner).lookup_tensor is DefaultLoadPlanner.lookup_tensor
-            and type(planner).transform_tensor is DefaultLoadPlanner.transform_tensor
-        )
+        self.is_stock = _hands_out_its_own(planner)
+
+
+def _hands_out_its_own(planner: LoadPlanner) -> bool:
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+    return isinstance(planner, DefaultLoadPlanner) and (
+        type(planner).resolve_tensor is DefaultLoadPlanner.resolve_tensor
+        and type(planner).lookup_tensor is DefaultLoadPlanner.lookup_tensor
+        and type(planner).transform_tensor is DefaultLoadPlanner.transform_tensor
+    )
 
 
 class Landing:
@@ -164,7 +171,7 @@ class Whole(NamedTuple):
     tensor: torch.Tensor
 
 
-def is_dense_here(tensor: object) -> TypeGuard[torch.Tensor]:
+def _is_dense_here(tensor: object) -> TypeGuard[torch.Tensor]:
     """Tell whether a tensor's memory is on the host, row-major and dense, and may be written to where it is."""
     return (
         type(tensor) in _PLAIN
@@ -174,6 +181,31 @@ def is_dense_here(tensor: object) -> TypeGuard[torch.Tensor]:
         and not (plain.is_conj() or plain.is_neg() or plain.is_inference())
         and plain.data_ptr() != 0
     )
+
+
+def take_wholes(tensors: dict[str, object], index: Index) -> dict[tuple[int, int], list[Whole]]:
+    """Take out the tensors, by name, that lie in one piece and are dense on the host: there is nothing to plan of them.
+
+    They are nearly all, and DCP's planner would make some objects of each.
+
+    Returns:
+        What is to be filled, by rank and number of the shard, in the order of its bytes; without empty ones.
+    """
+    single = index.single_pieces()
+    found: dict[tuple[int, int], list[Whole]] = {}
+    for name in list(tensors):
+        tensor, place = tensors[name], single.get(name)
+        if place is None or not _is_dense_here(tensor):
+            continue
+        saved = index.tensors[name]
+        if DTYPES[saved.dtype] is tensor.dtype and tensor.size() == saved.shape:
+            rank, number, start = place
+            if size_bytes := tensor.nbytes:
+                found.setdefault((rank, number), []).append(Whole(start, start + size_bytes, tensor))
+            del tensors[name]
+    for of_shard in found.values():
+        of_shard.sort(key=lambda whole: whole.start)
+    return found
 
 
 def takers_of(wholes: Sequence[Whole], start: int, stop: int) -> list[Taker]:

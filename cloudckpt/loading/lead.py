@@ -15,31 +15,26 @@ found to fit. Keeps FORMAT invariants 1, 11, 12 and 13.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import TypeGuard, cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
-from torch.distributed.tensor import DTensor, Replicate
 
 from cloudckpt.ahead import Ahead
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPE_NAMES, DTYPES, NOTES, Box, BoxPlace, BoxTable, Index, codec
-from cloudckpt.loading.input import RankInput, by_part_name, decode_index, describe, part_targets
-from cloudckpt.loading.landing import Whole, is_dense_here
+from cloudckpt.late import DTensor, Replicate
+from cloudckpt.loading.input import Pieces, RankInput, by_part_name, decode_index, describe, part_targets
+from cloudckpt.loading.landing import take_wholes
 from cloudckpt.loading.passing import Step, plan_passing
 from cloudckpt.loading.rest import Rest
 from cloudckpt.loading.search import Found, Search
 from cloudckpt.options import Options
-from cloudckpt.ranks import Countdown, Group, MissingPartsError, Packet, RanksFailedError, plain_errors
+from cloudckpt.ranks import Group, MissingPartsError, Packet, RanksFailedError, plain_errors
 from cloudckpt.report import Journal
 from cloudckpt.root import Candidate, Checkpoint, Fit, Roots
 from cloudckpt.state import (
@@ -55,6 +50,9 @@ from cloudckpt.state import (
 )
 from cloudckpt.store import Store
 from cloudckpt.transfer import Gauge, inner_names
+
+if TYPE_CHECKING:
+    from cloudckpt.loading.noting import NotingPlanner
 
 __all__ = ["load_state"]
 
@@ -353,39 +351,13 @@ class _Filling:
     """The targets of one rank, and which of their boxes it reads itself."""
 
     def __init__(self, tensors: dict[str, object], index: Index, *, near: int, is_alone: bool) -> None:
-        self._wholes = self._take_wholes(tensors, index) if is_alone else {}
+        self._wholes = take_wholes(tensors, index) if is_alone else {}
         self._tensors = tensors
         self._boxes = {name: _boxes_of(name, tensor) for name, tensor in tensors.items()}
         self._pieces = index.covering(self._boxes, near=near)
-        self._planner = _NotingPlanner(flatten_state_dict=False)
         self._index = index
         self._table = BoxTable.of(())
-        with torch.no_grad():
-            self._planner.set_up_planner(dict(tensors), describe(index, self._pieces), is_coordinator=False)
-            self._items = self._planner.create_local_plan().items
-        self._planner.expect(self._items)
-
-    @staticmethod
-    def _take_wholes(tensors: dict[str, object], index: Index) -> Mapping[tuple[int, int], Sequence[Whole]]:
-        """Take out those that lie in one piece and are dense on the host: of these there is nothing to plan.
-
-        They are nearly all, and DCP's planner would make some objects of each.
-        """
-        single = index.single_pieces()
-        found: dict[tuple[int, int], list[Whole]] = {}
-        for name in list(tensors):
-            tensor, place = tensors[name], single.get(name)
-            if place is None or not is_dense_here(tensor):
-                continue
-            saved = index.tensors[name]
-            if DTYPES[saved.dtype] is tensor.dtype and tensor.size() == saved.shape:
-                rank, number, start = place
-                if size_bytes := tensor.nbytes:
-                    found.setdefault((rank, number), []).append(Whole(start, start + size_bytes, tensor))
-                del tensors[name]
-        for of_shard in found.values():
-            of_shard.sort(key=lambda whole: whole.start)
-        return found
+        self._planned = _planned(tensors, index, self._pieces) if tensors else None
 
     def shareable(self) -> BoxTable:
         """Return the boxes that other ranks may need just as they are, in the order in which they are stored.
@@ -410,27 +382,26 @@ class _Filling:
             return []
         boxes = list(self._table)
         keys = [(box.name, box.offsets) for box in boxes]
+        if self._planned is None:
+            raise OptionsError("a rank without tensors has none that others read")
         taken = {keys[row] for step in steps if step.reader != rank for row in step.rows}
-        self._items = [item for item in self._items if _key_of(item.dest_index) not in taken]
-        self._planner.expect(self._items)
+        planner = self._planned
+        planner.leave(taken)
         return [
             Packet(
                 reader=step.reader,
                 takers=step.takers,
-                tensors=tuple(self._local(keys[row]) for row in step.rows),
-                is_ready=self._planner.watch([keys[row] for row in step.rows]) if step.reader == rank else None,
+                tensors=tuple(planner.local(keys[row]) for row in step.rows),
+                is_ready=planner.watch([keys[row] for row in step.rows]) if step.reader == rank else None,
             )
             for step in steps
         ]
 
-    def _local(self, key: tuple[str, tuple[int, ...]]) -> torch.Tensor:
-        found = self._planner.lookup_tensor(MetadataIndex(key[0], torch.Size(key[1])))
-        return found.detach()
-
     def read(self, source: RankInput) -> None:
         """Read what is left to this rank."""
         with torch.no_grad():
-            source.read(self._items, self._planner, self._pieces, self._wholes)
+            planned = self._planned
+            source.read([] if planned is None else planned.items, planned, self._pieces, self._wholes)
 
 
 def _boxes_of(name: str, tensor: object) -> list[BoxPlace]:
@@ -447,6 +418,8 @@ def _boxes_of(name: str, tensor: object) -> list[BoxPlace]:
         )
     if isinstance(tensor, DTensor) and tensor.device_mesh.get_coordinate() is None:
         return []  # torch says a box there, of other dimensions than the tensor's
+    from torch.distributed.checkpoint.planner_helpers import _create_chunk_list
+
     chunks = _create_chunk_list(cast("torch.Tensor", tensor))
     return [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in chunks]
 
@@ -458,28 +431,8 @@ def _is_replicated(tensor: object) -> TypeGuard[torch.Tensor]:
     return type(tensor) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-def _key_of(index: MetadataIndex) -> tuple[str, tuple[int, ...]]:
-    return index.fqn, tuple(index.offset or ())
+def _planned(tensors: dict[str, object], index: Index, pieces: Pieces) -> NotingPlanner:
+    """Have DCP's planner say which pieces go where."""
+    from cloudckpt.loading.noting import NotingPlanner
 
-
-class _NotingPlanner(DefaultLoadPlanner):
-    """The stock planner, which also notes which boxes are complete, so that they can be passed on."""
-
-    def expect(self, items: Sequence[ReadItem]) -> None:
-        """Count the parts of each box that are to come."""
-        self._missing = Counter(_key_of(item.dest_index) for item in items)
-        self._watched: dict[tuple[str, tuple[int, ...]], Countdown] = {}
-
-    def watch(self, keys: Sequence[tuple[str, tuple[int, ...]]]) -> Countdown:
-        """Return a countdown over some boxes."""
-        open_keys = [key for key in keys if self._missing[key]]
-        countdown = Countdown(len(open_keys))
-        self._watched.update(dict.fromkeys(open_keys, countdown))
-        return countdown
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Note that a part is complete; called by one thread at a time."""
-        key = _key_of(read_item.dest_index)
-        self._missing[key] -= 1
-        if self._missing[key] == 0 and key in self._watched:
-            self._watched[key].count_down()
+    return NotingPlanner.of(tensors, describe(index, pieces))

@@ -13,19 +13,19 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import Protocol, Self, TypeGuard
+from typing import TYPE_CHECKING, Protocol, Self, TypeGuard
 
 import torch
 from torch import nn
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
-from torch.distributed.tensor import DTensor
 
 from cloudckpt.errors import OptionsError, UnsupportedValueError
 from cloudckpt.format import DTYPE_NAMES, Box, BoxTable, Piece, ShardLayout, lay_out
+from cloudckpt.late import AsyncCollectiveTensor, DefaultSavePlanner, DTensor
 from cloudckpt.threads import new_lock
 from cloudckpt.transfer import COMMON_DTYPES, bytes_of, has_memory, inner_names
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 __all__ = [
     "PieceSource",
@@ -419,6 +419,8 @@ def object_of(item: WriteItem, planner: SavePlanner) -> object:
 
 def _hands_out_its_own(planner: SavePlanner) -> TypeGuard[DefaultSavePlanner]:
     """Tell whether a planner hands out what it holds; others may make a new object each time they are asked."""
+    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+
     return isinstance(planner, DefaultSavePlanner) and (
         type(planner).resolve_data is DefaultSavePlanner.resolve_data
         and type(planner).transform_object is DefaultSavePlanner.transform_object

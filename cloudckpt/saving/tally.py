@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 import zstandard
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from cloudckpt.errors import ManifestError, SaveFailedError
 from cloudckpt.format import (
@@ -37,6 +37,10 @@ from cloudckpt.format import (
     index_key,
     lone_surrogates,
 )
+from cloudckpt.late import BytesStorageMetadata
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 __all__ = ["Written", "assemble", "check_against_names", "check_against_plan"]
 

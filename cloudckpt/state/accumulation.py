@@ -14,11 +14,10 @@ from typing import Literal
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from cloudckpt.errors import OptionsError, StateMismatchError
 from cloudckpt.format import Flat, PathElement
+from cloudckpt.late import DTensor, FSDPModule
 from cloudckpt.ranks import Group
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of, shape_of
 from cloudckpt.state.per_rank import RankName

@@ -14,9 +14,9 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from cloudckpt.format import JsonValue, codec
+from cloudckpt.late import DTensor
 
 __all__ = [
     "as_it_was",
@@ -72,7 +72,8 @@ def stateless_module(value: object, note: object) -> bool:
 
 def as_it_was(leaf: object, note: JsonValue) -> object:
     """Return a restored tensor as its note says that it was; `leaf` stays as it is, and has the same memory."""
-    if type(leaf) not in (torch.Tensor, DTensor) or not isinstance(note, dict) or note.get("requires_grad") is not True:
+    is_known = type(leaf) is torch.Tensor or isinstance(leaf, DTensor)
+    if not is_known or not isinstance(note, dict) or note.get("requires_grad") is not True:
         return leaf
     plain = cast("torch.Tensor", leaf)
     if not (plain.is_floating_point() or plain.is_complex()):

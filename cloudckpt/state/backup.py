@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from torch.distributed.checkpoint.stateful import Stateful
+
+from cloudckpt.state.protocol import Stateful
 
 __all__ = ["backup_of"]
 

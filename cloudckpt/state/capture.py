@@ -22,7 +22,6 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from cloudckpt.errors import OptionsError, UnsupportedValueError
@@ -40,6 +39,7 @@ from cloudckpt.state.optimizers import OptimizerEntry
 from cloudckpt.state.overlap import tied_names
 from cloudckpt.state.per_rank import PerRank, PerRankEntry, is_stateful_loader
 from cloudckpt.state.plain import PlainModules
+from cloudckpt.state.protocol import Stateful
 from cloudckpt.state.rank_zero import RankZero, rank_zero_entry
 from cloudckpt.state.rng import RandomState, RandomStateEntry
 from cloudckpt.state.stateful import StatefulEntry

@@ -16,10 +16,10 @@ from types import MappingProxyType
 from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import Flat, JsonValue, PathElement, flatten_at
+from cloudckpt.late import ShardedTensor
 from cloudckpt.state.attributes import notes_of
 
 __all__ = [
@@ -37,12 +37,9 @@ __all__ = [
 ]
 
 
-_TENSORS = (torch.Tensor, ShardedTensor)
-
-
 def is_tensor(value: object) -> bool:
     """Tell whether a value is stored as a tensor (dense, distributed or sharded)."""
-    return isinstance(value, _TENSORS)
+    return isinstance(value, torch.Tensor)  # which ShardedTensors are, too
 
 
 def shape_of(tensor: object) -> tuple[int, ...]:

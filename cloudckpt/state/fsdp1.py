@@ -16,20 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed._shard.sharded_tensor.shard import Shard
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import (
-    FullyShardedDataParallel,
-    ShardedOptimStateDictConfig,
-    ShardedStateDictConfig,
-    StateDictType,
-)
-from torch.distributed.fsdp._common_utils import _get_param_to_fqns
 from torch.optim import Optimizer
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import PathElement
+from cloudckpt.late import ShardedTensor
 from cloudckpt.ranks import named_ranks, those_taking_part
 from cloudckpt.state.beside import Beside
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of, shape_of
@@ -45,6 +36,8 @@ def refuse_fsdp1_elsewhere(name: str, module: nn.Module) -> None:
     Raises:
         OptionsError: it is; `name` is what it is called in the state.
     """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
     members = those_taking_part()
     here = {dist.get_rank()} if members is None else set(members.ranks)
     for part in FullyShardedDataParallel.fsdp_modules(module):
@@ -65,6 +58,8 @@ def flat_optimizer_entry(place: Place, optimizer: Optimizer, beside: Beside) -> 
     """
     if not beside.fsdp1:
         return None
+    from torch.distributed.fsdp._common_utils import _get_param_to_fqns
+
     own = {id(parameter) for group in groups_of(optimizer) for parameter in group["params"]}
     for top, module in beside.fsdp1.items():
         if own.isdisjoint(map(id, module.parameters())):
@@ -91,6 +86,8 @@ class _FlatEntry(NamedEntry):
     def __init__(
         self, place: Place, optimizer: Optimizer, beside: Beside, names: Mapping[int, Sequence[str]], top: str
     ) -> None:
+        from torch.distributed.fsdp._common_utils import _get_param_to_fqns
+
         super().__init__(place, optimizer, beside, names)
         self._top = top
         self._module = beside.fsdp1[top]
@@ -101,6 +98,8 @@ class _FlatEntry(NamedEntry):
         }
 
     def current(self) -> object:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
         own = mapping_of(self.own_state_dict(), self.name)
         with sharded(self._module) as group:
             found = FullyShardedDataParallel.optim_state_dict(self._module, self._optimizer, own, group=group)
@@ -120,6 +119,8 @@ class _FlatEntry(NamedEntry):
     @cached_property
     def _cuts(self) -> Mapping[str, object]:
         """The module's tensors, cut over the ranks as a part of the state that is as large is."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
         cuts = get_model_state_dict(self._module, options=StateDictOptions(strict=False))
         return {f"{self._top}.{name}": tensor for name, tensor in cuts.items()}
 
@@ -148,6 +149,8 @@ class _FlatEntry(NamedEntry):
         return misfit
 
     def load(self, restored: object, live: object) -> None:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
         state = self.restored_state(restored)
         if self._missing:
             kept = mapping_of(mapping_of(self.current(), self.name)["state"], self.name)
@@ -171,6 +174,13 @@ class _FlatEntry(NamedEntry):
 @contextmanager
 def sharded(module: nn.Module) -> Iterator[ProcessGroup | None]:
     """Have FSDP1 give and take optimizer state in parts, not whole; yields the ranks that share the module."""
+    from torch.distributed.fsdp import (
+        FullyShardedDataParallel,
+        ShardedOptimStateDictConfig,
+        ShardedStateDictConfig,
+        StateDictType,
+    )
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"FSDP\.state_dict_type\(\)", category=FutureWarning)
         with FullyShardedDataParallel.state_dict_type(
@@ -189,6 +199,9 @@ def _full(top: str, name: str) -> str:
 def _empty_like_sharded(tensor: ShardedTensor, dtype: torch.dtype) -> ShardedTensor:
     """Return a tensor of another dtype, cut in the same way; without any word to the other ranks."""
     metadata = tensor.metadata()
+    from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+    from torch.distributed._shard.sharded_tensor.shard import Shard
+
     shards = [Shard(torch.empty_like(shard.tensor, dtype=dtype), shard.metadata) for shard in tensor.local_shards()]
     return ShardedTensor._init_from_local_shards_and_global_metadata(  # noqa: SLF001 (the public ways all talk)
         shards,

@@ -17,12 +17,10 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import empty as empty_dtensor
 
 from cloudckpt.errors import CloudCkptError
 from cloudckpt.format import Flat, PathElement, codec
+from cloudckpt.late import DTensor, ShardedTensor
 from cloudckpt.root import Fit
 from cloudckpt.state.attributes import names_above
 from cloudckpt.state.choosing import is_chosen, parted, shared_with
@@ -292,6 +290,8 @@ class _Matching:
             return
         live = cast("torch.Tensor", current)
         if isinstance(live, DTensor):
+            from torch.distributed.tensor import empty as empty_dtensor
+
             saved: torch.Tensor = empty_dtensor(
                 shape, dtype=dtype, device_mesh=live.device_mesh, placements=live.placements
             )

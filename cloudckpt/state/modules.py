@@ -20,10 +20,10 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from cloudckpt.format import Flat, JsonValue, codec, flatten
+from cloudckpt.late import FSDPModule
 from cloudckpt.state.attributes import metadata_of, names_above
 from cloudckpt.state.beside import named_parameters
 from cloudckpt.state.collector import collector_awake

@@ -17,12 +17,11 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import empty as empty_distributed
 from torch.optim import LBFGS, Optimizer
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.format import DTYPES, Flat, JsonValue, PathElement
+from cloudckpt.late import DTensor
 from cloudckpt.ranks import Group
 from cloudckpt.state.beside import Beside, wrapped_in
 from cloudckpt.state.entry import Entry, Misfit, Place, mapping_of
@@ -418,6 +417,8 @@ class OptimizerEntry(NamedEntry):
                 placements = noted_placements(note, parameter, shape)
             if placements is None:
                 return super().allocate(below, shape, dtype)
+            from torch.distributed.tensor import empty as empty_distributed
+
             made: torch.Tensor = empty_distributed(
                 *shape, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements
             )

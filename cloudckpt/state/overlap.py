@@ -15,9 +15,8 @@ from typing import NamedTuple, cast
 
 import numpy as np
 import torch
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.tensor import DTensor
 
+from cloudckpt.late import DTensor, ShardedTensor
 from cloudckpt.transfer import bytes_of
 
 __all__ = [

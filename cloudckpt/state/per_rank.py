@@ -17,7 +17,6 @@ from typing import cast
 import msgspec
 import numpy as np
 import torch
-from torch.distributed.checkpoint.stateful import Stateful
 
 from cloudckpt.errors import ManifestError, OptionsError
 from cloudckpt.format import Flat, codec
@@ -25,6 +24,7 @@ from cloudckpt.ranks import Group
 from cloudckpt.state.backup import backup_of
 from cloudckpt.state.collector import collector_awake
 from cloudckpt.state.entry import Entry, Place
+from cloudckpt.state.protocol import Stateful
 
 __all__ = ["RNG", "PerRank", "PerRankEntry", "RankName", "is_stateful_loader", "pack", "unpack"]
 

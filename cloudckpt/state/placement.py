@@ -6,15 +6,19 @@ Most state is placed like its parameter, or plain (a count of steps), and needs 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from cloudckpt.format import JsonValue, PathElement
+from cloudckpt.late import DTensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import Placement
 
 __all__ = ["noted_placements", "placement_note", "usual_placements"]
 
-Placements = tuple[Placement, ...]
+Placements: TypeAlias = "tuple[Placement, ...]"
 
 
 def usual_placements(
@@ -31,6 +35,8 @@ def usual_placements(
         return None
     if shape == tuple(parameter.size()):
         return parameter.placements
+    from torch.distributed.tensor import Replicate
+
     # Of a checkpoint whose parameters were plain: ops of a DTensor take what every rank has whole beside any sharding.
     return (Replicate(),) * parameter.device_mesh.ndim if shape else None
 
@@ -42,6 +48,8 @@ def placement_note(parameter: torch.Tensor, part: torch.Tensor, below: Sequence[
         return None
     if not isinstance(part, DTensor):
         return {"placements": None}
+    from torch.distributed.tensor import Shard
+
     axes = part.device_mesh.mesh_dim_names
     return {
         "placements": [placement.dim if type(placement) is Shard else None for placement in part.placements],
@@ -55,6 +63,8 @@ def noted_placements(note: dict[str, JsonValue], parameter: DTensor, shape: tupl
     Axes of the two meshes are matched by their names, else by their places. Along an axis that only this mesh has,
     every rank has all of it.
     """
+    from torch.distributed.tensor import Replicate, Shard
+
     saved, axes, mesh = note["placements"], note.get("axes"), parameter.device_mesh
     if not isinstance(saved, list):
         return None

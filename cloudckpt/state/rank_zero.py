@@ -12,16 +12,15 @@ from collections.abc import Collection, Iterable
 from typing import cast
 
 from torch import nn
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint.stateful import Stateful
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from cloudckpt.errors import OptionsError, UnsupportedValueError
 from cloudckpt.format import Flat
+from cloudckpt.late import DTensor, ShardedTensor
 from cloudckpt.state.beside import Beside
 from cloudckpt.state.entry import Entry, Place
 from cloudckpt.state.per_rank import PerRank
+from cloudckpt.state.protocol import Stateful
 from cloudckpt.state.rng import RandomState
 from cloudckpt.state.stateful import StatefulEntry
 from cloudckpt.state.trainable import Trainable

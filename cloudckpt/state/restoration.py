@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from cloudckpt.errors import OptionsError, RestoreFailedError, StateMismatchError, text_of
 from cloudckpt.format import Flat, PathElement, unflatten
+from cloudckpt.late import DTensor
 from cloudckpt.root import Fit
 from cloudckpt.state.attributes import as_it_was, with_attributes
 from cloudckpt.state.choosing import is_chosen, parted

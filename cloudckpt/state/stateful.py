@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
-from torch.distributed.checkpoint.stateful import Stateful
 
 from cloudckpt.state.backup import backup_of
 from cloudckpt.state.beside import Beside
 from cloudckpt.state.collector import collector_awake
 from cloudckpt.state.entry import Choosy, Entry, Misfit, Place, mapping_of
+from cloudckpt.state.protocol import Stateful
 
 __all__ = ["StatefulEntry"]
 

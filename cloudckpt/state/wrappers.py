@@ -11,9 +11,9 @@ from __future__ import annotations
 import sys
 
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
+
+from cloudckpt.late import CheckpointWrapper, FullyShardedDataParallel
 
 __all__ = ["clean_name", "is_fsdp1", "is_torchs_own", "is_wrapper", "wrapped_name"]
 

@@ -20,9 +20,9 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from cloudckpt.errors import CloudCkptError
+from cloudckpt.late import FakeTensor
 from cloudckpt.store import new_memory
 from cloudckpt.threads import new_lock, started
 
