@@ -42,7 +42,7 @@ from benchmarks.speed.plan import CURVES, SECTIONS, Case
 from benchmarks.speed.plots import draw_bars, draw_curve
 from benchmarks.speed.process import MeasurementError, Spec, measure
 from benchmarks.speed.report import Results, Row, curve_table, goals_table, is_met, table
-from cloudckpt.page import Prices, prices_from
+from cloudckpt.report import Prices, prices_from
 
 __all__ = ["log", "main", "names_of"]
 

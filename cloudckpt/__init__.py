@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from cloudckpt.format import register, register_code
     from cloudckpt.loading import Contents, TensorInfo
     from cloudckpt.manager import CheckpointManager, SavedParts
-    from cloudckpt.page import Prices, report_page
+    from cloudckpt.page import report_page
     from cloudckpt.preemption import Notice, Preemption
     from cloudckpt.qualifying import Probe, probe
     from cloudckpt.report import (
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         Event,
         OpenTelemetryEvents,
         Preempted,
+        Prices,
         Pruned,
         Restored,
         SaveBegun,
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from cloudckpt.root import Checkpoint, Fit, KeepAll, KeepBest, KeepEvery, KeepFor, KeepLast, Pin, RetentionRule
     from cloudckpt.saving import SaveHandle
     from cloudckpt.state import AccumulationWindow, PerRank, RandomState, RankZero, ResumableSampler, Trainable
+    from cloudckpt.store import Traffic
 
     __version__: str
 
@@ -151,6 +153,7 @@ __all__ = [
     "StateMismatchError",
     "StorageError",
     "TensorInfo",
+    "Traffic",
     "Trainable",
     "UnsupportedValueError",
     "Verified",
@@ -183,7 +186,7 @@ _LATE = {
     "format": ("register", "register_code"),
     "loading": ("Contents", "TensorInfo"),
     "manager": ("CheckpointManager", "SavedParts"),
-    "page": ("Prices", "report_page"),
+    "page": ("report_page",),
     "preemption": ("Notice", "Preemption"),
     "qualifying": ("Probe", "probe"),
     "report": (
@@ -191,6 +194,7 @@ _LATE = {
         "Event",
         "OpenTelemetryEvents",
         "Preempted",
+        "Prices",
         "Pruned",
         "Restored",
         "SaveBegun",
@@ -202,6 +206,7 @@ _LATE = {
     "root": ("Checkpoint", "Fit", "KeepAll", "KeepBest", "KeepEvery", "KeepFor", "KeepLast", "Pin", "RetentionRule"),
     "saving": ("SaveHandle",),
     "state": ("AccumulationWindow", "PerRank", "RandomState", "RankZero", "ResumableSampler", "Trainable"),
+    "store": ("Traffic",),
 }
 
 if not TYPE_CHECKING:  # a type checker that saw it would let every misspelt name pass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.speed.process import Measurement
-from cloudckpt.page import Prices
+from cloudckpt.report import Prices
 
 __all__ = ["cost_of"]
 

@@ -15,7 +15,7 @@ from benchmarks.shared.report import MIB, Goal, goal_lines
 from benchmarks.speed.cost import cost_of
 from benchmarks.speed.plan import CURVES, Case
 from benchmarks.speed.process import Measurement
-from cloudckpt.page import Prices
+from cloudckpt.report import Prices
 
 __all__ = ["Results", "Row", "curve_table", "goals_of", "goals_table", "is_met", "table"]
 

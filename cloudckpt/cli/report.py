@@ -15,8 +15,8 @@ from cloudckpt.cli.asking import Access, NoCache, Url, cache_of, ended
 from cloudckpt.cli.rules import seconds_of
 from cloudckpt.convert import refuse_ours
 from cloudckpt.format import SUMS_SUFFIX
-from cloudckpt.page import page_of, prices_from
-from cloudckpt.report import plain
+from cloudckpt.page import page_of
+from cloudckpt.report import plain, prices_from
 from cloudckpt.store import open_store
 
 __all__ = ["report"]

@@ -29,7 +29,7 @@ from cloudckpt.manager.tolerance import OnError, Tolerance
 from cloudckpt.options import Options, as_clock, as_flag, as_seconds
 from cloudckpt.preemption import EXIT_PREEMPTED, Preemption, Schedule
 from cloudckpt.ranks import ProcessGroup, Ranks, check_part, refuse_lonely_rank, taking_part
-from cloudckpt.report import Advice, Journal, OnEvent, Progress, Show, advise
+from cloudckpt.report import Advice, Journal, OnEvent, Prices, Progress, Show, advise, prices_from
 from cloudckpt.root import (
     Catalog,
     Checkpoint,
@@ -279,16 +279,24 @@ class CheckpointManager:
         """What to exit with after a preemption, so that a scheduler tells it from success: 143 unless chosen."""
         return self._preemption.exit_code if self._preemption is not None else EXIT_PREEMPTED
 
-    def report(self, mtbf_s: float | None = None) -> Advice:
-        """Say what saves cost, how often to save, and what went wrong; printed, it is a few lines for a person.
+    def report(self, mtbf_s: float | None = None, *, prices: Prices | str | os.PathLike[str] | None = None) -> Advice:
+        """Say what saves and restores cost, how often to save, and what went wrong; printed, a few lines for a person.
 
         Args:
             mtbf_s: mean seconds between failures of the job; None if not known.
+            prices: what the store asks for, or a JSON file with the fields of `Prices`; None takes the usual ones of
+                S3 and GCS, and none for other stores. What is counted are this rank's requests to the first root.
 
         Raises:
-            OptionsError: `mtbf_s` is not a finite number above 0.
+            OptionsError: `mtbf_s` is not a finite number above 0; or the prices are none.
         """
-        return replace(advise(self._journal.meter.costs(), mtbf_s), troubles=tuple(self._journal.troubles))
+        chosen = prices_from(prices) if isinstance(prices, str | os.PathLike) else prices or Prices.of(self._store)
+        return replace(
+            advise(self._journal.meter.costs(), mtbf_s),
+            troubles=tuple(self._journal.troubles),
+            spent=self._journal.spent(),
+            prices=chosen,
+        )
 
     def save(
         self,

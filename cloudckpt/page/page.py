@@ -20,8 +20,8 @@ from cloudckpt.format import EpochClaim
 from cloudckpt.options import READERS
 from cloudckpt.page.history import facts_of
 from cloudckpt.page.markup import raw, tag
-from cloudckpt.page.prices import Prices
 from cloudckpt.page.sections import SHOWN, Run, sections
+from cloudckpt.report import Prices
 from cloudckpt.root import Catalog, Checkpoint, ManifestCache, mistaken_for, overview
 from cloudckpt.store import open_store
 from cloudckpt.threads import each

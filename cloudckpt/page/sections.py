@@ -14,11 +14,11 @@ from cloudckpt.options import Options
 from cloudckpt.page.charts import PHASES, bars_of_bytes, bars_of_seconds, lanes, metric_curve
 from cloudckpt.page.history import Break, Facts, Job, Save, claimed_at
 from cloudckpt.page.markup import Child, Html, tag
-from cloudckpt.page.prices import MONTH_S, Prices
 from cloudckpt.page.tables import long_cell, moment, number_cell, pairs, seconds_cell, table_of, time_cell, words_cell
-from cloudckpt.page.words import metric_name, money, percent, span
-from cloudckpt.report import as_bytes
+from cloudckpt.page.words import metric_name, percent, span
+from cloudckpt.report import MONTH_S, Prices, as_bytes, money
 from cloudckpt.root import Overview
+from cloudckpt.store import Traffic
 
 __all__ = ["SHOWN", "Run", "sections"]
 
@@ -265,14 +265,14 @@ def _cost(run: Run) -> Html:
         rows.append(("Prices", "none are known for this store; give --prices FILE.json"))
         return _section(title, pairs(rows))
     gib_months = sum(save.checkpoint.manifest.sent_bytes / 2**30 * _age_s(run, save) / MONTH_S for save in saves)
-    # All that rank 0 has asked, as if all of it were writes, and a put for each shard of the other ranks: of as many as
-    # it has itself.
+    # A put for each shard of the other ranks: of as many as rank 0 has itself.
     others = sum(one.shard_count * (one.world_size - 1) // max(1, one.world_size) for one in manifests)
-    writes = max(objects, requests + others)
+    spent = sum((_traffic(save) for save in saves), Traffic(puts=others))
+    spent += Traffic(puts=max(0, objects - spent.requests))
     rows += [
         ("Storage, a month as it stands", money(run.total_bytes / 2**30 * prices.storage_gib_month, prices.currency)),
         ("Storage so far of what is there", money(gib_months * prices.storage_gib_month, prices.currency)),
-        ("Requests of its saves, about", money(prices.cost(writes=writes, reads=0), prices.currency)),
+        ("Requests of its saves, about", f"{money(prices.cost_of(spent), prices.currency)}: {_classes(spent)}"),
         *(_restore_cost(saves[-1], prices) if saves else []),
         ("Prices", _prices(prices)),
     ]
@@ -281,10 +281,20 @@ def _cost(run: Run) -> Html:
         title,
         pairs(rows),
         _note(
-            f"{note}was removed, what retention asks after each commit, retries of other ranks, restores, and reads by "
-            "others."
+            f"{note}was removed, what retention asks after each commit, retries of other ranks, restores (a job's own "
+            "manager.report() counts them), and reads by others."
         ),
     )
+
+
+def _traffic(save: Save) -> Traffic:
+    """Return what rank 0 asked for a save, by class; of one that counted none, all are taken for puts."""
+    found = {name: int(save.number(name) or 0) for name in Traffic().by_class}
+    return Traffic(**found) if any(found.values()) else Traffic(puts=int(save.number("requests") or 0))
+
+
+def _classes(traffic: Traffic) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in traffic.by_class.items() if count)
 
 
 def _restore_cost(save: Save, prices: Prices) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from cloudckpt.page.history import Save
 from cloudckpt.report import as_bytes
 
-__all__ = ["metric_name", "money", "percent", "save_words", "span", "utc"]
+__all__ = ["metric_name", "percent", "save_words", "span", "utc"]
 
 
 def span(seconds: float | None) -> str:
@@ -25,12 +25,6 @@ def span(seconds: float | None) -> str:
 def utc(at: datetime) -> str:
     """Return a time in UTC, without the zone."""
     return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
-
-
-def money(amount: float, currency: str) -> str:
-    """Return a price; a small one with as many digits as it takes to see it."""
-    digits = f"{amount:,.2f}" if amount >= 1 or amount == 0 else f"{amount:.2g}"
-    return f"{digits} {currency}"
 
 
 def percent(share: float | None) -> str:

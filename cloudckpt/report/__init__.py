@@ -14,10 +14,12 @@ from cloudckpt.report.events import (
 )
 from cloudckpt.report.journal import Entry, Journal
 from cloudckpt.report.loggers import ScalarEvents
+from cloudckpt.report.prices import MONTH_S, Prices, money, prices_from
 from cloudckpt.report.progress import Progress, Show, as_bytes, plain
 from cloudckpt.report.telemetry import OpenTelemetryEvents
 
 __all__ = [
+    "MONTH_S",
     "Advice",
     "Costs",
     "Entry",
@@ -26,6 +28,7 @@ __all__ = [
     "OnEvent",
     "OpenTelemetryEvents",
     "Preempted",
+    "Prices",
     "Progress",
     "Pruned",
     "Restored",
@@ -37,5 +40,7 @@ __all__ = [
     "Show",
     "advise",
     "as_bytes",
+    "money",
     "plain",
+    "prices_from",
 ]

@@ -10,9 +10,13 @@ is the caller's. An interval here is the training between two saves, the saves t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from cloudckpt.errors import OptionsError
+from cloudckpt.report.prices import Prices, money
+from cloudckpt.report.progress import as_bytes
+from cloudckpt.store import Traffic
 
 __all__ = ["Advice", "Costs", "advise", "best_interval_s", "daly_interval_s", "goodput", "young_interval_s"]
 
@@ -148,6 +152,9 @@ class Advice:
         goodput_present: expected goodput with it.
         goodput_best: expected goodput with `best_s` (in whole steps, if a step's time is known).
         troubles: the last things that went wrong beside saves, or in saves that were let fail; oldest first.
+        spent: what of the store's requests went into `saves`, `restores` and `rest` (retention, claims, listings and
+            what else the manager was asked for): those of this rank, and of the first root alone.
+        prices: of the store; None where nobody knows them.
     """
 
     costs: Costs
@@ -160,13 +167,15 @@ class Advice:
     goodput_present: float | None = None
     goodput_best: float | None = None
     troubles: tuple[str, ...] = ()
+    spent: Mapping[str, Traffic] = field(default_factory=dict)
+    prices: Prices | None = None
 
     def __str__(self) -> str:
         """Say it for a person, a line for each subject; what is not known comes with how to learn it."""
         subjects = {"saves": self._saves(), "restore": self._restore()}
         if self.costs.blocked_s is not None:
             subjects |= {"interval": self._interval(), "goodput": self._gain()}
-        told = [*subjects.items(), *(("trouble", trouble) for trouble in self.troubles)]
+        told = [*subjects.items(), *self._requests(), *(("trouble", trouble) for trouble in self.troubles)]
         return "\n".join(f"{subject:<10}{said}" for subject, said in told if said)
 
     def _saves(self) -> str:
@@ -176,6 +185,17 @@ class Advice:
         committed = "" if costs.commit_s is None else f", are committed after {_span(costs.commit_s)}"
         saves = "1 save" if costs.saves == 1 else f"{costs.saves} saves"
         return f"block training for {_span(costs.blocked_s)}{committed} ({saves})"
+
+    def _requests(self) -> Iterator[tuple[str, str]]:
+        for what, traffic in self.spent.items():
+            if traffic.requests:
+                counts = ", ".join(f"{count:,} {name}" for name, count in traffic.by_class.items() if count)
+                moved = f"{as_bytes(traffic.sent_bytes)} sent, {as_bytes(traffic.received_bytes)} received"
+                prices = self.prices
+                cost = "" if prices is None else f"; {money(prices.cost_of(traffic), prices.currency)}"
+                yield "requests", f"of {what}: {counts}; {moved}{cost}"
+        if self.prices is not None and self.spent:
+            yield "prices", self.prices.source or "given"
 
     def _restore(self) -> str:
         if self.costs.restart_s is not None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
+from cloudckpt.store import Traffic
+
 __all__ = [
     "Event",
     "OnEvent",
@@ -84,6 +86,7 @@ class SaveCommitted(Event):
         requests: that rank 0 has made, up to the manifest's own; not what a replaced checkpoint and retention cost.
         retries: those among them that an earlier failure made necessary.
         metrics: what was measured at the save.
+        traffic: the same requests by class, and their bytes.
     """
 
     epoch: int
@@ -96,6 +99,7 @@ class SaveCommitted(Event):
     requests: int
     retries: int
     metrics: Mapping[str, float]
+    traffic: Traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +114,7 @@ class SaveFailed(Event):
         kind: the name of the error's type; after `CommitUnknownError` there may be a checkpoint all the same.
         error: what it says, without credentials.
         is_forgiven: whether training goes on (`on_error="warn"`).
+        traffic: the same requests by class, and their bytes.
     """
 
     in_background: bool
@@ -119,6 +124,7 @@ class SaveFailed(Event):
     kind: str
     error: str
     is_forgiven: bool
+    traffic: Traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +137,7 @@ class Restored(Event):
         seconds: that it took.
         requests: that rank 0 has made.
         retries: those among them that an earlier failure made necessary.
+        traffic: the same requests by class, and their bytes.
     """
 
     epoch: int
@@ -138,6 +145,7 @@ class Restored(Event):
     seconds: float
     requests: int
     retries: int
+    traffic: Traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

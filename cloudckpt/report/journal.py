@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Literal, TypedDict
 
@@ -33,7 +34,7 @@ from cloudckpt.report.meter import Meter
 from cloudckpt.report.progress import Bar, Progress, as_bytes
 from cloudckpt.report.telling import Teller
 from cloudckpt.root import Checkpoint
-from cloudckpt.store import RetryingStore, hide
+from cloudckpt.store import RetryingStore, Traffic, hide
 
 __all__ = ["Entry", "Journal"]
 
@@ -89,6 +90,12 @@ class Journal:
     def begin(self, *, rank: int, world_size: int = 1) -> Entry:
         """Begin the entry of a save or restore, at this moment."""
         return Entry(self, rank, world_size)
+
+    def spent(self) -> dict[str, Traffic]:
+        """Return what saves, restores and all else have asked of the store so far."""
+        saves, restores = self.meter.spent()
+        everything = Traffic.of(self.store.stats())
+        return {"saves": saves, "restores": restores, "rest": everything - saves - restores}
 
     def pruned(self, checkpoint: Checkpoint, why: Literal["rules", "delete"] = "rules") -> None:
         """Tell that a checkpoint exists no more; on rank 0."""
@@ -188,6 +195,7 @@ class Entry:
         """Note a commit; with the seconds before the end (below 0: after it), if the job is about to be preempted."""
         elapsed_s = self._elapsed_s()
         self._journal.meter.note_commit(elapsed_s)
+        self._journal.meter.note_saving(self._traffic(checkpoint))
         self._tell(lambda: self._committed(checkpoint, elapsed_s))
         with self._journal.harmless(f"step {checkpoint.step} is saved, but that could not be told"):
             spent = self._spent_on(checkpoint)
@@ -197,6 +205,7 @@ class Entry:
 
     def _committed(self, checkpoint: Checkpoint, elapsed_s: float) -> SaveCommitted:
         summary, (requests, retries) = checkpoint.manifest.summary, self._spent_on(checkpoint)
+        traffic = self._traffic(checkpoint)
         slowest = summary.get("slowest_rank")
         return SaveCommitted(
             **_of_checkpoint(checkpoint),
@@ -210,6 +219,7 @@ class Entry:
             requests=requests,
             retries=retries,
             metrics=dict(checkpoint.metrics),
+            traffic=traffic,
         )
 
     def _spent_on(self, checkpoint: Checkpoint | None = None) -> tuple[int, int]:
@@ -218,9 +228,17 @@ class Entry:
         spent = self._journal.store.stats() - self._before
         return int(summary.get("requests", spent.requests)), int(summary.get("retries", spent.retries))
 
+    def _traffic(self, checkpoint: Checkpoint | None = None) -> Traffic:
+        """Return the same by class; what a commit counts by class is its manifest's, as the sum is."""
+        spent = Traffic.of(self._journal.store.stats() - self._before)
+        summary = checkpoint.manifest.summary if checkpoint is not None and self.rank == 0 else {}
+        told = {name: int(summary[name]) for name in spent.by_class if name in summary}
+        return replace(spent, **told) if told else spent
+
     def failed(self, step: int, error: BaseException, *, is_forgiven: bool = False) -> None:
         """Note that a save has ended without a checkpoint; who raises the error says so to a person."""
-        requests, retries = self._spent_on()
+        (requests, retries), traffic = self._spent_on(), self._traffic()
+        self._journal.meter.note_saving(traffic)
         self._tell(
             lambda: SaveFailed(
                 **self._about(step),
@@ -231,6 +249,7 @@ class Entry:
                 kind=type(error).__name__,
                 error=hide(text_of(error)),
                 is_forgiven=is_forgiven,
+                traffic=traffic,
             )
         )
 
@@ -242,8 +261,8 @@ class Entry:
             self._journal.progress.say(line, rank=self.rank)
             return
         elapsed_s = self._elapsed_s()
-        self._journal.meter.note_restore(elapsed_s)
-        requests, retries = self._spent_on()
+        (requests, retries), traffic = self._spent_on(), self._traffic()
+        self._journal.meter.note_restore(elapsed_s, traffic)
         self._tell(
             lambda: Restored(
                 **_of_checkpoint(checkpoint),
@@ -252,6 +271,7 @@ class Entry:
                 seconds=elapsed_s,
                 requests=requests,
                 retries=retries,
+                traffic=traffic,
             )
         )
         self._say("restored", checkpoint, elapsed_s, (requests, retries))

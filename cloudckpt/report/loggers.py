@@ -26,7 +26,7 @@ class ScalarEvents:
 
     Of a save: `bytes`, `seconds`, `bytes_per_s`, `plan_s`, `stage_s`, `upload_s`, `gather_s`, `blocked_s` (for which
     training was kept), `staged_bytes`, `requests`, `retries`, and `failed`, 0 or 1. Of others: `restore_s`,
-    `restored_bytes`, `pruned_bytes`, `preempted`. Each with `prefix` before it.
+    `restored_bytes`, `restore_requests`, `pruned_bytes`, `preempted`. Each with `prefix` before it.
 
     A save in the background is committed when training is some steps on. A logger that wants steps to grow, as
     `wandb.log` does, gets the step as a number instead: `lambda numbers, step: wandb.log({**numbers,
@@ -65,7 +65,11 @@ def numbers_of(event: Event) -> dict[str, float]:
         case SaveFailed():
             numbers = {"failed": 1, "requests": event.requests, "retries": event.retries}
         case Restored():
-            numbers = {"restore_s": event.seconds, "restored_bytes": event.total_bytes}
+            numbers = {
+                "restore_s": event.seconds,
+                "restored_bytes": event.total_bytes,
+                "restore_requests": event.requests,
+            }
         case Pruned():
             numbers = {"pruned_bytes": event.total_bytes}
         case Preempted():

@@ -1,6 +1,6 @@
 """Add up what saves and restores cost a job, as it runs: the facts behind the advice on the interval.
 
-Seconds only. The training's thread and that of a background save may both enter.
+Seconds, requests and bytes. The training's thread and that of a background save may both enter.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from cloudckpt.report.advice import Costs
+from cloudckpt.store import Traffic
 from cloudckpt.threads import new_lock
 
 __all__ = ["Meter"]
@@ -26,6 +27,7 @@ class Meter:
         self._asked: tuple[int, float, float] | None = None
         self._steps = 0
         self._training_s = 0.0
+        self._saving, self._restoring = Traffic(), Traffic()
 
     def note_step(self, step: int) -> None:
         """Note that training has come to the end of a step."""
@@ -46,10 +48,21 @@ class Meter:
         with self._lock:
             self._commit_s.append(seconds)
 
-    def note_restore(self, seconds: float) -> None:
-        """Note how long a restore took."""
+    def note_saving(self, traffic: Traffic) -> None:
+        """Note what a save has asked of the store, whatever became of it."""
+        with self._lock:
+            self._saving += traffic
+
+    def note_restore(self, seconds: float, traffic: Traffic) -> None:
+        """Note how long a restore took, and what it has asked of the store."""
         with self._lock:
             self._restart_s = seconds
+            self._restoring += traffic
+
+    def spent(self) -> tuple[Traffic, Traffic]:
+        """Return what all saves have asked of the store so far, and all restores."""
+        with self._lock:
+            return self._saving, self._restoring
 
     def costs(self) -> Costs:
         """Return the means so far."""

@@ -50,7 +50,7 @@ from cloudckpt.saving.snapshot import Staged
 from cloudckpt.saving.source import PieceSource, Staging
 from cloudckpt.saving.tally import Written
 from cloudckpt.state import collector_at_rest
-from cloudckpt.store import PROVEN_BYTES, RetryingStore, Store, StoreStats
+from cloudckpt.store import PROVEN_BYTES, RetryingStore, Store, StoreStats, Traffic
 from cloudckpt.threads import each, new_lock
 from cloudckpt.transfer import Budget, Puts, ShardJob, Watch, upload
 
@@ -309,7 +309,8 @@ def _manifest(target: Target, index: Index, data: bytes, record: Record, seconds
     references = index.references() if index.content else msgspec.UNSET
     held_bytes = sum(one.total_bytes for one in references or ())
     spent = stats_of(store) - record.spent_before
-    to_come = _MANIFEST_REQUESTS + (_FENCE_REQUESTS if target.epoch else 0)
+    to_come = Traffic(puts=_MANIFEST_REQUESTS, lists=_FENCE_REQUESTS if target.epoch else 0)
+    classes = Traffic.of(spent) + to_come
     return Manifest(
         format_version=SHARING_VERSION if index.content else FORMAT_VERSION,
         references=references,
@@ -330,8 +331,9 @@ def _manifest(target: Target, index: Index, data: bytes, record: Record, seconds
             "seconds": round(elapsed_s, 4),
             "bytes_per_s": round(index.total_bytes / max(elapsed_s, 1e-9), 1),
             **({"sent_bytes": float(index.total_bytes - held_bytes)} if index.content else {}),
-            "requests": float(spent.requests + to_come),
+            "requests": float(spent.requests + to_come.requests),
             "retries": float(spent.retries),
+            **{name: float(count) for name, count in classes.by_class.items()},
             **{phase: round(value, 4) for phase, value in seconds.items()},
         },
     )

@@ -16,7 +16,7 @@ from cloudckpt.store.probe import probe_create, probe_write, race
 from cloudckpt.store.proof import PROVEN_BYTES
 from cloudckpt.store.redact import hide
 from cloudckpt.store.retrying import RetryingStore
-from cloudckpt.store.stats import StoreStats
+from cloudckpt.store.stats import StoreStats, Traffic
 
 __all__ = [
     "PROVEN_BYTES",
@@ -28,6 +28,7 @@ __all__ = [
     "RetryingStore",
     "Store",
     "StoreStats",
+    "Traffic",
     "appended",
     "assembled",
     "check_key",

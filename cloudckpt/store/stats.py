@@ -5,11 +5,12 @@ A snapshot before and one after make the cost of what lay between. `Recorder` is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Self
 
 from cloudckpt.threads import new_lock
 
-__all__ = ["OpStats", "Recorder", "StoreStats"]
+__all__ = ["OpStats", "Recorder", "StoreStats", "Traffic"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,59 @@ class StoreStats(dict[str, OpStats]):
     def retries(self) -> int:
         """Retries of all verbs."""
         return self.total.retries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """Requests by the classes that stores ask prices for, failed ones and retries included, and bytes that arrived.
+
+    Attributes:
+        puts: that write an object; also those that create one, and read back what became of that.
+        gets: that read one, or a part of one.
+        lists: pages of listings.
+        heads: that look at one.
+        deletes: of up to 1,000 each, where the store takes so many.
+        sent_bytes: payload of the puts.
+        received_bytes: payload of the gets.
+    """
+
+    puts: int = 0
+    gets: int = 0
+    lists: int = 0
+    heads: int = 0
+    deletes: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+
+    @classmethod
+    def of(cls, stats: StoreStats) -> Self:
+        """Add up what a snapshot says."""
+        writes, reads = stats["put"] + stats["create"], stats["get"] + stats["read"]
+        return cls(
+            puts=writes.requests,
+            gets=reads.requests,
+            lists=stats["list"].requests,
+            heads=stats["head"].requests,
+            deletes=stats["delete"].requests,
+            sent_bytes=writes.bytes,
+            received_bytes=reads.bytes,
+        )
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(**{one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)})
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return Traffic(**{one.name: getattr(self, one.name) - getattr(other, one.name) for one in fields(self)})
+
+    @property
+    def by_class(self) -> dict[str, int]:
+        """The requests, by the name of their class."""
+        return {name: getattr(self, name) for name in ("puts", "gets", "lists", "heads", "deletes")}
+
+    @property
+    def requests(self) -> int:
+        """All requests."""
+        return sum(self.by_class.values())
 
 
 class Recorder:

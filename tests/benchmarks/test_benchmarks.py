@@ -39,7 +39,7 @@ from benchmarks.speed.plan import Case
 from benchmarks.speed.plots import draw_curve
 from benchmarks.speed.process import Measurement, MeasurementError, Spec, measure
 from benchmarks.speed.report import Results, Row, curve_table, goals_table, is_met, table
-from cloudckpt.page import prices_from
+from cloudckpt.report import prices_from
 from tests.programs import run_to_end
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,11 +24,12 @@ from typer.testing import CliRunner
 import cloudckpt
 from cloudckpt import CheckpointManager, CheckpointNotFoundError, Options, OptionsError
 from cloudckpt.cli import app
-from cloudckpt.page import Prices, page_of, prices_from
+from cloudckpt.page import page_of
 from cloudckpt.page.charts import metric_curve
 from cloudckpt.page.history import Facts, facts_of
 from cloudckpt.page.markup import tag
 from cloudckpt.page.sections import SHOWN, Run, sections
+from cloudckpt.report import Prices, prices_from
 from cloudckpt.root import Catalog, Overview
 from cloudckpt.store import open_store
 from servers import FreshPrefix

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from datetime import UTC, datetime
 from functools import partial
@@ -346,14 +347,53 @@ def test_event_manifest_and_page_count_the_requests_that_a_store_has_seen(number
                 manager.save(step, {"w": torch.zeros(numbers)})
             before = len(server.requests)
             checkpoint = manager.save(3, {"w": torch.ones(numbers)})
-            paths = [request.path for request in server.requests[before:] if request.method in ("PUT", "GET")]
+            asked = [request for request in server.requests[before:] if request.method in ("PUT", "GET")]
+            paths = [request.path for request in asked]
         seen = 1 + next(at for at, path in enumerate(paths) if path.endswith("/manifest.json"))
         assert seen == (4 if numbers == 4 else 5)
         saved = [event.requests for event in told if isinstance(event, SaveCommitted)]
         page = cloudckpt.report_page("s3://bucket/root", storage_options=options)
     assert checkpoint is not None
     assert (saved[2], checkpoint.manifest.summary["requests"]) == (seen, seen)
+    (traffic,) = [event.traffic for event in told if isinstance(event, SaveCommitted) and event.step == 3]
+    assert {name: count for name, count in traffic.by_class.items() if count} == Counter(map(_class_of, asked[:seen]))
+    assert {name: checkpoint.manifest.summary[name] for name in traffic.by_class} == traffic.by_class
+    assert traffic.sent_bytes > 4 * numbers
     assert f"{sum(saved)}, 0 of them retries" in page
+
+
+def _class_of(request: Any) -> str:
+    if request.method == "GET":
+        return "lists" if "list-type" in request.query else "gets"
+    return {"PUT": "puts", "POST": "deletes", "DELETE": "deletes", "HEAD": "heads"}[request.method]
+
+
+def test_what_saves_and_restores_asked_of_the_store_is_told_by_class_and_priced_by_a_table(tmp_path: Path) -> None:
+    told: list[Event] = []
+    prices = tmp_path / "prices.json"
+    prices.write_text('{"storage_gib_month": 1, "writes_1000": 1000, "reads_1000": 10, "source": "ours"}')
+    with ObjectServer() as server:
+        options = {"key": "k", "secret": "s", "endpoint_url": server.endpoint}
+        with CheckpointManager(
+            "s3://bucket/root", storage_options=options, on_event=told.append, progress="off", save_rng=False
+        ) as manager:
+            manager.save(1, {"w": torch.zeros(1 << 16)})
+            before = len(server.requests)
+            manager.restore({"w": torch.ones(1 << 16)})
+            seen = Counter(_class_of(request) for request in server.requests[before:])
+            report = manager.report(prices=prices)
+            free = manager.report()
+    (restored,) = [event.traffic for event in told if isinstance(event, Restored)]
+    assert {name: count for name, count in restored.by_class.items() if count} == seen
+    assert restored.received_bytes > 4 << 16
+    assert report.spent["restores"] == restored
+    assert report.prices is not None
+    cost = report.prices.cost_of(restored)
+    assert cost == pytest.approx(seen["puts"] + seen["lists"] + (seen["gets"] + seen["heads"]) / 100)
+    lines = [line for line in str(report).splitlines() if line.startswith("requests")]
+    assert any(line.endswith(f"; {cost:.2f} USD") and "of restores: " in line for line in lines)
+    assert any("of saves: " in line and "puts" in line for line in lines)
+    assert (free.prices, "USD" in str(free)) == (None, False)
 
 
 def test_an_event_is_a_value_that_holds_no_secret(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -426,7 +466,9 @@ def test_loggers_get_numbers_by_name_and_step(tmp_path: Path, adapt: Callable[[A
         "failed",
     }
     assert by_step[1].keys() == {f"checkpoint/{name}" for name in of_save | {"staged_bytes", "pruned_bytes"}}
-    assert by_step[2].keys() == {f"checkpoint/{name}" for name in of_save | {"restore_s", "restored_bytes"}}
+    assert by_step[2].keys() == {
+        f"checkpoint/{name}" for name in of_save | {"restore_s", "restored_bytes", "restore_requests"}
+    }
 
 
 def test_restores_are_told_to_loggers_of_a_fresh_manager_without_a_step_below_zero(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from typing import Self
 import msgspec
 
 from cloudckpt.errors import OptionsError
-from cloudckpt.store import Store
+from cloudckpt.store import Store, Traffic
 
-__all__ = ["MONTH_S", "Prices", "prices_from"]
+__all__ = ["MONTH_S", "Prices", "money", "prices_from"]
 
 MONTH_S = 365.25 / 12 * 86_400
 _LIMIT_BYTES = 64 << 10
@@ -67,6 +67,20 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def cost(self, *, writes: int, reads: int, sent_bytes: int = 0) -> float:
         """Return what so many requests cost, and so many bytes that the store sends."""
         return (writes * self.writes_1000 + reads * self.reads_1000) / 1_000 + sent_bytes / 2**30 * self.sent_gib
+
+    def cost_of(self, traffic: Traffic) -> float:
+        """Return what requests cost: puts and lists as writes, gets and heads as reads, deletes nothing."""
+        return self.cost(
+            writes=traffic.puts + traffic.lists,
+            reads=traffic.gets + traffic.heads,
+            sent_bytes=traffic.received_bytes,
+        )
+
+
+def money(amount: float, currency: str) -> str:
+    """Return a price; a small one with as many digits as it takes to see it."""
+    digits = f"{amount:,.2f}" if amount >= 1 or amount == 0 else f"{amount:.2g}"
+    return f"{digits} {currency}"
 
 
 def prices_from(path: str | os.PathLike[str]) -> Prices:
