@@ -16,7 +16,7 @@ OUT ?= bench-results
 PYTEST = env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup setup-localstack dev demo test test-all test-lowest integrations examples lint check format bench bench-quick docs
-.PHONY: package servers-up servers-down constraints
+.PHONY: reliability package servers-up servers-down constraints
 # Two installations into one environment must not meet.
 .NOTPARALLEL:
 
@@ -24,6 +24,7 @@ help:
 	@echo "make demo [URL=s3://…|gs://…|DIR]  train, kill, resume, compare (SeaweedFS on loopback unless URL is given)"
 	@echo "make test | test-all               the default suite | the slow tests too; ARGS='-k name' narrows either"
 	@echo "make test-lowest                   formats, stores and saves with the oldest libraries that a user may have"
+	@echo "make reliability [RECORDS=DIR]      break saves and restores in every way, some hours; figures in docs/reliability.md"
 	@echo "make integrations                  the adapters and all of examples/, with the frameworks that they are for"
 	@echo "make examples [ARGS='-k lightning']  each program of examples/ once, as one starts it from a shell"
 	@echo "make bench [OUT=DIR] [ARGS='--sections peers']  measure beside other ways to save: hours; tables and plots in DIR"
@@ -66,6 +67,14 @@ test: setup setup-localstack
 
 test-all: setup setup-localstack .venv/.ready-peers
 	$(PYTEST) -m 'slow or not slow' --hypothesis-profile=long $(ARGS)
+
+# Of a run in which nothing was lost; else there is no page. Lightning is among the peers.
+RECORDS ?= reliability-records
+reliability: setup setup-localstack .venv/.ready-peers
+	@mkdir -p '$(RECORDS)' && rm -f '$(RECORDS)'/*.jsonl
+	CLOUDCKPT_RELIABILITY='$(abspath $(RECORDS))' $(PYTEST) tests/reliability -m 'slow or not slow' \
+		--hypothesis-profile=long $(ARGS)
+	$(BIN)/python -m tests.reliability.page '$(RECORDS)' docs/reliability.md
 
 # An environment of its own, with the lower bounds. By the oldest Python: newer ones have no wheels of some.
 .venv-lowest/.ready: pyproject.toml constraints-lowest.txt
