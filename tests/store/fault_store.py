@@ -336,8 +336,11 @@ class FaultStore:
         return ObjectInfo(key=key, size_bytes=len(stored.data), modified_s=stored.modified_s)
 
     def _list(self, prefix: str, delimiter: str) -> Listing:
-        seen_s = self.bucket.now_s - self.bucket.listing_lag_s
-        visible = [key for key, stored in sorted(self.bucket.objects.items()) if stored.modified_s <= seen_s]
+        # Without a lag all is seen, also what was written before the store's clock was set back.
+        lag_s = self.bucket.listing_lag_s
+        seen_s = self.bucket.now_s - lag_s
+        stored = sorted(self.bucket.objects.items())
+        visible = [key for key, one in stored if not lag_s or one.modified_s <= seen_s]
         objects, prefixes = [], set()
         for key in visible:
             head, found, _ = key[len(prefix) :].partition(delimiter) if delimiter else (key, "", "")
