@@ -184,6 +184,8 @@ def test_a_url_with_a_credential_is_refused_and_not_repeated(url: str, message: 
         ("gs://bucket/./a", "segment"),
         ("file://host/run", "absolute path"),
         ("", "no path"),
+        ("~nobody\0/run", "no path"),
+        ("file:///run%00", "no path"),
         ("run\ud800", "no path"),
         ("file:///run\ud800", "no path"),
     ],
