@@ -271,18 +271,28 @@ def local_path(url: str | os.PathLike[str]) -> str:
     scheme = scheme_of(path)
     if scheme not in LOCAL_SCHEMES:
         raise OptionsError(f"a URL of scheme {scheme} is no path on a disk")
+    _refuse_no_name(path)
     if scheme:
         path = path.partition("://")[2]
         # Three slashes: an empty host and an absolute path. Two would make the first directory a host.
         if not path.startswith("/"):
             raise OptionsError(f"{url!r} does not name an absolute path on this machine; write {scheme}:///abs/path")
-        path = os.fsdecode(unquote_to_bytes(path))
+        path = os.fsdecode(unquote_to_bytes(os.fsencode(path)))
     elif path.startswith("~"):
         path = _expanded(path)
-    if not path or "\0" in path:
-        raise OptionsError(f"{path!r} is no path; give a directory")
+    _refuse_no_name(path)
     # resolve() would follow links, so that the URL shows another place; two slashes at the start are one to the system.
     return re.sub(r"\A//+", "/", os.path.abspath(path))  # noqa: PTH100
+
+
+def _refuse_no_name(path: str) -> None:
+    """Refuse what no disk has a name for, before the system is asked about it."""
+    try:
+        is_name = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:  # a lone surrogate that stands for no byte
+        is_name = False
+    if not (path and is_name):
+        raise OptionsError(f"{path!r} is no path; give a directory")
 
 
 def _expanded(path: str) -> str:

@@ -72,6 +72,8 @@ def open_store(
     if storage_options is not None and not isinstance(storage_options, Mapping):
         # Not repeated: it may hold a secret.
         raise OptionsError(f"storage_options is a {type(storage_options).__name__}; give a dict of fsspec's options")
+    if odd := [type(name).__name__ for name in storage_options or () if not isinstance(name, str)]:
+        raise OptionsError(f"storage_options has a name that is a {odd[0]}; names of fsspec's options are texts")
     scheme = scheme_of(text)
     name = _engine_for(scheme, engine)
     if name == "local":

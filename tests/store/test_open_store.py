@@ -184,6 +184,10 @@ def test_a_url_with_a_credential_is_refused_and_not_repeated(url: str, message: 
         ("gs://bucket/./a", "segment"),
         ("file://host/run", "absolute path"),
         ("", "no path"),
+        ("~nobody\0/run", "no path"),
+        ("file:///run%00", "no path"),
+        ("run\ud800", "no path"),
+        ("file:///run\ud800", "no path"),
     ],
 )
 def test_what_names_no_root_is_refused(url: str | os.PathLike[str], message: str) -> None:
@@ -214,6 +218,13 @@ def test_an_access_point_is_a_bucket() -> None:
     arn = "arn:aws:s3:us-east-1:123456789012:accesspoint/mine"
     with open_store(f"s3://{arn}/run", storage_options=S3, engine="fsspec") as store:
         assert store.url == f"s3://{arn}/run"
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://bucket/run", "az://container/run", "./run"])
+def test_options_have_names_that_are_texts(url: str) -> None:
+    with pytest.raises(OptionsError, match="a name that is a int") as caught:
+        open_store(url, storage_options={7: SECRET})  # type: ignore[dict-item]
+    assert SECRET not in str(caught.value)
 
 
 def test_options_for_a_disk_are_refused_by_name_only(tmp_path: Path) -> None:
