@@ -20,6 +20,7 @@ from cloudckpt.format import SHARD_SUFFIX
 from cloudckpt.options import KIB
 from cloudckpt.root import Catalog, Thinning, sweep
 from cloudckpt.store.probe import _proven
+from servers import FreshPrefix
 from tests.copying.roots import bucket_of, place_of, prefix_of
 from tests.store.fault_store import Bucket, FaultKind, FaultStore, Op
 
@@ -138,6 +139,33 @@ def test_what_tidies_the_copy_up_takes_nothing_that_a_checkpoint_there_needs(
 
 def target_of(bucket: Bucket) -> FaultStore:
     return FaultStore(bucket, url=TARGET)
+
+
+def test_a_root_on_a_real_server_shares_as_on_a_disk(pruned: Path, s3_url: FreshPrefix) -> None:
+    there = s3_url.storage_options
+    for _ in range(2):
+        cloudckpt.copy(
+            pruned,
+            s3_url.url,
+            every=True,
+            options=OPTIONS,
+            progress="off",
+            target_storage_options=s3_url.storage_options,
+        )
+    given = {"options": OPTIONS, "progress": "off", "save_rng": False, "prune_grace_s": 0, "storage_options": there}
+    with CheckpointManager(s3_url.url, retention=KeepLast(2), reuse_unchanged=True, **given) as manager:  # type: ignore[arg-type]
+        manager.restore(state_of(0))
+        made = manager.save(5, state_of(5))
+        manager.wait()
+        assert made is not None
+        assert made.manifest.sent_bytes < made.total_bytes / 5
+        assert manager.all_steps() == [4, 5]
+        for step in (4, 5):
+            state = state_of(0)
+            manager.restore(state, step)
+            assert torch.equal(state["base"], BASE)  # type: ignore[arg-type]
+    found = cloudckpt.verify_all(s3_url.url, deep=True, storage_options=there)
+    assert [one.is_whole for one in found] == [True, True]
 
 
 def run(source: Bucket, target: FaultStore, selection: Selection = ALL) -> Sequence[Copied]:
