@@ -2,8 +2,9 @@
 
 Rates are bytes of tensors. Each of some rounds loads, and then converts once in each way; a ratio is that of a
 conversion to the load of its own round, and the median of the rounds is printed. So whoever else uses the machine slows
-both. A first round is not counted: in a virtual machine, memory that nobody has used yet costs several times as much. All in one process; its peak of memory in each call, above that in a load, is given beside; processor time is that
-of all its threads.
+both. A first round is not counted: in a virtual machine, memory that nobody has used yet costs several times as much.
+All in one process; its peak of memory in each call, above that in a load, is given beside; processor time is that of
+all its threads.
 A conversion reads and writes; a load only reads, into memory that is there. Half of its rate is the goal.
 """
 
