@@ -3,12 +3,15 @@
     python benchmarks/async_saves.py                           all parts, 2 GiB, 3 runs: about half an hour
     python benchmarks/async_saves.py --parts blocked,lost      how long the loop waits; what training loses in all
     python benchmarks/async_saves.py --parts limited           the same where the network carries 300 MB/s
+    python benchmarks/async_saves.py --parts limited-tls       and behind TLS
     python benchmarks/async_saves.py --parts memory            peaks: ample budget, small budget, many saves
     python benchmarks/async_saves.py --parts gpu               blocked time beside a copy into pinned memory
     python benchmarks/async_saves.py --quick                   smoke test: tiny sizes, one run
 
 Peers of one table take turns, each number in a fresh process. The sink plays a server elsewhere, yet runs on the cores
-that train: `--sink-nice 19` has it take what they leave, for all peers alike, 0 has it compete. The exit status is 1
+that train: beside training it takes in what the measured saves send without a copy, and keeps one more save, for the
+check; with `--sink-keeps` it keeps all of them, as it does behind TLS. `--sink-nice 19` has it take what the training
+leaves, for all peers alike, 0 has it compete. The exit status is 1
 when a peer fails or saved something else than the state at the call, 3 when `--check-goals` is given and one is missed.
 """
 
@@ -39,8 +42,10 @@ from benchmarks.shared.units import format_bytes, parse_bytes
 
 __all__ = ["PARTS", "main"]
 
-PARTS = ("blocked", "lost", "limited", "memory", "gpu")
+PARTS = ("blocked", "lost", "limited", "limited-tls", "memory", "gpu")
 
+# Behind TLS there is no taking in without a copy.
+_DRAINED = frozenset({"s3sink", "s3slow", "s3limited"})
 _QUICK_BYTES = 16 * MIB
 _GOALS_FROM_BYTES = 1 << 30
 _MANAGED = ("cloudckpt-obstore", "cloudckpt")
@@ -113,6 +118,7 @@ def _tables(options: argparse.Namespace) -> list[_Table]:
         "blocked": lambda: [_blocked(options)],
         "lost": lambda: [_beside_training(options, "lost", options.target)],
         "limited": lambda: [_beside_training(options, "limited", "s3limited")],
+        "limited-tls": lambda: [_beside_training(options, "limited", "s3limitedtls")],
         "memory": lambda: _memory(options),
         "gpu": lambda: [_gpu(options)],
     }
@@ -148,7 +154,7 @@ def _beside_training(options: argparse.Namespace, kind: str, target: str) -> _Ta
         target=target,
         peers=_BESIDE_TRAINING,
         runs=options.runs,
-        spec=_spec("lost", options),
+        spec=_spec("lost", options, is_drained=target in _DRAINED and not options.sink_keeps),
     )
 
 
@@ -238,7 +244,12 @@ def _take_turn(row: AsyncRow, target: Target, spec: AsyncSpec) -> None:
         return
     with target.ground() as ground:
         here = replace(
-            spec, peer=row.peer, url=ground.url, storage_options=ground.storage_options, stats_url=ground.stats_url
+            spec,
+            peer=row.peer,
+            url=ground.url,
+            storage_options=ground.storage_options,
+            stats_url=ground.stats_url,
+            environment=ground.environment,
         )
         try:
             row.runs.append(measure_async(here))
@@ -251,7 +262,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=parse_bytes, default=parse_bytes("2GiB"), help="bytes of the state, about")
     parser.add_argument("--parts", type=names_of(PARTS), default=list(PARTS), help=", ".join(PARTS))
     parser.add_argument("--peers", type=names_of(ASYNC_PEERS), default=[], help=", ".join(ASYNC_PEERS))
-    parser.add_argument("--target", choices=("s3sink", "s3slow", "local"), default="s3sink")
+    parser.add_argument("--target", choices=("s3sink", "s3tls", "s3slow", "local"), default="s3sink")
     parser.add_argument("--runs", type=int, default=3, help="processes per peer and table (memory: one)")
     parser.add_argument("--saves", type=int, default=3, help="saves in a row per process")
     parser.add_argument("--budget", type=parse_bytes, default=parse_bytes("256MiB"), help="the small one, for memory")
@@ -262,6 +273,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--idle-steps", type=int, default=60, help="training steps without a save, before each save")
     parser.add_argument("--ready-s", type=float, default=15.0, help="from `prepare` to the first save, for blocked")
     parser.add_argument("--sink-nice", type=int, default=0, help="0: the sink competes for the cores; 19: it yields")
+    parser.add_argument("--sink-keeps", action="store_true", help="it stores all saves, on the cores that train")
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="where `local` writes")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and one run: a smoke test, no measurement")

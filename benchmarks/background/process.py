@@ -16,7 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class AsyncSpec:
         width: for `lost`: of the network that trains.
         threads: of that network; 0 for torch's own choice.
         stats_url: the sink's endpoint, where the target is one.
+        environment: variables by which the process finds the target.
+        is_drained: for `lost`: whether the sink takes in the measured saves without a copy, and keeps none of them.
     """
 
     part: str
@@ -72,6 +74,8 @@ class AsyncSpec:
     threads: int = 0
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     stats_url: str = ""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    is_drained: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +88,7 @@ class Save:
         steps_s: of each step that began before it was done.
         idle_s: of each step before it, without a save.
         copy_s: for `blocked`: of one plain copy of the state, just before the save.
+        sink_s: processor seconds that the sink took for the save, of the same cores.
     """
 
     blocked_s: float
@@ -91,6 +96,7 @@ class Save:
     steps_s: Sequence[float] = ()
     idle_s: Sequence[float] = ()
     copy_s: float = 0.0
+    sink_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +142,12 @@ def measure_async(spec: AsyncSpec) -> Outcome:
     Raises:
         MeasurementError: the peer failed, did not save what the state was at the call, or took too long.
     """
-    report = report_of_child("benchmarks.background.process", asdict(spec), f"{spec.peer} {spec.part}")
+    report = report_of_child(
+        "benchmarks.background.process",
+        asdict(spec),
+        f"{spec.peer} {spec.part}",
+        environment=spec.environment,
+    )
     saves = [Save(**save) for save in report.pop("saves")]
     return _PARTS[spec.part][0](**report, saves=saves)
 
@@ -201,10 +212,22 @@ def _lost(spec: AsyncSpec, state: State) -> dict[str, Any]:
     with _opened(spec) as peer:
         others = _watch(spec)
         prepare_s = _prepare_beside(trainer, peer, spec, state)
-        saves = [_save_beside(trainer, peer, step, spec, state) for step in range(1, spec.saves + 1)]
+        with SinkClient(spec.stats_url).drained() if spec.is_drained else nullcontext():
+            saves = [_save_beside(trainer, peer, step, spec, state) for step in range(1, spec.saves + 1)]
         others.stop()
-        _check(peer, spec, state)
+        if not spec.is_drained:
+            _check(peer, spec, state)
+    if spec.is_drained:
+        _check_another(spec, state)
     return {"saves": saves, "prepare_s": prepare_s, "others": others.share}
+
+
+def _check_another(spec: AsyncSpec, state: State) -> None:
+    """Save once more, where all is kept, and check that."""
+    SinkClient(spec.stats_url).clear()
+    with _opened(spec, "-kept") as peer:
+        peer.save(spec.saves, state).result(_TIMEOUT_S)
+        _check(peer, spec, state)
 
 
 def _prepare_beside(trainer: Trainer, peer: AsyncPeer, spec: AsyncSpec, state: State) -> list[float]:
@@ -220,13 +243,15 @@ def _prepare_beside(trainer: Trainer, peer: AsyncPeer, spec: AsyncSpec, state: S
 
 def _save_beside(trainer: Trainer, peer: AsyncPeer, step: int, spec: AsyncSpec, state: State) -> dict[str, Any]:
     idle_s = trainer.steps_s(spec.idle_steps)
+    sink_s = _sink_cpu_s(spec)
     begin_s = time.perf_counter()
     pending = peer.save(step, state)
     blocked_s = time.perf_counter() - begin_s
     steps_s = list(_steps_until_done(trainer, pending, begin_s))
     total_s = time.perf_counter() - begin_s
     pending.result(_TIMEOUT_S)
-    return {"blocked_s": blocked_s, "total_s": total_s, "steps_s": steps_s, "idle_s": idle_s}
+    sink_s = _sink_cpu_s(spec) - sink_s
+    return {"blocked_s": blocked_s, "total_s": total_s, "steps_s": steps_s, "idle_s": idle_s, "sink_s": sink_s}
 
 
 def _steps_until_done(trainer: Trainer, pending: Pending, begin_s: float) -> Iterator[float]:
@@ -282,25 +307,26 @@ def _check(peer: AsyncPeer, spec: AsyncSpec, state: State) -> None:
 class _Others:
     """Who else used the machine, between making it and `stop`."""
 
-    def __init__(self, sink: SinkClient | None) -> None:
-        self._sink = sink
-        self._before = (*read_clocks(), self._sink_cpu_s())
+    def __init__(self, spec: AsyncSpec) -> None:
+        self._spec = spec
+        self._before = (*read_clocks(), _sink_cpu_s(spec))
         self.share = 0.0
 
     def stop(self) -> None:
-        after = (*read_clocks(), self._sink_cpu_s())
+        after = (*read_clocks(), _sink_cpu_s(self._spec))
         wall_s, own_s, machine_s, sink_s = (late - early for early, late in zip(self._before, after, strict=True))
         self.share = max(0.0, machine_s - own_s - sink_s) / wall_s / (os.cpu_count() or 1)
 
-    def _sink_cpu_s(self) -> float:
-        return self._sink.stats().cpu_s if self._sink else 0.0
+
+def _sink_cpu_s(spec: AsyncSpec) -> float:
+    return SinkClient(spec.stats_url).stats().cpu_s if spec.stats_url else 0.0
 
 
 def _watch(spec: AsyncSpec) -> _Others:
     """Leave nothing half done that the saves would pay for, and begin to watch the machine."""
     gc.collect()
     os.sync()
-    return _Others(SinkClient(spec.stats_url) if spec.stats_url else None)
+    return _Others(spec)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,12 @@ TARGETS: Mapping[str, TargetKind] = {
         scheme="s3",
         link={"total_mb_per_s": LIMIT_MB_PER_S},
     ),
+    "s3limitedtls": TargetKind(
+        title=f"in-memory S3 behind TLS, {LIMIT_MB_PER_S:.0f} MB/s for all connections together",
+        scheme="s3",
+        link={"total_mb_per_s": LIMIT_MB_PER_S},
+        is_behind_tls=True,
+    ),
     "gcssink": TargetKind(title="in-memory GCS (JSON)", scheme="gs"),
     "local": TargetKind(title="a directory", scheme="", is_sink=False),
     "seaweedfs": TargetKind(title="SeaweedFS", scheme="s3", is_sink=False),

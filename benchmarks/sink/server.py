@@ -5,7 +5,8 @@ objects live in an `Arena`. What it answers is S3's: put (also `If-None-Match: *
 delimiter and pages, delete, bulk delete, copy and multipart upload; and GCS's insert (media, multipart, resumable),
 get, list, delete, move and rewrite. With a certificate it answers behind TLS, too, at a second port. Beside that,
 uncounted: `GET /_stats` tells the requests by operation, `GET /_objects` the size of each object, `POST /_reset` zeroes
-the counts, `POST /_clear` drops the objects too. Loopback only: it is a measuring instrument, not a store; bytes may
+the counts, `POST /_clear` drops the objects too; from `POST /_drain` to `POST /_keep` large bodies are taken in and not
+kept. Loopback only: it is a measuring instrument, not a store; bytes may
 change under a reader whose object is removed while it reads.
 
     python benchmarks/sink/server.py --port 9555 --memory 4GiB --latency-ms 20 --mb-per-s 90
@@ -61,7 +62,7 @@ from benchmarks.sink.s3_words import (
     texts_of,
     xml,
 )
-from benchmarks.sink.wire import Answer, Connection, Gate, Link, Reader, Request, TlsConnection, body_reader
+from benchmarks.sink.wire import Answer, Connection, Drain, Gate, Link, Reader, Request, TlsConnection, body_reader
 
 __all__ = ["Sink", "main"]
 
@@ -90,8 +91,9 @@ class _Call:
 class Sink:
     """Objects in memory, behind S3's verbs. `answer` may be called from many threads."""
 
-    def __init__(self, memory_bytes: int) -> None:
+    def __init__(self, memory_bytes: int, drain: Drain | None = None) -> None:
         self.arena = Arena(memory_bytes)
+        self._drain = drain or Drain()
         self._objects: dict[tuple[str, str], Body] = {}
         # Sorted, by their bucket; None since a key has come or gone.
         self._keys: dict[str, list[str]] | None = None
@@ -119,6 +121,8 @@ class Sink:
 
     def _administer(self, request: Request) -> Answer:
         with self._lock:
+            if request.path in ("/_drain", "/_keep"):
+                self._drain.is_open = request.path == "/_drain"
             if request.path == "/_clear":
                 self._drop_all()
             if request.path in ("/_reset", "/_clear"):
@@ -508,7 +512,7 @@ def main() -> None:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(arguments.certificate)
     os.nice(arguments.nice)  # before the first thread: on Linux each has its own, and inherits it
-    sink = Sink(arguments.memory)
+    sink = Sink(arguments.memory, link.drain)
     with _listener(arguments.port) as server, _listener(0) as behind_tls:
         print(f"http://127.0.0.1:{server.getsockname()[1]}", flush=True)
         if arguments.exit_with_stdin:

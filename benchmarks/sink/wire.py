@@ -17,11 +17,25 @@ from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import parse_qsl, unquote
 
-__all__ = ["Answer", "Connection", "Gate", "Link", "Reader", "Request", "Source", "TlsConnection", "body_reader"]
+__all__ = [
+    "Answer",
+    "Connection",
+    "Drain",
+    "Gate",
+    "Link",
+    "Reader",
+    "Request",
+    "Source",
+    "TlsConnection",
+    "body_reader",
+]
 
 _HEAD_LIMIT_BYTES = 64 * 1024
 _SLICE_BYTES = 256 * 1024
 _SOCKET_BYTES = 256 * 1024
+# Of bodies that are drained: so much at once, so that the sink seldom takes a core, and none that is shorter.
+_DRAINED_BYTES = 4 << 20
+_KEPT_BYTES = 1 << 20
 _SERVER = re.compile(r"\Ahttps?://[^/?]*")
 _BURST_S = 0.01  # sleeps end late; what was missed for so long may be caught up
 _REASONS = {
@@ -64,6 +78,16 @@ class Gate:
         self._sleep(max(0.0, wait_s))
 
 
+@dataclass(slots=True)
+class Drain:
+    """Whether large pieces of bodies are taken from the kernel without a copy, and lost.
+
+    That is the least that a server can cost the cores of a client beside it. Behind TLS all is received as ever.
+    """
+
+    is_open: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
     """What the network between client and store adds; zero means nothing.
@@ -72,15 +96,18 @@ class Link:
         latency_s: waited once per request.
         bytes_per_s: upper bound per connection and direction.
         gate: upper bound of all connections together.
+        drain: where bodies go instead.
     """
 
     latency_s: float = 0.0
     bytes_per_s: float = 0.0
     gate: Gate | None = None
+    drain: Drain = field(default_factory=Drain)
 
     def slice_bytes(self, length_bytes: int) -> int:
         """How much to move in one call: all of it, unless the pace must be kept."""
-        return min(length_bytes, _SLICE_BYTES) if self.bytes_per_s or self.gate else length_bytes
+        most_bytes = _DRAINED_BYTES if self.drain.is_open else _SLICE_BYTES
+        return min(length_bytes, most_bytes) if self.bytes_per_s or self.gate else length_bytes
 
     def wait_for(self, begun_s: float, moved_bytes: int) -> None:
         """Sleep until `moved_bytes` may have passed since `begun_s`."""
@@ -203,7 +230,11 @@ class Connection:
 
     def _take(self, into: memoryview) -> int:
         # WAITALL makes it one call per body: the kernel, not Python, waits for the rest.
-        return self._sock.recv_into(into, 0, socket.MSG_WAITALL)
+        flags = socket.MSG_WAITALL
+        if self._link.drain.is_open and len(into) > _KEPT_BYTES:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _DRAINED_BYTES)
+            flags |= socket.MSG_TRUNC
+        return self._sock.recv_into(into, 0, flags)
 
     def _give(self, source: Source, start: int, length_bytes: int) -> int:
         return os.sendfile(self._sock.fileno(), source.fd, start, length_bytes)

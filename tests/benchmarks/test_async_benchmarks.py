@@ -182,10 +182,29 @@ def test_a_sink_with_a_limit_and_a_low_priority_stores_what_two_connections_put(
         assert limited.objects() == {"bench/one": MIB, "bench/two": MIB}
 
 
-def put(sink: SinkClient, key: str) -> int:
+def test_a_drained_sink_takes_in_large_bodies_whole_and_keeps_none_of_their_bytes_but_all_of_small_ones(
+    sink: SinkClient,
+) -> None:
+    small, large = b"s" * MIB, b"l" * (9 * MIB)
+    with sink.drained():
+        assert [put(sink, "small", small), put(sink, "large", large)] == [200, 200]
+    assert put(sink, "kept", large) == 200
+    assert sink.objects() == {"bench/small": MIB, "bench/large": 9 * MIB, "bench/kept": 9 * MIB}
+    assert sink.stats().received_bytes == 19 * MIB
+    assert (get(sink, "small"), get(sink, "kept")) == (small, large)
+    assert get(sink, "large") != large
+
+
+def put(sink: SinkClient, key: str, body: bytes = bytes(MIB)) -> int:
     with closing(HTTPConnection(urlsplit(sink.endpoint_url).netloc)) as connection:
-        connection.request("PUT", f"/bench/{key}", body=bytes(MIB))
+        connection.request("PUT", f"/bench/{key}", body=body)
         return connection.getresponse().status
+
+
+def get(sink: SinkClient, key: str) -> bytes:
+    with closing(HTTPConnection(urlsplit(sink.endpoint_url).netloc)) as connection:
+        connection.request("GET", f"/bench/{key}")
+        return connection.getresponse().read()
 
 
 # ---- tables and goals -----------------------------------------------------------------------------------------------
@@ -301,9 +320,11 @@ def test_quick_benchmark_measures_cloudckpt_on_disk(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_quick_benchmark_measures_cloudckpt_in_every_part(tmp_path: Path) -> None:
     found = run_command(
-        tmp_path, "--parts", "blocked,lost,limited,memory", "--peers", "cloudckpt-obstore,cloudckpt-obstore-unprepared"
+        tmp_path,
+        *("--parts", "blocked,lost,limited,limited-tls,memory"),
+        *("--peers", "cloudckpt-obstore,cloudckpt-obstore-unprepared"),
     )
-    assert [row["failure"] for result in found for row in result["rows"]] == [""] * 12
+    assert [row["failure"] for result in found for row in result["rows"]] == [""] * 14
 
 
 def test_an_unknown_part_is_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
