@@ -11,9 +11,10 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 import cloudckpt
-from cloudckpt import StateMismatchError
+from cloudckpt import OptionsError, StateMismatchError
 from cloudckpt.format import DTYPES
 from cloudckpt.format.boxes import Box, BoxTable
+from cloudckpt.saving.holding import Holding
 
 _SMALL = {"shard_bytes": 4096, "block_bytes": 64, "span_bytes": 512}
 _SHAPES: list[tuple[int, ...]] = [(), (0,), (3,), (2, 5), (7, 0, 2), (33, 9), (1, 1)]
@@ -131,3 +132,13 @@ def test_boxes_are_whole_where_each_tensor_has_one_that_is_all_of_it() -> None:
     assert not BoxTable.of([whole[0]._replace(sizes=(1, 3)), whole[1]]).is_whole()
     assert not BoxTable.of([whole[0]._replace(offsets=(1, 0), sizes=(1, 3)), whole[1]]).is_whole()
     assert not BoxTable.of([*whole, whole[0]]).is_whole()
+
+
+@pytest.mark.parametrize("now", [torch.ones(1), torch.ones(8).double()], ids=["shape", "dtype"])
+def test_a_tensor_that_became_another_after_it_was_looked_at_is_refused(now: torch.Tensor) -> None:
+    tensor = torch.ones(8)
+    holding = Holding.of({"a": tensor})
+    assert holding.tensor(0) is tensor
+    tensor.data = now
+    with pytest.raises(OptionsError, match="tensor 'a' was float32"):
+        holding.tensor(0)

@@ -16,7 +16,8 @@ from typing import cast
 
 import torch
 
-from cloudckpt.format import Box, BoxTable, Column
+from cloudckpt.errors import OptionsError
+from cloudckpt.format import DTYPE_NAMES, Box, BoxTable, Column
 from cloudckpt.saving.source import check_tensor, is_plainly_dense, whole_box
 
 __all__ = ["Holding"]
@@ -59,9 +60,21 @@ class Holding:
         return cls(boxes=boxes, table=BoxTable.of(boxes), _tensors=found)
 
     def tensor(self, row: int) -> torch.Tensor:
-        """Return the tensor behind a box: on its device, in its strides; it may need a gradient."""
+        """Return the tensor behind a box: on its device, in its strides; it may need a gradient.
+
+        Raises:
+            OptionsError: it has another dtype or shape by now than when it was looked at.
+        """
         found = self._tensors[row]
-        return found if isinstance(found, torch.Tensor) else found()
+        if not isinstance(found, torch.Tensor):
+            return found()
+        box = self.boxes[row]
+        if found.shape != box.shape or DTYPE_NAMES.get(found.dtype) != box.dtype:
+            raise OptionsError(
+                f"tensor {box.name!r} was {box.dtype} {box.shape} when the save began, and is {found.dtype} "
+                f"{tuple(found.shape)} now; change nothing of a state before its save has returned"
+            )
+        return found
 
     def some(self, rows: Column) -> Holding:
         """Return some of the boxes, in the order of `rows`."""
