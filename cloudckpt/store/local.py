@@ -156,6 +156,7 @@ class LocalStore(RangeGets):
     def _stream(self, key: str, start: int, stop: int, flow: Flow) -> None:
         with self._our_errors("get", key), self._tree.object(key) as fd:
             check_end(os.fstat(fd).st_size, start, stop)
+            self._disk.read_ahead(fd, offset=start, size_bytes=stop - start)
             self._read_on(fd, stop, flow)
 
     def read(self, key: str, *, limit_bytes: int) -> bytes:

@@ -30,6 +30,7 @@ from cloudckpt.format import Span, verify_blocks
 from cloudckpt.options import MIB, Options
 from cloudckpt.store import IntakeError, Store, new_memory, one_deadline
 from cloudckpt.transfer.pool import AbandonedError, Budget, Watch, Work, run_all
+from cloudckpt.transfer.share import copying_threads
 
 __all__ = ["Fetch", "ShardSource", "download", "read_verified", "span_bytes_for"]
 
@@ -41,6 +42,8 @@ _READS_PER_BLOCK = 3
 _ON_THE_WAY_BYTES = 4 * MIB
 # What each of the connections reads should be so many spans, so that all have work until the end.
 _SPANS_PER_CONNECTION = 4
+# Of a disk: one copies while another waits, however few cores there are.
+_LEAST_THREADS = 2
 # A shorter one would be mostly waiting for its first byte.
 _LEAST_SPAN_BYTES = 8 * MIB
 
@@ -225,7 +228,7 @@ def download(
     Args:
         store: where the shards are.
         fetches: what is read.
-        concurrency: reads at once.
+        concurrency: reads at once; of a disk, which reads ahead by itself, no more than cores that take the bytes.
         budget: what they may hold.
         watch: how they are watched over.
         on_damage: is told, on any of the threads, of a span that is missing, or of its blocks that differ; all others
@@ -277,6 +280,9 @@ def download(
         )
         for job in fetches
     ]
+    if store.engine == "local":
+        # More threads than cores take each other's blocks out of the cache: 5.5 GB/s by 8 on 2 cores, 7.9 by 2.
+        concurrency = min(concurrency, max(_LEAST_THREADS, copying_threads()))
     try:
         run_all(work, concurrency=concurrency, budget=budget, watch=watch)
     finally:

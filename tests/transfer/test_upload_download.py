@@ -601,6 +601,17 @@ def test_spans_in_flight_stay_within_the_budget() -> None:
     assert gauge.most_bytes == 90, "each holds a block, and an engine as much as is on its way"
 
 
+def test_a_disk_is_read_by_no_more_threads_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDisk(FaultStore):
+        engine = "local"
+
+    monkeypatch.setattr("cloudckpt.transfer.share.os.sched_getaffinity", lambda _: range(3))
+    shelf = Shelf(size_bytes=240)
+    gauge = InFlight(lambda op: 1, parties=3)
+    shelf.get_all(OnDisk(shelf.bucket, hook=gauge), concurrency=8)
+    assert gauge.most_bytes == 3
+
+
 def test_buffers_that_outlive_their_span_are_waited_for() -> None:
     """Two spans fill one buffer: the budget of its first is given back when its second is done."""
     shelf = Shelf(size_bytes=160)
