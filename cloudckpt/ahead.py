@@ -26,7 +26,7 @@ from typing import Self
 from cloudckpt.errors import CloudCkptError, OptionsError
 from cloudckpt.keys import MANIFEST_NAME, index_key, parse_checkpoint_prefix, parse_shard_name
 from cloudckpt.options import Options
-from cloudckpt.store import Listing, ObjectInfo, RetryingStore, Store, new_memory, open_store
+from cloudckpt.store import Flow, Intake, Listing, ObjectInfo, RangeGets, RetryingStore, Store, new_memory, open_store
 from cloudckpt.threads import new_lock, started
 
 __all__ = ["Ahead", "Prefetch", "prefetch"]
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # How many prefixes without a manifest are passed over: saves that are under way, or were killed.
 _TRIES = 4
+# What is not begun when somebody asks is the restore's own: pieces are short, so that this is most of it.
+_PIECE_BYTES = 8 << 20
 
 _Place = tuple[str, str]
 """URL and endpoint of a root."""
@@ -243,12 +245,12 @@ class Prefetch:
         return sorted(name for name, (of, _) in numbered.items() if of == rank)
 
     def _spans_of_all(self, size_bytes: int) -> Iterator[tuple[int, int]]:
-        step = self._options.span_bytes
+        step = min(self._options.span_bytes, _PIECE_BYTES)
         return ((start, min(start + step, size_bytes)) for start in range(0, size_bytes, step))
 
     def _within_budget(self, index: _Piece, spans: Iterable[tuple[str, int, int]]) -> Iterator[_Piece]:
         """Yield ranges of objects as far as the budget goes, which the index has a part of."""
-        span_bytes, budget_bytes = self._options.span_bytes, self._options.transfer_budget_bytes
+        span_bytes, budget_bytes = min(self._options.span_bytes, _PIECE_BYTES), self._options.transfer_budget_bytes
         # An engine may gather what is in flight in pieces, and then join them.
         left_bytes = max(budget_bytes - self._options.concurrency * span_bytes, budget_bytes // 2) - index.stop
         for key, start, stop in spans:
@@ -391,7 +393,7 @@ def _wanted_spans(
             if any(name == one or name.startswith(f"{one}.") for one in only):
                 stop = piece.start + math.prod(piece.sizes) * index.tensors[name].itemsize_bytes
                 wanted.setdefault((of, piece.number), []).append((piece.start, stop))
-    span_bytes = max(1, options.span_bytes // index.block_bytes) * index.block_bytes
+    span_bytes = max(1, min(options.span_bytes, _PIECE_BYTES) // index.block_bytes) * index.block_bytes
     for place in sorted(wanted, key=lambda place: place[::-1]):
         one = shards[place]
         spans = plan_spans(
@@ -436,7 +438,7 @@ def _place_of(store: Store) -> _Place:
     return store.url, store.endpoint
 
 
-class _Fronted:
+class _Fronted(RangeGets):
     """A store, of which some bytes were read before. See `Store` for the verbs."""
 
     def __init__(self, store: Store, held: Prefetch) -> None:
@@ -459,23 +461,13 @@ class _Fronted:
     def is_create_atomic(self) -> bool:
         return self._store.is_create_atomic
 
-    def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
-        parts = self._held.take(key, start, stop)
-        if not parts:
-            return self._store.get(key, start=start, stop=stop, into=into)
-        if len(parts[0][1]) == stop - start:
-            return parts[0][1]
-        memory = memoryview(bytearray(stop - start)) if into is None else into
+    def stream(self, key: str, *, start: int, stop: int, into: Intake) -> None:
         at = start
-        for place, data in [*parts, (stop, memoryview(b""))]:
+        for place, data in [*self._held.take(key, start, stop), (stop, memoryview(b""))]:
             if at < place:
-                gap = memory[at - start : place - start]
-                read = self._store.get(key, start=at, stop=place, into=gap)
-                if read.obj is not gap.obj:
-                    gap[:] = read
-            memory[place - start : place - start + len(data)] = data
+                self._store.stream(key, start=at, stop=place, into=into)
+            Flow(into, len(data)).take(data)
             at = place + len(data)
-        return memory
 
     def read(self, key: str, *, limit_bytes: int) -> bytes:
         parts = self._held.take(key, 0, limit_bytes)

@@ -160,8 +160,9 @@ class RetryPolicy:
     """How patient one operation on the store is.
 
     Attributes:
-        max_attempts: requests per operation, at most; those that the store answers with "slower" do not count. While
-            the end of a preemption rules, none does: what it is tried for cannot be done later.
+        max_attempts: requests per operation, at most; those that the store answers with "slower" do not count, nor
+            those before another block of a shard was read. While the end of a preemption rules, none does: what it is
+            tried for cannot be done later.
         deadline_s: seconds per operation, waits included. Those of a put or a read count from when its bytes have got
             further than ever, and end no request whose bytes move. A request may stand still for at most half of what
             is left, so that another one fits behind it.
@@ -200,7 +201,8 @@ class Options:
     Attributes:
         shard_bytes: upper bound of one shard object's tensor bytes.
         block_bytes: bytes per checksum, counted from a shard's first byte; at most 256 MiB.
-        span_bytes: upper bound of one ranged read; a multiple of `block_bytes`.
+        span_bytes: upper bound of one ranged read, which holds no more than a block of it in memory; a multiple of
+            `block_bytes`. Reads are shorter where all `concurrency` of them would not have work to the end.
         concurrency: requests in flight.
         memory_budget_bytes: extra host memory that a save or a load may hold at once, the copy included that an async
             save makes of the state; where that does not fit, it waits for uploads to free memory. None: 512 MiB for
@@ -227,7 +229,7 @@ class Options:
 
     shard_bytes: int = 64 * MIB
     block_bytes: int = 4 * MIB
-    span_bytes: int = 8 * MIB
+    span_bytes: int = 64 * MIB
     concurrency: int = 8
     memory_budget_bytes: int | None = None
     signed_payload: bool = False
@@ -259,10 +261,10 @@ class Options:
                 f"span_bytes ({self.span_bytes}) is not a multiple of block_bytes ({self.block_bytes}); "
                 "a ranged read covers whole blocks"
             )
-        least = max(self.shard_bytes, self.span_bytes)
+        least = max(self.shard_bytes, self.block_bytes)
         if self.transfer_budget_bytes < least:
             raise OptionsError(
-                f"memory_budget_bytes ({self.transfer_budget_bytes}) is smaller than one shard or span ({least}); "
+                f"memory_budget_bytes ({self.transfer_budget_bytes}) is smaller than one shard or block ({least}); "
                 "raise the budget or lower shard_bytes"
             )
 
@@ -293,7 +295,7 @@ class Options:
         """Return the same options for transfers that stay small, unless the caller has said how much they may take."""
         if self.memory_budget_bytes is not None:
             return self
-        return replace(self, memory_budget_bytes=max(budget_bytes, self.shard_bytes, self.span_bytes))
+        return replace(self, memory_budget_bytes=max(budget_bytes, self.shard_bytes, self.block_bytes))
 
     def within(self, seconds: float) -> Options:
         """Return the same options for what must have ended in `seconds`: the store's own errors come first even so."""

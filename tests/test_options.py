@@ -76,9 +76,9 @@ def test_a_span_covers_whole_blocks() -> None:
         Options(block_bytes=4 * MIB, span_bytes=6 * MIB)
 
 
-@pytest.mark.parametrize("larger", ["shard_bytes", "span_bytes"])
+@pytest.mark.parametrize("larger", ["shard_bytes", "block_bytes"])
 def test_the_memory_budget_holds_at_least_one_of_each(larger: str) -> None:
-    sizes: dict[str, Any] = {"shard_bytes": 4 * MIB, "span_bytes": 4 * MIB, larger: 16 * MIB}
+    sizes: dict[str, Any] = {"shard_bytes": 4 * MIB, "block_bytes": 4 * MIB, larger: 16 * MIB}
 
     with pytest.raises(OptionsError, match="memory_budget_bytes"):
         Options(**sizes, memory_budget_bytes=16 * MIB - 1)

@@ -187,7 +187,7 @@ def _arm(case: Case, manager: CheckpointManager, state: dict[str, Any]) -> None:
         "fitting": lambda: _spring(_Loading, "_match", trap),
         "asking": lambda: state["part"].before.update(load_state_dict=trap),
         "plan of a restore": lambda: _spring(_Loading, "_shareable", trap),
-        "read": lambda: _spring(inner, "get", trap),
+        "read": lambda: _spring(inner, "stream", trap),
         "apply": lambda: _spring(Restoration, "apply", trap),
     }
     springs[case.phase]()

@@ -30,6 +30,8 @@ ENGINES = ("obstore", "fsspec")
 
 _SMALL_BYTES = MIB
 _LARGE_BYTES = 192 * MIB
+# So long are spans where there are not many of them.
+_SPAN_BYTES = 8 * MIB
 _SINK_BYTES = 1024 * MIB
 
 
@@ -77,10 +79,10 @@ class _Bench:
         action()
         return self.sink.stats().requests
 
-    def spans(self, span_bytes: int) -> int:
+    def spans(self) -> int:
         """How many ranged reads it takes at least to read every shard that is stored now."""
         sizes = [size for key, size in self.sink.objects().items() if key.endswith(".safetensors")]
-        return sum(-(-size // span_bytes) for size in sizes)
+        return sum(-(-size // _SPAN_BYTES) for size in sizes)
 
 
 def counts(*, large_bytes: int = _LARGE_BYTES) -> Iterator[Count]:
@@ -131,7 +133,7 @@ def _single_counts(bench: _Bench, engine: str, large_bytes: int) -> Iterator[Cou
         yield Count(who=who, what=f"save of {size}", requests=saved)
         restored = blank(_shapes(size_bytes))
         target: dict[str, object] = dict(restored)
-        spans = bench.spans(cloudckpt.Options().span_bytes)
+        spans = bench.spans()
         requests = bench.count(lambda: cloudckpt.load(target, url, storage_options=options, engine=engine))  # noqa: B023
         _check(restored, size_bytes)
         what = f"load of {size}, {spans} span{'s' if spans > 1 else ''}"

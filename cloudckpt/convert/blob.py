@@ -103,9 +103,7 @@ class Blob:
         for at in range(0, memory.nbytes, _READ_BYTES):
             into = memory[at : at + _READ_BYTES]
             first = self.first + start + at
-            data = self.store.get(self.key, start=first, stop=first + into.nbytes, into=into)
-            if data is not into and data.obj is not into.obj:
-                into[:] = data
+            self.store.get(self.key, start=first, stop=first + into.nbytes, into=into)
 
     def read(self, start: int, size_bytes: int) -> bytes:
         """Return bytes."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
@@ -124,8 +124,7 @@ def export(  # noqa: PLR0913 (keyword-only, each of its own kind)
     if to not in get_args(Kind):
         raise OptionsError(f"to is {to!r}; give one of {', '.join(get_args(Kind))}")
     given = Options.of(options)
-    # Each batch has read buffers of its own, and pages that nobody had before cost as much as the copy.
-    chosen = (given if options is not None else replace(given, span_bytes=given.block_bytes)).lean(_BUDGET_BYTES)
+    chosen = given.lean(_BUDGET_BYTES)
     _check(to, target, prefix=prefix, shard_bytes=max_shard_bytes, config=config)
     folder_url, name = folder_and_name(target) if _KINDS[to].is_file else (os.fspath(target), "")
     with (

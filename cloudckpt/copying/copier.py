@@ -56,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 # Of one shard at once.
 _READERS = 4
+_ON_THE_WAY_BYTES = 4 << 20
 # How often who waits for its turn says that it is not what stands still.
 _LOOK_S = 0.2
 # With as many under way a target is busy while the next shard is read.
@@ -247,12 +248,12 @@ class Copier:
     def _sound(self, shards: Sequence[ShardEntry], goal: _Goal, index: Index) -> list[ShardEntry]:
         """Return which of these shards in the target have the bytes that they should have, by reading them."""
         bad: set[str] = set()
-        store = self.target.store
+        store, total_bytes = self.target.store, sum(entry.size_bytes for entry in shards)
         fetches = [
-            Fetch(shard=shard, span=span, consume=lambda _: None)
+            Fetch(shard=shard, span=span, consume=lambda _, __: None)
             for entry in shards
             for shard in [source_of(goal.key(entry), entry, index.block_bytes)]
-            for span in spans_of(entry, index.block_bytes, self.options)
+            for span in spans_of(entry, index.block_bytes, self.options, total_bytes=total_bytes)
         ]
         download(
             store,
@@ -283,7 +284,7 @@ class Copier:
             def read_span(span: Span) -> None:
                 read_verified(source, shard, span, slab.memory[span.start : span.stop])
 
-            spans = spans_of(entry, index.block_bytes, self.options)
+            spans = spans_of(entry, index.block_bytes, self.options, total_bytes=entry.size_bytes)
             try:
                 each(spans, read_span, threads=_READERS, name="cloudckpt-copy")
             except BaseException:
@@ -303,8 +304,8 @@ class Copier:
 
         work = []
         for entry in shards:
-            # What engines read that fill no memory but their own.
-            own_bytes = 0 if source.engine == "local" else _READERS * min(self.options.span_bytes, entry.size_bytes)
+            # What engines hold of what is on its way.
+            own_bytes = 0 if source.engine == "local" else _READERS * min(_ON_THE_WAY_BYTES, entry.size_bytes)
             cost_bytes = entry.size_bytes + own_bytes
             call = partial(send, entry, cost_bytes)
             work.append(Work(name=goal.key(entry), size_bytes=entry.size_bytes, cost_bytes=cost_bytes, call=call))

@@ -28,7 +28,7 @@ from cloudckpt.options import MIB, Options
 from cloudckpt.report import Progress, Show
 from cloudckpt.root import Catalog, Checkpoint, ShardPlaces
 from cloudckpt.threads import each
-from cloudckpt.transfer import Gauge, Scratch, Watch, read_verified
+from cloudckpt.transfer import Gauge, Scratch, Watch, read_verified, span_bytes_for
 
 __all__ = ["Change", "Difference", "diff"]
 
@@ -303,7 +303,7 @@ class _Comparison:
     def _compare_blocks(self, twin: _Twin, first: int, stop: int) -> None:
         block_bytes, size_bytes = self._a.index.block_bytes, twin.entries[0].size_bytes
         begin, end = first * block_bytes, min(stop * block_bytes, size_bytes)
-        step = max(1, self._options.span_bytes // block_bytes) * block_bytes
+        step = span_bytes_for(end - begin, block_bytes=block_bytes, options=self._options)
         spans = [Span(at, min(at + step, end)) for at in range(begin, end, step)]
         with self._scratch.lend(end - begin) as memory_a, self._scratch.lend(end - begin) as memory_b:
             for side, entry, memory in zip((self._a, self._b), twin.entries, (memory_a, memory_b), strict=True):

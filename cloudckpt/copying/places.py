@@ -26,7 +26,7 @@ from cloudckpt.format import ShardEntry, Span, checkpoint_prefix, parse_checkpoi
 from cloudckpt.options import MIB, Options
 from cloudckpt.root import Catalog, Checkpoint, Roots, Unreadable
 from cloudckpt.store import open_store
-from cloudckpt.transfer import Gauge, ShardSource
+from cloudckpt.transfer import Gauge, ShardSource, span_bytes_for
 
 __all__ = [
     "LOOK_BYTES",
@@ -156,9 +156,9 @@ def source_of(key: str, entry: ShardEntry, block_bytes: int) -> ShardSource:
     return ShardSource(key=key, size_bytes=entry.size_bytes, digests=entry.digests, block_bytes=block_bytes)
 
 
-def spans_of(entry: ShardEntry, block_bytes: int, options: Options) -> list[Span]:
-    """Cut a whole shard into spans; one holds a block at least, whose size is the writer's choice."""
-    span_bytes = max(1, options.span_bytes // block_bytes) * block_bytes
+def spans_of(entry: ShardEntry, block_bytes: int, options: Options, *, total_bytes: int) -> list[Span]:
+    """Cut a whole shard into spans; it is read together with others, or by itself: `total_bytes` in all."""
+    span_bytes = span_bytes_for(total_bytes, block_bytes=block_bytes, options=options)
     whole = [(0, entry.size_bytes)]
     return plan_spans(whole, size_bytes=entry.size_bytes, block_bytes=block_bytes, span_bytes=span_bytes)
 

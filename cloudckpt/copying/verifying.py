@@ -396,10 +396,11 @@ class _Look:
 
 
 def _fetches(places: ShardPlaces, index: Index, shards: Sequence[ShardEntry], options: Options) -> Iterator[Fetch]:
+    total_bytes = sum(entry.size_bytes for entry in shards)
     for entry in shards:
         shard = source_of(places.key(entry), entry, index.block_bytes)
-        spans = spans_of(entry, index.block_bytes, options)
-        yield from (Fetch(shard=shard, span=span, consume=lambda _: None) for span in spans)
+        spans = spans_of(entry, index.block_bytes, options, total_bytes=total_bytes)
+        yield from (Fetch(shard=shard, span=span, consume=lambda _, __: None) for span in spans)
 
 
 def _of_blocks(key: str, index: Index, entry: ShardEntry, run: tuple[int, int]) -> Damage:

@@ -50,7 +50,7 @@ from cloudckpt.options import Options
 from cloudckpt.root import Catalog, Checkpoint, ShardPlaces
 from cloudckpt.state import collector_at_rest
 from cloudckpt.store import Store, one_deadline
-from cloudckpt.transfer import Budget, Fetch, ShardSource, Watch, download
+from cloudckpt.transfer import Budget, Fetch, ShardSource, Watch, download, span_bytes_for
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
@@ -239,10 +239,18 @@ class RankInput:
         wholes: Mapping[tuple[int, int], Sequence[Whole]] = MappingProxyType({}),
     ) -> list[Fetch]:
         entries = {place: self.index.shard(*place) for place in sorted(takers.keys() | wholes.keys())}
+        # What is held from its first byte on is taken from the budget with its span: a long one would hold much.
+        held_bytes = sum(one.buffer_bytes for some in takers.values() for one in some)
+        total_bytes = sum(one.stop - one.start for by in (takers, wholes) for some in by.values() for one in some)
+        span_bytes = span_bytes_for(
+            0 if held_bytes else total_bytes, block_bytes=self.index.block_bytes, options=self.options
+        )
         return [
             fetch
             for place, entry in entries.items()
-            for fetch in self._fetches(entry, places.key(entry), takers.get(place, ()), wholes.get(place, ()))
+            for fetch in self._fetches(
+                entry, places.key(entry), takers.get(place, ()), wholes.get(place, ()), span_bytes
+            )
         ]
 
     def _landings(
@@ -271,7 +279,9 @@ class RankInput:
             landings[piece.rank, piece.number].append(Landing(item, taking, self.index.tensors[name], piece))
         return landings
 
-    def _fetches(self, entry: ShardEntry, key: str, landings: Sequence[Taker], wholes: Sequence[Whole]) -> list[Fetch]:
+    def _fetches(
+        self, entry: ShardEntry, key: str, landings: Sequence[Taker], wholes: Sequence[Whole], span_bytes: int
+    ) -> list[Fetch]:
         source = ShardSource(
             key=key,
             size_bytes=entry.size_bytes,
@@ -283,34 +293,30 @@ class RankInput:
             [*wanted, *((whole.start, whole.stop) for whole in wholes)],
             size_bytes=entry.size_bytes,
             block_bytes=self.index.block_bytes,
-            # The blocks are the writer's choice; a span holds at least one of them.
-            span_bytes=max(1, self.options.span_bytes // self.index.block_bytes) * self.index.block_bytes,
+            span_bytes=span_bytes,
         )
+        block_bytes = self.index.block_bytes
         starts = [span.start for span in spans]
-        takers: list[list[Taker]] = [
-            takers_of(
-                wholes[bisect_right(wholes, span.start, key=_stop_of) : bisect_left(wholes, span.stop, key=_start_of)],
-                span.start,
-                span.stop,
+        takers: dict[int, list[Taker]] = {
+            at: takers_of(
+                wholes[bisect_right(wholes, at, key=_stop_of) : bisect_left(wholes, stop, key=_start_of)], at, stop
             )
             for span in spans
-        ]
+            for at in range(span.start, span.stop, block_bytes)
+            for stop in [min(at + block_bytes, span.stop)]
+        }
+        buffer_bytes = [0] * len(spans)
         for landing in landings:
             if landing.start == landing.stop:
                 landing.finish()
                 continue
-            number = bisect_right(starts, landing.start) - 1
-            while number < len(spans) and spans[number].start < landing.stop:
-                takers[number].append(landing)
-                number += 1
+            buffer_bytes[bisect_right(starts, landing.start) - 1] += landing.buffer_bytes
+            for at in range(landing.start // block_bytes * block_bytes, landing.stop, block_bytes):
+                takers[at].append(landing)
+        consume = partial(deliver, takers)
         return [
-            Fetch(
-                shard=source,
-                span=span,
-                consume=partial(deliver, taking, span.start),
-                buffer_bytes=sum(landing.buffer_bytes for landing in taking if landing.start >= span.start),
-            )
-            for span, taking in zip(spans, takers, strict=True)
+            Fetch(shard=source, span=span, consume=consume, buffer_bytes=held_bytes)
+            for span, held_bytes in zip(spans, buffer_bytes, strict=True)
         ]
 
 

@@ -1,6 +1,6 @@
 """Bring verified bytes of shards into the tensors that a load planner names.
 
-    span's bytes ──deliver──▶ Landing ──▶ target's own memory                  where both sides are dense and alike
+    block's bytes ─deliver──▶ Landing ──▶ target's own memory                  where both sides are dense and alike
                                       └─▶ buffer ──copy, when complete──▶ target    elsewhere
 
 A landing is one read item. Knows DCP's load planners and tensors; knows nothing of stores, and sees no byte that
@@ -10,7 +10,7 @@ was not verified. Entered by the download's threads.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeGuard, cast
 
 import numpy as np
@@ -50,11 +50,17 @@ class Taker(Protocol):
         """Note that there is nothing to take; called for whom that is so."""
 
 
-def deliver(landings: Sequence[Taker], start: int, data: memoryview) -> None:
-    """Hand the bytes of a span, which start at byte `start` of their shard, to all that take some of them."""
+def deliver(takers: Mapping[int, Sequence[Taker]], at: int, data: memoryview) -> None:
+    """Hand a block, which starts at byte `at` of its shard, to all that take some of it.
+
+    Args:
+        takers: who takes, by where the blocks start.
+        at: which block.
+        data: its bytes.
+    """
     array = np.frombuffer(data, dtype=np.uint8)
-    for landing in landings:
-        landing.accept(array, start)
+    for taker in takers[at]:
+        taker.accept(array, at)
 
 
 class Taking:

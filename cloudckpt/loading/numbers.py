@@ -19,7 +19,7 @@ from cloudckpt.format import DTYPES, ChunkEntry, Index, plan_spans
 from cloudckpt.options import Options
 from cloudckpt.root import Checkpoint, ShardPlaces
 from cloudckpt.store import Store
-from cloudckpt.transfer import Budget, Fetch, Gauge, ShardSource, download
+from cloudckpt.transfer import Budget, Fetch, Gauge, ShardSource, download, span_bytes_for
 
 __all__ = ["Group", "TensorNumbers", "groups_of", "tensor_numbers"]
 
@@ -161,7 +161,7 @@ def _runs(places: ShardPlaces, index: Index, piece: ChunkEntry, itemsize: int, o
         block_bytes=index.block_bytes,
     )
     end = piece.start + math.prod(piece.sizes) * itemsize
-    span_bytes = max(1, options.span_bytes // index.block_bytes) * index.block_bytes
+    span_bytes = span_bytes_for(_RUN_BYTES, block_bytes=index.block_bytes, options=options)
     for start in range(piece.start, end, _RUN_BYTES):
         stop = min(end, start + _RUN_BYTES)
         spans = plan_spans(
@@ -169,16 +169,16 @@ def _runs(places: ShardPlaces, index: Index, piece: ChunkEntry, itemsize: int, o
         )
         run = bytearray(stop - start)
         take = partial(_take, run, start)
-        fetches = [Fetch(shard=source, span=span, consume=partial(take, span.start)) for span in spans]
+        fetches = [Fetch(shard=source, span=span, consume=take) for span in spans]
         budget = Budget(options.transfer_budget_bytes)
         download(places.store, fetches, concurrency=options.concurrency, budget=budget)
         yield run
 
 
-def _take(run: bytearray, run_start: int, span_start: int, data: memoryview) -> None:
-    """Copy into a run what a span has of it."""
-    start, stop = max(run_start, span_start), min(run_start + len(run), span_start + len(data))
-    run[start - run_start : stop - run_start] = data[start - span_start : stop - span_start]
+def _take(run: bytearray, run_start: int, at: int, data: memoryview) -> None:
+    """Copy into a run what a block has of it."""
+    start, stop = max(run_start, at), min(run_start + len(run), at + len(data))
+    run[start - run_start : stop - run_start] = data[start - at : stop - at]
 
 
 class _Sums:

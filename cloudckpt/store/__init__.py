@@ -8,6 +8,7 @@ from cloudckpt.store.aside import undisturbed
 from cloudckpt.store.assembling import Place, appended, assembled, refuse_beyond_one_put
 from cloudckpt.store.base import Listing, ObjectInfo, Store, check_key, is_key
 from cloudckpt.store.buffers import joined, new_memory
+from cloudckpt.store.intake import Flow, Intake, IntakeError, RangeGets
 from cloudckpt.store.limit import LeftBehindError, note_move, one_deadline, told_of_moves, watched
 from cloudckpt.store.local import scrub
 from cloudckpt.store.location import TEXT_OPTIONS, local_path
@@ -21,10 +22,14 @@ from cloudckpt.store.stats import StoreStats, Traffic
 __all__ = [
     "PROVEN_BYTES",
     "TEXT_OPTIONS",
+    "Flow",
+    "Intake",
+    "IntakeError",
     "LeftBehindError",
     "Listing",
     "ObjectInfo",
     "Place",
+    "RangeGets",
     "RetryingStore",
     "Store",
     "StoreStats",

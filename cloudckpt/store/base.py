@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 from cloudckpt.errors import OptionsError
 from cloudckpt.keys import shown
+from cloudckpt.store.intake import Intake
 
 __all__ = ["Listing", "ObjectInfo", "Store", "check_delimiter", "check_key", "is_key"]
 
@@ -98,12 +99,21 @@ class Store(Protocol):
     def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
         """Read the bytes [start, stop) in one request; exactly so many, never fewer.
 
-        `into` (writable, `stop - start` bytes) is filled and returned by an engine that can; another engine
-        returns memory of its own, so the caller uses the returned view.
+        `into` (writable, `stop - start` bytes) is filled and returned; without it, new memory is. After an error it
+        may hold anything.
 
         Raises:
             ObjectNotFoundError: no such object.
             TransientError: fewer or more bytes came than were asked for.
+        """
+
+    def stream(self, key: str, *, start: int, stop: int, into: Intake) -> None:
+        """Read the bytes [start, stop) in one request, handing them on as they come, in order; exactly so many.
+
+        Raises:
+            ObjectNotFoundError: no such object.
+            TransientError: fewer or more bytes came than were asked for. `into` may have taken some in each case.
+            IntakeError: of `into`, passed on.
         """
 
     def read(self, key: str, *, limit_bytes: int) -> bytes:

@@ -20,6 +20,7 @@ __all__ = [
     "check_end",
     "check_length",
     "check_limit",
+    "check_range",
     "flat",
     "joined",
     "new_memory",
@@ -58,12 +59,17 @@ def flat(buffers: Sequence[memoryview]) -> list[memoryview]:
     return [buffer if buffer.format == "B" and buffer.ndim == 1 else buffer.cast("B") for buffer in full]
 
 
-def check_destination(start: int, stop: int, into: memoryview | None) -> memoryview | None:
-    """Return `into` as a view of bytes; refuse a range that is none, and memory that does not fit it."""
+def check_range(start: int, stop: int) -> None:
+    """Refuse what is no range."""
     if not 0 <= start <= stop:
         raise OptionsError(f"[{start}, {stop}) is no range of bytes")
+
+
+def check_destination(start: int, stop: int, into: memoryview | None) -> memoryview:
+    """Return `into` as a view of bytes, or new memory; refuse a range that is none, and memory that does not fit it."""
+    check_range(start, stop)
     if into is None:
-        return None
+        return memoryview(bytearray(stop - start))
     if into.readonly or into.nbytes != stop - start:
         raise OptionsError(f"the buffer to read into is read-only or has {into.nbytes} bytes; give {stop - start}")
     return into if into.format == "B" and into.ndim == 1 else into.cast("B")

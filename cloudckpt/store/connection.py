@@ -24,7 +24,7 @@ from typing import Any, TypeVar, cast
 from cloudckpt.options import KIB, MIB
 from cloudckpt.store.limit import Errand, limit_now
 
-__all__ = ["Clock", "Connection", "Endpoint"]
+__all__ = ["PIECE_BYTES", "Clock", "Connection", "Endpoint"]
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 _LOOK_S = 0.1
 # What one call of the kernel's may bring. It takes what is there: to have it wait for a MiB made both ends slower, as
 # what has come by then is in no cache any more.
-_PIECE_BYTES = 4 * MIB
+PIECE_BYTES = 4 * MIB
 # Whoever asks for less reads a head, whose end nobody knows.
 _HEAD_BYTES = 16 * KIB
 # Many records of TLS for one call of the kernel's, still in the cache when they are decrypted.
@@ -145,7 +145,7 @@ class Connection:
 
     def read(self, memory: memoryview) -> int:
         """Read into memory, one byte or more; return how many, 0 at the end."""
-        return self._receive(memory[:_PIECE_BYTES])
+        return self._receive(memory[:PIECE_BYTES])
 
     def send(self, data: bytes) -> None:
         """Send all of it."""
@@ -189,7 +189,7 @@ class _TlsConnection(Connection):
         self._done(self._tls.do_handshake)
 
     def read(self, memory: memoryview) -> int:
-        view = memory[:_PIECE_BYTES]
+        view = memory[:PIECE_BYTES]
         is_body, filled = view.nbytes > _HEAD_BYTES, 0
         while filled < view.nbytes:
             count = self._done(partial(self._decrypted, view[filled:]))

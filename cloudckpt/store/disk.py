@@ -84,6 +84,11 @@ class Disk:
         """Fill `into` from `offset`; return how many bytes came, 0 at the end."""
         return os.preadv(fd, [into], offset)
 
+    def read_ahead(self, fd: int, *, offset: int, size_bytes: int) -> None:
+        """Let the device start on bytes that will be read soon, if it knows how to. Does not wait for them."""
+        with suppress(OSError):
+            os.posix_fadvise(fd, offset, size_bytes, os.POSIX_FADV_WILLNEED)
+
     def start_writeback(self, fd: int, *, offset: int, size_bytes: int) -> None:
         """Let the device start on written bytes now, so that `sync` finds little left to do. Never waits for them."""
         # Dirty pages cannot be dropped, so all that the advice does to them is to queue them for writing.

@@ -2,7 +2,7 @@
 
     put     temp name ▶ write ▶ fsync ▶ rename over the key     ▶ fsync of the directory
     create  temp name ▶ write ▶ fsync ▶ link, refused if taken  ▶ fsync of the directory
-    get     walk from the root ▶ preadv into the caller's memory
+    get     walk from the root ▶ preadv into memory of who takes the bytes
 
 The bytes go from the caller's memory to the kernel without a copy of ours. Knows keys and bytes; directories and
 temp names are `local_tree`'s. Keeps FORMAT invariants 2 and 7 where they speak of disks. Any thread may enter.
@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import quote_from_bytes
@@ -30,9 +31,10 @@ from cloudckpt.errors import (
 )
 from cloudckpt.options import MIB
 from cloudckpt.store.base import Listing, ObjectInfo, check_delimiter
-from cloudckpt.store.buffers import check_destination, check_end, check_length, check_limit, flat, pieces
+from cloudckpt.store.buffers import check_end, check_limit, check_range, flat, pieces
 from cloudckpt.store.disk import NOT_OFFERED, Disk, is_special, temp_name
 from cloudckpt.store.facts import BodyLengthError, ObjectSizeError
+from cloudckpt.store.intake import Flow, Intake, RangeGets, Whole
 from cloudckpt.store.limit import StandsStillError, awaited, get_on, is_limited, is_watched, limited, note_move
 from cloudckpt.store.local_tree import ABSENT, LocalTree, describe, segments_of, try_lock
 from cloudckpt.store.location import local_path
@@ -43,6 +45,8 @@ T = TypeVar("T")
 
 # After each so many bytes the device is told to start, so that the fsync at the end waits only for the last of them.
 _BATCH_BYTES = 8 * MIB
+# What a read that may be left to itself holds in memory of its own.
+_OWN_BYTES = 8 * MIB
 # A concurrent delete may take a directory that a put has just made for an empty one; this often it starts anew.
 _REMAKE_LIMIT = 50
 # What a network disk says when the answer to a link or a rename was lost.
@@ -92,7 +96,7 @@ _Names = list[str]
 _Publish = Callable[[int, str, str], None]
 
 
-class LocalStore:
+class LocalStore(RangeGets):
     """Objects below one directory; `create` is exclusive among all processes that see the same disk."""
 
     engine = "local"
@@ -135,23 +139,25 @@ class LocalStore:
     def create(self, key: str, data: bytes) -> None:
         self._write("create", key, [memoryview(data)], self._claim)
 
-    def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
-        view = check_destination(start, stop, into)
+    def stream(self, key: str, *, start: int, stop: int, into: Intake) -> None:
+        check_range(start, stop)
+        flow = Flow(into, stop - start)
+        if is_watched() or not is_limited():
+            return self._stream(key, start, stop, flow)
+        # What is left to itself must not write to what is somebody's again.
+        own = memoryview(bytearray(min(stop - start, _OWN_BYTES)))
+        for at in range(start, stop, _OWN_BYTES) or [start]:
+            end = min(at + _OWN_BYTES, stop)
+            part = Flow(Whole(own, at), end - at)
+            self._asked("get", key, partial(self._stream, key, at, end, part))
+            flow.take(own[: end - at])
+        return None
 
-        def got(memory: memoryview) -> memoryview:
-            with self._our_errors("get", key), self._tree.object(key) as fd:
-                check_end(os.fstat(fd).st_size, start, stop)
-                self._fill(fd, memory, start)
-            return memory
-
-        if view is not None and (is_watched() or not is_limited()):
-            return got(view)
-        # What is left to itself must not write to what is the caller's again.
-        own = self._asked("get", key, lambda: got(memoryview(bytearray(stop - start))))
-        if view is None:
-            return own
-        view[:] = own
-        return view
+    def _stream(self, key: str, start: int, stop: int, flow: Flow) -> None:
+        with self._our_errors("get", key), self._tree.object(key) as fd:
+            check_end(os.fstat(fd).st_size, start, stop)
+            self._disk.read_ahead(fd, offset=start, size_bytes=stop - start)
+            self._read_on(fd, stop, flow)
 
     def read(self, key: str, *, limit_bytes: int) -> bytes:
         return self._asked("read", key, lambda: self._read(key, limit_bytes))
@@ -160,7 +166,7 @@ class LocalStore:
         with self._our_errors("read", key), self._tree.object(key) as fd:
             check_limit(size_bytes := os.fstat(fd).st_size, limit_bytes)
             data = bytearray(size_bytes)
-            self._fill(fd, memoryview(data), 0)
+            self._read_on(fd, size_bytes, Flow(Whole(memoryview(data), 0), size_bytes))
         return bytes(data)
 
     def head(self, key: str) -> ObjectInfo:
@@ -363,13 +369,13 @@ class LocalStore:
 
     # -- reading and deleting ------------------------------------------------------------------------------
 
-    def _fill(self, fd: int, view: memoryview, start: int) -> None:
-        filled = 0
-        while filled < view.nbytes and (count := self._disk.read(fd, view[filled:], offset=start + filled)):
-            filled += count
-            note_move(filled)
+    def _read_on(self, fd: int, stop: int, flow: Flow) -> None:
+        while flow.left_bytes:
+            count = self._disk.read(fd, flow.room(flow.left_bytes), offset=stop - flow.left_bytes)
+            if not count:
+                flow.end()
+            flow.took(count)
             get_on()
-        check_length(filled, view.nbytes)
 
     def _delete_below(self, parents: tuple[str, ...], names: Sequence[str]) -> dict[str, OSError]:
         """Delete names of one directory; return key → reason of those that may still be there."""

@@ -1,6 +1,6 @@
-"""Read ranges of objects by HTTP of our own: the kernel copies what comes straight into the caller's memory.
+"""Read ranges of objects by HTTP of our own: the kernel copies what comes straight into memory of who takes it.
 
-    get ──▶ a signed head ──▶ an idle connection, or a new one ──▶ the reply's head, checked ──▶ its body, into memory
+    stream ──▶ a signed head ──▶ an idle connection, or a new one ──▶ the reply's head, checked ──▶ its body, taken
 
 An engine's client gathers a body in memory of its own, which is touched and copied once more: most of what a restore
 costs. One request per call, nothing is followed and nothing repeated; bytes are seen to move. What it raises are the
@@ -22,12 +22,11 @@ from typing import TYPE_CHECKING, cast
 from urllib.parse import quote, urlsplit
 
 from cloudckpt.options import KIB, MIB
-from cloudckpt.store.buffers import check_length, place
-from cloudckpt.store.connection import Clock, Connection, Endpoint
-from cloudckpt.store.facts import BodyLengthError, GarbledReplyError, before_sending, refusal
-from cloudckpt.store.limit import note_move
+from cloudckpt.store.connection import PIECE_BYTES, Clock, Connection, Endpoint
+from cloudckpt.store.facts import GarbledReplyError, before_sending, refusal
+from cloudckpt.store.intake import Flow, Intake
 from cloudckpt.store.proof import check_object
-from cloudckpt.store.wire import check_range, memory_for
+from cloudckpt.store.wire import check_range
 
 if TYPE_CHECKING:
     import socket
@@ -81,18 +80,18 @@ class RangeReader:
         self._idle: list[tuple[float, Connection]] = []
         weakref.finalize(self, _close_all, self._idle)
 
-    def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
-        """Read the bytes [start, stop), one or more, in one request; see `Wire.get`.
+    def stream(self, name: str, start: int, stop: int, into: Intake) -> None:
+        """Read the bytes [start, stop), one or more, in one request; see `Wire.stream`.
 
         Raises:
             UnsentError: nothing was sent; of an `ssl.SSLCertVerificationError`, if the certificate is not trusted.
         """
-        memory, head, clock = memory_for(start, stop, into), self._head(name, start, stop), Clock()
+        head, clock = self._head(name, start, stop), Clock()
         with _network_errors():
             connection = self._connection(clock)
             try:
                 connection.send(head)
-                is_reusable = self._receive(connection, start, stop, memory)
+                is_reusable = self._receive(connection, start, stop, into)
             except BaseException:
                 connection.close()
                 raise
@@ -100,7 +99,6 @@ class RangeReader:
             self._idle.append((time.monotonic(), connection))
         else:
             connection.close()
-        return memory
 
     def close(self) -> None:
         """Close what is idle; what is in use is closed by its user, or with this object."""
@@ -129,35 +127,39 @@ class RangeReader:
         with before_sending(), _network_errors():
             return self._endpoint.connect(clock)
 
-    def _receive(self, connection: Connection, start: int, stop: int, memory: memoryview) -> bool:
-        """Fill memory with what was asked for; tell whether the connection may carry another request."""
+    def _receive(self, connection: Connection, start: int, stop: int, into: Intake) -> bool:
+        """Hand on what was asked for; tell whether the connection may carry another request."""
         came = _until_blank_line(connection)
         head, _, ahead = came.partition(_BLANK_LINE)
         headers = _plain_headers(head)
         if headers is None:
-            return self._receive_other(_Coming(came, connection), start, stop, memory)
+            return self._receive_other(_Coming(came, connection), start, stop, into)
         self._check(headers.get, int(headers["content-length"]), start, stop)
-        filled = place(ahead, memory, 0)
-        while filled < memory.nbytes:
-            if not (count := connection.read(memory[filled:])):
-                raise BodyLengthError(filled, memory.nbytes)
-            filled += count
-            note_move(filled)
+        flow = Flow(into, stop - start)
+        flow.take(ahead)
+        while flow.left_bytes:
+            if not (count := connection.read(flow.room(PIECE_BYTES))):
+                flow.end()
+            flow.took(count)
+            # Who takes it may be slow, which the store is not to blame for.
+            connection.clock.note_move()
         return headers.get("connection", "").lower() != "close"
 
-    def _receive_other(self, coming: _Coming, start: int, stop: int, memory: memoryview) -> bool:
+    def _receive_other(self, coming: _Coming, start: int, stop: int, into: Intake) -> bool:
         """The same of what is no plain reply: a refusal, one in chunks or without a length, one that others precede."""
         reply = http.client.HTTPResponse(cast("socket.socket", coming), method="GET")
         reply.begin()
         if reply.status not in (HTTPStatus.OK, HTTPStatus.PARTIAL_CONTENT):
             raise refusal(reply.status, reply.getheader, _refusal_of(reply))
         self._check(reply.getheader, stop - start if reply.length is None else reply.length, start, stop)
-        filled = 0
-        while filled < memory.nbytes and (count := reply.readinto(memory[filled : filled + MIB])):
-            filled += count
-            note_move(filled)
+        flow = Flow(into, stop - start)
+        while flow.left_bytes and (count := reply.readinto(flow.room(MIB))):
+            flow.took(count)
+            coming.connection.clock.note_move()
+        flow.end()
         # One in chunks is over once one more read has found its end.
-        check_length(filled + (0 if reply.isclosed() else len(reply.read(1))), memory.nbytes)
+        if not reply.isclosed():
+            flow.take(reply.read(1))
         return not reply.will_close
 
     def _check(self, header: Callable[[str], str | None], length_bytes: int, start: int, stop: int) -> None:
@@ -191,8 +193,8 @@ class _Coming(io.RawIOBase):
 
     def __init__(self, came: bytes, connection: Connection) -> None:
         super().__init__()
+        self.connection = connection
         self._came = came
-        self._connection = connection
 
     def makefile(self, _mode: str) -> io.BufferedReader:
         return io.BufferedReader(self)
@@ -203,7 +205,7 @@ class _Coming(io.RawIOBase):
     def readinto(self, memory: WriteableBuffer) -> int:
         view = memoryview(memory)
         if not self._came:
-            return self._connection.read(view)
+            return self.connection.read(view)
         count = min(len(self._came), view.nbytes)
         view[:count], self._came = self._came[:count], self._came[count:]
         return count

@@ -47,6 +47,7 @@ from cloudckpt.errors import (
 from cloudckpt.options import KIB, RetryPolicy
 from cloudckpt.store.base import Listing, ObjectInfo, Store, check_key
 from cloudckpt.store.gate import Gate
+from cloudckpt.store.intake import Intake, RangeGets
 from cloudckpt.store.limit import LeftBehindError, Limit, Patience, limited, one_deadline, patience, told_of_moves
 from cloudckpt.store.lone import LoneCreation
 from cloudckpt.store.putting import Putting
@@ -106,7 +107,7 @@ class _Means:
                 self.refresh_count += 1
 
 
-class RetryingStore:
+class RetryingStore(RangeGets):
     """A store whose verbs try again: each ends by `policy.deadline_s` and by the deadline that the store was given.
 
     The first of these counts from when the bytes of a put, get or read have got further than ever, and ends none that
@@ -230,14 +231,13 @@ class RetryingStore:
             unknown.is_taken = creation.is_taken
             raise unknown from exc
 
-    def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
-        check_key(key)
-        return self._run(
-            "get",
-            key,
-            lambda: self.inner.get(key, start=start, stop=stop, into=into),
-            lambda view: view.nbytes,
-        )
+    def stream(self, key: str, *, start: int, stop: int, into: Intake) -> None:
+        """Hand on the bytes [start, stop); after a fault what `into` does not have yet is asked for.
+
+        Of the requests that fail there are at most `policy.max_attempts` until it has got on.
+        """
+        streaming = _Streaming(self.inner, check_key(key), start, stop, into)
+        self._run("get", key, streaming.step, lambda size_bytes: size_bytes, streaming.begin)
 
     def read(self, key: str, *, limit_bytes: int) -> bytes:
         check_key(key)
@@ -315,9 +315,16 @@ class RetryingStore:
         """Return what was asked of the store so far; two snapshots subtract."""
         return self._means.recorder.snapshot()
 
-    def _run(self, op: str, key: str, request: Callable[[], T], size_of: Callable[[T], int] = lambda _: 0) -> T:
+    def _run(
+        self,
+        op: str,
+        key: str,
+        request: Callable[[], T],
+        size_of: Callable[[T], int] = lambda _: 0,
+        begin: Callable[[], int] = lambda: 0,
+    ) -> T:
         time_left = _TimeLeft(self._means, self._patience(), self._hard_end(), self._limits, self._hints)
-        call = _Call(self._means, self._policy, time_left, op, key, request, size_of)
+        call = _Call(self._means, self._policy, time_left, op, key, request, size_of, begin)
         retrying = Retrying(
             retry=retry_if_exception_type(_AgainError),
             stop=call.is_over,
@@ -464,6 +471,7 @@ class _Call(Generic[T]):
         key: str,
         request: Callable[[], T],
         size_of: Callable[[T], int],
+        begin: Callable[[], int],
     ) -> None:
         self._means = means
         self._policy = policy
@@ -472,6 +480,8 @@ class _Call(Generic[T]):
         self._key = key
         self._request = request
         self._size_of = size_of
+        self._begin = begin
+        self._done_bytes = 0
         self._began_s = self._moved_s = means.clock()
         self._got_on_s, self._furthest_bytes = -math.inf, 0
         self._requests = 0
@@ -502,6 +512,7 @@ class _Call(Generic[T]):
                 f"{limit.reason} was over before"
             )
         ticket = self._pass_gate()
+        self._go_on()
         self._moved_s = self._means.clock()
         cause: StorageError | None = None
         is_success = False
@@ -532,10 +543,17 @@ class _Call(Generic[T]):
             cause = None  # its stack holds this frame
         return result
 
+    def _go_on(self) -> None:
+        """Find out how much need not come again; where that is more than before, what failed until then is over."""
+        done_bytes = self._begin()
+        if done_bytes > self._done_bytes:
+            self._done_bytes = done_bytes
+            self._counted = self._timeouts = self._waits = 0
+
     def _note_move(self, moved_bytes: int) -> None:
         self._moved_s = self._means.clock()
-        if moved_bytes > self._furthest_bytes:
-            self._furthest_bytes, self._got_on_s = moved_bytes, self._moved_s
+        if self._done_bytes + moved_bytes > self._furthest_bytes:
+            self._furthest_bytes, self._got_on_s = self._done_bytes + moved_bytes, self._moved_s
 
     def _pass_gate(self) -> int:
         """Wait until this request may be in flight, but no longer than for its share of what is left."""
@@ -674,9 +692,35 @@ class _Call(Generic[T]):
 
     def release(self) -> None:
         """Break the cycles of record, error and stack, which else keep the caller's memory until a collection."""
-        del self._request, self._size_of
+        del self._request, self._size_of, self._begin
         if self._state is not None:
             self._state.outcome = None
+
+
+class _Streaming:
+    """One read that goes on where its last request has left off."""
+
+    def __init__(self, store: Store, key: str, start: int, stop: int, into: Intake) -> None:
+        self._store = store
+        self._key = key
+        self._start = self._at = start
+        self._stop = stop
+        self._into = into
+        self._has_begun = False
+
+    def begin(self) -> int:
+        """Return how many bytes need not come any more."""
+        if self._has_begun:
+            self._at = self._into.restart()
+        self._has_begun = True
+        return self._at - self._start
+
+    def step(self) -> int:
+        """Make one request for what is left; return how many bytes it has brought."""
+        # What is whole may have ended with an error, such as of a body that goes on.
+        if self._at < self._stop or self._start == self._stop:
+            self._store.stream(self._key, start=self._at, stop=self._stop, into=self._into)
+        return self._stop - self._at
 
 
 class _Deletion:

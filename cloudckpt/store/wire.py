@@ -1,7 +1,7 @@
 """Carry one verb over the wire: the seam between the remote stores and the libraries below them.
 
     caller's thread ──▶ OnLoop.run ──▶ fsspec's own event loop ──▶ one request, ended when it stands still too long
-    buffers ──▶ GatherBody ──▶ socket          socket ──▶ fill() ──▶ the caller's memory
+    buffers ──▶ GatherBody ──▶ socket          socket ──▶ pass_on() ──▶ Relay ──▶ caller's thread ──▶ Intake
                     ╰──────────── bytes moved ────────────╯
 
 A wire knows names in its bucket and bytes; nothing of roots, keys or our errors: it raises what its library raises
@@ -17,7 +17,7 @@ import re
 import termios
 import time
 from array import array
-from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import ContextVar
@@ -30,11 +30,13 @@ from aiohttp import payload
 from cloudckpt.errors import OptionsError
 from cloudckpt.store.aside import Aside, audible_s, pinned
 from cloudckpt.store.base import ObjectInfo
-from cloudckpt.store.buffers import check_end, check_length, check_limit, pieces, place
+from cloudckpt.store.buffers import check_end, check_length, check_limit, pieces
 from cloudckpt.store.classify import CredentialKind
 from cloudckpt.store.facts import BodyLengthError, before_sending
+from cloudckpt.store.intake import Flow, Intake
 from cloudckpt.store.limit import Limit, LimitNow, limit_now, note_move
 from cloudckpt.store.location import ALLOW_HTTP
+from cloudckpt.store.relay import Relay
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -46,9 +48,8 @@ __all__ = [
     "Wire",
     "borrowed",
     "check_range",
-    "fill",
-    "memory_for",
     "own_options",
+    "pass_on",
     "preparing",
     "take",
 ]
@@ -87,8 +88,8 @@ class Wire(Protocol):
     def create(self, name: str, data: bytes) -> None:
         """Write one object in one request, if there is none."""
 
-    def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
-        """Read the bytes [start, stop), all of them, in one request."""
+    def stream(self, name: str, start: int, stop: int, into: Intake) -> None:
+        """Hand on the bytes [start, stop), all of them, in one request."""
 
     def read(self, name: str, limit_bytes: int) -> bytes:
         """Read one object whole, but no more than one byte beyond the limit, in one request."""
@@ -171,7 +172,9 @@ def _note_bytes(size_bytes: int, transport: asyncio.WriteTransport | None = None
         progress.note(size_bytes, transport)
 
 
-async def _bounded(request: Coroutine[object, object, T], limit_now: LimitNow, progress: _Progress) -> T:
+async def _bounded(
+    request: Coroutine[object, object, T], limit_now: LimitNow, progress: _Progress, relay: Relay | None
+) -> T:
     """Return the request's result; cancel it, and raise `TimeoutError`, when it stands still too long or has to end."""
     _progress.set(progress)
     task = asyncio.ensure_future(request)  # with a copy of this context, and what it starts itself has one, too
@@ -186,6 +189,8 @@ async def _bounded(request: Coroutine[object, object, T], limit_now: LimitNow, p
                 with before_sending() if progress.is_preparing else nullcontext():
                     raise TimeoutError("its bytes stood still" if is_still else "its time was up")
             await asyncio.wait({task}, timeout=min(left_s, limit.still_s / _LOOKS, look_s))
+            if relay is not None and relay.is_held:
+                moved_s = time.monotonic()
             if progress.position() != position:
                 position, moved_s = progress.position(), time.monotonic()
                 note_move(position)
@@ -215,12 +220,30 @@ class OnLoop:
         # Asked on the loop, in a copy of this context.
         return self._run(request, limit_now)
 
+    def relayed(
+        self, request: Callable[[Relay], Coroutine[object, object, None]], into: Intake, size_bytes: int
+    ) -> None:
+        """Hand on, on this thread, what a request passes to its relay; end it as `run` does, or when `into` raises.
+
+        Raises:
+            BodyLengthError: that was more or less than `size_bytes`.
+        """
+        relay, flow = Relay(self.loop), Flow(into, size_bytes)
+        self._run(request(relay), limit_now, relay, flow)
+        flow.end()
+
     def end(self, closing: Coroutine[object, object, None]) -> None:
         """Wait for what closes a connection, which must not be left open because a request had no time."""
         limit = Limit(still_s=_GRACE_S, stop_s=time.monotonic() + _GRACE_S)
         self._run(closing, lambda: limit)
 
-    def _run(self, request: Coroutine[object, object, T], now: LimitNow) -> T:
+    def _run(
+        self,
+        request: Coroutine[object, object, T],
+        now: LimitNow,
+        relay: Relay | None = None,
+        flow: Flow | None = None,
+    ) -> T:
         try:
             on_loop = asyncio.get_running_loop() is self.loop
         except RuntimeError:
@@ -229,8 +252,11 @@ class OnLoop:
             request.close()
             raise RuntimeError("called on fsspec's own event loop, where it would wait for itself")
         progress = _Progress()
-        future = asyncio.run_coroutine_threadsafe(_bounded(request, now, progress), self.loop)
+        future = asyncio.run_coroutine_threadsafe(_bounded(request, now, progress, relay), self.loop)
         try:
+            if relay is not None and flow is not None:
+                future.add_done_callback(lambda _: relay.end())
+                _take_all(relay, flow, now, progress)
             return _awaited(future, now, progress)
         finally:
             future.cancel()  # does nothing to a request that has ended
@@ -239,16 +265,40 @@ class OnLoop:
 def _awaited(future: Future[T], now: LimitNow, progress: _Progress) -> T:
     """Wait for a request on the loop, which ends it in time, unless something else keeps the loop busy."""
     while True:
-        limit = now()
-        late_s = min(limit.stop_s, progress.looked_s + limit.still_s) + _GRACE_S
         try:
-            return future.result(audible_s(max(0.0, late_s - time.monotonic())))
+            return future.result(audible_s(_patience_s(now, progress)))
         except TimeoutError:
             if future.done():  # it may be the request's own error, too
                 return future.result()
-            limit = now()
-            if time.monotonic() >= min(limit.stop_s, progress.looked_s + limit.still_s) + _GRACE_S:
+            if not _patience_s(now, progress):
                 raise
+
+
+def _take_all(relay: Relay, flow: Flow, now: LimitNow, progress: _Progress) -> None:
+    """Take what a request on the loop brings, until it has ended, whatever came of it."""
+    while True:
+        # Released in the end: a request that was given up must not write over what the memory holds by then.
+        with flow.room(flow.left_bytes) if flow.left_bytes else memoryview(b"") as room:
+            relay.lend(room)
+            count = _filled(relay, now, progress)
+        if count is None:
+            return
+        flow.took(count)
+
+
+def _filled(relay: Relay, now: LimitNow, progress: _Progress) -> int | None:
+    while True:
+        try:
+            return relay.next(audible_s(_patience_s(now, progress)))
+        except TimeoutError:
+            if not _patience_s(now, progress):
+                raise
+
+
+def _patience_s(now: LimitNow, progress: _Progress) -> float:
+    """Return how long to wait for the loop from now on."""
+    limit = now()
+    return max(0.0, min(limit.stop_s, progress.looked_s + limit.still_s) + _GRACE_S - time.monotonic())
 
 
 class GatherBody(payload.Payload):
@@ -297,15 +347,6 @@ def _between(buffers: Sequence[memoryview], start: int, stop: int) -> Iterator[m
         start, stop = start - buffer.nbytes, stop - buffer.nbytes
 
 
-def memory_for(start: int, stop: int, into: memoryview | None) -> memoryview:
-    """Return the memory to read [start, stop) into: the caller's, or new.
-
-    Fill a view of it that you release afterwards (`with memory[:] as lent`): a request that was given up may still
-    be on the loop, and must not write over what the memory holds by then.
-    """
-    return memoryview(bytearray(stop - start)) if into is None else into
-
-
 @contextmanager
 def borrowed(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
     """Lend buffers, as views that end with the block: a request that was given up must not send what comes after."""
@@ -317,13 +358,12 @@ def borrowed(buffers: Sequence[memoryview]) -> Iterator[list[memoryview]]:
             view.release()
 
 
-async def fill(memory: memoryview, chunks: AsyncIterator[bytes]) -> None:
-    """Copy a reply's chunks into `memory`, which they must fill exactly."""
-    filled = 0
+async def pass_on(chunks: AsyncIterator[bytes], relay: Relay) -> None:
+    """Pass a reply's chunks on to the thread that waits for them."""
     async for chunk in chunks:
-        filled = place(chunk, memory, filled)
         _note_bytes(len(chunk))
-    check_length(filled, memory.nbytes)
+        await relay.send(chunk)
+    relay.flush()
 
 
 async def take(chunks: AsyncIterator[bytes], length_bytes: int | None, limit_bytes: int) -> bytes:

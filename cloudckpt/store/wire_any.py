@@ -18,10 +18,12 @@ from typing import Any
 import fsspec.core
 
 from cloudckpt.errors import OptionsError
+from cloudckpt.options import MIB
 from cloudckpt.store.base import ObjectInfo
 from cloudckpt.store.buffers import check_end, check_limit
 from cloudckpt.store.classify import CredentialKind
 from cloudckpt.store.facts import AbsentError, BodyLengthError, ForbiddenError
+from cloudckpt.store.intake import Flow, Intake
 from cloudckpt.store.redact import hide
 from cloudckpt.store.wire import OnLoop, Page, own_options
 
@@ -34,6 +36,8 @@ _create_lock = threading.RLock()
 os.register_at_fork(
     before=_create_lock.acquire, after_in_parent=_create_lock.release, after_in_child=_create_lock.release
 )
+# Its bytes come as a whole, so that a long range is asked for piece by piece.
+_STEP_BYTES = 4 * MIB
 _TIME_FIELDS = ("mtime", "modified", "last_modified", "LastModified", "updated", "created")
 
 
@@ -65,15 +69,15 @@ class AnyWire:
                 raise FileExistsError(name)
             self._write(name, data)
 
-    def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
-        data = memoryview(self._call("cat_file", self._root + name, start=start, end=stop))
-        if data.nbytes != stop - start:
-            check_end(self.head(name).size_bytes, start, stop)
-            raise BodyLengthError(data.nbytes, stop - start)
-        if into is None:
-            return data
-        into[:] = data
-        return into
+    def stream(self, name: str, start: int, stop: int, into: Intake) -> None:
+        flow = Flow(into, stop - start)
+        for at in range(start, stop, _STEP_BYTES):
+            end = min(at + _STEP_BYTES, stop)
+            data = self._call("cat_file", self._root + name, start=at, end=end)
+            if len(data) != end - at:
+                check_end(self.head(name).size_bytes, start, stop)
+                raise BodyLengthError(len(data), end - at)
+            flow.take(data)
 
     def read(self, name: str, limit_bytes: int) -> bytes:
         data: bytes = self._call("cat_file", self._root + name, start=0, end=limit_bytes + 1)

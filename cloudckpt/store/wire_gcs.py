@@ -17,6 +17,7 @@ from asyncio import AbstractEventLoop
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -34,11 +35,13 @@ from cloudckpt.store.buffers import check_length
 from cloudckpt.store.classify import CredentialKind, is_absence
 from cloudckpt.store.credentials import GcsCredentials
 from cloudckpt.store.facts import GarbledReplyError, HttpStatusError
+from cloudckpt.store.intake import Intake
 from cloudckpt.store.location import check_encrypted
 from cloudckpt.store.proof import check_generation, check_object
 from cloudckpt.store.redact import hide
+from cloudckpt.store.relay import Relay
 from cloudckpt.store.terms import PutTerms, checksum_of
-from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, fill, memory_for, own_options, take
+from cloudckpt.store.wire import GatherBody, OnLoop, Page, borrowed, check_range, own_options, pass_on, take
 
 __all__ = ["GcsWire", "gcs_filesystem"]
 
@@ -104,12 +107,9 @@ class GcsWire(OnLoop):
         reply = self.run(self._json("POST", url, headers, GatherBody([start, *buffers, end])))
         _check_stored(reply, name, size_bytes)
 
-    def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
-        memory = memory_for(start, stop, into)
+    def stream(self, name: str, start: int, stop: int, into: Intake) -> None:
         headers = self._headers({"Range": f"bytes={start}-{stop - 1}"})
-        with memory[:] as lent:
-            self.run(self._get(name, start, stop, lent, headers))
-        return memory
+        self.relayed(partial(self._get, name, start, stop, headers), into, stop - start)
 
     def read(self, name: str, limit_bytes: int) -> bytes:
         return self.run(self._read(name, limit_bytes, self._headers()))
@@ -192,11 +192,11 @@ class GcsWire(OnLoop):
             raise GarbledReplyError(f"the reply of status {reply.status} is a proxy's own, or tells of an error")
         return found
 
-    async def _get(self, name: str, start: int, stop: int, memory: memoryview, headers: Mapping[str, str]) -> None:
+    async def _get(self, name: str, start: int, stop: int, headers: Mapping[str, str], relay: Relay) -> None:
         async with self._download(name, headers) as reply:
             length_bytes = reply.content_length if reply.content_length is not None else stop - start
             check_range(reply.headers.get("Content-Range", ""), length_bytes, start, stop)
-            await fill(memory, reply.content.iter_any())
+            await pass_on(reply.content.iter_any(), relay)
 
     async def _read(self, name: str, limit_bytes: int, headers: Mapping[str, str]) -> bytes:
         async with self._download(name, headers) as reply:

@@ -1,6 +1,6 @@
 """Carry verbs by obstore, whose Rust threads send tensor memory without a copy and without Python's lock.
 
-    buffers ──▶ obstore.put ──▶ socket          socket ──▶ `ranged`, or obstore's memory ──▶ the caller's memory
+    buffers ──▶ obstore.put ──▶ socket          socket ──▶ `ranged`, or chunks of obstore's ──▶ who takes the bytes
 
 Keeping house goes over fsspec's wire. obstore shows no headers, and a HEAD has no body, so that nothing would tell what
 its refusal means; obstore's listings fail as a whole on one foreign name with an empty segment (`a//b`), cannot tell a
@@ -29,9 +29,10 @@ from obstore.exceptions import BaseError
 
 from cloudckpt.options import MIB
 from cloudckpt.store.base import ObjectInfo
-from cloudckpt.store.buffers import check_end, check_length, check_limit, joined, place
+from cloudckpt.store.buffers import check_end, check_length, check_limit, joined
 from cloudckpt.store.classify import CredentialKind
 from cloudckpt.store.facts import HttpStatusError, UnsentError, before_sending, is_bare_redirect, is_certificate_refused
+from cloudckpt.store.intake import Flow, Intake
 from cloudckpt.store.limit import Errand, led, limit_now
 from cloudckpt.store.obstore_s3 import ObstoreClient
 from cloudckpt.store.proof import check_created, check_generation, check_object, check_stored
@@ -98,18 +99,14 @@ class _Direct:
         else:
             check_created(reply["e_tag"], data, lambda: self.read(name, len(data)))
 
-    def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
-        reply = self._asked(name, {"range": (start, stop)})
+    def stream(self, name: str, start: int, stop: int, into: Intake) -> None:
+        reply = led(lambda: self._asked(name, {"range": (start, stop)}))
         check_end(reply.meta["size"], start, stop)
-        if into is None:
-            data = memoryview(reply.bytes())
-            check_length(data.nbytes, stop - start)
-            return data
-        filled = 0
-        for chunk in reply.stream(min_chunk_size=_CHUNK_BYTES):
-            filled = place(memoryview(chunk), into, filled)
-        check_length(filled, into.nbytes)
-        return into
+        flow, chunks = Flow(into, stop - start), reply.stream(min_chunk_size=_CHUNK_BYTES)
+        # On this thread what is taken: a call that is left behind may bring a chunk yet, which nobody wants.
+        while (chunk := led(lambda: next(chunks, None))) is not None:
+            flow.take(memoryview(chunk))
+        flow.end()
 
     def read(self, name: str, limit_bytes: int) -> bytes:
         reply = self._asked(name, {})
@@ -168,15 +165,15 @@ class ObstoreWire:
     def create(self, name: str, data: bytes) -> None:
         self._move(lambda wire: wire.create(name, data))
 
-    def get(self, name: str, start: int, stop: int, into: memoryview | None) -> memoryview:
+    def stream(self, name: str, start: int, stop: int, into: Intake) -> None:
         if self._ranges is not None:
             try:
-                return self._ranges.get(name, start, stop, into)
+                return self._ranges.stream(name, start, stop, into)
             except UnsentError as exc:
                 if not isinstance(exc.__cause__, ssl.SSLCertVerificationError):
                     raise
                 self._ranges = None  # who trusts it may be obstore
-        return self._move(lambda wire: wire.get(name, start, stop, into))
+        return self._move(lambda wire: wire.stream(name, start, stop, into), is_led=False)
 
     def read(self, name: str, limit_bytes: int) -> bytes:
         return self._move(lambda wire: wire.read(name, limit_bytes))
@@ -198,13 +195,13 @@ class ObstoreWire:
         if keeper is not None:
             keeper.close()
 
-    def _move(self, call: Callable[[Wire | _Direct], T]) -> T:
+    def _move(self, call: Callable[[Wire | _Direct], T], *, is_led: bool = True) -> T:
         limit, began_s = limit_now(), time.monotonic()
         is_usual, is_untrusted = not limit.timeouts and limit.still_s >= _NEARLY * self._limit_s, False
         if is_usual and began_s >= self._slow_until_s:
             try:
                 with self._told_region():
-                    return led(lambda: call(self._direct))
+                    return led(lambda: call(self._direct)) if is_led else call(self._direct)
             except BaseError as exc:
                 if not is_certificate_refused(exc):
                     raise

@@ -19,10 +19,11 @@ from typing import NoReturn, TypeVar
 from cloudckpt.errors import OptionsError
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store.base import Listing, ObjectInfo, check_delimiter
-from cloudckpt.store.buffers import check_destination, flat
+from cloudckpt.store.buffers import check_range, flat
 from cloudckpt.store.classify import CredentialKind, ask, deletion_error
 from cloudckpt.store.credentials import check_texts
 from cloudckpt.store.facts import before_sending
+from cloudckpt.store.intake import Intake, RangeGets
 from cloudckpt.store.kept import Lease, key_of, leave, left_when_dropped, retire, take, use
 from cloudckpt.store.limit import Errand, is_limited, limited
 from cloudckpt.store.location import check_endpoint, check_no_numbers, named_endpoint, parse_location
@@ -43,7 +44,7 @@ _SENT_IN_HEADERS = frozenset({"s3", "gs"})
 _inherited: list[object] = []
 
 
-class WiredStore(ABC):
+class WiredStore(RangeGets, ABC):
     """Objects below one root URL, moved over a `Wire` that a subclass connects. See `Store` for the verbs."""
 
     def __init__(
@@ -99,11 +100,11 @@ class WiredStore(ABC):
         name = self._location.path(key)
         self._ask("create", key, lambda wire: wire.create(name, data))
 
-    def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
-        name, into = self._location.path(key), check_destination(start, stop, into)
-        if start == stop:
-            return memoryview(b"") if into is None else into
-        return self._ask("get", key, lambda wire: wire.get(name, start, stop, into))
+    def stream(self, key: str, *, start: int, stop: int, into: Intake) -> None:
+        name = self._location.path(key)
+        check_range(start, stop)
+        if start < stop:
+            self._ask("get", key, lambda wire: wire.stream(name, start, stop, into))
 
     def read(self, key: str, *, limit_bytes: int) -> bytes:
         name = self._location.path(key)

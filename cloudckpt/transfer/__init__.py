@@ -4,7 +4,7 @@ What is copied, and into which memory; who waits for whom, and for how long. Kno
 in them.
 """
 
-from cloudckpt.transfer.download import Fetch, ShardSource, download, read_verified
+from cloudckpt.transfer.download import Fetch, ShardSource, download, read_verified, span_bytes_for
 from cloudckpt.transfer.memory import (
     COMMON_DTYPES,
     Scratch,
@@ -48,6 +48,7 @@ __all__ = [
     "read_verified",
     "run_all",
     "slab_bytes",
+    "span_bytes_for",
     "tensor_over",
     "upload",
 ]

@@ -83,12 +83,14 @@ class Work(Generic[_Result]):
         size_bytes: how much of it.
         cost_bytes: what it takes from the budget; it gives that back itself.
         call: does it.
+        tells: whether it tells the gauge itself of the bytes that have moved, as they do.
     """
 
     name: str
     size_bytes: int
     cost_bytes: int
     call: Callable[[], _Result]
+    tells: bool = False
 
 
 class Gauge(Protocol):
@@ -240,7 +242,7 @@ class _Pool:
             future.set_exception(exc)
         else:
             future.set_result(result)
-            if self._watch.gauge is not None:
+            if self._watch.gauge is not None and not item.tells:
                 self._watch.gauge.move(item.size_bytes)
         del self._running[id(future)]
         self._watch.tick()

@@ -36,7 +36,7 @@ from cloudckpt.copying.lead import Selection, copy_places
 from cloudckpt.copying.places import Place
 from cloudckpt.format import MANIFEST_NAME, parse_pin_key
 from cloudckpt.root import Catalog, Checkpoint, sweep
-from cloudckpt.store import RetryingStore, open_store, told_of_moves
+from cloudckpt.store import Intake, RetryingStore, open_store, told_of_moves
 from cloudckpt.store.local import LocalStore
 from cloudckpt.store.probe import _proven
 from cloudckpt.transfer import Slab, Slabs
@@ -539,9 +539,9 @@ class Told(RetryingStore):
         super().__init__(LocalStore(root), OPTIONS.retry)
         self._told = told
 
-    def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
+    def stream(self, key: str, *, start: int, stop: int, into: Intake) -> None:
         self._told(key)
-        return super().get(key, start=start, stop=stop, into=into)
+        super().stream(key, start=start, stop=stop, into=into)
 
 
 def test_a_disk_is_read_shard_by_shard_so_that_the_first_one_is_on_its_way_early(made: Path) -> None:

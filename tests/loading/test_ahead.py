@@ -263,19 +263,19 @@ def _ahead_of_ranks(url: str) -> tuple[int, int, list[str]]:
         manager.save(1, state(1))
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(dist.get_world_size())
     asked: list[str] = []
-    get = RetryingStore.get
+    stream = RetryingStore.stream
 
-    def noted(self: RetryingStore, key: str, **given: Any) -> memoryview:
+    def noted(self: RetryingStore, key: str, **given: Any) -> None:
         asked.append(key)
-        return get(self, key, **given)
+        stream(self, key, **given)
 
     with cloudckpt.prefetch(url, options=options) as held, CheckpointManager(url, options=options) as manager:
         assert held.wait(WAIT_S)
         ahead_bytes = held.held_bytes
         found = state(2)
-        RetryingStore.get = noted  # type: ignore[method-assign, assignment]
+        RetryingStore.stream = noted  # type: ignore[method-assign]
         manager.restore(found)
-        RetryingStore.get = get  # type: ignore[method-assign]
+        RetryingStore.stream = stream  # type: ignore[method-assign]
         assert torch.equal(found["sharded"].to_local(), state(1)["sharded"].to_local())
         assert torch.equal(found["alike"], state(1)["alike"])
         return ahead_bytes, held.held_bytes, [key for key in asked if key.endswith(".safetensors")]

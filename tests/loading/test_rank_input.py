@@ -29,6 +29,7 @@ from cloudckpt import (
     StateMismatchError,
 )
 from cloudckpt.options import KIB, MIB
+from cloudckpt.store import Intake
 from raw_access import FreshPrefix
 from tests.effort import diagonal
 from tests.ranks.models import build
@@ -354,14 +355,13 @@ class Ear:
         self._keys: list[str] = []
         self._got_bytes = 0
         inner: Any = manager._store.inner  # type: ignore[attr-defined]
-        self._get, self._read = inner.get, inner.read
-        inner.get, inner.read = self._note_get, self._note_read
+        self._stream, self._read = inner.stream, inner.read
+        inner.stream, inner.read = self._note_stream, self._note_read
 
-    def _note_get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
+    def _note_stream(self, key: str, *, start: int, stop: int, into: Intake) -> None:
         self._keys.append(key)
         self._got_bytes += stop - start
-        view: memoryview = self._get(key, start=start, stop=stop, into=into)
-        return view
+        self._stream(key, start=start, stop=stop, into=into)
 
     def _note_read(self, key: str, *, limit_bytes: int) -> bytes:
         self._keys.append(key)

@@ -48,7 +48,7 @@ HASTY = Options(
     span_bytes=16 * KIB,
     retry=RetryPolicy(max_attempts=2, backoff_base_s=0.001, deadline_s=5, request_timeout_s=5),
 )
-VERBS = ("put", "create", "get", "read", "head", "list", "delete")
+VERBS = ("put", "create", "stream", "read", "head", "list", "delete")
 HOWS = pytest.mark.parametrize("how", ["save", "async_save"])
 
 

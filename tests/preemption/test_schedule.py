@@ -439,7 +439,7 @@ def test_signals_in_the_middle_of_a_save_and_a_restore_disturb_neither(tmp_path:
     options = {"signals": [number]}
     with quiet(**options) as preemption, CheckpointManager(tmp_path, preemption=preemption) as manager:
         before(manager, lambda key: [signal.pthread_kill(threading.main_thread().ident or 0, number)], when=anything)
-        before(manager, lambda key: send(number), verb="get", when=anything)
+        before(manager, lambda key: send(number), verb="stream", when=anything)
         checkpoint = manager.save(1, state_of(1))
         first = preemption.notice
         state = state_of(0)

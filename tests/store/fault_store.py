@@ -24,13 +24,14 @@ from cloudckpt.errors import (
     CredentialsExpiredError,
     ObjectExistsError,
     ObjectNotFoundError,
-    OptionsError,
     StorageError,
     TransientError,
 )
 from cloudckpt.options import RetryPolicy
 from cloudckpt.store import RetryingStore
 from cloudckpt.store.base import Listing, ObjectInfo, check_key
+from cloudckpt.store.buffers import check_range
+from cloudckpt.store.intake import Flow, Intake, RangeGets
 from cloudckpt.store.probe import _proven
 
 __all__ = [
@@ -217,7 +218,7 @@ class Bucket:
                 effect()
 
 
-class FaultStore:
+class FaultStore(RangeGets):
     """One client of a `Bucket`. Its faults are tried in order, and the first that hits decides.
 
     Attributes:
@@ -284,16 +285,12 @@ class FaultStore:
     def create(self, key: str, data: bytes) -> None:
         self._request("create", (check_key(key),), lambda: self._create(key, bytes(data)))
 
-    def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
-        if not 0 <= start <= stop:
-            raise OptionsError(f"[{start}, {stop}) is no range of bytes")
+    def stream(self, key: str, *, start: int, stop: int, into: Intake) -> None:
+        check_range(start, stop)
         data = self._request("get", (check_key(key),), lambda: self._stored(key).data[start:stop])
+        Flow(into, stop - start).take(data)
         if len(data) != stop - start:
             raise TransientError(f"{len(data)} bytes came for [{start}, {stop}) of {key!r}", op="get", key=key)
-        if into is None:
-            return memoryview(bytearray(data))
-        into[:] = data
-        return into
 
     def read(self, key: str, *, limit_bytes: int) -> bytes:
         data = self._request("read", (check_key(key),), lambda: self._stored(key).data)

@@ -15,6 +15,7 @@ from botocore.credentials import Credentials
 
 from cloudckpt.options import MIB, RetryPolicy
 from cloudckpt.store.facts import BodyLengthError, GarbledReplyError, HttpStatusError, UnsentError
+from cloudckpt.store.intake import Whole
 from cloudckpt.store.limit import limited, told_of_moves
 from cloudckpt.store.ranged import RangeReader
 from cloudckpt.store.retrying import RetryingStore
@@ -95,7 +96,7 @@ Serve = Callable[..., tuple[Script, RangeReader]]
 
 def read(reader: RangeReader) -> bytes:
     memory = memoryview(bytearray(len(DATA)))
-    assert reader.get("k", 0, len(DATA), memory) is memory
+    reader.stream("k", 0, len(DATA), Whole(memory, 0))
     return bytes(memory)
 
 
@@ -195,7 +196,7 @@ def test_a_get_ends_when_its_time_is_up_whatever_moves(serve: Serve) -> None:
 def test_an_endpoint_that_cannot_be_reached_is_told_as_unsent(url: str) -> None:
     reader = RangeReader(url, lambda _, headers: headers, proof="etag", connect_s=5.0, context=ssl.SSLContext)
     with pytest.raises(UnsentError) as caught:
-        reader.get("k", 0, 10, None)
+        reader.stream("k", 0, 10, Whole(memoryview(bytearray(10)), 0))
     assert isinstance(caught.value.__cause__, ConnectionError)
 
 
@@ -238,7 +239,7 @@ def test_a_get_of_many_pieces_leaves_its_memory_alone_when_it_is_cut(serve: Serv
     _, reader = serve(whole()[: -len(DATA) // 2] + b"HANGUP")
     memory = memoryview(bytearray(b"\xaa" * (len(DATA) + 100)))
     with pytest.raises(BodyLengthError):
-        reader.get("k", 0, len(DATA), memory[: len(DATA)])
+        reader.stream("k", 0, len(DATA), Whole(memory[: len(DATA)], 0))
     assert bytes(memory[len(DATA) :]) == b"\xaa" * 100
 
 

@@ -33,7 +33,7 @@ from cloudckpt import (
 from cloudckpt.format.layout import Span
 from cloudckpt.format.shard import block_digests
 from cloudckpt.options import KIB, MIB
-from cloudckpt.store import LeftBehindError, RetryingStore
+from cloudckpt.store import Intake, LeftBehindError, RetryingStore
 from cloudckpt.store.base import Store
 from cloudckpt.store.limit import note_move
 from cloudckpt.store.local import LocalStore
@@ -340,43 +340,127 @@ class Shelf:
         return [self._fetch(span, buffer_bytes) for span in self.spans]
 
     def _fetch(self, span: Span, buffer_bytes: int) -> Fetch:
-        def consume(data: memoryview) -> None:
-            self.brought[span.start] = bytes(data)
+        return Fetch(shard=self.source, span=span, consume=self._consume, buffer_bytes=buffer_bytes)
 
-        return Fetch(shard=self.source, span=span, consume=consume, buffer_bytes=buffer_bytes)
+    def _consume(self, at: int, data: memoryview) -> None:
+        assert at not in self.brought, "a block is handed on once"
+        self.brought[at] = bytes(data)
 
     def get_all(self, store: Store, *, concurrency: int = 3, limit_bytes: int = 1000) -> None:
         download(store, self.fetches(), concurrency=concurrency, budget=Budget(limit_bytes))
+
+    @property
+    def brought_bytes(self) -> bytes:
+        return b"".join(self.brought[at] for at in sorted(self.brought))
 
     def is_right(self, brought: dict[int, bytes]) -> bool:
         return all(data == self.data[start : start + len(data)] for start, data in brought.items())
 
 
-@pytest.mark.parametrize("is_lent", [True, False], ids=["into our memory", "from memory of its own"])
-def test_every_span_is_brought_once_and_right(is_lent: bool) -> None:
-    class Own(FaultStore):
-        def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
-            return super().get(key, start=start, stop=stop, into=into if is_lent else None)
-
+def test_every_block_is_brought_once_and_right_by_one_request_per_span() -> None:
     shelf = Shelf(size_bytes=1005)
-    store = Own(shelf.bucket)
+    store = FaultStore(shelf.bucket)
     shelf.get_all(store)
-    assert b"".join(shelf.brought[span.start] for span in shelf.spans) == shelf.data
+    assert shelf.brought_bytes == shelf.data
     assert store.op_count == len(shelf.spans)
 
 
-def test_an_engine_with_memory_of_its_own_is_offered_ours_once_per_thread() -> None:
-    offered: dict[int, list[bool]] = {}
+def patient(store: Store, max_attempts: int = 3) -> RetryingStore:
+    return RetryingStore(store, RetryPolicy(max_attempts=max_attempts), sleep=lambda _: None)
 
-    class Own(FaultStore):
-        def get(self, key: str, *, start: int, stop: int, into: memoryview | None = None) -> memoryview:
-            offered.setdefault(threading.get_ident(), []).append(into is not None)
-            return super().get(key, start=start, stop=stop)
 
-    shelf = Shelf(size_bytes=2005)
-    shelf.get_all(Own(shelf.bucket))
-    assert {tuple(sorted(asked[1:])) for asked in offered.values()} <= {(False,) * n for n in range(200)}
-    assert all(asked[0] for asked in offered.values())
+@pytest.mark.parametrize("times", [1, 2])
+def test_after_a_fault_in_the_middle_of_a_span_only_blocks_that_were_not_handed_on_are_asked_for(times: int) -> None:
+    shelf = Shelf(size_bytes=95, span_bytes=200)
+    asked: list[tuple[int, int]] = []
+
+    class Cut(FaultStore):
+        def stream(self, key: str, *, start: int, stop: int, into: Intake) -> None:
+            asked.append((start, stop))
+            super().stream(key, start=start, stop=stop, into=into)
+
+    store = Cut(shelf.bucket)
+    store.inject(kind=FaultKind.SHORT, verbs=["get"], times=times)
+    shelf.get_all(patient(store))
+    assert asked == [(0, 95), (40, 95), (60, 95)][: times + 1], "half of what was asked for came, up to no block's end"
+    assert shelf.brought_bytes == shelf.data
+
+
+def test_a_span_that_gets_on_with_each_request_may_take_more_of_them_than_one_that_does_not() -> None:
+    shelf = Shelf(size_bytes=640, span_bytes=640)
+    store = FaultStore(shelf.bucket)
+    store.inject(kind=FaultKind.SHORT, verbs=["get"], times=4)
+    shelf.get_all(patient(store, max_attempts=2))
+    assert (shelf.brought_bytes, store.op_count) == (shelf.data, 5)
+
+    stuck = FaultStore(shelf.bucket)
+    stuck.inject(kind=FaultKind.BEFORE, verbs=["get"], times=4)
+    with pytest.raises(RetryExhaustedError):
+        shelf.get_all(patient(stuck, max_attempts=2))
+    assert [op.verb for op in stuck.trace].count("get") == 2
+
+
+def test_a_body_that_ends_with_an_error_after_its_last_byte_is_not_asked_for_again() -> None:
+    shelf = Shelf(size_bytes=40, span_bytes=40)
+
+    class Endless(FaultStore):
+        def stream(self, key: str, *, start: int, stop: int, into: Intake) -> None:
+            super().stream(key, start=start, stop=stop, into=into)
+            raise transient(Op(number=1, verb="get", key=key))
+
+    store = Endless(shelf.bucket)
+    shelf.get_all(patient(store))
+    assert (shelf.brought_bytes, store.op_count) == (shelf.data, 1)
+
+
+@pytest.mark.parametrize("error", [TimeoutError("disk"), ConnectionResetError("peer"), OSError(28, "full"), denied])
+def test_what_who_takes_the_bytes_raises_is_no_fault_of_the_store(error: object) -> None:
+    shelf = Shelf(size_bytes=20)
+    raised = error(Op(number=1, verb="put", key="k")) if callable(error) else error
+    assert isinstance(raised, Exception)
+
+    def refuse(_: int, __: memoryview) -> None:
+        raise raised
+
+    fetch = Fetch(shard=shelf.source, span=shelf.spans[0], consume=refuse)
+    store = FaultStore(shelf.bucket)
+    with pytest.raises(type(raised)) as caught:
+        download(patient(store), [fetch], concurrency=1, budget=Budget(100))
+    assert caught.value is raised
+    assert store.op_count == 1
+
+
+def test_of_a_damaged_span_all_that_is_right_is_handed_on_to_who_wants_to_hear_of_the_damage() -> None:
+    shelf, told, gauge = Shelf(size_bytes=95, span_bytes=50), [], Noting()
+    damaged = bytearray(shelf.data)
+    damaged[12] ^= 1
+    damaged[33] ^= 1
+    damaged[94] ^= 1
+    shelf.bucket.raw_put("shard", bytes(damaged))
+
+    def note(job: Fetch, error: Exception) -> None:
+        assert isinstance(error, ChecksumError)
+        told.append((job.span.start, error.blocks))
+
+    download(
+        FaultStore(shelf.bucket),
+        shelf.fetches(),
+        concurrency=2,
+        budget=Budget(1000),
+        watch=Watch(gauge=gauge),
+        on_damage=note,
+    )
+    assert sorted(told) == [(0, (1, 3)), (50, (9,))]
+    assert sorted(shelf.brought) == [0, 20, 40, 50, 60, 70, 80]
+    assert shelf.is_right(shelf.brought)
+    assert gauge.totals == [sum(gauge.moved)] == [95]
+
+
+def test_a_gauge_is_told_of_each_block_that_was_handed_on() -> None:
+    shelf, gauge = Shelf(size_bytes=95, span_bytes=50), Noting()
+    download(FaultStore(shelf.bucket), shelf.fetches(), concurrency=2, budget=Budget(1000), watch=Watch(gauge=gauge))
+    assert gauge.totals == [95]
+    assert sorted(gauge.moved) == [5, *[10] * 9]
 
 
 def test_a_block_that_was_wrong_once_is_read_again(caplog: pytest.LogCaptureFixture) -> None:
@@ -387,7 +471,7 @@ def test_a_block_that_was_wrong_once_is_read_again(caplog: pytest.LogCaptureFixt
         shelf.get_all(store, concurrency=1)
     assert fault.fired == 2
     assert store.op_count == len(shelf.spans) + 2
-    assert b"".join(shelf.brought[span.start] for span in shelf.spans) == shelf.data
+    assert shelf.brought_bytes == shelf.data
     assert caplog.text.count("block 2 of shard differs from its digest; reading it again") == 2
 
 
@@ -502,7 +586,7 @@ def test_the_first_fault_stops_the_spans_that_have_not_begun(limit_bytes: int) -
 def test_an_error_of_who_takes_the_bytes_surfaces() -> None:
     shelf = Shelf()
 
-    def refuse(_: memoryview) -> None:
+    def refuse(_: int, __: memoryview) -> None:
         raise ValueError("no room for these")
 
     fetch = Fetch(shard=shelf.source, span=shelf.spans[0], consume=refuse)
@@ -512,9 +596,20 @@ def test_an_error_of_who_takes_the_bytes_surfaces() -> None:
 
 def test_spans_in_flight_stay_within_the_budget() -> None:
     shelf = Shelf(size_bytes=240)
-    gauge = InFlight(lambda op: 20, parties=3)
-    shelf.get_all(FaultStore(shelf.bucket, hook=gauge), concurrency=8, limit_bytes=130)
-    assert gauge.most_bytes == 60, "an engine may hold each of the three once more"
+    gauge = InFlight(lambda op: 30, parties=3)
+    shelf.get_all(FaultStore(shelf.bucket, hook=gauge), concurrency=8, limit_bytes=110)
+    assert gauge.most_bytes == 90, "each holds a block, and an engine as much as is on its way"
+
+
+def test_a_disk_is_read_by_no_more_threads_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDisk(FaultStore):
+        engine = "local"
+
+    monkeypatch.setattr("cloudckpt.transfer.share.os.sched_getaffinity", lambda _: range(3))
+    shelf = Shelf(size_bytes=240)
+    gauge = InFlight(lambda op: 1, parties=3)
+    shelf.get_all(OnDisk(shelf.bucket, hook=gauge), concurrency=8)
+    assert gauge.most_bytes == 3
 
 
 def test_buffers_that_outlive_their_span_are_waited_for() -> None:
@@ -526,12 +621,12 @@ def test_buffers_that_outlive_their_span_are_waited_for() -> None:
     lock = threading.Lock()
 
     def fetch(number: int, span: Span) -> Fetch:
-        def consume(_: memoryview) -> None:
+        def consume(at: int, _: memoryview) -> None:
             nonlocal most
             with lock:
                 open_buffers.add(number // 2)
                 most = max(most, len(open_buffers))
-            if number % 2:
+            if number % 2 and at > span.start:
                 with lock:
                     open_buffers.discard(number // 2)
                 budget.free(40)
@@ -547,10 +642,10 @@ def test_buffers_that_outlive_their_span_are_waited_for() -> None:
 def test_a_buffer_larger_than_the_budget_is_filled_all_the_same() -> None:
     shelf = Shelf(size_bytes=160)
     budget = Budget(30)
-    rest = len(shelf.spans)
+    rest = 160 // BLOCK_BYTES
     lock = threading.Lock()
 
-    def consume(_: memoryview) -> None:
+    def consume(_: int, __: memoryview) -> None:
         nonlocal rest
         with lock:
             rest -= 1
