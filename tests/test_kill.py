@@ -55,8 +55,8 @@ def check_whole(found: Mapping[str, object], step: int) -> None:
         assert torch.equal(tensors[name], tensor), f"{name} of step {step}"
 
 
-def work(told: Connection, url: str, storage_options: dict[str, object], engine: str) -> None:
-    """Be one incarnation of a job: restore, verify everything, save until killed."""
+def work(told: Connection, url: str, storage_options: dict[str, object], engine: str, how: str = "save") -> None:
+    """Be one incarnation of a job: restore, verify everything, save until killed; in the background if so told."""
     torch.set_num_threads(1)
     with CheckpointManager(
         url, storage_options=storage_options, engine=engine, options=OPTIONS, retention=[KeepLast(3)], prune_grace_s=0
@@ -77,7 +77,10 @@ def work(told: Connection, url: str, storage_options: dict[str, object], engine:
             step += 1
             state = {"tensors": tensors_of(step), "config": {"step": step, "odd": (1, None, float("inf"))}}
             told.send(("saving", step))
-            manager.save(step, state)
+            if how == "save":
+                manager.save(step, state)
+            else:
+                manager.async_save(step, state).result()
             told.send(("saved", step))
 
 
@@ -98,11 +101,12 @@ class Job:
     url: str
     storage_options: dict[str, object]
     engine: str
+    how: str = "save"
 
     @contextmanager
     def start(self, record: Record) -> Iterator[Connection]:
         """Run one incarnation until it has restored; kill it at the end of the block."""
-        child, ours = fork(work, self.url, self.storage_options, self.engine)
+        child, ours = fork(work, self.url, self.storage_options, self.engine, self.how)
         try:
             said, step = receive(ours)
             assert said == "restored"
