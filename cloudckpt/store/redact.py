@@ -98,6 +98,9 @@ def hide(text: str) -> str:
     return text
 
 
+_formatter = logging.Formatter()
+
+
 class _Hiding(logging.Filter):
     """Blots credentials out of a record before any handler sees it."""
 
@@ -109,6 +112,11 @@ class _Hiding(logging.Filter):
         clean = hide(text)
         if clean != text:
             record.msg, record.args = clean, ()
+        if record.exc_info:
+            told = _formatter.formatException(record.exc_info)
+            if (clean := hide(told)) != told:
+                # A handler shows the text; one that looks at the error itself would show what is in it.
+                record.exc_text, record.exc_info = clean, None
         return True
 
 

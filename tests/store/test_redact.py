@@ -103,6 +103,18 @@ def test_libraries_log_without_credentials(caplog: pytest.LogCaptureFixture) -> 
     assert caplog.text.count("x-amz-security-token:***") == 5
 
 
+def test_an_error_that_a_library_logs_is_shown_without_credentials(caplog: pytest.LogCaptureFixture) -> None:
+    remember_secrets({"secret": SECRET})
+    hide_in_logs()
+    caplog.set_level(logging.DEBUG)
+    try:
+        raise ValueError(f"550 {SECRET} what is that?")  # noqa: TRY301
+    except ValueError:
+        logging.getLogger("botocore.endpoint").debug("Exception received", exc_info=True)
+    assert SECRET not in caplog.text
+    assert "what is that?" in caplog.text
+
+
 def test_the_access_point_of_an_arn_is_the_bucket() -> None:
     for arn in (
         "arn:aws:s3:eu-west-1:123456789012:accesspoint/name",
