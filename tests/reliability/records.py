@@ -21,11 +21,30 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-__all__ = ["FOLDER", "OURS", "Cell", "Record", "Section", "Trials", "added", "read_records", "write"]
+__all__ = [
+    "FOLDER",
+    "IS_WHOLE",
+    "OURS",
+    "Cell",
+    "Record",
+    "Section",
+    "Trials",
+    "added",
+    "dose",
+    "read_records",
+    "write",
+]
 
 FOLDER = "CLOUDCKPT_RELIABILITY"
 OURS = "cloudckpt"
 _SHOWN = 5
+# All of it takes hours, in which nothing else is to be learnt: only where figures are made.
+IS_WHOLE = FOLDER in os.environ
+
+
+def dose(whole: int, *, short: int) -> int:
+    """Return how many to try: all where figures are made for the page, a part in any other run, long or short."""
+    return whole if IS_WHOLE else short
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,10 +14,9 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from tests.effort import examples
 from tests.ranks.processes import run
 from tests.reliability.corruption import DAMAGES, READS, Root, save_root, try_read, try_verify
-from tests.reliability.records import Section, Trials
+from tests.reliability.records import Section, Trials, dose
 
 SECTION = Section(
     number=50,
@@ -47,7 +46,7 @@ def test_no_damage_is_read_in_silence(root: Root, read: str) -> None:
     chance = random.Random(seed)
     pairs = list(product(root.targets, DAMAGES))
     chance.shuffle(pairs)
-    count = examples(3000, short=40)
+    count = dose(3000, short=40)
     with Trials(SECTION, read) as trials:
         for number in range(count):
             kind, damage = pairs[number % len(pairs)]
@@ -116,7 +115,7 @@ def test_others_under_the_same_damage(subject: str, tmp_path: Path) -> None:
     damages = {"a bit flipped": _flips, "512 bytes zeroed": _zeros}
     with Trials(SECTION, "load", subject, seed=7) as trials, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for number in range(examples(1000, short=10)):
+        for number in range(dose(1000, short=10)):
             damage = list(damages)[number % len(damages)]
             changed = damages[damage](whole, chance)
             if changed == whole:

@@ -11,8 +11,7 @@ import torch
 
 from cloudckpt import CheckpointManager, CloudCkptError, KeepLast, Options
 from cloudckpt.options import KIB, RetryPolicy
-from tests.effort import examples
-from tests.reliability.records import Section, Trials
+from tests.reliability.records import Section, Trials, dose
 from tests.store.fault_disk import FaultDisk
 
 SECTION = Section(
@@ -28,7 +27,7 @@ CODES = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 WRITES = ("open_new", "write", "sync", "sync_directory", "link", "rename", "rename_new", "make_directory", "unlink")
 OPTIONS = Options(shard_bytes=8 * KIB, block_bytes=KIB, concurrency=1, retry=RetryPolicy(max_attempts=2, deadline_s=60))
 # By default every so-manieth call of a kind.
-STRIDE = examples(1, short=40)
+STRIDE = dose(1, short=40)
 
 
 def _state(step: int) -> dict[str, object]:

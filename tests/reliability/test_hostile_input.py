@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.effort import examples
 from tests.format.test_hostile import CASES
 from tests.reliability.hostile import (
     ARGUMENTS,
@@ -21,7 +20,7 @@ from tests.reliability.hostile import (
     opened,
     told_by_cli,
 )
-from tests.reliability.records import Section, Trials
+from tests.reliability.records import Section, Trials, dose
 
 SECTION = Section(
     number=60,
@@ -51,7 +50,7 @@ def test_no_argument_of_the_command_does_more_than_fail(tmp_path: Path) -> None:
 
 
 def test_no_object_that_was_made_by_hand_is_read(tmp_path: Path) -> None:
-    note("hostile objects, each by name", caged(cases_of_objects, str(tmp_path), examples(1, short=10)))
+    note("hostile objects, each by name", caged(cases_of_objects, str(tmp_path), dose(1, short=10)))
     assert len(CASES) + len(URLS) + len(OPTIONS) + len(ARGUMENTS) >= 250
 
 
@@ -59,5 +58,5 @@ def test_no_object_that_was_made_by_hand_is_read(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_no_mutant_does_more_than_be_refused(kind: str, tmp_path: Path) -> None:
     seed = random.randrange(2**32)
-    found = caged(fuzzed, str(tmp_path), kind, examples(30_000, short=500), seed)
+    found = caged(fuzzed, str(tmp_path), kind, dose(30_000, short=500), seed)
     note(f"mutants: {kind}", found, seed=seed)

@@ -20,9 +20,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from raw_access import FreshPrefix
-from tests.effort import examples
 from tests.ranks.processes import fork
-from tests.reliability.records import Section, Trials
+from tests.reliability.records import Section, Trials, dose
 from tests.test_kill import Job, Record, kill_after, seconds_per_save
 
 SECTION = Section(
@@ -35,7 +34,7 @@ SECTION = Section(
     ),
 )
 SEED = 20_231
-KILLS = examples(34, short=4)  # of each of six cases
+KILLS = dose(34, short=4)  # of each of six cases
 _ELEMENTS = 300_000
 _PATIENCE_S = 300
 

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from cloudckpt import CheckpointManager, CloudCkptError
-from tests.effort import examples
 from tests.reliability.lives import BLANK, check_world, copier, deleter, job, pinner, reader, sweeper
-from tests.reliability.records import Section, Trials
+from tests.reliability.records import Section, Trials, dose
 from tests.reliability.simulation import CRASHES, OPTIONS, ROOT, Actor, Lost, Stage, World, state_of
 from tests.store.fault_store import Fault, FaultKind, transient
 
@@ -37,9 +36,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExc
 
 # Broken how; a late request arrives at some request of the next job.
 KINDS = (*CRASHES, FaultKind.LOST_ACK, FaultKind.LATE)
-POINTS = examples(2_500, short=30)
-ORDERS = examples(10_000, short=8)
-STALE = examples(400, short=3)
+POINTS = dose(2_500, short=30)
+ORDERS = dose(10_000, short=8)
+STALE = dose(400, short=3)
 _AGAIN = "CLOUDCKPT_TRIAL"
 _SHOWN = 30
 
@@ -255,7 +254,7 @@ def ignore_create(seed: int) -> str:
 
 def test_a_store_that_ignores_the_precondition_of_a_create_is_refused_and_loses_nothing() -> None:
     with Trials(SECTION, "a job on a store that ignores preconditions", seed="from 0") as trials:
-        for seed in range(examples(200, short=3)):
+        for seed in range(dose(200, short=3)):
             _try(trials, f"ignored {seed}", lambda at=seed: ignore_create(at))
 
 
