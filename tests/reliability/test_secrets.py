@@ -22,8 +22,7 @@ import cloudckpt
 from cloudckpt import CheckpointManager, CloudCkptError, Options, OptionsError, RetryPolicy
 from cloudckpt.cli import app
 from cloudckpt.store.retrying import RetryingStore
-from tests.effort import examples
-from tests.reliability.records import Section, Trials
+from tests.reliability.records import Section, Trials, dose
 from tests.store.credential_services import credential_service
 from tests.store.http_object_server import Fault, FaultKind, ObjectServer
 
@@ -234,7 +233,7 @@ PAIRS = [(kind, fault) for kind in CREDENTIALS for fault in FAULTS]
 @pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_no_credential_shows_whatever_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stride = examples(1, short=29)
+    stride = dose(1, short=29)
     with Trials(SECTION, "a job with a credential, and a fault") as trials:
         for number, (kind, fault) in enumerate(PAIRS[::stride]):
             folder = tmp_path / str(number)
