@@ -69,7 +69,7 @@ class _Coming(threading.Event):
     def wait(self, timeout: float | None = None) -> bool:
         if timeout is not None:
             return super().wait(timeout)
-        return any(threading.Event.wait(self, _TURN_S) for _ in range(_TURNS))
+        return any(super(_Coming, self).wait(_TURN_S) for _ in range(_TURNS))
 
 
 def worker(work: Callable[[], object], *, name: str) -> threading.Thread:

@@ -181,6 +181,8 @@ class ObjectServer(ObjectSpace):
             self._spawn(self._serve, connection)
 
     def _serve(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._connections.add(connection)  # a wrapped one is not what was accepted
         try:
             while self._exchange(connection):
                 pass
