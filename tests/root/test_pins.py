@@ -346,6 +346,24 @@ def test_one_that_is_pinned_while_a_sweep_is_at_it_is_not_voided(bucket: Bucket)
     assert steps(bucket) == [1, 2, 3, 4, 5]
 
 
+def test_a_sweep_asks_for_pins_again_once_it_has_made_void_what_it_removes(bucket: Bucket) -> None:
+    prefix = checkpoint_prefix(3, 1)
+    pin(roots_of(bucket), 3)
+    pinned = bucket.objects.pop(pin_key(prefix))
+    Catalog(FaultStore(bucket)).claims.claim()
+    del bucket.objects[prefix + MANIFEST_NAME]
+    left = {key for key in bucket.objects if key.startswith(prefix)}
+    bucket.advance(1e6)
+
+    def pin_late(op: Op) -> None:
+        if op.verb == "create" and op.key == prefix + MANIFEST_NAME:
+            bucket.objects[pin_key(prefix)] = pinned
+
+    assert sweep(Catalog(FaultStore(bucket, hook=pin_late)), older_than_s=60, dry_run=False) == []
+    assert pin_key(prefix) in bucket.objects, "the hook was called"
+    assert left < set(bucket.objects)
+
+
 def test_a_pinned_one_of_which_objects_are_gone_is_not_committed_again_and_told_once(
     bucket: Bucket, caplog: pytest.LogCaptureFixture
 ) -> None:
