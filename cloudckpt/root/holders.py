@@ -3,7 +3,8 @@
     its own      <prefix>/<attempt>/…
     another's    <prefix of the holder>/<attempt of the holder>/…, or in a copy <own prefix>/<attempt of the holder>/…
 
-A copy has all of them below its own prefix, or none: one look tells. Knows keys and one store; decides nothing.
+A copy has all of them below its own prefix, and one listing tells; where a copy was ended there are some, and those of
+the holders count, if all are there. Knows keys and one store; decides nothing.
 """
 
 from __future__ import annotations
@@ -55,22 +56,24 @@ class ShardPlaces:
         Raises:
             MissingShardError: others hold some, and the URL is not that of a step below their root.
         """
-        held, prefix = checkpoint.manifest.held_elsewhere, checkpoint.prefix
-        if not held:
+        manifest, prefix = checkpoint.manifest, checkpoint.prefix
+        if not (held := manifest.held_elsewhere):
             return cls(store, prefix)
-        if store.list(below := f"{prefix}{held[0].attempt}/").objects:
-            return cls(store, prefix, is_copied=True)
         if prefix:
-            return cls(store, prefix)
+            return cls(store, prefix, is_copied=_has_its_own(store, prefix, manifest))
+        if is_copied(manifest, below := _sizes_below(store, prefix)):
+            return cls(store, prefix, is_copied=True)
         above, _, name = store.url.rstrip("/").rpartition("/")
         is_step = parse_checkpoint_prefix(f"{name}/") == (checkpoint.step, checkpoint.epoch)
         root = store.beside(above) if is_step and isinstance(store, _Sociable) else None
+        if _is_begun(manifest, below) and (root is None or lack_of_shared(root, manifest, {})):
+            return cls(store, prefix, is_copied=True)
         if root is None:
             raise MissingShardError(
                 f"{checkpoint.url} shares shards with step {held[0].step} of epoch {held[0].epoch} of its root, and "
-                f"neither {below} is there nor the root beside it: it was copied by other means. Copy it with "
-                "`cloudckpt cp`, which makes it complete in itself",
-                key=below,
+                f"neither {held[0].attempt}/ is there nor the root beside it: it was copied by other means. Copy it "
+                "with `cloudckpt cp`, which makes it complete in itself",
+                key=f"{held[0].attempt}/",
             )
         return cls(root, f"{name}/")
 
@@ -81,17 +84,17 @@ class ShardPlaces:
 
 def own_bytes(store: Store, checkpoint: Checkpoint) -> int:
     """Return the bytes of the shards that a checkpoint holds itself; a copy may hold all. A listing if others do."""
-    held = checkpoint.manifest.held_elsewhere
-    if not held or store.list(f"{checkpoint.prefix}{held[0].attempt}/").objects:
+    manifest = checkpoint.manifest
+    if not manifest.held_elsewhere or _has_its_own(store, checkpoint.prefix, manifest):
         return checkpoint.total_bytes
-    return checkpoint.manifest.sent_bytes
+    return manifest.sent_bytes
 
 
 def is_copied(manifest: Manifest, below: Mapping[str, int]) -> bool:
     """Tell whether what others hold of a checkpoint stands below its own prefix, too; `below` are names and sizes."""
     for one in manifest.held_elsewhere:
         sizes = [size for name, size in below.items() if name.startswith(f"{one.attempt}/") and _is_shard(name)]
-        if (len(sizes), sum(sizes)) != (one.shard_count, one.total_bytes):
+        if len(sizes) < one.shard_count or sum(sizes) < one.total_bytes:
             return False
     return True
 
@@ -119,8 +122,7 @@ def shared_keys_of(store: Store, prefix: str, manifest: Manifest) -> frozenset[s
     Raises:
         CloudCkptError: nobody can tell.
     """
-    held = manifest.held_elsewhere
-    if not held or store.list(f"{prefix}{held[0].attempt}/").objects:
+    if not manifest.held_elsewhere or _has_its_own(store, prefix, manifest):
         return frozenset()
     index = index_of(store, prefix, manifest)
     return frozenset(entry.key(prefix) for entry in index.shards() if entry.holder is not None)
@@ -138,6 +140,20 @@ def index_of(store: Store, prefix: str, manifest: Manifest) -> Index:
     if committed is None or digest_of(data) != committed.sha256:
         raise IntegrityError(f"index {key} is not what was committed")
     return Index.decode(data, key=key)
+
+
+def _has_its_own(store: Store, prefix: str, manifest: Manifest) -> bool:
+    """Tell whether a reader takes what others hold from below the checkpoint's own prefix. A listing, or some more."""
+    below = _sizes_below(store, prefix)
+    return is_copied(manifest, below) or (_is_begun(manifest, below) and bool(lack_of_shared(store, manifest, below)))
+
+
+def _is_begun(manifest: Manifest, below: Mapping[str, int]) -> bool:
+    return any(name.startswith(f"{one.attempt}/") for one in manifest.held_elsewhere for name in below)
+
+
+def _sizes_below(store: Store, prefix: str) -> dict[str, int]:
+    return {info.key.removeprefix(prefix): info.size_bytes for info in store.list(prefix).objects}
 
 
 def _is_shard(name: str) -> bool:

@@ -522,6 +522,25 @@ def test_a_job_that_goes_on_from_a_copy_refers_to_nothing_that_is_not_there(
     assert all(one.is_whole for one in cloudckpt.verify_all(copy, deep=True))
 
 
+def test_what_a_copy_that_was_ended_has_left_below_a_checkpoint_hides_nothing(tmp_path: Path) -> None:
+    on_disk(tmp_path / "root", 1, 2)
+    cloudckpt.copy(tmp_path / "root", tmp_path / "whole")
+    own, copied = (tmp_path / root / checkpoint_prefix(2, 1) for root in ("root", "whole"))
+    lone = next(one for one in copied.rglob(f"*{SHARD_SUFFIX}") if not (own / one.relative_to(copied)).exists())
+    (own / lone.relative_to(copied)).parent.mkdir()
+    shutil.copy(lone, own / lone.relative_to(copied))
+    state = state_of(-1)
+    cloudckpt.load(state, own)
+    assert is_state_of(state, 2)
+    assert cloudckpt.verify(own, deep=True).is_whole
+    with CheckpointManager(tmp_path / "root", progress="off", prune_grace_s=0) as manager:
+        manager.delete(1)
+    cloudckpt.load(state_of(-1), own)
+    lone.unlink()
+    with pytest.raises(MissingShardError, match=lone.name):
+        cloudckpt.load(state_of(-1), copied)
+
+
 def test_what_is_wrong_with_a_shared_shard_is_told_of_each_that_shares_it(tmp_path: Path) -> None:
     on_disk(tmp_path / "root", 1, 2)
     shard = min((tmp_path / "root" / checkpoint_prefix(1, 1)).rglob(f"*{SHARD_SUFFIX}"))
