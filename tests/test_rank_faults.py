@@ -178,7 +178,7 @@ def _arm(case: Case, manager: CheckpointManager, state: dict[str, Any]) -> None:
         "opening": lambda: state["part"].before.update(state_dict=trap),
         "plan": lambda: _spring_in_plan(trap),
         "share": lambda: _spring(Coordinator, "share_out", trap),
-        "stage": lambda: _spring(Source, "view", trap),
+        "stage": lambda: _spring(Source, "views", trap),
         "upload": lambda: _spring(inner, "put", trap, when=lambda key, _: key.endswith(".safetensors")),
         "gather": lambda: _spring(Written, "encode", trap),
         "index": lambda: _spring(inner, "put", trap, when=lambda key, _: key.endswith("index.bin")),

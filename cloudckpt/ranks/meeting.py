@@ -116,13 +116,23 @@ class Meeting:
     def _refuse_late(self) -> None:
         if self.pulse is None and self._clock() - self._began_s > self._deadline_s:
             raise self._lost(f"rank 0 has not come within {self._deadline_s:.1f} s", [0])
-        if self.pulse is not None and (fault := self.pulse.fault()) is not None:
+        if (fault := self._fault_of_room()) is not None:
             raise fault
+
+    def _fault_of_room(self) -> RankLostError | None:
+        """Return why to leave the room that this rank is in.
+
+        One in which the others have given this very rank up is left in time for the next one that rank 0 may open.
+        """
+        fault = None if self.pulse is None else self.pulse.fault()
+        if fault is None or self._rank == 0 or self._rank not in fault.ranks:
+            return fault
+        return fault if self._clock() - self._began_s > self._deadline_s else None
 
     def fault(self) -> RankLostError | None:
         """Return why to stop waiting, or None to go on."""
         if self.pulse is not None:
-            return self.pulse.fault()
+            return self._fault_of_room()
         silent_s = self._clock() - self._answered_s
         if silent_s <= self._deadline_s:
             return None

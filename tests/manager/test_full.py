@@ -113,7 +113,7 @@ def test_the_wait_for_a_grace_time_is_no_standing_still(
 
     monkeypatch.setattr(Group, "tick", counted)
     monkeypatch.setattr(Cleaner, "_wait_for_grace", watched)
-    with manager_of(tmp_path, prune_grace_s=0.3) as manager:
+    with manager_of(tmp_path, prune_grace_s=2) as manager:
         for step in range(1, 4):
             manager.save(step, state_of(step))
     assert got_on

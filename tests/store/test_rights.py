@@ -13,7 +13,7 @@ import torch
 import cloudckpt
 from cloudckpt.errors import AccessDeniedError, CheckpointNotFoundError, CommitUnknownError, StorageError
 from cloudckpt.store import probe_create
-from cloudckpt.store.probe import _proven
+from cloudckpt.store.probe import _RACES, _proven
 from cloudckpt.store.retrying import RetryingStore
 from tests.store.engines import GCSFS, OBSTORE_S3, S3FS, Engine
 from tests.store.http_dialects import Request
@@ -119,7 +119,7 @@ def test_a_manager_that_keeps_all_needs_no_right_to_delete(server: ObjectServer,
     keys = server.keys()
     kept = [key for key in keys if not re.search(r"/(epochs|step-[0-9-]*e[0-9]*)/", key)]
     assert [key for key in kept if not key.startswith("run/probe-")] == []
-    assert len(kept) == 1, "what the probe of the store could not delete"
+    assert 1 <= len(kept) <= _RACES, "what the probe of the store could not delete, one for each of its races"
 
 
 @pytest.mark.parametrize("engine", EVERYWHERE)
