@@ -371,7 +371,8 @@ class Saves:
             # The checkpoint is safe; a store that answers no delete must not keep training from going on.
             end = Deadline.after(_PRUNING_S, "what is pruned while training waits")
             self._wait_tidy(_PRUNING_S)
-            if self.background.wait_tidy(0):
+            # What was begun before an announced end is not drawn out if that passes meanwhile: it may be a little late.
+            if not self._was_end_near and self.background.wait_tidy(0):
                 self._prune(end)
         except BaseException as exc:
             self.is_interrupted = isinstance(exc, KeyboardInterrupt)
