@@ -450,16 +450,14 @@ class Catalog:
         """
         held = checkpoint.manifest.held_elsewhere
         closed = [one for one in held if self._is_closed(one.prefix)]
+        pinned_s = self._modified_s(pin_key(checkpoint.prefix)) if closed and is_pinned else math.inf
         for one in closed:
-            is_later = is_pinned and self._modified_s(one.prefix + MANIFEST_NAME) > self._modified_s(
-                pin_key(checkpoint.prefix)
-            )
-            if not is_later:
+            if not is_pinned or self._modified_s(one.prefix + MANIFEST_NAME) <= pinned_s:
                 return f"what step {one.step} of epoch {one.epoch} holds of it is being removed"
         return lack_of_shared(self.store, checkpoint.manifest, self._below(checkpoint)) if held else ""
 
     def _modified_s(self, key: str) -> float:
-        """Return when an object was made, by the store's clock; of none, now."""
+        """Return when an object was made, by the store's clock; of one that is not there, a time after all others."""
         with suppress(ObjectNotFoundError):
             return self.store.head(key).modified_s
         return math.inf

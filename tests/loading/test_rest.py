@@ -201,15 +201,22 @@ FIRST_USES: dict[str, Callable[[CheckpointManager, dict[str, Any]], object]] = {
 }
 
 
-@pytest.mark.parametrize("use", [name for name in FIRST_USES if name != "load_state_dict"])
-def test_the_first_use_waits_until_all_is_there(store: Store, use: str) -> None:
-    was = saved()
+@contextmanager
+def half_restored(store: Store) -> Iterator[tuple[CheckpointManager, dict[str, Any]]]:
+    """Restore what was saved; the moments come a moment later."""
     store.may_go_on.clear()
     state = new_state(9)
     with opened() as manager:
         manager.restore(state, wait=["model"])
         assert store.asked.wait(WAIT_S)
         threading.Timer(0.02, store.may_go_on.set).start()
+        yield manager, state
+
+
+@pytest.mark.parametrize("use", [name for name in FIRST_USES if name != "load_state_dict"])
+def test_the_first_use_waits_until_all_is_there(store: Store, use: str) -> None:
+    was = saved()
+    with half_restored(store) as (manager, state):
         FIRST_USES[use](manager, state)
         assert store.may_go_on.is_set()
         if use != "step":
@@ -223,12 +230,7 @@ def test_a_copy_that_is_made_before_all_is_there_is_one_of_the_whole(
     store: Store, copied: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
     was = saved()
-    store.may_go_on.clear()
-    state = new_state(9)
-    with opened() as manager:
-        manager.restore(state, wait=["model"])
-        assert store.asked.wait(WAIT_S)
-        threading.Timer(0.02, store.may_go_on.set).start()
+    with half_restored(store) as (manager, state):
         made = copied(state)
         assert same(bits(made), bits(was))
         manager.wait()

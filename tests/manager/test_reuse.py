@@ -262,22 +262,6 @@ def whole_of(manager: CheckpointManager, step: int) -> bool:
     return is_state_of(state, step)
 
 
-def test_a_removal_to_which_manifests_come_spoilt_takes_nothing_that_they_may_name(
-    bucket: Bucket, job: Open, caplog: pytest.LogCaptureFixture
-) -> None:
-    with job() as manager:
-        saved(manager, 1, 2, 3)
-    client = FaultStore(bucket)
-    for step in (2, 3):
-        client.inject(kind=FaultKind.FLIP, verbs=["read"], key=checkpoint_prefix(step, 1) + MANIFEST_NAME, times=None)
-    with job(client) as manager:
-        manager.delete(1)
-        manager.sweep(dry_run=False, older_than_s=0)
-    assert "nobody can tell what" in caplog.text
-    with job() as manager:
-        assert whole(manager) == [2, 3]
-
-
 def test_an_older_release_takes_what_is_left_of_a_holder_for_no_orphan(bucket: Bucket, job: Open) -> None:
     with job() as manager:
         saved(manager, 1, 2)
@@ -326,26 +310,33 @@ def test_a_lost_manifest_is_put_back_if_the_pin_was_seen_by_whoever_removes_its_
         assert whole_of(manager, 2), "by its pin"
 
 
-@pytest.mark.parametrize("way", ["read", "head"])
-def test_what_a_listing_shows_and_a_read_does_not_is_not_gone(
-    bucket: Bucket, job: Open, caplog: pytest.LogCaptureFixture, way: str
+def missing(op: Op) -> StorageError:
+    return ObjectNotFoundError(f"there is no {op.key!r}", op=op.verb, key=op.key)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"kind": FaultKind.FLIP, "verbs": ["read"]}, "nobody can tell what"),
+        ({"error": missing, "verbs": ["read"]}, "which a read does not find"),
+        ({"error": missing, "verbs": ["head"]}, "which a read does not find"),
+    ],
+    ids=["spoilt", "not-read", "not-seen"],
+)
+def test_a_removal_takes_nothing_that_manifests_may_name_which_it_cannot_read(
+    bucket: Bucket, job: Open, caplog: pytest.LogCaptureFixture, fault: dict[str, object], said: str
 ) -> None:
     with job() as manager:
         saved(manager, 1, 2, 3)
     client = FaultStore(bucket)
     for step in (2, 3):
-        key = checkpoint_prefix(step, 1) + MANIFEST_NAME
-        client.inject(error=missing, verbs=[way], key=key, times=None)
+        client.inject(key=checkpoint_prefix(step, 1) + MANIFEST_NAME, times=None, **fault)
     with job(client) as manager:
         manager.delete(1)
         manager.sweep(dry_run=False, older_than_s=0)
-    assert "which a read does not find" in caplog.text
+    assert said in caplog.text
     with job() as manager:
         assert whole(manager) == [2, 3]
-
-
-def missing(op: Op) -> StorageError:
-    return ObjectNotFoundError(f"there is no {op.key!r}", op=op.verb, key=op.key)
 
 
 def test_a_save_whose_base_was_deleted_meanwhile_sends_all(bucket: Bucket, job: Open) -> None:

@@ -114,7 +114,7 @@ BUGS = (
         file="root/sharing.py",
         old="in sorted(unseen) if catalog.is_shown(prefix)), None)",
         new="in sorted(unseen) if not prefix), None)",
-        caught_by="manager/test_reuse.py::test_what_a_listing_shows_and_a_read_does_not_is_not_gone",
+        caught_by="manager/test_reuse.py::test_a_removal_takes_nothing_that_manifests_may_name_which_it_cannot_read",
     ),
     Bug(
         what="a copy of an optimizer does not wait for what a restore has left for later",
